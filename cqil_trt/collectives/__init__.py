@@ -1,0 +1,6 @@
+"""Communicators: how the ranks of one engine exchange tensors."""
+
+from cqil_trt.collectives.base import Communicator, LocalCommunicator
+from cqil_trt.collectives.host import HostCommunicator
+
+__all__ = ["Communicator", "HostCommunicator", "LocalCommunicator"]

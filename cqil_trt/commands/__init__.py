@@ -1,0 +1,1 @@
+"""The commands: they parse and print, the library does the work."""

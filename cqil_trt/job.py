@@ -1,0 +1,113 @@
+"""The MPI job a command runs in: who the ranks are, how they agree on an error, how they end."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from contextlib import contextmanager
+from typing import Any, Callable, Iterator, TypeVar
+
+from cqil_trt.errors import UserError
+
+T = TypeVar("T")
+
+# Variables that mpirun of MPICH, Open MPI and PMIx launchers give the number of ranks in, or just a rank.
+_SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
+_LAUNCH_VARIABLES = (*_SIZE_VARIABLES, "PMI_RANK", "PMIX_RANK")
+
+
+class Job:
+    """All ranks started by one mpirun, or a single process started without it."""
+
+    def __init__(self) -> None:
+        self.comm = None
+        self.rank, self.size = 0, 1
+        if any(name in os.environ for name in _LAUNCH_VARIABLES):
+            try:
+                from mpi4py import MPI
+            except (ImportError, RuntimeError) as error:
+                raise UserError(f"started by mpirun, but mpi4py cannot load an MPI library ({error})") from None
+            self.comm = MPI.COMM_WORLD
+            self.rank, self.size = self.comm.Get_rank(), self.comm.Get_size()
+            started = next((int(os.environ[name]) for name in _SIZE_VARIABLES if name in os.environ), self.size)
+            if started != self.size:
+                raise UserError(
+                    f"mpirun started {started} ranks but mpi4py's MPI library sees {self.size}: they belong to "
+                    "different MPIs (use the mpirun of the environment that mpi4py is in)"
+                )
+
+    def share(self, make: Callable[[], T]) -> T:
+        """What `make` returns on rank 0, on every rank; a UserError it raises is raised on every rank."""
+        return self.agree(make if self.rank == 0 else lambda: None, everyone=False)
+
+    def agree(self, make: Callable[[], T], everyone: bool = True) -> T:
+        """Runs `make` on every rank; if any raises UserError, every rank raises the first one.
+
+        Returns each rank's own result, or rank 0's when `everyone` is false.
+        """
+        result: Any = None
+        failure: str | None = None
+        try:
+            result = make()
+        except UserError as error:
+            failure = str(error)
+        self.wait()
+        if self.comm is not None:
+            failures = self.comm.allgather(failure)
+            failure = next((text for text in failures if text is not None), None)
+        if failure is not None:
+            raise UserError(failure)
+        if not everyone and self.comm is not None:
+            result = self.comm.bcast(result, root=0)
+        return result
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in rank order, on every rank."""
+        return [value] if self.comm is None else self.comm.allgather(value)
+
+    def wait(self) -> None:
+        """A barrier that sleeps: a rank that waits long must not take a core from the one that works."""
+        if self.comm is not None:
+            request = self.comm.Ibarrier()
+            while not request.Test():
+                time.sleep(0.005)
+
+    def group(self, size: int, communicator: Callable[[Any], T], alone: Callable[[], T]) -> tuple[T, int]:
+        """Splits the job into replicas of `size` consecutive ranks; returns this one's communicator and its number.
+
+        Raises UserError when the ranks are not a multiple of `size`.
+        """
+        if self.size % size:
+            raise UserError(
+                f"the engine needs {size} MPI ranks (or a multiple, for replicas), found {self.size}: "
+                f"start with mpirun -n {size}"
+            )
+        if size == 1:
+            return alone(), self.rank
+        assert self.comm is not None
+        return communicator(self.comm.Split(self.rank // size, self.rank)), self.rank // size
+
+
+@contextmanager
+def command(job: Job | None = None) -> Iterator[None]:
+    """Ends a command as its users expect: a UserError is one line and exit code 2; anything else ends all ranks."""
+    try:
+        yield
+    except UserError as error:
+        if job is None or job.rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`); nothing is left to say, and flushing at exit would fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except Exception:
+        traceback.print_exc()
+        if job is not None and job.comm is not None:
+            sys.stderr.flush()
+            job.comm.Abort(1)
+        sys.exit(1)

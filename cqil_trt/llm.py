@@ -1,0 +1,118 @@
+"""An engine, loaded and ready: what `runtime/run.py` and Python users call."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Callable, Sequence
+
+from cqil_trt.collectives import HostCommunicator, LocalCommunicator
+from cqil_trt.engine import Engine, find_engine
+from cqil_trt.errors import UserError
+from cqil_trt.generate import Completion, GenerationConfig, SamplingConfig, generate
+from cqil_trt.job import Job
+from cqil_trt.session import Session, check_prompt
+from cqil_trt.tokenizer import Tokenizer
+
+
+class Llm:
+    """One rank's part of a loaded engine. Every rank of the job makes one and calls its methods together.
+
+    When the job has a multiple of the ranks an engine needs, they form replicas: consecutive ranks belong to one,
+    and prompts are dealt to replicas in turn.
+    """
+
+    def __init__(self, directory: Path | None = None, job: Job | None = None):
+        self.job = job or Job()
+        # Only rank 0 looks, so that ranks cannot disagree while a build finishes.
+        path = self.job.share(lambda: directory or find_engine(Path("engines"), self.job.size))
+        self.engine = self.job.agree(lambda: Engine.open(path))
+        self.communicator, self.replica = self.job.group(self.engine.world_size, HostCommunicator, LocalCommunicator)
+        self.job.agree(lambda: self.engine.verify_rank(self.communicator.rank))
+        _share_cores(self.job)
+        self.session = Session(self.engine, self.communicator)
+        has_tokenizer = (path / "tokenizer.json").exists()
+        self.tokenizer = Tokenizer(path) if has_tokenizer else None
+
+    @property
+    def replicas(self) -> int:
+        return self.job.size // self.engine.world_size
+
+    def encode(self, prompts: Sequence[str | Sequence[int]], chat: bool = False) -> list[list[int]]:
+        """Token ids of prompts given as text or already as ids.
+
+        Raises UserError for an empty prompt, one the engine cannot hold, or a text without a tokenizer.
+        """
+        encoded: list[list[int]] = []
+        for number, prompt in enumerate(prompts, 1):
+            ids = prompt
+            if isinstance(prompt, str):
+                if not prompt:
+                    raise UserError(f"prompt {number} is empty")
+                tokenizer = self.tokenizer or Tokenizer(self.engine.path)
+                ids = tokenizer.chat(prompt) if chat else tokenizer.encode(prompt)
+            model, limits = self.engine.model, self.engine.limits
+            check_prompt(ids, f"prompt {number}", model.vocab_size, limits.max_seq_len)
+            encoded.append(list(ids))
+        return encoded
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        chat: bool = False,
+        ignore_eos: bool = False,
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> list[Completion]:
+        """Completes prompts (text, or lists of token ids); greedy unless `temperature` is above 0.
+
+        Every rank gives the same arguments and receives all completions, in the order of the prompts. `on_text(index,
+        text)` is called on the first rank of the replica that runs the prompt. Raises UserError on every rank.
+        """
+        ids = self.job.agree(lambda: self.encode(prompts, chat))
+        config = GenerationConfig(
+            max_new_tokens,
+            () if ignore_eos else self.engine.model.eos_token_ids,
+            tuple(stop),
+            SamplingConfig(temperature, top_k, top_p, seed),
+        )
+        mine = range(self.replica, len(ids), self.replicas)
+        report = None
+        if on_text is not None and self.communicator.rank == 0:
+            def report(index: int, text: str) -> None:
+                on_text(mine[index], text)
+
+        completions = generate(self.session, [ids[i] for i in mine], config, self.tokenizer, report)
+        if self.replicas == 1:
+            return completions
+        return merge_replicas(self.job.gather(completions), self.engine.world_size, len(ids))
+
+
+def merge_replicas(by_rank: Sequence[Sequence[Any]], world_size: int, count: int) -> list[Any]:
+    """Results of all prompts in order, from what each rank holds for its replica's share of them."""
+    replicas = by_rank[::world_size]
+    return [replicas[i % len(replicas)][i // len(replicas)] for i in range(count)]
+
+
+def load(directory: str | Path | None = None) -> Llm:
+    """Loads an engine inside an MPI job (or, for p = 1, in a single process); default the newest that fits.
+
+    Raises UserError, on every rank, for a missing or damaged engine or a wrong number of ranks.
+    """
+    return Llm(None if directory is None else Path(directory))
+
+
+def _share_cores(job: Job) -> None:
+    """Splits this host's cores among its ranks, unless the user has set OMP_NUM_THREADS."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    import torch
+
+    ranks = job.size
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(max(1, cores // ranks))

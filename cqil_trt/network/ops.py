@@ -1,0 +1,116 @@
+"""What the decoder needs of a backend.
+
+A value is whatever the backend computes with (a torch tensor, a TensorRT ITensor, an ONNX name); the decoder never
+looks inside one. Sizes in comments: B sequences, T new tokens each, H hidden, V vocabulary of this rank. The methods
+with a body are spelled in smaller operations; a backend with a fused kernel overrides them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Generic, TypeVar
+
+from cqil_trt.shard import LayerShard, RankPlan
+
+V = TypeVar("V")
+
+
+class Ops(ABC, Generic[V]):
+    """Operations on one rank, whose plan is `plan`."""
+
+    plan: RankPlan
+
+    # Parameters and inputs
+
+    @abstractmethod
+    def weight(self, name: str) -> V:
+        """The rank's tensor `name` (see shard.py)."""
+
+    @abstractmethod
+    def positions(self, tokens: V, past: V) -> V:
+        """A handle on the positions of the new tokens, for `rotary` and `cached_attention`.
+
+        Token t of sequence b (tokens: integers [B, T]) stands at position past[b] + t (past: integers [B]).
+        """
+
+    # Arithmetic
+
+    @abstractmethod
+    def embedding(self, tokens: V, table: V) -> V:
+        """Rows of `table` [vocabulary, H] by `tokens` [B, T] → [B, T, H]."""
+
+    @abstractmethod
+    def linear(self, x: V, weight: V, bias: V | None = None) -> V:
+        """x [..., in] @ weightᵀ [in, out] + bias → [..., out]."""
+
+    @abstractmethod
+    def rms_norm(self, x: V, weight: V) -> V:
+        """x / sqrt(mean(x²) + eps) over the last axis, in float32, rounded to x's type, times weight."""
+
+    @abstractmethod
+    def add(self, x: V, y: V) -> V:
+        """x + y, of one shape."""
+
+    @abstractmethod
+    def swiglu(self, gate_up: V) -> V:
+        """silu(gate) * up, where the last axis holds gate and up one after the other."""
+
+    @abstractmethod
+    def zeros_like(self, x: V) -> V:
+        """Zeros in the shape of x: the contribution of a rank with nothing to contribute."""
+
+    @abstractmethod
+    def select(self, x: V, indices: V) -> V:
+        """Rows of x [B, T, H] by indices [B, K] → [B, K, H]."""
+
+    # Attention
+
+    @abstractmethod
+    def split_heads(self, qkv: V, shard: LayerShard) -> tuple[V, V, V]:
+        """qkv [B, T, (query + 2 key/value heads) * D] → q, k, v, each [B, heads, T, D]."""
+
+    @abstractmethod
+    def rotary(self, x: V, positions: V) -> V:
+        """Rotary position embedding of x [B, heads, T, D], halves rotated as Hugging Face does."""
+
+    @abstractmethod
+    def cached_attention(self, q: V, k: V, v: V, positions: V, shard: LayerShard) -> V:
+        """Appends k and v to the layer's KV cache and attends: → [B, T, heads * D].
+
+        A query at position i sees the cached keys at positions 0 … i. Right-padded sequences need no mask: a padding
+        token stands behind every real one, and the next real token overwrites what it left in the cache.
+        """
+
+    def attention(self, qkv: V, positions: V, shard: LayerShard) -> V:
+        """From the projected q, k, v to the input of the output projection: [B, T, heads * D]."""
+        q, k, v = self.split_heads(qkv, shard)
+        if self.plan.model.qk_norm:
+            q = self.rms_norm(q, self.weight(f"layers.{shard.index}.q_norm.weight"))
+            k = self.rms_norm(k, self.weight(f"layers.{shard.index}.k_norm.weight"))
+        return self.cached_attention(self.rotary(q, positions), self.rotary(k, positions), v, positions, shard)
+
+    # Collectives: sums run in rank order and in float32, so every rank holds the same bits
+
+    @abstractmethod
+    def all_reduce_residual(self, delta: V, residual: V) -> V:
+        """residual + the sum of every rank's delta, summed in float32 and rounded once."""
+
+    @abstractmethod
+    def broadcast(self, x: V | None, tokens: V) -> V:
+        """Rank 0's x on every rank; the others pass None and take the shape [B, T, H] from `tokens`."""
+
+    @abstractmethod
+    def bypass(self, x: V, d: int) -> V | None:
+        """The sum of the x of the min(d, rank) ranks just before this one; None on rank 0, which has none."""
+
+    # Fused forms
+
+    def residual_norm(self, delta: V, residual: V, weight: V) -> tuple[V, V]:
+        """residual + delta, and its RMSNorm."""
+        residual = self.add(residual, delta)
+        return residual, self.rms_norm(residual, weight)
+
+    def all_reduce_residual_norm(self, delta: V, residual: V, weight: V) -> tuple[V, V]:
+        """`all_reduce_residual`, and its RMSNorm."""
+        residual = self.all_reduce_residual(delta, residual)
+        return residual, self.rms_norm(residual, weight)

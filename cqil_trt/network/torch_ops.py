@@ -1,0 +1,156 @@
+"""The backend that executes: each operation is computed by PyTorch as the decoder calls it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Mapping
+
+import torch
+import torch.nn.functional as F
+
+from cqil_trt.collectives import Communicator
+from cqil_trt.network.ops import Ops
+from cqil_trt.network.rotary import rotary_tables
+from cqil_trt.shard import LayerShard, RankPlan
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where the new tokens stand, shared by all layers of a forward pass.
+
+    `past` is the common number of cached tokens, or None when sequences differ; `length` how many cached positions
+    any query sees; `mask` [B, 1, T, length] True where a query sees a key, None when `causal` or everything is seen.
+    """
+
+    index: torch.Tensor  # [B, T]
+    past: int | None
+    length: int
+    cos: torch.Tensor  # [B or 1, 1, T, D / 2]
+    sin: torch.Tensor
+    mask: torch.Tensor | None
+    causal: bool
+
+
+class TorchOps(Ops[torch.Tensor]):
+    """Executes on the device the weights are on. The KV cache holds `batch_size` sequences of `max_seq_len` tokens."""
+
+    def __init__(
+        self,
+        plan: RankPlan,
+        weights: Mapping[str, torch.Tensor],
+        communicator: Communicator,
+        batch_size: int,
+        max_seq_len: int,
+        dtype: torch.dtype,
+    ):
+        self.plan = plan
+        self._weights = weights
+        self._communicator = communicator
+        self._dtype = dtype
+        self._eps = plan.model.rms_norm_eps
+        self._cos, self._sin = (torch.from_numpy(t).to(dtype) for t in rotary_tables(plan.model, max_seq_len))
+        # Zeros, not uninitialised memory: a masked position takes part in the product with weight 0, and 0 * NaN is NaN.
+        self._cache = {
+            index: torch.zeros(2, batch_size, shard.num_kv_heads, max_seq_len, plan.model.head_dim, dtype=dtype)
+            for index, shard in plan.layers.items()
+            if shard.num_heads
+        }
+        self._kv_index = {
+            index: torch.tensor(shard.kv_index) for index, shard in plan.layers.items() if not _grouped(shard)
+        }
+
+    def weight(self, name: str) -> torch.Tensor:
+        return self._weights[name]
+
+    def positions(self, tokens: torch.Tensor, past: torch.Tensor) -> Positions:
+        new = tokens.shape[1]
+        pasts = past.tolist()
+        common = pasts[0] if len(set(pasts)) == 1 else None
+        length = max(pasts) + new
+        if common is not None:
+            index = torch.arange(common, length)[None, :]
+            cos, sin = self._cos[None, None, common:length], self._sin[None, None, common:length]
+            causal = common == 0 and new > 1
+            masked = new > 1 and not causal
+        else:
+            index = past[:, None] + torch.arange(new)
+            cos, sin = self._cos[index][:, None], self._sin[index][:, None]
+            causal, masked = False, True
+        mask = (torch.arange(length) <= index[..., None])[:, None] if masked else None
+        return Positions(index, common, length, cos, sin, mask, causal)
+
+    def embedding(self, tokens: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        return F.embedding(tokens, table)
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return F.linear(x, weight, bias)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self._eps)
+        return weight * wide.to(x.dtype)
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x + y
+
+    def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def zeros_like(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(x)
+
+    def select(self, x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        return x.gather(1, indices[..., None].expand(-1, -1, x.shape[-1]))
+
+    def split_heads(self, qkv: torch.Tensor, shard: LayerShard):
+        batch, new, _ = qkv.shape
+        heads = qkv.view(batch, new, -1, self.plan.model.head_dim).transpose(1, 2)
+        return heads.split([shard.num_heads, shard.num_kv_heads, shard.num_kv_heads], dim=1)
+
+    def rotary(self, x: torch.Tensor, positions: Positions) -> torch.Tensor:
+        first, second = x.chunk(2, dim=-1)
+        cos, sin = positions.cos, positions.sin
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+    def cached_attention(self, q, k, v, positions: Positions, shard: LayerShard) -> torch.Tensor:
+        batch, heads, new, dim = q.shape
+        keys, values = self._cache[shard.index][:, :batch]
+        if positions.past is not None:
+            keys[:, :, positions.past : positions.length] = k
+            values[:, :, positions.past : positions.length] = v
+        else:
+            rows = torch.arange(batch)[:, None]
+            keys[rows, :, positions.index] = k.transpose(1, 2)
+            values[rows, :, positions.index] = v.transpose(1, 2)
+        keys, values = keys[:, :, : positions.length], values[:, :, : positions.length]
+        if not _grouped(shard):
+            index = self._kv_index[shard.index]
+            keys, values = keys[:, index], values[:, index]
+        elif new == 1:
+            # The query heads of one key/value head are its queries: no copy of the cache for grouped heads.
+            q = q.view(batch, shard.num_kv_heads, -1, dim)
+        gqa = keys.shape[1] != q.shape[1]
+        out = F.scaled_dot_product_attention(
+            q, keys, values, positions.mask, is_causal=positions.causal, enable_gqa=gqa
+        )
+        return out.reshape(batch, heads, new, dim).transpose(1, 2).reshape(batch, new, heads * dim)
+
+    def all_reduce_residual(self, delta: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return self._communicator.all_reduce_residual(delta, residual)
+
+    def broadcast(self, x: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
+        if x is None:
+            x = torch.empty(*tokens.shape, self.plan.model.hidden_size, dtype=self._dtype)
+        return self._communicator.broadcast(x)
+
+    def bypass(self, x: torch.Tensor, d: int) -> torch.Tensor | None:
+        return self._communicator.bypass(x, d)
+
+
+def _grouped(shard: LayerShard) -> bool:
+    """Whether every key/value head is read by equally many consecutive query heads."""
+    if not shard.num_kv_heads:
+        return True
+    size, rest = divmod(shard.num_heads, shard.num_kv_heads)
+    return not rest and shard.kv_index == tuple(head // size for head in range(shard.num_heads))

@@ -1,0 +1,90 @@
+"""CqilConfig x depth → the steps of each rank. Pure Python: no tensor, no backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cqil_trt.config import CqilConfig
+
+
+@dataclass(frozen=True)
+class Receive:
+    """Placement `leader`: rank 0 broadcasts the residual stream, the others receive it."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """An ordinary layer. `split`: all ranks run it together, tensor-parallel; otherwise this rank runs it alone."""
+
+    index: int
+    split: bool
+
+
+@dataclass(frozen=True)
+class Group:
+    """`layers` run concurrently, one a rank; this rank runs `layers[rank]`, whose index is `index`."""
+
+    layers: tuple[int, ...]
+    index: int
+
+
+Step = Receive | Layer | Group
+
+
+@dataclass(frozen=True)
+class RankSchedule:
+    """What one rank does for each token.
+
+    `embeds` / `predicts`: whether the rank starts from the token embedding, and whether it ends in (its slice of)
+    the vocabulary. `split_vocabulary`: the last projection's rows are spread over the ranks.
+    """
+
+    rank: int
+    world_size: int
+    steps: tuple[Step, ...]
+    embeds: bool
+    predicts: bool
+    split_vocabulary: bool
+
+    @property
+    def layers(self) -> tuple[Layer | Group, ...]:
+        """The steps that run a layer, in order: each has its own KV cache on this rank."""
+        return tuple(step for step in self.steps if not isinstance(step, Receive))
+
+    @property
+    def all_reduces(self) -> int:
+        """All-reduces this rank takes part in for each forward pass."""
+        return sum(2 * step.split if isinstance(step, Layer) else isinstance(step, Group) for step in self.steps)
+
+    @property
+    def broadcasts(self) -> int:
+        return sum(isinstance(step, Receive) for step in self.steps)
+
+
+def schedule(cqil: CqilConfig, num_layers: int) -> tuple[RankSchedule, ...]:
+    """The schedule of every rank for a model of `num_layers` layers.
+
+    Every rank lists its collectives in the same order, so a run in lockstep cannot deadlock. Raises UserError when
+    the range reaches beyond the model.
+    """
+    cqil.check_depth(num_layers)
+    return tuple(_rank_schedule(cqil, num_layers, rank) for rank in range(cqil.p))
+
+
+def _rank_schedule(cqil: CqilConfig, num_layers: int, rank: int) -> RankSchedule:
+    groups = tuple(Group(layers, layers[rank]) for layers in cqil.groups)
+    before, after = range(cqil.start), range(cqil.end, num_layers)
+    if not groups:
+        before, after = range(num_layers), range(0)
+
+    if cqil.placement == "leader":
+        leads = rank == 0
+        receive = (Receive(),) if groups and cqil.p > 1 else ()
+        steps: tuple[Step, ...] = (*receive, *groups)
+        if leads:
+            steps = (*(Layer(i, False) for i in before), *steps, *(Layer(i, False) for i in after))
+        return RankSchedule(rank, cqil.p, steps, embeds=leads, predicts=leads, split_vocabulary=False)
+
+    split = cqil.p > 1
+    steps = (*(Layer(i, split) for i in before), *groups, *(Layer(i, split) for i in after))
+    return RankSchedule(rank, cqil.p, steps, embeds=True, predicts=True, split_vocabulary=split)

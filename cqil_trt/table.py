@@ -1,0 +1,27 @@
+"""Plain text tables for terminals and logs."""
+
+from __future__ import annotations
+
+from typing import Sequence
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Rows in aligned columns under a header; the first column to the left, the others to the right."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        aligned = [cell.rjust(width) for cell, width in zip(row, widths)]
+        aligned[0] = row[0].ljust(widths[0])
+        return "  ".join(aligned).rstrip()
+
+    return "\n".join([line(cells[0]), line(["-" * width for width in widths]), *map(line, cells[1:])])
+
+
+def size(count: float) -> str:
+    """A number of bytes for people, in powers of ten as disks and memory bandwidths are given."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.4g} GB"

@@ -1,0 +1,322 @@
+"""Readers of checkpoints: safetensors, PyTorch .bin and GGUF as one mapping name → tensor, read slice by slice.
+
+No reader maps a file into memory: a build touches every byte of a checkpoint once, and mapped pages would count
+towards its resident memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Mapping
+
+import torch
+
+from cqil_trt.config import ModelConfig, RopeConfig, read_json
+from cqil_trt.errors import UserError
+
+Range = tuple[int, int] | None
+
+_SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_FLOATS = tuple(_SAFETENSORS_DTYPES.values())
+
+
+class WeightReader(ABC):
+    """Tensors by name; only what is asked for is read. `source` names the files in messages."""
+
+    source: str
+
+    @abstractmethod
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of every tensor there is."""
+
+    @abstractmethod
+    def dtype(self, name: str) -> torch.dtype:
+        """The type `read` returns for `name`."""
+
+    @abstractmethod
+    def read(self, name: str, rows: Range = None, columns: Range = None) -> torch.Tensor:
+        """`tensor[rows, columns]` as a tensor of its own; half-open ranges, None for all.
+
+        `columns` needs a matrix. Raises UserError when the file cannot be read.
+        """
+
+
+def cut(tensor: torch.Tensor, rows: Range, columns: Range) -> torch.Tensor:
+    """`tensor[rows, columns]`, a view."""
+    if rows is not None:
+        tensor = tensor[rows[0] : rows[1]]
+    return tensor if columns is None else tensor[:, columns[0] : columns[1]]
+
+
+class SafetensorsReader(WeightReader):
+    """One safetensors file. The safetensors library checks the header; tensors are then read by offset."""
+
+    def __init__(self, path: Path):
+        from safetensors import SafetensorError, safe_open
+
+        self.source = str(path)
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+            self._file = open(path, "rb", buffering=0)
+            size = int.from_bytes(self._file.read(8), "little")
+            header = json.loads(self._file.read(size))
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file") from None
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error})") from None
+        except (SafetensorError, ValueError, RecursionError, OverflowError) as error:
+            raise UserError(f"{path}: corrupt or truncated safetensors file ({error})") from None
+        header.pop("__metadata__", None)
+        self._start = 8 + size
+        self._header: dict[str, dict] = header
+        self._shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._shapes
+
+    def dtype(self, name: str) -> torch.dtype:
+        kind = self._header[name]["dtype"]
+        if kind not in _SAFETENSORS_DTYPES:
+            raise UserError(f"{self.source}: {name} has type {kind}, which is not supported")
+        return _SAFETENSORS_DTYPES[kind]
+
+    def read(self, name: str, rows: Range = None, columns: Range = None) -> torch.Tensor:
+        dtype, shape = self.dtype(name), self._shapes[name]
+        first, last = rows or (0, shape[0] if shape else 1)
+        row_bytes = dtype.itemsize
+        for size in shape[1:]:
+            row_bytes *= size
+        data = torch.empty((last - first) * row_bytes, dtype=torch.uint8)
+        view, offset = memoryview(data.numpy()), self._start + self._header[name]["data_offsets"][0] + first * row_bytes
+        while view:
+            count = os.preadv(self._file.fileno(), [view], offset)
+            if not count:
+                raise UserError(f"{self.source}: truncated while reading {name}")
+            view, offset = view[count:], offset + count
+        tensor = data.view(dtype).reshape(shape if not shape else (last - first, *shape[1:]))
+        return cut(tensor, None, columns)
+
+
+class TorchReader(WeightReader):
+    """One PyTorch .bin file, loaded with weights_only: no code in it runs."""
+
+    def __init__(self, path: Path):
+        self.source = str(path)
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file") from None
+        except Exception as error:  # torch.load raises whatever its pickle machine trips over
+            reason = str(error).split("\n")[0] or type(error).__name__
+            raise UserError(f"{path}: not a PyTorch checkpoint that loads with weights_only ({reason})") from None
+        if not isinstance(tensors, dict) or not all(
+            isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in tensors.items()
+        ):
+            raise UserError(f"{path}: expected a dictionary of tensors")
+        self._tensors: dict[str, torch.Tensor] = tensors
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def dtype(self, name: str) -> torch.dtype:
+        dtype = self._tensors[name].dtype
+        if dtype not in _FLOATS:
+            raise UserError(f"{self.source}: {name} has type {dtype}, which is not supported")
+        return dtype
+
+    def read(self, name: str, rows: Range = None, columns: Range = None) -> torch.Tensor:
+        self.dtype(name)
+        return cut(self._tensors[name], rows, columns).clone()
+
+
+class ShardedReader(WeightReader):
+    """A checkpoint of several files, found through its index (model.safetensors.index.json and the like)."""
+
+    def __init__(self, index: Path):
+        self.source = str(index)
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{index}: no weight_map")
+        kind = SafetensorsReader if index.name.endswith(".safetensors.index.json") else TorchReader
+        readers: dict[str, WeightReader] = {}
+        self._readers: dict[str, WeightReader] = {}
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise UserError(f"{index}: {name} is said to be in {file!r:.80}, which is not a file name")
+            if file not in readers:
+                readers[file] = kind(index.parent / file)
+            if name not in readers[file].shapes():
+                raise UserError(f"{index}: {name} is said to be in {file}, which does not hold it")
+            self._readers[name] = readers[file]
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: reader.shapes()[name] for name, reader in self._readers.items()}
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._readers[name].dtype(name)
+
+    def read(self, name: str, rows: Range = None, columns: Range = None) -> torch.Tensor:
+        return self._readers[name].read(name, rows, columns)
+
+
+_GGUF_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_GGUF_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_GGUF_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+class GgufReader(WeightReader):
+    """A GGUF file, any quantization the gguf package knows; tensors come out as float32 under Hugging Face's names."""
+
+    def __init__(self, path: Path):
+        from gguf import GGUFReader
+
+        self.source = str(path)
+        if not path.is_file():
+            raise UserError(f"{path}: no such file")
+        try:
+            self._reader = GGUFReader(path)
+            tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+            self.architecture = self.field("general.architecture")
+        except Exception as error:  # the gguf package raises numpy's and its own errors on a damaged file
+            raise UserError(f"{path}: corrupt or truncated GGUF file ({error or type(error).__name__})") from None
+        self._tensors = {self._rename(name): tensor for name, tensor in tensors.items()}
+        self._cached: tuple[str, torch.Tensor] | None = None
+
+    def field(self, key: str, default=None):
+        """A metadata value; `{arch}` in `key` stands for the architecture."""
+        field = self._reader.fields.get(key.replace("{arch}", str(getattr(self, "architecture", ""))))
+        return default if field is None else field.contents()
+
+    def _rename(self, name: str) -> str:
+        base, _, kind = name.rpartition(".")
+        if base.startswith("blk."):
+            _, index, part = base.split(".", 2)
+            if part in _GGUF_LAYER:
+                return f"model.layers.{index}.{_GGUF_LAYER[part]}.{kind}"
+        return f"{_GGUF_TOP[base]}.{kind}" if base in _GGUF_TOP else name
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()}
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32
+
+    def read(self, name: str, rows: Range = None, columns: Range = None) -> torch.Tensor:
+        # Ranks ask for slices of one tensor one after the other; it is dequantized once.
+        if self._cached is None or self._cached[0] != name:
+            self._cached = (name, self._dequantize(name))
+        return cut(self._cached[1], rows, columns).clone()
+
+    def _dequantize(self, name: str) -> torch.Tensor:
+        import numpy as np
+        from gguf import dequantize
+
+        entry = self._tensors[name]
+        try:
+            values = np.array(dequantize(entry.data, entry.tensor_type), dtype=np.float32)
+        except Exception as error:
+            raise UserError(f"{self.source}: {entry.name} cannot be dequantized ({error})") from None
+        tensor = torch.from_numpy(values).reshape(self.shapes()[name])
+        if self.architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+            # llama.cpp rotates neighbouring pairs, Hugging Face the two halves of a head: undo its row order.
+            count = "head_count" if "q_proj" in name else "head_count_kv"
+            heads = int(self.field(f"{{arch}}.attention.{count}", self.field("{arch}.attention.head_count")))
+            size, width = tensor.shape
+            tensor = tensor.view(heads, size // heads // 2, 2, width).transpose(1, 2).reshape(size, width)
+        return tensor
+
+    def model_config(self) -> ModelConfig:
+        """The model that the file's metadata describes. Raises UserError for one we would compute wrongly."""
+        if self.architecture not in _GGUF_ARCHITECTURES:
+            known = ", ".join(_GGUF_ARCHITECTURES)
+            raise UserError(f"{self.source}: architecture {self.architecture!r:.80} is not supported ({known} are)")
+        shapes = self.shapes()
+        if "rope_freqs.weight" in shapes:
+            raise UserError(f"{self.source}: rope_freqs (llama3 rope) is not supported in GGUF: use the safetensors")
+        scaling = self.field("{arch}.rope.scaling.type", "none")
+        if scaling not in ("none", "linear"):
+            raise UserError(f"{self.source}: rope scaling {scaling!r:.80} is not supported in GGUF")
+        try:
+            theta = float(self.field("{arch}.rope.freq_base", 10000.0))
+            rope = RopeConfig(theta)
+            if scaling == "linear":
+                rope = RopeConfig(theta, "linear", float(self.field("{arch}.rope.scaling.factor")))
+            heads = int(self.field("{arch}.attention.head_count"))
+            hidden = int(self.field("{arch}.embedding_length"))
+            head_dim = int(self.field("{arch}.attention.key_length", hidden // heads))
+            if int(self.field("{arch}.rope.dimension_count", head_dim)) != head_dim:
+                raise UserError(f"{self.source}: partial rotary embedding is not supported")
+            eos = self.field("tokenizer.ggml.eos_token_id")
+            return ModelConfig(
+                architecture=_GGUF_ARCHITECTURES[self.architecture],
+                num_layers=int(self.field("{arch}.block_count")),
+                hidden_size=hidden,
+                intermediate_size=int(self.field("{arch}.feed_forward_length")),
+                num_heads=heads,
+                num_kv_heads=int(self.field("{arch}.attention.head_count_kv", heads)),
+                head_dim=head_dim,
+                vocab_size=shapes["model.embed_tokens.weight"][0],
+                max_position=int(self.field("{arch}.context_length")),
+                rms_norm_eps=float(self.field("{arch}.attention.layer_norm_rms_epsilon")),
+                rope=rope,
+                tie_embeddings="lm_head.weight" not in shapes,
+                qkv_bias="model.layers.0.self_attn.q_proj.bias" in shapes,
+                o_bias="model.layers.0.self_attn.o_proj.bias" in shapes,
+                mlp_bias="model.layers.0.mlp.gate_proj.bias" in shapes,
+                qk_norm="model.layers.0.self_attn.q_norm.weight" in shapes,
+                sliding_window=None,
+                dtype="float32",
+                eos_token_ids=() if eos is None else (int(eos),),
+            )
+        except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
+            raise UserError(f"{self.source}: GGUF metadata is incomplete or malformed ({error})") from None
+
+
+_CHECKPOINTS = {
+    "model.safetensors.index.json": ShardedReader,
+    "model.safetensors": SafetensorsReader,
+    "pytorch_model.bin.index.json": ShardedReader,
+    "pytorch_model.bin": TorchReader,
+}
+
+
+def open_checkpoint(path: Path) -> tuple[ModelConfig, WeightReader]:
+    """The model and the weights at `path`: a Hugging Face directory or a .gguf file."""
+    if path.suffix == ".gguf":
+        reader = GgufReader(path)
+        return reader.model_config(), reader
+    if not path.is_dir():
+        found = "a file that is not .gguf" if path.exists() else "nothing"
+        raise UserError(f"--model {path}: expected a Hugging Face directory or a .gguf file, found {found}")
+    model = ModelConfig.from_hugging_face(path / "config.json")
+    for name, kind in _CHECKPOINTS.items():
+        if (path / name).exists():
+            return model, kind(path / name)
+    raise UserError(f"--model {path}: no weights (looked for {', '.join(_CHECKPOINTS)})")
+
+
+def check_shapes(reader: WeightReader, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises UserError unless the checkpoint holds every expected tensor in its shape and a float type."""
+    found = reader.shapes()
+    for name, shape in expected.items():
+        if name not in found:
+            raise UserError(f"{reader.source}: no tensor {name}, which config.json asks for")
+        if found[name] != shape:
+            raise UserError(f"{reader.source}: {name} has shape {found[name]}, config.json asks for {shape}")
+        reader.dtype(name)

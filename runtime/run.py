@@ -1,0 +1,12 @@
+#!/usr/bin/env python
+"""Engine directory → text, parity, latency; started by mpirun. The command is cqil_trt/commands/run.py."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
+
+from cqil_trt.commands.run import main  # noqa: E402
+
+if __name__ == "__main__":
+    main()
