@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 __version__ = "0.1.0"
-
-if TYPE_CHECKING:
-    from cqil_trt.builder import build
-    from cqil_trt.config import CqilConfig, EngineConfig, ModelConfig
-    from cqil_trt.errors import UserError
-    from cqil_trt.llm import Llm, load
-    from cqil_trt.reference import CqilModel
+__all__ = ["CqilConfig", "CqilModel", "EngineConfig", "Llm", "ModelConfig", "UserError", "build", "load"]
 
 # Imported when first used: torch alone takes seconds, and `cqil-build --help` should not.
 _HOMES = {
-    "build": "cqil_trt.builder",
-    "CqilConfig": "cqil_trt.config",
-    "EngineConfig": "cqil_trt.config",
-    "ModelConfig": "cqil_trt.config",
-    "UserError": "cqil_trt.errors",
-    "Llm": "cqil_trt.llm",
-    "load": "cqil_trt.llm",
-    "CqilModel": "cqil_trt.reference",
+    "CqilConfig": "config",
+    "CqilModel": "reference",
+    "EngineConfig": "config",
+    "Llm": "llm",
+    "ModelConfig": "config",
+    "UserError": "errors",
+    "build": "builder",
+    "load": "llm",
 }
-__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:
@@ -32,4 +25,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'cqil_trt' has no attribute '{name}'")
     from importlib import import_module
 
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(f"cqil_trt.{_HOMES[name]}"), name)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 from cqil_trt.errors import UserError
 
@@ -364,9 +365,7 @@ class EngineConfig:
     def check_model(self, model: ModelConfig) -> None:
         """Raises UserError when the model would compute something else at these lengths."""
         if self.max_seq_len > model.max_position:
-            raise UserError(
-                f"--max-seq-len {self.max_seq_len} is beyond the model's {model.max_position} positions"
-            )
+            raise UserError(f"--max-seq-len {self.max_seq_len} is beyond the model's {model.max_position} positions")
         if model.sliding_window is not None and self.max_seq_len > model.sliding_window:
             raise UserError(
                 f"the model uses sliding-window attention ({model.sliding_window} tokens), which is not supported: "

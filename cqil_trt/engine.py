@@ -13,10 +13,11 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, Mapping
+from typing import Any
 
 from cqil_trt.config import CqilConfig, EngineConfig, ModelConfig, read_json
 from cqil_trt.errors import UserError

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any
 
 from cqil_trt.collectives import HostCommunicator, LocalCommunicator
 from cqil_trt.engine import Engine, find_engine
@@ -84,6 +85,7 @@ class Llm:
         mine = range(self.replica, len(ids), self.replicas)
         report = None
         if on_text is not None and self.communicator.rank == 0:
+
             def report(index: int, text: str) -> None:
                 on_text(mine[index], text)
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ _HARMLESS = {
     "r", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora", "modules_to_save", "target_modules",
     "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "init_lora_weights",
     "megatron_core", "ensure_weight_tying", "eva_config", "corda_config", "loftq_config", "lora_ga_config",
-    "runtime_config", "cqil",
+    "runtime_config", "qalora_group_size", "cqil",
 }  # fmt: skip
 # Initialisations that leave the base weights alone; the others (PiSSA, OLoRA, LoftQ, CorDA, ...) change them.
 _PLAIN_INIT = (None, True, False, "gaussian", "eva", "orthogonal")
@@ -170,9 +171,8 @@ class LoraReader(WeightReader):
         return torch.float32 if name in self._deltas else self._base.dtype(name)
 
     def read(self, name: str, rows: Range = None, columns: Range = None) -> torch.Tensor:
-        if name in self._replaced:
-            return cut(self._replaced[name], rows, columns)
-        tensor = self._base.read(name, rows, columns)
+        replaced = self._replaced.get(name)
+        tensor = self._base.read(name, rows, columns) if replaced is None else cut(replaced, rows, columns)
         delta = self._deltas.get(name)
         if delta is None:
             return tensor

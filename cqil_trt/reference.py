@@ -9,10 +9,11 @@ from __future__ import annotations
 import io
 import logging
 import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from types import MethodType
-from typing import Any, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn

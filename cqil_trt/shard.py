@@ -82,7 +82,9 @@ class LayerShard:
         first, last = heads = even_split(model.num_heads, parts, part)
         kv_heads = (first // group, (last - 1) // group + 1) if last > first else (0, 0)
         kv_index = tuple(head // group - kv_heads[0] for head in range(first, last))
-        return cls(index, heads, kv_heads, even_split(model.intermediate_size, parts, part), kv_index, part == parts - 1)
+        return cls(
+            index, heads, kv_heads, even_split(model.intermediate_size, parts, part), kv_index, part == parts - 1
+        )
 
 
 @dataclass(frozen=True)

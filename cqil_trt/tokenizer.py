@@ -86,7 +86,9 @@ class Tokenizer:
         source = path.read_text() if path.exists() else self._config().get("chat_template")
         if not isinstance(source, str):
             raise UserError(f"--chat: {self._directory} has no chat template")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
         environment.globals["raise_exception"] = _raise
         try:

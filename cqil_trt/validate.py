@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -114,7 +115,9 @@ def validate(llm: Llm, prompts: Sequence[Sequence[int]], steps: int = STEPS) -> 
     for logits in engine_logits:
         state.update(logits.tobytes())
     if len(set(llm.job.gather(state.hexdigest()))) > 1:
-        raise UserError("the ranks do not agree on the logits or tokens bit for bit: this is a defect, please report it")
+        raise UserError(
+            "the ranks do not agree on the logits or tokens bit for bit: this is a defect, please report it"
+        )
 
     def judge() -> list[Parity]:
         import torch

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from cqil_trt.config import BACKENDS, BYPASSES, DTYPES, PLACEMENTS
 from cqil_trt.job import command
@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if as_json:
             print(json.dumps({**description, "output": str(engine.path.resolve())}, indent=1))
         else:
-            print(f"\nbuilt {engine.path}\nrun it: mpirun -n {engine.world_size} python runtime/run.py --engine {engine.path}")
+            path, ranks = engine.path, engine.world_size
+            print(f"\nbuilt {path}\nrun it: mpirun -n {ranks} python runtime/run.py --engine {path}")
 
 
 def describe(plan: dict[str, Any]) -> str:

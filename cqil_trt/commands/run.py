@@ -6,8 +6,9 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any
 
 from cqil_trt.errors import UserError
 from cqil_trt.job import Job, command
@@ -190,7 +191,10 @@ def validate(llm: Any, prompts: list[list[int]], say: Callable[[str], None], rep
     passed = all(r.passed for r in results)
     tokens = "all" if threshold.tokens is None else f"{threshold.tokens} (or a logit gap within the error)"
     say(table(header, rows))
-    say(f"threshold for {llm.engine.limits.dtype}: relative L2 <= {threshold.relative_l2:g}, greedy tokens equal: {tokens}")
+    say(
+        f"threshold for {llm.engine.limits.dtype}: relative L2 <= {threshold.relative_l2:g}, "
+        f"greedy tokens equal: {tokens}"
+    )
     say("validation passed: all ranks hold identical bits" if passed else "validation FAILED")
     report["validation"] = {"passed": passed, "prompts": [r.to_dict() for r in results]}
     return passed
@@ -204,9 +208,9 @@ def benchmark(llm: Any, prompt: list[int], steps: int, say: Callable[[str], None
     if steps < 1:
         raise UserError("--benchmark: the prompt fills the engine, so there is no token to decode")
 
-    def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    def timed(call: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
         began = time.perf_counter()
-        result = call()
+        result = call(*arguments)
         return (time.perf_counter() - began) * 1e3, result
 
     def prefill() -> Any:
@@ -221,7 +225,7 @@ def benchmark(llm: Any, prompt: list[int], steps: int, say: Callable[[str], None
     prefills = [timed(prefill) for _ in range(5)]
     token, decodes = prefills[-1][1], []
     for _ in range(steps):
-        elapsed, token = timed(lambda: decode(token))
+        elapsed, token = timed(decode, token)
         decodes.append(elapsed)
     measured = {
         "prompt_tokens": len(prompt),

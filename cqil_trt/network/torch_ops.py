@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -48,8 +48,8 @@ class TorchOps(Ops[torch.Tensor]):
         self._communicator = communicator
         self._dtype = dtype
         self._eps = plan.model.rms_norm_eps
-        self._cos, self._sin = (torch.from_numpy(t).to(dtype) for t in rotary_tables(plan.model, max_seq_len))
-        # Zeros, not uninitialised memory: a masked position takes part in the product with weight 0, and 0 * NaN is NaN.
+        self._cos, self._sin = (table.to(dtype) for table in rotary_tables(plan.model, max_seq_len))
+        # Zeros, not uninitialised memory: a masked position takes part with weight 0, and 0 * NaN is NaN.
         self._cache = {
             index: torch.zeros(2, batch_size, shard.num_kv_heads, max_seq_len, plan.model.head_dim, dtype=dtype)
             for index, shard in plan.layers.items()

@@ -1,0 +1,132 @@
+"""Random models, adapters and MPI jobs for the tests. Seeds are fresh each run and printed, so a failure repeats."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SEED = int(os.environ.get("CQIL_TEST_SEED", random.SystemRandom().randrange(2**31)))
+# Hugging Face must not look for a network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_report_header() -> str:
+    return f"CQIL_TEST_SEED={SEED} (set it to repeat this run's random models)"
+
+
+@pytest.fixture(scope="session")
+def seed() -> int:
+    return SEED
+
+
+def make_model(directory: Path, architecture: str = "LlamaForCausalLM", seed: int = SEED, **changes: Any) -> Path:
+    """A random Hugging Face checkpoint with logits of useful size, saved by transformers; returns its directory."""
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    save_dtype = changes.pop("save_dtype", torch.float32)
+    shard_size = changes.pop("max_shard_size", "50GB")
+    values: dict[str, Any] = {
+        "num_hidden_layers": 6,
+        "hidden_size": 48,
+        "intermediate_size": 88,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "vocab_size": 131,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": False,
+        "head_dim": 8,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        **changes,
+    }
+    kind = getattr(transformers, architecture)
+    model = kind(kind.config_class(**values)).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.copy_(1 + 0.2 * torch.randn_like(parameter))
+            elif name.endswith("bias"):
+                parameter.copy_(0.2 * torch.randn_like(parameter))
+            else:
+                parameter.copy_(torch.randn_like(parameter) * (1.0 if "embed" in name else 0.8 / 7))
+    model.to(save_dtype).save_pretrained(directory, max_shard_size=shard_size)
+    return directory
+
+
+def load_model(directory: Path):
+    """The checkpoint as transformers loads it, float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+def make_adapter(model_directory: Path, directory: Path, seed: int = SEED, **options: Any) -> Path:
+    """A random LoRA adapter for the model, made and saved by PEFT; returns its directory."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    values: dict[str, Any] = {
+        "r": 4,
+        "lora_alpha": 6,
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "task_type": "CAUSAL_LM",
+        **options,
+    }
+    model = get_peft_model(load_model(model_directory), LoraConfig(**values))
+    with torch.no_grad():
+        for _, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(directory)
+    return directory
+
+
+def run(*command: Any, timeout: float = 300, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Runs a command from the checkout's root with this Python first on the PATH."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment.update(options.pop("env", {}))
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=options.pop("cwd", ROOT),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        **options,
+    )
+
+
+def build(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, "builders/build.py", *arguments, **options)
+
+
+def mpirun(ranks: int, *arguments: Any, script: str = "runtime/run.py", **options: Any):
+    return run("mpirun", "-n", ranks, sys.executable, script, *arguments, **options)
+
+
+def assert_user_error(done: subprocess.CompletedProcess[str], *fragments: str) -> None:
+    """Exit code 2 and one line on standard error that holds every fragment, no traceback."""
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    # mpirun may add lines of its own about the exit codes of ranks; ours starts with "error: ".
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    for fragment in fragments:
+        assert fragment in lines[0], (fragment, lines[0])
+
+
+def write_json(path: Path, value: Any) -> Path:
+    path.write_text(json.dumps(value))
+    return path

@@ -1,0 +1,157 @@
+"""Configurations against transformers' own, and the rules of CqilConfig."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from conftest import write_json
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from cqil_trt.config import ARCHITECTURES, CqilConfig, EngineConfig, ModelConfig
+from cqil_trt.errors import UserError
+from cqil_trt.network.rotary import inverse_frequencies
+from cqil_trt.presets import PRESETS
+
+SMALL = {
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 32,
+    "intermediate_size": 96,
+    "vocab_size": 100,
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_fields_left_out_mean_what_transformers_takes_them_for(architecture, tmp_path):
+    expected = getattr(transformers, architecture).config_class(**SMALL)
+    path = write_json(tmp_path / "config.json", {"architectures": [architecture], **SMALL})
+    model = ModelConfig.from_hugging_face(path)
+    assert model.num_kv_heads == expected.num_key_value_heads
+    assert model.head_dim == (getattr(expected, "head_dim", None) or 2)
+    assert model.max_position == expected.max_position_embeddings
+    assert model.rms_norm_eps == expected.rms_norm_eps
+    assert model.rope.theta == expected.rope_parameters["rope_theta"]
+    assert model.tie_embeddings == expected.tie_word_embeddings
+    assert model.sliding_window == getattr(expected, "sliding_window", None)
+
+
+ROPES = {
+    "default": {"rope_type": "default", "rope_theta": 50000.0},
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+@pytest.mark.parametrize("old_style", [False, True])
+def test_rope_frequencies_equal_those_of_transformers(kind, old_style, tmp_path):
+    rope = dict(ROPES[kind])
+    config = transformers.LlamaConfig(**{**SMALL, "num_attention_heads": 1}, rope_parameters=dict(rope))
+    if kind == "default":
+        expected = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config).inv_freq
+    else:
+        expected, scale = ROPE_INIT_FUNCTIONS[kind](config)
+        assert scale == 1.0
+    written = {"architectures": ["LlamaForCausalLM"], **SMALL, "num_attention_heads": 1}
+    if old_style:
+        written["rope_theta"] = rope.pop("rope_theta")
+        rope["type"] = rope.pop("rope_type")
+        written["rope_scaling"] = None if kind == "default" else rope
+    else:
+        written["rope_parameters"] = rope
+    model = ModelConfig.from_hugging_face(write_json(tmp_path / "config.json", written))
+    assert torch.equal(inverse_frequencies(model), expected)
+
+
+REFUSED = {
+    "architectures": (["GPT2LMHeadModel"], "GPT2LMHeadModel"),
+    "hidden_act": ("gelu", "gelu"),
+    "rope_scaling": ({"rope_type": "yarn", "factor": 2.0}, "yarn"),
+    "quantization_config": ({"quant_method": "gptq"}, "quantiz"),
+    "partial_rotary_factor": (0.5, "partial_rotary_factor"),
+    "num_key_value_heads": (5, "key/value heads"),
+    "hidden_size": (-1, "hidden_size"),
+    "num_hidden_layers": ("many", "num_hidden_layers"),
+    "rms_norm_eps": (float("nan"), "rms_norm_eps"),
+    "vocab_size": (10**40, "vocab_size"),
+}
+
+
+@pytest.mark.parametrize("field", REFUSED)
+def test_what_would_be_computed_wrongly_is_refused_by_name(field, tmp_path):
+    value, name = REFUSED[field]
+    path = write_json(tmp_path / "config.json", {"architectures": ["LlamaForCausalLM"], **SMALL, field: value})
+    with pytest.raises(UserError) as caught:
+        ModelConfig.from_hugging_face(path)
+    assert name in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_a_sliding_window_is_refused_only_where_it_is_in_use(tmp_path):
+    values = {"architectures": ["MistralForCausalLM"], **SMALL, "num_key_value_heads": 8, "sliding_window": 512}
+    model = ModelConfig.from_hugging_face(write_json(tmp_path / "config.json", values))
+    EngineConfig(max_seq_len=512).check_model(model)
+    with pytest.raises(UserError, match="sliding-window"):
+        EngineConfig(max_seq_len=513).check_model(model)
+    for off in ({"sliding_window": None}, {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False}):
+        path = write_json(tmp_path / "config.json", {**values, **off})
+        assert ModelConfig.from_hugging_face(path).sliding_window is None
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"p": 0}, "--p"),
+        ({"p": 9}, "--p"),
+        ({"p": 2, "d": 2}, "--d"),
+        ({"p": 2, "d": -1}, "--d"),
+        ({"p": 4, "start": 2, "end": 8}, "does not divide"),
+        ({"p": 2, "start": 4, "end": 2}, "start <= end"),
+        ({"p": 2, "start": -2, "end": 2}, "start <= end"),
+        ({"p": 2, "bypass": "both"}, "--bypass"),
+        ({"p": 2, "placement": "here"}, "--placement"),
+        ({"p": 2, "start": 2, "end": 4, "placement": "tensor"}, "tensor"),
+    ],
+)
+def test_wrong_configurations_name_the_flag(values, message):
+    with pytest.raises(UserError, match=message):
+        CqilConfig(**values)
+
+
+def test_the_middle_is_chosen_when_no_range_is_given():
+    for layers in range(1, 81):
+        for p in range(1, 9):
+            config = CqilConfig.choose(layers, p)
+            assert 0 <= config.start <= config.end <= layers and (config.end - config.start) % p == 0
+            assert CqilConfig.choose(layers, p, start=0).start == 0
+            assert CqilConfig.choose(layers, p, end=layers).end == layers
+    assert (CqilConfig.choose(32, 2).start, CqilConfig.choose(32, 2).end) == (12, 30)
+
+
+def test_presets_are_the_published_ranges():
+    found = {name: (c.p, c.d, c.start, c.end, c.bypass) for name, c in PRESETS.items()}
+    assert found == {
+        "llama-7b-p2-d0": (2, 0, 12, 30, "mlp"),
+        "llama-7b-p2-d1": (2, 1, 12, 30, "residual"),
+        "llama-7b-p4-d0": (4, 0, 14, 30, "mlp"),
+        "llama-7b-p4-d1": (4, 1, 14, 30, "residual"),
+        "qwen1.5-14b-p2-d0": (2, 0, 17, 37, "mlp"),
+    }
+
+
+def test_model_config_survives_json(tmp_path):
+    rope = ROPES["llama3"]
+    path = write_json(
+        tmp_path / "config.json",
+        {"architectures": ["LlamaForCausalLM"], **SMALL, "rope_parameters": rope, "eos_token_id": [1, 2]},
+    )
+    model = ModelConfig.from_hugging_face(path)
+    assert ModelConfig.from_dict(json.loads(json.dumps(model.to_dict()))) == model
+    assert model.eos_token_ids == (1, 2)

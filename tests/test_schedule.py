@@ -1,0 +1,68 @@
+"""The schedule and the shards, as properties of any configuration."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cqil_trt.config import CqilConfig, ModelConfig, RopeConfig
+from cqil_trt.schedule import Group, Layer, Receive, schedule
+from cqil_trt.shard import plan
+
+
+@st.composite
+def configurations(draw):
+    p = draw(st.integers(1, 8))
+    groups = draw(st.integers(0, 4))
+    start = draw(st.integers(0, 5))
+    layers = start + groups * p + draw(st.integers(0, 5)) or 1
+    placement = draw(st.sampled_from(["sharded", "leader", "tensor"]))
+    if placement == "tensor":
+        return CqilConfig(p, placement="tensor"), layers
+    return CqilConfig(p, draw(st.integers(0, p - 1)), start, start + groups * p, placement=placement), layers
+
+
+@given(configurations())
+def test_every_layer_runs_where_it_should_and_collectives_line_up(configuration):
+    cqil, layers = configuration
+    ranks = schedule(cqil, layers)
+    grouped = {layer for group in cqil.groups for layer in group}
+    outside = [i for i in range(layers) if i not in grouped]
+    collectives = []
+    for rank in ranks:
+        run = [step.index for step in rank.layers]
+        assert run == sorted(set(run))
+        assert {i for i in run if i in grouped} == {group[rank.rank] for group in cqil.groups}
+        alone = [step.index for step in rank.steps if isinstance(step, Layer)]
+        if cqil.placement == "leader":
+            assert alone == (outside if rank.rank == 0 else [])
+            assert rank.all_reduces == len(cqil.groups) and rank.broadcasts == bool(cqil.groups)
+        else:
+            assert alone == outside
+            assert rank.all_reduces == (0 if cqil.p == 1 else len(cqil.groups) + 2 * len(outside))
+        collectives.append([s for s in rank.steps if isinstance(s, (Receive, Group)) or s.split])
+    shapes = [[type(s).__name__ + str(getattr(s, "layers", "")) for s in steps] for steps in collectives]
+    assert all(shape == shapes[0] for shape in shapes)
+
+
+@given(configurations(), st.integers(1, 4), st.integers(1, 12), st.integers(1, 40), st.booleans())
+def test_shards_of_a_layer_cover_it_exactly_once(configuration, kv_heads, group, neurons, tied):
+    cqil, layers = configuration
+    model = ModelConfig(
+        "LlamaForCausalLM", layers, 16, neurons, kv_heads * group, kv_heads, 4, 37, 64, 1e-6, RopeConfig(), tied,
+        True, True, True, False, None, "float32",
+    )  # fmt: skip
+    ranks = plan(model, cqil)
+    assert sum(b - a for a, b in (rank.vocabulary for rank in ranks)) == model.vocab_size
+    for layer in range(layers):
+        shards = [rank.layers[layer] for rank in ranks if layer in rank.layers]
+        heads = [head for shard in shards for head in range(*shard.heads)]
+        assert heads == list(range(model.num_heads))
+        assert [n for shard in shards for n in range(*shard.neurons)] == list(range(neurons))
+        assert sum(shard.adds_bias for shard in shards) == 1
+        assert all(shard.num_heads and shard.num_neurons for shard in shards if shard.adds_bias)
+        sizes = [shard.num_heads for shard in shards]
+        assert max(sizes) - min(sizes) <= 1
+        for shard in shards:
+            # Every query head reads the key/value head it reads in the whole model.
+            read = [shard.kv_heads[0] + shard.kv_index[i] for i in range(shard.num_heads)]
+            assert read == [head // group for head in range(*shard.heads)]
+            assert set(read) == set(range(*shard.kv_heads))
