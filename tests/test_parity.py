@@ -1,0 +1,146 @@
+"""Engines under mpirun against the reference: prefill, cached decode, batches, every placement and architecture."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import SEED, load_model, make_adapter, make_model, mpirun, write_json
+
+import cqil_trt
+from cqil_trt.reference import CqilModel
+
+STEPS = 20
+ARCHITECTURES = {
+    "llama": ("LlamaForCausalLM", {"num_key_value_heads": 6}),
+    "llama-gqa": ("LlamaForCausalLM", {}),
+    "llama-tied-bias": (
+        "LlamaForCausalLM",
+        {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    ),
+    "llama-linear-rope": (
+        "LlamaForCausalLM",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
+    ),
+    "llama-llama3-rope": (
+        "LlamaForCausalLM",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
+    # Nine query and three key/value heads, as SmolLM2 has: no even split on two or four ranks.
+    "llama-odd-heads": (
+        "LlamaForCausalLM",
+        {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72, "intermediate_size": 91},
+    ),
+    # Fewer heads than ranks: some ranks hold none.
+    "llama-few-heads": ("LlamaForCausalLM", {"num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 32}),
+    "mistral": ("MistralForCausalLM", {"sliding_window": 128}),
+    "qwen2": ("Qwen2ForCausalLM", {}),
+    "qwen3": ("Qwen3ForCausalLM", {"head_dim": 12}),
+}
+SHAPES = [
+    {"p": 1},
+    {"p": 2, "d": 0, "start": 1, "end": 5},
+    {"p": 2, "d": 1, "start": 2, "end": 6},
+    {"p": 2, "d": 1, "start": 0, "end": 4, "bypass": "residual"},
+    {"p": 3, "d": 2, "start": 0, "end": 6},
+    {"p": 4, "d": 0, "start": 1, "end": 5},
+    {"p": 4, "d": 1, "start": 2, "end": 6, "bypass": "residual"},
+    {"p": 4, "d": 3, "start": 1, "end": 5},
+]
+
+
+def cases():
+    """Every architecture at two shapes and placements, every shape and placement at some architecture."""
+    found = []
+    for i, name in enumerate(ARCHITECTURES):
+        for j, shape in enumerate(SHAPES):
+            placement = ("sharded", "leader")[(i + j) % 2]
+            if (i + j) % 3 == 0 or name == "llama-odd-heads":
+                found.append((name, {**shape, "placement": placement}))
+        found.append((name, {"p": 2 + i % 3, "placement": "tensor"}))
+    found += [("llama-gqa", {**shape, "placement": p}) for shape in SHAPES for p in ("sharded", "leader")]
+    # A few ranks more than usual, and an empty range.
+    found += [("llama-gqa", {"p": 6, "d": 5, "start": 0, "end": 6}), ("qwen2", {"p": 2, "start": 3, "end": 3})]
+    return found
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {
+        name: make_model(root / name, architecture, seed=SEED + i, **changes)
+        for i, (name, (architecture, changes)) in enumerate(ARCHITECTURES.items())
+    }
+
+
+@pytest.fixture(scope="session")
+def results(models, tmp_path_factory):
+    """All engines built, then one mpirun for each number of ranks runs those it fits."""
+    root = tmp_path_factory.mktemp("engines")
+    random = np.random.default_rng(SEED)
+    prompts = {i: [random.integers(3, 131, size=n).tolist() for n in (7, 1, 19)] for i in range(len(cases()))}
+    adapters = {}
+    by_ranks: dict[int, list] = {}
+    for i, (name, shape) in enumerate(cases()):
+        lora = None
+        if i % 4 == 1:
+            if name not in adapters:
+                adapters[name] = make_adapter(models[name], root / f"adapter-{name}", seed=SEED + i)
+            lora = adapters[name]
+        engine = root / f"engine{i}"
+        cqil_trt.build(model=models[name], lora=lora, output=engine, max_seq_len=64, max_batch_size=3, **shape)
+        case = {"engine": str(engine), "prompts": prompts[i], "steps": STEPS, "out": str(root / f"out{i}")}
+        by_ranks.setdefault(shape["p"], []).append(case)
+    for ranks, batch in by_ranks.items():
+        done = mpirun(ranks, write_json(root / f"cases{ranks}.json", batch), script="tests/mpi_worker.py")
+        assert done.returncode == 0, done.stderr
+    return root, prompts, adapters
+
+
+def identifier(case):
+    name, shape = case
+    return name + "-" + "-".join(f"{k}{v}" if isinstance(v, int) else v for k, v in shape.items())
+
+
+@pytest.mark.parametrize("number", range(len(cases())), ids=[identifier(case) for case in cases()])
+def test_engine_equals_reference(number, models, results):
+    root, prompts, adapters = results
+    name, shape = cases()[number]
+    ranks = [np.load(f"{root}/out{number}-{rank}.npz") for rank in range(shape["p"])]
+    for other in ranks[1:]:  # bit for bit
+        assert all(np.array_equal(ranks[0][key], other[key]) for key in ranks[0])
+    found = ranks[0]
+
+    network = load_model(models[name])
+    config = json.loads((root / f"engine{number}" / "config.json").read_text())
+    if config["source"]["lora"]:
+        from peft import PeftModel
+
+        network = PeftModel.from_pretrained(network, adapters[name]).merge_and_unload().eval()
+    reference = network  # placement tensor is the unchanged model
+    if shape.get("placement") != "tensor":
+        reference = CqilModel(network, **{k: v for k, v in shape.items() if k != "placement"})
+    for i, prompt in enumerate(prompts[number]):
+        with torch.inference_mode():
+            # One full forward pass over prompt and continuation judges prefill and every cached decode step.
+            tokens = found["tokens"][i].tolist()
+            full = reference(torch.tensor([prompt + tokens[:-1]]), use_cache=False).logits[0].numpy()
+        assert relative(found[f"score{i}"], full[: len(prompt)]) < 1e-5
+        assert relative(found["logits"][i], full[len(prompt) - 1 :]) < 1e-5
+        assert tokens == full[len(prompt) - 1 :].argmax(-1).tolist()
+        # What a prompt gives does not depend on the batch it is in.
+        assert found[f"alone{i}"].tolist() == tokens
+        assert found[f"sampled{i}"].tolist() == found[f"sampled_alone{i}"].tolist()
+
+
+def relative(found, expected):
+    return np.linalg.norm(found.astype(np.float64) - expected) / np.linalg.norm(expected.astype(np.float64))
