@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 import traceback
@@ -91,9 +92,15 @@ class Job:
         return communicator(self.comm.Split(self.rank // size, self.rank)), self.rank // size
 
 
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
 @contextmanager
 def command(job: Job | None = None) -> Iterator[None]:
     """Ends a command as its users expect: a UserError is one line and exit code 2; anything else ends all ranks."""
+    # Asked to stop is handled like Ctrl-C, so that what is half written is removed.
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
     except UserError as error:

@@ -58,9 +58,16 @@ class CqilModel(nn.Module):
             for layer in members[1:]:
                 layer.forward = MethodType(_absorbed_forward, layer)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Hugging Face model's forward: input_ids, attention_mask, labels, past_key_values, …"""
-        return self._model(*args, **kwargs)
+    # Trainer reads the names of the columns it feeds from this signature.
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the Hugging Face model's forward, which takes more: position_ids, past_key_values, inputs_embeds, …"""
+        return self._model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:

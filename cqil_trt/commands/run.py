@@ -71,7 +71,7 @@ def run(options: argparse.Namespace, job: Job) -> bool:
     llm = Llm(options.engine, job)
     if options.chat and llm.tokenizer is None:
         raise UserError("--chat needs a tokenizer, which this engine came without")
-    prompts = llm.job.agree(lambda: llm.encode(texts or default_prompts(llm, options.validate), options.chat))
+    prompts = job.agree(lambda: llm.encode(texts or default_prompts(llm, options.validate), options.chat))
     say: Callable[[str], None] = print if job.rank == 0 else lambda text: None
     report: dict[str, Any] = {"engine": str(llm.engine.path), "ranks": job.size, "replicas": llm.replicas}
     limits, cqil = llm.engine.limits, llm.engine.cqil
@@ -131,19 +131,20 @@ def parse_json(name: str, text: str) -> Any:
         raise UserError(f"{name}: not valid JSON ({error})") from None
 
 
-def default_prompts(llm: Any, several: bool) -> list[Any]:
-    """Prompts for a user who gave none: texts, or random tokens where the engine has no tokenizer."""
-    from cqil_trt.validate import PROBES
-
-    count = len(PROBES) if several else 1
-    if llm.tokenizer is not None:
-        return list(PROBES[:count])
+def default_prompts(llm: Any, several: bool) -> list[list[int]]:
+    """Prompts for a user who gave none: known texts, or random tokens where the engine has no tokenizer."""
     import numpy as np
 
-    limits, vocabulary = llm.engine.limits, llm.engine.model.vocab_size
-    random = np.random.default_rng(0)
-    lengths = [min(length, limits.max_seq_len) for length in (6, 20, 33)]
-    return [random.integers(vocabulary, size=length).tolist() for length in lengths[:count]]
+    from cqil_trt.validate import PROBES
+
+    if llm.tokenizer is not None:
+        prompts = [llm.tokenizer.encode(text) for text in PROBES]
+    else:
+        random = np.random.default_rng(0)
+        prompts = [random.integers(llm.engine.model.vocab_size, size=length).tolist() for length in (6, 20, 33)]
+    # A small engine gets their beginning, and room to continue.
+    room = max(1, llm.engine.limits.max_seq_len // 2)
+    return [prompt[:room] for prompt in prompts[: len(prompts) if several else 1]]
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -1,0 +1,250 @@
+"""The commands as users start them: what they print, and what they say to a wrong input."""
+
+import json
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    ROOT,
+    assert_user_error,
+    build,
+    load_model,
+    make_adapter,
+    make_model,
+    mpirun,
+    run,
+    write_json,
+)
+from test_generate import save_byte_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    directory = make_model(tmp_path_factory.mktemp("model"), vocab_size=259)
+    save_byte_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def engine(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("engines") / "engine"
+    done = build("--model", model, "--p", 2, "--d", 1, "--max-seq-len", 40, "--output", path)
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+def test_build_prints_its_plan_and_writes_json(model, tmp_path):
+    arguments = ("--model", model, "--p", 2, "--output", tmp_path / "engine")
+    shown = build(*arguments)
+    assert shown.returncode == 0, shown.stderr
+    for text in ("groups of 2 layers", "the middle of the model", "read/token", "all-reduces", "mpirun -n 2"):
+        assert text in shown.stdout
+    plan = json.loads(build(*arguments, "--json", "--force").stdout)
+    ranks = plan["ranks"]
+    assert [rank["rank"] for rank in ranks] == [0, 1]
+    for rank in ranks:  # what the plan says is what is on disk, but for the safetensors header
+        size = (tmp_path / "engine" / f"rank{rank['rank']}.safetensors").stat().st_size
+        assert 0 < size - rank["weight_bytes"] < 20_000
+    groups = (plan["cqil"]["end"] - plan["cqil"]["start"]) // 2
+    assert ranks[0]["all_reduces_per_token"] == groups + 2 * (6 - 2 * groups)
+    assert 0.4 < plan["saving"] < 0.6
+
+
+def test_one_rank_reads_all_the_weights(model, tmp_path):
+    plan = json.loads(build("--model", model, "--p", 1, "--output", tmp_path / "e", "--json").stdout)
+    parameters = sum(p.numel() for n, p in load_model(model).named_parameters() if "embed" not in n)
+    assert plan["ranks"][0]["bytes_per_token"] == plan["bytes_per_token_one_rank"] == 4 * parameters
+    assert plan["saving"] == 0
+
+
+@pytest.mark.parametrize("preset, ranks", [("llama-7b-p2-d1", 2), ("llama-7b-p4-d0", 4)])
+def test_presets_and_what_overrides_them(preset, ranks, tmp_path):
+    deep = make_model(tmp_path / "deep", num_hidden_layers=32, hidden_size=12, intermediate_size=16, head_dim=2)
+    plan = json.loads(build("--model", deep, "--preset", preset, "--output", tmp_path / "a", "--json").stdout)
+    assert plan["cqil"]["end"] == 30 and len(plan["ranks"]) == ranks
+    changed = ("--preset", preset, "--placement", "leader", "--end", 26)
+    plan = json.loads(build("--model", deep, *changed, "--output", tmp_path / "b", "--json").stdout)
+    assert plan["cqil"]["placement"] == "leader" and plan["cqil"]["end"] == 26
+
+
+def test_text_json_logits_and_replicas(engine, model, tmp_path):
+    prompts = ["hello there", "a", "and a third prompt"]
+    flags = [flag for prompt in prompts for flag in ("--prompt", prompt)]
+    out, logits = tmp_path / "out.json", tmp_path / "logits.npy"
+    arguments = ("--engine", engine, *flags, "--max-new-tokens", 9, "--json", out)
+    done = mpirun(2, *arguments, "--logits-out", logits)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text())
+    assert [c["prompt"] for c in report["completions"]] == prompts
+    assert np.load(logits).shape == (len(prompts[0]), 259) and np.load(logits).dtype == np.float32
+
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n\n")
+    done = mpirun(
+        4, "--engine", engine, "--prompt-file", tmp_path / "prompts.txt", "--max-new-tokens", 9, "--json", out
+    )
+    assert done.returncode == 0, done.stderr
+    replicated = json.loads(out.read_text())
+    assert replicated["replicas"] == 2
+    assert [c["tokens"] for c in replicated["completions"]] == [c["tokens"] for c in report["completions"]]
+
+    ids = write_json(tmp_path / "ids.json", [c["prompt_tokens"] for c in report["completions"]])
+    done = mpirun(2, "--engine", engine, "--token-ids", ids, "--max-new-tokens", 9, "--json", out, "--stream")
+    assert done.returncode == 0, done.stderr
+    assert [c["tokens"] for c in json.loads(out.read_text())["completions"]] == [
+        c["tokens"] for c in report["completions"]
+    ]
+    assert "[2] " in done.stdout
+
+
+def test_validate_passes_on_a_good_engine_and_fails_on_a_wrong_one(engine, model, tmp_path):
+    done = mpirun(2, "--engine", engine, "--validate", "--benchmark", "--json", tmp_path / "report.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "validation passed" in done.stdout and "decode" in done.stdout
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["validation"]["passed"] and len(report["validation"]["prompts"]) == 3
+    assert len(report["benchmark"]["decode_ms"]) > 1
+
+    # The same engine judged against other weights: the checkpoint changes behind its back.
+    other = tmp_path / "model"
+    other.mkdir()
+    for file in model.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    wrong = tmp_path / "wrong"
+    assert build("--model", other, "--p", 2, "--max-seq-len", 40, "--output", wrong).returncode == 0
+    make_model(other, vocab_size=259, seed=1)
+    done = mpirun(2, "--engine", wrong, "--validate")
+    assert done.returncode == 1 and "validation FAILED" in done.stdout
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_engines_validate(dtype, model, tmp_path):
+    adapter = make_adapter(model, tmp_path / "adapter")
+    arguments = ("--model", model, "--lora", adapter, "--dtype", dtype, "--max-seq-len", 40, "--output", tmp_path / "e")
+    assert build(*arguments).returncode == 0
+    done = mpirun(2, "--engine", tmp_path / "e", "--validate")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_newest_engine_that_fits_is_found(model, tmp_path):
+    command = [sys.executable, ROOT / "builders" / "build.py", "--model", model, "--max-seq-len", 40]
+    for p in (4, 2):
+        assert run(*command, "--p", p, cwd=tmp_path).returncode == 0
+    assert run(*command, "--p", 2, cwd=tmp_path).returncode == 0  # a name of our own making is replaced
+    arguments = ("--prompt", "x", "--max-new-tokens", 2)
+    script = ROOT / "runtime" / "run.py"
+    assert "p=2" in mpirun(2, *arguments, script=script, cwd=tmp_path).stdout
+    assert "p=2" in mpirun(4, *arguments, script=script, cwd=tmp_path).stdout
+    assert_user_error(mpirun(3, *arguments, script=script, cwd=tmp_path), "3 MPI ranks", "mpirun -n N")
+    assert len(list((tmp_path / "engines").iterdir())) == 2
+
+
+BUILD_ERRORS = {
+    "p does not divide the range": (["--p", 2, "--start", 0, "--end", 5], ["--p 2 does not divide", "--end 4"]),
+    "end beyond the model": (["--p", 2, "--start", 0, "--end", 8], ["--end 8", "6 layers"]),
+    "d not below p": (["--p", 2, "--d", 2], ["--d", "--p 2"]),
+    "unknown preset": (["--preset", "llama-8b"], ["--preset llama-8b", "llama-7b-p2-d0"]),
+    "preset of a deeper model": (["--preset", "llama-7b-p2-d0"], ["--end 30", "6 layers"]),
+    "too long": (["--max-seq-len", 4096], ["--max-seq-len 4096", "128 positions"]),
+    "no batch": (["--max-batch-size", 0], ["--max-batch-size"]),
+    "no such adapter": (["--lora", "/nowhere"], ["--lora /nowhere"]),
+}
+
+
+@pytest.mark.parametrize("case", BUILD_ERRORS)
+def test_build_errors(case, model, tmp_path):
+    arguments, fragments = BUILD_ERRORS[case]
+    assert_user_error(build("--model", model, *arguments, "--output", tmp_path / "engine"), *fragments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_build_errors_about_files(model, tmp_path):
+    out = tmp_path / "engine"
+    assert_user_error(build("--model", tmp_path / "none", "--output", out), "--model", "none", "found nothing")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_bytes((model / "config.json").read_bytes())
+    assert_user_error(build("--model", broken, "--output", out), "no weights")
+    raw = (model / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(raw[: len(raw) // 2])
+    assert_user_error(build("--model", broken, "--output", out), "model.safetensors", "corrupt or truncated")
+    (broken / "model.gguf").write_bytes(b"GGUF" + bytes(20))
+    assert_user_error(build("--model", broken / "model.gguf", "--output", out), "model.gguf")
+    values = json.loads((model / "config.json").read_text())
+    write_json(broken / "config.json", {**values, "architectures": ["FalconForCausalLM"]})
+    assert_user_error(build("--model", broken, "--output", out), "FalconForCausalLM is not supported")
+    dora = make_adapter(model, tmp_path / "dora", use_dora=True)
+    assert_user_error(build("--model", model, "--lora", dora, "--output", out), "DoRA")
+    other = make_adapter(make_model(tmp_path / "other", intermediate_size=80), tmp_path / "adapter")
+    assert_user_error(build("--model", model, "--lora", other, "--output", out), "do not fit")
+    assert not out.exists()
+
+
+def test_an_output_directory_that_exists(model, engine, tmp_path):
+    arguments = ("--model", model, "--max-seq-len", 40, "--output")
+    assert_user_error(build(*arguments, engine), "--output", "--force")
+    (tmp_path / "precious").write_text("mine")
+    assert_user_error(build(*arguments, tmp_path, "--force"), "is not an engine")
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert_user_error(build(*arguments, tmp_path / "precious" / "engine"), "cannot be written")
+
+
+def test_run_errors(engine, tmp_path):
+    def fails(ranks, *arguments):
+        return mpirun(ranks, "--engine", engine, *arguments)
+
+    assert_user_error(fails(3), "needs 2 MPI ranks", "found 3")
+    assert_user_error(run(sys.executable, "runtime/run.py", "--engine", engine), "mpirun -n 2")
+    assert_user_error(fails(2, "--prompt", ""), "prompt 1 is empty")
+    assert_user_error(fails(2, "--prompt", "x" * 41), "41 tokens", "takes 40")
+    assert_user_error(fails(2, "--prompt", "x", "--temperature", -1), "--temperature")
+    assert_user_error(fails(2, "--no-such-flag"), "--no-such-flag")
+    assert_user_error(fails(2, "--token-ids", tmp_path / "none"), "none", "cannot be read")
+    assert_user_error(fails(2, "--token-ids", write_json(tmp_path / "ids", [[1, 999]])), "999")
+    assert_user_error(fails(2, "--token-ids", write_json(tmp_path / "ids", {"a": 1})), "--token-ids")
+    assert_user_error(fails(2, "--prompt", "x", "--json", tmp_path / "no" / "file"), "cannot be written")
+    assert_user_error(mpirun(2, "--engine", tmp_path), "not an engine directory")
+
+
+@pytest.mark.parametrize("name", ["rank0.safetensors", "rank1.safetensors", "config.json", "tokenizer.json"])
+def test_one_flipped_byte_is_found(name, engine, tmp_path):
+    copy = tmp_path / "engine"
+    copy.mkdir()
+    for file in engine.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    raw = bytearray((copy / name).read_bytes())
+    position = raw.index(b'"p": 2') + 5 if name == "config.json" else len(raw) * 2 // 3
+    raw[position] ^= 1
+    (copy / name).write_bytes(raw)
+    assert_user_error(mpirun(2, "--engine", copy, "--prompt", "x"), name, "damaged")
+    (copy / name).write_bytes(raw[:-10])
+    assert_user_error(mpirun(2, "--engine", copy, "--prompt", "x"), name)
+
+
+def test_an_engine_without_a_tokenizer_takes_token_ids(tmp_path):
+    make_model(tmp_path / "model")
+    engine = tmp_path / "engine"
+    assert build("--model", tmp_path / "model", "--p", 2, "--output", engine).returncode == 0
+    ids = write_json(tmp_path / "ids.json", [3, 4, 5])
+    done = mpirun(2, "--engine", engine, "--token-ids", ids, "--max-new-tokens", 5)
+    assert done.returncode == 0, done.stderr
+    expected = load_model(tmp_path / "model")
+    from cqil_trt.reference import CqilModel
+
+    out = CqilModel(expected, p=2).generate(
+        torch.tensor([[3, 4, 5]]), max_new_tokens=5, do_sample=False, eos_token_id=None
+    )
+    assert " ".join(map(str, out[0, 3:].tolist())) in done.stdout
+    assert mpirun(2, "--engine", engine, "--validate").returncode == 0
+    assert_user_error(mpirun(2, "--engine", engine, "--prompt", "x"), "without a tokenizer")
+    assert_user_error(mpirun(2, "--engine", engine, "--token-ids", ids, "--chat"), "--chat")
+
+
+def test_help_is_quick():
+    for command in ("cqil-build", "cqil-run"):
+        began = time.perf_counter()
+        done = run(command, "--help")
+        assert time.perf_counter() - began < 2
+        assert done.returncode == 0 and "--engine" in done.stdout or "--model" in done.stdout

@@ -1,0 +1,151 @@
+"""Sampling against transformers, stopping, streaming; on an engine of one rank, in this process."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import SEED, load_model, make_model
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+import cqil_trt
+from cqil_trt.errors import UserError
+from cqil_trt.generate import GenerationConfig, SamplingConfig, sample
+from cqil_trt.tokenizer import Tokenizer
+
+
+def save_byte_tokenizer(directory):
+    """A tokenizer of single bytes: token 3 + b is byte b. Multi-byte characters take several tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<pad>", "<bos>", "<eos>"]
+    backend = Backend(models.BPE(vocab={t: i for i, t in enumerate(special + alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(special)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    )
+    tokenizer.chat_template = "{% for m in messages %}<bos>{{ m['role'] }}: {{ m['content'] }}{% endfor %}\n"
+    tokenizer.save_pretrained(directory)
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory):
+    root = tmp_path_factory.mktemp("generate")
+    make_model(root / "model", vocab_size=259)
+    save_byte_tokenizer(root / "model")
+    cqil_trt.build(model=root / "model", p=1, output=root / "engine", max_seq_len=48, max_batch_size=2)
+    return cqil_trt.load(root / "engine")
+
+
+@pytest.fixture(scope="module")
+def network(llm):
+    return load_model(llm.engine.source.model)
+
+
+def test_greedy_equals_hugging_face_generate(llm, network):
+    prompts = [[5, 9, 77], [200], [8] * 20]
+    completions = llm.generate(prompts, 16, ignore_eos=True)
+    for prompt, completion in zip(prompts, completions):
+        expected = network.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False, eos_token_id=None)
+        assert completion.tokens == expected[0, len(prompt) :].tolist()
+        assert completion.finish_reason == "length" and completion.prompt == prompt
+
+
+def test_eos_ends_a_sequence_and_not_its_neighbours(llm):
+    free = llm.generate([[5, 9, 77], [200]], 16, ignore_eos=True)
+    import dataclasses
+
+    stop = free[0].tokens[6]
+    engine = llm.engine
+    try:
+        llm.engine = dataclasses.replace(engine, model=dataclasses.replace(engine.model, eos_token_ids=(stop,)))
+        ended = llm.generate([[5, 9, 77], [200]], 16)
+    finally:
+        llm.engine = engine
+    first = free[0].tokens.index(stop)
+    assert ended[0].tokens == free[0].tokens[: first + 1] and ended[0].finish_reason == "eos"
+    expected = free[1].tokens
+    assert ended[1].tokens == (expected[: expected.index(stop) + 1] if stop in expected else expected)
+
+
+def test_a_full_engine_ends_generation(llm):
+    completion = llm.generate([[7] * 45], 16, ignore_eos=True)[0]
+    assert len(completion.tokens) == 48 - 45 + 1 and completion.finish_reason == "length"
+    assert len(llm.generate([[7] * 48], 16, ignore_eos=True)[0].tokens) == 1
+    with pytest.raises(UserError, match="prompt 1 has 49 tokens, the engine takes 48"):
+        llm.generate([[7] * 49])
+
+
+def test_stop_texts_and_streams(llm):
+    pieces: dict[int, str] = {}
+    prompts = ["hello", "some other text"]
+    free = llm.generate(prompts, 30, ignore_eos=True, on_text=lambda i, t: pieces.update({i: pieces.get(i, "") + t}))
+    for i, completion in enumerate(free):
+        assert llm.tokenizer.decode(completion.tokens).startswith(completion.text.rstrip("\ufffd"))
+        assert pieces.get(i, "") == completion.text
+    stop = free[0].text[3:5]
+    assert stop, "the random model produced no text"
+    stopped = llm.generate(prompts[:1], 30, ignore_eos=True, stop=[stop])[0]
+    assert stopped.text == free[0].text.split(stop)[0] and stopped.finish_reason == "stop"
+
+
+def test_tokenizer_equals_that_of_transformers(llm):
+    expected = PreTrainedTokenizerFast.from_pretrained(llm.engine.source.model)
+    tokenizer = Tokenizer(llm.engine.path)
+    text = "naïve café — 東京 🙂"
+    assert tokenizer.encode(text) == expected(text).input_ids
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    chat = expected.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
+    assert tokenizer.chat(text) == (chat if isinstance(chat, list) else chat["input_ids"])
+    stream = tokenizer.stream()
+    assert "".join(stream.add(token) for token in tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("config", [{"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.6}, {"top_k": 9, "top_p": 0.8}])
+def test_sampling_draws_from_the_distribution_of_transformers(config):
+    random = np.random.default_rng(SEED)
+    logits = (3 * random.standard_normal(40)).astype(np.float32)
+    sampling = SamplingConfig(**{"temperature": 1.3, **config})
+    scores = TemperatureLogitsWarper(sampling.temperature)(None, torch.from_numpy(logits)[None].double())
+    if sampling.top_k:
+        scores = TopKLogitsWarper(sampling.top_k)(None, scores)
+    if sampling.top_p < 1:
+        scores = TopPLogitsWarper(sampling.top_p)(None, scores)
+    expected = scores[0].softmax(-1).numpy()
+    draws = 20_000
+    counts = np.bincount([sample(logits, sampling, random) for _ in range(draws)], minlength=40) / draws
+    assert not counts[expected == 0].any()
+    # Four standard deviations of a binomial share, over 40 tokens.
+    assert (np.abs(counts - expected) <= 4.5 * np.sqrt(expected * (1 - expected) / draws) + 1e-9).all()
+
+
+def test_the_same_seed_draws_the_same_tokens(llm):
+    options = {"temperature": 1.0, "ignore_eos": True}
+    first, again, other = (llm.generate(["hello"], 20, seed=seed, **options)[0].tokens for seed in (1, 1, 2))
+    assert first == again != other
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_k": -1}, "top-k"),
+        ({"top_p": 0.0}, "top-p"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_wrong_sampling_is_refused(values, message):
+    with pytest.raises(UserError, match=message):
+        SamplingConfig(**values)
+    with pytest.raises(UserError, match="max-new-tokens"):
+        GenerationConfig(max_new_tokens=0)
+
+
+@pytest.mark.parametrize("prompt", [[], [259], [-1], [True], ""])
+def test_wrong_prompts_are_refused(llm, prompt):
+    with pytest.raises(UserError, match="prompt 2"):
+        llm.generate([[3], prompt])

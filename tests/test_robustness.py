@@ -1,0 +1,110 @@
+"""What happens when a process is killed: a rank in the middle of a generation, a build at any moment."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SEED, build, make_model
+
+from cqil_trt.engine import Engine
+from cqil_trt.errors import UserError
+
+
+def processes(marker: str) -> dict[int, str]:
+    """Command lines of live processes that mention `marker`."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                text = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                continue
+            if marker in text:
+                found[int(entry.name)] = text
+    return found
+
+
+def start(*command, **options):
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return subprocess.Popen(
+        [str(part) for part in command], env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("placement, victim", [("sharded", 1), ("sharded", 0), ("leader", 2)])
+def test_a_killed_rank_ends_the_whole_job(placement, victim, tmp_path):
+    make_model(tmp_path / "model", max_position_embeddings=4096)
+    engine = tmp_path / "engine"
+    ranks = 3
+    arguments = ("--p", ranks, "--placement", placement, "--max-seq-len", 4096, "--output", engine)
+    assert build("--model", tmp_path / "model", *arguments).returncode == 0
+    (tmp_path / "ids.json").write_text("[5, 6, 7]")
+    marker = str(engine)
+    job = start(
+        "mpirun", "-n", ranks, sys.executable, "runtime/run.py", "--engine", engine, "--token-ids",
+        tmp_path / "ids.json", "--max-new-tokens", 4000, "--benchmark",
+    )  # fmt: skip
+    try:
+        # The line about the engine is printed once it is loaded; generation of 4,000 tokens takes far longer.
+        assert "p=3" in job.stdout.readline()
+        time.sleep(1)
+        pids = sorted(pid for pid, text in processes(marker).items() if "mpirun" not in text and "hydra" not in text)
+        assert len(pids) == ranks and job.poll() is None
+        began = time.monotonic()
+        os.kill(pids[victim], signal.SIGKILL)
+        assert job.wait(timeout=10) != 0
+        while processes(marker) and time.monotonic() - began < 10:
+            time.sleep(0.1)
+        assert not processes(marker)
+    finally:
+        job.kill()
+
+
+def test_a_build_killed_at_any_moment_leaves_no_engine(tmp_path):
+    make_model(tmp_path / "model", num_hidden_layers=8, hidden_size=384, intermediate_size=1536, head_dim=64)
+    arguments = (sys.executable, "builders/build.py", "--model", tmp_path / "model", "--output", tmp_path / "out")
+    began = time.monotonic()
+    assert start(*arguments).wait() == 0
+    whole = time.monotonic() - began
+    Engine.open(tmp_path / "out").verify_rank(0)
+    assert start(*arguments, "--force").wait() == 0
+
+    chance = random.Random(SEED)
+    for number in range(6):
+        target = tmp_path / f"killed{number}"
+        job = start(*arguments[:-1], target)
+        time.sleep(whole * chance.uniform(0.5, 1.0))
+        job.kill()
+        job.wait()
+        # Either the build was through, or there is nothing under its name.
+        if target.exists():
+            engine = Engine.open(target)
+            for rank in range(engine.world_size):
+                engine.verify_rank(rank)
+        else:
+            with pytest.raises(UserError):
+                Engine.open(target)
+        # The next build of that name clears what the killed one left.
+        assert start(*arguments[:-1], target, "--force").wait() == 0
+        assert not [entry for entry in tmp_path.iterdir() if f"{target.name}-" in entry.name]
+
+
+def test_a_build_that_is_asked_to_stop_cleans_up(tmp_path):
+    make_model(tmp_path / "model", num_hidden_layers=8, hidden_size=384, intermediate_size=1536, head_dim=64)
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        job = start(sys.executable, "builders/build.py", "--model", tmp_path / "model", "--output", tmp_path / "out")
+        while job.poll() is None and not list(tmp_path.glob(".building-*")):
+            time.sleep(0.005)
+        job.send_signal(stop)
+        assert job.wait(timeout=20) != 0 or (tmp_path / "out").exists()
+        assert not list(tmp_path.glob(".building-*"))
+        if (tmp_path / "out").exists():
+            assert job.returncode == 0
+            Engine.open(tmp_path / "out")
+            break
