@@ -1,0 +1,141 @@
+#!/usr/bin/env python
+"""Build time and memory at full size: a LLaMA-7B-shaped float16 checkpoint with a LoRA adapter, against a file copy.
+
+Makes the checkpoint (13.5 GB, random weights) and an r=32 adapter on all seven projections of every layer, copies the
+checkpoint file to file, builds an engine for p=2 with the adapter merged, copies again, and prints how many times
+longer the build took than the faster copy, and its peak memory. Needs about 42 GB of free disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from cqil_trt.config import ModelConfig  # noqa: E402
+from cqil_trt.shard import checkpoint_shapes  # noqa: E402
+from cqil_trt.table import table  # noqa: E402
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+RANK = 32
+
+
+def llama_7b(layers: int) -> dict:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "num_hidden_layers": layers,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "torch_dtype": "float16",
+    }
+
+
+def make_checkpoint(directory: Path, layers: int) -> dict[str, tuple[int, ...]]:
+    """Writes the checkpoint in one file a layer; returns the shapes of its tensors."""
+    directory.mkdir()
+    config = llama_7b(layers)
+    (directory / "config.json").write_text(json.dumps(config))
+    shapes = checkpoint_shapes(ModelConfig.from_hugging_face(directory / "config.json"))
+    by_file: dict[str, list[str]] = {}
+    for name in shapes:
+        part = int(name.split(".")[2]) if name.startswith("model.layers.") else layers
+        by_file.setdefault(f"model-{part:05}.safetensors", []).append(name)
+    for file, names in tqdm(by_file.items(), desc="making the checkpoint", disable=not sys.stderr.isatty()):
+        save_file({name: (torch.randn(shapes[name]) * 0.02).half() for name in names}, directory / file)
+    weight_map = {name: file for file, names in by_file.items() for name in names}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return shapes
+
+
+def make_adapter(directory: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    directory.mkdir()
+    tensors = {}
+    for name, shape in shapes.items():
+        module = name.removesuffix(".weight")
+        if module.rpartition(".")[2] in PROJECTIONS:
+            tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(RANK, shape[1]) * 0.02
+            tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(shape[0], RANK) * 0.02
+    save_file(tensors, directory / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 64, "target_modules": list(PROJECTIONS)}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+
+
+def copy(source: Path, target: Path) -> float:
+    """Seconds to copy every file of `source` to new files in `target`, which is removed again."""
+    target.mkdir()
+    began = time.perf_counter()
+    for file in sorted(source.iterdir()):
+        shutil.copyfile(file, target / file.name)
+    elapsed = time.perf_counter() - began
+    shutil.rmtree(target)
+    os.sync()
+    return elapsed
+
+
+def build(model: Path, adapter: Path, output: Path) -> tuple[float, float]:
+    """Seconds and peak resident memory in bytes of build.py, in a process of its own."""
+    command = [sys.executable, ROOT / "builders" / "build.py", "--model", model, "--lora", adapter]
+    began = time.perf_counter()
+    process = subprocess.Popen([str(c) for c in [*command, "--p", 2, "--output", output]])
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit("the build failed")
+    return time.perf_counter() - began, usage.ru_maxrss * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--directory", type=Path, default=Path("."), help="where to work; the disk that is measured")
+    parser.add_argument("--layers", type=int, default=32, help="fewer for a quick look")
+    parser.add_argument("--json", metavar="F", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.directory, prefix="benchmark-build-") as work:
+        root = Path(work)
+        shapes = make_checkpoint(root / "model", options.layers)
+        make_adapter(root / "adapter", shapes)
+        size = sum(file.stat().st_size for file in (root / "model").iterdir())
+        os.sync()
+        copies = [copy(root / "model", root / "copy")]
+        seconds, memory = build(root / "model", root / "adapter", root / "engine")
+        shutil.rmtree(root / "engine")
+        os.sync()
+        copies.append(copy(root / "model", root / "copy"))
+    result = {
+        "bytes": size,
+        "copy_seconds": copies,
+        "build_seconds": seconds,
+        "ratio": seconds / min(copies),
+        "peak_rss_bytes": memory,
+    }
+    rows = [
+        ("copy, before", f"{copies[0]:.1f}", f"{size / copies[0] / 1e9:.2f}", ""),
+        ("build p=2 with adapter", f"{seconds:.1f}", f"{size / seconds / 1e9:.2f}", f"{memory / 1e9:.2f}"),
+        ("copy, after", f"{copies[1]:.1f}", f"{size / copies[1] / 1e9:.2f}", ""),
+    ]
+    print(table(("step", "seconds", "GB/s", "peak GB"), rows))
+    print(f"the build took {result['ratio']:.2f}x the faster copy of the same {size / 1e9:.1f} GB")
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

