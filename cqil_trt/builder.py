@@ -158,11 +158,13 @@ def _choose_cqil(model: ModelConfig, notes: list[str], name, p, d, start, end, b
         config.check_depth(model.num_layers)
         return config
     config = CqilConfig.choose(model.num_layers, **{"p": 2, **given})
-    if config.p > 1 and ("start" not in given or "end" not in given):
+    if config.groups and ("start" not in given or "end" not in given):
         notes.append(
             f"layers [{config.start}, {config.end}) run concurrently: the middle of the model's {model.num_layers}, "
             "as no --start and --end were given"
         )
+    elif config.p > 1 and not config.groups:
+        notes.append("no layers run concurrently: the range is empty, so this is plain tensor parallelism or one rank")
     return config
 
 
