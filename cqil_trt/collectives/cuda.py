@@ -1,0 +1,171 @@
+"""Collectives on GPUs of one host: our kernels over memory that MPI processes share by CUDA IPC."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING, Any
+
+from cqil_trt import plugins
+from cqil_trt.collectives.base import Communicator
+from cqil_trt.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}  # cqil_dtype
+_OPERATIONS = {1: "all_reduce", 2: "argmax", 3: "broadcast or bypass"}
+_HANDLE_BYTES = 64
+TIMEOUT_SECONDS = 30.0
+
+
+class CollectiveError(RuntimeError):
+    """A collective gave up waiting for a peer. The process's CUDA context is lost."""
+
+
+class Workspace:
+    """This rank's share of the communication memory, on the current CUDA device. Needs neither torch nor TensorRT.
+
+    `comm` is an mpi4py communicator of the ranks, in rank order. `timeout` bounds every wait on a peer, in seconds (0:
+    for ever). Raises UserError when the GPUs cannot reach each other's memory, on every rank.
+    """
+
+    def __init__(
+        self,
+        comm: Any,
+        timeout: float = TIMEOUT_SECONDS,
+        one_shot_bytes: int = 0,
+        max_bytes: int = 0,
+        library: ctypes.CDLL | None = None,
+    ):
+        self.library = library or plugins.load()
+        self.rank, self.world_size = comm.Get_rank(), comm.Get_size()
+        self._comm = comm
+        self._workspace = ctypes.c_void_p()
+        handle = ctypes.create_string_buffer(_HANDLE_BYTES)
+        create = (self.rank, self.world_size, one_shot_bytes, max_bytes, timeout, ctypes.byref(self._workspace))
+        self._together(
+            lambda: (
+                self.library.cqil_workspace_create(*create)
+                or self.library.cqil_workspace_handle(self._workspace, handle)
+            )
+        )
+        # Gathering is also the barrier behind which every rank's memory is ready to be written to.
+        handles = b"".join(comm.allgather(handle.raw))
+        self._together(lambda: self.library.cqil_workspace_open(self._workspace, handles))
+
+    def _together(self, call: Any) -> None:
+        """Every rank learns of a failure of any, so that none goes on alone."""
+        failure = None if call() == 0 else self._message()
+        failure = next((text for text in self._comm.allgather(failure) if text), None)
+        if failure is not None:
+            raise UserError(failure)
+
+    def _message(self) -> str:
+        return self.library.cqil_last_error().decode()
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Calls cqil_NAME on this workspace. Raises ValueError for arguments it does not take."""
+        if getattr(self.library, f"cqil_{name}")(self._workspace, *arguments):
+            raise self.failure() or ValueError(f"{name}: {self._message()}")
+
+    @property
+    def address(self) -> int:
+        """What the TensorRT plugins' input `workspace` is bound to."""
+        return self.library.cqil_workspace_address(self._workspace)
+
+    @property
+    def nbytes(self) -> int:
+        return self.library.cqil_workspace_bytes(self._workspace)
+
+    def failure(self) -> CollectiveError | None:
+        """Why a kernel gave up, if one did; call it when CUDA reports an error."""
+        record = plugins.Failure()
+        self.library.cqil_workspace_failure(self._workspace, ctypes.byref(record))
+        if not record.code:
+            return None
+        what = _OPERATIONS.get(record.operation, "an operation")
+        missing = "its data" if record.code == 1 else "its acknowledgement"
+        return CollectiveError(
+            f"rank {record.rank} gave up waiting for rank {record.peer} in {what} number {record.sequence}: {missing} "
+            "did not come within the time limit (did that rank stop, or call something else?)"
+        )
+
+    def close(self) -> None:
+        """Releases the memory, on every rank together; not after a failure, where the process's end does it."""
+        if not self._workspace:
+            return
+        self.library.cqil_workspace_close(self._workspace)
+        self._comm.Barrier()  # memory that a peer still maps must not be freed
+        self.library.cqil_workspace_destroy(self._workspace)
+        self._workspace = ctypes.c_void_p()
+
+
+class CudaCommunicator(Communicator):
+    """`Communicator` for torch tensors on this rank's GPU; runs on torch's current stream and inside CUDA graphs."""
+
+    def __init__(self, comm: Any, **options: Any):
+        self.workspace = Workspace(comm, **options)
+        self.rank, self.world_size = self.workspace.rank, self.workspace.world_size
+
+    def all_reduce_residual(self, delta: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        out = delta.new_empty(delta.shape)
+        self._call("all_reduce", _pointer(delta), _pointer(residual), _pointer(out), delta.numel(), _dtype(delta))
+        return out
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of all ranks' x."""
+        return self.all_reduce_residual(x, None)
+
+    def all_reduce_residual_norm(
+        self, delta: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """residual + the deltas of all ranks, and its RMSNorm times weight, over the last axis; one kernel."""
+        out, normed = delta.new_empty(delta.shape), delta.new_empty(delta.shape)
+        hidden = delta.shape[-1]
+        pointers = [_pointer(t) for t in (delta, residual, weight, out, normed)]
+        self._call("all_reduce_residual_norm", *pointers, delta.numel() // hidden, hidden, eps, _dtype(delta))
+        return out, normed
+
+    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
+        root = self.rank == 0
+        out = x if root else x.new_empty(x.shape)
+        self._call("broadcast", _pointer(x if root else None), _pointer(None if root else out), x.numel(), _dtype(x))
+        return out
+
+    def bypass(self, x: torch.Tensor, d: int) -> torch.Tensor | None:
+        receives = d > 0 and self.rank > 0
+        out = x.new_empty(x.shape) if receives else None
+        self._call("bypass", _pointer(x), _pointer(out), x.numel(), d, _dtype(x))
+        return out
+
+    def argmax(self, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        local = indices.to(torch.int32)
+        value, index = torch.empty_like(values), torch.empty_like(local)
+        self._call("argmax", *(_pointer(t) for t in (values, local, value, index)), values.numel())
+        return index.long()
+
+    def gather_columns(self, x: torch.Tensor, widths: list[int]) -> torch.Tensor:
+        # Each rank contributes its columns and zeros elsewhere; x + 0 is exact, so the sum is the gathering.
+        first = sum(widths[: self.rank])
+        whole = x.new_zeros(x.shape[0], sum(widths))
+        whole[:, first : first + x.shape[1]] = x
+        return self.all_reduce(whole)
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        import torch
+
+        self.workspace.call(name, *arguments, torch.cuda.current_stream().cuda_stream)
+
+
+def _pointer(tensor: torch.Tensor | None) -> int | None:
+    if tensor is None:
+        return None
+    if not tensor.is_contiguous() or not tensor.is_cuda:
+        raise ValueError("collectives take contiguous tensors on the GPU")
+    return tensor.data_ptr()
+
+
+def _dtype(tensor: torch.Tensor) -> int:
+    return DTYPES[str(tensor.dtype).removeprefix("torch.")]

@@ -1,0 +1,158 @@
+"""Finds, builds and loads libcqil_trt_plugins.so: `python -m cqil_trt.plugins build`.
+
+The library is built once for each set of sources, TensorRT and architectures, into a cache directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from cqil_trt import __version__
+from cqil_trt.errors import UserError
+
+LIBRARY = "libcqil_trt_plugins.so"
+
+
+class Failure(ctypes.Structure):
+    """cqil_failure of cqil_trt.h."""
+
+    _fields_ = [(name, ctypes.c_uint32) for name in ("code", "rank", "peer", "operation", "sequence")]
+
+
+def source_directory() -> Path:
+    """The CUDA sources: beside the package in a checkout, inside it when installed."""
+    package = Path(__file__).resolve().parent
+    for candidate in (package.parent / "plugins", package / "_plugins"):
+        if (candidate / "CMakeLists.txt").is_file():
+            return candidate
+    raise UserError(f"the plugin sources are neither beside nor in {package}")
+
+
+def source_version() -> str:
+    """What cqil_version() of a library built from these sources returns."""
+    digest = hashlib.sha256()
+    for path in sorted(source_directory().iterdir()):
+        if path.is_file():
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return f"{__version__}+{digest.hexdigest()[:16]}"
+
+
+def cache_directory() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "cqil-trt" / source_version()
+
+
+def build(tensorrt_root: Path | None = None, architectures: str | None = None, output: Path | None = None) -> Path:
+    """Builds the library with CMake and nvcc; returns its path.
+
+    Args:
+        tensorrt_root: where TensorRT's headers are; without it the library has no TensorRT plugins.
+        architectures: as CMake's CUDA_ARCHITECTURES, e.g. "80;90"; default those of sm_80, 90, 100, 120 nvcc knows.
+        output: where the library goes; default the cache, where `library_path` finds it.
+
+    Raises:
+        UserError: a tool is missing, or the compiler's first error.
+    """
+    for tool in ("cmake", "nvcc"):
+        if shutil.which(tool) is None:
+            raise UserError(f"{tool} is needed to build the plugins and is not on the PATH")
+    target = output or cache_directory() / LIBRARY
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="cqil-plugins-") as work:
+        configure = ["cmake", "-S", str(source_directory()), "-B", work, "-DCMAKE_BUILD_TYPE=Release"]
+        configure += [f"-DCQIL_VERSION={source_version()}", f"-DTENSORRT_ROOT={tensorrt_root or ''}"]
+        if architectures:
+            configure.append(f"-DCQIL_ARCHITECTURES={architectures}")
+        for command in (configure, ["cmake", "--build", work, "--parallel"]):
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            if done.returncode:
+                lines = done.stdout.splitlines()
+                first = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "no output")
+                raise UserError(f"building the plugins failed: {first.strip()} (whole output: {' '.join(command)})")
+        # A library that another process has mapped must not be written over.
+        temporary = target.with_name(f"{target.name}.{os.getpid()}")
+        shutil.copy(Path(work) / LIBRARY, temporary)
+        temporary.rename(target)
+    return target
+
+
+def library_path() -> Path:
+    """The library to use: CQIL_TRT_PLUGINS, else the one in the cache. Raises UserError when there is none."""
+    named = os.environ.get("CQIL_TRT_PLUGINS")
+    path = Path(named) if named else cache_directory() / LIBRARY
+    if not path.is_file():
+        raise UserError(f"{path}: no such plugin library: build it with python -m cqil_trt.plugins build")
+    return path
+
+
+@lru_cache
+def load(path: Path | None = None) -> ctypes.CDLL:
+    """The library, its functions typed. Raises UserError when it is missing or was built from other sources."""
+    path = path or library_path()
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be loaded ({error})") from None
+    pointer, size, integer = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    signatures = {
+        "cqil_workspace_create": [integer, integer, size, size, ctypes.c_double, ctypes.POINTER(pointer)],
+        "cqil_workspace_handle": [pointer, pointer],
+        "cqil_workspace_open": [pointer, pointer],
+        "cqil_workspace_close": [pointer],
+        "cqil_workspace_destroy": [pointer],
+        "cqil_workspace_failure": [pointer, ctypes.POINTER(Failure)],
+        "cqil_workspace_tune": [pointer, integer, integer, size, integer],
+        "cqil_all_reduce": [pointer] * 4 + [size, integer, pointer],
+        "cqil_all_reduce_residual_norm": [pointer] * 6 + [integer, integer, ctypes.c_float, integer, pointer],
+        "cqil_broadcast": [pointer] * 3 + [size, integer, pointer],
+        "cqil_bypass": [pointer] * 3 + [size, integer, integer, pointer],
+        "cqil_argmax": [pointer] * 5 + [integer, pointer],
+        "cqil_ping": [pointer, integer, ctypes.POINTER(ctypes.c_double), pointer],
+    }
+    try:
+        for name, arguments in signatures.items():
+            getattr(library, name).argtypes = arguments
+        for name in ("cqil_last_error", "cqil_version"):
+            getattr(library, name).restype = ctypes.c_char_p
+        library.cqil_workspace_address.argtypes, library.cqil_workspace_address.restype = [pointer], pointer
+        library.cqil_workspace_bytes.argtypes, library.cqil_workspace_bytes.restype = [pointer], size
+    except AttributeError as error:
+        raise UserError(f"{path}: not a cqil-trt plugin library ({error})") from None
+    found = library.cqil_version().decode()
+    if found != source_version():
+        raise UserError(f"{path}: built from other sources ({found}, not {source_version()}): build it again")
+    return library
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    from cqil_trt.job import command
+
+    parser = argparse.ArgumentParser(prog="python -m cqil_trt.plugins", description="Build the CUDA collectives.")
+    actions = parser.add_subparsers(dest="action", required=True)
+    make = actions.add_parser("build", help="compile the library (needs cmake and nvcc)")
+    make.add_argument("--tensorrt-root", type=Path, metavar="DIR", help="with TensorRT plugins, from headers in DIR")
+    make.add_argument("--architectures", metavar="LIST", help='e.g. "80;90" (default: all that apply)')
+    make.add_argument("--output", type=Path, metavar="FILE", help=f"default: the cache ({LIBRARY})")
+    actions.add_parser("path", help="print where the library is")
+    options = parser.parse_args(arguments)
+    with command():
+        if options.action == "build":
+            print("compiling (about two minutes) ...", file=sys.stderr)
+            root = options.tensorrt_root or os.environ.get("TENSORRT_ROOT")
+            print(build(Path(root) if root else None, options.architectures, options.output))
+        else:
+            print(library_path())
+
+
+if __name__ == "__main__":
+    main()

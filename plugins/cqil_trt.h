@@ -1,0 +1,112 @@
+// C interface of the collectives: what ctypes, the TensorRT plugins and C++ programs call.
+//
+// Every function returns 0, or a negative number and leaves a message for cqil_last_error(). All ranks call the same
+// operations with the same sizes in the same order, on one stream each. Operations are asynchronous and may be captured
+// into CUDA graphs. Pointers are device pointers, 16-byte aligned, unless said otherwise.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define CQIL_MAX_RANKS 8
+#define CQIL_HANDLE_BYTES 64
+
+typedef enum { CQIL_FLOAT32 = 0, CQIL_FLOAT16 = 1, CQIL_BFLOAT16 = 2 } cqil_dtype;
+
+typedef struct cqil_workspace cqil_workspace;
+
+// What a kernel that gave up waiting left behind; `code` 0 means nothing happened.
+typedef struct {
+    uint32_t code;       // 1: a peer's data did not come; 2: a peer did not take ours
+    uint32_t rank;       // who waited
+    uint32_t peer;       // for whom
+    uint32_t operation;  // cqil_operation
+    uint32_t sequence;   // the how manieth operation of its kind
+} cqil_failure;
+
+typedef enum { CQIL_ALL_REDUCE = 1, CQIL_ARGMAX = 2, CQIL_DIRECTED = 3 } cqil_operation;
+
+// Text of the last error on this thread.
+const char* cqil_last_error(void);
+
+// The build this library is, e.g. "0.1.0+<hash of its sources>": an engine names the one it needs.
+const char* cqil_version(void);
+
+// Allocates the workspace of `rank` on the current device. `one_shot_bytes` bounds a message that is sent whole to every
+// peer, `max_bytes` any all-reduce (larger ones are split); 0 takes the defaults. `timeout_seconds` bounds every wait,
+// 0 for ever.
+int cqil_workspace_create(int rank, int world_size, size_t one_shot_bytes, size_t max_bytes, double timeout_seconds,
+                          cqil_workspace** workspace);
+
+// CUDA IPC handle of this rank's memory, CQIL_HANDLE_BYTES bytes at `handle` (host).
+int cqil_workspace_handle(cqil_workspace* workspace, void* handle);
+
+// Maps all ranks' memory; `handles` holds world_size handles in rank order (host). Between create and the first
+// operation of any rank there must be a barrier of all ranks, as gathering the handles is.
+int cqil_workspace_open(cqil_workspace* workspace, const void* handles);
+
+// Unmaps the peers' memory. Between close and destroy of any rank there must be a barrier of all ranks: memory that a
+// peer still maps must not be freed.
+int cqil_workspace_close(cqil_workspace* workspace);
+
+int cqil_workspace_destroy(cqil_workspace* workspace);
+
+// Device address that names the workspace to the TensorRT plugins: bind it to their input `workspace`.
+void* cqil_workspace_address(cqil_workspace* workspace);
+
+// The workspace whose address that is, or NULL.
+cqil_workspace* cqil_workspace_find(const void* address);
+
+// Bytes of device memory the workspace takes.
+size_t cqil_workspace_bytes(cqil_workspace* workspace);
+
+// Reads what a failed kernel recorded; works after the device reported an error.
+int cqil_workspace_failure(cqil_workspace* workspace, cqil_failure* failure);
+
+// For measurements and tests: threads per block, blocks, one_shot_bytes (0 keeps the defaults, as does max for the
+// largest one), and whether launches may overlap the end of the kernel before them (programmatic dependent launch).
+// Equal on all ranks.
+int cqil_workspace_tune(cqil_workspace* workspace, int threads, int blocks, size_t one_shot_bytes, int overlap);
+
+// out = residual + sum over ranks of in; residual may be NULL. `count` elements. out may be in or residual.
+int cqil_all_reduce(cqil_workspace* workspace, const void* in, const void* residual, void* out, size_t count,
+                    cqil_dtype dtype, void* stream);
+
+// residual_out = residual + sum over ranks of in; normed = RMSNorm(residual_out) * weight, for `rows` rows of `hidden`
+// elements. hidden * element size must be a multiple of 16 and at most 32 KiB. residual_out may be residual.
+int cqil_all_reduce_residual_norm(cqil_workspace* workspace, const void* in, const void* residual, const void* weight,
+                                  void* residual_out, void* normed, int rows, int hidden, float eps, cqil_dtype dtype,
+                                  void* stream);
+
+// Rank 0's `in` on every other rank's `out`; ranks other than 0 may give NULL as `in`, rank 0 as `out`.
+int cqil_broadcast(cqil_workspace* workspace, const void* in, void* out, size_t count, cqil_dtype dtype, void* stream);
+
+// out = sum of the `in` of the min(distance, rank) ranks just before this one; zeros on rank 0. A rank waits only for
+// those it receives from. out must not be in.
+int cqil_bypass(cqil_workspace* workspace, const void* in, void* out, size_t count, int distance, cqil_dtype dtype,
+                void* stream);
+
+// For each of `rows` rows: of all ranks' (values[row], indices[row]) the largest value, the smallest index among equals,
+// into best_value and best_index on every rank. A rank with no candidate gives -infinity. NaN counts as largest.
+int cqil_argmax(cqil_workspace* workspace, const float* values, const int32_t* indices, float* best_value,
+                int32_t* best_index, int rows, void* stream);
+
+// Measures the way of one word over the link: `rounds` times there and back between ranks 0 and 1, inside one kernel.
+// Nanoseconds of one round trip at `nanoseconds` (host). Synchronises; ranks other than 0 and 1 return at once.
+int cqil_ping(cqil_workspace* workspace, int rounds, double* nanoseconds, void* stream);
+
+// TensorRT plugins (only in a build with TensorRT). Registers CqilAllReduce, CqilBroadcast and CqilBypass in namespace
+// cqil_trt with the TensorRT that this process has loaded. Loading the library does the same where it finds TensorRT.
+int cqil_register_plugins(void);
+
+// Between cqil_set_building(1) and cqil_set_building(0) plugins do nothing when TensorRT runs them: a builder that timed a
+// collective would wait for ranks that are not there.
+void cqil_set_building(int building);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,314 @@
+// The collectives as TensorRT plugins, on the interface that TensorRT 8.5 to 11 share (IPluginV2DynamicExt).
+//
+// All take a last input `workspace`: an int32 tensor bound to cqil_workspace_address(), so that an engine holds no
+// pointers. Data tensors are linear, of one type: float32, float16, and bfloat16 from TensorRT 10 on.
+//
+//   CqilAllReduce   mode 0: delta                   -> sum over ranks
+//                   mode 1: delta, residual         -> residual + sum
+//                   mode 2: delta, residual, weight -> residual + sum, RMSNorm of it * weight        field eps
+//   CqilBroadcast   rank 0: x -> x; others: tokens int32 [B, T] -> rank 0's x [B, T, hidden]          fields rank, hidden, dtype
+//   CqilBypass      x -> sum of the x of the `distance` ranks before this one (zeros on rank 0)       field distance
+
+#include <NvInfer.h>
+#include <cuda_runtime.h>
+#include <dlfcn.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "cqil_trt.h"
+
+namespace {
+
+using namespace nvinfer1;
+
+constexpr char kNamespace[] = "cqil_trt";
+constexpr char kVersion[] = "1";
+bool building = false;
+
+bool is_data(DataType type) {
+#if NV_TENSORRT_MAJOR >= 10
+    if (type == DataType::kBF16) return true;
+#endif
+    return type == DataType::kFLOAT || type == DataType::kHALF;
+}
+
+cqil_dtype to_cqil(DataType type) {
+    return type == DataType::kFLOAT ? CQIL_FLOAT32 : type == DataType::kHALF ? CQIL_FLOAT16 : CQIL_BFLOAT16;
+}
+
+size_t elements(const Dims& dims) {
+    size_t count = 1;
+    for (int i = 0; i < dims.nbDims; ++i) count *= static_cast<size_t>(dims.d[i]);
+    return count;
+}
+
+int32_t report(const char* plugin, const char* reason) {
+    std::fprintf(stderr, "error: %s: %s\n", plugin, reason);
+    return -1;
+}
+
+// What the three plugins share. Derived gives kName, kFieldNames, kFieldTypes (in the order of Fields' members, 4 bytes
+// each), Fields, and the member functions outputs(), output_dimensions(), output_type(), supports() and run().
+template <typename Derived, typename FieldsT>
+class Plugin : public IPluginV2DynamicExt {
+public:
+    using Fields = FieldsT;
+    static_assert(std::is_trivially_copyable_v<Fields>, "fields are serialised as they are");
+
+    explicit Plugin(const Fields& fields) noexcept : fields_(fields) {}
+
+    char const* getPluginType() const noexcept override { return Derived::kName; }
+    char const* getPluginVersion() const noexcept override { return kVersion; }
+    int32_t getNbOutputs() const noexcept override { return self().outputs(); }
+    int32_t initialize() noexcept override { return 0; }
+    void terminate() noexcept override {}
+    size_t getSerializationSize() const noexcept override { return sizeof(Fields); }
+    void serialize(void* buffer) const noexcept override { std::memcpy(buffer, &fields_, sizeof(Fields)); }
+    void destroy() noexcept override { delete this; }
+    void setPluginNamespace(char const* space) noexcept override { namespace_ = space; }
+    char const* getPluginNamespace() const noexcept override { return namespace_.c_str(); }
+
+    IPluginV2DynamicExt* clone() const noexcept override {
+        auto* copy = new Derived(fields_);
+        copy->setPluginNamespace(namespace_.c_str());
+        return copy;
+    }
+
+    DataType getOutputDataType(int32_t, DataType const* inputs, int32_t) const noexcept override {
+        return self().output_type(inputs);
+    }
+    DimsExprs getOutputDimensions(int32_t, DimsExprs const* inputs, int32_t, IExprBuilder& builder) noexcept override {
+        return self().output_dimensions(inputs, builder);
+    }
+    bool supportsFormatCombination(int32_t position, PluginTensorDesc const* io, int32_t inputs,
+                                   int32_t) noexcept override {
+        if (io[position].format != TensorFormat::kLINEAR) return false;
+        if (position == inputs - 1) return io[position].type == DataType::kINT32;  // the workspace
+        return self().supports(position, io, inputs);
+    }
+    void configurePlugin(DynamicPluginTensorDesc const*, int32_t, DynamicPluginTensorDesc const*,
+                         int32_t) noexcept override {}
+    size_t getWorkspaceSize(PluginTensorDesc const*, int32_t, PluginTensorDesc const*, int32_t) const noexcept override {
+        return 0;
+    }
+    int32_t enqueue(PluginTensorDesc const* input, PluginTensorDesc const* output, void const* const* in,
+                    void* const* out, void*, cudaStream_t stream) noexcept override {
+        if (building) return 0;
+        cqil_workspace* workspace = cqil_workspace_find(in[self().inputs() - 1]);
+        if (workspace == nullptr)
+            return report(Derived::kName, "its input `workspace` is not bound to the address of an open workspace");
+        if (self().run(workspace, input, output, in, out, stream)) return report(Derived::kName, cqil_last_error());
+        return 0;
+    }
+
+protected:
+    Fields fields_;
+
+private:
+    const Derived& self() const noexcept { return static_cast<const Derived&>(*this); }
+    std::string namespace_ = kNamespace;
+};
+
+struct AllReduceFields {
+    int32_t mode;
+    float eps;
+};
+
+class AllReducePlugin final : public Plugin<AllReducePlugin, AllReduceFields> {
+public:
+    static constexpr char kName[] = "CqilAllReduce";
+    static constexpr const char* kFieldNames[] = {"mode", "eps"};
+    static constexpr PluginFieldType kFieldTypes[] = {PluginFieldType::kINT32, PluginFieldType::kFLOAT32};
+    using Plugin::Plugin;
+
+    static bool valid(const Fields& f) { return f.mode >= 0 && f.mode <= 2 && f.eps >= 0; }
+    int32_t inputs() const { return fields_.mode + 2; }
+    int32_t outputs() const { return fields_.mode == 2 ? 2 : 1; }
+    DimsExprs output_dimensions(DimsExprs const* in, IExprBuilder&) const { return in[0]; }
+    DataType output_type(DataType const* in) const { return in[0]; }
+    bool supports(int32_t position, PluginTensorDesc const* io, int32_t) const {
+        return position == 0 ? is_data(io[0].type) : io[position].type == io[0].type;
+    }
+    int run(cqil_workspace* workspace, PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in,
+            void* const* out, cudaStream_t stream) const {
+        const Dims& dims = input[0].dims;
+        const size_t count = elements(dims);
+        const cqil_dtype dtype = to_cqil(input[0].type);
+        if (fields_.mode < 2)
+            return cqil_all_reduce(workspace, in[0], fields_.mode ? in[1] : nullptr, out[0], count, dtype, stream);
+        const int hidden = static_cast<int>(dims.d[dims.nbDims - 1]);
+        return cqil_all_reduce_residual_norm(workspace, in[0], in[1], in[2], out[0], out[1],
+                                             static_cast<int>(count / hidden), hidden, fields_.eps, dtype, stream);
+    }
+};
+
+struct BroadcastFields {
+    int32_t rank;
+    int32_t hidden;
+    int32_t dtype;  // a cqil_dtype
+};
+
+class BroadcastPlugin final : public Plugin<BroadcastPlugin, BroadcastFields> {
+public:
+    static constexpr char kName[] = "CqilBroadcast";
+    static constexpr const char* kFieldNames[] = {"rank", "hidden", "dtype"};
+    static constexpr PluginFieldType kFieldTypes[] = {PluginFieldType::kINT32, PluginFieldType::kINT32,
+                                                      PluginFieldType::kINT32};
+    using Plugin::Plugin;
+
+    static bool valid(const Fields& f) {
+#if NV_TENSORRT_MAJOR < 10
+        if (f.dtype == CQIL_BFLOAT16) return false;
+#endif
+        return f.rank >= 0 && f.rank < CQIL_MAX_RANKS && f.hidden > 0 && f.dtype >= CQIL_FLOAT32 &&
+               f.dtype <= CQIL_BFLOAT16;
+    }
+    int32_t inputs() const { return 2; }
+    int32_t outputs() const { return 1; }
+    DimsExprs output_dimensions(DimsExprs const* in, IExprBuilder& builder) const {
+        DimsExprs dims = in[0];
+        if (fields_.rank != 0) dims.d[dims.nbDims++] = builder.constant(fields_.hidden);
+        return dims;
+    }
+    DataType output_type(DataType const*) const { return type(); }
+    bool supports(int32_t position, PluginTensorDesc const* io, int32_t inputs) const {
+        const bool tokens = position < inputs && fields_.rank != 0;
+        return io[position].type == (tokens ? DataType::kINT32 : type());
+    }
+    int run(cqil_workspace* workspace, PluginTensorDesc const*, PluginTensorDesc const* output, void const* const* in,
+            void* const* out, cudaStream_t stream) const {
+        const size_t count = elements(output[0].dims);
+        if (fields_.rank == 0) {
+            const size_t bytes = count * (fields_.dtype == CQIL_FLOAT32 ? 4 : 2);
+            if (cudaMemcpyAsync(out[0], in[0], bytes, cudaMemcpyDeviceToDevice, stream) != cudaSuccess) return -1;
+        }
+        return cqil_broadcast(workspace, in[0], out[0], count, static_cast<cqil_dtype>(fields_.dtype), stream);
+    }
+
+private:
+    DataType type() const {
+#if NV_TENSORRT_MAJOR >= 10
+        if (fields_.dtype == CQIL_BFLOAT16) return DataType::kBF16;
+#endif
+        return fields_.dtype == CQIL_FLOAT16 ? DataType::kHALF : DataType::kFLOAT;
+    }
+};
+
+struct BypassFields {
+    int32_t distance;
+};
+
+class BypassPlugin final : public Plugin<BypassPlugin, BypassFields> {
+public:
+    static constexpr char kName[] = "CqilBypass";
+    static constexpr const char* kFieldNames[] = {"distance"};
+    static constexpr PluginFieldType kFieldTypes[] = {PluginFieldType::kINT32};
+    using Plugin::Plugin;
+
+    static bool valid(const Fields& f) { return f.distance >= 1 && f.distance < CQIL_MAX_RANKS; }
+    int32_t inputs() const { return 2; }
+    int32_t outputs() const { return 1; }
+    DimsExprs output_dimensions(DimsExprs const* in, IExprBuilder&) const { return in[0]; }
+    DataType output_type(DataType const* in) const { return in[0]; }
+    bool supports(int32_t position, PluginTensorDesc const* io, int32_t) const {
+        return position == 0 ? is_data(io[0].type) : io[position].type == io[0].type;
+    }
+    int run(cqil_workspace* workspace, PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in,
+            void* const* out, cudaStream_t stream) const {
+        return cqil_bypass(workspace, in[0], out[0], elements(input[0].dims), fields_.distance,
+                           to_cqil(input[0].type), stream);
+    }
+};
+
+template <typename P>
+class Creator final : public IPluginCreator {
+public:
+    Creator() {
+        for (size_t i = 0; i < std::size(P::kFieldNames); ++i)
+            fields_.emplace_back(P::kFieldNames[i], nullptr, P::kFieldTypes[i], 1);
+        collection_.nbFields = static_cast<int32_t>(fields_.size());
+        collection_.fields = fields_.data();
+    }
+
+    char const* getPluginName() const noexcept override { return P::kName; }
+    char const* getPluginVersion() const noexcept override { return kVersion; }
+    PluginFieldCollection const* getFieldNames() noexcept override { return &collection_; }
+    void setPluginNamespace(char const*) noexcept override {}
+    char const* getPluginNamespace() const noexcept override { return kNamespace; }
+
+    IPluginV2* createPlugin(char const*, PluginFieldCollection const* given) noexcept override {
+        typename P::Fields fields = {};
+        static_assert(sizeof(fields) == 4 * std::size(P::kFieldNames), "every field is 4 bytes");
+        for (int32_t i = 0; i < given->nbFields; ++i) {
+            const PluginField& field = given->fields[i];
+            for (size_t j = 0; j < fields_.size(); ++j)
+                if (std::strcmp(field.name, P::kFieldNames[j]) == 0 && field.type == P::kFieldTypes[j] && field.data)
+                    std::memcpy(reinterpret_cast<char*>(&fields) + 4 * j, field.data, 4);
+        }
+        return create(fields);
+    }
+
+    IPluginV2* deserializePlugin(char const*, void const* data, size_t length) noexcept override {
+        typename P::Fields fields;
+        if (length != sizeof(fields)) {
+            report(P::kName, "the engine holds a plugin of another build");
+            return nullptr;
+        }
+        std::memcpy(&fields, data, sizeof(fields));
+        return create(fields);
+    }
+
+private:
+    IPluginV2* create(const typename P::Fields& fields) {
+        if (!P::valid(fields)) {
+            report(P::kName, "a field is missing or out of range");
+            return nullptr;
+        }
+        return new P(fields);
+    }
+
+    std::vector<PluginField> fields_;
+    PluginFieldCollection collection_ = {};
+};
+
+Creator<AllReducePlugin> all_reduce_creator;
+Creator<BroadcastPlugin> broadcast_creator;
+Creator<BypassPlugin> bypass_creator;
+
+}  // namespace
+
+extern "C" {
+
+int cqil_register_plugins(void) {
+    // Looked up, not linked: without TensorRT the library still loads, for its C interface.
+    auto* registry = reinterpret_cast<IPluginRegistry* (*)()>(dlsym(RTLD_DEFAULT, "getPluginRegistry"));
+    if (registry == nullptr || registry() == nullptr) return -1;
+    static const bool registered = [&] {
+        bool all = registry()->registerCreator(all_reduce_creator, kNamespace);
+        all = registry()->registerCreator(broadcast_creator, kNamespace) && all;
+        return registry()->registerCreator(bypass_creator, kNamespace) && all;
+    }();
+    return registered ? 0 : -1;
+}
+
+void cqil_set_building(int value) { building = value != 0; }
+
+// What IPluginRegistry::loadLibrary looks for (trtexec --dynamicPlugins).
+#if NV_TENSORRT_MAJOR >= 10
+IPluginCreatorInterface* const* getCreators(int32_t& count) {
+    static IPluginCreatorInterface* const creators[] = {&all_reduce_creator, &broadcast_creator, &bypass_creator};
+    count = 3;
+    return creators;
+}
+#endif
+
+}  // extern "C"
+
+namespace {
+[[maybe_unused]] const int registered_at_load = cqil_register_plugins();
+}

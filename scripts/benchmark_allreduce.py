@@ -1,0 +1,224 @@
+#!/usr/bin/env python
+"""The all-reduce, size by size: ours beside NCCL and torch symmetric memory, in one run, in CUDA graphs.
+
+    mpirun -n 2 python scripts/benchmark_allreduce.py
+
+Each figure is the median time of one call inside a graph of many, in microseconds, the slowest rank's. The fused kernel
+(all-reduce + residual add + RMSNorm) stands beside the same in separate kernels, and beside the measured way of a word
+over the link, which bounds them all from below. float16; needs one GPU a rank, torch, and the built plugins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from mpi4py import MPI  # noqa: E402
+
+from cqil_trt.collectives.cuda import CudaCommunicator  # noqa: E402
+from cqil_trt.table import table  # noqa: E402
+
+SIZES = [4 << 10, 8 << 10, 16 << 10, 32 << 10, 64 << 10, 128 << 10, 256 << 10, 512 << 10]
+SIZES += [1 << 20, 2 << 20, 4 << 20, 8 << 20, 16 << 20]
+HIDDEN = 4096
+
+
+def time_in_graph(call: Callable[[], Any], comm: MPI.Comm, calls: int, replays: int = 21) -> float:
+    """Median microseconds of `call` among `calls` in one graph; the maximum over ranks."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        comm.Barrier()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            for _ in range(calls):
+                call()
+        graph.replay()
+        stream.synchronize()
+        times = []
+        for _ in range(replays):
+            comm.Barrier()
+            began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            began.record()
+            graph.replay()
+            ended.record()
+            stream.synchronize()
+            times.append(began.elapsed_time(ended) * 1e3 / calls)
+    return comm.allreduce(statistics.median(times), MPI.MAX)
+
+
+def symmetric_memory(group: str, size: int) -> dict[str, Callable[[], Any]]:
+    """torch's own one-shot and two-shot all-reduce on symmetric memory."""
+    import torch.distributed._symmetric_memory as symm
+
+    buffer = symm.empty(size // 2, dtype=torch.float16, device="cuda")
+    buffer.fill_(0.0)
+    symm.rendezvous(buffer, group)
+    return {
+        "torch one-shot": lambda: torch.ops.symm_mem.one_shot_all_reduce(buffer, "sum", group),
+        "torch two-shot": lambda: torch.ops.symm_mem.two_shot_all_reduce_(buffer, "sum", group),
+    }
+
+
+def bare(communicator: CudaCommunicator, comm: MPI.Comm, nccl: bool) -> list[dict[str, Any]]:
+    rows = []
+    tune = communicator.workspace.call
+    for size in SIZES:
+        calls = 200 if size <= 256 << 10 else 40
+        x = torch.zeros(size // 2, dtype=torch.float16, device="cuda").uniform_(-1, 1)
+        # Written into itself, as NCCL does; zero keeps repeated sums finite.
+        ways: dict[str, Callable[[], Any]] = {"ours": lambda x=x: communicator.all_reduce(x)}
+        row: dict[str, Any] = {"bytes": size}
+        if nccl:
+            y = torch.zeros_like(x)
+            ways["NCCL"] = lambda y=y: dist.all_reduce(y)
+            ways |= symmetric_memory(dist.group.WORLD.group_name, size)
+        for name, call in ways.items():
+            row[name] = time_in_graph(call, comm, calls)
+        # Both of our ways, whichever the size chooses.
+        for name, limit in (("ours one-shot", 0), ("ours two-shot", 16)):
+            if limit or size <= row_limit(communicator):
+                tune("workspace_tune", 0, 0, limit, 1)
+                row[name] = time_in_graph(ways["ours"], comm, calls)
+        tune("workspace_tune", 0, 0, 0, 1)
+        rows.append(row)
+    return rows
+
+
+def row_limit(communicator: CudaCommunicator) -> int:
+    """Largest message that one-shot takes (the default of the library for this number of ranks)."""
+    return {1: 512, 2: 512, 3: 256, 4: 256}.get(communicator.world_size, 128) << 10
+
+
+def fused(communicator: CudaCommunicator, comm: MPI.Comm, nccl: bool) -> list[dict[str, Any]]:
+    rows = []
+    weight = torch.ones(HIDDEN, dtype=torch.float16, device="cuda")
+    for tokens in (1, 2, 4, 8, 16, 32, 64, 256):
+        x = torch.zeros(tokens, HIDDEN, dtype=torch.float16, device="cuda").uniform_(-1, 1)
+        residual = torch.zeros_like(x).uniform_(-1, 1)
+        zeros = torch.zeros_like(x)
+
+        def separate(reduce: Callable[[], torch.Tensor], residual: torch.Tensor = residual) -> None:
+            total = residual + reduce()
+            F.rms_norm(total, (HIDDEN,), weight, 1e-5)
+
+        def ours(x: torch.Tensor = x, residual: torch.Tensor = residual) -> None:
+            communicator.all_reduce_residual_norm(x, residual, weight, 1e-5)
+
+        ways = {"ours fused": ours, "ours + add + norm": lambda x=x: separate(lambda: communicator.all_reduce(x))}
+        if nccl:
+
+            def reduce_nccl(zeros: torch.Tensor = zeros) -> torch.Tensor:
+                dist.all_reduce(zeros)
+                return zeros
+
+            ways["NCCL + add + norm"] = lambda: separate(reduce_nccl)
+        row: dict[str, Any] = {"tokens": tokens, "bytes": x.numel() * 2}
+        row |= {name: time_in_graph(call, comm, 200) for name, call in ways.items()}
+        communicator.workspace.call("workspace_tune", 0, 0, 0, 0)
+        row["ours fused, no overlap"] = time_in_graph(ours, comm, 200)
+        communicator.workspace.call("workspace_tune", 0, 0, 0, 1)
+        rows.append(row)
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> str:
+    names = [name for name in rows[0] if name != "bytes"]
+    names += [name for row in rows for name in row if name not in names and name != "bytes"]
+    names = list(dict.fromkeys(names))
+
+    def cell(value: Any) -> str:
+        return "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+
+    cells = [[f"{row['bytes'] / 1024:g} KB", *(cell(row.get(name)) for name in names)] for row in rows]
+    return table(["size", *names], cells)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5))
+    for axis, key, title in (
+        (axes[0], "all_reduce", "all-reduce"),
+        (axes[1], "fused", "all-reduce + residual + RMSNorm"),
+    ):
+        rows = result[key]
+        for name in dict.fromkeys(name for row in rows for name in row if name not in ("bytes", "tokens")):
+            points = [(row["bytes"] / 1024, row[name]) for row in rows if name in row]
+            axis.plot(*zip(*points), marker="o", markersize=3, label=name)
+        axis.set(
+            xscale="log", yscale="log", xlabel="KB", ylabel="µs per call", title=f"{title}, {result['ranks']} ranks"
+        )
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--no-peers", action="store_true", help="ours only")
+    parser.add_argument("--json", metavar="F", type=Path)
+    parser.add_argument("--plot", metavar="F.png", type=Path)
+    options = parser.parse_args()
+    comm = MPI.COMM_WORLD
+    rank, ranks = comm.Get_rank(), comm.Get_size()
+    torch.cuda.set_device(rank % torch.cuda.device_count())
+    nccl = not options.no_peers and ranks <= torch.cuda.device_count()
+    if nccl:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "29517")
+        dist.init_process_group(
+            "nccl", rank=rank, world_size=ranks, device_id=torch.device("cuda", torch.cuda.current_device())
+        )
+        dist.all_reduce(torch.zeros(1, device="cuda"))
+    communicator = CudaCommunicator(comm)
+    import ctypes
+
+    ping = ctypes.c_double()
+    comm.Barrier()
+    communicator.workspace.call("ping", 2000, ctypes.byref(ping), torch.cuda.current_stream().cuda_stream)
+    result = {
+        "ranks": ranks,
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "one_way_us": ping.value / 2e3,
+        "all_reduce": bare(communicator, comm, nccl),
+        "fused": fused(communicator, comm, nccl),
+    }
+    empty = torch.zeros(1, device="cuda")
+    result["empty_kernel_us"] = time_in_graph(lambda: empty.add_(1), comm, 200)
+    if rank == 0:
+        gpus = f"{torch.cuda.device_count()} x {result['gpu']}"
+        print(f"{ranks} ranks on {gpus}, torch {torch.__version__}, float16, µs per call")
+        print(f"\none word over the link, one way: {result['one_way_us']:.2f} µs")
+        print(f"a kernel that does nothing, in a graph: {result['empty_kernel_us']:.2f} µs")
+        print("\nall-reduce\n" + show(result["all_reduce"]))
+        print(f"\nall-reduce + residual add + RMSNorm, hidden {HIDDEN}\n" + show(result["fused"]))
+        if options.json:
+            options.json.write_text(json.dumps(result, indent=1) + "\n")
+        if options.plot:
+            plot(result, options.plot)
+    communicator.workspace.close()
+    if nccl:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""Run by mpirun on a GPU host: the CUDA collectives against sums computed from all ranks' inputs, which every rank has.
+
+usage: cuda_worker.py SEED OPERATIONS REPLAYS
+
+Sums must equal, bit for bit but for the sign of zero, the float32 sum in rank order rounded once, and be within a
+rounding of the float64 sum. Prints one line on rank 0 and exits 0 when everything was right.
+"""
+
+import random
+import sys
+import zlib
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from mpi4py import MPI
+
+from cqil_trt.collectives.cuda import CudaCommunicator
+
+EPS = 1e-5
+comm = MPI.COMM_WORLD
+rank, world = comm.Get_rank(), comm.Get_size()
+torch.cuda.set_device(rank % torch.cuda.device_count())
+# Half a unit in the last place, relative, with room for float32's own rounding.
+ROUNDING = {torch.float32: 3e-7, torch.float16: 5e-4 * 1.01, torch.bfloat16: 4e-3 * 1.01}
+
+
+def generator(*seed):
+    return torch.Generator("cuda").manual_seed(zlib.crc32(repr(seed).encode()))
+
+
+def random_inputs(dtype, shape, *seed):
+    """Every rank's input, the same on all ranks."""
+    return [torch.randn(shape, generator=generator(*seed, r), device="cuda").to(dtype) for r in range(world)]
+
+
+def add_specials(inputs, *seed):
+    """-0.0, infinities, NaN, subnormals and the largest values, at random places, on random ranks."""
+    for r, x in enumerate(inputs):
+        flat, g = x.view(-1), generator(*seed, "special", r)
+        info = torch.finfo(x.dtype)
+        for value in (
+            -0.0,
+            0.0,
+            float("inf"),
+            -float("inf"),
+            float("nan"),
+            info.tiny / 4,
+            -info.tiny / 8,
+            info.max,
+            info.min,
+        ):
+            where = torch.randint(flat.numel(), (max(1, flat.numel() // 50),), generator=g, device="cuda")
+            flat[where] = value
+        # Whole 32-bit words of negative zeros: the pattern that marks an empty buffer is among them.
+        flat[: flat.numel() // 16] = -0.0
+
+
+def ordered_sum(parts, residual=None):
+    total = torch.zeros_like(parts[0], dtype=torch.float32)
+    for part in parts:
+        total += part.float()
+    return (total if residual is None else total + residual.float()).to(parts[0].dtype)
+
+
+def norm(x, weight):
+    wide = x.double()
+    scaled = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)).to(x.dtype)
+    return weight.double() * scaled.double()
+
+
+class Check:
+    """Counts wrong elements on the device, so that it works inside a graph."""
+
+    def __init__(self):
+        self.wrong = torch.zeros((), dtype=torch.long, device="cuda")
+        self.checksum = torch.zeros((), dtype=torch.long, device="cuda")
+
+    def equal(self, found, expected):
+        same = (found == expected) | (found.isnan() & expected.isnan())
+        self.wrong += (~same).sum()
+        bits = found.contiguous().view(torch.int16 if found.element_size() == 2 else torch.int32).long()
+        # NaN payloads may differ between our sum and torch's, not between ranks.
+        self.checksum.mul_(31).add_(bits.sum())
+
+    def close(self, found, expected, dtype):
+        error = (found.double() - expected).abs()
+        self.wrong += (error > 4 * ROUNDING[dtype] * expected.abs() + 4 * torch.finfo(dtype).tiny).sum()
+        self.checksum.mul_(31).add_(found.view(torch.int16 if found.element_size() == 2 else torch.int32).long().sum())
+
+
+def operation(kind, dtype, rows, hidden, d, communicator, inputs, residual, weight, check):
+    mine = inputs[rank]
+    if kind == "all_reduce":
+        found = communicator.all_reduce(mine)
+        check.equal(found, ordered_sum(inputs))
+    elif kind == "residual":
+        check.equal(communicator.all_reduce_residual(mine, residual), ordered_sum(inputs, residual))
+    elif kind == "norm":
+        found, normed = communicator.all_reduce_residual_norm(mine, residual, weight, EPS)
+        check.equal(found, ordered_sum(inputs, residual))
+        check.close(normed, norm(found, weight), dtype)
+    elif kind == "broadcast":
+        found = communicator.broadcast(mine)
+        check.wrong += (found.view(-1).view(torch.uint8) != inputs[0].view(-1).view(torch.uint8)).sum()
+    elif kind == "bypass":
+        found = communicator.bypass(mine, d)
+        before = inputs[max(0, rank - d) : rank]
+        if before and d:
+            same = (found == ordered_sum(before)) | (found.isnan() & ordered_sum(before).isnan())
+            check.wrong += (~same).sum()
+    elif kind == "argmax":
+        values = torch.stack([x.view(-1)[:rows].float() for x in inputs])
+        indices = torch.arange(world, device="cuda")[:, None] * 1000 + torch.arange(rows, device="cuda")
+        found = communicator.argmax(values[rank].contiguous(), indices[rank])
+        check.wrong += (found != indices.gather(0, values.argmax(0, keepdim=True))[0]).sum()
+
+
+KINDS = ["all_reduce", "residual", "norm", "norm", "broadcast", "bypass", "argmax"]
+
+
+def draw(chance):
+    dtype = chance.choice(list(ROUNDING))
+    kind = chance.choice(KINDS)
+    rows = chance.choice([1, 1, 2, chance.randint(1, 256)])
+    # A packet is 16 bytes; a fused row may have 32 KiB.
+    hidden = chance.choice([576, 4096, 8192, 8 * chance.randint(72, 1024)])
+    if kind in ("all_reduce", "residual", "broadcast", "bypass") and chance.random() < 0.5:
+        rows, hidden = 1, chance.randint(1, 100_000)
+    return kind, dtype, rows, hidden, chance.randint(0, world - 1)
+
+
+def float64_bound(inputs, found, dtype):
+    exact = sum(x.double() for x in inputs)
+    scale = sum(x.double().abs() for x in inputs)
+    return (
+        ((found.double() - exact).abs() > ROUNDING[dtype] * exact.abs() + 1e-6 * scale + torch.finfo(dtype).tiny)
+        .sum()
+        .item()
+    )
+
+
+def main(seed, operations, replays):
+    chance = random.Random(seed)  # the same on every rank
+    lag = random.Random(seed * 31 + rank)  # each rank's own delays
+    communicator = CudaCommunicator(comm, timeout=60, one_shot_bytes=256 << 10, max_bytes=2 << 20)
+    tune = communicator.workspace.call
+    check = Check()
+    wrong64 = 0
+    for number in range(operations):
+        kind, dtype, rows, hidden, d = draw(chance)
+        inputs = random_inputs(dtype, (rows, hidden), seed, number)
+        residual, weight = random_inputs(dtype, (rows, hidden), seed, number, "residual")[0], torch.ones(1)
+        weight = torch.randn(hidden, generator=generator(seed, number, "w"), device="cuda").to(dtype)
+        special = kind not in ("norm", "argmax") and chance.random() < 0.5
+        if special:
+            add_specials(inputs, seed, number)
+        threads = chance.choice([0, 0, 32, 128, 512]) if kind not in ("norm",) else 0
+        tune(
+            "workspace_tune",
+            threads,
+            chance.choice([0, 0, 1, 3, 64]),
+            chance.choice([0, 0, 16, 4096]),
+            chance.randint(0, 1),
+        )
+        torch.cuda._sleep(lag.choice([0, 0, 1000, 200_000]))
+        operation(kind, dtype, rows, hidden, d, communicator, inputs, residual, weight, check)
+        if kind == "all_reduce" and not special:
+            wrong64 += float64_bound(inputs, communicator.all_reduce(inputs[rank]), dtype)
+    eager = check.wrong.item()
+
+    # Graphs: inputs change on the device at every replay, and results are checked there.
+    tune("workspace_tune", 0, 0, 0, 1)
+    graphs = []
+    cases = []
+    for number in range(10):
+        kind, dtype, rows, hidden, d = draw(chance)
+        rows = min(rows, 32)
+        inputs = random_inputs(dtype, (rows, hidden), seed, "graph", number)
+        cases.append((kind, dtype, rows, hidden, d, inputs, torch.zeros_like(inputs[0]), torch.ones_like(inputs[0][0])))
+    stream = torch.cuda.Stream()
+    for _ in range(6):
+        chance.shuffle(cases)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):
+            stream.synchronize()
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                for kind, dtype, rows, hidden, d, inputs, residual, weight in cases:
+                    torch.cuda._sleep(lag.choice([0, 0, 2000, 30_000]))
+                    for r, x in enumerate(inputs):
+                        x.mul_(-0.75).add_(0.125 * (r + 1))
+                    operation(kind, dtype, rows, hidden, d, communicator, inputs, residual, weight, check)
+        graphs.append(graph)
+    with torch.cuda.stream(stream):
+        for _ in range(replays):
+            graphs[chance.randrange(len(graphs))].replay()
+        stream.synchronize()
+    wrong = check.wrong.item()
+    checksums = comm.allgather(check.checksum.item())
+    totals = comm.allgather((eager, wrong, wrong64))
+    communicator.workspace.close()
+    if rank == 0:
+        print(f"{world} ranks: {operations} operations, {replays} replays of graphs of {len(cases)} operations")
+        print(f"wrong elements per rank (eager, with graphs, against float64): {totals}")
+        print(f"ranks bit-identical: {len(set(checksums)) == 1}")
+    sys.exit(0 if all(total == (0, 0, 0) for total in totals) and len(set(checksums)) == 1 else 1)
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:4]))
