@@ -138,7 +138,8 @@ struct Turn {
             }
         }
         __syncthreads();
-        if (threadIdx.x == 0 && atomicAdd(&state->arrived_and_chunk.word[0], 1) == gridDim.x - 1) {
+        if (threadIdx.x != 0) return;
+        if (gridDim.x == 1 || atomicAdd(&state->arrived_and_chunk.word[0], 1) == gridDim.x - 1) {
             state->epoch_and_one_shot.word[1 + buffer] = used_one_shot;
             state->arrived_and_chunk.word[1 + buffer] = used_chunk;
             state->arrived_and_chunk.word[0] = 0;
@@ -179,18 +180,17 @@ __device__ void gather_sum(const State* state, const Packet& own, float (&sum)[k
     }
 }
 
-// The sum of x over the block, on every thread.
-__device__ inline float block_sum(float x) {
-    __shared__ float partial[32];
+// The sum of x over the block, on every thread. `half` alternates from call to call: a block that is one row ahead of its
+// slowest warp must not write where that warp still reads.
+__device__ inline float block_sum(float x, uint32_t half) {
+    __shared__ float partial[2][32];
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
-    const uint32_t warps = blockDim.x / 32;
-    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
+    if (threadIdx.x % 32 == 0) partial[half][threadIdx.x / 32] = x;
     __syncthreads();
-    x = threadIdx.x % 32 < warps ? partial[threadIdx.x % 32] : 0;
+    x = threadIdx.x % 32 < blockDim.x / 32 ? partial[half][threadIdx.x % 32] : 0;
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
-    __syncthreads();  // partial is written again for the next row
     return x;
 }
 
@@ -217,6 +217,8 @@ __global__ void __launch_bounds__(1024) all_reduce_kernel(State* state, AllReduc
 #pragma unroll
     for (uint32_t i = 1; i < kWorld; ++i)
         if (i < world) peer[i] = state->memory[rank + i < world ? rank + i : rank + i - world];
+    // What does not depend on the epoch is computed before there is data to wait for.
+    const size_t my_slot = layout.one_shot(0, rank), buffer_stride = layout.one_shot(1, 0) - layout.one_shot(0, 0);
     wait_for_predecessor();
 
     auto place = [&](uint32_t row, int k, uint32_t& column, uint32_t& index) {
@@ -253,7 +255,7 @@ __global__ void __launch_bounds__(1024) all_reduce_kernel(State* state, AllReduc
 #pragma unroll
                 for (uint32_t i = 1; i < kWorld; ++i)
                     if (i < world)
-                        store_system(peer[i] + layout.one_shot(buffer, rank) + size_t(index) * sizeof(Packet), own[k]);
+                        store_system(peer[i] + my_slot + buffer * buffer_stride + size_t(index) * sizeof(Packet), own[k]);
             }
         }
     }
@@ -272,6 +274,7 @@ __global__ void __launch_bounds__(1024) all_reduce_kernel(State* state, AllReduc
     turn.finish(kTwoShot ? 0 : a.packets * uint32_t(sizeof(Packet)), used_chunk);
     Patience patience(state, CQIL_ALL_REDUCE, turn.epoch);
 
+    uint32_t half = 0;
     auto finish_row = [&](uint32_t row, const Packet (&value)[kVectors]) {
         float squares = 0;
         uint32_t column, index;
@@ -284,7 +287,7 @@ __global__ void __launch_bounds__(1024) all_reduce_kernel(State* state, AllReduc
         }
         if (!kNorm) return;
         // As Hugging Face's LlamaRMSNorm: in float32, rounded to T, then times the weight, rounded again.
-        const float scale = rsqrtf(block_sum(squares) * a.inverse_hidden + a.eps);
+        const float scale = rsqrtf(block_sum(squares, half ^= 1) * a.inverse_hidden + a.eps);
 #pragma unroll
         for (int k = 0; k < kVectors; ++k) {
             if (!place(row, k, column, index)) continue;

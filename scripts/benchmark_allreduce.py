@@ -64,7 +64,8 @@ def symmetric_memory(group: str, size: int) -> dict[str, Callable[[], Any]]:
     """torch's own one-shot and two-shot all-reduce on symmetric memory."""
     import torch.distributed._symmetric_memory as symm
 
-    buffer = symm.empty(size // 2, dtype=torch.float16, device="cuda")
+    # These take no float16; bfloat16 is as wide.
+    buffer = symm.empty(size // 2, dtype=torch.bfloat16, device="cuda")
     buffer.fill_(0.0)
     symm.rendezvous(buffer, group)
     return {
