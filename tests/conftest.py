@@ -93,9 +93,18 @@ def make_adapter(model_directory: Path, directory: Path, seed: int = SEED, **opt
     return directory
 
 
+# Open MPI asks before it runs as root or starts more ranks than cores; other MPIs ignore these.
+OPEN_MPI = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "OMPI_MCA_rmaps_base_oversubscribe": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+}
+
+
 def run(*command: Any, timeout: float = 300, **options: Any) -> subprocess.CompletedProcess[str]:
     """Runs a command from the checkout's root with this Python first on the PATH."""
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = {**os.environ, **OPEN_MPI, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     environment.update(options.pop("env", {}))
     return subprocess.run(
         [str(part) for part in command],
