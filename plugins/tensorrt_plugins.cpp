@@ -288,6 +288,16 @@ int cqil_register_plugins(void) {
     // Looked up, not linked: without TensorRT the library still loads, for its C interface.
     auto* registry = reinterpret_cast<IPluginRegistry* (*)()>(dlsym(RTLD_DEFAULT, "getPluginRegistry"));
     if (registry == nullptr || registry() == nullptr) return -1;
+    // The interface's virtual functions are not the same in every major version. 8503 is 8.5.3, 101400 is 10.14.0;
+    // TensorRT-RTX 1.x counts its own versions and has the interface of 11.
+    auto* version_of = reinterpret_cast<int32_t (*)()>(dlsym(RTLD_DEFAULT, "getInferLibVersion"));
+    const int32_t version = version_of ? version_of() : 0;
+    const int32_t major = version < 10000 ? version / 1000 : version / 10000;
+    if (major != NV_TENSORRT_MAJOR && !(major == 1 && NV_TENSORRT_MAJOR == 11)) {
+        std::fprintf(stderr, "error: this plugin library was built for TensorRT %d, the process has version %d\n",
+                     NV_TENSORRT_MAJOR, major);
+        return -1;
+    }
     static const bool registered = [&] {
         bool all = registry()->registerCreator(all_reduce_creator, kNamespace);
         all = registry()->registerCreator(broadcast_creator, kNamespace) && all;
