@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -143,7 +144,7 @@ def new_directory(path: Path, force: bool) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path)
-        temporary = path.parent / f"{_TEMPORARY}{path.name}-{os.getpid()}"
+        temporary = path.parent / f"{_TEMPORARY}{path.name}-{socket.gethostname()}-{os.getpid()}"
         temporary.mkdir()
     except OSError as error:
         raise UserError(f"--output {path}: cannot be written ({error.strerror})") from None
@@ -167,8 +168,8 @@ def is_engine(path: Path) -> bool:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Removes what builds of `path` that were killed left behind; a build still running keeps its directory."""
-    prefix = f"{_TEMPORARY}{path.name}-"
+    """Removes what builds of `path` that were killed on this host left behind; running ones keep their directory."""
+    prefix = f"{_TEMPORARY}{path.name}-{socket.gethostname()}-"
     for entry in path.parent.glob(f"{_TEMPORARY}*"):
         pid = entry.name.removeprefix(prefix)
         if pid.isdigit() and not Path(f"/proc/{pid}").exists():

@@ -66,30 +66,38 @@ class _Sequence:
         self.random = np.random.Generator(np.random.Philox(config.sampling.seed))
         self._config = config
         self._stream = None if tokenizer is None else tokenizer.stream()
+        self._shown = 0
 
     @property
     def done(self) -> bool:
         return bool(self.completion.finish_reason)
 
     def add(self, token: int, room: bool) -> str:
-        """Takes the next token; returns the text it completes. `room`: whether the engine can hold another."""
+        """Takes the next token; returns the text that is now certain. `room`: whether the engine can hold another."""
         completion, config = self.completion, self._config
         completion.tokens.append(token)
-        text = ""
         if token in config.eos_token_ids:
             completion.finish_reason = "eos"
         elif self._stream is not None:
-            before = len(completion.text)
             completion.text += self._stream.add(token)
             # A stop text may have begun in an earlier token.
             places = [completion.text.find(stop) for stop in config.stop]
             if found := [place for place in places if place >= 0]:
                 completion.text = completion.text[: min(found)]
                 completion.finish_reason = "stop"
-            text = completion.text[before:]
         if not completion.finish_reason and (len(completion.tokens) == config.max_new_tokens or not room):
             completion.finish_reason = "length"
+        certain = len(completion.text) if self.done else self._before_possible_stop()
+        text, self._shown = completion.text[self._shown : certain], max(self._shown, certain)
         return text
+
+    def _before_possible_stop(self) -> int:
+        """How much of the text cannot turn out to be the beginning of a stop text."""
+        text = self.completion.text
+        for start in range(max(self._shown, len(text) - max(map(len, self._config.stop), default=0)), len(text)):
+            if any(stop.startswith(text[start:]) for stop in self._config.stop):
+                return start
+        return len(text)
 
 
 def generate(

@@ -58,13 +58,17 @@ class Session:
         for row, prompt in zip(tokens, prompts):
             row[: len(prompt)] = torch.tensor(prompt)
         self._output = self._forward(tokens, torch.zeros_like(lengths), lengths[:, None] - 1)[:, 0]
-        self._past = lengths
+        self._past = lengths.clamp(max=self.limits.max_seq_len - 1)
 
     def decode(self, tokens: np.ndarray) -> None:
-        """Appends one token to every sequence (int64 [B]). No sequence may be full."""
+        """Appends one token to every sequence (int64 [B]).
+
+        A sequence that is full stays at its last position: its predictions mean nothing from there on, and the others
+        in the batch go on.
+        """
         new = torch.from_numpy(tokens)[:, None]
         self._output = self._forward(new, self._past, torch.zeros_like(new))[:, 0]
-        self._past = self._past + 1
+        self._past = (self._past + 1).clamp(max=self.limits.max_seq_len - 1)
 
     def greedy(self) -> np.ndarray:
         """The most likely next token of every sequence, int64 [B]; the smallest id among equals."""
@@ -86,7 +90,7 @@ class Session:
         self.check([prompt])
         tokens = torch.tensor([list(prompt)])
         out = self._forward(tokens, torch.zeros(1, dtype=torch.long), torch.arange(len(prompt))[None])
-        self._past = torch.tensor([len(prompt)])
+        self._past = torch.tensor([len(prompt)]).clamp(max=self.limits.max_seq_len - 1)
         self._output = out[:, -1]
         return self._communicator.gather_columns(out[0], self._widths).numpy()
 

@@ -79,6 +79,12 @@ def test_a_full_engine_ends_generation(llm):
         llm.generate([[7] * 49])
 
 
+def test_a_full_sequence_does_not_disturb_its_neighbour(llm):
+    alone = llm.generate([[5, 9, 77]], 40, ignore_eos=True)[0].tokens
+    both = llm.generate([[7] * 46, [5, 9, 77]], 40, ignore_eos=True)
+    assert len(both[0].tokens) == 3 and both[1].tokens == alone
+
+
 def test_stop_texts_and_streams(llm):
     pieces: dict[int, str] = {}
     prompts = ["hello", "some other text"]
@@ -88,8 +94,11 @@ def test_stop_texts_and_streams(llm):
         assert pieces.get(i, "") == completion.text
     stop = free[0].text[3:5]
     assert stop, "the random model produced no text"
-    stopped = llm.generate(prompts[:1], 30, ignore_eos=True, stop=[stop])[0]
+    shown: list[str] = []
+    stopped = llm.generate(prompts[:1], 30, ignore_eos=True, stop=[stop], on_text=lambda i, t: shown.append(t))[0]
     assert stopped.text == free[0].text.split(stop)[0] and stopped.finish_reason == "stop"
+    # The beginning of a stop text is not shown, though it comes tokens before its end.
+    assert "".join(shown) == stopped.text
 
 
 def test_tokenizer_equals_that_of_transformers(llm):
