@@ -71,6 +71,12 @@ class LayerShard:
     def num_neurons(self) -> int:
         return self.neurons[1] - self.neurons[0]
 
+    @property
+    def grouped(self) -> bool:
+        """Whether every key/value head is read by equally many consecutive query heads."""
+        size, rest = divmod(self.num_heads, max(self.num_kv_heads, 1))
+        return not rest and self.kv_index == tuple(head // size for head in range(self.num_heads))
+
     @classmethod
     def of(cls, model: ModelConfig, index: int, part: int, parts: int) -> LayerShard:
         """Part `part` of `parts` of layer `index`.

@@ -56,7 +56,7 @@ class TorchOps(Ops[torch.Tensor]):
             if shard.num_heads
         }
         self._kv_index = {
-            index: torch.tensor(shard.kv_index) for index, shard in plan.layers.items() if not _grouped(shard)
+            index: torch.tensor(shard.kv_index) for index, shard in plan.layers.items() if not shard.grouped
         }
 
     def weight(self, name: str) -> torch.Tensor:
@@ -124,7 +124,7 @@ class TorchOps(Ops[torch.Tensor]):
             keys[rows, :, positions.index] = k.transpose(1, 2)
             values[rows, :, positions.index] = v.transpose(1, 2)
         keys, values = keys[:, :, : positions.length], values[:, :, : positions.length]
-        if not _grouped(shard):
+        if not shard.grouped:
             index = self._kv_index[shard.index]
             keys, values = keys[:, index], values[:, index]
         elif new == 1:
@@ -146,11 +146,3 @@ class TorchOps(Ops[torch.Tensor]):
 
     def bypass(self, x: torch.Tensor, d: int) -> torch.Tensor | None:
         return self._communicator.bypass(x, d)
-
-
-def _grouped(shard: LayerShard) -> bool:
-    """Whether every key/value head is read by equally many consecutive query heads."""
-    if not shard.num_kv_heads:
-        return True
-    size, rest = divmod(shard.num_heads, shard.num_kv_heads)
-    return not rest and shard.kv_index == tuple(head // size for head in range(shard.num_heads))
