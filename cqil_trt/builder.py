@@ -141,7 +141,10 @@ def prepare(
     if chosen and target.exists() and not force:
         raise UserError(f"--output {target}: exists already (--force replaces it)")
     source = engine_directory.Source(str(path.resolve()), None if lora is None else str(Path(lora).resolve()))
-    # A name we made up says what the engine is, so building it again replaces it.
+    # Under a name of our own making, building the same again replaces it; another model of that name does not.
+    if not chosen and target.exists() and not force:
+        if not engine_directory.is_engine(target) or engine_directory.Engine.open(target).source != source:
+            raise UserError(f"{target}: holds an engine of another model (--force replaces it, or give --output)")
     return BuildPlan(config, cqil, limits, ranks, reader, source, target, force or not chosen, tuple(notes))
 
 
@@ -152,7 +155,7 @@ def _choose_cqil(model: ModelConfig, notes: list[str], name, p, d, start, end, b
         ignored = [f"--{field}" for field in ("d", "start", "end", "bypass") if given.get(field)]
         if ignored:
             notes.append(f"placement tensor has no groups: {', '.join(ignored)} not used")
-        return CqilConfig(given.get("p") or (find_preset(name).p if name else 2), placement="tensor")
+        return CqilConfig(given.get("p", find_preset(name).p if name else 2), placement="tensor")
     if name is not None:
         config = replace(find_preset(name), **given)
         config.check_depth(model.num_layers)
@@ -205,14 +208,12 @@ def write(job: BuildPlan, progress: bool = False) -> engine_directory.Engine:
 
     bar = tqdm(total=job.total_bytes, unit="B", unit_scale=True, desc="writing", disable=not progress, leave=False)
     with bar, engine_directory.new_directory(job.output, job.replace) as directory:
-        files = {
-            engine_directory.rank_file(rank.rank): write_rank(
-                directory / engine_directory.rank_file(rank.rank), rank, job.reader, job.limits.dtype, bar.update
-            )
-            for rank in job.ranks
-        }
-        for path in save_tokenizer(Path(job.source.model), directory):
-            files[path.name] = engine_directory.fingerprint(path)
+        # The tokenizer first: what is wrong with it should not come out after gigabytes of weights.
+        tokenizer = save_tokenizer(Path(job.source.model), directory)
+        files = {path.name: engine_directory.fingerprint(path) for path in tokenizer}
+        for rank in job.ranks:
+            name = engine_directory.rank_file(rank.rank)
+            files[name] = write_rank(directory / name, rank, job.reader, job.limits.dtype, bar.update)
         engine_directory.write_config(
             directory,
             {
@@ -273,18 +274,19 @@ def write_rank(
     blocks: queue.Queue[memoryview | bytes | None] = queue.Queue(maxsize=8)
     failure: list[BaseException] = []
 
+    file = open(path, "wb", buffering=0)
+
     def drain() -> None:
-        with open(path, "wb", buffering=0) as file:
-            while (block := blocks.get()) is not None:
-                if failure:
-                    continue  # keep emptying the queue, so that the producer is not left waiting
-                try:
-                    digest.update(block)
-                    rest = memoryview(block)
-                    while rest:
-                        rest = rest[file.write(rest) :]
-                except OSError as error:
-                    failure.append(error)
+        while (block := blocks.get()) is not None:
+            if failure:
+                continue  # keep emptying the queue, so that the producer is not left waiting
+            try:
+                digest.update(block)
+                rest = memoryview(block)
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except BaseException as error:
+                failure.append(error)
 
     writer = threading.Thread(target=drain, name="engine-writer")
     writer.start()
@@ -298,6 +300,7 @@ def write_rank(
     finally:
         blocks.put(None)
         writer.join()
+        file.close()
     if failure:
         raise failure[0]
     return {"size": 8 + len(text) + offset, "sha256": digest.hexdigest()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,8 @@ class RopeConfig:
         # transformers 5 writes rope_parameters; before it there were rope_theta and rope_scaling.
         rope = config.object("rope_parameters" if config.get("rope_parameters") else "rope_scaling")
         theta = rope.number("rope_theta", config.number("rope_theta", 10000.0))
+        if any(isinstance(value, dict) for value in rope.values.values()):
+            raise UserError(f"{rope.source}: rope parameters that differ by layer are not supported")
         kind = rope.text("rope_type", rope.text("type", "default"))
         if kind not in ("default", "linear", "llama3"):
             raise UserError(f"{rope.source}: rope type '{kind}' is not supported (default, linear, llama3 are)")
@@ -338,9 +340,6 @@ class CqilConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-    def without_groups(self, placement: str) -> CqilConfig:
-        return replace(self, d=0, start=0, end=0, placement=placement)
 
 
 @dataclass(frozen=True)

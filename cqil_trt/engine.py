@@ -9,11 +9,13 @@ It is written to a temporary sibling and renamed into place, so a killed build l
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import hashlib
 import json
 import os
 import shutil
-import socket
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ from cqil_trt.shard import RankPlan, plan
 
 FORMAT_VERSION = 1
 _TEMPORARY = ".building-"
+_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -92,17 +95,24 @@ class Engine:
             raise UserError(f"{path}: engine format {found!r:.20}, this release reads {FORMAT_VERSION}: rebuild it")
         if raw.pop("digest") != _canonical_digest(raw):
             raise UserError(f"{path}/config.json: its digest does not match: the file is damaged, rebuild the engine")
-        return cls(
-            path,
-            ModelConfig.from_dict(raw["model"]),
-            CqilConfig(**raw["cqil"]),
-            EngineConfig(**raw["limits"]),
-            Source(**raw["source"]),
-            raw["backend_version"],
-            raw["architecture"],
-            raw["created"],
-            raw["files"],
-        )
+        try:
+            engine = cls(
+                path,
+                ModelConfig.from_dict(raw["model"]),
+                CqilConfig(**raw["cqil"]),
+                EngineConfig(**raw["limits"]),
+                Source(**raw["source"]),
+                raw["backend_version"],
+                raw["architecture"],
+                raw["created"],
+                raw["files"],
+            )
+            complete = all({"size", "sha256"} <= engine.files[rank_file(rank)].keys() for rank in range(engine.cqil.p))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            complete = False
+        if not complete:
+            raise UserError(f"{path}/config.json: not what this release writes: rebuild the engine")
+        return engine
 
 
 def rank_file(rank: int) -> str:
@@ -144,19 +154,46 @@ def new_directory(path: Path, force: bool) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path)
-        temporary = path.parent / f"{_TEMPORARY}{path.name}-{socket.gethostname()}-{os.getpid()}"
-        temporary.mkdir()
+        temporary = _hidden_sibling(path)
+        lock = _lock(temporary)
     except OSError as error:
         raise UserError(f"--output {path}: cannot be written ({error.strerror})") from None
     try:
         yield temporary
+        (temporary / _LOCK).unlink()
         if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
+            # Moved aside whole: at no moment does half an engine stand under the name.
+            old = _hidden_sibling(path)
+            path.rename(old)
+            temporary.rename(path)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            temporary.rename(path)
     except OSError as error:
         raise UserError(f"--output {path}: cannot be written ({error.strerror})") from None
     finally:
+        os.close(lock)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _hidden_sibling(path: Path) -> Path:
+    """A new directory beside `path` with the usual permissions (mkdtemp's are for its owner alone)."""
+    directory = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}{path.name}-", dir=path.parent))
+    mask = os.umask(0)
+    os.umask(mask)
+    directory.chmod(0o777 & ~mask)
+    return directory
+
+
+def _lock(directory: Path) -> int:
+    """Marks a build's directory as in use, for as long as the process lives; raises OSError when another's is."""
+    descriptor = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def is_engine(path: Path) -> bool:
@@ -168,12 +205,13 @@ def is_engine(path: Path) -> bool:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Removes what builds of `path` that were killed on this host left behind; running ones keep their directory."""
-    prefix = f"{_TEMPORARY}{path.name}-{socket.gethostname()}-"
-    for entry in path.parent.glob(f"{_TEMPORARY}*"):
-        pid = entry.name.removeprefix(prefix)
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(entry, ignore_errors=True)
+    """Removes what killed builds of `path` left behind; a build still running holds its lock."""
+    for entry in path.parent.glob(f"{_TEMPORARY}{glob.escape(path.name)}-*"):
+        try:
+            os.close(_lock(entry))
+        except OSError:
+            continue
+        shutil.rmtree(entry, ignore_errors=True)
 
 
 def find_engine(root: Path, ranks: int) -> Path:

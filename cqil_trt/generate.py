@@ -156,8 +156,8 @@ def sample(logits: np.ndarray, config: SamplingConfig, random: np.random.Generat
     order = np.argsort(-logits, kind="stable")
     if config.top_k:
         order = order[: config.top_k]
-    scaled = logits[order].astype(np.float64) / config.temperature
-    weights = np.exp(scaled - scaled[0])
+    ordered = logits[order].astype(np.float64)
+    weights = np.exp((ordered - ordered[0]) / config.temperature)
     cumulative = np.cumsum(weights)
     cumulative /= cumulative[-1]
     keep = int(np.searchsorted(cumulative, config.top_p)) + 1 if config.top_p < 1 else len(order)

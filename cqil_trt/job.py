@@ -15,6 +15,8 @@ from cqil_trt.errors import UserError
 
 T = TypeVar("T")
 
+_EXTRAS = ("torch", "safetensors", "gguf", "transformers", "peft")
+
 # Variables that mpirun of MPICH, Open MPI and PMIx launchers give the number of ranks in, or just a rank.
 _SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
 _LAUNCH_VARIABLES = (*_SIZE_VARIABLES, "PMI_RANK", "PMIX_RANK")
@@ -55,6 +57,10 @@ class Job:
             result = make()
         except UserError as error:
             failure = str(error)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            failure = f"{error.filename}: {error.strerror}"
         self.wait()
         if self.comm is not None:
             failures = self.comm.allgather(failure)
@@ -107,13 +113,21 @@ def command(job: Job | None = None) -> Iterator[None]:
         if job is None or job.rank == 0:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRAS:
+            raise
+        print(f"error: {error.name} is needed and not installed: pip install 'cqil-trt[torch]'", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
         # The reader of our output went away (`| head`); nothing is left to say, and flushing at exit would fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename and (job is None or job.comm is None):
+            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+            sys.exit(2)
         traceback.print_exc()
         if job is not None and job.comm is not None:
             sys.stderr.flush()

@@ -31,7 +31,7 @@ class Llm:
         self.communicator, self.replica = self.job.group(self.engine.world_size, HostCommunicator, LocalCommunicator)
         self.job.agree(lambda: self.engine.verify_rank(self.communicator.rank))
         _share_cores(self.job)
-        self.session = Session(self.engine, self.communicator)
+        self.session = self.job.agree(lambda: Session(self.engine, self.communicator))
         has_tokenizer = (path / "tokenizer.json").exists()
         self.tokenizer = Tokenizer(path) if has_tokenizer else None
 

@@ -63,6 +63,8 @@ class LoraReader(WeightReader):
         self._replaced: dict[str, torch.Tensor] = {}
         self._load(reader)
         self._check_modules(reader.source)
+        if not self.merged:
+            raise UserError(f"{reader.source}: holds no tensor to merge")
         if tie_embeddings and {"model.embed_tokens.weight", "lm_head.weight"} & (
             self._deltas.keys() | self._replaced.keys()
         ):
@@ -128,7 +130,7 @@ class LoraReader(WeightReader):
         for pattern in patterns.values:
             try:
                 matches = re.match(rf"(.*\.)?({pattern})$", module)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise UserError(f"{patterns.source}: {pattern!r:.60} is not a pattern ({error})") from None
             if matches:
                 return patterns.number(pattern)
@@ -156,7 +158,9 @@ class LoraReader(WeightReader):
         excluded = self._config.values.get("exclude_modules")
         if excluded and _names(module, excluded):
             return False
-        if not targets or targets == "all-linear" or not _names(module, targets):
+        if targets == "all-linear":
+            return ".layers." in module
+        if not targets or not _names(module, targets):
             return False
         layers = self._config.values.get("layers_to_transform")
         if layers is None or isinstance(targets, str):
@@ -188,7 +192,7 @@ def _names(module: str, targets: Any) -> bool:
     if isinstance(targets, str):
         try:
             return re.fullmatch(targets, module) is not None
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise UserError(f"adapter_config.json: {targets!r:.60} is not a pattern ({error})") from None
     if not isinstance(targets, list):
         raise UserError(f"adapter_config.json: expected a list of module names, found {targets!r:.60}")

@@ -94,6 +94,15 @@ class Session:
         self._output = out[:, -1]
         return self._communicator.gather_columns(out[0], self._widths).numpy()
 
+    def joined(self) -> bytes:
+        """The residual stream after the last all-reduce of the last call, as bytes: every rank must hold the same.
+
+        Empty where ranks join nothing. Logits prove little here, as all ranks receive them from the same senders.
+        """
+        if self._ops.joined is None:
+            return b""
+        return self._ops.joined.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
     def check(self, prompts: Sequence[Sequence[int]]) -> None:
         """Raises UserError unless the engine can take these prompts in one batch."""
         if len(prompts) > self.limits.max_batch_size:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,13 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, with the special tokens the model expects around it."""
-        return self._backend.encode(text).ids
+        return self._encode(text, True)
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        try:
+            return self._backend.encode(text, add_special_tokens=special).ids
+        except TypeError:  # what the library raises for lone surrogates
+            raise UserError(f"{text!r:.60} is not text that can be written as UTF-8") from None
 
     def decode(self, ids: list[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=True)
@@ -60,10 +67,15 @@ class Tokenizer:
 
     def chat(self, message: str) -> list[int]:
         """Token ids of a conversation whose only user message is `message`, by the model's chat template."""
-        text = self._template().render(
-            messages=[{"role": "user", "content": message}], add_generation_prompt=True, **self._special_tokens()
-        )
-        return self._backend.encode(text, add_special_tokens=False).ids
+        template = self._template()
+        messages = [{"role": "user", "content": message}]
+        try:
+            text = template.render(messages=messages, add_generation_prompt=True, **self._special_tokens())
+        except UserError:
+            raise
+        except Exception as error:  # a template can raise whatever its expressions do
+            raise UserError(f"--chat: the chat template of {self._directory} failed ({error})") from None
+        return self._encode(text, False)
 
     def _config(self) -> dict[str, Any]:
         path = self._directory / "tokenizer_config.json"
@@ -91,6 +103,7 @@ class Tokenizer:
         )
         environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
         environment.globals["raise_exception"] = _raise
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         try:
             return environment.from_string(source)
         except TemplateError as error:

@@ -99,25 +99,27 @@ def validate(llm: Llm, prompts: Sequence[Sequence[int]], steps: int = STEPS) -> 
     The reference runs in float32 on rank 0, on the checkpoint (and adapter) the engine was built from. Raises
     UserError when that cannot be loaded, or when ranks or replicas disagree about a logit or a token.
     """
+    state = hashlib.sha256()
     engine_logits: list[np.ndarray] = []
     engine_tokens: list[list[int]] = []
     lengths = [min(steps, llm.engine.limits.max_seq_len - len(prompt) + 1) for prompt in prompts]
     for prompt, length in zip(prompts, lengths):
         engine_logits.append(llm.session.score(prompt))
+        state.update(llm.session.joined())
         llm.session.prefill([prompt])
         tokens = [llm.session.greedy()]
         for _ in range(length - 1):
             llm.session.decode(tokens[-1])
+            state.update(llm.session.joined())
             tokens.append(llm.session.greedy())
         engine_tokens.append([int(token[0]) for token in tokens])
 
-    state = hashlib.sha256(repr(engine_tokens).encode())
+    # Residual streams after every forward pass, tokens and logits: of all ranks, and so of all replicas.
+    state.update(repr(engine_tokens).encode())
     for logits in engine_logits:
         state.update(logits.tobytes())
     if len(set(llm.job.gather(state.hexdigest()))) > 1:
-        raise UserError(
-            "the ranks do not agree on the logits or tokens bit for bit: this is a defect, please report it"
-        )
+        raise UserError("the ranks do not hold the same bits: their residual streams, logits or tokens differ")
 
     def judge() -> list[Parity]:
         import torch

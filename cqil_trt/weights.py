@@ -1,20 +1,21 @@
 """Readers of checkpoints: safetensors, PyTorch .bin and GGUF as one mapping name → tensor, read slice by slice.
 
-No reader maps a file into memory: a build touches every byte of a checkpoint once, and mapped pages would count
-towards its resident memory.
+Safetensors are read by offset, not through a memory map: a build touches every byte of a checkpoint once, and mapped
+pages would count towards its resident memory. PyTorch's and GGUF's own readers map.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from cqil_trt.config import ModelConfig, RopeConfig, read_json
+from cqil_trt.config import Fields, ModelConfig, RopeConfig, read_json
 from cqil_trt.errors import UserError
 
 Range = tuple[int, int] | None
@@ -93,7 +94,10 @@ class SafetensorsReader(WeightReader):
         data = torch.empty((last - first) * row_bytes, dtype=torch.uint8)
         view, offset = memoryview(data.numpy()), self._start + self._header[name]["data_offsets"][0] + first * row_bytes
         while view:
-            count = os.preadv(self._file.fileno(), [view], offset)
+            try:
+                count = os.preadv(self._file.fileno(), [view], offset)
+            except OSError as error:
+                raise UserError(f"{self.source}: cannot be read ({error.strerror})") from None
             if not count:
                 raise UserError(f"{self.source}: truncated while reading {name}")
             view, offset = view[count:], offset + count
@@ -107,16 +111,18 @@ class TorchReader(WeightReader):
     def __init__(self, path: Path):
         self.source = str(path)
         try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            # Files from before PyTorch 1.6 are not archives and cannot be mapped.
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except FileNotFoundError:
             raise UserError(f"{path}: no such file") from None
         except Exception as error:  # torch.load raises whatever its pickle machine trips over
             reason = str(error).split("\n")[0] or type(error).__name__
             raise UserError(f"{path}: not a PyTorch checkpoint that loads with weights_only ({reason})") from None
         if not isinstance(tensors, dict) or not all(
-            isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in tensors.items()
+            isinstance(k, str) and isinstance(v, torch.Tensor) and v.layout == torch.strided and v.device.type == "cpu"
+            for k, v in tensors.items()
         ):
-            raise UserError(f"{path}: expected a dictionary of tensors")
+            raise UserError(f"{path}: expected a dictionary of dense tensors")
         self._tensors: dict[str, torch.Tensor] = tensors
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -191,17 +197,20 @@ class GgufReader(WeightReader):
             raise UserError(f"{path}: no such file")
         try:
             self._reader = GGUFReader(path)
-            tensors = {tensor.name: tensor for tensor in self._reader.tensors}
-            self.architecture = self.field("general.architecture")
+            self.architecture = str(self.field("general.architecture"))
+            self._tensors = {self._rename(tensor.name): tensor for tensor in self._reader.tensors}
         except Exception as error:  # the gguf package raises numpy's and its own errors on a damaged file
             raise UserError(f"{path}: corrupt or truncated GGUF file ({error or type(error).__name__})") from None
-        self._tensors = {self._rename(name): tensor for name, tensor in tensors.items()}
         self._cached: tuple[str, torch.Tensor] | None = None
 
     def field(self, key: str, default=None):
         """A metadata value; `{arch}` in `key` stands for the architecture."""
         field = self._reader.fields.get(key.replace("{arch}", str(getattr(self, "architecture", ""))))
         return default if field is None else field.contents()
+
+    def _integer(self, key: str, default: int | None = None, high: int = 2**31 - 1) -> int:
+        value = self.field(f"{{arch}}.{key}", default)
+        return Fields({key: value if value is None else int(value)}, self.source).integer(key, high=high)
 
     def _rename(self, name: str) -> str:
         base, _, kind = name.rpartition(".")
@@ -233,12 +242,12 @@ class GgufReader(WeightReader):
         except Exception as error:
             raise UserError(f"{self.source}: {entry.name} cannot be dequantized ({error})") from None
         tensor = torch.from_numpy(values).reshape(self.shapes()[name])
-        if self.architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+        if self.architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
             # llama.cpp rotates neighbouring pairs, Hugging Face the two halves of a head: undo its row order.
             count = "head_count" if "q_proj" in name else "head_count_kv"
-            heads = int(self.field(f"{{arch}}.attention.{count}", self.field("{arch}.attention.head_count")))
-            size, width = tensor.shape
-            tensor = tensor.view(heads, size // heads // 2, 2, width).transpose(1, 2).reshape(size, width)
+            heads = self._integer(f"attention.{count}", self._integer("attention.head_count"))
+            rows = tensor.view(heads, tensor.shape[0] // heads // 2, 2, -1)
+            tensor = rows.transpose(1, 2).reshape(tensor.shape)
         return tensor
 
     def model_config(self) -> ModelConfig:
@@ -257,22 +266,21 @@ class GgufReader(WeightReader):
             rope = RopeConfig(theta)
             if scaling == "linear":
                 rope = RopeConfig(theta, "linear", float(self.field("{arch}.rope.scaling.factor")))
-            heads = int(self.field("{arch}.attention.head_count"))
-            hidden = int(self.field("{arch}.embedding_length"))
-            head_dim = int(self.field("{arch}.attention.key_length", hidden // heads))
-            if int(self.field("{arch}.rope.dimension_count", head_dim)) != head_dim:
+            heads, hidden = self._integer("attention.head_count"), self._integer("embedding_length")
+            head_dim = self._integer("attention.key_length", hidden // heads)
+            if self._integer("rope.dimension_count", head_dim) != head_dim:
                 raise UserError(f"{self.source}: partial rotary embedding is not supported")
             eos = self.field("tokenizer.ggml.eos_token_id")
             return ModelConfig(
                 architecture=_GGUF_ARCHITECTURES[self.architecture],
-                num_layers=int(self.field("{arch}.block_count")),
+                num_layers=self._integer("block_count", high=1000),
                 hidden_size=hidden,
-                intermediate_size=int(self.field("{arch}.feed_forward_length")),
+                intermediate_size=self._integer("feed_forward_length"),
                 num_heads=heads,
-                num_kv_heads=int(self.field("{arch}.attention.head_count_kv", heads)),
+                num_kv_heads=self._integer("attention.head_count_kv", heads),
                 head_dim=head_dim,
                 vocab_size=shapes["model.embed_tokens.weight"][0],
-                max_position=int(self.field("{arch}.context_length")),
+                max_position=self._integer("context_length"),
                 rms_norm_eps=float(self.field("{arch}.attention.layer_norm_rms_epsilon")),
                 rope=rope,
                 tie_embeddings="lm_head.weight" not in shapes,

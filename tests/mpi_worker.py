@@ -17,14 +17,20 @@ with command(job):
     for case in json.loads(Path(sys.argv[1]).read_text()):
         llm = Llm(Path(case["engine"]), job)
         prompts, steps = case["prompts"], case["steps"]
-        result = {f"score{i}": llm.session.score(prompt) for i, prompt in enumerate(prompts)}
+        result, joined = {}, []
+        for i, prompt in enumerate(prompts):
+            result[f"score{i}"] = llm.session.score(prompt)
+            joined.append(np.frombuffer(llm.session.joined(), np.uint8))
         # The batch, with the logits that every token was chosen from.
         llm.session.prefill(prompts)
         logits, tokens = [llm.session.logits()], [llm.session.greedy()]
         for _ in range(steps):
             llm.session.decode(tokens[-1])
+            joined.append(np.frombuffer(llm.session.joined(), np.uint8))
             logits.append(llm.session.logits())
             tokens.append(llm.session.greedy())
+        # The residual stream itself, which each rank adds up on its own.
+        result["joined"] = np.concatenate(joined)
         result |= {"logits": np.stack(logits, 1), "tokens": np.stack(tokens, 1)}
         for i, prompt in enumerate(prompts):
             alone = llm.generate([prompt], steps + 1, ignore_eos=True)[0].tokens

@@ -118,6 +118,8 @@ def test_engine_equals_reference(number, models, results):
     ranks = [np.load(f"{root}/out{number}-{rank}.npz") for rank in range(shape["p"])]
     for other in ranks[1:]:  # bit for bit
         assert all(np.array_equal(ranks[0][key], other[key]) for key in ranks[0])
+    has_collectives = shape["p"] > 1 and (shape.get("placement") != "leader" or shape["end"] > shape["start"])
+    assert (ranks[0]["joined"].size > 0) == has_collectives
     found = ranks[0]
 
     network = load_model(models[name])

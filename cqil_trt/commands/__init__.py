@@ -1,1 +1,15 @@
 """The commands: they parse and print, the library does the work."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+from cqil_trt.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """A wrong argument is an error like any other: one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+from cqil_trt.commands import Parser
 from cqil_trt.config import BACKENDS, BYPASSES, DTYPES, PLACEMENTS
 from cqil_trt.job import command
 from cqil_trt.presets import PRESETS
 from cqil_trt.table import size, table
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="build.py", description="Compile a LLaMA-family model with CQIL for a few ranks of one host."
-    )
+def parser() -> Parser:
+    p = Parser(prog="build.py", description="Compile a LLaMA-family model with CQIL for a few ranks of one host.")
     p.add_argument("--model", metavar="DIR|FILE.gguf", help="Hugging Face directory or GGUF file (default: the demo)")
     p.add_argument("--lora", metavar="DIR", help="PEFT LoRA adapter to merge")
     p.add_argument("--preset", metavar="NAME", help=f"a published configuration: {', '.join(PRESETS)}")
@@ -38,9 +36,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = vars(parser().parse_args(arguments))
-    as_json = options.pop("json")
     with command():
+        options = vars(parser().parse_args(arguments))
+        as_json = options.pop("json")
         from cqil_trt.builder import prepare, write
 
         if options["model"] is None:

@@ -10,26 +10,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cqil_trt.commands import Parser
 from cqil_trt.errors import UserError
 from cqil_trt.job import Job, command
 from cqil_trt.table import table
 
 
-class Parser(argparse.ArgumentParser):
+class RankParser(Parser):
     """All ranks parse the same arguments; one of them speaks."""
 
     speaks = True
-
-    def error(self, message: str) -> None:
-        raise UserError(message)
 
     def print_help(self, file: Any = None) -> None:
         if self.speaks:
             super().print_help(file)
 
 
-def parser() -> Parser:
-    p = Parser(prog="run.py", description="Run an engine: mpirun -n P python runtime/run.py [options]")
+def parser() -> RankParser:
+    p = RankParser(prog="run.py", description="Run an engine: mpirun -n P python runtime/run.py [options]")
     p.add_argument("--engine", metavar="DIR", type=Path, help="default: the newest under engines/ that fits the ranks")
     p.add_argument("--prompt", metavar="TEXT", action="append", help="may be repeated")
     p.add_argument("--prompt-file", metavar="F", help="one prompt a line, or a .json list of texts")
@@ -205,8 +203,9 @@ def benchmark(llm: Any, prompt: list[int], steps: int, say: Callable[[str], None
     """Latency of prefill and of each decode step, with one sequence; wall clock on rank 0, ranks in step."""
     import numpy as np
 
-    steps = min(steps, llm.engine.limits.max_seq_len - len(prompt))
-    if steps < 1:
+    room = llm.engine.limits.max_seq_len - len(prompt)
+    steps = min(max(steps, 1), room)
+    if room < 1:
         raise UserError("--benchmark: the prompt fills the engine, so there is no token to decode")
 
     def timed(call: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
@@ -269,7 +268,7 @@ def complete(
     for number, (text, completion) in enumerate(zip(shown, completions), 1):
         prompt = text if isinstance(text, str) else llm.tokenizer.decode(completion.prompt) if llm.tokenizer else ""
         answer = completion.text if llm.tokenizer else " ".join(map(str, completion.tokens))
-        if options.stream:
+        if options.stream and llm.tokenizer is not None:
             say("" if single else f"[{number}] {completion.finish_reason}")
         else:
             say(f"\n--- prompt {number}: {prompt or f'{len(completion.prompt)} tokens'}\n{answer.strip()}")

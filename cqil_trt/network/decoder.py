@@ -77,8 +77,9 @@ def _group(ops: Ops[V], step: Group, shard: LayerShard, x: V, normed: V, norm: V
     attended = a if b is None else ops.add(a, b)
     _, normed = ops.residual_norm(attended, x, ops.weight(f"layers.{shard.index}.mlp_norm.weight"))
     delta = ops.add(attended if cqil.bypass == "residual" else a, _mlp(ops, shard, normed))
-    if norm is None:  # the group is the last thing this rank does
-        return ops.all_reduce_residual(delta, x), None
+    if norm is None:
+        # The last thing this rank does: it needs no norm, but all ranks must call the same collective.
+        norm = ops.weight(f"layers.{shard.index}.mlp_norm.weight")
     return ops.all_reduce_residual_norm(delta, x, norm)
 
 

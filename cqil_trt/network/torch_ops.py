@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from cqil_trt.collectives import Communicator
+from cqil_trt.errors import UserError
 from cqil_trt.network.ops import Ops
 from cqil_trt.network.rotary import rotary_tables
 from cqil_trt.shard import LayerShard, RankPlan
@@ -47,14 +48,22 @@ class TorchOps(Ops[torch.Tensor]):
         self._weights = weights
         self._communicator = communicator
         self._dtype = dtype
+        # The last value that all ranks hold, for those who check that they hold the same bits.
+        self.joined: torch.Tensor | None = None
         self._eps = plan.model.rms_norm_eps
         self._cos, self._sin = (table.to(dtype) for table in rotary_tables(plan.model, max_seq_len))
         # Zeros, not uninitialised memory: a masked position takes part with weight 0, and 0 * NaN is NaN.
-        self._cache = {
-            index: torch.zeros(2, batch_size, shard.num_kv_heads, max_seq_len, plan.model.head_dim, dtype=dtype)
-            for index, shard in plan.layers.items()
-            if shard.num_heads
-        }
+        try:
+            self._cache = {
+                index: torch.zeros(2, batch_size, shard.num_kv_heads, max_seq_len, plan.model.head_dim, dtype=dtype)
+                for index, shard in plan.layers.items()
+                if shard.num_heads
+            }
+        except RuntimeError:
+            raise UserError(
+                f"no memory for the KV cache of {batch_size} sequences of {max_seq_len} tokens: build with a smaller "
+                "--max-batch-size or --max-seq-len"
+            ) from None
         self._kv_index = {
             index: torch.tensor(shard.kv_index) for index, shard in plan.layers.items() if not shard.grouped
         }
@@ -137,7 +146,8 @@ class TorchOps(Ops[torch.Tensor]):
         return out.reshape(batch, heads, new, dim).transpose(1, 2).reshape(batch, new, heads * dim)
 
     def all_reduce_residual(self, delta: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return self._communicator.all_reduce_residual(delta, residual)
+        self.joined = self._communicator.all_reduce_residual(delta, residual)
+        return self.joined
 
     def broadcast(self, x: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
         if x is None:
