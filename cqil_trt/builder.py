@@ -143,7 +143,7 @@ def prepare(
     source = engine_directory.Source(str(path.resolve()), None if lora is None else str(Path(lora).resolve()))
     # Under a name of our own making, building the same again replaces it; another model of that name does not.
     if not chosen and target.exists() and not force:
-        if not engine_directory.is_engine(target) or engine_directory.Engine.open(target).source != source:
+        if engine_directory.source_of(target) not in (None, source):
             raise UserError(f"{target}: holds an engine of another model (--force replaces it, or give --output)")
     return BuildPlan(config, cqil, limits, ranks, reader, source, target, force or not chosen, tuple(notes))
 

@@ -176,6 +176,14 @@ def new_directory(path: Path, force: bool) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def source_of(path: Path) -> Source | None:
+    """What the engine at `path` was built from; None for one that does not open, which nobody will miss."""
+    try:
+        return Engine.open(path).source
+    except UserError:
+        return None
+
+
 def _hidden_sibling(path: Path) -> Path:
     """A new directory beside `path` with the usual permissions (mkdtemp's are for its owner alone)."""
     directory = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}{path.name}-", dir=path.parent))

@@ -1,6 +1,7 @@
 """Finds, builds and loads libcqil_trt_plugins.so: `python -m cqil_trt.plugins build`.
 
-The library is built once for each set of sources, TensorRT and architectures, into a cache directory.
+A library is kept in a cache directory under the version of its sources; building again (for another TensorRT, say)
+replaces it.
 """
 
 from __future__ import annotations
@@ -125,7 +126,6 @@ def load(path: Path | None = None) -> ctypes.CDLL:
         for name in ("cqil_last_error", "cqil_version"):
             getattr(library, name).restype = ctypes.c_char_p
         library.cqil_workspace_address.argtypes, library.cqil_workspace_address.restype = [pointer], pointer
-        library.cqil_workspace_bytes.argtypes, library.cqil_workspace_bytes.restype = [pointer], size
     except AttributeError as error:
         raise UserError(f"{path}: not a cqil-trt plugin library ({error})") from None
     found = library.cqil_version().decode()

@@ -157,8 +157,8 @@ int launch_all_reduce(cqil_workspace* w, AllReduce a, cqil_dtype dtype, int vect
                       cudaStream_t stream) {
     const size_t bytes = size_t(a.packets) * sizeof(Packet);
     const bool two_shot = bytes > w->one_shot_bytes;
-    // Blocks wait for each other's peers, so all of them must run at once: 2,048 threads fit on a multiprocessor of the
-    // smallest supported kind but sm_86 and sm_89 (1,536), and a block of any size fits once.
+    // A block waits for the blocks of its own index on the peers, which send before they wait; so grids need not fit on
+    // the GPU at once, but a block that is not running yet keeps its peers waiting: no more than about fit.
     const int resident = w->multiprocessors * std::max(1, std::min(2, 1536 / threads));
     int blocks = std::min<int>(a.rows, w->blocks ? w->blocks : resident);
     // With a multiple of the ranks, a block's rows would all belong to one rank.
@@ -306,7 +306,7 @@ cqil_workspace* cqil_workspace_find(const void* address) {
     return found == registry().end() ? nullptr : found->second;
 }
 
-size_t cqil_workspace_bytes(cqil_workspace* w) { return w->host.layout.total() + sizeof(State); }
+int cqil_workspace_rank(cqil_workspace* w) { return w->host.rank; }
 
 int cqil_workspace_failure(cqil_workspace* w, cqil_failure* failure) {
     memcpy(failure, w->failure, sizeof(*failure));

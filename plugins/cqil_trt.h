@@ -25,7 +25,7 @@ typedef struct {
     uint32_t rank;       // who waited
     uint32_t peer;       // for whom
     uint32_t operation;  // cqil_operation
-    uint32_t sequence;   // the how manieth operation of its kind
+    uint32_t sequence;   // how many symmetric operations, or messages between the two, came before
 } cqil_failure;
 
 typedef enum { CQIL_ALL_REDUCE = 1, CQIL_ARGMAX = 2, CQIL_DIRECTED = 3 } cqil_operation;
@@ -61,8 +61,7 @@ void* cqil_workspace_address(cqil_workspace* workspace);
 // The workspace whose address that is, or NULL.
 cqil_workspace* cqil_workspace_find(const void* address);
 
-// Bytes of device memory the workspace takes.
-size_t cqil_workspace_bytes(cqil_workspace* workspace);
+int cqil_workspace_rank(cqil_workspace* workspace);
 
 // Reads what a failed kernel recorded; works after the device reported an error.
 int cqil_workspace_failure(cqil_workspace* workspace, cqil_failure* failure);
@@ -77,7 +76,8 @@ int cqil_all_reduce(cqil_workspace* workspace, const void* in, const void* resid
                     cqil_dtype dtype, void* stream);
 
 // residual_out = residual + sum over ranks of in; normed = RMSNorm(residual_out) * weight, for `rows` rows of `hidden`
-// elements. hidden * element size must be a multiple of 16 and at most 32 KiB. residual_out may be residual.
+// elements. hidden * element size must be a multiple of 16 and at most 32 KiB. residual_out may be residual. `weight` may
+// be read before earlier work on the stream is done: it must not be that work's result.
 int cqil_all_reduce_residual_norm(cqil_workspace* workspace, const void* in, const void* residual, const void* weight,
                                   void* residual_out, void* normed, int rows, int hidden, float eps, cqil_dtype dtype,
                                   void* stream);
@@ -85,8 +85,9 @@ int cqil_all_reduce_residual_norm(cqil_workspace* workspace, const void* in, con
 // Rank 0's `in` on every other rank's `out`; ranks other than 0 may give NULL as `in`, rank 0 as `out`.
 int cqil_broadcast(cqil_workspace* workspace, const void* in, void* out, size_t count, cqil_dtype dtype, void* stream);
 
-// out = sum of the `in` of the min(distance, rank) ranks just before this one; zeros on rank 0. A rank waits only for
-// those it receives from. out must not be in.
+// out = sum of the `in` of the min(distance, rank) ranks just before this one; zeros on rank 0. A rank waits for those it
+// receives from, and for those it sends to only when it is more than four messages (of 1 MiB) ahead of them. out must not
+// be in.
 int cqil_bypass(cqil_workspace* workspace, const void* in, void* out, size_t count, int distance, cqil_dtype dtype,
                 void* stream);
 

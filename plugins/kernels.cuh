@@ -153,7 +153,7 @@ private:
 
 // Waits for the packets of all other ranks at offset(source), and adds them to `own` in rank order.
 template <typename T, int kWorld, typename Offset>
-__device__ void gather_sum(const State* state, const Packet& own, float (&sum)[kElements<T>], Patience& patience,
+__device__ void gather_sum(State* state, const Packet& own, float (&sum)[kElements<T>], Patience& patience,
                            Offset offset) {
     const char* mine = state->memory[state->rank];
     const int rank = state->rank, world = state->world;
@@ -426,7 +426,8 @@ __global__ void __launch_bounds__(1024) directed_kernel(State* state, Directed d
                     data |= uint64_t(static_cast<const uint8_t*>(d.in)[size_t(unit) * 8 + i]) << (8 * i);
             else
                 data = in[unit];
-            store_system(slot + size_t(unit) * sizeof(Packet), Packet{{uint32_t(data), number, uint32_t(data >> 32), number}});
+            const uint64_t flag = uint64_t(number) << 32;
+            store_halves(slot + size_t(unit) * sizeof(Packet), flag | uint32_t(data), flag | uint32_t(data >> 32));
         }
     }
 
@@ -441,7 +442,7 @@ __global__ void __launch_bounds__(1024) directed_kernel(State* state, Directed d
                 const char* slot = mine + layout.channel(source, number % kChannelSlots);
                 Patience patience(state, CQIL_DIRECTED, number);
                 Packet p;
-                while ((p = load_system(slot + size_t(unit) * sizeof(Packet))).word[1] != number || p.word[3] != number)
+                while ((p = load_halves(slot + size_t(unit) * sizeof(Packet))).word[1] != number || p.word[3] != number)
                     patience.turn(1, source);
                 data = Packet{{p.word[0], p.word[2], 0, 0}};
                 add_to<T>(sum, data);

@@ -5,16 +5,16 @@
 // Symmetric (all_reduce, argmax): every rank sends to every rank. Data is its own flag: a receive buffer holds a pattern
 // that is never sent (kEmpty in every 32-bit word), and a word has arrived when it differs. Buffers take turns: operation
 // g uses buffer g % 3 and meanwhile clears buffer (g + 2) % 3, which operation g - 1 used. A rank can be at most one
-// operation ahead of any other, as it needs everyone's data of g to finish g; so a peer may already write to buffer
-// (g + 1) % 3, may still read nothing of ours but g, and nobody touches buffer (g + 2) % 3 but its owner.
+// operation ahead of any other, as it needs everyone's data of g to finish g; so while we are in g a peer may already
+// write to buffer (g + 1) % 3, and nobody touches buffer (g + 2) % 3 but its owner.
 //
 // Directed (broadcast, bypass): one rank sends, some receive, and a sender that hears nothing could run ahead without
-// bound. So each pair has a channel of kChannelSlots slots, every 8 bytes of data travel with the message's number in two
-// 16-byte packets' flag words, and the receiver returns an acknowledgement; the sender waits when it is kChannelSlots
-// messages ahead.
+// bound. So each pair has a channel of kChannelSlots slots. A 16-byte packet is two 8-byte halves, each 4 bytes of data and
+// the message's number, stored and loaded as one access, so that a half that bears the number has its data. The receiver
+// returns an acknowledgement; the sender waits when it is kChannelSlots messages ahead.
 //
 // Fences. All accesses to memory that another GPU reads or writes are .relaxed.sys: the scope makes them reach the other
-// GPU, and 16-byte vectors whose words are checked one by one need no order among each other. Orders that matter:
+// GPU. Words (symmetric) or halves (directed) are checked one by one and need no order among each other. Orders that matter:
 //  (1) our clear of a buffer before a peer's next write to it: the clear is done when our kernel ends; the peer writes
 //      only after it has seen our data of the following operation, which is a later kernel of the same stream.
 //  (2) our reads of a channel slot before the sender's overwrite: the acknowledgement follows a block barrier and a
@@ -84,6 +84,7 @@ struct State {
     uint32_t sent[kMaxRanks];  // directed messages to and from each rank
     uint32_t received[kMaxRanks];
     uint32_t directed_arrived;
+    uint32_t gave_up;
     uint32_t pings;
 };
 
@@ -112,6 +113,17 @@ __device__ inline uint32_t load_system(const uint32_t* address) {
     return value;
 }
 
+
+// The same as two accesses of 8 bytes, each whole.
+__device__ inline void store_halves(void* address, uint64_t first, uint64_t second) {
+    asm volatile("st.relaxed.sys.global.v2.b64 [%0], {%1, %2};" ::"l"(address), "l"(first), "l"(second) : "memory");
+}
+
+__device__ inline Packet load_halves(const void* address) {
+    uint64_t first, second;
+    asm volatile("ld.relaxed.sys.global.v2.b64 {%0, %1}, [%2];" : "=l"(first), "=l"(second) : "l"(address) : "memory");
+    return Packet{{uint32_t(first), uint32_t(first >> 32), uint32_t(second), uint32_t(second >> 32)}};
+}
 
 __device__ inline void fence_system() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
@@ -143,7 +155,7 @@ __device__ inline Packet sendable(Packet p) {
 // Counts the turns of a polling loop; after the time limit it leaves a record for the host and ends the kernel.
 class Patience {
 public:
-    __device__ explicit Patience(const State* state, cqil_operation operation, uint32_t sequence)
+    __device__ explicit Patience(State* state, cqil_operation operation, uint32_t sequence)
         : state_(state), operation_(operation), sequence_(sequence) {}
 
     __device__ void turn(uint32_t code, int peer) {
@@ -152,19 +164,22 @@ public:
         asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
         if (began_ == 0) began_ = now;
         if (state_->timeout_ns == 0 || now - began_ < state_->timeout_ns) return;
-        // The first to give up says why; all of them end the kernel.
-        if (atomicCAS_system(&state_->failure->code, 0u, code) == 0) {
-            state_->failure->rank = state_->rank;
-            state_->failure->peer = peer;
-            state_->failure->operation = operation_;
-            state_->failure->sequence = sequence_;
-        }
+        // The first to give up says why and ends the kernel; the others wait for that, so that it can finish saying it.
+        if (atomicCAS(&state_->gave_up, 0u, 1u) != 0)
+            while (true) __nanosleep(1000);
+        volatile cqil_failure* record = state_->failure;
+        record->rank = state_->rank;
+        record->peer = peer;
+        record->operation = operation_;
+        record->sequence = sequence_;
+        __threadfence_system();
+        record->code = code;
         __threadfence_system();
         __trap();
     }
 
 private:
-    const State* state_;
+    State* state_;
     cqil_operation operation_;
     uint32_t sequence_;
     uint32_t turns_ = 0;

@@ -183,6 +183,7 @@ public:
     int run(cqil_workspace* workspace, PluginTensorDesc const*, PluginTensorDesc const* output, void const* const* in,
             void* const* out, cudaStream_t stream) const {
         const size_t count = elements(output[0].dims);
+        if (cqil_workspace_rank(workspace) != fields_.rank) return wrong_rank();
         if (fields_.rank == 0) {
             const size_t bytes = count * (fields_.dtype == CQIL_FLOAT32 ? 4 : 2);
             if (cudaMemcpyAsync(out[0], in[0], bytes, cudaMemcpyDeviceToDevice, stream) != cudaSuccess) return -1;
@@ -191,6 +192,10 @@ public:
     }
 
 private:
+    int wrong_rank() const {
+        report(kName, "the engine was built for another rank than the workspace's");
+        return -1;
+    }
     DataType type() const {
 #if NV_TENSORRT_MAJOR >= 10
         if (fields_.dtype == CQIL_BFLOAT16) return DataType::kBF16;
@@ -244,11 +249,18 @@ public:
     IPluginV2* createPlugin(char const*, PluginFieldCollection const* given) noexcept override {
         typename P::Fields fields = {};
         static_assert(sizeof(fields) == 4 * std::size(P::kFieldNames), "every field is 4 bytes");
+        size_t found = 0;
         for (int32_t i = 0; i < given->nbFields; ++i) {
             const PluginField& field = given->fields[i];
             for (size_t j = 0; j < fields_.size(); ++j)
-                if (std::strcmp(field.name, P::kFieldNames[j]) == 0 && field.type == P::kFieldTypes[j] && field.data)
+                if (std::strcmp(field.name, P::kFieldNames[j]) == 0 && field.type == P::kFieldTypes[j] && field.data) {
                     std::memcpy(reinterpret_cast<char*>(&fields) + 4 * j, field.data, 4);
+                    ++found;
+                }
+        }
+        if (found != fields_.size()) {
+            report(P::kName, "not every field is given once, with its type");
+            return nullptr;
         }
         return create(fields);
     }
@@ -266,7 +278,7 @@ public:
 private:
     IPluginV2* create(const typename P::Fields& fields) {
         if (!P::valid(fields)) {
-            report(P::kName, "a field is missing or out of range");
+            report(P::kName, "a field is out of range");
             return nullptr;
         }
         return new P(fields);

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from cqil_trt.collectives.cuda import CudaCommunicator
+from cqil_trt.collectives.cuda import CollectiveError, CudaCommunicator
 
 
 class FileComm:
@@ -53,10 +53,11 @@ if rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
 began = time.monotonic()
 try:
-    communicator.all_reduce(x)
-    torch.cuda.synchronize()
-except RuntimeError:
-    print(communicator.workspace.failure())
+    with communicator.workspace.guard():
+        communicator.all_reduce(x)
+        torch.cuda.synchronize()
+except CollectiveError as error:
+    print(error)
     print(f"after {time.monotonic() - began:.1f} s")
     os._exit(3)  # the CUDA context is lost, and with it an orderly exit
 sys.exit("the all-reduce returned although its peer is gone")

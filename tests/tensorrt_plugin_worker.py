@@ -63,8 +63,8 @@ def build(weight):
 
     source = x if rank == 0 else tokens
     [start] = add([source], plugin("CqilBroadcast", rank=rank, hidden=HIDDEN, dtype=1))
-    [summed] = add([x], plugin("CqilAllReduce", mode=0))
-    [joined] = add([x, summed], plugin("CqilAllReduce", mode=1))
+    [summed] = add([x], plugin("CqilAllReduce", mode=0, eps=EPS))
+    [joined] = add([x, summed], plugin("CqilAllReduce", mode=1, eps=EPS))
     [before] = add([x], plugin("CqilBypass", distance=DISTANCE))
     gamma = network.add_constant((HIDDEN,), weight).get_output(0)
     residual, normed = add([before, start, gamma], plugin("CqilAllReduce", mode=2, eps=EPS))

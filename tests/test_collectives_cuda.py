@@ -20,7 +20,9 @@ def library():
         return plugins.load(plugins.build())
 
 
-@pytest.mark.parametrize("ranks, operations, replays", [(1, 100, 100), (2, 400, 10_000), (3, 60, 50), (4, 60, 50)])
+@pytest.mark.parametrize(
+    "ranks, operations, replays", [(1, 100, 100), (2, 400, 10_000), (3, 60, 50), (4, 60, 50), (8, 20, 10)]
+)
 def test_sums_order_and_bits(ranks, operations, replays):
     if ranks <= torch.cuda.device_count() and ranks > 1:
         operations, replays = 400, 10_000

@@ -124,6 +124,31 @@ def test_gguf_gives_the_tensors_and_configuration_that_transformers_reads(quanti
     assert model.rms_norm_eps == config.rms_norm_eps and model.num_layers == config.num_hidden_layers
 
 
+def test_gguf_bounds_and_names(tmp_path):
+    for number, (blocks, name, message) in enumerate(
+        [
+            (5_000_000, "token_embd.weight", "block_count"),
+            (0, "token_embd.weight", "block_count"),
+            (2, "blk.0.weight", "GGUF"),
+        ]
+    ):
+        path = tmp_path / f"{number}.gguf"
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_block_count(blocks)
+        writer.add_context_length(64)
+        writer.add_embedding_length(32)
+        writer.add_feed_forward_length(64)
+        writer.add_head_count(2)
+        writer.add_layer_norm_rms_eps(1e-5)
+        writer.add_tensor(name, np.zeros((8, 32), np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        with pytest.raises(UserError, match=message):
+            open_checkpoint(path)
+
+
 def small_file(path):
     save_file({"a": torch.arange(12.0).reshape(3, 4), "b": torch.ones(5)}, path)
     return path.read_bytes()

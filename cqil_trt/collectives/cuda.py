@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from cqil_trt import plugins
@@ -37,27 +39,34 @@ class Workspace:
         max_bytes: int = 0,
         library: ctypes.CDLL | None = None,
     ):
-        self.library = library or plugins.load()
         self.rank, self.world_size = comm.Get_rank(), comm.Get_size()
         self._comm = comm
         self._workspace = ctypes.c_void_p()
         handle = ctypes.create_string_buffer(_HANDLE_BYTES)
         create = (self.rank, self.world_size, one_shot_bytes, max_bytes, timeout, ctypes.byref(self._workspace))
-        self._together(
-            lambda: (
-                self.library.cqil_workspace_create(*create)
-                or self.library.cqil_workspace_handle(self._workspace, handle)
-            )
-        )
-        # Gathering is also the barrier behind which every rank's memory is ready to be written to.
-        handles = b"".join(comm.allgather(handle.raw))
-        self._together(lambda: self.library.cqil_workspace_open(self._workspace, handles))
 
-    def _together(self, call: Any) -> None:
+        def prepare() -> int:
+            self.library = library or plugins.load()
+            failed = self.library.cqil_workspace_create(*create)
+            return failed or self.library.cqil_workspace_handle(self._workspace, handle)
+
+        self._together(prepare)
+        # Gathering is also the barrier behind which every rank's memory is ready to be written to.
+        handles, sizes = zip(*comm.allgather((handle.raw, (one_shot_bytes, max_bytes))))
+        if len(set(sizes)) > 1:  # peers write at offsets that follow from them
+            self.close()
+            raise UserError(f"the ranks ask for workspaces of different sizes: {sorted(set(sizes))}")
+        self._together(lambda: self.library.cqil_workspace_open(self._workspace, b"".join(handles)))
+
+    def _together(self, call: Callable[[], int]) -> None:
         """Every rank learns of a failure of any, so that none goes on alone."""
-        failure = None if call() == 0 else self._message()
+        try:
+            failure = None if call() == 0 else self._message()
+        except UserError as error:
+            failure = str(error)
         failure = next((text for text in self._comm.allgather(failure) if text), None)
         if failure is not None:
+            self.close()
             raise UserError(failure)
 
     def _message(self) -> str:
@@ -73,10 +82,6 @@ class Workspace:
         """What the TensorRT plugins' input `workspace` is bound to."""
         return self.library.cqil_workspace_address(self._workspace)
 
-    @property
-    def nbytes(self) -> int:
-        return self.library.cqil_workspace_bytes(self._workspace)
-
     def failure(self) -> CollectiveError | None:
         """Why a kernel gave up, if one did; call it when CUDA reports an error."""
         record = plugins.Failure()
@@ -90,13 +95,24 @@ class Workspace:
             "did not come within the time limit (did that rank stop, or call something else?)"
         )
 
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Inside, an error of CUDA that a collective's time limit caused becomes a CollectiveError that names the peer.
+
+        Kernels run on their own time, so the block should end in a synchronisation.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            raise self.failure() or error from None
+
     def close(self) -> None:
         """Releases the memory, on every rank together; not after a failure, where the process's end does it."""
-        if not self._workspace:
-            return
-        self.library.cqil_workspace_close(self._workspace)
+        if self._workspace:
+            self.library.cqil_workspace_close(self._workspace)
         self._comm.Barrier()  # memory that a peer still maps must not be freed
-        self.library.cqil_workspace_destroy(self._workspace)
+        if self._workspace:
+            self.library.cqil_workspace_destroy(self._workspace)
         self._workspace = ctypes.c_void_p()
 
 
