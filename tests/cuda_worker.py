@@ -90,7 +90,7 @@ class Check:
         self.checksum.mul_(31).add_(found.view(torch.int16 if found.element_size() == 2 else torch.int32).long().sum())
 
 
-def operation(kind, dtype, rows, hidden, d, communicator, inputs, residual, weight, check):
+def operation(kind, dtype, rows, hidden, d, communicator, inputs, residual, weight, check, special=False):
     mine = inputs[rank]
     if kind == "all_reduce":
         found = communicator.all_reduce(mine)
@@ -100,7 +100,13 @@ def operation(kind, dtype, rows, hidden, d, communicator, inputs, residual, weig
     elif kind == "norm":
         found, normed = communicator.all_reduce_residual_norm(mine, residual, weight, EPS)
         check.equal(found, ordered_sum(inputs, residual))
-        check.close(normed, norm(found, weight), dtype)
+        if special:
+            # Squares may overflow float32, as they do in Hugging Face's norm: what is compared is where NaN appears.
+            wide = found.float()
+            expected = weight.float() * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS))
+            check.wrong += (normed.isnan() != expected.to(dtype).isnan()).sum()
+        else:
+            check.close(normed, norm(found, weight), dtype)
     elif kind == "broadcast":
         found = communicator.broadcast(mine)
         check.wrong += (found.view(-1).view(torch.uint8) != inputs[0].view(-1).view(torch.uint8)).sum()
@@ -153,7 +159,7 @@ def main(seed, operations, replays):
         inputs = random_inputs(dtype, (rows, hidden), seed, number)
         residual, weight = random_inputs(dtype, (rows, hidden), seed, number, "residual")[0], torch.ones(1)
         weight = torch.randn(hidden, generator=generator(seed, number, "w"), device="cuda").to(dtype)
-        special = kind not in ("norm", "argmax") and chance.random() < 0.5
+        special = chance.random() < 0.5
         if special:
             add_specials(inputs, seed, number)
         threads = chance.choice([0, 0, 32, 128, 512]) if kind not in ("norm",) else 0
@@ -165,7 +171,7 @@ def main(seed, operations, replays):
             chance.randint(0, 1),
         )
         torch.cuda._sleep(lag.choice([0, 0, 1000, 200_000]))
-        operation(kind, dtype, rows, hidden, d, communicator, inputs, residual, weight, check)
+        operation(kind, dtype, rows, hidden, d, communicator, inputs, residual, weight, check, special)
         if kind == "all_reduce" and not special:
             wrong64 += float64_bound(inputs, communicator.all_reduce(inputs[rank]), dtype)
     eager = check.wrong.item()
