@@ -105,8 +105,13 @@ def _interrupt(number: int, frame: Any) -> None:
 @contextmanager
 def command(job: Job | None = None) -> Iterator[None]:
     """Ends a command as its users expect: a UserError is one line and exit code 2; anything else ends all ranks."""
-    # Asked to stop is handled like Ctrl-C, so that what is half written is removed.
-    signal.signal(signal.SIGTERM, _interrupt)
+    if job is None:
+        # Asked to stop is handled like Ctrl-C, so that what is half written is removed.
+        signal.signal(signal.SIGTERM, _interrupt)
+    else:
+        # Python's handlers would wait for a collective to return, which the end of another rank may never let it.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         yield
     except UserError as error:

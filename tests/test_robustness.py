@@ -37,33 +37,52 @@ def start(*command, **options):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("placement, victim", [("sharded", 1), ("sharded", 0), ("leader", 2)])
-def test_a_killed_rank_ends_the_whole_job(placement, victim, tmp_path):
+@pytest.fixture
+def generating(tmp_path, request):
+    """A job of three ranks in the middle of a long generation; the placement is the test's parameter."""
     make_model(tmp_path / "model", max_position_embeddings=4096)
     engine = tmp_path / "engine"
-    ranks = 3
-    arguments = ("--p", ranks, "--placement", placement, "--max-seq-len", 4096, "--output", engine)
+    arguments = ("--p", 3, "--placement", request.param, "--max-seq-len", 4096, "--output", engine)
     assert build("--model", tmp_path / "model", *arguments).returncode == 0
     (tmp_path / "ids.json").write_text("[5, 6, 7]")
-    marker = str(engine)
     job = start(
-        "mpirun", "-n", ranks, sys.executable, "runtime/run.py", "--engine", engine, "--token-ids",
-        tmp_path / "ids.json", "--max-new-tokens", 4000, "--benchmark",
+        "mpirun", "-n", 3, sys.executable, "runtime/run.py", "--engine", engine, "--token-ids",
+        tmp_path / "ids.json", "--max-new-tokens", 4000, "--benchmark", start_new_session=True,
     )  # fmt: skip
     try:
         # The line about the engine is printed once it is loaded; generation of 4,000 tokens takes far longer.
         assert "p=3" in job.stdout.readline()
         time.sleep(1)
-        pids = sorted(pid for pid, text in processes(marker).items() if "mpirun" not in text and "hydra" not in text)
-        assert len(pids) == ranks and job.poll() is None
-        began = time.monotonic()
-        os.kill(pids[victim], signal.SIGKILL)
-        assert job.wait(timeout=10) != 0
-        while processes(marker) and time.monotonic() - began < 10:
-            time.sleep(0.1)
-        assert not processes(marker)
+        ranks = {p: t for p, t in processes(str(engine)).items() if "mpirun" not in t and "hydra" not in t}
+        assert len(ranks) == 3 and job.poll() is None
+        yield job, sorted(ranks), str(engine)
     finally:
         job.kill()
+
+
+def assert_ends(job, marker):
+    """The job ends within 10 seconds, not well, and leaves no process."""
+    began = time.monotonic()
+    assert job.wait(timeout=10) != 0
+    while processes(marker) and time.monotonic() - began < 10:
+        time.sleep(0.1)
+    assert not processes(marker)
+
+
+@pytest.mark.parametrize("generating, victim", [("sharded", 1), ("sharded", 0), ("leader", 2)], indirect=["generating"])
+def test_a_killed_rank_ends_the_whole_job(generating, victim):
+    job, ranks, marker = generating
+    os.kill(ranks[victim], signal.SIGKILL)
+    assert_ends(job, marker)
+
+
+@pytest.mark.parametrize(
+    "generating, number", [("sharded", signal.SIGINT), ("leader", signal.SIGTERM)], indirect=["generating"]
+)
+def test_ctrl_c_ends_the_whole_job(generating, number):
+    job, _, marker = generating
+    os.killpg(job.pid, number)  # as a terminal sends it
+    assert_ends(job, marker)
 
 
 def test_a_build_killed_at_any_moment_leaves_no_engine(tmp_path):

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from cqil_trt import __version__
 from cqil_trt.commands import Parser
 from cqil_trt.config import BACKENDS, BYPASSES, DTYPES, PLACEMENTS
 from cqil_trt.job import command
@@ -31,6 +32,7 @@ def parser() -> Parser:
     p.add_argument("--max-seq-len", type=int, metavar="N", help="prompt and generated tokens (default up to 2048)")
     p.add_argument("--output", metavar="DIR", help="engine directory to make (default engines/NAME)")
     p.add_argument("--force", action="store_true", help="replace the engine at --output")
+    p.add_argument("--version", action="version", version=f"cqil-trt {__version__}")
     p.add_argument("--json", action="store_true", help="print the plan as JSON instead of a table")
     return p
 

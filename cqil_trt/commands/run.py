@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cqil_trt import __version__
 from cqil_trt.commands import Parser
 from cqil_trt.errors import UserError
 from cqil_trt.job import Job, command
@@ -43,6 +44,7 @@ def parser() -> RankParser:
     p.add_argument("--validate", action="store_true", help="compare with the PyTorch reference; exit 1 on failure")
     p.add_argument("--benchmark", action="store_true", help="measure prefill and decode latency")
     p.add_argument("--logits-out", metavar="F.npy", type=Path, help="float32 [tokens, vocabulary] of the first prompt")
+    p.add_argument("--version", action="version", version=f"cqil-trt {__version__}")
     p.add_argument("--json", metavar="F", type=Path, help="write everything measured and generated to this file")
     return p
 
