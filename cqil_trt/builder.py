@@ -163,8 +163,8 @@ def _choose_cqil(model: ModelConfig, notes: list[str], name, p, d, start, end, b
     config = CqilConfig.choose(model.num_layers, **{"p": 2, **given})
     if config.groups and ("start" not in given or "end" not in given):
         notes.append(
-            f"layers [{config.start}, {config.end}) run concurrently: the middle of the model's {model.num_layers}, "
-            "as no --start and --end were given"
+            f"layers [{config.start}, {config.end}) of {model.num_layers} run concurrently: without both --start and "
+            "--end the rest is chosen around the middle of the model"
         )
     elif config.p > 1 and not config.groups:
         notes.append("no layers run concurrently: the range is empty, so this is plain tensor parallelism or one rank")

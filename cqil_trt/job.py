@@ -15,7 +15,7 @@ from cqil_trt.errors import UserError
 
 T = TypeVar("T")
 
-_EXTRAS = ("torch", "safetensors", "gguf", "transformers", "peft")
+_EXTRAS = ("numpy", "tqdm", "tokenizers", "torch", "safetensors", "gguf", "transformers", "peft")
 
 # Variables that mpirun of MPICH, Open MPI and PMIx launchers give the number of ranks in, or just a rank.
 _SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
@@ -32,7 +32,9 @@ class Job:
             try:
                 from mpi4py import MPI
             except (ImportError, RuntimeError) as error:
-                raise UserError(f"started by mpirun, but mpi4py cannot load an MPI library ({error})") from None
+                raise UserError(
+                    f"started by mpirun, but mpi4py cannot load an MPI library ({error}): is .venv activated?"
+                ) from None
             self.comm = MPI.COMM_WORLD
             self.rank, self.size = self.comm.Get_rank(), self.comm.Get_size()
             started = next((int(os.environ[name]) for name in _SIZE_VARIABLES if name in os.environ), self.size)
@@ -121,7 +123,9 @@ def command(job: Job | None = None) -> Iterator[None]:
     except ModuleNotFoundError as error:
         if error.name not in _EXTRAS:
             raise
-        print(f"error: {error.name} is needed and not installed: pip install 'cqil-trt[torch]'", file=sys.stderr)
+        where = "source .venv/bin/activate, or pip install 'cqil-trt[torch]'"
+        if job is None or job.rank == 0:
+            print(f"error: {error.name} is needed and not installed here: {where}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

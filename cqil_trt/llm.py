@@ -44,6 +44,8 @@ class Llm:
 
         Raises UserError for an empty prompt, one the engine cannot hold, or a text without a tokenizer.
         """
+        if isinstance(prompts, str):
+            raise UserError("prompts must be a list: put the text into brackets")
         encoded: list[list[int]] = []
         for number, prompt in enumerate(prompts, 1):
             ids = prompt

@@ -64,9 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(options: argparse.Namespace, job: Job) -> bool:
     """Everything the command does, on every rank; False when validation failed."""
-    texts = job.share(lambda: read_prompts(options))
-
+    from cqil_trt.generate import GenerationConfig, SamplingConfig
     from cqil_trt.llm import Llm
+
+    texts = job.share(lambda: read_prompts(options))
+    # Built here for its checks alone: a wrong flag should not come out after the engine is loaded.
+    sampling = SamplingConfig(options.temperature, options.top_k, options.top_p, options.seed)
+    GenerationConfig(options.max_new_tokens, stop=tuple(options.stop), sampling=sampling)
 
     llm = Llm(options.engine, job)
     if options.chat and llm.tokenizer is None:
@@ -253,8 +257,20 @@ def complete(
 ) -> None:
     single = len(prompts) == 1
 
+    lines: dict[int, str] = {}
+
     def stream(index: int, text: str) -> None:
-        print(text if single else f"[{index + 1}] {text}", end="" if single else "\n", flush=True)
+        if single:
+            print(text, end="", flush=True)
+            return
+        # Several prompts advance together: each is shown line by line, or every 60 characters.
+        lines[index] = lines.get(index, "") + text
+        while len(lines[index]) >= 60 or "\n" in lines[index]:
+            line, _, rest = lines[index].partition("\n")
+            if len(line) >= 60:
+                line, rest = lines[index][:60], lines[index][60:]
+            print(f"[{index + 1}] {line}", flush=True)
+            lines[index] = rest
 
     completions = llm.generate(
         prompts,
@@ -271,7 +287,7 @@ def complete(
         prompt = text if isinstance(text, str) else llm.tokenizer.decode(completion.prompt) if llm.tokenizer else ""
         answer = completion.text if llm.tokenizer else " ".join(map(str, completion.tokens))
         if options.stream and llm.tokenizer is not None:
-            say("" if single else f"[{number}] {completion.finish_reason}")
+            say("" if single else f"[{number}] {lines.get(number - 1, '')}")
         else:
             say(f"\n--- prompt {number}: {prompt or f'{len(completion.prompt)} tokens'}\n{answer.strip()}")
         say(f"--- {len(completion.tokens)} tokens, {completion.finish_reason}")
