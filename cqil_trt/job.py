@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -107,6 +108,9 @@ def _interrupt(number: int, frame: Any) -> None:
 @contextmanager
 def command(job: Job | None = None) -> Iterator[None]:
     """Ends a command as its users expect: a UserError is one line and exit code 2; anything else ends all ranks."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # mpirun reads a pipe: without this nothing would appear before the end, and errors before what led to them.
+        sys.stdout.reconfigure(line_buffering=True)
     if job is None:
         # Asked to stop is handled like Ctrl-C, so that what is half written is removed.
         signal.signal(signal.SIGTERM, _interrupt)

@@ -84,7 +84,7 @@ def test_tensorrt_registers_creates_and_serialises_the_plugins(built):
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     done = run(sys.executable, "-c", CREATE, path)
     if headers == "10.14":  # another major version has another interface: it is not registered, and says so
-        assert "built for TensorRT 10" in done.stderr and "assert library.cqil_register_plugins() == 0" in done.stderr
+        assert "built for TensorRT 10" in done.stderr and done.returncode != 0
         return
     assert done.returncode == 0, done.stderr
     assert "plugins work" in done.stdout
