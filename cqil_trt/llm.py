@@ -117,6 +117,4 @@ def _share_cores(job: Job) -> None:
         return
     import torch
 
-    ranks = job.size
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(max(1, cores // ranks))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // job.size))
