@@ -1,33 +1,67 @@
-"""Checkpoint (+ adapter) → engine directory: `build` checks everything, then writes."""
+"""Checkpoint (+ adapter), or an engine for another backend → engine directory: checks everything, then writes."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import queue
-import threading
-from collections.abc import Callable, Iterator
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
+from cqil_trt import backends, probes
 from cqil_trt import engine as engine_directory
 from cqil_trt.config import CqilConfig, EngineConfig, ModelConfig
 from cqil_trt.errors import UserError
-from cqil_trt.lora import LoraReader
+from cqil_trt.job import Job
 from cqil_trt.presets import preset as find_preset
 from cqil_trt.schedule import Group, Layer
-from cqil_trt.shard import Piece, RankPlan, checkpoint_shapes, plan
-from cqil_trt.tokenizer import save_tokenizer
-from cqil_trt.weights import WeightReader, check_shapes, open_checkpoint
+from cqil_trt.shard import RankPlan, plan
 
-_SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-# Elements handled at a time: small enough that a block and its float32 copy stay in the caches while the adapter is
-# merged, large enough that a block's matrix product is efficient.
-_BLOCK_ELEMENTS = 1 << 20
+if TYPE_CHECKING:
+    from cqil_trt.checkpoint import Checkpoint
+
+PROBES = ("auto", "always", "never")
+
+
+class EngineWeights:
+    """A torch engine as what another is written from: its files hold merged, sharded weights. Needs no PyTorch."""
+
+    def __init__(self, path: Path):
+        self.engine = engine_directory.Engine.open(path)
+        self.model, self.source, self.rotary = self.engine.model, self.engine.source, self.engine.rotary
+        if self.engine.limits.backend != "torch":
+            backend = self.engine.limits.backend
+            raise UserError(
+                f"--model {path}: an engine of backend {backend}; only one of backend torch can be compiled"
+            )
+
+    def write_shared(self, directory: Path) -> list[Path]:
+        return [self._take(name, directory / name) for name in self.engine.shared_files if name != probes.FILE]
+
+    def write_rank(self, path: Path, rank: RankPlan, dtype: str, advance: Callable[[int], Any]) -> dict[str, Any]:
+        self._take(path.name, path)
+        entry = dict(self.engine.files[path.name])
+        advance(entry["size"])
+        return entry
+
+    def write_probes(
+        self, directory: Path, cqil: CqilConfig, limits: EngineConfig, wanted: str, progress: bool
+    ) -> list[Path]:
+        if probes.FILE not in self.engine.files:
+            return []
+        return [self._take(probes.FILE, directory / probes.FILE)]
+
+    def _take(self, name: str, target: Path) -> Path:
+        """The same file under a second name, or a copy where the file system cannot do that."""
+        self.engine.verify(name)
+        try:
+            os.link(self.engine.path / name, target)
+        except OSError:
+            shutil.copyfile(self.engine.path / name, target)
+        return target
 
 
 @dataclass(frozen=True)
@@ -38,11 +72,18 @@ class BuildPlan:
     cqil: CqilConfig
     limits: EngineConfig
     ranks: tuple[RankPlan, ...]
-    reader: WeightReader
-    source: engine_directory.Source
+    weights: Checkpoint | EngineWeights
     output: Path
     replace: bool
     notes: tuple[str, ...]
+    probes: str
+    backend_version: str
+    architecture: str
+    options: Mapping[str, Any]
+
+    @property
+    def source(self) -> engine_directory.Source:
+        return self.weights.source
 
     @property
     def total_bytes(self) -> int:
@@ -119,34 +160,61 @@ def prepare(
     backend: str = "torch",
     max_batch_size: int = 8,
     max_seq_len: int | None = None,
+    prefill_chunk: int | None = None,
+    probes: str = "auto",
     output: str | Path | None = None,
     force: bool = False,
+    **options: Any,
 ) -> BuildPlan:
     """Opens and checks everything a build needs without writing anything; arguments as in `build`."""
     path = Path(model)
-    config, reader = open_checkpoint(path)
-    check_shapes(reader, checkpoint_shapes(config))
-    if lora is not None:
-        reader = LoraReader(reader, Path(lora), config.tie_embeddings)
-
     notes: list[str] = []
-    cqil = _choose_cqil(config, notes, preset, p, d, start, end, bypass, placement)
-    if max_seq_len is None:
-        max_seq_len = min(2048, config.max_position, config.sliding_window or config.max_position)
-    limits = EngineConfig(max_batch_size, max_seq_len, dtype or config.dtype, backend)
+    weights: Checkpoint | EngineWeights
+    if engine_directory.is_engine(path):
+        weights = EngineWeights(path)
+        config, cqil, dtype = weights.model, weights.engine.cqil, weights.engine.limits.dtype
+        decided = {"lora": lora, "preset": preset, "p": p, "d": d, "start": start, "end": end, "bypass": bypass}
+        decided |= {"placement": placement}
+        if given := [f"--{name}" for name, value in decided.items() if value is not None]:
+            raise UserError(f"--model {path}: an engine, which has decided {', '.join(given)} already: leave it out")
+        name = path.name.replace("-torch-", f"-{backend}-") if "-torch-" in path.name else f"{path.name}-{backend}"
+        longest = weights.engine.limits.max_seq_len
+    else:
+        from cqil_trt.checkpoint import Checkpoint
+
+        weights = Checkpoint(path, None if lora is None else Path(lora))
+        config = weights.model
+        cqil = _choose_cqil(config, notes, preset, p, d, start, end, bypass, placement)
+        longest = min(2048, config.max_position, config.sliding_window or config.max_position)
+        name = None
+    max_seq_len = max_seq_len or longest
+    chunk = prefill_chunk or min(512, max_seq_len)
+    limits = EngineConfig(max_batch_size, max_seq_len, dtype or config.dtype, backend, chunk)
     limits.check_model(config)
-    ranks = plan(config, cqil)
+    version, architecture, built = backends.load(backend).describe(limits, options)
 
     chosen = output is not None
-    target = Path(output) if output is not None else Path("engines") / _default_name(path, cqil, limits, lora)
+    target = Path(output or Path("engines") / (name or _default_name(path, cqil, limits, lora)))
     if chosen and target.exists() and not force:
         raise UserError(f"--output {target}: exists already (--force replaces it)")
-    source = engine_directory.Source(str(path.resolve()), None if lora is None else str(Path(lora).resolve()))
     # Under a name of our own making, building the same again replaces it; another model of that name does not.
     if not chosen and target.exists() and not force:
-        if engine_directory.source_of(target) not in (None, source):
+        if engine_directory.source_of(target) not in (None, weights.source):
             raise UserError(f"{target}: holds an engine of another model (--force replaces it, or give --output)")
-    return BuildPlan(config, cqil, limits, ranks, reader, source, target, force or not chosen, tuple(notes))
+    return BuildPlan(
+        config,
+        cqil,
+        limits,
+        plan(config, cqil),
+        weights,
+        target,
+        force or not chosen,
+        tuple(notes),
+        probes,
+        version,
+        architecture,
+        {**options, **built},
+    )
 
 
 def _choose_cqil(model: ModelConfig, notes: list[str], name, p, d, start, end, bypass, placement) -> CqilConfig:
@@ -182,126 +250,89 @@ def _default_name(model: Path, cqil: CqilConfig, limits: EngineConfig, lora: str
     return "-".join([*parts, cqil.placement, limits.backend, limits.dtype])
 
 
-def build(*, progress: bool = False, **arguments: Any) -> engine_directory.Engine:
+def build(*, progress: bool = False, job: Job | None = None, **arguments: Any) -> engine_directory.Engine:
     """Builds an engine directory and opens it.
 
     Args:
-        model: a Hugging Face directory or a .gguf file.
+        model: a Hugging Face directory, a .gguf file, or an engine of backend torch to compile for another backend.
         lora: a PEFT adapter directory, merged in float32.
         preset: a published configuration (`presets.PRESETS`); p, d, start, end, bypass and placement override it.
         p, d, start, end, bypass, placement: see `CqilConfig`; start and end default to the middle of the model.
         dtype: float32, float16 or bfloat16; default the checkpoint's (float32 for GGUF).
         backend: which network the ranks execute.
         max_batch_size, max_seq_len: limits in sequences and tokens; default 8 and min(2048, the model's).
+        prefill_chunk: tokens of a prompt that one forward pass takes; default 512.
+        probes: whether to store what the float32 reference says to a few prompts, for validation without PyTorch:
+            "always", "never", or "auto" (models up to 2 GiB in float32, or that fit a GPU that PyTorch sees).
         output: the directory to make; default engines/NAME, which replaces an engine of that name.
         force: replace an engine at `output`.
         progress: show a progress bar on standard error.
+        job: in an MPI job every process makes the same call and builds its share of the ranks.
+        target, collective, save_network_json, timing_cache: see `backends.tensorrt`.
 
     Raises:
         UserError: a wrong input; nothing is left behind.
     """
-    return write(prepare(**arguments), progress=progress)
+    job = job or Job()
+    return write(job.agree(lambda: prepare(**arguments)), progress, job)
 
 
-def write(job: BuildPlan, progress: bool = False) -> engine_directory.Engine:
-    """Writes the engine of a checked plan: every rank's weights, the tokenizer, config.json last."""
+def write(build: BuildPlan, progress: bool = False, job: Job | None = None) -> engine_directory.Engine:
+    """Writes the engine of a checked plan: every rank's weights and network, what is shared, config.json last."""
+    job = job or Job()
+    with ExitStack() as cleanup:
+        new = engine_directory.new_directory(build.output, build.replace)
+        directory = job.share(lambda: cleanup.enter_context(new))
+        # The tokenizer first: what is wrong with it should not come out after gigabytes of weights.
+        shared = job.share(lambda: _write_shared(build, directory, progress))
+        mine = job.agree(lambda: _write_ranks(build, directory, build.ranks[job.rank :: job.size], progress))
+        files = {name: entry for part in (shared, *job.gather(mine)) for name, entry in part.items()}
+
+        def finish() -> None:
+            engine_directory.write_config(
+                directory,
+                {
+                    "model": build.model.to_dict(),
+                    "cqil": build.cqil.to_dict(),
+                    "limits": build.limits.to_dict(),
+                    "rotary": build.weights.rotary,
+                    "source": {"model": build.source.model, "lora": build.source.lora},
+                    "backend_version": build.backend_version,
+                    "architecture": build.architecture,
+                    "build": {name: value for name, value in build.options.items() if value is not None},
+                    "created": datetime.now(timezone.utc).isoformat(),
+                    "files": dict(sorted(files.items())),
+                },
+            )
+            cleanup.close()
+
+        job.share(finish)
+    return job.agree(lambda: engine_directory.Engine.open(build.output))
+
+
+def _write_shared(build: BuildPlan, directory: Path, progress: bool) -> dict[str, dict[str, Any]]:
+    paths = build.weights.write_shared(directory)
+    paths += build.weights.write_probes(directory, build.cqil, build.limits, build.probes, progress)
+    return {path.name: engine_directory.fingerprint(path) for path in paths}
+
+
+def _write_ranks(
+    build: BuildPlan, directory: Path, ranks: tuple[RankPlan, ...], progress: bool
+) -> dict[str, dict[str, Any]]:
     from tqdm import tqdm
 
-    bar = tqdm(total=job.total_bytes, unit="B", unit_scale=True, desc="writing", disable=not progress, leave=False)
-    with bar, engine_directory.new_directory(job.output, job.replace) as directory:
-        # The tokenizer first: what is wrong with it should not come out after gigabytes of weights.
-        tokenizer = save_tokenizer(Path(job.source.model), directory)
-        files = {path.name: engine_directory.fingerprint(path) for path in tokenizer}
-        for rank in job.ranks:
+    files: dict[str, dict[str, Any]] = {}
+    total = sum(rank.stored_bytes(build.limits.dtype) for rank in ranks)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=not progress, leave=False) as bar:
+        for rank in ranks:
             name = engine_directory.rank_file(rank.rank)
-            files[name] = write_rank(directory / name, rank, job.reader, job.limits.dtype, bar.update)
-        engine_directory.write_config(
-            directory,
-            {
-                "model": job.model.to_dict(),
-                "cqil": job.cqil.to_dict(),
-                "limits": job.limits.to_dict(),
-                "source": {"model": job.source.model, "lora": job.source.lora},
-                "backend_version": torch.__version__,
-                "architecture": "any",
-                "created": datetime.now(timezone.utc).isoformat(),
-                "files": files,
-            },
+            files[name] = build.weights.write_rank(directory / name, rank, build.limits.dtype, bar.update)
+    backend = backends.load(build.limits.backend)
+    for rank in ranks:
+        backend.compile_rank(
+            backends.Compilation(directory, rank, build.limits, build.weights.rotary, build.options, progress)
         )
-    return engine_directory.Engine.open(job.output)
-
-
-def rank_tensors(rank: RankPlan, reader: WeightReader, dtype: str) -> Iterator[torch.Tensor]:
-    """The elements of the rank's tensors, in the order of `rank.tensors`, in blocks of bounded size."""
-    target = getattr(torch, dtype)
-    for tensor in rank.tensors:
-        for piece in tensor.pieces:
-            for block in _blocks(reader, piece):
-                yield block.to(target).contiguous()
-
-
-def _blocks(reader: WeightReader, piece: Piece) -> Iterator[torch.Tensor]:
-    shape = reader.shapes()[piece.source]
-    first, last = piece.rows or (0, shape[0])
-    width = shape[1] if len(shape) > 1 else 1
-    step = max(1, _BLOCK_ELEMENTS // width)
-    for row in range(first, last, step):
-        yield reader.read(piece.source, (row, min(row + step, last)), piece.columns)
-
-
-def write_rank(
-    path: Path, rank: RankPlan, reader: WeightReader, dtype: str, advance: Callable[[int], Any] = lambda count: None
-) -> dict[str, Any]:
-    """Writes a rank's tensors as one safetensors file; returns its size in bytes and sha256.
-
-    The layout is known before the first weight is read, so blocks go straight to disk and memory stays bounded.
-    A second thread hashes and writes while this one reads and merges.
-    """
-    header: dict[str, Any] = {}
-    offset = 0
-    itemsize = getattr(torch, dtype).itemsize
-    for tensor in rank.tensors:
-        size = tensor.elements * itemsize
-        header[tensor.name] = {
-            "dtype": _SAFETENSORS_NAMES[dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-
-    digest = hashlib.sha256()
-    blocks: queue.Queue[memoryview | bytes | None] = queue.Queue(maxsize=8)
-    failure: list[BaseException] = []
-
-    file = open(path, "wb", buffering=0)
-
-    def drain() -> None:
-        while (block := blocks.get()) is not None:
-            if failure:
-                continue  # keep emptying the queue, so that the producer is not left waiting
-            try:
-                digest.update(block)
-                rest = memoryview(block)
-                while rest:
-                    rest = rest[file.write(rest) :]
-            except BaseException as error:
-                failure.append(error)
-
-    writer = threading.Thread(target=drain, name="engine-writer")
-    writer.start()
-    try:
-        blocks.put(len(text).to_bytes(8, "little") + text)
-        for block in rank_tensors(rank, reader, dtype):
-            if failure:
-                break
-            blocks.put(memoryview(block.view(torch.uint8).numpy()).cast("B"))
-            advance(block.nbytes)
-    finally:
-        blocks.put(None)
-        writer.join()
-        file.close()
-    if failure:
-        raise failure[0]
-    return {"size": 8 + len(text) + offset, "sha256": digest.hexdigest()}
+        for path in sorted(directory.glob(f"rank{rank.rank}.*")):
+            if path.name not in files:
+                files[path.name] = engine_directory.fingerprint(path)
+    return files

@@ -13,7 +13,9 @@ from cqil_trt.errors import UserError
 
 DTYPES = ("float32", "float16", "bfloat16")
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-BACKENDS = ("torch",)
+BACKENDS = ("torch", "tensorrt", "onnx")
+# Who joins the ranks inside a compiled network: our plugins, or TensorRT's own collective layer (NCCL).
+COLLECTIVES = ("plugin", "nccl")
 PLACEMENTS = ("sharded", "leader", "tensor")
 BYPASSES = ("mlp", "residual")
 MAX_RANKS = 8
@@ -344,18 +346,24 @@ class CqilConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Limits and numeric type of an engine: sequences, tokens per sequence (prompt and generated together)."""
+    """Limits and numeric type of an engine: sequences, tokens per sequence (prompt and generated together).
+
+    Longer prompts than `prefill_chunk` tokens are taken in several forward passes, which bounds the memory of one.
+    """
 
     max_batch_size: int = 8
     max_seq_len: int = 2048
     dtype: str = "float32"
     backend: str = "torch"
+    prefill_chunk: int = 512
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_batch_size <= 4096:
             raise UserError(f"--max-batch-size must be from 1 to 4096, found {self.max_batch_size}")
         if self.max_seq_len < 1:
             raise UserError(f"--max-seq-len must be at least 1, found {self.max_seq_len}")
+        if self.prefill_chunk < 1:
+            raise UserError(f"--prefill-chunk must be at least 1, found {self.prefill_chunk}")
         if self.dtype not in DTYPES:
             raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, found {self.dtype}")
         if self.backend not in BACKENDS:

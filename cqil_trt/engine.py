@@ -1,7 +1,10 @@
 """The engine directory on disk: write, open, verify.
 
     config.json            what the engine is; sha256 and size of every other file; a digest of itself
-    rank{r}.safetensors    the tensors of rank r (backend torch)
+    rank{r}.safetensors    the tensors of rank r
+    rank{r}.engine         its compiled network (backend tensorrt)
+    rank{r}.onnx           its network, whose weights are in the safetensors file (backend onnx)
+    reference.npz          what the float32 reference says to a few prompts (see probes.py)
     tokenizer.json, ...    the tokenizer, in the form the `tokenizers` package reads
 
 It is written to a temporary sibling and renamed into place, so a killed build leaves nothing that opens.
@@ -26,9 +29,15 @@ from cqil_trt.config import CqilConfig, EngineConfig, ModelConfig, read_json
 from cqil_trt.errors import UserError
 from cqil_trt.shard import RankPlan, plan
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _TEMPORARY = ".building-"
 _LOCK = ".lock"
+# The files every rank has, by backend.
+_RANK_SUFFIXES = {
+    "torch": ("safetensors",),
+    "tensorrt": ("safetensors", "engine"),
+    "onnx": ("safetensors", "onnx"),
+}
 
 
 @dataclass(frozen=True)
@@ -41,15 +50,22 @@ class Source:
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine directory whose configuration has been verified; `verify_rank` verifies the files of a rank."""
+    """An engine directory whose configuration has been verified; `verify_rank` verifies the files of a rank.
+
+    `rotary`: the inverse frequencies of rotary embedding, float32 values [head_dim / 2], radians per position.
+    `backend_version`, `architecture`: what built it, and the GPUs it runs on ("any", "9.0", "8.0, 8.9").
+    `build`: what else the backend's runtime must know.
+    """
 
     path: Path
     model: ModelConfig
     cqil: CqilConfig
     limits: EngineConfig
+    rotary: tuple[float, ...]
     source: Source
     backend_version: str
     architecture: str
+    build: Mapping[str, Any]
     created: str
     files: Mapping[str, Mapping[str, Any]]
 
@@ -60,8 +76,13 @@ class Engine:
     def plan(self, rank: int) -> RankPlan:
         return plan(self.model, self.cqil)[rank]
 
-    def rank_file(self, rank: int) -> Path:
-        return self.path / rank_file(rank)
+    def rank_file(self, rank: int, suffix: str = "safetensors") -> Path:
+        return self.path / rank_file(rank, suffix)
+
+    @property
+    def shared_files(self) -> tuple[str, ...]:
+        """The files that belong to no rank: tokenizer, reference."""
+        return tuple(name for name in self.files if not name.startswith("rank"))
 
     def verify(self, name: str) -> None:
         """Raises UserError unless file `name` is there with the size and sha256 that config.json gives."""
@@ -77,10 +98,12 @@ class Engine:
             raise UserError(f"{path}: the sha256 differs from config.json: the file is damaged, rebuild the engine")
 
     def verify_rank(self, rank: int) -> None:
-        """Verifies what rank `rank` loads: its own file, and the tokenizer on rank 0."""
+        """Verifies what rank `rank` loads: its own files, and those of no rank on rank 0."""
         for name in self.files:
-            if name == rank_file(rank) or (rank == 0 and not name.startswith("rank")):
+            if name.startswith(f"rank{rank}."):
                 self.verify(name)
+        for name in self.shared_files if rank == 0 else ():
+            self.verify(name)
 
     @classmethod
     def open(cls, path: Path) -> Engine:
@@ -101,13 +124,19 @@ class Engine:
                 ModelConfig.from_dict(raw["model"]),
                 CqilConfig(**raw["cqil"]),
                 EngineConfig(**raw["limits"]),
+                tuple(map(float, raw["rotary"])),
                 Source(**raw["source"]),
                 raw["backend_version"],
                 raw["architecture"],
+                raw["build"],
                 raw["created"],
                 raw["files"],
             )
-            complete = all({"size", "sha256"} <= engine.files[rank_file(rank)].keys() for rank in range(engine.cqil.p))
+            complete = len(engine.rotary) == engine.model.head_dim // 2 and all(
+                {"size", "sha256"} <= engine.files[rank_file(rank, suffix)].keys()
+                for rank in range(engine.cqil.p)
+                for suffix in _RANK_SUFFIXES[engine.limits.backend]
+            )
         except (KeyError, TypeError, ValueError, AttributeError):
             complete = False
         if not complete:
@@ -115,8 +144,8 @@ class Engine:
         return engine
 
 
-def rank_file(rank: int) -> str:
-    return f"rank{rank}.safetensors"
+def rank_file(rank: int, suffix: str = "safetensors") -> str:
+    return f"rank{rank}.{suffix}"
 
 
 def fingerprint(path: Path) -> dict[str, Any]:

@@ -16,7 +16,13 @@ from cqil_trt.errors import UserError
 
 T = TypeVar("T")
 
-_EXTRAS = ("numpy", "tqdm", "tokenizers", "torch", "safetensors", "gguf", "transformers", "peft")
+# Packages whose absence is the user's to mend, and the extra that brings each (None: a plain dependency).
+_EXTRAS = {
+    **dict.fromkeys(("numpy", "tqdm", "tokenizers", "jinja2", "safetensors")),
+    **dict.fromkeys(("torch", "gguf", "transformers", "peft"), "torch"),
+    **dict.fromkeys(("tensorrt", "tensorrt_rtx", "cuda"), "tensorrt"),
+    "onnx": "onnx",
+}
 
 # Variables that mpirun of MPICH, Open MPI and PMIx launchers give the number of ranks in, or just a rank.
 _SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
@@ -85,8 +91,10 @@ class Job:
             while not request.Test():
                 time.sleep(0.005)
 
-    def group(self, size: int, communicator: Callable[[Any], T], alone: Callable[[], T]) -> tuple[T, int]:
-        """Splits the job into replicas of `size` consecutive ranks; returns this one's communicator and its number.
+    def group(self, size: int) -> tuple[Any, int, int]:
+        """Splits the job into replicas of `size` consecutive ranks.
+
+        Returns this replica's mpi4py communicator (None for one rank), this rank in it, and the replica's number.
 
         Raises UserError when the ranks are not a multiple of `size`.
         """
@@ -96,9 +104,9 @@ class Job:
                 f"start with mpirun -n {size}"
             )
         if size == 1:
-            return alone(), self.rank
+            return None, 0, self.rank
         assert self.comm is not None
-        return communicator(self.comm.Split(self.rank // size, self.rank)), self.rank // size
+        return self.comm.Split(self.rank // size, self.rank), self.rank % size, self.rank // size
 
 
 def _interrupt(number: int, frame: Any) -> None:
@@ -125,11 +133,13 @@ def command(job: Job | None = None) -> Iterator[None]:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except ModuleNotFoundError as error:
-        if error.name not in _EXTRAS:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRAS:
             raise
-        where = "source .venv/bin/activate, or pip install 'cqil-trt[torch]'"
+        extra = f"[{_EXTRAS[package]}]" if _EXTRAS[package] else ""
+        where = f"source .venv/bin/activate, or pip install 'cqil-trt{extra}'"
         if job is None or job.rank == 0:
-            print(f"error: {error.name} is needed and not installed here: {where}", file=sys.stderr)
+            print(f"error: {package} is needed and not installed here: {where}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

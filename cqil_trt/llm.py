@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cqil_trt.collectives import HostCommunicator, LocalCommunicator
+from cqil_trt import backends
 from cqil_trt.engine import Engine, find_engine
 from cqil_trt.errors import UserError
 from cqil_trt.generate import Completion, GenerationConfig, SamplingConfig, generate
@@ -28,10 +29,11 @@ class Llm:
         # Only rank 0 looks, so that ranks cannot disagree while a build finishes.
         path = self.job.share(lambda: directory or find_engine(Path("engines"), self.job.size))
         self.engine = self.job.agree(lambda: Engine.open(path))
-        self.communicator, self.replica = self.job.group(self.engine.world_size, HostCommunicator, LocalCommunicator)
-        self.job.agree(lambda: self.engine.verify_rank(self.communicator.rank))
+        comm, self.rank, self.replica = self.job.group(self.engine.world_size)
+        self.job.agree(lambda: self.engine.verify_rank(self.rank))
+        backend = backends.load(self.engine.limits.backend)
         _share_cores(self.job)
-        self.session = self.job.agree(lambda: Session(self.engine, self.communicator))
+        self.session: Session = self.job.agree(lambda: backend.Session(self.engine, comm))
         has_tokenizer = (path / "tokenizer.json").exists()
         self.tokenizer = Tokenizer(path) if has_tokenizer else None
 
@@ -86,7 +88,7 @@ class Llm:
         )
         mine = range(self.replica, len(ids), self.replicas)
         report = None
-        if on_text is not None and self.communicator.rank == 0:
+        if on_text is not None and self.rank == 0:
 
             def report(index: int, text: str) -> None:
                 on_text(mine[index], text)
@@ -112,9 +114,7 @@ def load(directory: str | Path | None = None) -> Llm:
 
 
 def _share_cores(job: Job) -> None:
-    """Splits this host's cores among its ranks, unless the user has set OMP_NUM_THREADS."""
-    if "OMP_NUM_THREADS" in os.environ:
-        return
-    import torch
-
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // job.size))
+    """Splits this host's cores among its ranks where PyTorch computes, unless the user has set OMP_NUM_THREADS."""
+    torch = sys.modules.get("torch")
+    if torch is not None and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // job.size))

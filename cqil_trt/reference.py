@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from types import MethodType
@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from cqil_trt.config import CqilConfig
+from cqil_trt.config import CqilConfig, ModelConfig
 from cqil_trt.errors import UserError
+from cqil_trt.probes import TOP, Probe
+from cqil_trt.weights import WeightReader
 
 
 class CqilModel(nn.Module):
@@ -143,22 +145,130 @@ def load_hugging_face(model: str, lora: str | None = None, dtype: torch.dtype = 
     return network.eval()
 
 
+# Float32 bytes of a model that stays in host memory; a larger one is read from its files again at every pass.
+_RESIDENT_BYTES = 2 << 30
+
+
+def fits_gpu(elements: int) -> bool:
+    """Whether PyTorch sees a GPU with room for a float32 model of so many elements."""
+    return torch.cuda.is_available() and 4 * elements < 0.8 * torch.cuda.mem_get_info()[0]
+
+
+def from_reader(model: ModelConfig, reader: WeightReader) -> nn.Module:
+    """Hugging Face's modules with the weights of `reader`, float32, in evaluation mode; on a GPU that has room.
+
+    A model that would take more than 2 GiB of host memory is computed in pieces: a module's weights are read when
+    it is called, and let go behind it.
+    """
+    import transformers
+
+    values = {
+        "num_hidden_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.intermediate_size,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
+        "vocab_size": model.vocab_size,
+        "max_position_embeddings": model.max_position,
+        "rms_norm_eps": model.rms_norm_eps,
+        "tie_word_embeddings": model.tie_embeddings,
+        "attention_bias": model.o_bias,
+        "mlp_bias": model.mlp_bias,
+        "sliding_window": None,
+        "rope_theta": model.rope.theta,
+        "rope_parameters": {"rope_type": model.rope.kind, "rope_theta": model.rope.theta, **_rope_factors(model)},
+    }
+    kind = getattr(transformers, model.architecture)
+    with torch.device("meta"):
+        network = kind(kind.config_class(**values)).eval()
+    rotary = network.get_submodule("model.rotary_emb")
+    elements = sum(parameter.numel() for parameter in network.parameters())
+    device = "cuda" if fits_gpu(elements) else "cpu"
+    # Buffers are computed, not stored: the module makes its own again, off the meta device.
+    network.model.rotary_emb = type(rotary)(network.config).to(device)
+    pieces = device == "cpu" and 4 * elements > _RESIDENT_BYTES
+    for name, module in network.named_modules():
+        names = [key for key, _ in module.named_parameters(recurse=False)]
+        if not names:
+            continue
+        load = _loader(reader, name, names, model.tie_embeddings, device)
+        if pieces:
+            module.register_forward_pre_hook(load)
+            module.register_forward_hook(_unload)
+        else:
+            load(module)
+    return network
+
+
+def _rope_factors(model: ModelConfig) -> dict[str, Any]:
+    rope = model.rope
+    if rope.kind == "default":
+        return {}
+    if rope.kind == "linear":
+        return {"factor": rope.factor}
+    return {
+        "factor": rope.factor,
+        "low_freq_factor": rope.low_freq_factor,
+        "high_freq_factor": rope.high_freq_factor,
+        "original_max_position_embeddings": rope.original_max_position,
+    }
+
+
+def _loader(reader: WeightReader, prefix: str, names: list[str], tied: bool, device: str) -> Callable[..., None]:
+    """A function that reads a module's parameters; also a forward pre-hook."""
+
+    def load(module: nn.Module, *_: Any) -> None:
+        for name in names:
+            source = f"{prefix}.{name}"
+            if tied and source == "lm_head.weight":
+                source = "model.embed_tokens.weight"
+            value = reader.read(source).to(device=device, dtype=torch.float32)
+            setattr(module, name, nn.Parameter(value, requires_grad=False))
+
+    return load
+
+
+def _unload(module: nn.Module, *_: Any) -> None:
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        setattr(module, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+
+def probe(model: nn.Module, prompts: Sequence[Sequence[int]], steps: Sequence[int], progress: bool) -> list[Probe]:
+    """What the model answers to prompts of token ids, with `steps` greedy tokens for each."""
+    from tqdm import tqdm
+
+    found = []
+    for prompt, count in zip(tqdm(prompts, desc="reference", disable=not progress, leave=False), steps):
+        tokens, step_logits = greedy(model, prompt, count)
+        logits, order = step_logits.topk(min(TOP, step_logits.shape[1]), dim=1)
+        scored = score(model, prompt)
+        found.append(Probe(list(prompt), scored.numpy(), tokens, order.to(torch.int32).numpy(), logits.numpy()))
+    return found
+
+
 @torch.inference_mode()
 def score(model: nn.Module, prompt: Sequence[int]) -> torch.Tensor:
     """Logits after every token of the prompt, float32 [tokens, vocabulary]."""
-    return model(torch.tensor([list(prompt)]), use_cache=False).logits[0].float()
+    tokens = torch.tensor([list(prompt)], device=_device(model))
+    return model(tokens, use_cache=False).logits[0].float().cpu()
 
 
 @torch.inference_mode()
 def greedy(model: nn.Module, prompt: Sequence[int], steps: int) -> tuple[list[int], torch.Tensor]:
     """`steps` greedy tokens, and the logits each was chosen from, float32 [steps, vocabulary]."""
+    device = _device(model)
     tokens: list[int] = []
     logits: list[torch.Tensor] = []
     new, cache = list(prompt), None
     for _ in range(steps):
-        out = model(torch.tensor([new]), past_key_values=cache, use_cache=True)
+        out = model(torch.tensor([new], device=device), past_key_values=cache, use_cache=True)
         cache = out.past_key_values
-        logits.append(out.logits[0, -1].float())
+        logits.append(out.logits[0, -1].float().cpu())
         tokens.append(int(logits[-1].argmax()))
         new = tokens[-1:]
     return tokens, torch.stack(logits)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return model.get_submodule("model.rotary_emb").inv_freq.device

@@ -1,64 +1,94 @@
-"""Prefill and decode on one rank: the engine's weights, its KV cache, and what the ranks say together."""
+"""Prefill and decode on one rank, whatever executes its network: what the ranks say together, in numpy arrays."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
-from cqil_trt.collectives import Communicator
 from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
-from cqil_trt.network.decoder import decode
-from cqil_trt.network.torch_ops import TorchOps
 
 
-class Session:
+class Session(ABC):
     """Runs batches of sequences through this rank's network. All ranks of an engine call the methods together.
 
     After `prefill` and after `decode` the session holds each sequence's next-token prediction; `greedy` and `logits`
-    read it, and give the same on every rank.
+    read it, and give the same on every rank. B: sequences, T: tokens of one pass, K: tokens predicted from.
     """
 
-    def __init__(self, engine: Engine, communicator: Communicator):
-        from safetensors.torch import load_file
-
+    def __init__(self, engine: Engine, rank: int):
         self.limits = engine.limits
-        self._communicator = communicator
-        self._plan = engine.plan(communicator.rank)
-        weights = load_file(engine.rank_file(communicator.rank))
-        first, last = self._plan.vocabulary
-        if self._plan.shares_embedding:
-            weights["lm_head.weight"] = weights["embedding.weight"][first:last]
-        self._offset = first
-        self._widths = [b - a for a, b in (engine.plan(rank).vocabulary for rank in range(engine.world_size))]
-        dtype = getattr(torch, engine.limits.dtype)
-        limits = engine.limits
-        self._ops = TorchOps(self._plan, weights, communicator, limits.max_batch_size, limits.max_seq_len, dtype)
-        self._past = torch.zeros(0, dtype=torch.long)
-        self._output = torch.empty(0)
+        self._plan = engine.plan(rank)
+        spans = [engine.plan(other).vocabulary for other in range(engine.world_size)]
+        self._offset = spans[rank][0]
+        # How many logits each rank computes.
+        self._widths = [last - first for first, last in spans]
+        self._past = np.zeros(0, np.int64)
 
-    @torch.inference_mode()
-    def _forward(self, tokens: torch.Tensor, past: torch.Tensor, select: torch.Tensor) -> torch.Tensor:
-        """This rank's logits, float32 [B, K, width]; width 0 on a rank that predicts nothing."""
-        out = decode(self._ops, tokens, past, select)
-        if not self._plan.schedule.predicts:
-            return torch.empty(*select.shape, 0)
-        return out.float()
+    # What a backend provides
+
+    @abstractmethod
+    def _start(self, batch: int, longest: int) -> None:
+        """A new batch of `batch` sequences begins, with prompts of up to `longest` tokens."""
+
+    @abstractmethod
+    def _forward(self, tokens: np.ndarray, past: np.ndarray, select: np.ndarray) -> None:
+        """One forward pass: int64 tokens [B, T], past [B], select [B, K]; its logits stay with the backend."""
+
+    @abstractmethod
+    def _keep(self, rows: np.ndarray) -> None:
+        """The last pass had K = 1: in these rows (bool [B]) its logits become the prediction."""
+
+    @abstractmethod
+    def _last_logits(self) -> np.ndarray:
+        """This rank's logits of the last pass, float32 [B, K, width]; width 0 on a rank that predicts nothing."""
+
+    @abstractmethod
+    def _prediction(self) -> np.ndarray:
+        """This rank's logits of every sequence's next token, float32 [B, width]."""
+
+    @abstractmethod
+    def _step(self, tokens: np.ndarray, past: np.ndarray) -> None:
+        """Appends one token to every sequence (int64 [B]) and predicts the next."""
+
+    @abstractmethod
+    def greedy(self) -> np.ndarray:
+        """The most likely next token of every sequence, int64 [B]; the smallest id among equals."""
+
+    @abstractmethod
+    def _gather(self, columns: np.ndarray) -> np.ndarray:
+        """Every rank's columns (float32 [rows, width]) side by side, on every rank."""
+
+    @abstractmethod
+    def joined(self) -> bytes:
+        """The residual stream after the last all-reduce of the last call, as bytes: every rank must hold the same.
+
+        Empty where ranks join nothing. Logits prove little here, as all ranks receive them from the same senders.
+        """
+
+    # What follows from it
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Starts over with these prompts (token ids), of any lengths, in one forward pass.
+        """Starts over with these prompts (token ids) of any lengths.
 
         Raises UserError for an empty prompt, one longer than the engine, an unknown token, or too many prompts.
         """
         self.check(prompts)
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        tokens = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
+        lengths = np.array([len(prompt) for prompt in prompts])
+        longest, chunk = int(lengths.max()), self.limits.prefill_chunk
+        tokens = np.zeros((len(prompts), longest), np.int64)
         for row, prompt in zip(tokens, prompts):
-            row[: len(prompt)] = torch.tensor(prompt)
-        self._output = self._forward(tokens, torch.zeros_like(lengths), lengths[:, None] - 1)[:, 0]
-        self._past = lengths.clamp(max=self.limits.max_seq_len - 1)
+            row[: len(prompt)] = prompt
+        self._start(len(prompts), longest)
+        for first in range(0, longest, chunk):
+            part = tokens[:, first : first + chunk]
+            # A prompt that has ended takes part with padding, behind what it will ever be asked about.
+            select = np.clip(lengths - 1 - first, 0, part.shape[1] - 1)[:, None]
+            self._forward(part, np.full(len(prompts), first), select)
+            self._keep((lengths > first) & (lengths <= first + chunk))
+        self._past = np.minimum(lengths, self.limits.max_seq_len - 1)
 
     def decode(self, tokens: np.ndarray) -> None:
         """Appends one token to every sequence (int64 [B]).
@@ -66,42 +96,25 @@ class Session:
         A sequence that is full stays at its last position: its predictions mean nothing from there on, and the others
         in the batch go on.
         """
-        new = torch.from_numpy(tokens)[:, None]
-        self._output = self._forward(new, self._past, torch.zeros_like(new))[:, 0]
-        self._past = (self._past + 1).clamp(max=self.limits.max_seq_len - 1)
-
-    def greedy(self) -> np.ndarray:
-        """The most likely next token of every sequence, int64 [B]; the smallest id among equals."""
-        if self._output.shape[-1]:
-            values, indices = self._output.max(dim=-1)
-            # max returns any of equal values; argmax of the whole would be the first.
-            indices = (self._output == values[:, None]).int().argmax(dim=-1)
-        else:
-            values = torch.full((len(self._past),), -torch.inf)
-            indices = torch.zeros(len(self._past), dtype=torch.long)
-        return self._communicator.argmax(values, indices + self._offset).numpy()
+        self._step(tokens, self._past)
+        self._past = np.minimum(self._past + 1, self.limits.max_seq_len - 1)
 
     def logits(self) -> np.ndarray:
         """The next-token logits of every sequence, float32 [B, vocabulary]."""
-        return self._communicator.gather_columns(self._output, self._widths).numpy()
+        return self._gather(self._prediction())
 
     def score(self, prompt: Sequence[int]) -> np.ndarray:
         """The logits after every token of one prompt, float32 [tokens, vocabulary]. Starts over, as `prefill` does."""
         self.check([prompt])
-        tokens = torch.tensor([list(prompt)])
-        out = self._forward(tokens, torch.zeros(1, dtype=torch.long), torch.arange(len(prompt))[None])
-        self._past = torch.tensor([len(prompt)]).clamp(max=self.limits.max_seq_len - 1)
-        self._output = out[:, -1]
-        return self._communicator.gather_columns(out[0], self._widths).numpy()
-
-    def joined(self) -> bytes:
-        """The residual stream after the last all-reduce of the last call, as bytes: every rank must hold the same.
-
-        Empty where ranks join nothing. Logits prove little here, as all ranks receive them from the same senders.
-        """
-        if self._ops.joined is None:
-            return b""
-        return self._ops.joined.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        tokens, chunk = np.array([list(prompt)]), self.limits.prefill_chunk
+        self._start(1, len(prompt))
+        parts = []
+        for first in range(0, len(prompt), chunk):
+            part = tokens[:, first : first + chunk]
+            self._forward(part, np.array([first]), np.arange(part.shape[1])[None])
+            parts.append(self._gather(self._last_logits()[0]))
+        self._past = np.array([min(len(prompt), self.limits.max_seq_len - 1)])
+        return np.concatenate(parts)
 
     def check(self, prompts: Sequence[Sequence[int]]) -> None:
         """Raises UserError unless the engine can take these prompts in one batch."""

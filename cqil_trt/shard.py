@@ -77,6 +77,22 @@ class LayerShard:
         size, rest = divmod(self.num_heads, max(self.num_kv_heads, 1))
         return not rest and self.kv_index == tuple(head // size for head in range(self.num_heads))
 
+    @property
+    def query_slots(self) -> tuple[int, ...]:
+        """The query head in each slot, where every key/value head has equally many slots, one after the other.
+
+        For kernels that take grouped heads in equal groups only: it repeats query heads, which are small, where
+        repeating the key/value heads would copy the cache. Unused slots hold a head again; `slot_of` names the first.
+        """
+        groups = [[i for i, kv in enumerate(self.kv_index) if kv == head] for head in range(self.num_kv_heads)]
+        size = max(map(len, groups), default=0)
+        return tuple(group[min(i, len(group) - 1)] for group in groups for i in range(size))
+
+    @property
+    def slot_of(self) -> tuple[int, ...]:
+        """For each query head the slot of `query_slots` whose result it takes."""
+        return tuple(self.query_slots.index(head) for head in range(self.num_heads))
+
     @classmethod
     def of(cls, model: ModelConfig, index: int, part: int, parts: int) -> LayerShard:
         """Part `part` of `parts` of layer `index`.

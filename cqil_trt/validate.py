@@ -6,21 +6,20 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cqil_trt import probes
 from cqil_trt.errors import UserError
+from cqil_trt.probes import Probe
 
 if TYPE_CHECKING:
     from cqil_trt.llm import Llm
 
 STEPS = 64
-PROBES = (
-    "The capital of France is",
-    "Once upon a time, in a small village by the sea, there lived an old fisherman who",
-    "Water boils at 100 degrees Celsius at sea level. At higher altitudes the air pressure is lower, so",
-)
 
 
 @dataclass(frozen=True)
@@ -59,32 +58,23 @@ class Parity:
         return asdict(self)
 
 
-def compare(
-    engine_logits: np.ndarray,
-    reference_logits: np.ndarray,
-    engine_tokens: Sequence[int],
-    reference_tokens: Sequence[int],
-    step_logits: np.ndarray,
-    dtype: str,
-) -> Parity:
+def compare(engine_logits: np.ndarray, engine_tokens: Sequence[int], probe: Probe, dtype: str) -> Parity:
     """Judges one prompt.
 
     Args:
-        engine_logits, reference_logits: prefill logits, float32 [tokens, vocabulary].
-        engine_tokens, reference_tokens: greedy continuations of equal length.
-        step_logits: the reference logits that its tokens were chosen from, float32 [steps, vocabulary].
+        engine_logits: prefill logits, float32 [tokens, vocabulary].
+        engine_tokens: the greedy continuation, as long as the probe's.
+        probe: what the reference says.
         dtype: the engine's, which decides the threshold.
     """
     threshold = THRESHOLDS[dtype]
-    difference = engine_logits.astype(np.float64) - reference_logits
-    relative = float(np.linalg.norm(difference) / np.linalg.norm(reference_logits.astype(np.float64)))
+    difference = engine_logits.astype(np.float64) - probe.logits
+    relative = float(np.linalg.norm(difference) / np.linalg.norm(probe.logits.astype(np.float64)))
     max_abs = float(np.abs(difference).max())
-    top1 = float((engine_logits.argmax(-1) == reference_logits.argmax(-1)).mean())
-    steps = len(reference_tokens)
-    equal = next((i for i in range(steps) if engine_tokens[i] != reference_tokens[i]), steps)
-    gap = 0.0
-    if equal < steps:
-        gap = float(step_logits[equal, reference_tokens[equal]] - step_logits[equal, engine_tokens[equal]])
+    top1 = float((engine_logits.argmax(-1) == probe.logits.argmax(-1)).mean())
+    steps = len(probe.tokens)
+    equal = next((i for i in range(steps) if engine_tokens[i] != probe.tokens[i]), steps)
+    gap = probe.gap(equal, engine_tokens[equal]) if equal < steps else 0.0
     needed = steps if threshold.tokens is None else min(threshold.tokens, steps)
     # Both logits of a pair may be off by the measured error, in opposite directions.
     same_tokens = equal >= needed or (threshold.tokens is not None and gap <= 2 * max_abs)
@@ -93,16 +83,37 @@ def compare(
     return Parity(len(engine_logits), relative, max_abs, top1, equal, steps, gap, passed)
 
 
-def validate(llm: Llm, prompts: Sequence[Sequence[int]], steps: int = STEPS) -> list[Parity]:
+@dataclass(frozen=True)
+class Validation:
+    """The verdict on every prompt, and who judged: "live" (the checkpoint, now) or "stored" (at build time)."""
+
+    results: list[Parity]
+    reference: str
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.results) and all(result.passed for result in self.results)
+
+
+def validate(llm: Llm, prompts: Sequence[Sequence[int]] | None = None, steps: int = STEPS) -> Validation:
     """Compares the loaded engine with the reference on prompts of token ids, on every rank of the job.
 
-    The reference runs in float32 on rank 0, on the checkpoint (and adapter) the engine was built from. Raises
-    UserError when that cannot be loaded, or when ranks or replicas disagree about a logit or a token.
+    The reference runs in float32 on rank 0, on the checkpoint (and adapter) the engine was built from. Without prompts
+    known ones are used; where PyTorch or the checkpoint is missing, what the builder stored about them is the judge.
+    Raises UserError when neither can be had, or when ranks or replicas disagree about a logit or a token.
     """
+    limits = llm.engine.limits
+    stored = llm.job.share(lambda: _stored(llm)) if prompts is None else None
+    if stored is None:
+        if prompts is None:
+            prompts = probes.prompts(llm.engine.path, llm.engine.model.vocab_size, limits.max_seq_len)
+        lengths = [min(steps, limits.max_seq_len - len(prompt) + 1) for prompt in prompts]
+    else:
+        prompts, lengths = [probe.prompt for probe in stored], [len(probe.tokens) for probe in stored]
+
     state = hashlib.sha256()
     engine_logits: list[np.ndarray] = []
     engine_tokens: list[list[int]] = []
-    lengths = [min(steps, llm.engine.limits.max_seq_len - len(prompt) + 1) for prompt in prompts]
     for prompt, length in zip(prompts, lengths):
         engine_logits.append(llm.session.score(prompt))
         state.update(llm.session.joined())
@@ -121,25 +132,41 @@ def validate(llm: Llm, prompts: Sequence[Sequence[int]], steps: int = STEPS) -> 
     if len(set(llm.job.gather(state.hexdigest()))) > 1:
         raise UserError("the ranks do not hold the same bits: their residual streams, logits or tokens differ")
 
-    def judge() -> list[Parity]:
-        import torch
-
-        from cqil_trt import reference
-
-        # The other ranks sleep meanwhile.
-        threads = torch.get_num_threads()
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
-        source, cqil = llm.engine.source, llm.engine.cqil
-        network = reference.load_hugging_face(source.model, source.lora)
-        if cqil.groups:
-            network = reference.CqilModel(network, cqil.p, cqil.d, cqil.start, cqil.end, cqil.bypass)
-        results = []
-        for prompt, length, logits, tokens in zip(prompts, lengths, engine_logits, engine_tokens):
-            expected = reference.score(network, prompt).numpy()
-            expected_tokens, step_logits = reference.greedy(network, prompt, length)
-            dtype = llm.engine.limits.dtype
-            results.append(compare(logits, expected, tokens, expected_tokens, step_logits.numpy(), dtype))
-        torch.set_num_threads(threads)
-        return results
+    def judge() -> Validation:
+        answers = _live(llm, prompts, lengths) if stored is None else stored
+        results = [compare(*pair, answer, limits.dtype) for *pair, answer in zip(engine_logits, engine_tokens, answers)]
+        return Validation(results, "live" if stored is None else "stored")
 
     return llm.job.share(judge)
+
+
+def _stored(llm: Llm) -> list[probes.Probe] | None:
+    """The stored probes that this engine can hold; None when the live reference can be had."""
+    source = llm.engine.source
+    if Path(source.model).exists() and all(find_spec(name) for name in ("torch", "transformers")):
+        return None
+    longest = llm.engine.limits.max_seq_len
+    kept = [probe for probe in probes.load(llm.engine.path) if len(probe.prompt) + len(probe.tokens) - 1 <= longest]
+    if not kept:
+        raise UserError(
+            f"--validate needs PyTorch and {source.model} here, or an engine built with --probes always: "
+            "this one has no stored reference"
+        )
+    return kept
+
+
+def _live(llm: Llm, prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[probes.Probe]:
+    import torch
+
+    from cqil_trt import reference
+
+    # The other ranks sleep meanwhile.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    source, cqil = llm.engine.source, llm.engine.cqil
+    network = reference.load_hugging_face(source.model, source.lora)
+    if cqil.groups:
+        network = reference.CqilModel(network, cqil.p, cqil.d, cqil.start, cqil.end, cqil.bypass)
+    found = reference.probe(network, prompts, lengths, progress=False)
+    torch.set_num_threads(threads)
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from cqil_trt.errors import UserError
 
@@ -13,3 +13,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
+
+
+class RankParser(Parser):
+    """All ranks parse the same arguments; one of them speaks."""
+
+    speaks = True
+
+    def print_help(self, file: Any = None) -> None:
+        if self.speaks:
+            super().print_help(file)

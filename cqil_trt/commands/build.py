@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cqil_trt import __version__
-from cqil_trt.commands import Parser
+from cqil_trt.builder import PROBES, prepare, write
+from cqil_trt.commands import RankParser
 from cqil_trt.config import BACKENDS, BYPASSES, DTYPES, PLACEMENTS
-from cqil_trt.job import command
+from cqil_trt.job import Job, command
 from cqil_trt.presets import PRESETS
 from cqil_trt.table import size, table
 
 
-def parser() -> Parser:
-    p = Parser(prog="build.py", description="Compile a LLaMA-family model with CQIL for a few ranks of one host.")
+def parser() -> RankParser:
+    p = RankParser(prog="build.py", description="Compile a LLaMA-family model with CQIL for a few ranks of one host.")
     p.add_argument("--model", metavar="DIR|FILE.gguf", help="Hugging Face directory or GGUF file (default: the demo)")
     p.add_argument("--lora", metavar="DIR", help="PEFT LoRA adapter to merge")
     p.add_argument("--preset", metavar="NAME", help=f"a published configuration: {', '.join(PRESETS)}")
@@ -30,6 +31,13 @@ def parser() -> Parser:
     p.add_argument("--backend", choices=BACKENDS, default="torch")
     p.add_argument("--max-batch-size", type=int, default=8, metavar="N")
     p.add_argument("--max-seq-len", type=int, metavar="N", help="prompt and generated tokens (default up to 2048)")
+    p.add_argument("--prefill-chunk", type=int, metavar="N", help="tokens of a prompt per forward pass (default 512)")
+    p.add_argument(
+        "--probes",
+        choices=PROBES,
+        default="auto",
+        help="store the reference's answer to a few prompts, for --validate without PyTorch (auto: small models)",
+    )
     p.add_argument("--output", metavar="DIR", help="engine directory to make (default engines/NAME)")
     p.add_argument("--force", action="store_true", help="replace the engine at --output")
     p.add_argument("--version", action="version", version=f"cqil-trt {__version__}")
@@ -38,25 +46,29 @@ def parser() -> Parser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    job = None
     with command():
-        options = vars(parser().parse_args(arguments))
+        job = Job()
+    with command(job if job.size > 1 else None):
+        cli = parser()
+        cli.speaks = job.rank == 0
+        options = vars(cli.parse_args(arguments))
         as_json = options.pop("json")
-        from cqil_trt.builder import prepare, write
-
+        say: Callable[[str], None] = print if job.rank == 0 else lambda text: None
         if options["model"] is None:
             from cqil_trt.demo import demo_model
 
-            options["model"] = demo_model()
-        job = prepare(**options)
-        description = job.to_dict()
+            options["model"] = job.share(demo_model)
+        plan = job.agree(lambda: prepare(**options))
+        description = plan.to_dict()
         if not as_json:
-            print(describe(description))
-        engine = write(job, progress=sys.stderr.isatty())
+            say(describe(description))
+        engine = write(plan, progress=sys.stderr.isatty() and job.rank == 0, job=job)
         if as_json:
-            print(json.dumps({**description, "output": str(engine.path.resolve())}, indent=1))
+            say(json.dumps({**description, "output": str(engine.path.resolve())}, indent=1))
         else:
             path, ranks = engine.path, engine.world_size
-            print(f"\nbuilt {path}\nrun it: mpirun -n {ranks} python runtime/run.py --engine {path}")
+            say(f"\nbuilt {path}\nrun it: mpirun -n {ranks} python runtime/run.py --engine {path}")
 
 
 def describe(plan: dict[str, Any]) -> str:

@@ -11,20 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from cqil_trt import __version__
-from cqil_trt.commands import Parser
+from cqil_trt.commands import RankParser
 from cqil_trt.errors import UserError
 from cqil_trt.job import Job, command
 from cqil_trt.table import table
-
-
-class RankParser(Parser):
-    """All ranks parse the same arguments; one of them speaks."""
-
-    speaks = True
-
-    def print_help(self, file: Any = None) -> None:
-        if self.speaks:
-            super().print_help(file)
 
 
 def parser() -> RankParser:
@@ -64,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(options: argparse.Namespace, job: Job) -> bool:
     """Everything the command does, on every rank; False when validation failed."""
+    from cqil_trt import probes
     from cqil_trt.generate import GenerationConfig, SamplingConfig
     from cqil_trt.llm import Llm
 
@@ -75,10 +66,17 @@ def run(options: argparse.Namespace, job: Job) -> bool:
     llm = Llm(options.engine, job)
     if options.chat and llm.tokenizer is None:
         raise UserError("--chat needs a tokenizer, which this engine came without")
-    prompts = job.agree(lambda: llm.encode(texts or default_prompts(llm, options.validate), options.chat))
+    limits, model = llm.engine.limits, llm.engine.model
+    prompts = job.agree(
+        lambda: (
+            llm.encode(texts, options.chat)
+            if texts
+            else probes.prompts(llm.engine.path, model.vocab_size, limits.max_seq_len)[:1]
+        )
+    )
     say: Callable[[str], None] = print if job.rank == 0 else lambda text: None
     report: dict[str, Any] = {"engine": str(llm.engine.path), "ranks": job.size, "replicas": llm.replicas}
-    limits, cqil = llm.engine.limits, llm.engine.cqil
+    cqil = llm.engine.cqil
     say(
         f"{llm.engine.path}: p={cqil.p} d={cqil.d} [{cqil.start}, {cqil.end}) {cqil.placement}, {limits.dtype}, "
         f"{limits.backend}, {job.size} ranks" + (f", {llm.replicas} replicas" if llm.replicas > 1 else "")
@@ -88,7 +86,7 @@ def run(options: argparse.Namespace, job: Job) -> bool:
     if options.logits_out is not None:
         write_logits(llm, prompts[0], options.logits_out)
     if options.validate:
-        passed = validate(llm, prompts, say, report)
+        passed = validate(llm, prompts if texts else None, say, report)
     if options.benchmark:
         benchmark(llm, prompts[0], options.max_new_tokens, say, report)
     if texts or not (options.validate or options.benchmark):
@@ -135,22 +133,6 @@ def parse_json(name: str, text: str) -> Any:
         raise UserError(f"{name}: not valid JSON ({error})") from None
 
 
-def default_prompts(llm: Any, several: bool) -> list[list[int]]:
-    """Prompts for a user who gave none: known texts, or random tokens where the engine has no tokenizer."""
-    import numpy as np
-
-    from cqil_trt.validate import PROBES
-
-    if llm.tokenizer is not None:
-        prompts = [llm.tokenizer.encode(text) for text in PROBES]
-    else:
-        random = np.random.default_rng(0)
-        prompts = [random.integers(llm.engine.model.vocab_size, size=length).tolist() for length in (6, 20, 33)]
-    # A small engine gets their beginning, and room to continue.
-    room = max(1, llm.engine.limits.max_seq_len // 2)
-    return [prompt[:room] for prompt in prompts[: len(prompts) if several else 1]]
-
-
 def write_file(path: Path, content: bytes) -> None:
     try:
         path.write_bytes(content)
@@ -173,12 +155,14 @@ def write_logits(llm: Any, prompt: list[int], path: Path) -> None:
     llm.job.share(write)
 
 
-def validate(llm: Any, prompts: list[list[int]], say: Callable[[str], None], report: dict[str, Any]) -> bool:
+def validate(llm: Any, prompts: list[list[int]] | None, say: Callable[[str], None], report: dict[str, Any]) -> bool:
     from cqil_trt.validate import THRESHOLDS
     from cqil_trt.validate import validate as compare_with_reference
 
     say("validating against the PyTorch reference (float32, Hugging Face modules) ...")
-    results = compare_with_reference(llm, prompts)
+    verdict = compare_with_reference(llm, prompts)
+    if verdict.reference == "stored":
+        say("no PyTorch or no checkpoint here: the judge is what the reference said when the engine was built")
     threshold = THRESHOLDS[llm.engine.limits.dtype]
     rows = [
         (
@@ -190,10 +174,10 @@ def validate(llm: Any, prompts: list[list[int]], say: Callable[[str], None], rep
             f"{r.equal_tokens}/{r.steps}",
             "pass" if r.passed else "FAIL",
         )
-        for number, r in enumerate(results, 1)
+        for number, r in enumerate(verdict.results, 1)
     ]
     header = ("prompt", "tokens", "relative L2", "max abs", "top-1 equal", "greedy equal", "verdict")
-    passed = all(r.passed for r in results)
+    passed = verdict.passed
     tokens = "all" if threshold.tokens is None else f"{threshold.tokens} (or a logit gap within the error)"
     say(table(header, rows))
     say(
@@ -201,7 +185,11 @@ def validate(llm: Any, prompts: list[list[int]], say: Callable[[str], None], rep
         f"greedy tokens equal: {tokens}"
     )
     say("validation passed: all ranks hold identical bits" if passed else "validation FAILED")
-    report["validation"] = {"passed": passed, "prompts": [r.to_dict() for r in results]}
+    report["validation"] = {
+        "passed": passed,
+        "reference": verdict.reference,
+        "prompts": [r.to_dict() for r in verdict.results],
+    }
     return passed
 
 

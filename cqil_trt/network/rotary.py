@@ -1,24 +1,28 @@
-"""Inverse frequencies of rotary position embedding, computed as Hugging Face does: float32, by PyTorch, in its order.
+"""Rotary position embedding: inverse frequencies, computed at build time, and the tables an engine makes of them.
 
-One unit in the last place of a frequency is 1e-4 radians at position 2,000, so "close" would show in the logits.
+One unit in the last place of a frequency is 1e-4 radians at position 2,000, so "close" would show in the logits:
+frequencies are computed as Hugging Face does (float32, by PyTorch, in its order) and stored in the engine.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-import torch
+import numpy as np
 
 from cqil_trt.config import ModelConfig
 
 
-def inverse_frequencies(model: ModelConfig) -> torch.Tensor:
-    """float32 [head_dim / 2], radians per position.
+def inverse_frequencies(model: ModelConfig) -> list[float]:
+    """float32 values [head_dim / 2], radians per position. Needs PyTorch.
 
     Sources: theta^(-2i/D), RoFormer (arXiv 2104.09864); linear scaling, position interpolation (arXiv 2306.15595);
     llama3, the smoothed scaling of the Llama 3.1 release (low and high frequency factors in wavelengths of the
     original context).
     """
+    import torch
+
     rope = model.rope
     frequencies = 1.0 / rope.theta ** (torch.arange(0, model.head_dim, 2, dtype=torch.float) / model.head_dim)
     if rope.kind == "linear":
@@ -33,10 +37,14 @@ def inverse_frequencies(model: ModelConfig) -> torch.Tensor:
             frequencies / rope.factor,
             torch.where(wavelengths < context / rope.high_freq_factor, frequencies, blended),
         )
-    return frequencies
+    return frequencies.tolist()
 
 
-def rotary_tables(model: ModelConfig, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, float32 [length, head_dim / 2], of positions 0 … length - 1."""
-    angles = torch.arange(length, dtype=torch.float)[:, None] * inverse_frequencies(model)
-    return angles.cos(), angles.sin()
+def rotary_tables(frequencies: Sequence[float], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin, float32 [length, head_dim / 2], of positions 0 … length - 1.
+
+    The angle is rounded to float32 as Hugging Face's is; cosine and sine are then exact but for their own rounding.
+    """
+    angles = np.arange(length, dtype=np.float32)[:, None] * np.asarray(frequencies, np.float32)
+    wide = angles.astype(np.float64)
+    return np.cos(wide).astype(np.float32), np.sin(wide).astype(np.float32)

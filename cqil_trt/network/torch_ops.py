@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from cqil_trt.collectives import Communicator
+from cqil_trt.config import EngineConfig
 from cqil_trt.errors import UserError
 from cqil_trt.network.ops import Ops
 from cqil_trt.network.rotary import rotary_tables
@@ -33,17 +34,21 @@ class Positions:
 
 
 class TorchOps(Ops[torch.Tensor]):
-    """Executes on the device the weights are on. The KV cache holds `batch_size` sequences of `max_seq_len` tokens."""
+    """Executes on the device the weights are on. The KV cache has the size that `limits` allow.
+
+    `rotary`: inverse frequencies [head_dim / 2], radians per position.
+    """
 
     def __init__(
         self,
         plan: RankPlan,
         weights: Mapping[str, torch.Tensor],
         communicator: Communicator,
-        batch_size: int,
-        max_seq_len: int,
-        dtype: torch.dtype,
+        limits: EngineConfig,
+        rotary: Sequence[float],
     ):
+        batch_size, max_seq_len = limits.max_batch_size, limits.max_seq_len
+        dtype = getattr(torch, limits.dtype)
         self.plan = plan
         self._weights = weights
         self._communicator = communicator
@@ -51,7 +56,7 @@ class TorchOps(Ops[torch.Tensor]):
         # The last value that all ranks hold, for those who check that they hold the same bits.
         self.joined: torch.Tensor | None = None
         self._eps = plan.model.rms_norm_eps
-        self._cos, self._sin = (table.to(dtype) for table in rotary_tables(plan.model, max_seq_len))
+        self._cos, self._sin = (torch.from_numpy(table).to(dtype) for table in rotary_tables(rotary, max_seq_len))
         # Zeros, not uninitialised memory: a masked position takes part with weight 0, and 0 * NaN is NaN.
         try:
             self._cache = {

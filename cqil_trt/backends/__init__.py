@@ -1,0 +1,45 @@
+"""What compiles and executes a rank's network, one module a backend; each imports its packages when it is loaded.
+
+A backend module provides
+
+    compile_rank(job: Compilation) -> None     turns the rank's weights into what its Session needs, beside them
+    describe(limits, options) -> tuple         what `Engine` says of it: backend_version, architecture, build
+    Session(engine, comm)                      executes it on one rank; `comm` is an mpi4py communicator or None
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from cqil_trt.config import EngineConfig
+from cqil_trt.engine import rank_file
+from cqil_trt.shard import RankPlan
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """One rank's network to compile into `directory`, where its weights lie already.
+
+    `rotary`: as in `Engine`. `options`: the command's flags for this backend, completed by `describe`'s `build`.
+    `progress`: show it on standard error.
+    """
+
+    directory: Path
+    plan: RankPlan
+    limits: EngineConfig
+    rotary: tuple[float, ...]
+    options: Mapping[str, Any]
+    progress: bool
+
+    def file(self, suffix: str) -> Path:
+        return self.directory / rank_file(self.plan.rank, suffix)
+
+
+def load(name: str) -> ModuleType:
+    """The module of a backend. Raises ModuleNotFoundError when a package it needs is not installed."""
+    return importlib.import_module(f"cqil_trt.backends.{name}")

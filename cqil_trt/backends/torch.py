@@ -1,0 +1,82 @@
+"""The torch backend: the weights are the engine, and PyTorch executes the decoder operation by operation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from cqil_trt import session
+from cqil_trt.backends import Compilation
+from cqil_trt.collectives import HostCommunicator, LocalCommunicator
+from cqil_trt.config import EngineConfig
+from cqil_trt.engine import Engine
+from cqil_trt.network.decoder import decode
+from cqil_trt.network.torch_ops import TorchOps
+
+
+def describe(limits: EngineConfig, options: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
+    return f"torch {torch.__version__}", "any", {}
+
+
+def compile_rank(job: Compilation) -> None:
+    """Nothing is compiled."""
+
+
+class Session(session.Session):
+    """Executes on the CPU, with collectives over MPI."""
+
+    def __init__(self, engine: Engine, comm: Any):
+        from safetensors.torch import load_file
+
+        self._communicator = LocalCommunicator() if comm is None else HostCommunicator(comm)
+        rank = self._communicator.rank
+        super().__init__(engine, rank)
+        weights = load_file(engine.rank_file(rank))
+        if self._plan.shares_embedding:
+            weights["lm_head.weight"] = weights["embedding.weight"][slice(*self._plan.vocabulary)]
+        self._ops = TorchOps(self._plan, weights, self._communicator, engine.limits, engine.rotary)
+        self._last = self._kept = torch.empty(0)
+
+    def _start(self, batch: int, longest: int) -> None:
+        self._kept = torch.empty(batch, self._widths[self._plan.rank])
+
+    @torch.inference_mode()
+    def _forward(self, tokens: np.ndarray, past: np.ndarray, select: np.ndarray) -> None:
+        out = decode(self._ops, *(torch.from_numpy(array) for array in (tokens, past, select)))
+        self._last = out.float() if self._plan.schedule.predicts else torch.empty(*select.shape, 0)
+
+    def _keep(self, rows: np.ndarray) -> None:
+        chosen = torch.from_numpy(rows)
+        self._kept[chosen] = self._last[chosen, 0]
+
+    def _last_logits(self) -> np.ndarray:
+        return self._last.numpy()
+
+    def _prediction(self) -> np.ndarray:
+        return self._kept.numpy()
+
+    def _step(self, tokens: np.ndarray, past: np.ndarray) -> None:
+        self._forward(tokens[:, None], past, np.zeros((len(tokens), 1), np.int64))
+        self._kept = self._last[:, 0]
+
+    def greedy(self) -> np.ndarray:
+        kept = self._kept
+        if kept.shape[-1]:
+            values = kept.amax(dim=-1)
+            # max returns any of equal values; argmax of the whole would be the first.
+            indices = (kept == values[:, None]).int().argmax(dim=-1)
+        else:
+            values = torch.full((len(kept),), -torch.inf)
+            indices = torch.zeros(len(kept), dtype=torch.long)
+        return self._communicator.argmax(values, indices + self._offset).numpy()
+
+    def _gather(self, columns: np.ndarray) -> np.ndarray:
+        return self._communicator.gather_columns(torch.from_numpy(columns), self._widths).numpy()
+
+    def joined(self) -> bytes:
+        if self._ops.joined is None:
+            return b""
+        return self._ops.joined.contiguous().view(-1).view(torch.uint8).numpy().tobytes()

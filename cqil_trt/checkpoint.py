@@ -1,0 +1,143 @@
+"""A checkpoint (+ adapter) as what an engine is written from: rank by rank, in bounded memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cqil_trt import probes
+from cqil_trt.config import CqilConfig, EngineConfig
+from cqil_trt.engine import Source
+from cqil_trt.lora import LoraReader
+from cqil_trt.network.rotary import inverse_frequencies
+from cqil_trt.shard import Piece, RankPlan, checkpoint_shapes
+from cqil_trt.tokenizer import save_tokenizer
+from cqil_trt.weights import WeightReader, check_shapes, open_checkpoint
+
+_SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+# Elements handled at a time: small enough that a block and its float32 copy stay in the caches while the adapter is
+# merged, large enough that a block's matrix product is efficient.
+_BLOCK_ELEMENTS = 1 << 20
+# Float32 bytes of a model up to which the reference is computed at build time without being asked for.
+_PROBE_BYTES = 2 << 30
+
+
+class Checkpoint:
+    """An opened and checked checkpoint with its adapter. Raises UserError for what cannot be used."""
+
+    def __init__(self, path: Path, lora: Path | None):
+        self.model, reader = open_checkpoint(path)
+        check_shapes(reader, checkpoint_shapes(self.model))
+        self.reader = reader if lora is None else LoraReader(reader, lora, self.model.tie_embeddings)
+        self.source = Source(str(path.resolve()), None if lora is None else str(lora.resolve()))
+        self.rotary = tuple(inverse_frequencies(self.model))
+
+    def write_shared(self, directory: Path) -> list[Path]:
+        """Writes what belongs to no rank (the tokenizer); returns the files."""
+        return save_tokenizer(Path(self.source.model), directory)
+
+    def write_rank(self, path: Path, rank: RankPlan, dtype: str, advance: Callable[[int], Any]) -> dict[str, Any]:
+        """Writes a rank's tensors; returns the size in bytes and sha256."""
+        return write_rank(path, rank, self.reader, dtype, advance)
+
+    def write_probes(
+        self, directory: Path, cqil: CqilConfig, limits: EngineConfig, wanted: str, progress: bool
+    ) -> list[Path]:
+        """Writes what the reference says to a few prompts; none with "never", or "auto" and a large model."""
+        from cqil_trt import reference
+
+        elements = sum(torch.Size(shape).numel() for shape in checkpoint_shapes(self.model).values())
+        if wanted == "never" or (wanted == "auto" and 4 * elements > _PROBE_BYTES and not reference.fits_gpu(elements)):
+            return []
+        if self.model.architecture == "LlamaForCausalLM" and self.model.qkv_bias != self.model.o_bias:
+            return []  # llama.cpp can hold such a model, Hugging Face's modules cannot
+        prompts = probes.prompts(directory, self.model.vocab_size, limits.max_seq_len)
+        network = reference.from_reader(self.model, self.reader)
+        if cqil.groups:
+            network = reference.CqilModel(network, cqil.p, cqil.d, cqil.start, cqil.end, cqil.bypass)
+        steps = [min(probes.STEPS, limits.max_seq_len - len(prompt) + 1) for prompt in prompts]
+        found = reference.probe(network, prompts, steps, progress)
+        return [probes.save(directory, found)]
+
+
+def rank_tensors(rank: RankPlan, reader: WeightReader, dtype: str) -> Iterator[torch.Tensor]:
+    """The elements of the rank's tensors, in the order of `rank.tensors`, in blocks of bounded size."""
+    target = getattr(torch, dtype)
+    for tensor in rank.tensors:
+        for piece in tensor.pieces:
+            for block in _blocks(reader, piece):
+                yield block.to(target).contiguous()
+
+
+def _blocks(reader: WeightReader, piece: Piece) -> Iterator[torch.Tensor]:
+    shape = reader.shapes()[piece.source]
+    first, last = piece.rows or (0, shape[0])
+    width = shape[1] if len(shape) > 1 else 1
+    step = max(1, _BLOCK_ELEMENTS // width)
+    for row in range(first, last, step):
+        yield reader.read(piece.source, (row, min(row + step, last)), piece.columns)
+
+
+def write_rank(
+    path: Path, rank: RankPlan, reader: WeightReader, dtype: str, advance: Callable[[int], Any] = lambda count: None
+) -> dict[str, Any]:
+    """Writes a rank's tensors as one safetensors file; returns its size in bytes and sha256.
+
+    The layout is known before the first weight is read, so blocks go straight to disk and memory stays bounded.
+    A second thread hashes and writes while this one reads and merges.
+    """
+    header: dict[str, Any] = {}
+    offset = 0
+    itemsize = getattr(torch, dtype).itemsize
+    for tensor in rank.tensors:
+        size = tensor.elements * itemsize
+        header[tensor.name] = {
+            "dtype": _SAFETENSORS_NAMES[dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+
+    digest = hashlib.sha256()
+    blocks: queue.Queue[memoryview | bytes | None] = queue.Queue(maxsize=8)
+    failure: list[BaseException] = []
+
+    file = open(path, "wb", buffering=0)
+
+    def drain() -> None:
+        while (block := blocks.get()) is not None:
+            if failure:
+                continue  # keep emptying the queue, so that the producer is not left waiting
+            try:
+                digest.update(block)
+                rest = memoryview(block)
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except BaseException as error:
+                failure.append(error)
+
+    writer = threading.Thread(target=drain, name="engine-writer")
+    writer.start()
+    try:
+        blocks.put(len(text).to_bytes(8, "little") + text)
+        for block in rank_tensors(rank, reader, dtype):
+            if failure:
+                break
+            blocks.put(memoryview(block.view(torch.uint8).numpy()).cast("B"))
+            advance(block.nbytes)
+    finally:
+        blocks.put(None)
+        writer.join()
+        file.close()
+    if failure:
+        raise failure[0]
+    return {"size": 8 + len(text) + offset, "sha256": digest.hexdigest()}

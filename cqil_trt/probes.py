@@ -1,0 +1,83 @@
+"""What the float32 reference says to a few prompts, kept in the engine directory: the judge where PyTorch is not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cqil_trt.errors import UserError
+from cqil_trt.tokenizer import Tokenizer
+
+FILE = "reference.npz"
+STEPS = 32
+# How many of the likeliest tokens' logits are kept for each step: a token below all of them is a wrong one.
+TOP = 64
+TEXTS = (
+    "The capital of France is",
+    "Once upon a time, in a small village by the sea, there lived an old fisherman who",
+    "Water boils at 100 degrees Celsius at sea level. At higher altitudes the air pressure is lower, so",
+)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One prompt and its answer.
+
+    Attributes:
+        prompt: token ids.
+        logits: after every token of the prompt, float32 [tokens, vocabulary].
+        tokens: the greedy continuation.
+        top_tokens, top_logits: each step's likeliest tokens and their logits, [steps, up to TOP], likeliest first.
+    """
+
+    prompt: list[int]
+    logits: np.ndarray
+    tokens: list[int]
+    top_tokens: np.ndarray
+    top_logits: np.ndarray
+
+    def gap(self, step: int, token: int) -> float:
+        """How much more the reference likes its own token of `step` than `token`; at least that, beyond the top."""
+        found = np.flatnonzero(self.top_tokens[step] == token)
+        place = int(found[0]) if len(found) else self.top_logits.shape[1] - 1
+        return float(self.top_logits[step, 0] - self.top_logits[step, place])
+
+
+def prompts(directory: Path, vocab_size: int, max_seq_len: int) -> list[list[int]]:
+    """Prompts for a user who gave none: known texts, or random tokens where the engine has no tokenizer."""
+    if (directory / "tokenizer.json").exists():
+        tokenizer = Tokenizer(directory)
+        found = [tokenizer.encode(text) for text in TEXTS]
+    else:
+        random = np.random.default_rng(0)
+        found = [random.integers(vocab_size, size=length).tolist() for length in (6, 20, 33)]
+    # A small engine gets their beginning, and room to continue.
+    return [prompt[: max(1, max_seq_len // 2)] for prompt in found]
+
+
+def save(directory: Path, probes: Sequence[Probe]) -> Path:
+    arrays = {}
+    for number, probe in enumerate(probes):
+        for name, value in vars(probe).items():
+            arrays[f"{number}.{name}"] = np.asarray(value)
+    path = directory / FILE
+    np.savez(path, **arrays)
+    return path
+
+
+def load(directory: Path) -> list[Probe]:
+    """The probes of an engine directory; none when it was built without. Raises UserError for a damaged file."""
+    path = directory / FILE
+    if not path.exists():
+        return []
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            count = len({name.partition(".")[0] for name in arrays})
+            fields = ("prompt", "logits", "tokens", "top_tokens", "top_logits")
+            values = [[arrays[f"{number}.{field}"] for field in fields] for number in range(count)]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: cannot be read ({error}): rebuild the engine") from None
+    return [Probe(p.tolist(), logits, tokens.tolist(), *top) for p, logits, tokens, *top in values]
