@@ -191,6 +191,10 @@ def prepare(
     chunk = prefill_chunk or min(512, max_seq_len)
     limits = EngineConfig(max_batch_size, max_seq_len, dtype or config.dtype, backend, chunk)
     limits.check_model(config)
+    options = {name: value for name, value in options.items() if value}
+    if options and backend != "tensorrt":
+        flag = next(iter(options)).replace("_", "-")
+        raise UserError(f"--{flag}: only backend tensorrt takes it, found backend {backend}")
     version, architecture, built = backends.load(backend).describe(limits, options)
 
     chosen = output is not None
@@ -299,7 +303,7 @@ def write(build: BuildPlan, progress: bool = False, job: Job | None = None) -> e
                     "source": {"model": build.source.model, "lora": build.source.lora},
                     "backend_version": build.backend_version,
                     "architecture": build.architecture,
-                    "build": {name: value for name, value in build.options.items() if value is not None},
+                    "build": {"collective": build.options["collective"]} if "collective" in build.options else {},
                     "created": datetime.now(timezone.utc).isoformat(),
                     "files": dict(sorted(files.items())),
                 },

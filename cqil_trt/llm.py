@@ -33,7 +33,7 @@ class Llm:
         self.job.agree(lambda: self.engine.verify_rank(self.rank))
         backend = backends.load(self.engine.limits.backend)
         _share_cores(self.job)
-        self.session: Session = self.job.agree(lambda: backend.Session(self.engine, comm))
+        self.session: Session = self.job.agree(lambda: backend.open_session(self.engine, comm, self.job.rank))
         has_tokenizer = (path / "tokenizer.json").exists()
         self.tokenizer = Tokenizer(path) if has_tokenizer else None
 

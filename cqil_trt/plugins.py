@@ -118,6 +118,9 @@ def load(path: Path | None = None) -> ctypes.CDLL:
         "cqil_broadcast": [pointer] * 3 + [size, integer, pointer],
         "cqil_bypass": [pointer] * 3 + [size, integer, integer, pointer],
         "cqil_argmax": [pointer] * 5 + [integer, pointer],
+        "cqil_row_argmax": [pointer, integer, integer, integer, pointer, pointer, pointer],
+        "cqil_advance": [pointer, pointer, pointer, integer, integer, pointer],
+        "cqil_kv_append": [pointer] * 5 + [integer] * 6 + [pointer],
         "cqil_ping": [pointer, integer, ctypes.POINTER(ctypes.c_double), pointer],
     }
     try:

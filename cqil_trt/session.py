@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -67,6 +68,17 @@ class Session(ABC):
 
         Empty where ranks join nothing. Logits prove little here, as all ranks receive them from the same senders.
         """
+
+    def time_decode(self, steps: int) -> list[float]:
+        """Milliseconds of each of `steps` greedy decode steps, from the current prediction on."""
+        times = []
+        tokens = self.greedy()
+        for _ in range(steps):
+            began = time.perf_counter()
+            self.decode(tokens)
+            tokens = self.greedy()
+            times.append((time.perf_counter() - began) * 1e3)
+        return times
 
     # What follows from it
 

@@ -9,6 +9,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "errors.h"
 #include "kernels.cuh"
 
 #ifndef CQIL_VERSION
@@ -36,7 +37,9 @@ namespace {
 
 thread_local char last_error[512] = "";
 
-int fail(const char* format, ...) {
+}  // namespace
+
+int cqil_trt::fail(const char* format, ...) {
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(last_error, sizeof(last_error), format, arguments);
@@ -44,11 +47,7 @@ int fail(const char* format, ...) {
     return -1;
 }
 
-#define CQIL_CUDA(call)                                                                                   \
-    do {                                                                                                  \
-        cudaError_t error_ = (call);                                                                      \
-        if (error_ != cudaSuccess) return fail("%s: %s", #call, cudaGetErrorString(error_));              \
-    } while (0)
+namespace {
 
 std::mutex registry_mutex;
 std::unordered_map<const void*, cqil_workspace*>& registry() {

@@ -100,7 +100,21 @@ int cqil_argmax(cqil_workspace* workspace, const float* values, const int32_t* i
 // Nanoseconds of one round trip at `nanoseconds` (host). Synchronises; ranks other than 0 and 1 return at once.
 int cqil_ping(cqil_workspace* workspace, int rounds, double* nanoseconds, void* stream);
 
-// TensorRT plugins (only in a build with TensorRT). Registers CqilAllReduce, CqilBroadcast and CqilBypass in namespace
+// What a decode step needs beside its network; on one GPU, no workspace.
+
+// For each of `rows` rows of `width` logits the largest value, and its index + offset: the smallest among equals, NaN as
+// largest. What cqil_argmax takes; a rank with width 0 offers -infinity.
+int cqil_row_argmax(const float* logits, int rows, int width, int offset, float* value, int32_t* index, void* stream);
+
+// tokens[row] = next[row], past[row] = min(past[row] + 1, last): the input of the next step.
+int cqil_advance(const int32_t* next, int32_t* tokens, int32_t* past, int rows, int last, void* stream);
+
+// Writes k and v [batch, heads, length, head_dim] into the caches [batch, heads, capacity, head_dim], token t of sequence b
+// at position past[b] + t; positions beyond the capacity are left out.
+int cqil_kv_append(void* keys, void* values, const void* k, const void* v, const int32_t* past, int batch, int heads,
+                   int length, int capacity, int head_dim, cqil_dtype dtype, void* stream);
+
+// TensorRT plugins (only in a build with TensorRT). Registers those of tensorrt_plugins.cpp in namespace
 // cqil_trt with the TensorRT that this process has loaded. Loading the library does the same where it finds TensorRT.
 int cqil_register_plugins(void);
 

@@ -6,6 +6,7 @@
 
 #include <type_traits>
 
+#include "argmax.cuh"
 #include "protocol.cuh"
 
 namespace cqil_trt {
@@ -341,11 +342,6 @@ __global__ void __launch_bounds__(1024) all_reduce_kernel(State* state, AllReduc
         }
         finish_row(row, value);
     }
-}
-
-__device__ inline bool better(float value, int32_t index, float best, int32_t best_index) {
-    if (isnan(value) || isnan(best)) return isnan(value) && (!isnan(best) || index < best_index);
-    return value > best || (value == best && index < best_index);
 }
 
 // One thread a row. A packet carries value and index; the padding is whatever is not kEmpty.

@@ -1,18 +1,21 @@
-// The collectives as TensorRT plugins, on the interface that TensorRT 8.5 to 11 share (IPluginV2DynamicExt).
+// The collectives and the KV cache as TensorRT plugins, on the interface that TensorRT 8.5 to 11 share (IPluginV2DynamicExt).
 //
-// All take a last input `workspace`: an int32 tensor bound to cqil_workspace_address(), so that an engine holds no
-// pointers. Data tensors are linear, of one type: float32, float16, and bfloat16 from TensorRT 10 on.
+// Collectives take a last input `workspace`: an int32 tensor bound to cqil_workspace_address(), so that an engine holds
+// no pointers. Data tensors are linear, of one type: float32, float16, and bfloat16 from TensorRT 10 on.
 //
 //   CqilAllReduce   mode 0: delta                   -> sum over ranks
 //                   mode 1: delta, residual         -> residual + sum
 //                   mode 2: delta, residual, weight -> residual + sum, RMSNorm of it * weight        field eps
 //   CqilBroadcast   rank 0: x -> x; others: tokens int32 [B, T] -> rank 0's x [B, T, hidden]          fields rank, hidden, dtype
 //   CqilBypass      x -> sum of the x of the `distance` ranks before this one (zeros on rank 0)       field distance
+//   CqilKvCache     keys, values [B, heads, S, D], k, v [B, heads, T, D], past int32 [B] -> keys, values
+//                   in place: both outputs must be bound to the memory of the first two inputs
 
 #include <NvInfer.h>
 #include <cuda_runtime.h>
 #include <dlfcn.h>
 
+#include <array>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -52,8 +55,13 @@ int32_t report(const char* plugin, const char* reason) {
     return -1;
 }
 
-// What the three plugins share. Derived gives kName, kFieldNames, kFieldTypes (in the order of Fields' members, 4 bytes
-// each), Fields, and the member functions outputs(), output_dimensions(), output_type(), supports() and run().
+// Size of a plugin's fields; an empty struct has a size, and nothing to serialise.
+template <typename P>
+constexpr size_t kBytes = std::is_empty_v<typename P::Fields> ? 0 : sizeof(typename P::Fields);
+
+// What the plugins share. Derived gives kName, kFieldNames, kFieldTypes (in the order of Fields' members, 4 bytes each),
+// Fields, and the member functions inputs(), outputs() and run(); it may replace output_dimensions(), output_type() and
+// supports(), which say here that outputs are like the first input and all data has one type. The last input is int32.
 template <typename Derived, typename FieldsT>
 class Plugin : public IPluginV2DynamicExt {
 public:
@@ -67,8 +75,8 @@ public:
     int32_t getNbOutputs() const noexcept override { return self().outputs(); }
     int32_t initialize() noexcept override { return 0; }
     void terminate() noexcept override {}
-    size_t getSerializationSize() const noexcept override { return sizeof(Fields); }
-    void serialize(void* buffer) const noexcept override { std::memcpy(buffer, &fields_, sizeof(Fields)); }
+    size_t getSerializationSize() const noexcept override { return kBytes<Derived>; }
+    void serialize(void* buffer) const noexcept override { std::memcpy(buffer, &fields_, kBytes<Derived>); }
     void destroy() noexcept override { delete this; }
     void setPluginNamespace(char const* space) noexcept override { namespace_ = space; }
     char const* getPluginNamespace() const noexcept override { return namespace_.c_str(); }
@@ -88,7 +96,7 @@ public:
     bool supportsFormatCombination(int32_t position, PluginTensorDesc const* io, int32_t inputs,
                                    int32_t) noexcept override {
         if (io[position].format != TensorFormat::kLINEAR) return false;
-        if (position == inputs - 1) return io[position].type == DataType::kINT32;  // the workspace
+        if (position == inputs - 1) return io[position].type == DataType::kINT32;
         return self().supports(position, io, inputs);
     }
     void configurePlugin(DynamicPluginTensorDesc const*, int32_t, DynamicPluginTensorDesc const*,
@@ -99,14 +107,22 @@ public:
     int32_t enqueue(PluginTensorDesc const* input, PluginTensorDesc const* output, void const* const* in,
                     void* const* out, void*, cudaStream_t stream) noexcept override {
         if (building) return 0;
-        cqil_workspace* workspace = cqil_workspace_find(in[self().inputs() - 1]);
-        if (workspace == nullptr)
-            return report(Derived::kName, "its input `workspace` is not bound to the address of an open workspace");
-        if (self().run(workspace, input, output, in, out, stream)) return report(Derived::kName, cqil_last_error());
-        return 0;
+        return self().run(input, output, in, out, stream) ? report(Derived::kName, cqil_last_error()) : 0;
     }
 
 protected:
+    DimsExprs output_dimensions(DimsExprs const* in, IExprBuilder&) const { return in[0]; }
+    DataType output_type(DataType const* in) const { return in[0]; }
+    bool supports(int32_t position, PluginTensorDesc const* io, int32_t) const {
+        return position == 0 ? is_data(io[0].type) : io[position].type == io[0].type;
+    }
+    cqil_workspace* workspace(void const* const* in) const {
+        cqil_workspace* found = cqil_workspace_find(in[self().inputs() - 1]);
+        if (found == nullptr)
+            report(Derived::kName, "its input `workspace` is not bound to the address of an open workspace");
+        return found;
+    }
+
     Fields fields_;
 
 private:
@@ -122,27 +138,22 @@ struct AllReduceFields {
 class AllReducePlugin final : public Plugin<AllReducePlugin, AllReduceFields> {
 public:
     static constexpr char kName[] = "CqilAllReduce";
-    static constexpr const char* kFieldNames[] = {"mode", "eps"};
-    static constexpr PluginFieldType kFieldTypes[] = {PluginFieldType::kINT32, PluginFieldType::kFLOAT32};
+    static constexpr std::array kFieldNames = {"mode", "eps"};
+    static constexpr std::array kFieldTypes = {PluginFieldType::kINT32, PluginFieldType::kFLOAT32};
     using Plugin::Plugin;
 
     static bool valid(const Fields& f) { return f.mode >= 0 && f.mode <= 2 && f.eps >= 0; }
     int32_t inputs() const { return fields_.mode + 2; }
     int32_t outputs() const { return fields_.mode == 2 ? 2 : 1; }
-    DimsExprs output_dimensions(DimsExprs const* in, IExprBuilder&) const { return in[0]; }
-    DataType output_type(DataType const* in) const { return in[0]; }
-    bool supports(int32_t position, PluginTensorDesc const* io, int32_t) const {
-        return position == 0 ? is_data(io[0].type) : io[position].type == io[0].type;
-    }
-    int run(cqil_workspace* workspace, PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in,
+    int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in,
             void* const* out, cudaStream_t stream) const {
         const Dims& dims = input[0].dims;
         const size_t count = elements(dims);
         const cqil_dtype dtype = to_cqil(input[0].type);
         if (fields_.mode < 2)
-            return cqil_all_reduce(workspace, in[0], fields_.mode ? in[1] : nullptr, out[0], count, dtype, stream);
+            return cqil_all_reduce(workspace(in), in[0], fields_.mode ? in[1] : nullptr, out[0], count, dtype, stream);
         const int hidden = static_cast<int>(dims.d[dims.nbDims - 1]);
-        return cqil_all_reduce_residual_norm(workspace, in[0], in[1], in[2], out[0], out[1],
+        return cqil_all_reduce_residual_norm(workspace(in), in[0], in[1], in[2], out[0], out[1],
                                              static_cast<int>(count / hidden), hidden, fields_.eps, dtype, stream);
     }
 };
@@ -156,8 +167,8 @@ struct BroadcastFields {
 class BroadcastPlugin final : public Plugin<BroadcastPlugin, BroadcastFields> {
 public:
     static constexpr char kName[] = "CqilBroadcast";
-    static constexpr const char* kFieldNames[] = {"rank", "hidden", "dtype"};
-    static constexpr PluginFieldType kFieldTypes[] = {PluginFieldType::kINT32, PluginFieldType::kINT32,
+    static constexpr std::array kFieldNames = {"rank", "hidden", "dtype"};
+    static constexpr std::array kFieldTypes = {PluginFieldType::kINT32, PluginFieldType::kINT32,
                                                       PluginFieldType::kINT32};
     using Plugin::Plugin;
 
@@ -180,15 +191,16 @@ public:
         const bool tokens = position < inputs && fields_.rank != 0;
         return io[position].type == (tokens ? DataType::kINT32 : type());
     }
-    int run(cqil_workspace* workspace, PluginTensorDesc const*, PluginTensorDesc const* output, void const* const* in,
+    int run(PluginTensorDesc const*, PluginTensorDesc const* output, void const* const* in,
             void* const* out, cudaStream_t stream) const {
         const size_t count = elements(output[0].dims);
-        if (cqil_workspace_rank(workspace) != fields_.rank) return wrong_rank();
+        cqil_workspace* space = workspace(in);
+        if (space == nullptr || cqil_workspace_rank(space) != fields_.rank) return wrong_rank();
         if (fields_.rank == 0) {
             const size_t bytes = count * (fields_.dtype == CQIL_FLOAT32 ? 4 : 2);
             if (cudaMemcpyAsync(out[0], in[0], bytes, cudaMemcpyDeviceToDevice, stream) != cudaSuccess) return -1;
         }
-        return cqil_broadcast(workspace, in[0], out[0], count, static_cast<cqil_dtype>(fields_.dtype), stream);
+        return cqil_broadcast(space, in[0], out[0], count, static_cast<cqil_dtype>(fields_.dtype), stream);
     }
 
 private:
@@ -211,22 +223,41 @@ struct BypassFields {
 class BypassPlugin final : public Plugin<BypassPlugin, BypassFields> {
 public:
     static constexpr char kName[] = "CqilBypass";
-    static constexpr const char* kFieldNames[] = {"distance"};
-    static constexpr PluginFieldType kFieldTypes[] = {PluginFieldType::kINT32};
+    static constexpr std::array kFieldNames = {"distance"};
+    static constexpr std::array kFieldTypes = {PluginFieldType::kINT32};
     using Plugin::Plugin;
 
     static bool valid(const Fields& f) { return f.distance >= 1 && f.distance < CQIL_MAX_RANKS; }
     int32_t inputs() const { return 2; }
     int32_t outputs() const { return 1; }
-    DimsExprs output_dimensions(DimsExprs const* in, IExprBuilder&) const { return in[0]; }
-    DataType output_type(DataType const* in) const { return in[0]; }
-    bool supports(int32_t position, PluginTensorDesc const* io, int32_t) const {
-        return position == 0 ? is_data(io[0].type) : io[position].type == io[0].type;
-    }
-    int run(cqil_workspace* workspace, PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in,
+    int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in,
             void* const* out, cudaStream_t stream) const {
-        return cqil_bypass(workspace, in[0], out[0], elements(input[0].dims), fields_.distance,
+        return cqil_bypass(workspace(in), in[0], out[0], elements(input[0].dims), fields_.distance,
                            to_cqil(input[0].type), stream);
+    }
+};
+
+struct KvCacheFields {};
+
+class KvCachePlugin final : public Plugin<KvCachePlugin, KvCacheFields> {
+public:
+    static constexpr char kName[] = "CqilKvCache";
+    static constexpr std::array<const char*, 0> kFieldNames = {};
+    static constexpr std::array<PluginFieldType, 0> kFieldTypes = {};
+    using Plugin::Plugin;
+
+    static bool valid(const Fields&) { return true; }
+    int32_t inputs() const { return 5; }
+    int32_t outputs() const { return 2; }
+    int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in, void* const* out,
+            cudaStream_t stream) const {
+        if (out[0] != in[0] || out[1] != in[1]) {
+            report(kName, "its outputs are not bound to the memory of its inputs");
+            return -1;
+        }
+        const Dims &cache = input[0].dims, &k = input[2].dims;
+        return cqil_kv_append(out[0], out[1], in[2], in[3], static_cast<const int32_t*>(in[4]), int(k.d[0]), int(k.d[1]),
+                              int(k.d[2]), int(cache.d[2]), int(cache.d[3]), to_cqil(input[0].type), stream);
     }
 };
 
@@ -234,7 +265,7 @@ template <typename P>
 class Creator final : public IPluginCreator {
 public:
     Creator() {
-        for (size_t i = 0; i < std::size(P::kFieldNames); ++i)
+        for (size_t i = 0; i < P::kFieldNames.size(); ++i)
             fields_.emplace_back(P::kFieldNames[i], nullptr, P::kFieldTypes[i], 1);
         collection_.nbFields = static_cast<int32_t>(fields_.size());
         collection_.fields = fields_.data();
@@ -248,7 +279,7 @@ public:
 
     IPluginV2* createPlugin(char const*, PluginFieldCollection const* given) noexcept override {
         typename P::Fields fields = {};
-        static_assert(sizeof(fields) == 4 * std::size(P::kFieldNames), "every field is 4 bytes");
+        static_assert(kBytes<P> == 4 * P::kFieldNames.size(), "every field is 4 bytes");
         size_t found = 0;
         for (int32_t i = 0; i < given->nbFields; ++i) {
             const PluginField& field = given->fields[i];
@@ -267,11 +298,11 @@ public:
 
     IPluginV2* deserializePlugin(char const*, void const* data, size_t length) noexcept override {
         typename P::Fields fields;
-        if (length != sizeof(fields)) {
+        if (length != kBytes<P>) {
             report(P::kName, "the engine holds a plugin of another build");
             return nullptr;
         }
-        std::memcpy(&fields, data, sizeof(fields));
+        std::memcpy(&fields, data, kBytes<P>);
         return create(fields);
     }
 
@@ -291,6 +322,7 @@ private:
 Creator<AllReducePlugin> all_reduce_creator;
 Creator<BroadcastPlugin> broadcast_creator;
 Creator<BypassPlugin> bypass_creator;
+Creator<KvCachePlugin> kv_cache_creator;
 
 }  // namespace
 
@@ -313,7 +345,8 @@ int cqil_register_plugins(void) {
     static const bool registered = [&] {
         bool all = registry()->registerCreator(all_reduce_creator, kNamespace);
         all = registry()->registerCreator(broadcast_creator, kNamespace) && all;
-        return registry()->registerCreator(bypass_creator, kNamespace) && all;
+        all = registry()->registerCreator(bypass_creator, kNamespace) && all;
+        return registry()->registerCreator(kv_cache_creator, kNamespace) && all;
     }();
     return registered ? 0 : -1;
 }
@@ -323,8 +356,9 @@ void cqil_set_building(int value) { building = value != 0; }
 // What IPluginRegistry::loadLibrary looks for (trtexec --dynamicPlugins).
 #if NV_TENSORRT_MAJOR >= 10
 IPluginCreatorInterface* const* getCreators(int32_t& count) {
-    static IPluginCreatorInterface* const creators[] = {&all_reduce_creator, &broadcast_creator, &bypass_creator};
-    count = 3;
+    static IPluginCreatorInterface* const creators[] = {&all_reduce_creator, &broadcast_creator, &bypass_creator,
+                                                       &kv_cache_creator};
+    count = 4;
     return creators;
 }
 #endif

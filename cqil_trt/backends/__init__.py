@@ -2,9 +2,10 @@
 
 A backend module provides
 
-    compile_rank(job: Compilation) -> None     turns the rank's weights into what its Session needs, beside them
+    compile_rank(job: Compilation) -> None     turns the rank's weights into what its session needs, beside them
     describe(limits, options) -> tuple         what `Engine` says of it: backend_version, architecture, build
-    Session(engine, comm)                      executes it on one rank; `comm` is an mpi4py communicator or None
+    open_session(engine, comm, device)         executes it on one rank: a Session; `comm` is an mpi4py communicator or
+                                               None, `device` the number of the GPU to use, modulo those there are
 """
 
 from __future__ import annotations

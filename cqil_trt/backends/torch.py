@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from cqil_trt import session
 from cqil_trt.backends import Compilation
 from cqil_trt.collectives import HostCommunicator, LocalCommunicator
 from cqil_trt.config import EngineConfig
 from cqil_trt.engine import Engine
 from cqil_trt.network.decoder import decode
 from cqil_trt.network.torch_ops import TorchOps
+from cqil_trt.session import Session
 
 
 def describe(limits: EngineConfig, options: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
@@ -25,7 +25,11 @@ def compile_rank(job: Compilation) -> None:
     """Nothing is compiled."""
 
 
-class Session(session.Session):
+def open_session(engine: Engine, comm: Any, device: int) -> Session:
+    return TorchSession(engine, comm)
+
+
+class TorchSession(Session):
     """Executes on the CPU, with collectives over MPI."""
 
     def __init__(self, engine: Engine, comm: Any):

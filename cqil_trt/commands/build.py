@@ -10,7 +10,7 @@ from typing import Any
 from cqil_trt import __version__
 from cqil_trt.builder import PROBES, prepare, write
 from cqil_trt.commands import RankParser
-from cqil_trt.config import BACKENDS, BYPASSES, DTYPES, PLACEMENTS
+from cqil_trt.config import BACKENDS, BYPASSES, COLLECTIVES, DTYPES, PLACEMENTS
 from cqil_trt.job import Job, command
 from cqil_trt.presets import PRESETS
 from cqil_trt.table import size, table
@@ -38,6 +38,13 @@ def parser() -> RankParser:
         default="auto",
         help="store the reference's answer to a few prompts, for --validate without PyTorch (auto: small models)",
     )
+    compiled = p.add_argument_group("backend tensorrt")
+    compiled.add_argument(
+        "--target", metavar="LIST", help='build with TensorRT-RTX, for "portable" or compute capabilities like 8.6,8.9'
+    )
+    compiled.add_argument("--collective", choices=COLLECTIVES, help="what joins ranks (default plugin where possible)")
+    compiled.add_argument("--timing-cache", metavar="FILE", help="default: a hidden file beside the engine")
+    compiled.add_argument("--save-network-json", action="store_true", help="write every layer's names, shapes, types")
     p.add_argument("--output", metavar="DIR", help="engine directory to make (default engines/NAME)")
     p.add_argument("--force", action="store_true", help="replace the engine at --output")
     p.add_argument("--version", action="version", version=f"cqil-trt {__version__}")

@@ -194,7 +194,7 @@ def validate(llm: Any, prompts: list[list[int]] | None, say: Callable[[str], Non
 
 
 def benchmark(llm: Any, prompt: list[int], steps: int, say: Callable[[str], None], report: dict[str, Any]) -> None:
-    """Latency of prefill and of each decode step, with one sequence; wall clock on rank 0, ranks in step."""
+    """Latency of prefill and of each decode step, one sequence, on rank 0: wall clock, or CUDA events on a GPU."""
     import numpy as np
 
     room = llm.engine.limits.max_seq_len - len(prompt)
@@ -202,28 +202,20 @@ def benchmark(llm: Any, prompt: list[int], steps: int, say: Callable[[str], None
     if room < 1:
         raise UserError("--benchmark: the prompt fills the engine, so there is no token to decode")
 
-    def timed(call: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
+    def prefill() -> float:
         began = time.perf_counter()
-        result = call(*arguments)
-        return (time.perf_counter() - began) * 1e3, result
-
-    def prefill() -> Any:
         llm.session.prefill([prompt])
-        return llm.session.greedy()
-
-    def decode(token: Any) -> Any:
-        llm.session.decode(token)
-        return llm.session.greedy()
+        llm.session.greedy()
+        return (time.perf_counter() - began) * 1e3
 
     prefill()  # the first call of everything is slower
-    prefills = [timed(prefill) for _ in range(5)]
-    token, decodes = prefills[-1][1], []
-    for _ in range(steps):
-        elapsed, token = timed(decode, token)
-        decodes.append(elapsed)
+    prefills = [prefill() for _ in range(5)]
+    llm.session.time_decode(steps)
+    llm.session.prefill([prompt])
+    decodes = llm.session.time_decode(steps)
     measured = {
         "prompt_tokens": len(prompt),
-        "prefill_ms": [elapsed for elapsed, _ in prefills],
+        "prefill_ms": prefills,
         "decode_ms": decodes,
     }
     rows = []

@@ -1,0 +1,231 @@
+"""The TensorRT backend: compiles a rank's network with TensorRT or TensorRT-RTX; `tensorrt_session` executes it.
+
+Build options: `target` (compute capabilities for TensorRT-RTX, which needs no GPU to build), `collective` ("plugin" or
+"nccl"), `timing_cache` (a file; default beside the engine), `save_network_json`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import importlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cqil_trt import plugins
+from cqil_trt.backends import Compilation
+from cqil_trt.config import COLLECTIVES, EngineConfig
+from cqil_trt.engine import Engine
+from cqil_trt.errors import UserError
+from cqil_trt.network.tensorrt_ops import Lowering, add_profiles, define_network, describe_network
+from cqil_trt.session import Session
+
+# What TensorRT-RTX builds for, by compute capability, and its names for them.
+TARGETS = {"7.5": "SM75", "8.0": "SM80", "8.6": "SM86", "8.9": "SM89", "12.0": "SM120", "12.1": "SM121"}
+_PORTABLE = "8.0,8.6,8.9,12.0"
+_PACKAGES = ("tensorrt", "tensorrt_rtx")
+
+
+def open_session(engine: Engine, comm: Any, device: int) -> Session:
+    from cqil_trt.backends.tensorrt_session import TensorRtSession
+
+    return TensorRtSession(engine, comm, device)
+
+
+def import_package(names: tuple[str, ...] = _PACKAGES) -> Any:
+    """The first of the packages that is installed. Raises ModuleNotFoundError."""
+    for name in names[:-1]:
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name != name:
+                raise
+    return importlib.import_module(names[-1])
+
+
+def load_plugins(trt: Any) -> ctypes.CDLL:
+    """The plugin library, registered with this process's TensorRT. Raises UserError when it cannot be."""
+    # The library looks TensorRT up in the process, and Python loads it out of sight.
+    for package in ("tensorrt", "tensorrt_libs"):
+        directory = Path(getattr(sys.modules.get(package), "__file__", None) or os.devnull).parent
+        for path in sorted(directory.glob("libnvinfer.so*")):
+            ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    library, path = plugins.load(), plugins.library_path()
+    if not hasattr(library, "cqil_register_plugins"):
+        raise UserError(f"{path}: built without TensorRT plugins: build it with --tensorrt-root (docs/tensorrt.md)")
+    if library.cqil_register_plugins():
+        raise UserError(f"{path}: does not fit TensorRT {trt.__version__}: build it with that version's headers")
+    return library
+
+
+def version(trt: Any) -> str:
+    return f"{trt.__name__} {trt.__version__}"
+
+
+def describe(limits: EngineConfig, options: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
+    """Chooses the package and the collective. Raises UserError for what they cannot do."""
+    target = options.get("target")
+    trt = import_package(("tensorrt_rtx",) if target else _PACKAGES)
+    lowering = Lowering.of(trt)
+    if limits.dtype == "bfloat16" and not hasattr(trt, "bfloat16"):
+        raise UserError(f"--dtype bfloat16: TensorRT {trt.__version__} does not have it: use float16 or float32")
+    collective = options.get("collective") or ("plugin" if lowering.plugins else "nccl")
+    if collective not in COLLECTIVES:
+        raise UserError(f"--collective must be one of {', '.join(COLLECTIVES)}, found {collective}")
+    if collective == "plugin" and not lowering.plugins:
+        raise UserError(f"--collective plugin: the Python interface of {version(trt)} takes no plugins: use nccl")
+    if collective == "nccl" and not lowering.nccl:
+        raise UserError(f"--collective nccl: {version(trt)} has no collective layer: use plugin")
+    return version(trt), _architecture(trt, target), {"collective": collective}
+
+
+def _architecture(trt: Any, target: str | None) -> str:
+    """The compute capabilities an engine will run on, like "8.6, 8.9"."""
+    if trt.__name__ == "tensorrt":
+        from cqil_trt import cuda
+
+        cuda.use_device(0)
+        return cuda.compute_capability()
+    chosen = [part.strip() for part in (_PORTABLE if target in (None, "portable") else target).split(",")]
+    for part in chosen:
+        if not hasattr(trt.ComputeCapability, TARGETS.get(part, "")):
+            raise UserError(f"--target {part}: TensorRT-RTX builds for portable or a list of {', '.join(TARGETS)}")
+    return ", ".join(chosen)
+
+
+def logger(trt: Any) -> Any:
+    """A logger of that package that keeps the first error: what comes behind it only follows from it."""
+
+    class Log(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.first_error = ""
+
+        def log(self, severity: Any, message: str) -> None:
+            if int(severity) <= int(trt.ILogger.ERROR):
+                self.first_error = self.first_error or message.strip()
+
+    return Log()
+
+
+def compile_rank(job: Compilation) -> None:
+    """Builds rank{r}.engine. Raises UserError with TensorRT's first error."""
+    package = describe(job.limits, job.options)[0].split()[0]
+    trt = import_package((package,))
+    library = None
+    if package == "tensorrt":
+        from cqil_trt import cuda
+
+        # Processes that build at the same time take a GPU each.
+        cuda.use_device(job.plan.rank)
+        library = load_plugins(trt)
+    log, lowering = logger(trt), Lowering.of(trt)
+    builder = trt.Builder(log)
+    flags = trt.NetworkDefinitionCreationFlag
+    network = builder.create_network(1 << int(flags.STRONGLY_TYPED if lowering.typed else flags.EXPLICIT_BATCH))
+    nccl = job.options["collective"] == "nccl"
+    # Held until the engine is built: the network's constants live in it.
+    ops = define_network(trt, network, lowering, job.plan, job.limits, job.rotary, nccl)
+    if job.options.get("save_network_json"):
+        job.file("network.json").write_text(json.dumps(describe_network(network), indent=1) + "\n")
+
+    config = builder.create_builder_config()
+    _set_flags(trt, config, lowering, job)
+    add_profiles(trt, builder, config, network, job.limits)
+    _show_progress(trt, config, job)
+    if library is not None:
+        library.cqil_set_building(1)
+    try:
+        with _timing_cache(trt, config, job):
+            serialized = builder.build_serialized_network(network, config)
+    finally:
+        if library is not None:
+            library.cqil_set_building(0)
+    if serialized is None:
+        raise UserError(f"TensorRT could not build rank {ops.plan.rank}: {log.first_error or 'it gave no reason'}")
+    with open(job.file("engine"), "wb") as file:
+        file.write(serialized)
+
+
+def _set_flags(trt: Any, config: Any, lowering: Lowering, job: Compilation) -> None:
+    # Validation compares float32 engines with a float32 reference.
+    config.clear_flag(trt.BuilderFlag.TF32)
+    if not lowering.typed:
+        if job.limits.dtype == "float16":
+            config.set_flag(trt.BuilderFlag.FP16)
+        config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
+        # With plugins in the network it would ask for cuBLAS and cuDNN, which it has no use for.
+        config.set_tactic_sources(0)
+        if hasattr(trt, "PreviewFeature"):  # what later versions do by themselves
+            for feature in ("FASTER_DYNAMIC_SHAPES_0805", "DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805"):
+                if hasattr(trt.PreviewFeature, feature):
+                    config.set_preview_feature(getattr(trt.PreviewFeature, feature), True)
+    if trt.__name__ == "tensorrt_rtx":
+        targets = _architecture(trt, job.options.get("target")).split(", ")
+        config.num_compute_capabilities = len(targets)
+        for i, target in enumerate(targets):
+            config.set_compute_capability(getattr(trt.ComputeCapability, TARGETS[target]), i)
+
+
+def _show_progress(trt: Any, config: Any, job: Compilation) -> None:
+    if not job.progress:
+        return
+    if not hasattr(trt, "IProgressMonitor"):
+        print(f"compiling rank {job.plan.rank} with {version(trt)} ...", file=sys.stderr)
+        return
+    from tqdm import tqdm
+
+    class Progress(trt.IProgressMonitor):
+        """A bar for the outermost phase, which names the one that is running."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._bars: dict[str, Any] = {}
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            if parent is None:
+                self._bars[name] = tqdm(total=steps, desc=f"rank {job.plan.rank}: {name}", leave=False)
+            for bar in self._bars.values():
+                bar.set_postfix_str(name if parent else "")
+
+        def step_complete(self, name: str, step: int) -> bool:
+            if name in self._bars:
+                self._bars[name].update(step + 1 - self._bars[name].n)
+            return True
+
+        def phase_finish(self, name: str) -> None:
+            if name in self._bars:
+                self._bars.pop(name).close()
+
+    config.progress_monitor = Progress()
+
+
+@contextmanager
+def _timing_cache(trt: Any, config: Any, job: Compilation) -> Iterator[None]:
+    """Inside, the builder uses the timings that earlier builds measured; its own are added behind the block."""
+    tag = f"{version(trt)}-{_architecture(trt, job.options.get('target'))}".replace(" ", "").replace(",", "-")
+    path = Path(job.options.get("timing_cache") or job.directory.parent / f".timing-{tag}.cache")
+    known = path.read_bytes() if path.exists() else b""
+    cache = config.create_timing_cache(known)
+    if not config.set_timing_cache(cache, ignore_mismatch=False):
+        # Of another GPU or version, or damaged: begin anew.
+        cache = config.create_timing_cache(b"")
+        config.set_timing_cache(cache, ignore_mismatch=False)
+    yield
+    found = config.get_timing_cache()
+    if found is None:
+        return
+    with open(path.with_suffix(".lock"), "w") as lock:
+        # Other ranks' processes add to the same file.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        now = path.read_bytes() if path.exists() else b""
+        if now != known:
+            found.combine(config.create_timing_cache(now), ignore_mismatch=False)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_bytes(bytes(found.serialize()))
+        temporary.rename(path)

@@ -1,0 +1,123 @@
+"""The part of CUDA's runtime API that an engine's runtime needs, through cuda-bindings; errors are exceptions."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+from cuda.bindings import runtime
+
+from cqil_trt.errors import UserError
+
+_KIND = runtime.cudaMemcpyKind
+# What TensorRT asks of addresses.
+ALIGNMENT = 256
+
+
+class CudaError(RuntimeError):
+    """An error that CUDA reports."""
+
+
+def call(name: str, *arguments: Any) -> Any:
+    """cudaNAME(...): its result, or nothing. Raises CudaError."""
+    error, *values = getattr(runtime, f"cuda{name}")(*arguments)
+    if error != runtime.cudaError_t.cudaSuccess:
+        _, text = runtime.cudaGetErrorString(error)
+        raise CudaError(f"cuda{name}: {text.decode()}")
+    return values[0] if values else None
+
+
+def device_count() -> int:
+    """How many GPUs this process sees; 0 without a driver."""
+    error, count = runtime.cudaGetDeviceCount()
+    return int(count) if error == runtime.cudaError_t.cudaSuccess else 0
+
+
+def use_device(number: int) -> None:
+    """Makes a GPU the current one, number modulo how many there are. Raises UserError when there is none."""
+    count = device_count()
+    if not count:
+        raise UserError("no CUDA GPU here (nvidia-smi lists those that the driver sees)")
+    call("SetDevice", number % count)
+
+
+def compute_capability() -> str:
+    """Of the current device, like "9.0"."""
+    device = call("GetDevice")
+    attribute = runtime.cudaDeviceAttr
+    major = call("DeviceGetAttribute", attribute.cudaDevAttrComputeCapabilityMajor, device)
+    minor = call("DeviceGetAttribute", attribute.cudaDevAttrComputeCapabilityMinor, device)
+    return f"{major}.{minor}"
+
+
+def device_name() -> str:
+    return call("GetDeviceProperties", call("GetDevice")).name.decode()
+
+
+class Arena:
+    """One allocation of device memory, handed out in aligned pieces. Raises UserError when the GPU has not so much."""
+
+    def __init__(self, size: int, what: str):
+        self.size, self._used = max(size, ALIGNMENT), 0
+        try:
+            self.address = int(call("Malloc", self.size))
+        except CudaError as error:
+            raise UserError(f"no GPU memory for {what} ({size / 1e9:.2f} GB): {error}") from None
+
+    def take(self, size: int) -> int:
+        """The address of the next `size` bytes."""
+        address = self.address + self._used
+        self._used += aligned(size)
+        assert self._used <= self.size
+        return address
+
+
+def aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def pinned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array in page-locked host memory, which lives as long as the process."""
+    dtype = np.dtype(dtype)
+    size = int(np.prod(shape)) * dtype.itemsize
+    address = int(call("MallocHost", max(size, 1)))
+    return np.frombuffer((ctypes.c_byte * size).from_address(address), dtype).reshape(shape)
+
+
+def upload(address: int, array: np.ndarray, stream: Any) -> None:
+    """Copies an array to the device; it may be changed when this returns unless it is pinned."""
+    array = np.ascontiguousarray(array)
+    call("MemcpyAsync", address, array.ctypes.data, array.nbytes, _KIND.cudaMemcpyHostToDevice, stream)
+
+
+def download(array: np.ndarray, address: int, stream: Any) -> None:
+    """Copies device memory into a contiguous array, which holds it when the stream has come so far."""
+    call("MemcpyAsync", array.ctypes.data, address, array.nbytes, _KIND.cudaMemcpyDeviceToHost, stream)
+
+
+def copy(target: int, source: int, size: int, stream: Any) -> None:
+    call("MemcpyAsync", target, source, size, _KIND.cudaMemcpyDeviceToDevice, stream)
+
+
+def copy_rows(target: int, pitch: int, source: int, source_pitch: int, size: int, rows: int, stream: Any) -> None:
+    """Copies `rows` rows of `size` bytes that begin `pitch` (at the source `source_pitch`) bytes apart."""
+    kind = _KIND.cudaMemcpyDeviceToDevice
+    call("Memcpy2DAsync", target, pitch, source, source_pitch, size, rows, kind, stream)
+
+
+class Graph:
+    """What `record` enqueues on a stream, as a CUDA graph."""
+
+    def __init__(self, stream: Any, record: Any):
+        mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        call("StreamBeginCapture", stream, mode)
+        try:
+            record()
+        finally:
+            graph = call("StreamEndCapture", stream)
+        self._graph = call("GraphInstantiate", graph, 0)
+        call("GraphDestroy", graph)
+
+    def launch(self, stream: Any) -> None:
+        call("GraphLaunch", self._graph, stream)
