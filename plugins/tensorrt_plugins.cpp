@@ -1,15 +1,16 @@
 // The collectives and the KV cache as TensorRT plugins, on the interface that TensorRT 8.5 to 11 share (IPluginV2DynamicExt).
 //
 // Collectives take a last input `workspace`: an int32 tensor bound to cqil_workspace_address(), so that an engine holds
-// no pointers. Data tensors are linear, of one type: float32, float16, and bfloat16 from TensorRT 10 on.
+// no pointers. Data tensors are linear and of the type that the field dtype names (a cqil_dtype; bfloat16 from TensorRT 10
+// on): a weakly typed network would otherwise choose one by its speed.
 //
 //   CqilAllReduce   mode 0: delta                   -> sum over ranks
 //                   mode 1: delta, residual         -> residual + sum
-//                   mode 2: delta, residual, weight -> residual + sum, RMSNorm of it * weight        field eps
+//                   mode 2: delta, residual, weight -> residual + sum, RMSNorm of it * weight        fields mode, eps, dtype
 //   CqilBroadcast   rank 0: x -> x; others: tokens int32 [B, T] -> rank 0's x [B, T, hidden]          fields rank, hidden, dtype
-//   CqilBypass      x -> sum of the x of the `distance` ranks before this one (zeros on rank 0)       field distance
+//   CqilBypass      x -> sum of the x of the `distance` ranks before this one (zeros on rank 0)       fields distance, dtype
 //   CqilKvCache     keys, values [B, heads, S, D], k, v [B, heads, T, D], past int32 [B] -> keys, values
-//                   in place: both outputs must be bound to the memory of the first two inputs
+//                   in place: both outputs must be bound to the memory of the first two inputs      field dtype
 
 #include <NvInfer.h>
 #include <cuda_runtime.h>
@@ -33,15 +34,18 @@ constexpr char kNamespace[] = "cqil_trt";
 constexpr char kVersion[] = "1";
 bool building = false;
 
-bool is_data(DataType type) {
+DataType to_tensorrt(int32_t dtype) {
 #if NV_TENSORRT_MAJOR >= 10
-    if (type == DataType::kBF16) return true;
+    if (dtype == CQIL_BFLOAT16) return DataType::kBF16;
 #endif
-    return type == DataType::kFLOAT || type == DataType::kHALF;
+    return dtype == CQIL_FLOAT16 ? DataType::kHALF : DataType::kFLOAT;
 }
 
-cqil_dtype to_cqil(DataType type) {
-    return type == DataType::kFLOAT ? CQIL_FLOAT32 : type == DataType::kHALF ? CQIL_FLOAT16 : CQIL_BFLOAT16;
+bool valid_dtype(int32_t dtype) {
+#if NV_TENSORRT_MAJOR < 10
+    if (dtype == CQIL_BFLOAT16) return false;
+#endif
+    return dtype >= CQIL_FLOAT32 && dtype <= CQIL_BFLOAT16;
 }
 
 size_t elements(const Dims& dims) {
@@ -55,13 +59,10 @@ int32_t report(const char* plugin, const char* reason) {
     return -1;
 }
 
-// Size of a plugin's fields; an empty struct has a size, and nothing to serialise.
-template <typename P>
-constexpr size_t kBytes = std::is_empty_v<typename P::Fields> ? 0 : sizeof(typename P::Fields);
-
 // What the plugins share. Derived gives kName, kFieldNames, kFieldTypes (in the order of Fields' members, 4 bytes each),
-// Fields, and the member functions inputs(), outputs() and run(); it may replace output_dimensions(), output_type() and
-// supports(), which say here that outputs are like the first input and all data has one type. The last input is int32.
+// Fields with a member dtype, and the member functions inputs(), outputs() and run(); it may replace output_dimensions()
+// and supports(), which say here that outputs are like the first input and all data is of that type. The last input is
+// int32.
 template <typename Derived, typename FieldsT>
 class Plugin : public IPluginV2DynamicExt {
 public:
@@ -75,8 +76,8 @@ public:
     int32_t getNbOutputs() const noexcept override { return self().outputs(); }
     int32_t initialize() noexcept override { return 0; }
     void terminate() noexcept override {}
-    size_t getSerializationSize() const noexcept override { return kBytes<Derived>; }
-    void serialize(void* buffer) const noexcept override { std::memcpy(buffer, &fields_, kBytes<Derived>); }
+    size_t getSerializationSize() const noexcept override { return sizeof(Fields); }
+    void serialize(void* buffer) const noexcept override { std::memcpy(buffer, &fields_, sizeof(Fields)); }
     void destroy() noexcept override { delete this; }
     void setPluginNamespace(char const* space) noexcept override { namespace_ = space; }
     char const* getPluginNamespace() const noexcept override { return namespace_.c_str(); }
@@ -87,9 +88,7 @@ public:
         return copy;
     }
 
-    DataType getOutputDataType(int32_t, DataType const* inputs, int32_t) const noexcept override {
-        return self().output_type(inputs);
-    }
+    DataType getOutputDataType(int32_t, DataType const*, int32_t) const noexcept override { return type(); }
     DimsExprs getOutputDimensions(int32_t, DimsExprs const* inputs, int32_t, IExprBuilder& builder) noexcept override {
         return self().output_dimensions(inputs, builder);
     }
@@ -112,10 +111,9 @@ public:
 
 protected:
     DimsExprs output_dimensions(DimsExprs const* in, IExprBuilder&) const { return in[0]; }
-    DataType output_type(DataType const* in) const { return in[0]; }
-    bool supports(int32_t position, PluginTensorDesc const* io, int32_t) const {
-        return position == 0 ? is_data(io[0].type) : io[position].type == io[0].type;
-    }
+    bool supports(int32_t position, PluginTensorDesc const* io, int32_t) const { return io[position].type == type(); }
+    DataType type() const { return to_tensorrt(fields_.dtype); }
+    cqil_dtype dtype() const { return static_cast<cqil_dtype>(fields_.dtype); }
     cqil_workspace* workspace(void const* const* in) const {
         cqil_workspace* found = cqil_workspace_find(in[self().inputs() - 1]);
         if (found == nullptr)
@@ -133,35 +131,35 @@ private:
 struct AllReduceFields {
     int32_t mode;
     float eps;
+    int32_t dtype;
 };
 
 class AllReducePlugin final : public Plugin<AllReducePlugin, AllReduceFields> {
 public:
     static constexpr char kName[] = "CqilAllReduce";
-    static constexpr std::array kFieldNames = {"mode", "eps"};
-    static constexpr std::array kFieldTypes = {PluginFieldType::kINT32, PluginFieldType::kFLOAT32};
+    static constexpr std::array kFieldNames = {"mode", "eps", "dtype"};
+    static constexpr std::array kFieldTypes = {PluginFieldType::kINT32, PluginFieldType::kFLOAT32, PluginFieldType::kINT32};
     using Plugin::Plugin;
 
-    static bool valid(const Fields& f) { return f.mode >= 0 && f.mode <= 2 && f.eps >= 0; }
+    static bool valid(const Fields& f) { return f.mode >= 0 && f.mode <= 2 && f.eps >= 0 && valid_dtype(f.dtype); }
     int32_t inputs() const { return fields_.mode + 2; }
     int32_t outputs() const { return fields_.mode == 2 ? 2 : 1; }
     int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in,
             void* const* out, cudaStream_t stream) const {
         const Dims& dims = input[0].dims;
         const size_t count = elements(dims);
-        const cqil_dtype dtype = to_cqil(input[0].type);
         if (fields_.mode < 2)
-            return cqil_all_reduce(workspace(in), in[0], fields_.mode ? in[1] : nullptr, out[0], count, dtype, stream);
+            return cqil_all_reduce(workspace(in), in[0], fields_.mode ? in[1] : nullptr, out[0], count, dtype(), stream);
         const int hidden = static_cast<int>(dims.d[dims.nbDims - 1]);
         return cqil_all_reduce_residual_norm(workspace(in), in[0], in[1], in[2], out[0], out[1],
-                                             static_cast<int>(count / hidden), hidden, fields_.eps, dtype, stream);
+                                             static_cast<int>(count / hidden), hidden, fields_.eps, dtype(), stream);
     }
 };
 
 struct BroadcastFields {
     int32_t rank;
     int32_t hidden;
-    int32_t dtype;  // a cqil_dtype
+    int32_t dtype;
 };
 
 class BroadcastPlugin final : public Plugin<BroadcastPlugin, BroadcastFields> {
@@ -173,11 +171,7 @@ public:
     using Plugin::Plugin;
 
     static bool valid(const Fields& f) {
-#if NV_TENSORRT_MAJOR < 10
-        if (f.dtype == CQIL_BFLOAT16) return false;
-#endif
-        return f.rank >= 0 && f.rank < CQIL_MAX_RANKS && f.hidden > 0 && f.dtype >= CQIL_FLOAT32 &&
-               f.dtype <= CQIL_BFLOAT16;
+        return f.rank >= 0 && f.rank < CQIL_MAX_RANKS && f.hidden > 0 && valid_dtype(f.dtype);
     }
     int32_t inputs() const { return 2; }
     int32_t outputs() const { return 1; }
@@ -186,7 +180,6 @@ public:
         if (fields_.rank != 0) dims.d[dims.nbDims++] = builder.constant(fields_.hidden);
         return dims;
     }
-    DataType output_type(DataType const*) const { return type(); }
     bool supports(int32_t position, PluginTensorDesc const* io, int32_t inputs) const {
         const bool tokens = position < inputs && fields_.rank != 0;
         return io[position].type == (tokens ? DataType::kINT32 : type());
@@ -200,7 +193,7 @@ public:
             const size_t bytes = count * (fields_.dtype == CQIL_FLOAT32 ? 4 : 2);
             if (cudaMemcpyAsync(out[0], in[0], bytes, cudaMemcpyDeviceToDevice, stream) != cudaSuccess) return -1;
         }
-        return cqil_broadcast(space, in[0], out[0], count, static_cast<cqil_dtype>(fields_.dtype), stream);
+        return cqil_broadcast(space, in[0], out[0], count, dtype(), stream);
     }
 
 private:
@@ -208,45 +201,42 @@ private:
         report(kName, "the engine was built for another rank than the workspace's");
         return -1;
     }
-    DataType type() const {
-#if NV_TENSORRT_MAJOR >= 10
-        if (fields_.dtype == CQIL_BFLOAT16) return DataType::kBF16;
-#endif
-        return fields_.dtype == CQIL_FLOAT16 ? DataType::kHALF : DataType::kFLOAT;
-    }
 };
 
 struct BypassFields {
     int32_t distance;
+    int32_t dtype;
 };
 
 class BypassPlugin final : public Plugin<BypassPlugin, BypassFields> {
 public:
     static constexpr char kName[] = "CqilBypass";
-    static constexpr std::array kFieldNames = {"distance"};
-    static constexpr std::array kFieldTypes = {PluginFieldType::kINT32};
+    static constexpr std::array kFieldNames = {"distance", "dtype"};
+    static constexpr std::array kFieldTypes = {PluginFieldType::kINT32, PluginFieldType::kINT32};
     using Plugin::Plugin;
 
-    static bool valid(const Fields& f) { return f.distance >= 1 && f.distance < CQIL_MAX_RANKS; }
+    static bool valid(const Fields& f) { return f.distance >= 1 && f.distance < CQIL_MAX_RANKS && valid_dtype(f.dtype); }
     int32_t inputs() const { return 2; }
     int32_t outputs() const { return 1; }
     int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in,
             void* const* out, cudaStream_t stream) const {
         return cqil_bypass(workspace(in), in[0], out[0], elements(input[0].dims), fields_.distance,
-                           to_cqil(input[0].type), stream);
+                           dtype(), stream);
     }
 };
 
-struct KvCacheFields {};
+struct KvCacheFields {
+    int32_t dtype;
+};
 
 class KvCachePlugin final : public Plugin<KvCachePlugin, KvCacheFields> {
 public:
     static constexpr char kName[] = "CqilKvCache";
-    static constexpr std::array<const char*, 0> kFieldNames = {};
-    static constexpr std::array<PluginFieldType, 0> kFieldTypes = {};
+    static constexpr std::array kFieldNames = {"dtype"};
+    static constexpr std::array kFieldTypes = {PluginFieldType::kINT32};
     using Plugin::Plugin;
 
-    static bool valid(const Fields&) { return true; }
+    static bool valid(const Fields& f) { return valid_dtype(f.dtype); }
     int32_t inputs() const { return 5; }
     int32_t outputs() const { return 2; }
     int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in, void* const* out,
@@ -257,7 +247,7 @@ public:
         }
         const Dims &cache = input[0].dims, &k = input[2].dims;
         return cqil_kv_append(out[0], out[1], in[2], in[3], static_cast<const int32_t*>(in[4]), int(k.d[0]), int(k.d[1]),
-                              int(k.d[2]), int(cache.d[2]), int(cache.d[3]), to_cqil(input[0].type), stream);
+                              int(k.d[2]), int(cache.d[2]), int(cache.d[3]), dtype(), stream);
     }
 };
 
@@ -279,7 +269,7 @@ public:
 
     IPluginV2* createPlugin(char const*, PluginFieldCollection const* given) noexcept override {
         typename P::Fields fields = {};
-        static_assert(kBytes<P> == 4 * P::kFieldNames.size(), "every field is 4 bytes");
+        static_assert(sizeof(fields) == 4 * P::kFieldNames.size(), "every field is 4 bytes");
         size_t found = 0;
         for (int32_t i = 0; i < given->nbFields; ++i) {
             const PluginField& field = given->fields[i];
@@ -298,11 +288,11 @@ public:
 
     IPluginV2* deserializePlugin(char const*, void const* data, size_t length) noexcept override {
         typename P::Fields fields;
-        if (length != kBytes<P>) {
+        if (length != sizeof(fields)) {
             report(P::kName, "the engine holds a plugin of another build");
             return nullptr;
         }
-        std::memcpy(&fields, data, kBytes<P>);
+        std::memcpy(&fields, data, sizeof(fields));
         return create(fields);
     }
 

@@ -63,11 +63,11 @@ def build(weight):
 
     source = x if rank == 0 else tokens
     [start] = add([source], plugin("CqilBroadcast", rank=rank, hidden=HIDDEN, dtype=1))
-    [summed] = add([x], plugin("CqilAllReduce", mode=0, eps=EPS))
-    [joined] = add([x, summed], plugin("CqilAllReduce", mode=1, eps=EPS))
-    [before] = add([x], plugin("CqilBypass", distance=DISTANCE))
+    [summed] = add([x], plugin("CqilAllReduce", mode=0, eps=EPS, dtype=1))
+    [joined] = add([x, summed], plugin("CqilAllReduce", mode=1, eps=EPS, dtype=1))
+    [before] = add([x], plugin("CqilBypass", distance=DISTANCE, dtype=1))
     gamma = network.add_constant((HIDDEN,), weight).get_output(0)
-    residual, normed = add([before, start, gamma], plugin("CqilAllReduce", mode=2, eps=EPS))
+    residual, normed = add([before, start, gamma], plugin("CqilAllReduce", mode=2, eps=EPS, dtype=1))
     for name, tensor in (
         ("start", start),
         ("joined", joined),

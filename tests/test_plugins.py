@@ -67,11 +67,13 @@ def create(name, **values):
     assert creator.deserialize_plugin(name, stored + b"1") is None
     return np.frombuffer(stored, np.int32).tolist(), made.num_outputs
 
-assert create("CqilAllReduce", mode=0, eps=0.0) == ([0, 0], 1)
-assert create("CqilAllReduce", mode=2, eps=1e-5) == ([2, int(np.float32(1e-5).view(np.int32))], 2)
+assert create("CqilAllReduce", mode=0, eps=0.0, dtype=0) == ([0, 0, 0], 1)
+assert create("CqilAllReduce", mode=2, eps=1e-5, dtype=1) == ([2, int(np.float32(1e-5).view(np.int32)), 1], 2)
 assert create("CqilBroadcast", rank=3, hidden=4096, dtype=1) == ([3, 4096, 1], 1)
-assert create("CqilBypass", distance=2) == ([2], 1)
-assert create("CqilAllReduce", mode=3, eps=0.0) is None and create("CqilAllReduce", mode=2) is None
+assert create("CqilBypass", distance=2, dtype=1) == ([2, 1], 1)
+assert create("CqilKvCache", dtype=2) == ([2], 2)
+assert create("CqilAllReduce", mode=3, eps=0.0, dtype=0) is None and create("CqilKvCache", dtype=3) is None
+assert create("CqilAllReduce", mode=1, eps=0.0) is None and create("CqilAllReduce", mode=2) is None
 assert create("CqilBroadcast", rank=9, hidden=8, dtype=1) is None and create("CqilBypass") is None
 print("plugins work with TensorRT API", trt.__version__)
 """

@@ -1,19 +1,17 @@
 """The TensorRT backend: compiles a rank's network with TensorRT or TensorRT-RTX; `tensorrt_session` executes it.
 
 Build options: `target` (compute capabilities for TensorRT-RTX, which needs no GPU to build), `collective` ("plugin" or
-"nccl"), `timing_cache` (a file; default beside the engine), `save_network_json`.
+"nccl"), `timing_cache` (a file name prefix, beside the engine unless absolute), `save_network_json`, `verbose`.
 """
 
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import importlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +96,11 @@ def _architecture(trt: Any, target: str | None) -> str:
     return ", ".join(chosen)
 
 
-def logger(trt: Any) -> Any:
-    """A logger of that package that keeps the first error: what comes behind it only follows from it."""
+def logger(trt: Any, verbose: bool = False) -> Any:
+    """A logger of that package that keeps the first error: what comes behind it only follows from it.
+
+    `verbose`: warnings and errors go to standard error as well.
+    """
 
     class Log(trt.ILogger):
         def __init__(self) -> None:
@@ -109,6 +110,8 @@ def logger(trt: Any) -> Any:
         def log(self, severity: Any, message: str) -> None:
             if int(severity) <= int(trt.ILogger.ERROR):
                 self.first_error = self.first_error or message.strip()
+            if verbose and int(severity) <= int(trt.ILogger.WARNING):
+                print(f"{trt.__name__}: {message.strip()}", file=sys.stderr)
 
     return Log()
 
@@ -124,7 +127,7 @@ def compile_rank(job: Compilation) -> None:
         # Processes that build at the same time take a GPU each.
         cuda.use_device(job.plan.rank)
         library = load_plugins(trt)
-    log, lowering = logger(trt), Lowering.of(trt)
+    log, lowering = logger(trt, bool(job.options.get("verbose"))), Lowering.of(trt)
     builder = trt.Builder(log)
     flags = trt.NetworkDefinitionCreationFlag
     network = builder.create_network(1 << int(flags.STRONGLY_TYPED if lowering.typed else flags.EXPLICIT_BATCH))
@@ -140,14 +143,16 @@ def compile_rank(job: Compilation) -> None:
     _show_progress(trt, config, job)
     if library is not None:
         library.cqil_set_building(1)
+    timings = _use_timing_cache(trt, config, job)
+    log.first_error = ""  # what a cache that does not fit is refused with
     try:
-        with _timing_cache(trt, config, job):
-            serialized = builder.build_serialized_network(network, config)
+        serialized = builder.build_serialized_network(network, config)
     finally:
         if library is not None:
             library.cqil_set_building(0)
     if serialized is None:
         raise UserError(f"TensorRT could not build rank {ops.plan.rank}: {log.first_error or 'it gave no reason'}")
+    _save_timing_cache(config, timings)
     with open(job.file("engine"), "wb") as file:
         file.write(serialized)
 
@@ -205,27 +210,25 @@ def _show_progress(trt: Any, config: Any, job: Compilation) -> None:
     config.progress_monitor = Progress()
 
 
-@contextmanager
-def _timing_cache(trt: Any, config: Any, job: Compilation) -> Iterator[None]:
-    """Inside, the builder uses the timings that earlier builds measured; its own are added behind the block."""
+def _use_timing_cache(trt: Any, config: Any, job: Compilation) -> Path:
+    """Gives the builder the timings that earlier builds measured; returns the file for those of this one.
+
+    A file a rank, as ranks are built by processes of their own, and what one lacks another may have.
+    """
     tag = f"{version(trt)}-{_architecture(trt, job.options.get('target'))}".replace(" ", "").replace(",", "-")
-    path = Path(job.options.get("timing_cache") or job.directory.parent / f".timing-{tag}.cache")
-    known = path.read_bytes() if path.exists() else b""
-    cache = config.create_timing_cache(known)
-    if not config.set_timing_cache(cache, ignore_mismatch=False):
-        # Of another GPU or version, or damaged: begin anew.
-        cache = config.create_timing_cache(b"")
-        config.set_timing_cache(cache, ignore_mismatch=False)
-    yield
-    found = config.get_timing_cache()
-    if found is None:
-        return
-    with open(path.with_suffix(".lock"), "w") as lock:
-        # Other ranks' processes add to the same file.
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        now = path.read_bytes() if path.exists() else b""
-        if now != known:
-            found.combine(config.create_timing_cache(now), ignore_mismatch=False)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_bytes(bytes(found.serialize()))
+    name = job.options.get("timing_cache") or f".timing-{tag}"
+    directory = job.directory.parent
+    path = directory / f"{name}.rank{job.plan.rank}"
+    known = next((file for file in (path, *sorted(directory.glob(f"{name}.rank*"))) if file.exists()), None)
+    cache = config.create_timing_cache(known.read_bytes() if known else b"")
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+        config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
+    return path
+
+
+def _save_timing_cache(config: Any, path: Path) -> None:
+    cache = config.get_timing_cache()
+    if cache is not None:
+        temporary = path.with_name(f"{path.name}.{os.getpid()}")
+        temporary.write_bytes(bytes(cache.serialize()))
         temporary.rename(path)

@@ -43,8 +43,9 @@ def parser() -> RankParser:
         "--target", metavar="LIST", help='build with TensorRT-RTX, for "portable" or compute capabilities like 8.6,8.9'
     )
     compiled.add_argument("--collective", choices=COLLECTIVES, help="what joins ranks (default plugin where possible)")
-    compiled.add_argument("--timing-cache", metavar="FILE", help="default: a hidden file beside the engine")
+    compiled.add_argument("--timing-cache", metavar="NAME", help="where timings are kept (default: beside the engine)")
     compiled.add_argument("--save-network-json", action="store_true", help="write every layer's names, shapes, types")
+    compiled.add_argument("--verbose", action="store_true", help="show TensorRT's own warnings and errors")
     p.add_argument("--output", metavar="DIR", help="engine directory to make (default engines/NAME)")
     p.add_argument("--force", action="store_true", help="replace the engine at --output")
     p.add_argument("--version", action="version", version=f"cqil-trt {__version__}")

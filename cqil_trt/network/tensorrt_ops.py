@@ -370,6 +370,7 @@ class TensorRtOps(Ops[Tensor]):
 
     def _plugin(self, name: str, inputs: list[Tensor], outputs: int, **fields: int | float) -> list[Tensor]:
         trt = self._trt
+        fields["dtype"] = _PLUGIN_DTYPES[self._limits.dtype]
         kinds = {int: (np.int32, trt.PluginFieldType.INT32), float: (np.float32, trt.PluginFieldType.FLOAT32)}
         values = []
         for key, value in fields.items():
@@ -381,7 +382,10 @@ class TensorRtOps(Ops[Tensor]):
         creator = find(name, _PLUGIN_VERSION, _PLUGIN_NAMESPACE)
         plugin = creator.create_plugin(name, trt.PluginFieldCollection(values))
         layer = self._network.add_plugin_v2(inputs, plugin)
-        return [self._out(layer, self._dtype, i) for i in range(outputs)]
+        # A precision would be asked of its integer inputs too; the plugin takes the type of its field and no other.
+        found = [layer.get_output(i) for i in range(outputs)]
+        self._types |= {tensor.name: self._dtype for tensor in found}
+        return found
 
     def _collective(self, x: Tensor, operation: str, reduce: str = "NONE", root: int = -1) -> Tensor:
         trt = self._trt
@@ -414,8 +418,8 @@ class TensorRtOps(Ops[Tensor]):
         hidden = self.plan.model.hidden_size
         if self._workspace is not None:
             given = self._reshape(tokens, (-1,)) if x is None else x
-            fields = {"rank": self.plan.rank, "hidden": hidden, "dtype": _PLUGIN_DTYPES[self._limits.dtype]}
-            return self._plugin("CqilBroadcast", [given, self._workspace], 1, **fields)[0]
+            inputs = [given, self._workspace]
+            return self._plugin("CqilBroadcast", inputs, 1, rank=self.plan.rank, hidden=hidden)[0]
         if x is None:  # something of the right shape and type to receive into
             zeros = self._constant(np.zeros((1, hidden), np.float32))
             rows = self._reshape(self._cast(tokens, self._trt.float32), (-1, 1))
