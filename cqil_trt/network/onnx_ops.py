@@ -1,0 +1,269 @@
+"""Emits the decoder as an ONNX graph of standard operators (opset 24), a node an operation or a few.
+
+The collectives are custom operators with the names, inputs and attributes of our TensorRT plugins (see
+plugins/tensorrt_plugins.cpp), and the standard ones are used within what TensorRT's parser knows since 10.15. Weights
+are external data: they stay in the rank's safetensors file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from onnx import ModelProto, TensorProto, ValueInfoProto, helper, numpy_helper
+
+from cqil_trt.collectives.cuda import DTYPES as PLUGIN_DTYPES
+from cqil_trt.config import EngineConfig
+from cqil_trt.network.decoder import decode
+from cqil_trt.network.ops import Ops
+from cqil_trt.network.rotary import rotary_tables
+from cqil_trt.shard import LayerShard, RankPlan
+
+OPSET = 24
+DOMAIN = "cqil_trt"
+TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Positions of the new tokens, int64 [B, T]; where they begin, int64 [B]; which keys they see, [B, 1, T, S]."""
+
+    index: str
+    past: str
+    mask: str
+
+
+class OnnxOps(Ops[str]):
+    """Collects the nodes, initializers, inputs and outputs of a graph; a value is a tensor's name.
+
+    Args:
+        weights: the rank's safetensors file, which the initializers point into.
+        rotary: as in `Engine`.
+    """
+
+    def __init__(self, plan: RankPlan, weights: Path, rotary: Sequence[float], limits: EngineConfig):
+        self.plan = plan
+        self.nodes: list[Any] = []
+        self.initializers: dict[str, TensorProto] = {}
+        self.inputs: dict[str, ValueInfoProto] = {}
+        self.outputs: dict[str, ValueInfoProto] = {}
+        # What shape inference cannot know: the outputs of the custom operators.
+        self.annotations: list[ValueInfoProto] = []
+        # The last value that all ranks hold.
+        self.joined: str | None = None
+        self._location, self._spans = weights.name, _spans(weights)
+        self._shapes = {tensor.name: tensor.shape for tensor in plan.tensors}
+        self._limits, self._type = limits, TYPES[limits.dtype]
+        self._cos, self._sin = rotary_tables(rotary, limits.max_seq_len)
+
+    # Small words for nodes
+
+    def _nodes(self, operator: str, inputs: Sequence[str], outputs: int | Sequence[str] = 1, **attributes) -> list[str]:
+        """Adds a node; returns its outputs, which are given by name or by number."""
+        name = f"{operator}.{len(self.nodes)}"
+        if isinstance(outputs, int):
+            outputs = [f"{name}.{i}" for i in range(outputs)]
+        self.nodes.append(helper.make_node(operator, inputs, outputs, name, **attributes))
+        return list(outputs)
+
+    def _node(self, operator: str, *inputs: str, **attributes: Any) -> str:
+        return self._nodes(operator, inputs, **attributes)[0]
+
+    def _constant(self, name: str, value: Any, dtype: int = TensorProto.INT64) -> str:
+        """A small tensor, kept in the graph itself; one of each name."""
+        if name not in self.initializers:
+            array = np.asarray(value).astype(helper.tensor_dtype_to_np_dtype(dtype))
+            self.initializers[name] = numpy_helper.from_array(array, name)
+        return name
+
+    def input(self, name: str, dtype: int, shape: Sequence[int | str]) -> str:
+        self.inputs[name] = helper.make_tensor_value_info(name, dtype, shape)
+        return name
+
+    def output(self, name: str, value: str, dtype: int, shape: Sequence[int | str]) -> None:
+        """Names a value as an output of the graph; in another type than its own it is converted."""
+        self._nodes("Cast", [value], [name], to=dtype)
+        self.outputs[name] = helper.make_tensor_value_info(name, dtype, shape)
+
+    # Parameters and inputs
+
+    def weight(self, name: str) -> str:
+        if name == "lm_head.weight" and self.plan.shares_embedding:
+            return self._lm_head()
+        if name not in self.initializers:
+            offset, length = self._spans[name]
+            tensor = TensorProto(
+                name=name, data_type=self._type, dims=self._shapes[name], data_location=TensorProto.EXTERNAL
+            )
+            for key, value in (("location", self._location), ("offset", offset), ("length", length)):
+                tensor.external_data.add(key=key, value=str(value))
+            self.initializers[name] = tensor
+        return name
+
+    def _lm_head(self) -> str:
+        """The rank's rows of the embedding table."""
+        table, (first, last) = self.weight("embedding.weight"), self.plan.vocabulary
+        if last - first == self.plan.model.vocab_size:
+            return table
+        # Not an initializer over the same bytes: TensorRT refuses two that begin at one address and differ in size.
+        ends = (self._constant("vocabulary.first", [first]), self._constant("vocabulary.last", [last]))
+        return self._node("Slice", table, *ends, self._constant("axes.0", [0]))
+
+    def positions(self, tokens: str, past: str) -> Positions:
+        past = self._node("Cast", past, to=TensorProto.INT64)
+        length = self._node("Gather", self._node("Shape", tokens), self._constant("one", 1))
+        steps = self._node("Range", self._constant("zero", 0), length, self._constant("one", 1))
+        index = self._node("Add", self._node("Unsqueeze", past, self._constant("axes.1", [1])), steps)
+        keys = self._constant("positions", np.arange(self._limits.max_seq_len))
+        # A mask of our own, as Attention's is_causal with nonpad_kv_seqlen would mean another one to older runtimes.
+        mask = self._node("LessOrEqual", keys, self._node("Unsqueeze", index, self._constant("axes.1.3", [1, 3])))
+        return Positions(index, past, mask)
+
+    # Arithmetic
+
+    def embedding(self, tokens: str, table: str) -> str:
+        return self._node("Gather", table, tokens, axis=0)
+
+    def linear(self, x: str, weight: str, bias: str | None = None) -> str:
+        out = self._node("MatMul", x, self._node("Transpose", weight, perm=[1, 0]))
+        return out if bias is None else self.add(out, bias)
+
+    def rms_norm(self, x: str, weight: str) -> str:
+        # stash_type 1 is what the definition asks: in float32 and rounded to x's type before it is scaled.
+        epsilon = self.plan.model.rms_norm_eps
+        return self._node("RMSNormalization", x, weight, axis=-1, epsilon=epsilon, stash_type=1)
+
+    def add(self, x: str, y: str) -> str:
+        return self._node("Add", x, y)
+
+    def swiglu(self, gate_up: str) -> str:
+        gate, up = self._nodes("Split", [gate_up], 2, axis=-1, num_outputs=2)
+        # Swish would be one node, which TensorRT's parser learned later than the others.
+        return self._node("Mul", self._node("Mul", gate, self._node("Sigmoid", gate)), up)
+
+    def zeros_like(self, x: str) -> str:
+        zero = helper.make_tensor("zero", self._type, [1], [0.0])
+        return self._node("ConstantOfShape", self._node("Shape", x), value=zero)
+
+    def select(self, x: str, indices: str) -> str:
+        wide = self._node("Cast", indices, to=TensorProto.INT64)
+        return self._node("GatherND", x, self._node("Unsqueeze", wide, self._constant("axes.2", [2])), batch_dims=1)
+
+    # Attention
+
+    def split_heads(self, qkv: str, shard: LayerShard) -> tuple[str, str, str]:
+        shape = self._constant("shape.heads", [0, 0, -1, self.plan.model.head_dim])
+        heads = self._node("Transpose", self._node("Reshape", qkv, shape), perm=[0, 2, 1, 3])
+        counts = [shard.num_heads, shard.num_kv_heads, shard.num_kv_heads]
+        sizes = self._constant("heads." + ".".join(map(str, counts)), counts)
+        q, k, v = self._nodes("Split", [heads, sizes], 3, axis=1)
+        return q, k, v
+
+    def rotary(self, x: str, positions: Positions) -> str:
+        cos, sin = self._constant("cos", self._cos, self._type), self._constant("sin", self._sin, self._type)
+        return self._node("RotaryEmbedding", x, cos, sin, positions.index, interleaved=0)
+
+    def cached_attention(self, q: str, k: str, v: str, positions: Positions, shard: LayerShard) -> str:
+        cached = []
+        shape = ("batch", shard.num_kv_heads, self._limits.max_seq_len, self.plan.model.head_dim)
+        for part, new in (("key", k), ("value", v)):
+            cache = self.input(f"cache.{shard.index}.{part}", self._type, shape)
+            # The runtime may bind it to the memory of the input: the cache is then updated in place.
+            updated = f"{cache}.updated"
+            cached += self._nodes("TensorScatter", [cache, new, positions.past], [updated], axis=-2, mode="linear")
+            self.outputs[updated] = helper.make_tensor_value_info(updated, self._type, shape)
+        if not shard.grouped:
+            q = self._heads(q, shard.query_slots)
+        # No softmax_precision: TensorRT, which has it in float32, refuses the attribute.
+        out = self._node("Attention", q, *cached, positions.mask)
+        if not shard.grouped:
+            out = self._heads(out, shard.slot_of)
+        return self._node(
+            "Reshape", self._node("Transpose", out, perm=[0, 2, 1, 3]), self._constant("shape.flat", [0, 0, -1])
+        )
+
+    def _heads(self, x: str, chosen: tuple[int, ...]) -> str:
+        name = "heads.at." + ".".join(map(str, chosen))
+        return self._node("Gather", x, self._constant(name, chosen), axis=1)
+
+    # Collectives
+
+    def _collective(self, operator: str, *inputs: str, outputs: int = 1, **attributes: Any) -> list[str]:
+        workspace = self.input("workspace", TensorProto.INT32, [1])
+        # TensorRT's parser looks for the plugin in the attribute's namespace, not in the node's domain.
+        names = self._nodes(
+            operator, [*inputs, workspace], outputs, domain=DOMAIN, plugin_namespace=DOMAIN, **attributes
+        )
+        shape = ("batch", "tokens", self.plan.model.hidden_size)
+        self.annotations += [helper.make_tensor_value_info(name, self._type, shape) for name in names]
+        return names
+
+    def all_reduce_residual(self, delta: str, residual: str) -> str:
+        [self.joined] = self._collective("CqilAllReduce", delta, residual, mode=1, eps=0.0)
+        return self.joined
+
+    def all_reduce_residual_norm(self, delta: str, residual: str, weight: str) -> tuple[str, str]:
+        eps = self.plan.model.rms_norm_eps
+        self.joined, normed = self._collective("CqilAllReduce", delta, residual, weight, outputs=2, mode=2, eps=eps)
+        return self.joined, normed
+
+    def broadcast(self, x: str | None, tokens: str) -> str:
+        model, rank = self.plan.model, self.plan.rank
+        dtype = PLUGIN_DTYPES[self._limits.dtype]
+        given = tokens if x is None else x
+        return self._collective("CqilBroadcast", given, rank=rank, hidden=model.hidden_size, dtype=dtype)[0]
+
+    def bypass(self, x: str, d: int) -> str:
+        # Rank 0 receives zeros: it must send, and a node whose output nobody reads would be removed.
+        return self._collective("CqilBypass", x, distance=d)[0]
+
+
+def define_network(plan: RankPlan, weights: Path, rotary: Sequence[float], limits: EngineConfig) -> ModelProto:
+    """A rank's whole network; arguments as for `OnnxOps`. The file belongs beside `weights`.
+
+    Inputs: tokens int32 [B, T]; past int32 [B]; select int32 [B, K] on a rank that predicts; cache.N.key and
+    cache.N.value [B, key/value heads, max_seq_len, head_dim] for each layer whose heads the rank has; workspace
+    int32 [1], for the collectives.
+    Outputs: logits float32 [B, K, V], or hidden, the residual stream, on a rank that predicts nothing; joined
+    [B, T, H], the residual stream after the last all-reduce; every cache, updated, as cache.N.key.updated.
+    """
+    ops = OnnxOps(plan, weights, rotary, limits)
+    tokens = ops.input("tokens", TensorProto.INT32, ("batch", "tokens"))
+    past = ops.input("past", TensorProto.INT32, ("batch",))
+    predicts, dtype, stream = plan.schedule.predicts, TYPES[limits.dtype], ("batch", "tokens", plan.model.hidden_size)
+    select = ops.input("select", TensorProto.INT32, ("batch", "selected")) if predicts else ""
+    out = decode(ops, tokens, past, select)
+    if predicts:
+        first, last = plan.vocabulary
+        ops.output("logits", out, TensorProto.FLOAT, ("batch", "selected", last - first))
+    elif out == tokens:  # a rank with nothing to do
+        ops.output("hidden", out, TensorProto.INT32, ("batch", "tokens"))
+    else:
+        ops.output("hidden", out, dtype, stream)
+    if ops.joined is not None:
+        ops.output("joined", ops.joined, dtype, stream)
+    graph = helper.make_graph(
+        ops.nodes,
+        f"rank {plan.rank} of {plan.world_size}",
+        list(ops.inputs.values()),
+        list(ops.outputs.values()),
+        list(ops.initializers.values()),
+        value_info=ops.annotations,
+    )
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
+    version = helper.find_min_ir_version_for(opsets, ignore_unknown=True)
+    return helper.make_model(graph, opset_imports=opsets, ir_version=version, producer_name="cqil-trt")
+
+
+def _spans(path: Path) -> dict[str, tuple[int, int]]:
+    """Where a safetensors file holds each tensor: offset and length, bytes."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    spans = {name: entry["data_offsets"] for name, entry in header.items()}
+    return {name: (8 + size + first, last - first) for name, (first, last) in spans.items()}
