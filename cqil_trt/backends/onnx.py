@@ -1,0 +1,168 @@
+"""The onnx backend: each rank's network as an ONNX file, for inspection and as the input of other compilers.
+
+Its session executes the file with ONNX's reference evaluator in numpy and with collectives over MPI: it shows that the
+file computes what it should, slowly, a node at a time and over the whole KV cache.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx.model_container import ModelContainer
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
+
+from cqil_trt import session
+from cqil_trt.backends import Compilation
+from cqil_trt.config import EngineConfig
+from cqil_trt.engine import Engine
+from cqil_trt.errors import UserError
+from cqil_trt.network.onnx_ops import DOMAIN, TYPES, define_network
+
+
+def describe(limits: EngineConfig, options: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
+    return f"onnx {onnx.__version__}", "any", {}
+
+
+def compile_rank(job: Compilation) -> None:
+    weights, path = job.file("safetensors"), job.file("onnx")
+    _make_sole(weights)
+    path.write_bytes(define_network(job.plan, weights, job.rotary, job.limits).SerializeToString())
+    onnx.checker.check_model(path, full_check=True)
+
+
+def _make_sole(path: Path) -> None:
+    """Replaces a file with several names (hard links) by a copy: ONNX does not open one as external data."""
+    if path.stat().st_nlink > 1:
+        copy = path.with_suffix(".copy")
+        shutil.copyfile(path, copy)
+        copy.replace(path)
+
+
+class Session(session.Session):
+    """Executes on the CPU in numpy, with collectives over MPI.
+
+    numpy's matrix products take all cores on every rank: OMP_NUM_THREADS, set outside, shares them.
+    """
+
+    def __init__(self, engine: Engine, comm: Any):
+        self._comm = comm
+        rank = 0 if comm is None else comm.Get_rank()
+        super().__init__(engine, rank)
+        network, path = ModelContainer(), engine.rank_file(rank, "onnx")
+        try:
+            network.load(str(path))
+        except onnx.checker.ValidationError as error:  # the weights are a link
+            raise UserError(f"{path}: cannot be loaded ({error})") from None
+        self._evaluator = ReferenceEvaluator(network, new_ops=[RMSNormalization, *_collectives(comm)])
+        self._cache: dict[str, np.ndarray] = {}
+        self._last = self._kept = np.zeros(0, np.float32)
+        self._joined = np.zeros(0, np.float32)
+
+    def _start(self, batch: int, longest: int) -> None:
+        self._kept = np.zeros((batch, self._widths[self._plan.rank]), np.float32)
+        length, dim = self.limits.max_seq_len, self._plan.model.head_dim
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(TYPES[self.limits.dtype])
+        self._cache = {
+            f"cache.{index}.{part}": np.zeros((batch, shard.num_kv_heads, length, dim), dtype)
+            for index, shard in self._plan.layers.items()
+            if shard.num_heads
+            for part in ("key", "value")
+        }
+
+    def _forward(self, tokens: np.ndarray, past: np.ndarray, select: np.ndarray) -> None:
+        # The evaluator passes over inputs that a rank's graph does not have.
+        inputs = {"tokens": tokens, "past": past, "select": select, "workspace": np.zeros(1, np.int32)}
+        inputs = {name: value.astype(np.int32) for name, value in inputs.items()} | self._cache
+        # exp overflows in the half of its sigmoid that it then leaves.
+        with np.errstate(over="ignore", invalid="ignore"):
+            outputs = dict(zip(self._evaluator.output_names, self._evaluator.run(None, inputs)))
+        self._cache = {name: outputs[f"{name}.updated"] for name in self._cache}
+        self._joined = outputs.get("joined", self._joined)
+        self._last = outputs.get("logits", np.zeros((*select.shape, 0), np.float32))
+
+    def _keep(self, rows: np.ndarray) -> None:
+        self._kept[rows] = self._last[rows, 0]
+
+    def _last_logits(self) -> np.ndarray:
+        return self._last
+
+    def _prediction(self) -> np.ndarray:
+        return self._kept
+
+    def _step(self, tokens: np.ndarray, past: np.ndarray) -> None:
+        self._forward(tokens[:, None], past, np.zeros((len(tokens), 1), np.int64))
+        self._kept = self._last[:, 0]
+
+    def greedy(self) -> np.ndarray:
+        values, tokens = np.full(len(self._kept), -np.inf), np.zeros(len(self._kept), np.int64)
+        if self._kept.shape[1]:
+            values, tokens = self._kept.max(axis=1), self._offset + self._kept.argmax(axis=1)
+        by_rank = _all_gather(self._comm, (values, tokens))
+        values, tokens = (np.stack(parts) for parts in zip(*by_rank))
+        # The first of equal ranks has the smaller ids.
+        return tokens[values.argmax(axis=0), np.arange(len(self._kept))]
+
+    def _gather(self, columns: np.ndarray) -> np.ndarray:
+        return np.concatenate(_all_gather(self._comm, columns), axis=1)
+
+    def joined(self) -> bytes:
+        return self._joined.tobytes()
+
+
+def _all_gather(comm: Any, value: Any) -> list[Any]:
+    """Every rank's value, in rank order."""
+    return [value] if comm is None else comm.allgather(value)
+
+
+def _rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    wide = x.astype(np.float32)
+    wide = wide / np.sqrt(np.square(wide).mean(axis=-1, keepdims=True) + np.float32(eps))
+    return wide.astype(x.dtype) * weight
+
+
+class RMSNormalization(OpRun):
+    """The operator as the standard defines it: the evaluator's own squares in x's type, where float16 overflows."""
+
+    def _run(self, x, weight, epsilon=None, **_):
+        return (_rms_norm(x, weight, epsilon),)
+
+
+def _ordered_sum(parts: list[np.ndarray]) -> np.ndarray:
+    """In the order given, in float32."""
+    total = parts[0].astype(np.float32)
+    for part in parts[1:]:
+        total = total + part.astype(np.float32)
+    return total
+
+
+def _collectives(comm: Any) -> list[type[OpRun]]:
+    """The custom operators over an mpi4py communicator; `_` takes what only TensorRT asks for."""
+
+    class CqilAllReduce(OpRun):
+        op_domain = DOMAIN
+
+        def _run(self, delta, residual, *rest, mode=None, eps=None, **_):
+            total = _ordered_sum([*comm.allgather(delta), residual]).astype(delta.dtype)
+            return (total,) if mode == 1 else (total, _rms_norm(total, rest[0], eps))
+
+    class CqilBroadcast(OpRun):
+        op_domain = DOMAIN
+
+        def _run(self, x, workspace, **_):
+            return (comm.bcast(x, root=0),)
+
+    class CqilBypass(OpRun):
+        op_domain = DOMAIN
+
+        def _run(self, x, workspace, distance=None, **_):
+            rank = comm.Get_rank()
+            before = comm.allgather(x)[max(0, rank - distance) : rank]
+            return (_ordered_sum([np.zeros_like(x), *before]).astype(x.dtype),)
+
+    return [CqilAllReduce, CqilBroadcast, CqilBypass]
