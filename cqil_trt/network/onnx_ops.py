@@ -119,7 +119,7 @@ class OnnxOps(Ops[str]):
         steps = self._node("Range", self._constant("zero", 0), length, self._constant("one", 1))
         index = self._node("Add", self._node("Unsqueeze", past, self._constant("axes.1", [1])), steps)
         keys = self._constant("positions", np.arange(self._limits.max_seq_len))
-        # A mask of our own, as Attention's is_causal with nonpad_kv_seqlen would mean another one to older runtimes.
+        # A mask of our own: TensorRT takes no nonpad_kv_seqlen, and what Attention's is_causal means with it changed.
         mask = self._node("LessOrEqual", keys, self._node("Unsqueeze", index, self._constant("axes.1.3", [1, 3])))
         return Positions(index, past, mask)
 
