@@ -100,12 +100,6 @@ def copy(target: int, source: int, size: int, stream: Any) -> None:
     call("MemcpyAsync", target, source, size, _KIND.cudaMemcpyDeviceToDevice, stream)
 
 
-def copy_rows(target: int, pitch: int, source: int, source_pitch: int, size: int, rows: int, stream: Any) -> None:
-    """Copies `rows` rows of `size` bytes that begin `pitch` (at the source `source_pitch`) bytes apart."""
-    kind = _KIND.cudaMemcpyDeviceToDevice
-    call("Memcpy2DAsync", target, pitch, source, source_pitch, size, rows, kind, stream)
-
-
 class Graph:
     """What `record` enqueues on a stream, as a CUDA graph."""
 

@@ -30,6 +30,18 @@ class Failure(ctypes.Structure):
     _fields_ = [(name, ctypes.c_uint32) for name in ("code", "rank", "peer", "operation", "sequence")]
 
 
+class AttentionShape(ctypes.Structure):
+    """cqil_attention_shape of cqil_trt.h."""
+
+    _fields_ = [
+        *(
+            (name, ctypes.c_int32)
+            for name in "batch length heads kv_heads head_dim capacity max_batch group first dtype".split()
+        ),
+        ("eps", ctypes.c_float),
+    ]
+
+
 def source_directory() -> Path:
     """The CUDA sources: beside the package in a checkout, inside it when installed."""
     package = Path(__file__).resolve().parent
@@ -120,12 +132,18 @@ def load(path: Path | None = None) -> ctypes.CDLL:
         "cqil_argmax": [pointer] * 5 + [integer, pointer],
         "cqil_row_argmax": [pointer, integer, integer, integer, pointer, pointer, pointer],
         "cqil_advance": [pointer, pointer, pointer, integer, integer, pointer],
-        "cqil_kv_append": [pointer] * 5 + [integer] * 6 + [pointer],
+        "cqil_residual_norm": [pointer] * 5 + [integer, integer, ctypes.c_float, integer, pointer],
+        "cqil_swiglu": [pointer, pointer, integer, integer, integer, pointer],
+        "cqil_attention": [ctypes.POINTER(AttentionShape)] + [pointer] * 10,
+        "cqil_attention_cache_bytes": [ctypes.POINTER(AttentionShape)],
+        "cqil_attention_scratch_bytes": [ctypes.POINTER(AttentionShape)],
         "cqil_ping": [pointer, integer, ctypes.POINTER(ctypes.c_double), pointer],
     }
     try:
         for name, arguments in signatures.items():
             getattr(library, name).argtypes = arguments
+        for name in ("cqil_attention_cache_bytes", "cqil_attention_scratch_bytes"):
+            getattr(library, name).restype = size
         for name in ("cqil_last_error", "cqil_version"):
             getattr(library, name).restype = ctypes.c_char_p
         library.cqil_workspace_address.argtypes, library.cqil_workspace_address.restype = [pointer], pointer

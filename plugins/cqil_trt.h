@@ -109,10 +109,32 @@ int cqil_row_argmax(const float* logits, int rows, int width, int offset, float*
 // tokens[row] = next[row], past[row] = min(past[row] + 1, last): the input of the next step.
 int cqil_advance(const int32_t* next, int32_t* tokens, int32_t* past, int rows, int last, void* stream);
 
-// Writes k and v [batch, heads, length, head_dim] into the caches [batch, heads, capacity, head_dim], token t of sequence b
-// at position past[b] + t; positions beyond the capacity are left out.
-int cqil_kv_append(void* keys, void* values, const void* k, const void* v, const int32_t* past, int batch, int heads,
-                   int length, int capacity, int head_dim, cqil_dtype dtype, void* stream);
+// sum = residual + delta, normed = RMSNorm(sum) * weight, for `rows` rows of `hidden` elements; without delta (NULL) the
+// norm of residual alone, and sum is not written. sum may be residual.
+int cqil_residual_norm(const void* delta, const void* residual, const void* weight, void* sum, void* normed, int rows,
+                       int hidden, float eps, cqil_dtype dtype, void* stream);
+
+// out [rows, inner] = silu(gate) * up, of gate_up [rows, 2 * inner] that holds gate and up one after the other.
+int cqil_swiglu(const void* gate_up, void* out, int rows, int inner, cqil_dtype dtype, void* stream);
+
+// `length` new tokens of `batch` sequences, which begin at position past[b], and a cache for `max_batch` sequences of
+// `capacity` tokens. Query head i reads key/value head (i + first) / group. `eps` is that of the head norms.
+typedef struct {
+    int32_t batch, length, heads, kv_heads, head_dim, capacity, max_batch, group, first, dtype;
+    float eps;
+} cqil_attention_shape;
+
+// Bytes of one layer's cache: keys, values, each [max_batch, kv_heads, capacity, head_dim], and counters, which must be
+// zero before the first use. Bytes of scratch memory one call needs.
+size_t cqil_attention_cache_bytes(const cqil_attention_shape* shape);
+size_t cqil_attention_scratch_bytes(const cqil_attention_shape* shape);
+
+// Causal attention: rotates queries and keys (halves, as Hugging Face does; cos and sin [capacity, head_dim / 2]), after
+// head norms with weights [head_dim] unless they are NULL, appends keys and values to the cache, attends.
+// qkv [batch * length, heads + 2 * kv_heads, head_dim] -> out [batch * length, heads, head_dim].
+int cqil_attention(const cqil_attention_shape* shape, const void* qkv, const int32_t* past, const float* cos,
+                   const float* sin, const void* q_norm, const void* k_norm, void* cache, void* out, void* scratch,
+                   void* stream);
 
 // TensorRT plugins (only in a build with TensorRT). Registers those of tensorrt_plugins.cpp in namespace
 // cqil_trt with the TensorRT that this process has loaded. Loading the library does the same where it finds TensorRT.

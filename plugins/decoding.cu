@@ -1,5 +1,7 @@
-// What a decode step needs beside its network, each on one GPU: the next token of each sequence, and the KV cache.
+// Small kernels of a decode step, on one GPU: RMSNorm, the gated MLP's product, the choice of the next token.
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include "argmax.cuh"
@@ -11,6 +13,42 @@ using namespace cqil_trt;
 namespace {
 
 constexpr int kThreads = 1024;
+
+// One block a row. Two passes over elements that a thread wrote or read itself a moment before.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) norm_kernel(const T* delta, const T* residual, const T* weight, T* sum_out,
+                                                        T* normed, int hidden, float eps) {
+    const size_t row = size_t(blockIdx.x) * hidden;
+    float square = 0;
+    for (int i = threadIdx.x; i < hidden; i += blockDim.x) {
+        float x = float(residual[row + i]);
+        if (delta != nullptr) {
+            const T rounded = T(x + float(delta[row + i]));
+            sum_out[row + i] = rounded;
+            x = float(rounded);
+        }
+        square += x * x;
+    }
+    __shared__ float parts[kThreads / 32];
+    for (int step = 16; step > 0; step /= 2) square += __shfl_xor_sync(~0u, square, step);
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = square;
+    __syncthreads();
+    square = 0;
+    for (int i = 0; i < int(blockDim.x / 32); ++i) square += parts[i];
+    const float scale = rsqrtf(square / float(hidden) + eps);
+    const T* from = delta != nullptr ? sum_out : residual;
+    for (int i = threadIdx.x; i < hidden; i += blockDim.x)
+        normed[row + i] = T(float(T(float(from[row + i]) * scale)) * float(weight[i]));
+}
+
+template <typename T>
+__global__ void swiglu_kernel(const T* gate_up, T* out, int inner) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= inner) return;
+    const size_t row = blockIdx.y;
+    const float gate = float(gate_up[row * 2 * inner + i]), up = float(gate_up[(row * 2 + 1) * inner + i]);
+    out[row * inner + i] = T(gate / (1 + expf(-gate)) * up);
+}
 
 // One block a row.
 __global__ void __launch_bounds__(kThreads) row_argmax_kernel(const float* logits, int width, int offset, float* value,
@@ -49,7 +87,7 @@ __global__ void __launch_bounds__(kThreads) row_argmax_kernel(const float* logit
     reduce();
     if (threadIdx.x == 0) {
         value[blockIdx.x] = best;
-        // A rank without a part of the vocabulary offers what no other can lose to.
+        // A rank without a part of the vocabulary offers what loses to every other.
         index[blockIdx.x] = width ? where + offset : 0;
     }
 }
@@ -61,28 +99,15 @@ __global__ void advance_kernel(const int32_t* next, int32_t* tokens, int32_t* pa
     past[row] = min(past[row] + 1, last);
 }
 
-// A block copies one token of one head: `units` of type U. Grid: length, heads, batch.
-template <typename U>
-__global__ void kv_append_kernel(U* keys, U* values, const U* k, const U* v, const int32_t* past, int capacity, int units) {
-    const int token = blockIdx.x, head = blockIdx.y, sequence = blockIdx.z;
-    const int length = gridDim.x, heads = gridDim.y;
-    const int position = past[sequence] + token;
-    if (position < 0 || position >= capacity) return;
-    const size_t row = size_t(sequence) * heads + head;
-    const size_t from = (row * length + token) * units, to = (row * capacity + position) * units;
-    for (int i = threadIdx.x; i < units; i += blockDim.x) {
-        keys[to + i] = k[from + i];
-        values[to + i] = v[from + i];
+// Calls `run` with a null pointer of the element type.
+template <typename F>
+int by_type(int dtype, F run) {
+    switch (dtype) {
+        case CQIL_FLOAT32: run(static_cast<float*>(nullptr)); break;
+        case CQIL_FLOAT16: run(static_cast<__half*>(nullptr)); break;
+        case CQIL_BFLOAT16: run(static_cast<__nv_bfloat16*>(nullptr)); break;
+        default: return fail("type %d is not known", dtype);
     }
-}
-
-template <typename U>
-int append(void* keys, void* values, const void* k, const void* v, const int32_t* past, dim3 grid, int capacity,
-           size_t row_bytes, cudaStream_t stream) {
-    const int units = int(row_bytes / sizeof(U));
-    kv_append_kernel<U><<<grid, units < 256 ? units : 256, 0, stream>>>(
-        static_cast<U*>(keys), static_cast<U*>(values), static_cast<const U*>(k), static_cast<const U*>(v), past,
-        capacity, units);
     CQIL_CUDA(cudaGetLastError());
     return 0;
 }
@@ -90,6 +115,29 @@ int append(void* keys, void* values, const void* k, const void* v, const int32_t
 }  // namespace
 
 extern "C" {
+
+int cqil_residual_norm(const void* delta, const void* residual, const void* weight, void* sum, void* normed, int rows,
+                       int hidden, float eps, cqil_dtype dtype, void* stream) {
+    if (rows < 0 || hidden < 1) return fail("%d rows of %d", rows, hidden);
+    if (rows == 0) return 0;
+    const int threads = hidden >= 2048 ? 1024 : hidden >= 512 ? 256 : 64;
+    return by_type(dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        norm_kernel<T><<<rows, threads, 0, static_cast<cudaStream_t>(stream)>>>(
+            static_cast<const T*>(delta), static_cast<const T*>(residual), static_cast<const T*>(weight),
+            static_cast<T*>(sum), static_cast<T*>(normed), hidden, eps);
+    });
+}
+
+int cqil_swiglu(const void* gate_up, void* out, int rows, int inner, cqil_dtype dtype, void* stream) {
+    if (rows < 0 || rows > 65535 || inner < 1) return fail("%d rows of %d", rows, inner);
+    if (rows == 0) return 0;
+    return by_type(dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        swiglu_kernel<T><<<dim3((inner + 255) / 256, rows), 256, 0, static_cast<cudaStream_t>(stream)>>>(
+            static_cast<const T*>(gate_up), static_cast<T*>(out), inner);
+    });
+}
 
 int cqil_row_argmax(const float* logits, int rows, int width, int offset, float* value, int32_t* index, void* stream) {
     if (rows < 0 || width < 0) return fail("%d rows of %d", rows, width);
@@ -105,19 +153,6 @@ int cqil_advance(const int32_t* next, int32_t* tokens, int32_t* past, int rows, 
     advance_kernel<<<(rows + 255) / 256, 256, 0, static_cast<cudaStream_t>(stream)>>>(next, tokens, past, rows, last);
     CQIL_CUDA(cudaGetLastError());
     return 0;
-}
-
-int cqil_kv_append(void* keys, void* values, const void* k, const void* v, const int32_t* past, int batch, int heads,
-                   int length, int capacity, int head_dim, cqil_dtype dtype, void* stream) {
-    if (batch < 0 || heads < 0 || length < 0 || capacity < 1 || head_dim < 2 || head_dim % 2)
-        return fail("%d sequences, %d heads of %d, %d tokens, room for %d", batch, heads, head_dim, length, capacity);
-    if (heads > 65535 || batch > 65535) return fail("%d heads or %d sequences are more than a grid takes", heads, batch);
-    if (batch == 0 || heads == 0 || length == 0) return 0;
-    const size_t row_bytes = size_t(head_dim) * (dtype == CQIL_FLOAT32 ? 4 : 2);
-    const dim3 grid(length, heads, batch);
-    auto s = static_cast<cudaStream_t>(stream);
-    return row_bytes % 16 ? append<uint32_t>(keys, values, k, v, past, grid, capacity, row_bytes, s)
-                          : append<uint4>(keys, values, k, v, past, grid, capacity, row_bytes, s);
 }
 
 }  // extern "C"

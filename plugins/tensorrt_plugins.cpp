@@ -1,4 +1,4 @@
-// The collectives and the KV cache as TensorRT plugins, on the interface that TensorRT 8.5 to 11 share (IPluginV2DynamicExt).
+// The collectives and the fused operations of a decoder layer as TensorRT plugins, on the interface that TensorRT 8.5 to 11 share (IPluginV2DynamicExt).
 //
 // Collectives take a last input `workspace`: an int32 tensor bound to cqil_workspace_address(), so that an engine holds
 // no pointers. Data tensors are linear and of the type that the field dtype names (a cqil_dtype; bfloat16 from TensorRT 10
@@ -9,13 +9,17 @@
 //                   mode 2: delta, residual, weight -> residual + sum, RMSNorm of it * weight        fields mode, eps, dtype
 //   CqilBroadcast   rank 0: x -> x; others: tokens int32 [B, T] -> rank 0's x [B, T, hidden]          fields rank, hidden, dtype
 //   CqilBypass      x -> sum of the x of the `distance` ranks before this one (zeros on rank 0)       fields distance, dtype
-//   CqilKvCache     keys, values [B, heads, S, D], k, v [B, heads, T, D], past int32 [B] -> keys, values
-//                   in place: both outputs must be bound to the memory of the first two inputs      field dtype
+//   CqilNorm        mode 0: x, weight -> RMSNorm(x) * weight                                          fields mode, eps, dtype
+//                   mode 1: delta, residual, weight -> residual + delta, RMSNorm of it * weight
+//   CqilSwiglu      gate_up [N, 2 I] -> silu(gate) * up [N, I]                                        field dtype
+//   CqilAttention   qkv, cos, sin, (q_norm, k_norm,) past int32 [B], cache -> [N, heads * head_dim]
+//                   as cqil_attention; cache is an int32 tensor bound to a layer's cache; fields as in cqil_attention_shape
 
 #include <NvInfer.h>
 #include <cuda_runtime.h>
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstdio>
@@ -61,8 +65,8 @@ int32_t report(const char* plugin, const char* reason) {
 
 // What the plugins share. Derived gives kName, kFieldNames, kFieldTypes (in the order of Fields' members, 4 bytes each),
 // Fields with a member dtype, and the member functions inputs(), outputs() and run(); it may replace output_dimensions()
-// and supports(), which say here that outputs are like the first input and all data is of that type. The last input is
-// int32.
+// and supports(), which say here that outputs are like the first input and all data is of that type. kIntegers: how many
+// inputs, the last ones, are int32.
 template <typename Derived, typename FieldsT>
 class Plugin : public IPluginV2DynamicExt {
 public:
@@ -95,21 +99,24 @@ public:
     bool supportsFormatCombination(int32_t position, PluginTensorDesc const* io, int32_t inputs,
                                    int32_t) noexcept override {
         if (io[position].format != TensorFormat::kLINEAR) return false;
-        if (position == inputs - 1) return io[position].type == DataType::kINT32;
+        if (position < inputs && position >= inputs - Derived::kIntegers) return io[position].type == DataType::kINT32;
         return self().supports(position, io, inputs);
     }
     void configurePlugin(DynamicPluginTensorDesc const*, int32_t, DynamicPluginTensorDesc const*,
                          int32_t) noexcept override {}
-    size_t getWorkspaceSize(PluginTensorDesc const*, int32_t, PluginTensorDesc const*, int32_t) const noexcept override {
-        return 0;
+    size_t getWorkspaceSize(PluginTensorDesc const* inputs, int32_t, PluginTensorDesc const*,
+                            int32_t) const noexcept override {
+        return self().scratch_bytes(inputs);
     }
     int32_t enqueue(PluginTensorDesc const* input, PluginTensorDesc const* output, void const* const* in,
-                    void* const* out, void*, cudaStream_t stream) noexcept override {
+                    void* const* out, void* scratch, cudaStream_t stream) noexcept override {
         if (building) return 0;
-        return self().run(input, output, in, out, stream) ? report(Derived::kName, cqil_last_error()) : 0;
+        return self().run(input, output, in, out, scratch, stream) ? report(Derived::kName, cqil_last_error()) : 0;
     }
 
 protected:
+    static constexpr int kIntegers = 1;
+    size_t scratch_bytes(PluginTensorDesc const*) const { return 0; }
     DimsExprs output_dimensions(DimsExprs const* in, IExprBuilder&) const { return in[0]; }
     bool supports(int32_t position, PluginTensorDesc const* io, int32_t) const { return io[position].type == type(); }
     DataType type() const { return to_tensorrt(fields_.dtype); }
@@ -145,7 +152,7 @@ public:
     int32_t inputs() const { return fields_.mode + 2; }
     int32_t outputs() const { return fields_.mode == 2 ? 2 : 1; }
     int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in,
-            void* const* out, cudaStream_t stream) const {
+            void* const* out, void*, cudaStream_t stream) const {
         const Dims& dims = input[0].dims;
         const size_t count = elements(dims);
         if (fields_.mode < 2)
@@ -185,7 +192,7 @@ public:
         return io[position].type == (tokens ? DataType::kINT32 : type());
     }
     int run(PluginTensorDesc const*, PluginTensorDesc const* output, void const* const* in,
-            void* const* out, cudaStream_t stream) const {
+            void* const* out, void*, cudaStream_t stream) const {
         const size_t count = elements(output[0].dims);
         cqil_workspace* space = workspace(in);
         if (space == nullptr || cqil_workspace_rank(space) != fields_.rank) return wrong_rank();
@@ -219,35 +226,119 @@ public:
     int32_t inputs() const { return 2; }
     int32_t outputs() const { return 1; }
     int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in,
-            void* const* out, cudaStream_t stream) const {
+            void* const* out, void*, cudaStream_t stream) const {
         return cqil_bypass(workspace(in), in[0], out[0], elements(input[0].dims), fields_.distance,
                            dtype(), stream);
     }
 };
 
-struct KvCacheFields {
+struct NormFields {
+    int32_t mode;
+    float eps;
     int32_t dtype;
 };
 
-class KvCachePlugin final : public Plugin<KvCachePlugin, KvCacheFields> {
+class NormPlugin final : public Plugin<NormPlugin, NormFields> {
 public:
-    static constexpr char kName[] = "CqilKvCache";
+    static constexpr char kName[] = "CqilNorm";
+    static constexpr std::array kFieldNames = {"mode", "eps", "dtype"};
+    static constexpr std::array kFieldTypes = {PluginFieldType::kINT32, PluginFieldType::kFLOAT32, PluginFieldType::kINT32};
+    static constexpr int kIntegers = 0;
+    using Plugin::Plugin;
+
+    static bool valid(const Fields& f) { return f.mode >= 0 && f.mode <= 1 && f.eps >= 0 && valid_dtype(f.dtype); }
+    int32_t inputs() const { return fields_.mode + 2; }
+    int32_t outputs() const { return fields_.mode + 1; }
+    int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in, void* const* out, void*,
+            cudaStream_t stream) const {
+        const Dims& dims = input[0].dims;
+        const int hidden = static_cast<int>(dims.d[dims.nbDims - 1]), rows = static_cast<int>(elements(dims) / hidden);
+        if (fields_.mode == 0)
+            return cqil_residual_norm(nullptr, in[0], in[1], nullptr, out[0], rows, hidden, fields_.eps, dtype(), stream);
+        return cqil_residual_norm(in[0], in[1], in[2], out[0], out[1], rows, hidden, fields_.eps, dtype(), stream);
+    }
+};
+
+struct SwigluFields {
+    int32_t dtype;
+};
+
+class SwigluPlugin final : public Plugin<SwigluPlugin, SwigluFields> {
+public:
+    static constexpr char kName[] = "CqilSwiglu";
     static constexpr std::array kFieldNames = {"dtype"};
     static constexpr std::array kFieldTypes = {PluginFieldType::kINT32};
+    static constexpr int kIntegers = 0;
     using Plugin::Plugin;
 
     static bool valid(const Fields& f) { return valid_dtype(f.dtype); }
-    int32_t inputs() const { return 5; }
-    int32_t outputs() const { return 2; }
-    int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in, void* const* out,
+    int32_t inputs() const { return 1; }
+    int32_t outputs() const { return 1; }
+    DimsExprs output_dimensions(DimsExprs const* in, IExprBuilder& builder) const {
+        DimsExprs dims = in[0];
+        auto*& last = dims.d[dims.nbDims - 1];
+        last = builder.operation(DimensionOperation::kFLOOR_DIV, *last, *builder.constant(2));
+        return dims;
+    }
+    int run(PluginTensorDesc const*, PluginTensorDesc const* output, void const* const* in, void* const* out, void*,
             cudaStream_t stream) const {
-        if (out[0] != in[0] || out[1] != in[1]) {
-            report(kName, "its outputs are not bound to the memory of its inputs");
-            return -1;
-        }
-        const Dims &cache = input[0].dims, &k = input[2].dims;
-        return cqil_kv_append(out[0], out[1], in[2], in[3], static_cast<const int32_t*>(in[4]), int(k.d[0]), int(k.d[1]),
-                              int(k.d[2]), int(cache.d[2]), int(cache.d[3]), dtype(), stream);
+        const Dims& dims = output[0].dims;
+        const int inner = static_cast<int>(dims.d[dims.nbDims - 1]);
+        return cqil_swiglu(in[0], out[0], static_cast<int>(elements(dims) / inner), inner, dtype(), stream);
+    }
+};
+
+struct AttentionFields {
+    int32_t heads, kv_heads, head_dim, capacity, max_batch, group, first, head_norms;
+    float eps;
+    int32_t dtype;
+};
+
+class AttentionPlugin final : public Plugin<AttentionPlugin, AttentionFields> {
+public:
+    static constexpr char kName[] = "CqilAttention";
+    static constexpr std::array kFieldNames = {"heads", "kv_heads", "head_dim",   "capacity", "max_batch",
+                                               "group", "first",    "head_norms", "eps",      "dtype"};
+    static constexpr std::array kFieldTypes = {
+        PluginFieldType::kINT32, PluginFieldType::kINT32, PluginFieldType::kINT32, PluginFieldType::kINT32,
+        PluginFieldType::kINT32, PluginFieldType::kINT32, PluginFieldType::kINT32, PluginFieldType::kINT32,
+        PluginFieldType::kFLOAT32, PluginFieldType::kINT32};
+    static constexpr int kIntegers = 2;
+    using Plugin::Plugin;
+
+    static bool valid(const Fields& f) {
+        return f.heads > 0 && f.kv_heads > 0 && f.head_dim > 0 && f.capacity > 0 && f.max_batch > 0 && f.group > 0 &&
+               f.first >= 0 && f.eps >= 0 && (f.head_norms == 0 || f.head_norms == 1) && valid_dtype(f.dtype);
+    }
+    int32_t inputs() const { return fields_.head_norms ? 7 : 5; }
+    int32_t outputs() const { return 1; }
+    DimsExprs output_dimensions(DimsExprs const* in, IExprBuilder& builder) const {
+        DimsExprs dims = in[0];
+        dims.d[dims.nbDims - 1] = builder.constant(fields_.heads * fields_.head_dim);
+        return dims;
+    }
+    bool supports(int32_t position, PluginTensorDesc const* io, int32_t) const {
+        return io[position].type == (position == 1 || position == 2 ? DataType::kFLOAT : type());  // cos, sin
+    }
+    size_t scratch_bytes(PluginTensorDesc const* input) const {
+        const cqil_attention_shape s = shape(input);
+        return cqil_attention_scratch_bytes(&s);
+    }
+    int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in, void* const* out, void* scratch,
+            cudaStream_t stream) const {
+        const cqil_attention_shape s = shape(input);
+        const int past = inputs() - 2;
+        return cqil_attention(&s, in[0], static_cast<const int32_t*>(in[past]), static_cast<const float*>(in[1]),
+                              static_cast<const float*>(in[2]), fields_.head_norms ? in[3] : nullptr,
+                              fields_.head_norms ? in[4] : nullptr, const_cast<void*>(in[past + 1]), out[0], scratch, stream);
+    }
+
+private:
+    cqil_attention_shape shape(PluginTensorDesc const* input) const {
+        const int batch = std::max(1, static_cast<int>(input[inputs() - 2].dims.d[0]));
+        const int length = static_cast<int>(input[0].dims.d[0]) / batch;
+        const Fields& f = fields_;
+        return {batch, length, f.heads, f.kv_heads, f.head_dim, f.capacity, f.max_batch, f.group, f.first, f.dtype, f.eps};
     }
 };
 
@@ -312,7 +403,11 @@ private:
 Creator<AllReducePlugin> all_reduce_creator;
 Creator<BroadcastPlugin> broadcast_creator;
 Creator<BypassPlugin> bypass_creator;
-Creator<KvCachePlugin> kv_cache_creator;
+Creator<NormPlugin> norm_creator;
+Creator<SwigluPlugin> swiglu_creator;
+Creator<AttentionPlugin> attention_creator;
+IPluginCreator* const creators[] = {&all_reduce_creator, &broadcast_creator, &bypass_creator,
+                                    &norm_creator,       &swiglu_creator,    &attention_creator};
 
 }  // namespace
 
@@ -333,10 +428,9 @@ int cqil_register_plugins(void) {
         return -1;
     }
     static const bool registered = [&] {
-        bool all = registry()->registerCreator(all_reduce_creator, kNamespace);
-        all = registry()->registerCreator(broadcast_creator, kNamespace) && all;
-        all = registry()->registerCreator(bypass_creator, kNamespace) && all;
-        return registry()->registerCreator(kv_cache_creator, kNamespace) && all;
+        bool all = true;
+        for (IPluginCreator* creator : creators) all = registry()->registerCreator(*creator, kNamespace) && all;
+        return all;
     }();
     return registered ? 0 : -1;
 }
@@ -346,10 +440,10 @@ void cqil_set_building(int value) { building = value != 0; }
 // What IPluginRegistry::loadLibrary looks for (trtexec --dynamicPlugins).
 #if NV_TENSORRT_MAJOR >= 10
 IPluginCreatorInterface* const* getCreators(int32_t& count) {
-    static IPluginCreatorInterface* const creators[] = {&all_reduce_creator, &broadcast_creator, &bypass_creator,
-                                                       &kv_cache_creator};
-    count = 4;
-    return creators;
+    static IPluginCreatorInterface* const interfaces[] = {&all_reduce_creator, &broadcast_creator, &bypass_creator,
+                                                         &norm_creator,       &swiglu_creator,    &attention_creator};
+    count = static_cast<int32_t>(std::size(interfaces));
+    return interfaces;
 }
 #endif
 

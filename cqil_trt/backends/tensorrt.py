@@ -166,10 +166,9 @@ def _set_flags(trt: Any, config: Any, lowering: Lowering, job: Compilation) -> N
         config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
         # With plugins in the network it would ask for cuBLAS and cuDNN, which it has no use for.
         config.set_tactic_sources(0)
-        if hasattr(trt, "PreviewFeature"):  # what later versions do by themselves
-            for feature in ("FASTER_DYNAMIC_SHAPES_0805", "DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805"):
-                if hasattr(trt.PreviewFeature, feature):
-                    config.set_preview_feature(getattr(trt.PreviewFeature, feature), True)
+        features = getattr(trt, "PreviewFeature", None)
+        if hasattr(features, "DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805"):
+            config.set_preview_feature(features.DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805, True)
     if trt.__name__ == "tensorrt_rtx":
         targets = _architecture(trt, job.options.get("target")).split(", ")
         config.num_compute_capabilities = len(targets)

@@ -1,7 +1,7 @@
 """Executes a rank's TensorRT engine: tensorrt, numpy, mpi4py, cuda-bindings and our plugin library, nothing else.
 
-Everything is allocated when the session begins. A decode step is one CUDA graph for each batch size and cache length:
-the engine, the greedy choice over all ranks, and the input of the next step.
+Everything is allocated when the session begins. A decode step is one CUDA graph for each batch size: the
+engine, the greedy choice over all ranks, and the input of the next step.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import numpy as np
 
 from cqil_trt import cuda, plugins
 from cqil_trt.backends.tensorrt import import_package, load_plugins, logger, version
-from cqil_trt.collectives.cuda import Workspace
+from cqil_trt.collectives.cuda import DTYPES, Workspace
 from cqil_trt.config import DTYPE_BYTES
 from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
-from cqil_trt.network.tensorrt_ops import MIN_CACHE_LENGTH
+from cqil_trt.network.rotary import rotary_tables
 from cqil_trt.session import Session
 
 _STAGING_BYTES = 64 << 20
@@ -61,29 +61,41 @@ class TensorRtSession(Session):
         self._log = log
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         self._names = set(names)
-        self._fixed_capacity = self._fixed_cache_length()
+        self._native = "positions" in self._names
         self._allocate()
+        self._upload_constants(engine)
         self._load_weights(engine, rank)
         self._contexts = self._make_contexts(trt)
         self._join_nccl(engine)
-        self._batch, self._capacity = 0, 0
+        self._batch = 0
         self._rows = 0  # tokens of the last pass
         self._on_device: np.ndarray | None = None  # what the decode step's token input holds
         self._chosen = False  # whether `best` belongs to the current prediction
-        self._graphs: dict[tuple[int, int], cuda.Graph] = {}
+        self._graphs: dict[int, cuda.Graph] = {}  # by batch size
 
     # Memory
 
-    def _fixed_cache_length(self) -> int | None:
-        """The cache length of an engine that was built for one only."""
-        caches = [name for name in self._names if name.startswith("cache.")]
-        lengths = {tuple(self._engine.get_tensor_shape(name))[2] for name in caches} or {-1}
-        length = max(lengths)
-        return None if length < 0 else length
-
-    def _cached_layers(self) -> list[tuple[int, int]]:
-        """Layers with a cache on this rank, and their key/value heads."""
-        return [(index, shard.num_kv_heads) for index, shard in self._plan.layers.items() if shard.num_heads]
+    def _cache_sizes(self) -> dict[str, int]:
+        """Bytes of every cache, by the name of the engine's input."""
+        limits, model = self.limits, self._plan.model
+        sizes = {}
+        for index, shard in self._plan.layers.items():
+            if not shard.num_heads:
+                continue
+            if self._native:
+                size = limits.max_batch_size * shard.num_kv_heads * limits.max_seq_len * model.head_dim * self._bytes
+                sizes |= {f"cache.{index}.{part}": size for part in ("key", "value")}
+            else:
+                shape = plugins.AttentionShape(
+                    heads=shard.num_heads,
+                    kv_heads=shard.num_kv_heads,
+                    head_dim=model.head_dim,
+                    capacity=limits.max_seq_len,
+                    max_batch=limits.max_batch_size,
+                    dtype=DTYPES[limits.dtype],
+                )
+                sizes[f"cache.{index}"] = self._library.cqil_attention_cache_bytes(shape)
+        return sizes
 
     def _allocate(self) -> None:
         limits, model = self.limits, self._plan.model
@@ -108,19 +120,21 @@ class TensorRtSession(Session):
             "best_value": 4 * batch,
             "best": 4 * batch,
         }
-        row = limits.max_seq_len * model.head_dim * self._bytes
-        heads = [heads for _, heads in self._cached_layers()]
-        caches = {
-            f"cache.{index}.{part}": batch * count * row
-            for index, count in self._cached_layers()
-            for part in ("key", "value")
-        }
-        scratch = {"scratch": batch * max(heads, default=0) * row // 2}
-        sizes |= caches | scratch
+        tables = limits.max_seq_len * model.head_dim // 2 * 4
+        sizes |= {} if self._native else {"rotary.cos": tables, "rotary.sin": tables}
+        self._caches = self._cache_sizes()
+        sizes |= self._caches
         arena = cuda.Arena(sum(map(cuda.aligned, sizes.values())), "the KV cache and buffers")
         self._memory = {name: arena.take(size) for name, size in sizes.items()}
-        cuda.upload(self._memory["each"], np.arange(batch, dtype=np.int32), self._stream)
         self._best = cuda.pinned((batch,), np.int32)
+
+    def _upload_constants(self, engine: Engine) -> None:
+        cuda.upload(self._memory["each"], np.arange(self.limits.max_batch_size, dtype=np.int32), self._stream)
+        if not self._native:
+            tables = rotary_tables(engine.rotary, self.limits.max_seq_len)
+            for name, table in zip(("rotary.cos", "rotary.sin"), tables):
+                cuda.upload(self._memory[name], table, self._stream)
+        self._clear_caches(self.limits.max_batch_size)
         self._synchronize()
 
     def _load_weights(self, engine: Engine, rank: int) -> None:
@@ -201,10 +215,10 @@ class TensorRtSession(Session):
 
     def _set_shapes(self, profile: int, batch: int, length: int, rows: int) -> None:
         shapes = {"tokens": (batch, length), "positions": (batch, length), "past": (batch,), "select": (rows,)}
-        dim = self._plan.model.head_dim
-        for index, heads in self._cached_layers():
-            for part in ("key", "value"):
-                shapes[f"cache.{index}.{part}"] = (batch, heads, self._capacity, dim)
+        if self._native:
+            for index, shard in self._plan.layers.items():
+                shape = (batch, shard.num_kv_heads, self.limits.max_seq_len, self._plan.model.head_dim)
+                shapes |= {f"cache.{index}.{part}": shape for part in ("key", "value")}
         for name, shape in shapes.items():
             if name in self._names and not self._contexts[profile].set_input_shape(name, shape):
                 raise RuntimeError(f"TensorRT refuses the shape {shape} of {name}: {self._log.first_error}")
@@ -216,42 +230,15 @@ class TensorRtSession(Session):
             raise RuntimeError(f"TensorRT could not execute the engine: {self._log.first_error}")
 
     def _start(self, batch: int, longest: int) -> None:
-        self._batch, self._capacity = batch, self._room_for(longest)
-        self._clear_caches()
+        self._batch = batch
+        if self._native:
+            # The layer attends to the whole cache: what is masked takes part with weight 0, and 0 * NaN is NaN.
+            self._clear_caches(batch)
 
-    def _room_for(self, tokens: int) -> int:
-        """The cache length to use: it doubles, so that few graphs serve all lengths and little is read in vain."""
-        if self._fixed_capacity is not None:
-            return self._fixed_capacity
-        capacity = MIN_CACHE_LENGTH
-        while capacity < tokens:
-            capacity *= 2
-        return min(capacity, self.limits.max_seq_len)
-
-    def _cache_bytes(self, heads: int) -> tuple[int, int]:
-        """Rows (sequence and head) of a cache in use, and bytes of one."""
-        return self._batch * heads, self._capacity * self._plan.model.head_dim * self._bytes
-
-    def _clear_caches(self) -> None:
-        # A masked position takes part with weight 0, and 0 * NaN is NaN.
-        for index, heads in self._cached_layers():
-            rows, size = self._cache_bytes(heads)
-            for part in ("key", "value"):
-                cuda.call("MemsetAsync", self._memory[f"cache.{index}.{part}"], 0, rows * size, self._stream)
-
-    def _grow(self, capacity: int) -> None:
-        """Spreads the rows of every cache out for a larger length."""
-        scratch, before = self._memory["scratch"], self._capacity
-        for index, heads in self._cached_layers():
-            self._capacity = before
-            rows, size = self._cache_bytes(heads)
-            self._capacity = capacity
-            _, larger = self._cache_bytes(heads)
-            for part in ("key", "value"):
-                address = self._memory[f"cache.{index}.{part}"]
-                cuda.copy(scratch, address, rows * size, self._stream)
-                cuda.call("MemsetAsync", address, 0, rows * larger, self._stream)
-                cuda.copy_rows(address, larger, scratch, size, size, rows, self._stream)
+    def _clear_caches(self, batch: int) -> None:
+        for name, size in self._caches.items():
+            used = size * batch // self.limits.max_batch_size if self._native else size
+            cuda.call("MemsetAsync", self._memory[name], 0, used, self._stream)
 
     def _forward(self, tokens: np.ndarray, past: np.ndarray, select: np.ndarray) -> None:
         batch, length = tokens.shape
@@ -294,8 +281,6 @@ class TensorRtSession(Session):
 
     def _prepare(self, tokens: np.ndarray, past: np.ndarray) -> None:
         """Makes the step's inputs what the caller says, where the step before has not left them so."""
-        if (needed := self._room_for(int(past.max()) + 1)) > self._capacity:
-            self._grow(needed)
         if self._on_device is None:  # behind a prefill
             cuda.upload(self._memory["past"], past.astype(np.int32), self._stream)
         if self._on_device is None or not np.array_equal(tokens, self._on_device):
@@ -304,8 +289,7 @@ class TensorRtSession(Session):
         self._on_device = np.full(len(tokens), -1)
 
     def _graph(self) -> cuda.Graph:
-        key = self._batch, self._capacity
-        if key not in self._graphs:
+        if self._batch not in self._graphs:
             self._set_shapes(_DECODE, self._batch, 1, self._batch)
             # TensorRT wants to have run a shape before it is captured; the step writes the same again.
             self._execute(_DECODE)
@@ -317,8 +301,8 @@ class TensorRtSession(Session):
                 memory, last = self._memory, self.limits.max_seq_len - 1
                 self._call("advance", memory["best"], memory["next"], memory["past"], self._batch, last)
 
-            self._graphs[key] = cuda.Graph(self._stream, record)
-        return self._graphs[key]
+            self._graphs[self._batch] = cuda.Graph(self._stream, record)
+        return self._graphs[self._batch]
 
     def _call(self, name: str, *arguments: Any) -> None:
         if getattr(self._library, f"cqil_{name}")(*arguments, int(self._stream)):

@@ -1,9 +1,10 @@
 """Emits the decoder into a TensorRT network definition, one call a layer or a few.
 
 Two lowerings of the operations that TensorRT versions differ in: *native* (TensorRT >= 10.15, 11, TensorRT-RTX), which
-have rotary embedding, KV-cache update and attention as layers, and *classic* (8.5 … 10.14), which spells them in
-primitive layers and our CqilKvCache plugin. Networks are strongly typed where TensorRT can do that (10 and later); 8.5
-is told the type of every layer. Collectives are our plugins, or TensorRT's own collective layer (NCCL).
+have rotary embedding, KV-cache update and attention as layers, and *classic* (8.5 … 10.14), where attention with its
+cache, norms and the gated product are plugins of ours: spelled in primitive layers with dynamic shapes they go through
+a compiler of TensorRT 8.5 whose engines no CUDA graph takes (docs/tensorrt.md). Networks are strongly typed where
+TensorRT can do that (10 and later). Collectives are our plugins, or TensorRT's own collective layer (NCCL).
 
 The residual stream is a matrix [N, H] here, N = B * T, so that every projection is one matrix product. Weights are
 inputs of the network, not constants: an engine is as small and as quick to build whatever the model's size, both
@@ -28,10 +29,6 @@ Tensor = Any  # an ITensor of whichever package provides TensorRT
 
 _PLUGIN_NAMESPACE, _PLUGIN_VERSION = "cqil_trt", "1"
 _PLUGIN_DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}  # cqil_dtype
-# A key the query does not see; finite, as 0 * infinity is not a number.
-_MASKED = -1e30
-# The fewest cached tokens a decode step attends to in the classic lowering, where the cache's length is dynamic.
-MIN_CACHE_LENGTH = 256
 
 
 @dataclass(frozen=True)
@@ -58,16 +55,10 @@ class Lowering:
 
 @dataclass(frozen=True)
 class Positions:
-    """Positions of the new tokens and what they see, made once for all layers.
+    """Native: positions of the new tokens, int64 [B, T], and what they see, bool [B, 1, T, S]."""
 
-    Native: `index` int64 [B, T] and `mask`, bool [B, 1, T, S]. Classic: `cos` and `sin` [B, 1, T, D / 2], and `mask` to
-    be added to scores, float32 [B, 1, T, S].
-    """
-
+    index: Tensor
     mask: Tensor
-    index: Tensor = None
-    cos: Tensor = None
-    sin: Tensor = None
 
 
 class TensorRtOps(Ops[Tensor]):
@@ -97,7 +88,6 @@ class TensorRtOps(Ops[Tensor]):
         self._types: dict[str, Any] = {}
         self._kept: list[Any] = []
         self._weights: dict[str, Tensor] = {}
-        self._masks: dict[int, Tensor] = {}
         self._shapes = {tensor.name: tensor.shape for tensor in plan.tensors}
         if plan.shares_embedding:
             first, last = plan.vocabulary
@@ -105,31 +95,31 @@ class TensorRtOps(Ops[Tensor]):
 
         self.tokens = self._input("tokens", trt.int32, (-1, -1))
         self.past = self._input("past", trt.int32, (-1,))
-        self._positions = self._input("positions", trt.int32, (-1, -1))
         self.select_rows = self._input("select", trt.int32, (-1,)) if plan.schedule.predicts else None
         joins = plan.schedule.all_reduces + plan.schedule.broadcasts > 0
         self._workspace = self._input("workspace", trt.int32, (1,)) if joins and not nccl else None
-        # The native cache layer wants to know the length.
-        capacity = limits.max_seq_len if lowering.native or not lowering.plugins else -1
-        self._caches = {
-            (index, part): self._input(
-                f"cache.{index}.{part}", self._dtype, (-1, shard.num_kv_heads, capacity, plan.model.head_dim)
-            )
-            for index, shard in plan.layers.items()
-            if shard.num_heads
-            for part in ("key", "value")
-        }
-        shape = network.add_shape(self.tokens).get_output(0)
-        self._shape_dtype = shape.dtype
-        self._batch, self._length = (network.add_slice(shape, (i,), (1,), (1,)).get_output(0) for i in (0, 1))
-        tables = (table.astype(self._numpy_dtype()) for table in rotary_tables(rotary, limits.max_seq_len))
-        self._cos, self._sin = (self._cast(self._constant(table), self._dtype) for table in tables)
+        dim, length = plan.model.head_dim, limits.max_seq_len
+        with_heads = {index: shard for index, shard in plan.layers.items() if shard.num_heads}
+        if lowering.native:
+            self._positions = self._input("positions", trt.int32, (-1, -1))
+            self._caches = {
+                (index, part): self._input(f"cache.{index}.{part}", self._dtype, (-1, shard.num_kv_heads, length, dim))
+                for index, shard in with_heads.items()
+                for part in ("key", "value")
+            }
+            shape = network.add_shape(self.tokens).get_output(0)
+            self._shape_dtype = shape.dtype
+            self._batch, self._length = (network.add_slice(shape, (i,), (1,), (1,)).get_output(0) for i in (0, 1))
+            # numpy has no bfloat16: the network rounds.
+            tables = (self._constant(table) for table in rotary_tables(rotary, length))
+            self._tables = [self._cast(table, self._dtype) for table in tables]
+        else:
+            # Bound to the cache's memory, in a layout of the plugin's own.
+            self._caches = {(index, "memory"): self._input(f"cache.{index}", trt.int32, (1,)) for index in with_heads}
+            names = ("rotary.cos", "rotary.sin") if with_heads else ()
+            self._tables = [self._input(name, trt.float32, (length, dim // 2)) for name in names]
 
     # Small words for layers
-
-    def _numpy_dtype(self) -> type:
-        # numpy has no bfloat16: constants are cast in the network.
-        return np.float16 if self._limits.dtype == "float16" else np.float32
 
     def _input(self, name: str, dtype: Any, shape: tuple[int, ...]) -> Tensor:
         tensor = self._network.add_input(name, dtype, shape)
@@ -227,31 +217,14 @@ class TensorRtOps(Ops[Tensor]):
             self._weights[name] = self._input(name, self._dtype, self._shapes[name])
         return self._weights[name]
 
-    def positions(self, tokens: Tensor, past: Tensor) -> Positions:
-        trt, network = self._trt, self._network
-        index = self._positions
-        capacity = self._limits.max_seq_len
-        keys = self._constant(np.arange(capacity, dtype=np.float32).reshape(1, 1, 1, -1))
-        if self._caches and min(self._any_cache().shape[1:]) < 0:
-            whole = network.add_shape(self._any_cache()).get_output(0)
-            room = network.add_slice(whole, (2,), (1,), (1,)).get_output(0)
-            layer = network.add_slice(keys, (0, 0, 0, 0), (1, 1, 1, 0), (1, 1, 1, 1))
-            layer.set_input(2, self._dims(1, 1, 1, room))
-            keys = self._out(layer, trt.float32)
-        queries = self._reshape(self._cast(index, trt.float32), self._dims(self._batch, 1, self._length, 1))
-        greater = network.add_elementwise(keys, queries, trt.ElementWiseOperation.GREATER)
-        hidden = greater.get_output(0)
-        self._types[hidden.name] = trt.bool
-        if self._lowering.native:
-            return Positions(self._unary("NOT", hidden), index=self._cast(index, trt.int64))
-        chosen = network.add_select(hidden, self._scalar(_MASKED, 4, trt.float32), self._scalar(0.0, 4, trt.float32))
-        mask = self._out(chosen, trt.float32)
-        shape = self._dims(self._batch, 1, self._length, self.plan.model.head_dim // 2)
-        cos, sin = (self._reshape(self._gather(table, index, 0), shape) for table in (self._cos, self._sin))
-        return Positions(mask, cos=cos, sin=sin)
-
-    def _any_cache(self) -> Tensor:
-        return next(iter(self._caches.values()))
+    def positions(self, tokens: Tensor, past: Tensor) -> Positions | None:
+        if not self._lowering.native:
+            return None  # the plugin counts from `past`
+        trt = self._trt
+        keys = self._constant(np.arange(self._limits.max_seq_len, dtype=np.int32).reshape(1, 1, 1, -1))
+        queries = self._reshape(self._positions, self._dims(self._batch, 1, self._length, 1))
+        hidden = self._elementwise("GREATER", keys, queries)
+        return Positions(self._cast(self._positions, trt.int64), self._unary("NOT", hidden))
 
     # Arithmetic
 
@@ -263,18 +236,30 @@ class TensorRtOps(Ops[Tensor]):
         return out if bias is None else self.add(out, self._reshape(bias, (1, -1)))
 
     def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        rank, dtype, wide = len(x.shape), self._type(x), self._cast(x, self._trt.float32)
+        rank, dtype, eps = len(x.shape), self._type(x), self.plan.model.rms_norm_eps
+        if not self._lowering.native:
+            return self._plugin("CqilNorm", [x, weight], 1, mode=0, eps=eps)[0]
+        wide = self._cast(x, self._trt.float32)
         square = self._elementwise("PROD", wide, wide)
         reduce = self._network.add_reduce(square, self._trt.ReduceOperation.AVG, 1 << (rank - 1), True)
         mean = self._out(reduce, self._trt.float32)
-        shifted = self._elementwise("SUM", mean, self._scalar(self.plan.model.rms_norm_eps, rank, self._trt.float32))
+        shifted = self._elementwise("SUM", mean, self._scalar(eps, rank, self._trt.float32))
         normed = self._elementwise("DIV", wide, self._unary("SQRT", shifted))
         return self._elementwise("PROD", self._cast(normed, dtype), self._reshape(weight, (1,) * (rank - 1) + (-1,)))
+
+    def residual_norm(self, delta: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        if self._lowering.native:
+            return super().residual_norm(delta, residual, weight)
+        eps = self.plan.model.rms_norm_eps
+        out, normed = self._plugin("CqilNorm", [delta, residual, weight], 2, mode=1, eps=eps)
+        return out, normed
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         return self._elementwise("SUM", x, y)
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
+        if not self._lowering.native:
+            return self._plugin("CqilSwiglu", [gate_up], 1)[0]
         half = gate_up.shape[-1] // 2
         gate, up = self._span(gate_up, 1, 0, half), self._span(gate_up, 1, half, 2 * half)
         layer = self._network.add_activation(gate, self._trt.ActivationType.SIGMOID)
@@ -290,6 +275,28 @@ class TensorRtOps(Ops[Tensor]):
 
     # Attention
 
+    def attention(self, qkv: Tensor, positions: Positions | None, shard: LayerShard) -> Tensor:
+        if self._lowering.native:
+            return super().attention(qkv, positions, shard)
+        model, layer = self.plan.model, f"layers.{shard.index}"
+        norms = [self.weight(f"{layer}.{name}.weight") for name in ("q_norm", "k_norm")] if model.qk_norm else []
+        group = model.num_heads // model.num_kv_heads
+        inputs = [qkv, *self._tables, *norms, self.past, self._caches[shard.index, "memory"]]
+        return self._plugin(
+            "CqilAttention",
+            inputs,
+            1,
+            heads=shard.num_heads,
+            kv_heads=shard.num_kv_heads,
+            head_dim=model.head_dim,
+            capacity=self._limits.max_seq_len,
+            max_batch=self._limits.max_batch_size,
+            group=group,
+            first=shard.heads[0] - shard.kv_heads[0] * group,
+            head_norms=int(model.qk_norm),
+            eps=model.rms_norm_eps,
+        )[0]
+
     def split_heads(self, qkv: Tensor, shard: LayerShard) -> tuple[Tensor, Tensor, Tensor]:
         ends = np.cumsum([0, shard.num_heads, shard.num_kv_heads, shard.num_kv_heads]).tolist()
         shape = self._dims(self._batch, self._length, ends[-1], self.plan.model.head_dim)
@@ -298,73 +305,29 @@ class TensorRtOps(Ops[Tensor]):
         return q, k, v
 
     def rotary(self, x: Tensor, positions: Positions) -> Tensor:
-        if self._lowering.native:
-            layer = self._network.add_rotary_embedding(x, self._cos, self._sin, False, 0)
-            layer.set_input(3, positions.index)
-            return self._out(layer, self._type(x))
-        dim = self.plan.model.head_dim
-        first, second = self._span(x, 3, 0, dim // 2), self._span(x, 3, dim // 2, dim)
-
-        def product(half: Tensor, table: Tensor) -> Tensor:
-            return self._elementwise("PROD", half, table)
-
-        cos, sin = positions.cos, positions.sin
-        halves = [
-            self._elementwise("SUB", product(first, cos), product(second, sin)),
-            self._elementwise("SUM", product(second, cos), product(first, sin)),
-        ]
-        layer = self._network.add_concatenation(halves)
-        layer.axis = 3
+        layer = self._network.add_rotary_embedding(x, *self._tables, False, 0)
+        layer.set_input(3, positions.index)
         return self._out(layer, self._type(x))
 
     def cached_attention(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, shard: LayerShard) -> Tensor:
-        keys, values = self._update_cache(k, v, shard.index)
+        trt, index = self._trt, shard.index
+        cached = []
+        for part, new in (("key", k), ("value", v)):
+            layer = self._network.add_kv_cache_update(self._caches[index, part], new, self.past, trt.KVCacheMode.LINEAR)
+            # The runtime binds it to the memory of the input: the cache is updated in place.
+            cached.append(self._out(layer, self._dtype))
+            self.outputs[f"cache.{index}.{part}.updated"] = cached[-1]
         q = self._elementwise("PROD", q, self._scalar(self.plan.model.head_dim**-0.5, 4, self._type(q)))
-        if not shard.grouped:  # both forms take query heads in equal groups
+        if not shard.grouped:  # the layer takes grouped heads in equal groups
             q = self._gather(q, self._constant(np.array(shard.query_slots, np.int32)), 1)
-        attend = self._native_attention if self._lowering.native else self._classic_attention
-        out = attend(q, keys, values, positions)
+        softmax, causal = trt.AttentionNormalizationOp.SOFTMAX, trt.CausalMaskKind.NONE
+        layer = self._network.add_attention_v2(q, *cached, softmax, causal)
+        layer.mask = positions.mask
+        layer.decomposable = True
+        out = self._out(layer, self._type(q))
         if not shard.grouped:
             out = self._gather(out, self._constant(np.array(shard.slot_of, np.int32)), 1)
         return self._reshape(self._permute(out, (0, 2, 1, 3)), (-1, shard.num_heads * self.plan.model.head_dim))
-
-    def _update_cache(self, k: Tensor, v: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        """The caches with the new keys and values; the runtime binds them to the same memory, so nothing is copied."""
-        caches = [self._caches[index, part] for part in ("key", "value")]
-        if self._lowering.plugins and not self._lowering.native:
-            updated = self._plugin("CqilKvCache", [*caches, k, v, self.past], 2)
-        else:
-            linear = self._trt.KVCacheMode.LINEAR
-            updated = [
-                self._out(self._network.add_kv_cache_update(cache, new, self.past, linear), self._dtype)
-                for cache, new in zip(caches, (k, v))
-            ]
-        for part, cache in zip(("key", "value"), updated):
-            self.outputs[f"cache.{index}.{part}.updated"] = cache
-        return updated[0], updated[1]
-
-    def _native_attention(self, q: Tensor, keys: Tensor, values: Tensor, positions: Positions) -> Tensor:
-        trt = self._trt
-        softmax, causal = trt.AttentionNormalizationOp.SOFTMAX, trt.CausalMaskKind.NONE
-        layer = self._network.add_attention_v2(q, keys, values, softmax, causal)
-        layer.mask = positions.mask
-        layer.decomposable = True
-        return self._out(layer, self._type(q))
-
-    def _classic_attention(self, q: Tensor, keys: Tensor, values: Tensor, positions: Positions) -> Tensor:
-        """The query heads of one key/value head are the rows of one product with its keys: the cache is read once."""
-        dim, heads, kv_heads = self.plan.model.head_dim, q.shape[1], keys.shape[1]
-        group = heads // kv_heads
-        if group not in self._masks:
-            layer = self._network.add_concatenation([positions.mask] * group)
-            layer.axis = 2
-            self._masks[group] = self._out(layer, self._trt.float32)
-        rows = self._reshape(q, (0, kv_heads, -1, dim))
-        scores = self._cast(self._matmul(rows, keys, transposed=True), self._trt.float32)
-        softmax = self._network.add_softmax(self._elementwise("SUM", scores, self._masks[group]))
-        softmax.axes = 1 << 3
-        weights = self._cast(self._out(softmax, self._trt.float32), self._type(q))
-        return self._reshape(self._matmul(weights, values, transposed=False), (0, heads, -1, dim))
 
     # Collectives
 
@@ -409,7 +372,7 @@ class TensorRtOps(Ops[Tensor]):
         # What the fused kernel takes: cqil_all_reduce_residual_norm.
         if self._workspace is None or row_bytes % 16 or row_bytes > 32 << 10:
             return super().all_reduce_residual_norm(delta, residual, weight)
-        inputs, eps = [delta, residual, weight, self._workspace], float(self.plan.model.rms_norm_eps)
+        inputs, eps = [delta, residual, weight, self._workspace], self.plan.model.rms_norm_eps
         out, normed = self._plugin("CqilAllReduce", inputs, 2, mode=2, eps=eps)
         self.outputs["joined"] = out
         return out, normed
@@ -451,10 +414,11 @@ def define_network(
 ) -> TensorRtOps:
     """Emits a rank's whole network; arguments as for `TensorRtOps`, which is returned to be kept until the build.
 
-    Inputs: tokens and positions int32 [B, T], past int32 [B], select int32 [R] (rows b * T + t to predict from), for
-    each layer of the rank cache.N.key and cache.N.value [B, key/value heads, S, head_dim], the rank's tensors under
-    their names, and the plugins' workspace int32 [1]. Outputs: logits float32 [R, V] (where the rank predicts), joined
-    [B * T, H] (the residual stream after the last all-reduce, where there is one), and every cache, updated in place.
+    Inputs: tokens int32 [B, T], past int32 [B], select int32 [R] (rows b * T + t to predict from), the rank's tensors
+    under their names, and the plugins' workspace int32 [1]. Native: positions int32 [B, T], and for each layer of the
+    rank cache.N.key and cache.N.value [B, key/value heads, S, head_dim]; classic: cache.N int32 [1] and rotary.cos and
+    rotary.sin float32 [S, head_dim / 2]. Outputs: logits float32 [R, V] (where the rank predicts), joined [B * T, H]
+    (the residual stream after the last all-reduce, where there is one), and native every cache, updated in place.
     """
     ops = TensorRtOps(trt, network, lowering, plan, limits, rotary, nccl)
     out = decode(ops, ops.tokens, ops.past, ops.select_rows)
@@ -472,7 +436,6 @@ def define_network(
 def add_profiles(trt: Any, builder: Any, config: Any, network: Any, limits: EngineConfig) -> None:
     """Two optimization profiles of one engine: 0 for prefill (up to prefill_chunk tokens), 1 for decode (one token)."""
     batch, chunk = limits.max_batch_size, min(limits.prefill_chunk, limits.max_seq_len)
-    capacity = limits.max_seq_len
     for longest in (chunk, 1):
         usual = min(longest, 128)
         profile = builder.create_optimization_profile()
@@ -488,11 +451,7 @@ def add_profiles(trt: Any, builder: Any, config: Any, network: Any, limits: Engi
             elif name == "select":
                 ranges = (1,), (1,), (batch * longest,)
             else:
-                _, heads, length, dim = shape
-                lengths = (length,) * 3
-                if length < 0:
-                    lengths = min(MIN_CACHE_LENGTH, capacity), min(1024, capacity), capacity
-                ranges = tuple((b, heads, s, dim) for b, s in zip((1, 1, batch), lengths))
+                ranges = tuple((b, *shape[1:]) for b in (1, 1, batch))
             profile.set_shape(name, *ranges)
         config.add_optimization_profile(profile)
 
