@@ -130,7 +130,7 @@ def load(path: Path | None = None) -> ctypes.CDLL:
         "cqil_broadcast": [pointer] * 3 + [size, integer, pointer],
         "cqil_bypass": [pointer] * 3 + [size, integer, integer, pointer],
         "cqil_argmax": [pointer] * 5 + [integer, pointer],
-        "cqil_row_argmax": [pointer, integer, integer, integer, pointer, pointer, pointer],
+        "cqil_row_argmax": [pointer, integer, integer, integer, integer, pointer, pointer, pointer],
         "cqil_advance": [pointer, pointer, pointer, integer, integer, pointer],
         "cqil_residual_norm": [pointer] * 5 + [integer, integer, ctypes.c_float, integer, pointer],
         "cqil_swiglu": [pointer, pointer, integer, integer, integer, pointer],

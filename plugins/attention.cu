@@ -1,13 +1,16 @@
 // Causal attention over a KV cache of our own layout, with head norms, rotary embedding and the cache's update inside.
 //
 // A decode step is one kernel: every block rotates the query (and the new key) itself, covers a span of the cache, and the
-// last block of a head to finish puts the spans together. A prefill rotates and appends first, then attends.
+// last block of a head to finish puts the spans together. A prefill rotates and appends first, then attends, on tensor cores
+// where type and head dimension allow.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#include <mma.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cqil_trt.h"
 #include "errors.h"
@@ -288,6 +291,143 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(cqil_attention_shape s
     }
 }
 
+// Prefill on tensor cores: a block takes kTile queries of one head against tiles of kTile keys, a warp 16 of the queries.
+// Scores are computed twice, first for each row's maximum and sum, then for the weights, so that nothing is rescaled.
+constexpr int kTile = 64;
+constexpr int kPad = 8;  // spreads rows over shared memory's banks
+
+template <typename T, int kDim>
+struct PrefillMemory {
+    static constexpr int kRow = kDim + kPad, kScoreRow = kTile + 4, kWeightRow = kTile + kPad;
+    alignas(128) T query[kTile][kRow];
+    alignas(128) T key[kTile][kRow];
+    alignas(128) T value[kTile][kRow];  // directly behind key: the results go where both were
+    alignas(128) float score[kTile][kScoreRow];
+    alignas(128) T weight[kTile][kWeightRow];
+};
+
+// Copies rows first … first + kTile - 1 of [rows, kDim], zeros beyond the last: a weight of 0 times NaN would be NaN.
+template <typename T, int kDim>
+__device__ void load_tile(T (*to)[kDim + kPad], const T* from, size_t stride, int first, int rows) {
+    constexpr int kPackets = kDim * int(sizeof(T)) / 16;
+    for (int i = threadIdx.x; i < kTile * kPackets; i += kThreads) {
+        const int row = i / kPackets, packet = i % kPackets;
+        uint4 data = {0, 0, 0, 0};
+        if (first + row < rows) data = reinterpret_cast<const uint4*>(from + (first + row) * stride)[packet];
+        reinterpret_cast<uint4*>(to[row])[packet] = data;
+    }
+}
+
+// Grid: tiles of queries, heads, sequences.
+template <typename T, int kDim>
+__global__ void __launch_bounds__(kThreads) prefill_kernel(cqil_attention_shape s, Inputs in, const T* queries, T* out) {
+    using namespace nvcuda::wmma;
+    extern __shared__ char raw[];
+    auto& m = *reinterpret_cast<PrefillMemory<T, kDim>*>(raw);
+    using Memory = PrefillMemory<T, kDim>;
+    const int head = blockIdx.y, sequence = blockIdx.z, kv = (head + s.first) / s.group;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, top = warp * 16;
+    const int first = blockIdx.x * kTile, past = in.past[sequence];
+    const int count = min(past + min(first + kTile, s.length), s.capacity);
+    const size_t stride = size_t(s.heads) * kDim;
+    const T* source = queries + size_t(sequence) * s.length * stride + size_t(head) * kDim;
+    const T* keys = static_cast<const T*>(in.cache) + (size_t(sequence) * s.kv_heads + kv) * s.capacity * kDim;
+    const T* values = keys + cache_elements(s);
+    load_tile<T, kDim>(m.query, source, stride, first, s.length);
+
+    // Two lanes share a row of the warp's scores, each has half of its columns.
+    const int row = top + lane / 2, column = lane % 2 * (kTile / 2), position = past + first + row;
+    const float scale = rsqrtf(float(kDim)) * kLog2e;
+    float most = -INFINITY, sum = 0;
+    auto scores = [&] {
+#pragma unroll
+        for (int n = 0; n < kTile; n += 16) {
+            fragment<accumulator, 16, 16, 16, float> c;
+            fill_fragment(c, 0.0f);
+#pragma unroll
+            for (int k = 0; k < kDim; k += 16) {
+                fragment<matrix_a, 16, 16, 16, T, row_major> a;
+                fragment<matrix_b, 16, 16, 16, T, col_major> b;
+                load_matrix_sync(a, &m.query[top][k], Memory::kRow);
+                load_matrix_sync(b, &m.key[n][k], Memory::kRow);
+                mma_sync(c, a, b, c);
+            }
+            store_matrix_sync(&m.score[top][n], c, Memory::kScoreRow, mem_row_major);
+        }
+        __syncwarp();
+    };
+    for (int tile = 0; tile < count; tile += kTile) {
+        __syncthreads();
+        load_tile<T, kDim>(m.key, keys, kDim, tile, count);
+        __syncthreads();
+        scores();
+        const int seen = min(min(position + 1, count) - tile - column, kTile / 2);  // columns of this lane that count
+        float larger = most;
+        for (int i = 0; i < seen; ++i) larger = fmaxf(larger, m.score[row][column + i] * scale);
+        float added = 0;
+        for (int i = 0; i < seen; ++i) added += exp2f(m.score[row][column + i] * scale - larger);
+        if (seen > 0) {
+            sum = sum * exp2f(most - larger) + added;
+            most = larger;
+        }
+    }
+    const float other = __shfl_xor_sync(~0u, most, 1), whole = fmaxf(most, other);
+    sum *= most == -INFINITY ? 0.0f : exp2f(most - whole);
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    const float inverse = sum > 0 ? 1 / sum : 0;
+
+    fragment<accumulator, 16, 16, 16, float> result[kDim / 16];
+#pragma unroll
+    for (auto& part : result) fill_fragment(part, 0.0f);
+    for (int tile = 0; tile < count; tile += kTile) {
+        __syncthreads();
+        load_tile<T, kDim>(m.key, keys, kDim, tile, count);
+        load_tile<T, kDim>(m.value, values, kDim, tile, count);
+        __syncthreads();
+        scores();
+        const int seen = min(position + 1, count) - tile - column;
+        for (int i = 0; i < kTile / 2; ++i) {
+            const float weight = i < seen ? exp2f(m.score[row][column + i] * scale - whole) * inverse : 0.0f;
+            m.weight[row][column + i] = narrow<T>(weight);
+        }
+        __syncwarp();
+#pragma unroll
+        for (int k = 0; k < kTile; k += 16) {
+            fragment<matrix_a, 16, 16, 16, T, row_major> a;
+            load_matrix_sync(a, &m.weight[top][k], Memory::kWeightRow);
+#pragma unroll
+            for (int n = 0; n < kDim / 16; ++n) {
+                fragment<matrix_b, 16, 16, 16, T, row_major> b;
+                load_matrix_sync(b, &m.value[k][n * 16], Memory::kRow);
+                mma_sync(result[n], a, b, result[n]);
+            }
+        }
+    }
+    __syncthreads();
+    auto* wide_result = reinterpret_cast<float*>(m.key);  // [kTile][kDim]
+    static_assert(sizeof(float) * kTile * kDim <= sizeof(m.key) + sizeof(m.value), "results fit where the tiles were");
+#pragma unroll
+    for (int n = 0; n < kDim / 16; ++n)
+        store_matrix_sync(wide_result + top * kDim + n * 16, result[n], kDim, mem_row_major);
+    __syncwarp();
+    for (int i = lane; i < 16 * kDim; i += 32) {
+        const int r = top + i / kDim, j = i % kDim;
+        if (first + r < s.length)
+            out[(size_t(sequence) * s.length + first + r) * stride + size_t(head) * kDim + j] =
+                narrow<T>(wide_result[r * kDim + j]);
+    }
+}
+
+template <typename T, int kDim>
+int prefill(const cqil_attention_shape& s, const Inputs& in, const T* queries, T* out, cudaStream_t stream) {
+    constexpr int kBytes = int(sizeof(PrefillMemory<T, kDim>));
+    CQIL_CUDA(cudaFuncSetAttribute(prefill_kernel<T, kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+    const dim3 grid((s.length + kTile - 1) / kTile, s.heads, s.batch);
+    prefill_kernel<T, kDim><<<grid, kThreads, kBytes, stream>>>(s, in, queries, out);
+    CQIL_CUDA(cudaGetLastError());
+    return 0;
+}
+
 size_t align(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 template <typename T, int kElements>
@@ -302,6 +442,10 @@ int attend(const cqil_attention_shape& s, const Inputs& in, void* out, void* scr
         const int heads = s.heads + 2 * s.kv_heads;
         append_kernel<T, kElements><<<dim3(s.batch * s.length, (heads + kGroups - 1) / kGroups), kThreads, 0, stream>>>(
             s, in, queries);
+        if constexpr (!std::is_same_v<T, float>) {
+            if (s.head_dim == 64) return prefill<T, 64>(s, in, queries, result, stream);
+            if (s.head_dim == 128) return prefill<T, 128>(s, in, queries, result, stream);
+        }
         attend_kernel<T, kElements><<<dim3(s.heads, s.length, s.batch), kThreads, 0, stream>>>(
             s, in, static_cast<const T*>(queries), 0, nullptr, result);
     }

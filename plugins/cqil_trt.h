@@ -104,7 +104,8 @@ int cqil_ping(cqil_workspace* workspace, int rounds, double* nanoseconds, void* 
 
 // For each of `rows` rows of `width` logits the largest value, and its index + offset: the smallest among equals, NaN as
 // largest. What cqil_argmax takes; a rank with width 0 offers -infinity.
-int cqil_row_argmax(const float* logits, int rows, int width, int offset, float* value, int32_t* index, void* stream);
+int cqil_row_argmax(const void* logits, int rows, int width, int offset, cqil_dtype dtype, float* value, int32_t* index,
+                    void* stream);
 
 // tokens[row] = next[row], past[row] = min(past[row] + 1, last): the input of the next step.
 int cqil_advance(const int32_t* next, int32_t* tokens, int32_t* past, int rows, int last, void* stream);

@@ -51,13 +51,14 @@ __global__ void swiglu_kernel(const T* gate_up, T* out, int inner) {
 }
 
 // One block a row.
-__global__ void __launch_bounds__(kThreads) row_argmax_kernel(const float* logits, int width, int offset, float* value,
+template <typename T>
+__global__ void __launch_bounds__(kThreads) row_argmax_kernel(const T* logits, int width, int offset, float* value,
                                                               int32_t* index) {
-    const float* row = logits + size_t(blockIdx.x) * width;
+    const T* row = logits + size_t(blockIdx.x) * width;
     float best = -INFINITY;
     int32_t where = INT32_MAX;
     for (int i = threadIdx.x; i < width; i += kThreads) {
-        const float x = row[i];
+        const float x = float(row[i]);
         if (better(x, i, best, where)) {
             best = x;
             where = i;
@@ -139,12 +140,15 @@ int cqil_swiglu(const void* gate_up, void* out, int rows, int inner, cqil_dtype 
     });
 }
 
-int cqil_row_argmax(const float* logits, int rows, int width, int offset, float* value, int32_t* index, void* stream) {
+int cqil_row_argmax(const void* logits, int rows, int width, int offset, cqil_dtype dtype, float* value, int32_t* index,
+                    void* stream) {
     if (rows < 0 || width < 0) return fail("%d rows of %d", rows, width);
     if (rows == 0) return 0;
-    row_argmax_kernel<<<rows, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(logits, width, offset, value, index);
-    CQIL_CUDA(cudaGetLastError());
-    return 0;
+    return by_type(dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        row_argmax_kernel<T><<<rows, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(static_cast<const T*>(logits), width,
+                                                                                      offset, value, index);
+    });
 }
 
 int cqil_advance(const int32_t* next, int32_t* tokens, int32_t* past, int rows, int last, void* stream) {

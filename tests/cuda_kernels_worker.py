@@ -62,12 +62,12 @@ def check_swiglu(pick, dtype):
 
 def check_choice(pick, dtype):
     rows, width, offset = pick(1, 9), pick(1, 60000), pick(0, 999)
-    logits = torch.randn(rows, width, device="cuda").half().float()  # many equal values
+    logits = torch.randn(rows, width, device="cuda").half().to(dtype)  # many equal values
     value, index = torch.empty(rows, device="cuda"), torch.empty(rows, dtype=torch.int32, device="cuda")
-    call("row_argmax", logits, rows, width, offset, value, index)
+    call("row_argmax", logits, rows, width, offset, code(dtype), value, index)
     best = logits.amax(-1)
     first = (logits == best[:, None]).int().argmax(-1) + offset
-    assert torch.equal(value, best) and torch.equal(index.long(), first)
+    assert torch.equal(value, best.float()) and torch.equal(index.long(), first)
     tokens, past = torch.zeros_like(index), torch.full_like(index, 5)
     past[0] = 7
     call("advance", index, tokens, past, rows, 7)

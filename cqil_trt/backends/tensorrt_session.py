@@ -106,7 +106,7 @@ class TensorRtSession(Session):
             "tokens": 4 * batch * chunk,
             "positions": 4 * batch * chunk,
             "select": 4 * rows,
-            "logits": 4 * rows * width,
+            "logits": self._bytes * rows * width,
             "joined": hidden * batch * chunk,
             "idle": 4 * batch * chunk,
             "prefill.past": 4 * batch,
@@ -114,7 +114,7 @@ class TensorRtSession(Session):
             "next": 4 * batch,
             "past": 4 * batch,
             "each": 4 * batch,
-            "prediction": 4 * batch * width,
+            "prediction": self._bytes * batch * width,
             "value": 4 * batch,
             "index": 4 * batch,
             "best_value": 4 * batch,
@@ -253,17 +253,23 @@ class TensorRtSession(Session):
         self._finish()
 
     def _keep(self, rows: np.ndarray) -> None:
-        size = 4 * self._widths[self._plan.rank]
+        size = self._bytes * self._widths[self._plan.rank]
         for row in np.flatnonzero(rows) if size else ():
             offset = int(row) * size
             cuda.copy(self._memory["prediction"] + offset, self._memory["logits"] + offset, size, self._stream)
         self._chosen, self._on_device = False, None
 
     def _last_logits(self) -> np.ndarray:
-        return self._fetch("logits", (*self._selected, self._widths[self._plan.rank]), np.float32)
+        return self._fetch_floats("logits", (*self._selected, self._widths[self._plan.rank]))
 
     def _prediction(self) -> np.ndarray:
-        return self._fetch("prediction", (self._batch, self._widths[self._plan.rank]), np.float32)
+        return self._fetch_floats("prediction", (self._batch, self._widths[self._plan.rank]))
+
+    def _fetch_floats(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """A tensor of the engine's type, as float32."""
+        if self.limits.dtype == "bfloat16":  # which numpy does not have: the upper half of a float32
+            return (self._fetch(name, shape, np.uint16).astype(np.uint32) << 16).view(np.float32)
+        return self._fetch(name, shape, self.limits.dtype).astype(np.float32, copy=False)
 
     def _fetch(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         array = np.empty(shape, dtype)
@@ -312,7 +318,8 @@ class TensorRtSession(Session):
         """The likeliest token of every sequence, over the vocabulary of all ranks, into `best` here and on the host."""
         memory, width = self._memory, self._widths[self._plan.rank]
         value, index = memory["value"], memory["index"] if self._workspace is not None else memory["best"]
-        self._call("row_argmax", memory["prediction"], self._batch, width, self._offset, value, index)
+        logits = memory["prediction"], self._batch, width, self._offset, DTYPES[self.limits.dtype]
+        self._call("row_argmax", *logits, value, index)
         if self._workspace is not None:
             best = memory["best_value"], memory["best"]
             self._workspace.call("argmax", value, index, *best, self._batch, int(self._stream))

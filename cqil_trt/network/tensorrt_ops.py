@@ -417,14 +417,14 @@ def define_network(
     Inputs: tokens int32 [B, T], past int32 [B], select int32 [R] (rows b * T + t to predict from), the rank's tensors
     under their names, and the plugins' workspace int32 [1]. Native: positions int32 [B, T], and for each layer of the
     rank cache.N.key and cache.N.value [B, key/value heads, S, head_dim]; classic: cache.N int32 [1] and rotary.cos and
-    rotary.sin float32 [S, head_dim / 2]. Outputs: logits float32 [R, V] (where the rank predicts), joined [B * T, H]
-    (the residual stream after the last all-reduce, where there is one), and native every cache, updated in place.
+    rotary.sin float32 [S, head_dim / 2]. Outputs: logits [R, V] (where the rank predicts), joined [B * T, H] (the
+    residual stream after the last all-reduce, where there is one), and native every cache, updated in place.
     """
     ops = TensorRtOps(trt, network, lowering, plan, limits, rotary, nccl)
     out = decode(ops, ops.tokens, ops.past, ops.select_rows)
     outputs = dict(ops.outputs)
     if plan.schedule.predicts:
-        outputs["logits"] = ops._cast(out, trt.float32)
+        outputs["logits"] = out
     elif not outputs:  # a rank with nothing to do, which an engine must still show for
         outputs["idle"] = network.add_identity(out).get_output(0)
     for name, tensor in outputs.items():
