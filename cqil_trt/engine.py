@@ -148,6 +148,16 @@ def rank_file(rank: int, suffix: str = "safetensors") -> str:
     return f"rank{rank}.{suffix}"
 
 
+def tensor_spans(path: Path) -> dict[str, tuple[int, int]]:
+    """Where a safetensors file holds each tensor: offset and length in bytes, in the order of the file."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    spans = {name: entry["data_offsets"] for name, entry in header.items()}
+    return {name: (8 + size + first, last - first) for name, (first, last) in spans.items()}
+
+
 def fingerprint(path: Path) -> dict[str, Any]:
     """Size in bytes and sha256 of a file, as config.json lists them."""
     digest = hashlib.sha256()

@@ -17,12 +17,12 @@ from onnx.model_container import ModelContainer
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from cqil_trt import session
 from cqil_trt.backends import Compilation
 from cqil_trt.config import EngineConfig
 from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
 from cqil_trt.network.onnx_ops import DOMAIN, TYPES, define_network
+from cqil_trt.session import Session
 
 
 def describe(limits: EngineConfig, options: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
@@ -44,11 +44,12 @@ def _make_sole(path: Path) -> None:
         copy.replace(path)
 
 
-class Session(session.Session):
-    """Executes on the CPU in numpy, with collectives over MPI.
+def open_session(engine: Engine, comm: Any, device: int) -> Session:
+    return OnnxSession(engine, comm)
 
-    numpy's matrix products take all cores on every rank: OMP_NUM_THREADS, set outside, shares them.
-    """
+
+class OnnxSession(Session):
+    """Executes on the CPU in numpy, with collectives over MPI."""
 
     def __init__(self, engine: Engine, comm: Any):
         self._comm = comm

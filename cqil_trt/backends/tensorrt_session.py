@@ -6,7 +6,6 @@ engine, the greedy choice over all ranks, and the input of the next step.
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from cqil_trt import cuda, plugins
 from cqil_trt.backends.tensorrt import import_package, load_plugins, logger, version
 from cqil_trt.collectives.cuda import DTYPES, Workspace
 from cqil_trt.config import DTYPE_BYTES
-from cqil_trt.engine import Engine
+from cqil_trt.engine import Engine, tensor_spans
 from cqil_trt.errors import UserError
 from cqil_trt.network.rotary import rotary_tables
 from cqil_trt.session import Session
@@ -140,23 +139,20 @@ class TensorRtSession(Session):
     def _load_weights(self, engine: Engine, rank: int) -> None:
         """Copies the rank's tensors to the GPU, each to an address of its own, through page-locked memory."""
         path = engine.rank_file(rank)
+        spans = tensor_spans(path)
+        first, last = self._plan.vocabulary
+        row = self._plan.model.hidden_size * self._bytes
+        shared = self._plan.shares_embedding
+        copied = shared and first * row % cuda.ALIGNMENT != 0
+        sizes = [length for _, length in spans.values()] + [(last - first) * row] * copied
+        arena = cuda.Arena(sum(map(cuda.aligned, sizes)), "the weights")
+        staging = cuda.pinned((min(_STAGING_BYTES, max(sizes, default=1)),), np.uint8)
         with open(path, "rb", buffering=0) as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
-            header.pop("__metadata__", None)
-            spans = {name: entry["data_offsets"] for name, entry in header.items()}
-            first, last = self._plan.vocabulary
-            row = self._plan.model.hidden_size * self._bytes
-            shared = self._plan.shares_embedding
-            copied = shared and first * row % cuda.ALIGNMENT != 0
-            total = sum(cuda.aligned(end - begin) for begin, end in spans.values())
-            arena = cuda.Arena(total + (cuda.aligned((last - first) * row) if copied else 0), "the weights")
-            staging = cuda.pinned((min(_STAGING_BYTES, max(end - begin for begin, end in spans.values())),), np.uint8)
-            for name, (begin, end) in spans.items():
-                address = self._memory[name] = arena.take(end - begin)
-                file.seek(8 + size + begin)
-                for offset in range(0, end - begin, len(staging)):
-                    part = memoryview(staging)[: min(len(staging), end - begin - offset)]
+            for name, (begin, length) in spans.items():
+                address = self._memory[name] = arena.take(length)
+                file.seek(begin)
+                for offset in range(0, length, len(staging)):
+                    part = memoryview(staging)[: min(len(staging), length - offset)]
                     if file.readinto(part) != len(part):
                         raise UserError(f"{path}: truncated while reading {name}")
                     cuda.upload(address + offset, np.frombuffer(part, np.uint8), self._stream)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -43,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     job = None
     with command():
         job = Job()
+    # Ranks share this host's cores. What computes with OpenMP or OpenBLAS reads this when it is loaded, from here on.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // job.size)))
     with command(job):
         cli = parser()
         cli.speaks = job.rank == 0

@@ -7,7 +7,6 @@ are external data: they stay in the rank's safetensors file.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from onnx import ModelProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from cqil_trt.collectives.cuda import DTYPES as PLUGIN_DTYPES
 from cqil_trt.config import EngineConfig
+from cqil_trt.engine import tensor_spans
 from cqil_trt.network.decoder import decode
 from cqil_trt.network.ops import Ops
 from cqil_trt.network.rotary import rotary_tables
@@ -55,7 +55,7 @@ class OnnxOps(Ops[str]):
         self.annotations: list[ValueInfoProto] = []
         # The last value that all ranks hold.
         self.joined: str | None = None
-        self._location, self._spans = weights.name, _spans(weights)
+        self._location, self._spans = weights.name, tensor_spans(weights)
         self._shapes = {tensor.name: tensor.shape for tensor in plan.tensors}
         self._limits, self._type = limits, TYPES[limits.dtype]
         self._cos, self._sin = rotary_tables(rotary, limits.max_seq_len)
@@ -194,6 +194,7 @@ class OnnxOps(Ops[str]):
 
     def _collective(self, operator: str, *inputs: str, outputs: int = 1, **attributes: Any) -> list[str]:
         workspace = self.input("workspace", TensorProto.INT32, [1])
+        attributes["dtype"] = PLUGIN_DTYPES[self._limits.dtype]
         # TensorRT's parser looks for the plugin in the attribute's namespace, not in the node's domain.
         names = self._nodes(
             operator, [*inputs, workspace], outputs, domain=DOMAIN, plugin_namespace=DOMAIN, **attributes
@@ -213,9 +214,8 @@ class OnnxOps(Ops[str]):
 
     def broadcast(self, x: str | None, tokens: str) -> str:
         model, rank = self.plan.model, self.plan.rank
-        dtype = PLUGIN_DTYPES[self._limits.dtype]
         given = tokens if x is None else x
-        return self._collective("CqilBroadcast", given, rank=rank, hidden=model.hidden_size, dtype=dtype)[0]
+        return self._collective("CqilBroadcast", given, rank=rank, hidden=model.hidden_size)[0]
 
     def bypass(self, x: str, d: int) -> str:
         # Rank 0 receives zeros: it must send, and a node whose output nobody reads would be removed.
@@ -257,13 +257,3 @@ def define_network(plan: RankPlan, weights: Path, rotary: Sequence[float], limit
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
     version = helper.find_min_ir_version_for(opsets, ignore_unknown=True)
     return helper.make_model(graph, opset_imports=opsets, ir_version=version, producer_name="cqil-trt")
-
-
-def _spans(path: Path) -> dict[str, tuple[int, int]]:
-    """Where a safetensors file holds each tensor: offset and length, bytes."""
-    with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    header.pop("__metadata__", None)
-    spans = {name: entry["data_offsets"] for name, entry in header.items()}
-    return {name: (8 + size + first, last - first) for name, (first, last) in spans.items()}
