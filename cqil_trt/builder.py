@@ -77,8 +77,7 @@ class BuildPlan:
     replace: bool
     notes: tuple[str, ...]
     probes: str
-    backend_version: str
-    architecture: str
+    made: backends.Description
     options: Mapping[str, Any]
 
     @property
@@ -114,6 +113,8 @@ class BuildPlan:
             "layers": self.model.num_layers,
             "cqil": self.cqil.to_dict(),
             "limits": self.limits.to_dict(),
+            "backend_version": self.made.version,
+            "gpus": self.made.architecture,
             "output": str(self.output),
             "ranks": ranks,
             "bytes_per_token_one_rank": alone,
@@ -195,7 +196,7 @@ def prepare(
     if options and backend != "tensorrt":
         flag = next(iter(options)).replace("_", "-")
         raise UserError(f"--{flag}: only backend tensorrt takes it, found backend {backend}")
-    version, architecture, built = backends.load(backend).describe(limits, options)
+    made = backends.load(backend).describe(limits, options)
 
     chosen = output is not None
     target = Path(output or Path("engines") / (name or _default_name(path, cqil, limits, lora)))
@@ -215,9 +216,8 @@ def prepare(
         force or not chosen,
         tuple(notes),
         probes,
-        version,
-        architecture,
-        {**options, **built},
+        made,
+        options,
     )
 
 
@@ -301,9 +301,9 @@ def write(build: BuildPlan, progress: bool = False, job: Job | None = None) -> e
                     "limits": build.limits.to_dict(),
                     "rotary": build.weights.rotary,
                     "source": {"model": build.source.model, "lora": build.source.lora},
-                    "backend_version": build.backend_version,
-                    "architecture": build.architecture,
-                    "build": {"collective": build.options["collective"]} if "collective" in build.options else {},
+                    "backend_version": build.made.version,
+                    "architecture": build.made.architecture,
+                    "build": dict(build.made.build),
                     "created": datetime.now(timezone.utc).isoformat(),
                     "files": dict(sorted(files.items())),
                 },
@@ -334,7 +334,9 @@ def _write_ranks(
     backend = backends.load(build.limits.backend)
     for rank in ranks:
         backend.compile_rank(
-            backends.Compilation(directory, rank, build.limits, build.weights.rotary, build.options, progress)
+            backends.Compilation(
+                directory, rank, build.limits, build.weights.rotary, build.made, build.options, progress
+            )
         )
         for path in sorted(directory.glob(f"rank{rank.rank}.*")):
             if path.name not in files:

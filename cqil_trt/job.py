@@ -20,7 +20,8 @@ T = TypeVar("T")
 _EXTRAS = {
     **dict.fromkeys(("numpy", "tqdm", "tokenizers", "jinja2", "safetensors")),
     **dict.fromkeys(("torch", "gguf", "transformers", "peft"), "torch"),
-    **dict.fromkeys(("tensorrt", "tensorrt_rtx", "cuda"), "tensorrt"),
+    **dict.fromkeys(("tensorrt", "cuda"), "tensorrt"),
+    "tensorrt_rtx": "rtx",
     "onnx": "onnx",
 }
 

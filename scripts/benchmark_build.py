@@ -18,52 +18,14 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import torch
+from safetensors.torch import save_file
+from synthetic import ROOT, make_checkpoint
 
-import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from cqil_trt.config import ModelConfig  # noqa: E402
-from cqil_trt.shard import checkpoint_shapes  # noqa: E402
-from cqil_trt.table import table  # noqa: E402
+from cqil_trt.table import table
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RANK = 32
-
-
-def llama_7b(layers: int) -> dict:
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "num_hidden_layers": layers,
-        "vocab_size": 32000,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-        "torch_dtype": "float16",
-    }
-
-
-def make_checkpoint(directory: Path, layers: int) -> dict[str, tuple[int, ...]]:
-    """Writes the checkpoint in one file a layer; returns the shapes of its tensors."""
-    directory.mkdir()
-    config = llama_7b(layers)
-    (directory / "config.json").write_text(json.dumps(config))
-    shapes = checkpoint_shapes(ModelConfig.from_hugging_face(directory / "config.json"))
-    by_file: dict[str, list[str]] = {}
-    for name in shapes:
-        part = int(name.split(".")[2]) if name.startswith("model.layers.") else layers
-        by_file.setdefault(f"model-{part:05}.safetensors", []).append(name)
-    for file, names in tqdm(by_file.items(), desc="making the checkpoint", disable=not sys.stderr.isatty()):
-        save_file({name: (torch.randn(shapes[name]) * 0.02).half() for name in names}, directory / file)
-    weight_map = {name: file for file, names in by_file.items() for name in names}
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return shapes
 
 
 def make_adapter(directory: Path, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -110,7 +72,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.directory, prefix="benchmark-build-") as work:
         root = Path(work)
-        shapes = make_checkpoint(root / "model", options.layers)
+        shapes = make_checkpoint(root / "model", "llama-7b", options.layers)
         make_adapter(root / "adapter", shapes)
         size = sum(file.stat().st_size for file in (root / "model").iterdir())
         os.sync()

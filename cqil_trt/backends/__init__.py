@@ -3,7 +3,7 @@
 A backend module provides
 
     compile_rank(job: Compilation) -> None     turns the rank's weights into what its session needs, beside them
-    describe(limits, options) -> tuple         what `Engine` says of it: backend_version, architecture, build
+    describe(limits, options) -> Description   checks what is asked of it, and says what it will make
     open_session(engine, comm, device)         executes it on one rank: a Session; `comm` is an mpi4py communicator or
                                                None, `device` the number of the GPU to use, modulo those there are
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,10 +23,19 @@ from cqil_trt.shard import RankPlan
 
 
 @dataclass(frozen=True)
+class Description:
+    """What `Engine` says of a backend's engines: `backend_version`, `architecture` and `build`."""
+
+    version: str
+    architecture: str = "any"
+    build: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Compilation:
     """One rank's network to compile into `directory`, where its weights lie already.
 
-    `rotary`: as in `Engine`. `options`: the command's flags for this backend, completed by `describe`'s `build`.
+    `rotary`: as in `Engine`. `made`: what `describe` said. `options`: the command's flags for this backend.
     `progress`: show it on standard error.
     """
 
@@ -34,6 +43,7 @@ class Compilation:
     plan: RankPlan
     limits: EngineConfig
     rotary: tuple[float, ...]
+    made: Description
     options: Mapping[str, Any]
     progress: bool
 

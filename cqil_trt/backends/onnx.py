@@ -17,7 +17,7 @@ from onnx.model_container import ModelContainer
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from cqil_trt.backends import Compilation
+from cqil_trt.backends import Compilation, Description
 from cqil_trt.config import EngineConfig
 from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
@@ -25,8 +25,8 @@ from cqil_trt.network.onnx_ops import DOMAIN, TYPES, define_network
 from cqil_trt.session import Session
 
 
-def describe(limits: EngineConfig, options: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
-    return f"onnx {onnx.__version__}", "any", {}
+def describe(limits: EngineConfig, options: Mapping[str, Any]) -> Description:
+    return Description(f"onnx {onnx.__version__}")
 
 
 def compile_rank(job: Compilation) -> None:

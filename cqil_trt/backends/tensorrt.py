@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cqil_trt import plugins
-from cqil_trt.backends import Compilation
+from cqil_trt.backends import Compilation, Description
 from cqil_trt.config import COLLECTIVES, EngineConfig
 from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
@@ -65,7 +65,7 @@ def version(trt: Any) -> str:
     return f"{trt.__name__} {trt.__version__}"
 
 
-def describe(limits: EngineConfig, options: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
+def describe(limits: EngineConfig, options: Mapping[str, Any]) -> Description:
     """Chooses the package and the collective. Raises UserError for what they cannot do."""
     target = options.get("target")
     trt = import_package(("tensorrt_rtx",) if target else _PACKAGES)
@@ -79,7 +79,10 @@ def describe(limits: EngineConfig, options: Mapping[str, Any]) -> tuple[str, str
         raise UserError(f"--collective plugin: the Python interface of {version(trt)} takes no plugins: use nccl")
     if collective == "nccl" and not lowering.nccl:
         raise UserError(f"--collective nccl: {version(trt)} has no collective layer: use plugin")
-    return version(trt), _architecture(trt, target), {"collective": collective}
+    built = {"collective": collective}
+    if lowering.plugins:
+        built["plugins"] = plugins.source_version()
+    return Description(version(trt), _architecture(trt, target), built)
 
 
 def _architecture(trt: Any, target: str | None) -> str:
@@ -87,6 +90,10 @@ def _architecture(trt: Any, target: str | None) -> str:
     if trt.__name__ == "tensorrt":
         from cqil_trt import cuda
 
+        if not cuda.device_count():
+            raise UserError(
+                "TensorRT compiles on the GPU it compiles for, and there is none: --target uses TensorRT-RTX"
+            )
         cuda.use_device(0)
         return cuda.compute_capability()
     chosen = [part.strip() for part in (_PORTABLE if target in (None, "portable") else target).split(",")]
@@ -118,7 +125,7 @@ def logger(trt: Any, verbose: bool = False) -> Any:
 
 def compile_rank(job: Compilation) -> None:
     """Builds rank{r}.engine. Raises UserError with TensorRT's first error."""
-    package = describe(job.limits, job.options)[0].split()[0]
+    package = job.made.version.split()[0]
     trt = import_package((package,))
     library = None
     if package == "tensorrt":
@@ -131,7 +138,7 @@ def compile_rank(job: Compilation) -> None:
     builder = trt.Builder(log)
     flags = trt.NetworkDefinitionCreationFlag
     network = builder.create_network(1 << int(flags.STRONGLY_TYPED if lowering.typed else flags.EXPLICIT_BATCH))
-    nccl = job.options["collective"] == "nccl"
+    nccl = job.made.build["collective"] == "nccl"
     # Held until the engine is built: the network's constants live in it.
     ops = define_network(trt, network, lowering, job.plan, job.limits, job.rotary, nccl)
     if job.options.get("save_network_json"):
@@ -143,7 +150,7 @@ def compile_rank(job: Compilation) -> None:
     _show_progress(trt, config, job)
     if library is not None:
         library.cqil_set_building(1)
-    timings = _use_timing_cache(trt, config, job)
+    timings = _use_timing_cache(config, job)
     log.first_error = ""  # what a cache that does not fit is refused with
     try:
         serialized = builder.build_serialized_network(network, config)
@@ -170,7 +177,7 @@ def _set_flags(trt: Any, config: Any, lowering: Lowering, job: Compilation) -> N
         if hasattr(features, "DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805"):
             config.set_preview_feature(features.DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805, True)
     if trt.__name__ == "tensorrt_rtx":
-        targets = _architecture(trt, job.options.get("target")).split(", ")
+        targets = job.made.architecture.split(", ")
         config.num_compute_capabilities = len(targets)
         for i, target in enumerate(targets):
             config.set_compute_capability(getattr(trt.ComputeCapability, TARGETS[target]), i)
@@ -209,12 +216,12 @@ def _show_progress(trt: Any, config: Any, job: Compilation) -> None:
     config.progress_monitor = Progress()
 
 
-def _use_timing_cache(trt: Any, config: Any, job: Compilation) -> Path:
+def _use_timing_cache(config: Any, job: Compilation) -> Path:
     """Gives the builder the timings that earlier builds measured; returns the file for those of this one.
 
     A file a rank, as ranks are built by processes of their own, and what one lacks another may have.
     """
-    tag = f"{version(trt)}-{_architecture(trt, job.options.get('target'))}".replace(" ", "").replace(",", "-")
+    tag = f"{job.made.version}-{job.made.architecture}".replace(", ", "-").replace(" ", "")
     name = job.options.get("timing_cache") or f".timing-{tag}"
     directory = job.directory.parent
     path = directory / f"{name}.rank{job.plan.rank}"

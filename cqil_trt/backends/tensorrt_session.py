@@ -40,6 +40,11 @@ class TensorRtSession(Session):
                 f"{engine.path}: compiled by {engine.backend_version}, here is {version(trt)}: compile it here "
                 "(build.py --model with the engine of backend torch that it came from)"
             )
+        if engine.build.get("plugins") not in (None, plugins.source_version()):
+            raise UserError(
+                f"{engine.path}: compiled with plugins {engine.build['plugins']}, these are {plugins.source_version()}: "
+                "compile the engine again"
+            )
         cuda.use_device(device)
         found = cuda.compute_capability()
         if found not in engine.architecture.split(", "):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cqil_trt.backends import Compilation
+from cqil_trt.backends import Compilation, Description
 from cqil_trt.collectives import HostCommunicator, LocalCommunicator
 from cqil_trt.config import EngineConfig
 from cqil_trt.engine import Engine
@@ -17,8 +17,8 @@ from cqil_trt.network.torch_ops import TorchOps
 from cqil_trt.session import Session
 
 
-def describe(limits: EngineConfig, options: Mapping[str, Any]) -> tuple[str, str, dict[str, Any]]:
-    return f"torch {torch.__version__}", "any", {}
+def describe(limits: EngineConfig, options: Mapping[str, Any]) -> Description:
+    return Description(f"torch {torch.__version__}")
 
 
 def compile_rank(job: Compilation) -> None:

@@ -93,6 +93,8 @@ def describe(plan: dict[str, Any]) -> str:
         f"limits     batch {limits['max_batch_size']}, {limits['max_seq_len']} tokens, {limits['dtype']}, "
         f"backend {limits['backend']}"
     )
+    if plan["gpus"] != "any":
+        lines.append(f"compiler   {plan['backend_version']}, for GPUs of compute capability {plan['gpus']}")
     lines += [f"note       {note}" for note in plan["notes"]]
     rows = [
         (

@@ -34,6 +34,11 @@ def parser() -> RankParser:
     p.add_argument("--stream", action="store_true", help="print text as it appears")
     p.add_argument("--validate", action="store_true", help="compare with the PyTorch reference; exit 1 on failure")
     p.add_argument("--benchmark", action="store_true", help="measure prefill and decode latency")
+    p.add_argument(
+        "--contexts",
+        metavar="N,N",
+        help="--benchmark at prompts of these many random tokens (default: the first prompt)",
+    )
     p.add_argument("--logits-out", metavar="F.npy", type=Path, help="float32 [tokens, vocabulary] of the first prompt")
     p.add_argument("--version", action="version", version=f"cqil-trt {__version__}")
     p.add_argument("--json", metavar="F", type=Path, help="write everything measured and generated to this file")
@@ -77,6 +82,7 @@ def run(options: argparse.Namespace, job: Job) -> bool:
             else probes.prompts(llm.engine.path, model.vocab_size, limits.max_seq_len)[:1]
         )
     )
+    measured = job.agree(lambda: llm.encode(random_prompts(options.contexts, model.vocab_size)))
     say: Callable[[str], None] = print if job.rank == 0 else lambda text: None
     report: dict[str, Any] = {"engine": str(llm.engine.path), "ranks": job.size, "replicas": llm.replicas}
     cqil = llm.engine.cqil
@@ -91,7 +97,7 @@ def run(options: argparse.Namespace, job: Job) -> bool:
     if options.validate:
         passed = validate(llm, prompts if texts else None, say, report)
     if options.benchmark:
-        benchmark(llm, prompts[0], options.max_new_tokens, say, report)
+        benchmark(llm, measured or prompts[:1], options.max_new_tokens, say, report)
     if texts or not (options.validate or options.benchmark):
         complete(llm, texts or None, prompts, options, say, report)
     if options.json is not None:
@@ -196,38 +202,52 @@ def validate(llm: Any, prompts: list[list[int]] | None, say: Callable[[str], Non
     return passed
 
 
-def benchmark(llm: Any, prompt: list[int], steps: int, say: Callable[[str], None], report: dict[str, Any]) -> None:
+def random_prompts(contexts: str | None, vocab_size: int) -> list[list[int]]:
+    """Prompts of random tokens, of the lengths that --contexts lists."""
+    import numpy as np
+
+    try:
+        lengths = [int(part) for part in contexts.split(",")] if contexts else []
+    except ValueError:
+        raise UserError(f"--contexts {contexts}: expected numbers of tokens like 20,200") from None
+    random = np.random.default_rng(0)
+    return [random.integers(vocab_size, size=max(length, 0)).tolist() for length in lengths]
+
+
+def benchmark(
+    llm: Any, prompts: list[list[int]], steps: int, say: Callable[[str], None], report: dict[str, Any]
+) -> None:
     """Latency of prefill and of each decode step, one sequence, on rank 0: wall clock, or CUDA events on a GPU."""
     import numpy as np
 
-    room = llm.engine.limits.max_seq_len - len(prompt)
-    steps = min(max(steps, 1), room)
-    if room < 1:
-        raise UserError("--benchmark: the prompt fills the engine, so there is no token to decode")
+    rows: list[tuple[Any, ...]] = []
+    report["benchmark"] = []
+    for prompt in prompts:
+        count = min(max(steps, 1), llm.engine.limits.max_seq_len - len(prompt))
+        if count < 1:
+            raise UserError("--benchmark: the prompt fills the engine, so there is no token to decode")
 
-    def prefill() -> float:
-        began = time.perf_counter()
+        def prefill(prompt: list[int] = prompt) -> float:
+            began = time.perf_counter()
+            llm.session.prefill([prompt])
+            llm.session.greedy()
+            return (time.perf_counter() - began) * 1e3
+
+        prefill()  # the first call of everything is slower
+        prefills = [prefill() for _ in range(5)]
+        llm.session.time_decode(count)
         llm.session.prefill([prompt])
-        llm.session.greedy()
-        return (time.perf_counter() - began) * 1e3
-
-    prefill()  # the first call of everything is slower
-    prefills = [prefill() for _ in range(5)]
-    llm.session.time_decode(steps)
-    llm.session.prefill([prompt])
-    decodes = llm.session.time_decode(steps)
-    measured = {
-        "prompt_tokens": len(prompt),
-        "prefill_ms": prefills,
-        "decode_ms": decodes,
-    }
-    rows = []
-    for name in ("prefill", "decode"):
-        low, median, high = np.percentile(measured[f"{name}_ms"], (10, 50, 90))
-        tokens = len(prompt) if name == "prefill" else 1
-        rows.append((name, tokens, f"{median:.3f}", f"{low:.3f}", f"{high:.3f}", f"{tokens / median * 1e3:.0f}"))
-    say(table(("step", "tokens", "median ms", "10%", "90%", "tokens/s"), rows))
-    report["benchmark"] = measured
+        measured = {"prefill_ms": prefills, "decode_ms": llm.session.time_decode(count)}
+        medians = {}
+        for name, times in measured.items():
+            low, median, high = np.percentile(times, (10, 50, 90))
+            tokens = len(prompt) if name == "prefill_ms" else 1
+            medians[f"median_{name}"] = median
+            step = name.removesuffix("_ms")
+            spread = (f"{median:.3f}", f"{low:.3f}", f"{high:.3f}")
+            rows.append((step, len(prompt), tokens, *spread, f"{tokens / median * 1e3:.0f}"))
+        report["benchmark"].append({"prompt_tokens": len(prompt), **medians, **measured})
+    say(table(("step", "prompt", "tokens", "median ms", "10%", "90%", "tokens/s"), rows))
 
 
 def complete(

@@ -1,0 +1,114 @@
+#!/usr/bin/env python
+"""Decode latency of TensorRT engines in the shapes of a published model: all placements, in one run.
+
+    python scripts/benchmark_tensorrt.py --preset llama-7b-p2-d0
+
+Makes a checkpoint with random weights, builds torch engines of it (merged and sharded weights, and the float32
+reference's answers to a few prompts), compiles each with TensorRT, validates it and measures it at batch 1, beside the
+sequential engine on one GPU. TensorRT may live in another Python: --runtime-python names it. Needs a GPU for each rank,
+the built plugins, and 70 GB of disk for LLaMA-7B.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from synthetic import ROOT, SHAPES, make_checkpoint
+
+from cqil_trt.presets import preset
+from cqil_trt.table import table
+
+
+def run(*command: Any, **options: Any) -> subprocess.Popen:
+    return subprocess.Popen([str(part) for part in command], cwd=ROOT, **options)
+
+
+def wait(process: subprocess.Popen, what: str) -> None:
+    if process.wait():
+        sys.exit(f"error: {what} failed")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--preset", default="llama-7b-p2-d0", help="a published configuration (default %(default)s)")
+    parser.add_argument("--layers", type=int, help="fewer for a quick look")
+    parser.add_argument("--contexts", default="20,200,1000", help="prompt lengths in tokens (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=64, help="decode steps of each measurement")
+    parser.add_argument("--max-seq-len", type=int, default=2048)
+    parser.add_argument("--runtime-python", default=sys.executable, help="the Python that has TensorRT")
+    parser.add_argument("--directory", type=Path, help="where to work (default: a temporary directory)")
+    parser.add_argument("--json", metavar="F", type=Path)
+    options = parser.parse_args()
+    cqil = preset(options.preset)
+    model = next(name for name in SHAPES if options.preset.startswith(name))
+    start, end = cqil.start, cqil.end
+    if options.layers:
+        start, end = 0, options.layers // cqil.p * cqil.p
+    grouped = ["--p", cqil.p, "--d", cqil.d, "--start", start, "--end", end]
+    shapes = {
+        "sequential, 1 GPU": ["--p", 1],
+        "leader": [*grouped, "--placement", "leader"],
+        "sharded": [*grouped, "--placement", "sharded"],
+        "tensor": ["--p", cqil.p, "--placement", "tensor"],
+    }
+    build, runtime = ROOT / "builders" / "build.py", ROOT / "runtime" / "run.py"
+    with tempfile.TemporaryDirectory(dir=options.directory, prefix="benchmark-tensorrt-") as work:
+        root = Path(work)
+        make_checkpoint(root / "model", model, options.layers)
+        builds, plans = [], {}
+        for number, (name, arguments) in enumerate(shapes.items()):
+            # The reference runs on a GPU; spread over them, the builds run at the same time.
+            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(number % cqil.p)}
+            limits = ["--max-batch-size", 1, "--max-seq-len", options.max_seq_len, "--probes", "always", "--json"]
+            command = [sys.executable, build, "--model", root / "model", *arguments, *limits]
+            with open(root / f"{number}.json", "w") as plan:
+                process = run(*command, "--output", root / f"torch{number}", env=environment, stdout=plan)
+            builds.append((name, number, process))
+        for name, number, process in builds:
+            wait(process, f"the build of {name}")
+            plans[name] = json.loads((root / f"{number}.json").read_text())
+        results = {}
+        for name, number, _ in builds:
+            ranks = plans[name]["cqil"]["p"]
+            job = ["mpirun", "-n", ranks, options.runtime_python]
+            weights, engine = root / f"torch{number}", root / f"engine{number}"
+            compiling = [*job, build, "--model", weights, "--backend", "tensorrt", "--max-batch-size", 1]
+            wait(run(*compiling, "--output", engine), f"the compilation of {name}")
+            measure = ["--validate", "--benchmark", "--contexts", options.contexts, "--max-new-tokens", options.steps]
+            report = root / f"report{number}.json"
+            process = run(*job, runtime, "--engine", engine, *measure, "--json", report)
+            if process.wait() not in (0, 1):  # a failed validation is reported beside the times
+                sys.exit(f"error: running {name} failed")
+            results[name] = json.loads(report.read_text())
+    print(describe(plans, results))
+    if options.json:
+        options.json.write_text(json.dumps({"plans": plans, "results": results}, indent=1) + "\n")
+
+
+def describe(plans: dict[str, Any], results: dict[str, Any]) -> str:
+    """The table: weights read, milliseconds per token by context, against sequential, and how well it computes."""
+    contexts = [measured["prompt_tokens"] for measured in results["sequential, 1 GPU"]["benchmark"]]
+    rows, first = [], None
+    for name, result in results.items():
+        times = [statistics.median(measured["decode_ms"]) for measured in result["benchmark"]]
+        first = first or times
+        read = plans[name]["bytes_per_token_critical_path"]
+        cells = [f"{t:.3f} ({t / base - 1:+.1%})" for t, base in zip(times, first)]
+        worst = max(prompt["relative_l2"] for prompt in result["validation"]["prompts"])
+        equal = min(prompt["equal_tokens"] for prompt in result["validation"]["prompts"])
+        verdict = "pass" if result["validation"]["passed"] else "FAIL"
+        rows.append((name, f"{read / 1e9:.2f}", *cells, f"{read / times[0] / 1e9:.2f}", f"{worst:.1e}", equal, verdict))
+    header = ["", "GB read", *(f"ms at {context}" for context in contexts)]
+    return table([*header, "TB/s", "relative L2", "equal tokens", "validation"], rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Checkpoints with random weights in the shapes of real models, for measurements."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from cqil_trt.config import ModelConfig  # noqa: E402
+from cqil_trt.shard import checkpoint_shapes  # noqa: E402
+
+# The config.json of the published checkpoints, as far as it decides shapes.
+SHAPES = {
+    "llama-7b": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "num_hidden_layers": 32,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "torch_dtype": "float16",
+    },
+}
+
+
+def make_checkpoint(directory: Path, name: str, layers: int | None = None) -> dict[str, tuple[int, ...]]:
+    """Writes a float16 checkpoint of the model's shapes, a file a layer; returns the shapes of its tensors.
+
+    Random numbers come from a GPU where there is one. `layers` replaces the model's depth.
+    """
+    directory.mkdir()
+    config = {**SHAPES[name], "num_hidden_layers": layers or SHAPES[name]["num_hidden_layers"]}
+    (directory / "config.json").write_text(json.dumps(config))
+    shapes = checkpoint_shapes(ModelConfig.from_hugging_face(directory / "config.json"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    by_file: dict[str, list[str]] = {}
+    for tensor in shapes:
+        part = int(tensor.split(".")[2]) if tensor.startswith("model.layers.") else config["num_hidden_layers"]
+        by_file.setdefault(f"model-{part:05}.safetensors", []).append(tensor)
+    for file, names in tqdm(by_file.items(), desc="making the checkpoint", disable=not sys.stderr.isatty()):
+        save_file({tensor: _weights(tensor, shapes[tensor], device) for tensor in names}, directory / file)
+    weight_map = {tensor: file for file, names in by_file.items() for tensor in names}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return shapes
+
+
+def _weights(name: str, shape: tuple[int, ...], device: str) -> torch.Tensor:
+    if "norm" in name:
+        return torch.ones(shape, dtype=torch.float16)
+    return (torch.randn(shape, device=device) * 0.02).half().cpu()
