@@ -159,7 +159,7 @@ def prepare(
     placement: str | None = None,
     dtype: str | None = None,
     backend: str = "torch",
-    max_batch_size: int = 8,
+    max_batch_size: int | None = None,
     max_seq_len: int | None = None,
     prefill_chunk: int | None = None,
     probes: str = "auto",
@@ -173,13 +173,23 @@ def prepare(
     weights: Checkpoint | EngineWeights
     if engine_directory.is_engine(path):
         weights = EngineWeights(path)
-        config, cqil, dtype = weights.model, weights.engine.cqil, weights.engine.limits.dtype
-        decided = {"lora": lora, "preset": preset, "p": p, "d": d, "start": start, "end": end, "bypass": bypass}
+        config, cqil = weights.model, weights.engine.cqil
+        decided = {
+            "dtype": dtype,
+            "lora": lora,
+            "preset": preset,
+            "p": p,
+            "d": d,
+            "start": start,
+            "end": end,
+            "bypass": bypass,
+        }
         decided |= {"placement": placement}
-        if given := [f"--{name}" for name, value in decided.items() if value is not None]:
-            raise UserError(f"--model {path}: an engine, which has decided {', '.join(given)} already: leave it out")
+        dtype = weights.engine.limits.dtype
+        if flags := [f"--{name}" for name, value in decided.items() if value is not None]:
+            raise UserError(f"--model {path}: an engine, which has decided {', '.join(flags)} already: leave it out")
         name = path.name.replace("-torch-", f"-{backend}-") if "-torch-" in path.name else f"{path.name}-{backend}"
-        longest = weights.engine.limits.max_seq_len
+        defaults = weights.engine.limits
     else:
         from cqil_trt.checkpoint import Checkpoint
 
@@ -187,10 +197,15 @@ def prepare(
         config = weights.model
         cqil = _choose_cqil(config, notes, preset, p, d, start, end, bypass, placement)
         longest = min(2048, config.max_position, config.sliding_window or config.max_position)
+        defaults = EngineConfig(max_seq_len=longest)
         name = None
-    max_seq_len = max_seq_len or longest
-    chunk = prefill_chunk or min(512, max_seq_len)
-    limits = EngineConfig(max_batch_size, max_seq_len, dtype or config.dtype, backend, chunk)
+    limits = EngineConfig(
+        defaults.max_batch_size if max_batch_size is None else max_batch_size,
+        defaults.max_seq_len if max_seq_len is None else max_seq_len,
+        dtype or config.dtype,
+        backend,
+        defaults.prefill_chunk if prefill_chunk is None else prefill_chunk,
+    )
     limits.check_model(config)
     options = {name: value for name, value in options.items() if value}
     if options and backend != "tensorrt":

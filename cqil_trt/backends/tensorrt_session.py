@@ -42,7 +42,7 @@ class TensorRtSession(Session):
             )
         if engine.build.get("plugins") not in (None, plugins.source_version()):
             raise UserError(
-                f"{engine.path}: compiled with plugins {engine.build['plugins']}, these are {plugins.source_version()}: "
+                f"{engine.path}: made with plugins {engine.build['plugins']}, these are {plugins.source_version()}: "
                 "compile the engine again"
             )
         cuda.use_device(device)

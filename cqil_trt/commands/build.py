@@ -18,7 +18,11 @@ from cqil_trt.table import size, table
 
 def parser() -> RankParser:
     p = RankParser(prog="build.py", description="Compile a LLaMA-family model with CQIL for a few ranks of one host.")
-    p.add_argument("--model", metavar="DIR|FILE.gguf", help="Hugging Face directory or GGUF file (default: the demo)")
+    p.add_argument(
+        "--model",
+        metavar="PATH",
+        help="Hugging Face directory, GGUF file, or an engine of backend torch (default: the demo)",
+    )
     p.add_argument("--lora", metavar="DIR", help="PEFT LoRA adapter to merge")
     p.add_argument("--preset", metavar="NAME", help=f"a published configuration: {', '.join(PRESETS)}")
     p.add_argument("--p", type=int, help="concurrent layers per group, and number of ranks (default 2)")
@@ -29,7 +33,7 @@ def parser() -> RankParser:
     p.add_argument("--placement", choices=PLACEMENTS, help="who runs the other layers (default sharded)")
     p.add_argument("--dtype", choices=DTYPES, help="type of weights and cache (default: the checkpoint's)")
     p.add_argument("--backend", choices=BACKENDS, default="torch")
-    p.add_argument("--max-batch-size", type=int, default=8, metavar="N")
+    p.add_argument("--max-batch-size", type=int, metavar="N", help="sequences at a time (default 8)")
     p.add_argument("--max-seq-len", type=int, metavar="N", help="prompt and generated tokens (default up to 2048)")
     p.add_argument("--prefill-chunk", type=int, metavar="N", help="tokens of a prompt per forward pass (default 512)")
     p.add_argument(
