@@ -174,17 +174,8 @@ def prepare(
     if engine_directory.is_engine(path):
         weights = EngineWeights(path)
         config, cqil = weights.model, weights.engine.cqil
-        decided = {
-            "dtype": dtype,
-            "lora": lora,
-            "preset": preset,
-            "p": p,
-            "d": d,
-            "start": start,
-            "end": end,
-            "bypass": bypass,
-        }
-        decided |= {"placement": placement}
+        decided = {"lora": lora, "preset": preset, "p": p, "d": d, "start": start, "end": end}
+        decided |= {"bypass": bypass, "placement": placement, "dtype": dtype}
         dtype = weights.engine.limits.dtype
         if flags := [f"--{name}" for name, value in decided.items() if value is not None]:
             raise UserError(f"--model {path}: an engine, which has decided {', '.join(flags)} already: leave it out")
