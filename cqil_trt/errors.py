@@ -1,4 +1,4 @@
-"""The one exception a user's mistake ends in."""
+"""The exceptions that users see the message of, not a traceback."""
 
 
 class UserError(Exception):
@@ -10,3 +10,7 @@ class UserError(Exception):
     def __init__(self, message: str):
         # Library errors quoted in a message may span lines and carry control characters; ours is one line.
         super().__init__(" ".join("".join(c if c.isprintable() else " " for c in message).split()))
+
+
+class CollectiveError(RuntimeError):
+    """A collective gave up waiting for a peer. The process's CUDA context is lost."""

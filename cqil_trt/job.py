@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from cqil_trt.errors import UserError
+from cqil_trt.errors import CollectiveError, UserError
 
 T = TypeVar("T")
 
@@ -152,7 +152,10 @@ def command(job: Job | None = None) -> Iterator[None]:
         if isinstance(error, OSError) and error.filename and (job is None or job.comm is None):
             print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
             sys.exit(2)
-        traceback.print_exc()
+        if isinstance(error, CollectiveError):  # says itself who waited for whom
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            traceback.print_exc()
         if job is not None and job.comm is not None:
             sys.stderr.flush()
             job.comm.Abort(1)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cqil_trt import plugins
 from cqil_trt.collectives.base import Communicator
-from cqil_trt.errors import UserError
+from cqil_trt.errors import CollectiveError, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -18,10 +18,6 @@ DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}  # cqil_dtype
 _OPERATIONS = {1: "all_reduce", 2: "argmax", 3: "broadcast or bypass"}
 _HANDLE_BYTES = 64
 TIMEOUT_SECONDS = 30.0
-
-
-class CollectiveError(RuntimeError):
-    """A collective gave up waiting for a peer. The process's CUDA context is lost."""
 
 
 class Workspace:
