@@ -38,7 +38,9 @@ def decode(ops: Ops[V], tokens: V, past: V, select: V) -> V:
     for step, norm in zip(plan.schedule.steps, norms[1:]):
         if isinstance(step, Receive):
             x = ops.broadcast(x, tokens)
-            normed = ops.rms_norm(x, norm) if normed is None else normed
+            # On rank 0 too, which has it: what comes behind must depend on the broadcast, or a compiler may reorder
+            # collectives on that rank alone.
+            normed = ops.rms_norm(x, norm)
             continue
         shard = plan.layers[step.index]
         if isinstance(step, Layer):
