@@ -387,7 +387,9 @@ class TensorRtOps(Ops[Tensor]):
             zeros = self._constant(np.zeros((1, hidden), np.float32))
             rows = self._reshape(self._cast(tokens, self._trt.float32), (-1, 1))
             x = self._cast(self._elementwise("PROD", rows, zeros), self._dtype)
-        return self._collective(x, "BROADCAST", root=0)
+        # TensorRT refuses to broadcast bfloat16.
+        wide = self._trt.float32 if self._limits.dtype == "bfloat16" else self._dtype
+        return self._cast(self._collective(self._cast(x, wide), "BROADCAST", root=0), self._dtype)
 
     def bypass(self, x: Tensor, d: int) -> Tensor:
         """On rank 0 zeros: a layer whose result nobody reads would be removed, and with it what it sends."""
