@@ -7,6 +7,7 @@ Build options: `target` (compute capabilities for TensorRT-RTX, which needs no G
 from __future__ import annotations
 
 import ctypes
+import glob
 import importlib
 import json
 import os
@@ -223,9 +224,9 @@ def _use_timing_cache(config: Any, job: Compilation) -> Path:
     """
     tag = f"{job.made.version}-{job.made.architecture}".replace(", ", "-").replace(" ", "")
     name = job.options.get("timing_cache") or f".timing-{tag}"
-    directory = job.directory.parent
-    path = directory / f"{name}.rank{job.plan.rank}"
-    known = next((file for file in (path, *sorted(directory.glob(f"{name}.rank*"))) if file.exists()), None)
+    path = job.directory.parent / f"{name}.rank{job.plan.rank}"
+    others = sorted(path.parent.glob(f"{glob.escape(path.stem)}.rank*"))
+    known = next((file for file in (path, *others) if file.exists()), None)
     cache = config.create_timing_cache(known.read_bytes() if known else b"")
     if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
         config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
