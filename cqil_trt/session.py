@@ -116,7 +116,10 @@ class Session(ABC):
         return self._gather(self._prediction())
 
     def score(self, prompt: Sequence[int]) -> np.ndarray:
-        """The logits after every token of one prompt, float32 [tokens, vocabulary]. Starts over, as `prefill` does."""
+        """The logits after every token of one prompt, float32 [tokens, vocabulary].
+
+        What was there before is gone, and there is no prediction to go on from: `prefill` comes next.
+        """
         self.check([prompt])
         tokens, chunk = np.array([list(prompt)]), self.limits.prefill_chunk
         self._start(1, len(prompt))
