@@ -1,6 +1,7 @@
 """The commands as users start them: what they print, and what they say to a wrong input."""
 
 import json
+import shutil
 import sys
 import time
 
@@ -113,10 +114,22 @@ def test_validate_passes_on_a_good_engine_and_fails_on_a_wrong_one(engine, model
     for file in model.iterdir():
         (other / file.name).write_bytes(file.read_bytes())
     wrong = tmp_path / "wrong"
-    assert build("--model", other, "--p", 2, "--max-seq-len", 40, "--output", wrong).returncode == 0
+    arguments = ("--model", other, "--p", 2, "--max-seq-len", 40)
+    assert build(*arguments, "--probes", "always", "--output", wrong).returncode == 0
+    assert build(*arguments, "--output", tmp_path / "unjudged").returncode == 0
     make_model(other, vocab_size=259, seed=1)
     done = mpirun(2, "--engine", wrong, "--validate")
     assert done.returncode == 1 and "validation FAILED" in done.stdout
+
+    # Without a checkpoint the judge is what the reference said at build time, about the right weights.
+    shutil.rmtree(other)
+    done = mpirun(2, "--engine", wrong, "--validate", "--json", tmp_path / "report.json")
+    assert done.returncode == 0 and "when the engine was built" in done.stdout, done.stderr
+    assert json.loads((tmp_path / "report.json").read_text())["validation"]["reference"] == "stored"
+    assert_user_error(mpirun(2, "--engine", tmp_path / "unjudged", "--validate"), "no stored reference", "--probes")
+    # Prompts of one's own cannot have been asked before.
+    ids = write_json(tmp_path / "ids.json", [1, 2, 3])
+    assert_user_error(mpirun(2, "--engine", wrong, "--validate", "--token-ids", ids), "the reference needs")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

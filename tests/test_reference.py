@@ -13,7 +13,8 @@ ARCHITECTURES = ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "
 
 
 def tokens(batch=2, length=11):
-    return torch.randint(0, 131, (batch, length), generator=torch.Generator().manual_seed(SEED))
+    # Not token 0, which generate() would take for padding.
+    return torch.randint(1, 131, (batch, length), generator=torch.Generator().manual_seed(SEED))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

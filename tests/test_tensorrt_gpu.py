@@ -40,6 +40,7 @@ def test_engines_answer_as_the_reference(name, shape, dtype, tmp_path):
     architecture, changes = ARCHITECTURES[name]
     model = make_model(tmp_path / "model", architecture, seed=SEED, **changes)
     limits = ["--max-batch-size", 2, "--max-seq-len", 96, "--prefill-chunk", 16, "--dtype", dtype]
+    limits += ["--probes", "always"]
     assert build("--model", model, *shape, *limits, "--output", tmp_path / "torch").returncode == 0
     ranks = shape[1]
     compiling = ["--model", tmp_path / "torch", "--backend", "tensorrt", "--output", tmp_path / "engine"]

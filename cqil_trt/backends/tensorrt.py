@@ -97,7 +97,8 @@ def _architecture(trt: Any, target: str | None) -> str:
             )
         cuda.use_device(0)
         return cuda.compute_capability()
-    chosen = [part.strip() for part in (_PORTABLE if target in (None, "portable") else target).split(",")]
+    parts = (_PORTABLE if target in (None, "portable") else target).split(",")
+    chosen = list(dict.fromkeys(part.strip() for part in parts))
     for part in chosen:
         if not hasattr(trt.ComputeCapability, TARGETS.get(part, "")):
             raise UserError(f"--target {part}: TensorRT-RTX builds for portable or a list of {', '.join(TARGETS)}")
@@ -225,6 +226,7 @@ def _use_timing_cache(config: Any, job: Compilation) -> Path:
     tag = f"{job.made.version}-{job.made.architecture}".replace(", ", "-").replace(" ", "")
     name = job.options.get("timing_cache") or f".timing-{tag}"
     path = job.directory.parent / f"{name}.rank{job.plan.rank}"
+    path.parent.mkdir(parents=True, exist_ok=True)
     others = sorted(path.parent.glob(f"{glob.escape(path.stem)}.rank*"))
     known = next((file for file in (path, *others) if file.exists()), None)
     cache = config.create_timing_cache(known.read_bytes() if known else b"")
