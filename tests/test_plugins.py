@@ -15,11 +15,12 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is no
 HEADERS = ROOT / "third_party" / "tensorrt_headers"
 
 
-@pytest.fixture(scope="module", params=["10.14", "11.1"])
+@pytest.fixture(scope="module", params=[("10.14", "80"), ("11.1", "90")], ids=lambda param: param[0])
 def built(request, tmp_path_factory):
-    """The library for sm_80 and sm_90 with the headers of one TensorRT; warnings are errors."""
-    path = tmp_path_factory.mktemp(request.param) / plugins.LIBRARY
-    return request.param, plugins.build(HEADERS / request.param, "80;90", path)
+    """The library for one architecture with the headers of one TensorRT; warnings are errors."""
+    headers, architecture = request.param
+    path = tmp_path_factory.mktemp(headers) / plugins.LIBRARY
+    return headers, plugins.build(HEADERS / headers, architecture, path)
 
 
 @needs_nvcc
@@ -71,8 +72,14 @@ assert create("CqilAllReduce", mode=0, eps=0.0, dtype=0) == ([0, 0, 0], 1)
 assert create("CqilAllReduce", mode=2, eps=1e-5, dtype=1) == ([2, int(np.float32(1e-5).view(np.int32)), 1], 2)
 assert create("CqilBroadcast", rank=3, hidden=4096, dtype=1) == ([3, 4096, 1], 1)
 assert create("CqilBypass", distance=2, dtype=1) == ([2, 1], 1)
-assert create("CqilKvCache", dtype=2) == ([2], 2)
-assert create("CqilAllReduce", mode=3, eps=0.0, dtype=0) is None and create("CqilKvCache", dtype=3) is None
+assert create("CqilNorm", mode=1, eps=0.0, dtype=2) == ([1, 0, 2], 2)
+assert create("CqilSwiglu", dtype=1) == ([1], 1)
+attention = {"heads": 9, "kv_heads": 3, "head_dim": 64, "capacity": 2048, "max_batch": 8, "group": 3, "first": 1}
+made, outputs = create("CqilAttention", **attention, head_norms=1, eps=0.0, dtype=1)
+assert made == [9, 3, 64, 2048, 8, 3, 1, 1, 0, 1] and outputs == 1
+assert create("CqilAttention", **{**attention, "group": 0}, head_norms=0, eps=0.0, dtype=1) is None
+assert create("CqilAllReduce", mode=3, eps=0.0, dtype=0) is None and create("CqilSwiglu", dtype=3) is None
+assert create("CqilNorm", mode=2, eps=0.0, dtype=0) is None
 assert create("CqilAllReduce", mode=1, eps=0.0) is None and create("CqilAllReduce", mode=2) is None
 assert create("CqilBroadcast", rank=9, hidden=8, dtype=1) is None and create("CqilBypass") is None
 print("plugins work with TensorRT API", trt.__version__)
