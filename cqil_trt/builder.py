@@ -84,10 +84,6 @@ class BuildPlan:
     def source(self) -> engine_directory.Source:
         return self.weights.source
 
-    @property
-    def total_bytes(self) -> int:
-        return sum(rank.stored_bytes(self.limits.dtype) for rank in self.ranks)
-
     def to_dict(self) -> dict[str, Any]:
         """What the build will do, for people and machines: placement of layers, bytes, collectives."""
         dtype = self.limits.dtype

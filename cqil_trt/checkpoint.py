@@ -59,9 +59,7 @@ class Checkpoint:
         if self.model.architecture == "LlamaForCausalLM" and self.model.qkv_bias != self.model.o_bias:
             return []  # llama.cpp can hold such a model, Hugging Face's modules cannot
         prompts = probes.prompts(directory, self.model.vocab_size, limits.max_seq_len)
-        network = reference.from_reader(self.model, self.reader)
-        if cqil.groups:
-            network = reference.CqilModel(network, cqil.p, cqil.d, cqil.start, cqil.end, cqil.bypass)
+        network = reference.with_cqil(reference.from_reader(self.model, self.reader), cqil)
         steps = [min(probes.STEPS, limits.max_seq_len - len(prompt) + 1) for prompt in prompts]
         found = reference.probe(network, prompts, steps, progress)
         return [probes.save(directory, found)]

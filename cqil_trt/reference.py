@@ -145,6 +145,13 @@ def load_hugging_face(model: str, lora: str | None = None, dtype: torch.dtype = 
     return network.eval()
 
 
+def with_cqil(network: nn.Module, cqil: CqilConfig) -> nn.Module:
+    """The network that engines of this configuration compute: itself when there are no groups."""
+    if not cqil.groups:
+        return network
+    return CqilModel(network, cqil.p, cqil.d, cqil.start, cqil.end, cqil.bypass)
+
+
 # Float32 bytes of a model that stays in host memory; a larger one is read from its files again at every pass.
 _RESIDENT_BYTES = 2 << 30
 

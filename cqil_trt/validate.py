@@ -163,10 +163,8 @@ def _live(llm: Llm, prompts: Sequence[Sequence[int]], lengths: Sequence[int]) ->
     # The other ranks sleep meanwhile.
     threads = torch.get_num_threads()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    source, cqil = llm.engine.source, llm.engine.cqil
-    network = reference.load_hugging_face(source.model, source.lora)
-    if cqil.groups:
-        network = reference.CqilModel(network, cqil.p, cqil.d, cqil.start, cqil.end, cqil.bypass)
+    source = llm.engine.source
+    network = reference.with_cqil(reference.load_hugging_face(source.model, source.lora), llm.engine.cqil)
     found = reference.probe(network, prompts, lengths, progress=False)
     torch.set_num_threads(threads)
     return found

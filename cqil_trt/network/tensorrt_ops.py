@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from cqil_trt.config import EngineConfig
+from cqil_trt.collectives.cuda import DTYPES as PLUGIN_DTYPES
+from cqil_trt.config import DTYPE_BYTES, EngineConfig
 from cqil_trt.network.decoder import decode
 from cqil_trt.network.ops import Ops
 from cqil_trt.network.rotary import rotary_tables
@@ -28,7 +29,6 @@ from cqil_trt.shard import LayerShard, RankPlan
 Tensor = Any  # an ITensor of whichever package provides TensorRT
 
 _PLUGIN_NAMESPACE, _PLUGIN_VERSION = "cqil_trt", "1"
-_PLUGIN_DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}  # cqil_dtype
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class TensorRtOps(Ops[Tensor]):
     ):
         self.plan = plan
         self.outputs: dict[str, Tensor] = {}
-        self._trt, self._network, self._lowering, self._limits, self._nccl = trt, network, lowering, limits, nccl
+        self._trt, self._network, self._lowering, self._limits = trt, network, lowering, limits
         self._dtype = getattr(trt, limits.dtype)
         # What every tensor holds, by name: a weakly typed network forgets until it is built.
         self._types: dict[str, Any] = {}
@@ -202,11 +202,6 @@ class TensorRtOps(Ops[Tensor]):
     def _gather(self, x: Tensor, indices: Tensor, axis: int) -> Tensor:
         return self._out(self._network.add_gather(x, indices, axis), self._type(x))
 
-    def _matmul(self, x: Tensor, y: Tensor, transposed: bool) -> Tensor:
-        kind = self._trt.MatrixOperation
-        layer = self._network.add_matrix_multiply(x, kind.NONE, y, kind.TRANSPOSE if transposed else kind.NONE)
-        return self._out(layer, self._type(x))
-
     def _scalar(self, value: float, rank: int, dtype: Any) -> Tensor:
         return self._cast(self._constant(np.full((1,) * rank, value, np.float32)), dtype)
 
@@ -232,7 +227,8 @@ class TensorRtOps(Ops[Tensor]):
         return self._gather(table, self._reshape(tokens, (-1,)), 0)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        out = self._matmul(x, weight, transposed=True)
+        kind = self._trt.MatrixOperation
+        out = self._out(self._network.add_matrix_multiply(x, kind.NONE, weight, kind.TRANSPOSE), self._type(x))
         return out if bias is None else self.add(out, self._reshape(bias, (1, -1)))
 
     def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -333,7 +329,7 @@ class TensorRtOps(Ops[Tensor]):
 
     def _plugin(self, name: str, inputs: list[Tensor], outputs: int, **fields: int | float) -> list[Tensor]:
         trt = self._trt
-        fields["dtype"] = _PLUGIN_DTYPES[self._limits.dtype]
+        fields["dtype"] = PLUGIN_DTYPES[self._limits.dtype]
         kinds = {int: (np.int32, trt.PluginFieldType.INT32), float: (np.float32, trt.PluginFieldType.FLOAT32)}
         values = []
         for key, value in fields.items():
@@ -368,7 +364,7 @@ class TensorRtOps(Ops[Tensor]):
         return out
 
     def all_reduce_residual_norm(self, delta: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        row_bytes = self.plan.model.hidden_size * (4 if self._limits.dtype == "float32" else 2)
+        row_bytes = self.plan.model.hidden_size * DTYPE_BYTES[self._limits.dtype]
         # What the fused kernel takes: cqil_all_reduce_residual_norm.
         if self._workspace is None or row_bytes % 16 or row_bytes > 32 << 10:
             return super().all_reduce_residual_norm(delta, residual, weight)
