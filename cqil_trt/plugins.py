@@ -133,6 +133,7 @@ def load(path: Path | None = None) -> ctypes.CDLL:
         "cqil_row_argmax": [pointer, integer, integer, integer, integer, pointer, pointer, pointer],
         "cqil_advance": [pointer, pointer, pointer, integer, integer, pointer],
         "cqil_residual_norm": [pointer] * 5 + [integer, integer, ctypes.c_float, integer, pointer],
+        "cqil_gather_rows": [pointer, pointer, pointer, integer, integer, integer, pointer],
         "cqil_swiglu": [pointer, pointer, integer, integer, integer, pointer],
         "cqil_attention": [ctypes.POINTER(AttentionShape)] + [pointer] * 10,
         "cqil_attention_cache_bytes": [ctypes.POINTER(AttentionShape)],

@@ -102,6 +102,10 @@ int cqil_ping(cqil_workspace* workspace, int rounds, double* nanoseconds, void* 
 
 // What a decode step needs beside its network; on one GPU, no workspace.
 
+// out [rows, hidden] = table[indices], whose rows have `hidden` elements. Indices are not checked.
+int cqil_gather_rows(const void* table, const int32_t* indices, void* out, int rows, int hidden, cqil_dtype dtype,
+                     void* stream);
+
 // For each of `rows` rows of `width` logits the largest value, and its index + offset: the smallest among equals, NaN as
 // largest. What cqil_argmax takes; a rank with width 0 offers -infinity.
 int cqil_row_argmax(const void* logits, int rows, int width, int offset, cqil_dtype dtype, float* value, int32_t* index,

@@ -52,6 +52,14 @@ __global__ void swiglu_kernel(const T* gate_up, T* out, int inner) {
 
 // One block a row.
 template <typename T>
+__global__ void gather_rows_kernel(const T* table, const int32_t* indices, T* out, int hidden) {
+    const T* from = table + size_t(indices[blockIdx.x]) * hidden;
+    T* to = out + size_t(blockIdx.x) * hidden;
+    for (int i = threadIdx.x; i < hidden; i += blockDim.x) to[i] = from[i];
+}
+
+// One block a row.
+template <typename T>
 __global__ void __launch_bounds__(kThreads) row_argmax_kernel(const T* logits, int width, int offset, float* value,
                                                               int32_t* index) {
     const T* row = logits + size_t(blockIdx.x) * width;
@@ -137,6 +145,17 @@ int cqil_swiglu(const void* gate_up, void* out, int rows, int inner, cqil_dtype 
         using T = std::remove_pointer_t<decltype(type)>;
         swiglu_kernel<T><<<dim3((inner + 255) / 256, rows), 256, 0, static_cast<cudaStream_t>(stream)>>>(
             static_cast<const T*>(gate_up), static_cast<T*>(out), inner);
+    });
+}
+
+int cqil_gather_rows(const void* table, const int32_t* indices, void* out, int rows, int hidden, cqil_dtype dtype,
+                     void* stream) {
+    if (rows < 0 || hidden < 1) return fail("%d rows of %d", rows, hidden);
+    if (rows == 0) return 0;
+    return by_type(dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        gather_rows_kernel<T><<<rows, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(static_cast<const T*>(table), indices,
+                                                                                      static_cast<T*>(out), hidden);
     });
 }
 

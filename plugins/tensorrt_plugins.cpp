@@ -11,6 +11,7 @@
 //   CqilBypass      x -> sum of the x of the `distance` ranks before this one (zeros on rank 0)       fields distance, dtype
 //   CqilNorm        mode 0: x, weight -> RMSNorm(x) * weight                                          fields mode, eps, dtype
 //                   mode 1: delta, residual, weight -> residual + delta, RMSNorm of it * weight
+//   CqilGather      table [M, H], indices int32 [N] -> table[indices] [N, H]                          field dtype
 //   CqilSwiglu      gate_up [N, 2 I] -> silu(gate) * up [N, I]                                        field dtype
 //   CqilAttention   qkv, cos, sin, (q_norm, k_norm,) past int32 [B], cache -> [N, heads * head_dim]
 //                   as cqil_attention; cache is an int32 tensor bound to a layer's cache; fields as in cqil_attention_shape
@@ -259,11 +260,34 @@ public:
     }
 };
 
-struct SwigluFields {
+struct TypeField {
     int32_t dtype;
 };
 
-class SwigluPlugin final : public Plugin<SwigluPlugin, SwigluFields> {
+class GatherPlugin final : public Plugin<GatherPlugin, TypeField> {
+public:
+    static constexpr char kName[] = "CqilGather";
+    static constexpr std::array kFieldNames = {"dtype"};
+    static constexpr std::array kFieldTypes = {PluginFieldType::kINT32};
+    using Plugin::Plugin;
+
+    static bool valid(const Fields& f) { return valid_dtype(f.dtype); }
+    int32_t inputs() const { return 2; }
+    int32_t outputs() const { return 1; }
+    DimsExprs output_dimensions(DimsExprs const* in, IExprBuilder&) const {
+        DimsExprs dims = in[0];
+        dims.d[0] = in[1].d[0];
+        return dims;
+    }
+    int run(PluginTensorDesc const*, PluginTensorDesc const* output, void const* const* in, void* const* out, void*,
+            cudaStream_t stream) const {
+        const Dims& dims = output[0].dims;
+        return cqil_gather_rows(in[0], static_cast<const int32_t*>(in[1]), out[0], static_cast<int>(dims.d[0]),
+                                static_cast<int>(dims.d[1]), dtype(), stream);
+    }
+};
+
+class SwigluPlugin final : public Plugin<SwigluPlugin, TypeField> {
 public:
     static constexpr char kName[] = "CqilSwiglu";
     static constexpr std::array kFieldNames = {"dtype"};
@@ -404,10 +428,11 @@ Creator<AllReducePlugin> all_reduce_creator;
 Creator<BroadcastPlugin> broadcast_creator;
 Creator<BypassPlugin> bypass_creator;
 Creator<NormPlugin> norm_creator;
+Creator<GatherPlugin> gather_creator;
 Creator<SwigluPlugin> swiglu_creator;
 Creator<AttentionPlugin> attention_creator;
-IPluginCreator* const creators[] = {&all_reduce_creator, &broadcast_creator, &bypass_creator,
-                                    &norm_creator,       &swiglu_creator,    &attention_creator};
+IPluginCreator* const creators[] = {&all_reduce_creator, &broadcast_creator, &bypass_creator,   &norm_creator,
+                                    &gather_creator,     &swiglu_creator,    &attention_creator};
 
 }  // namespace
 

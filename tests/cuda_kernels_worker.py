@@ -60,6 +60,16 @@ def check_swiglu(pick, dtype):
     return relative(out, torch.nn.functional.silu(gate) * up)
 
 
+def check_gather(pick, dtype):
+    size, rows, hidden = pick(1, 999), pick(1, 40), pick(1, 5000)
+    table = torch.randn(size, hidden, device="cuda").to(dtype)
+    indices = torch.randint(size, (rows,), dtype=torch.int32, device="cuda")
+    out = torch.empty(rows, hidden, dtype=dtype, device="cuda")
+    call("gather_rows", table, indices, out, rows, hidden, code(dtype))
+    assert torch.equal(out, table[indices.long()])
+    return 0.0
+
+
 def check_choice(pick, dtype):
     rows, width, offset = pick(1, 9), pick(1, 60000), pick(0, 999)
     logits = torch.randn(rows, width, device="cuda").half().to(dtype)  # many equal values
@@ -151,7 +161,7 @@ def main(seed, cases):
 
     torch.manual_seed(seed)
     for case in range(cases):
-        for check in (check_norm, check_swiglu, check_choice, check_attention):
+        for check in (check_norm, check_swiglu, check_gather, check_choice, check_attention):
             for dtype, tolerance in TOLERANCE.items():
                 error = check(pick, dtype)
                 name = f"{check.__name__} {dtype}"

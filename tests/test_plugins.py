@@ -74,6 +74,7 @@ assert create("CqilBroadcast", rank=3, hidden=4096, dtype=1) == ([3, 4096, 1], 1
 assert create("CqilBypass", distance=2, dtype=1) == ([2, 1], 1)
 assert create("CqilNorm", mode=1, eps=0.0, dtype=2) == ([1, 0, 2], 2)
 assert create("CqilSwiglu", dtype=1) == ([1], 1)
+assert create("CqilGather", dtype=1) == ([1], 1)
 attention = {"heads": 9, "kv_heads": 3, "head_dim": 64, "capacity": 2048, "max_batch": 8, "group": 3, "first": 1}
 made, outputs = create("CqilAttention", **attention, head_norms=1, eps=0.0, dtype=1)
 assert made == [9, 3, 64, 2048, 8, 3, 1, 1, 0, 1] and outputs == 1

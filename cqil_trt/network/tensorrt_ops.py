@@ -2,7 +2,7 @@
 
 Two lowerings of the operations that TensorRT versions differ in: *native* (TensorRT >= 10.15, 11, TensorRT-RTX), which
 have rotary embedding, KV-cache update and attention as layers, and *classic* (8.5 … 10.14), where attention with its
-cache, norms and the gated product are plugins of ours: spelled in primitive layers with dynamic shapes they go through
+cache, norms, the gated product and the gathering of rows are plugins of ours: spelled in primitive layers with dynamic shapes they go through
 a compiler of TensorRT 8.5 whose engines no CUDA graph takes (docs/tensorrt.md). Networks are strongly typed where
 TensorRT can do that (10 and later). Collectives are our plugins, or TensorRT's own collective layer (NCCL).
 
@@ -224,7 +224,7 @@ class TensorRtOps(Ops[Tensor]):
     # Arithmetic
 
     def embedding(self, tokens: Tensor, table: Tensor) -> Tensor:
-        return self._gather(table, self._reshape(tokens, (-1,)), 0)
+        return self._rows(table, self._reshape(tokens, (-1,)))
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         kind = self._trt.MatrixOperation
@@ -267,7 +267,12 @@ class TensorRtOps(Ops[Tensor]):
 
     def select(self, x: Tensor, indices: Tensor) -> Tensor:
         """`indices` are those of `select_rows`: rows of the matrix."""
-        return self._gather(x, indices, 0)
+        return self._rows(x, indices)
+
+    def _rows(self, table: Tensor, indices: Tensor) -> Tensor:
+        if self._lowering.native:
+            return self._gather(table, indices, 0)
+        return self._plugin("CqilGather", [table, indices], 1)[0]
 
     # Attention
 
