@@ -42,6 +42,12 @@ class AttentionShape(ctypes.Structure):
     ]
 
 
+class LinearShape(ctypes.Structure):
+    """cqil_linear_shape of cqil_trt.h."""
+
+    _fields_ = [*((name, ctypes.c_int32) for name in "rows outputs inputs gated dtype".split()), ("eps", ctypes.c_float)]
+
+
 def source_directory() -> Path:
     """The CUDA sources: beside the package in a checkout, inside it when installed."""
     package = Path(__file__).resolve().parent
@@ -135,6 +141,8 @@ def load(path: Path | None = None) -> ctypes.CDLL:
         "cqil_residual_norm": [pointer] * 5 + [integer, integer, ctypes.c_float, integer, pointer],
         "cqil_gather_rows": [pointer, pointer, pointer, integer, integer, integer, pointer],
         "cqil_swiglu": [pointer, pointer, integer, integer, integer, pointer],
+        "cqil_linear": [ctypes.POINTER(LinearShape)] + [pointer] * 9,
+        "cqil_linear_scratch_bytes": [ctypes.POINTER(LinearShape)],
         "cqil_attention": [ctypes.POINTER(AttentionShape)] + [pointer] * 10,
         "cqil_attention_cache_bytes": [ctypes.POINTER(AttentionShape)],
         "cqil_attention_scratch_bytes": [ctypes.POINTER(AttentionShape)],
@@ -143,7 +151,7 @@ def load(path: Path | None = None) -> ctypes.CDLL:
     try:
         for name, arguments in signatures.items():
             getattr(library, name).argtypes = arguments
-        for name in ("cqil_attention_cache_bytes", "cqil_attention_scratch_bytes"):
+        for name in ("cqil_attention_cache_bytes", "cqil_attention_scratch_bytes", "cqil_linear_scratch_bytes"):
             getattr(library, name).restype = size
         for name in ("cqil_last_error", "cqil_version"):
             getattr(library, name).restype = ctypes.c_char_p

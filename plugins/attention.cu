@@ -14,6 +14,7 @@
 
 #include "cqil_trt.h"
 #include "errors.h"
+#include "launch.cuh"
 
 using namespace cqil_trt;
 
@@ -126,6 +127,8 @@ struct Head {
 // kinds / groups of a block.
 template <typename T, int kElements>
 __global__ void __launch_bounds__(kThreads) append_kernel(cqil_attention_shape s, Inputs in, T* queries) {
+    release_successor();
+    wait_for_predecessor();
     const int head = blockIdx.y * kGroups + threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
     const int row = blockIdx.x, sequence = row / s.length, dim = s.head_dim;
     const int heads = s.heads + 2 * s.kv_heads;
@@ -167,6 +170,8 @@ struct Softmax {
 template <typename T, int kElements>
 __global__ void __launch_bounds__(kThreads) attend_kernel(cqil_attention_shape s, Inputs in, const T* queries, int span,
                                                           float* partial, T* out) {
+    release_successor();
+    wait_for_predecessor();
     const int head = blockIdx.x, sequence = blockIdx.z, dim = s.head_dim;
     const int group = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
     const bool decode = queries == nullptr;
@@ -322,6 +327,8 @@ __device__ void load_tile(T (*to)[kDim + kPad], const T* from, size_t stride, in
 template <typename T, int kDim>
 __global__ void __launch_bounds__(kThreads) prefill_kernel(cqil_attention_shape s, Inputs in, const T* queries, T* out) {
     using namespace nvcuda::wmma;
+    release_successor();
+    wait_for_predecessor();
     extern __shared__ char raw[];
     auto& m = *reinterpret_cast<PrefillMemory<T, kDim>*>(raw);
     using Memory = PrefillMemory<T, kDim>;
@@ -421,11 +428,8 @@ __global__ void __launch_bounds__(kThreads) prefill_kernel(cqil_attention_shape 
 template <typename T, int kDim>
 int prefill(const cqil_attention_shape& s, const Inputs& in, const T* queries, T* out, cudaStream_t stream) {
     constexpr int kBytes = int(sizeof(PrefillMemory<T, kDim>));
-    CQIL_CUDA(cudaFuncSetAttribute(prefill_kernel<T, kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
     const dim3 grid((s.length + kTile - 1) / kTile, s.heads, s.batch);
-    prefill_kernel<T, kDim><<<grid, kThreads, kBytes, stream>>>(s, in, queries, out);
-    CQIL_CUDA(cudaGetLastError());
-    return 0;
+    return launch(prefill_kernel<T, kDim>, {grid, kThreads, stream, true, kBytes}, s, in, queries, out);
 }
 
 size_t align(size_t bytes) { return (bytes + 255) / 256 * 256; }
@@ -433,24 +437,19 @@ size_t align(size_t bytes) { return (bytes + 255) / 256 * 256; }
 template <typename T, int kElements>
 int attend(const cqil_attention_shape& s, const Inputs& in, void* out, void* scratch, cudaStream_t stream) {
     T* result = static_cast<T*>(out);
-    if (s.length == 1) {
-        const dim3 grid(s.heads, span_count(s), s.batch);
-        attend_kernel<T, kElements><<<grid, kThreads, 0, stream>>>(s, in, static_cast<const T*>(nullptr), span_length(s),
-                                                                   static_cast<float*>(scratch), result);
-    } else {
-        T* queries = static_cast<T*>(scratch);
-        const int heads = s.heads + 2 * s.kv_heads;
-        append_kernel<T, kElements><<<dim3(s.batch * s.length, (heads + kGroups - 1) / kGroups), kThreads, 0, stream>>>(
-            s, in, queries);
-        if constexpr (!std::is_same_v<T, float>) {
-            if (s.head_dim == 64) return prefill<T, 64>(s, in, queries, result, stream);
-            if (s.head_dim == 128) return prefill<T, 128>(s, in, queries, result, stream);
-        }
-        attend_kernel<T, kElements><<<dim3(s.heads, s.length, s.batch), kThreads, 0, stream>>>(
-            s, in, static_cast<const T*>(queries), 0, nullptr, result);
+    if (s.length == 1)
+        return launch(attend_kernel<T, kElements>, {dim3(s.heads, span_count(s), s.batch), kThreads, stream}, s, in, nullptr,
+                      span_length(s), static_cast<float*>(scratch), result);
+    T* queries = static_cast<T*>(scratch);
+    const int heads = s.heads + 2 * s.kv_heads;
+    const dim3 grid(s.batch * s.length, (heads + kGroups - 1) / kGroups);
+    if (launch(append_kernel<T, kElements>, {grid, kThreads, stream}, s, in, queries)) return -1;
+    if constexpr (!std::is_same_v<T, float>) {
+        if (s.head_dim == 64) return prefill<T, 64>(s, in, queries, result, stream);
+        if (s.head_dim == 128) return prefill<T, 128>(s, in, queries, result, stream);
     }
-    CQIL_CUDA(cudaGetLastError());
-    return 0;
+    return launch(attend_kernel<T, kElements>, {dim3(s.heads, s.length, s.batch), kThreads, stream}, s, in, queries, 0,
+                  nullptr, result);
 }
 
 template <typename T>

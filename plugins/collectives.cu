@@ -64,27 +64,6 @@ constexpr size_t kDefaultMaxBytes = 16 << 20;
 // A row of the fused kernel: 1,024 threads of two packets.
 constexpr size_t kMaxRowBytes = 32 << 10;
 
-struct Launch {
-    dim3 grid, block;
-    cudaStream_t stream;
-    bool overlap;
-};
-
-template <typename... Parameters, typename... Arguments>
-int launch(void (*kernel)(Parameters...), const Launch& l, Arguments... arguments) {
-    cudaLaunchConfig_t config = {};
-    config.gridDim = l.grid;
-    config.blockDim = l.block;
-    config.stream = l.stream;
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &attribute;
-    config.numAttrs = l.overlap ? 1 : 0;
-    CQIL_CUDA(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
-    return 0;
-}
-
 using AllReduceKernel = void (*)(State*, AllReduce);
 
 template <typename T, int kWorld>

@@ -122,6 +122,23 @@ int cqil_residual_norm(const void* delta, const void* residual, const void* weig
 // out [rows, inner] = silu(gate) * up, of gate_up [rows, 2 * inner] that holds gate and up one after the other.
 int cqil_swiglu(const void* gate_up, void* out, int rows, int inner, cqil_dtype dtype, void* stream);
 
+// Rows of x, elements of a row of x and of out; `gated`: whether W holds gate and up, one after the other, and out is
+// silu(gate) * up. `eps` is that of the norm.
+typedef struct {
+    int32_t rows, outputs, inputs, gated, dtype;
+    float eps;
+} cqil_linear_shape;
+
+// Bytes of scratch memory one call needs.
+size_t cqil_linear_scratch_bytes(const cqil_linear_shape* shape);
+
+// out [rows, outputs] = activation(RMSNorm(x + delta) * norm · Wᵀ + bias) + residual, for x [rows, inputs] and W [outputs
+// (twice that when gated), inputs]. Without norm (NULL) x is taken as it is, and delta must be NULL too; delta, bias and
+// residual may be NULL. Sums are kept in float32. W and norm may be read before earlier work on the stream is done: they
+// must not be that work's result. out may be residual, not x. A gated product takes no residual.
+int cqil_linear(const cqil_linear_shape* shape, const void* x, const void* delta, const void* weight, const void* bias,
+                const void* norm, const void* residual, void* out, void* scratch, void* stream);
+
 // `length` new tokens of `batch` sequences, which begin at position past[b], and a cache for `max_batch` sequences of
 // `capacity` tokens. Query head i reads key/value head (i + first) / group. `eps` is that of the head norms.
 typedef struct {

@@ -7,6 +7,7 @@
 #include "argmax.cuh"
 #include "cqil_trt.h"
 #include "errors.h"
+#include "launch.cuh"
 
 using namespace cqil_trt;
 
@@ -18,6 +19,8 @@ constexpr int kThreads = 1024;
 template <typename T>
 __global__ void __launch_bounds__(kThreads) norm_kernel(const T* delta, const T* residual, const T* weight, T* sum_out,
                                                         T* normed, int hidden, float eps) {
+    release_successor();
+    wait_for_predecessor();
     const size_t row = size_t(blockIdx.x) * hidden;
     float square = 0;
     for (int i = threadIdx.x; i < hidden; i += blockDim.x) {
@@ -43,6 +46,8 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const T* delta, const T*
 
 template <typename T>
 __global__ void swiglu_kernel(const T* gate_up, T* out, int inner) {
+    release_successor();
+    wait_for_predecessor();
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= inner) return;
     const size_t row = blockIdx.y;
@@ -53,6 +58,8 @@ __global__ void swiglu_kernel(const T* gate_up, T* out, int inner) {
 // One block a row.
 template <typename T>
 __global__ void gather_rows_kernel(const T* table, const int32_t* indices, T* out, int hidden) {
+    release_successor();
+    wait_for_predecessor();
     const T* from = table + size_t(indices[blockIdx.x]) * hidden;
     T* to = out + size_t(blockIdx.x) * hidden;
     for (int i = threadIdx.x; i < hidden; i += blockDim.x) to[i] = from[i];
@@ -62,6 +69,8 @@ __global__ void gather_rows_kernel(const T* table, const int32_t* indices, T* ou
 template <typename T>
 __global__ void __launch_bounds__(kThreads) row_argmax_kernel(const T* logits, int width, int offset, float* value,
                                                               int32_t* index) {
+    release_successor();
+    wait_for_predecessor();
     const T* row = logits + size_t(blockIdx.x) * width;
     float best = -INFINITY;
     int32_t where = INT32_MAX;
@@ -102,6 +111,8 @@ __global__ void __launch_bounds__(kThreads) row_argmax_kernel(const T* logits, i
 }
 
 __global__ void advance_kernel(const int32_t* next, int32_t* tokens, int32_t* past, int rows, int last) {
+    release_successor();
+    wait_for_predecessor();
     const int row = blockIdx.x * blockDim.x + threadIdx.x;
     if (row >= rows) return;
     tokens[row] = next[row];
@@ -112,13 +123,11 @@ __global__ void advance_kernel(const int32_t* next, int32_t* tokens, int32_t* pa
 template <typename F>
 int by_type(int dtype, F run) {
     switch (dtype) {
-        case CQIL_FLOAT32: run(static_cast<float*>(nullptr)); break;
-        case CQIL_FLOAT16: run(static_cast<__half*>(nullptr)); break;
-        case CQIL_BFLOAT16: run(static_cast<__nv_bfloat16*>(nullptr)); break;
+        case CQIL_FLOAT32: return run(static_cast<float*>(nullptr));
+        case CQIL_FLOAT16: return run(static_cast<__half*>(nullptr));
+        case CQIL_BFLOAT16: return run(static_cast<__nv_bfloat16*>(nullptr));
         default: return fail("type %d is not known", dtype);
     }
-    CQIL_CUDA(cudaGetLastError());
-    return 0;
 }
 
 }  // namespace
@@ -132,9 +141,9 @@ int cqil_residual_norm(const void* delta, const void* residual, const void* weig
     const int threads = hidden >= 2048 ? 1024 : hidden >= 512 ? 256 : 64;
     return by_type(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        norm_kernel<T><<<rows, threads, 0, static_cast<cudaStream_t>(stream)>>>(
-            static_cast<const T*>(delta), static_cast<const T*>(residual), static_cast<const T*>(weight),
-            static_cast<T*>(sum), static_cast<T*>(normed), hidden, eps);
+        return launch(norm_kernel<T>, {dim3(rows), dim3(threads), static_cast<cudaStream_t>(stream)},
+                      static_cast<const T*>(delta), static_cast<const T*>(residual), static_cast<const T*>(weight),
+                      static_cast<T*>(sum), static_cast<T*>(normed), hidden, eps);
     });
 }
 
@@ -143,8 +152,8 @@ int cqil_swiglu(const void* gate_up, void* out, int rows, int inner, cqil_dtype 
     if (rows == 0) return 0;
     return by_type(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        swiglu_kernel<T><<<dim3((inner + 255) / 256, rows), 256, 0, static_cast<cudaStream_t>(stream)>>>(
-            static_cast<const T*>(gate_up), static_cast<T*>(out), inner);
+        return launch(swiglu_kernel<T>, {dim3((inner + 255) / 256, rows), 256, static_cast<cudaStream_t>(stream)},
+                      static_cast<const T*>(gate_up), static_cast<T*>(out), inner);
     });
 }
 
@@ -154,8 +163,8 @@ int cqil_gather_rows(const void* table, const int32_t* indices, void* out, int r
     if (rows == 0) return 0;
     return by_type(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        gather_rows_kernel<T><<<rows, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(static_cast<const T*>(table), indices,
-                                                                                      static_cast<T*>(out), hidden);
+        return launch(gather_rows_kernel<T>, {dim3(rows), 256, static_cast<cudaStream_t>(stream)},
+                      static_cast<const T*>(table), indices, static_cast<T*>(out), hidden);
     });
 }
 
@@ -165,17 +174,16 @@ int cqil_row_argmax(const void* logits, int rows, int width, int offset, cqil_dt
     if (rows == 0) return 0;
     return by_type(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        row_argmax_kernel<T><<<rows, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(static_cast<const T*>(logits), width,
-                                                                                      offset, value, index);
+        return launch(row_argmax_kernel<T>, {dim3(rows), kThreads, static_cast<cudaStream_t>(stream)},
+                      static_cast<const T*>(logits), width, offset, value, index);
     });
 }
 
 int cqil_advance(const int32_t* next, int32_t* tokens, int32_t* past, int rows, int last, void* stream) {
     if (rows < 0) return fail("%d rows", rows);
     if (rows == 0) return 0;
-    advance_kernel<<<(rows + 255) / 256, 256, 0, static_cast<cudaStream_t>(stream)>>>(next, tokens, past, rows, last);
-    CQIL_CUDA(cudaGetLastError());
-    return 0;
+    const dim3 blocks((rows + 255) / 256);
+    return launch(advance_kernel, {blocks, 256, static_cast<cudaStream_t>(stream)}, next, tokens, past, rows, last);
 }
 
 }  // extern "C"

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "argmax.cuh"
+#include "launch.cuh"
 #include "protocol.cuh"
 
 namespace cqil_trt {

@@ -127,21 +127,6 @@ __device__ inline Packet load_halves(const void* address) {
 
 __device__ inline void fence_system() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
-// Programmatic dependent launch: nothing that an earlier kernel wrote, or that one may still read, is touched before
-// wait_for_predecessor(); the "memory" clobbers keep loads from moving above it. Letting the next kernel start early is
-// safe because it waits in the same way, or was launched to start after this one ended.
-__device__ inline void wait_for_predecessor() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ inline void release_successor() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
 __device__ inline bool complete(const Packet& p) {
     return p.word[0] != kEmpty && p.word[1] != kEmpty && p.word[2] != kEmpty && p.word[3] != kEmpty;
 }

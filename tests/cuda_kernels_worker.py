@@ -85,6 +85,33 @@ def check_choice(pick, dtype):
     return 0.0
 
 
+def check_linear(pick, dtype):
+    rows = (1, pick(2, 8), pick(9, 16), pick(17, 64), pick(65, 300))[pick(0, 4)]
+    # Widths that no 16 bytes divide take another kernel.
+    outputs, inputs = pick(1, 3000), pick(1, 400) * 8 + (pick(1, 7) if pick(0, 3) == 0 else 0)
+    gated, biased, added = (bool(pick(0, 1)) for _ in range(3))
+    added = added and not gated
+    normed = pick(0, 2)  # 0: no norm, 2: of a sum
+    x, delta = (torch.randn(rows, inputs, device="cuda").to(dtype) for _ in range(2))
+    weight = (torch.randn(outputs * (1 + gated), inputs, device="cuda") / inputs**0.5).to(dtype)
+    bias = torch.randn(outputs * (1 + gated), device="cuda").to(dtype)
+    norm = (1 + 0.2 * torch.randn(inputs, device="cuda")).to(dtype)
+    residual = torch.randn(rows, outputs, device="cuda").to(dtype)
+    out = torch.empty_like(residual)
+    shape = plugins.LinearShape(rows, outputs, inputs, gated, code(dtype), 1e-5)
+    scratch = torch.empty(library.cqil_linear_scratch_bytes(shape), dtype=torch.uint8, device="cuda")
+    given = [x, delta if normed == 2 else None, weight, bias if biased else None, norm if normed else None]
+    call("linear", ctypes.byref(shape), *given, residual if added else None, out, scratch)
+    wide = x.double() if normed < 2 else (x.double() + delta.double()).to(dtype).double()
+    if normed:
+        wide = rms_norm(wide, norm.double(), 1e-5)
+    expected = wide @ weight.double().T + (bias.double() if biased else 0)
+    if gated:
+        gate, up = expected.chunk(2, -1)
+        expected = torch.nn.functional.silu(gate) * up
+    return relative(out, expected + residual.double() if added else expected)
+
+
 def check_attention(pick, dtype):
     kv_heads, group, dim = pick(1, 4), pick(1, 5), (8, 16, 24, 64, 80, 96, 128, 256)[pick(0, 7)]
     # A rank's share of the heads may begin and end inside a group.
@@ -161,7 +188,7 @@ def main(seed, cases):
 
     torch.manual_seed(seed)
     for case in range(cases):
-        for check in (check_norm, check_swiglu, check_gather, check_choice, check_attention):
+        for check in (check_norm, check_swiglu, check_gather, check_choice, check_linear, check_attention):
             for dtype, tolerance in TOLERANCE.items():
                 error = check(pick, dtype)
                 name = f"{check.__name__} {dtype}"

@@ -134,7 +134,7 @@ class TensorRtOps(Ops[Tensor]):
         self._types[out.name] = out.dtype
         return out
 
-    def _type(self, x: Tensor) -> Any:
+    def type_of(self, x: Tensor) -> Any:
         return self._types.get(x.name, x.dtype)
 
     def _out(self, layer: Any, dtype: Any, index: int = 0) -> Tensor:
@@ -148,13 +148,13 @@ class TensorRtOps(Ops[Tensor]):
 
     def _elementwise(self, operation: str, x: Tensor, y: Tensor) -> Tensor:
         kind = getattr(self._trt.ElementWiseOperation, operation)
-        return self._out(self._network.add_elementwise(x, y, kind), self._type(x))
+        return self._out(self._network.add_elementwise(x, y, kind), self.type_of(x))
 
     def _unary(self, operation: str, x: Tensor) -> Tensor:
-        return self._out(self._network.add_unary(x, getattr(self._trt.UnaryOperation, operation)), self._type(x))
+        return self._out(self._network.add_unary(x, getattr(self._trt.UnaryOperation, operation)), self.type_of(x))
 
     def _cast(self, x: Tensor, dtype: Any) -> Tensor:
-        if self._type(x) == dtype:
+        if self.type_of(x) == dtype:
             return x
         if hasattr(self._network, "add_cast"):
             return self._out(self._network.add_cast(x, dtype), dtype)
@@ -177,12 +177,12 @@ class TensorRtOps(Ops[Tensor]):
             layer.set_input(1, dims)
         if then is not None:
             layer.second_transpose = then
-        return self._out(layer, self._type(x))
+        return self._out(layer, self.type_of(x))
 
     def _permute(self, x: Tensor, order: tuple[int, ...]) -> Tensor:
         layer = self._network.add_shuffle(x)
         layer.first_transpose = order
-        return self._out(layer, self._type(x))
+        return self._out(layer, self.type_of(x))
 
     def _span(self, x: Tensor, axis: int, first: int, last: int) -> Tensor:
         """x[..., first:last, ...] along `axis`, whose size is known; the other axes keep theirs."""
@@ -197,10 +197,10 @@ class TensorRtOps(Ops[Tensor]):
                 for i, size in enumerate(sizes)
             ]
             layer.set_input(2, self._dims(*dynamic))
-        return self._out(layer, self._type(x))
+        return self._out(layer, self.type_of(x))
 
     def _gather(self, x: Tensor, indices: Tensor, axis: int) -> Tensor:
-        return self._out(self._network.add_gather(x, indices, axis), self._type(x))
+        return self._out(self._network.add_gather(x, indices, axis), self.type_of(x))
 
     def _scalar(self, value: float, rank: int, dtype: Any) -> Tensor:
         return self._cast(self._constant(np.full((1,) * rank, value, np.float32)), dtype)
@@ -228,11 +228,11 @@ class TensorRtOps(Ops[Tensor]):
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         kind = self._trt.MatrixOperation
-        out = self._out(self._network.add_matrix_multiply(x, kind.NONE, weight, kind.TRANSPOSE), self._type(x))
+        out = self._out(self._network.add_matrix_multiply(x, kind.NONE, weight, kind.TRANSPOSE), self.type_of(x))
         return out if bias is None else self.add(out, self._reshape(bias, (1, -1)))
 
     def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        rank, dtype, eps = len(x.shape), self._type(x), self.plan.model.rms_norm_eps
+        rank, dtype, eps = len(x.shape), self.type_of(x), self.plan.model.rms_norm_eps
         if not self._lowering.native:
             return self._plugin("CqilNorm", [x, weight], 1, mode=0, eps=eps)[0]
         wide = self._cast(x, self._trt.float32)
@@ -259,11 +259,11 @@ class TensorRtOps(Ops[Tensor]):
         half = gate_up.shape[-1] // 2
         gate, up = self._span(gate_up, 1, 0, half), self._span(gate_up, 1, half, 2 * half)
         layer = self._network.add_activation(gate, self._trt.ActivationType.SIGMOID)
-        sigmoid = self._out(layer, self._type(gate))
+        sigmoid = self._out(layer, self.type_of(gate))
         return self._elementwise("PROD", self._elementwise("PROD", gate, sigmoid), up)
 
     def zeros_like(self, x: Tensor) -> Tensor:
-        return self._elementwise("PROD", x, self._scalar(0.0, len(x.shape), self._type(x)))
+        return self._elementwise("PROD", x, self._scalar(0.0, len(x.shape), self.type_of(x)))
 
     def select(self, x: Tensor, indices: Tensor) -> Tensor:
         """`indices` are those of `select_rows`: rows of the matrix."""
@@ -308,7 +308,7 @@ class TensorRtOps(Ops[Tensor]):
     def rotary(self, x: Tensor, positions: Positions) -> Tensor:
         layer = self._network.add_rotary_embedding(x, *self._tables, False, 0)
         layer.set_input(3, positions.index)
-        return self._out(layer, self._type(x))
+        return self._out(layer, self.type_of(x))
 
     def cached_attention(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, shard: LayerShard) -> Tensor:
         trt, index = self._trt, shard.index
@@ -318,14 +318,14 @@ class TensorRtOps(Ops[Tensor]):
             # The runtime binds it to the memory of the input: the cache is updated in place.
             cached.append(self._out(layer, self._dtype))
             self.outputs[f"cache.{index}.{part}.updated"] = cached[-1]
-        q = self._elementwise("PROD", q, self._scalar(self.plan.model.head_dim**-0.5, 4, self._type(q)))
+        q = self._elementwise("PROD", q, self._scalar(self.plan.model.head_dim**-0.5, 4, self.type_of(q)))
         if not shard.grouped:  # the layer takes grouped heads in equal groups
             q = self._gather(q, self._constant(np.array(shard.query_slots, np.int32)), 1)
         softmax, causal = trt.AttentionNormalizationOp.SOFTMAX, trt.CausalMaskKind.NONE
         layer = self._network.add_attention_v2(q, *cached, softmax, causal)
         layer.mask = positions.mask
         layer.decomposable = True
-        out = self._out(layer, self._type(q))
+        out = self._out(layer, self.type_of(q))
         if not shard.grouped:
             out = self._gather(out, self._constant(np.array(shard.slot_of, np.int32)), 1)
         return self._reshape(self._permute(out, (0, 2, 1, 3)), (-1, shard.num_heads * self.plan.model.head_dim))
@@ -356,7 +356,7 @@ class TensorRtOps(Ops[Tensor]):
         kind, reduction = getattr(trt.CollectiveOperation, operation), getattr(trt.ReduceOperation, reduce)
         layer = self._network.add_dist_collective(x, kind, reduction, root, [])
         layer.num_ranks = self.plan.world_size
-        return self._out(layer, self._type(x))
+        return self._out(layer, self.type_of(x))
 
     def all_reduce_residual(self, delta: Tensor, residual: Tensor) -> Tensor:
         if self._workspace is not None:
@@ -364,7 +364,7 @@ class TensorRtOps(Ops[Tensor]):
         else:
             # In float32, as the definition asks; NCCL adds in an order of its own, the same on every rank.
             wide = self._collective(self._cast(delta, self._trt.float32), "ALL_REDUCE", "SUM")
-            out = self._cast(self.add(wide, self._cast(residual, self._trt.float32)), self._type(residual))
+            out = self._cast(self.add(wide, self._cast(residual, self._trt.float32)), self.type_of(residual))
         self.outputs["joined"] = out
         return out
 
@@ -403,7 +403,7 @@ class TensorRtOps(Ops[Tensor]):
         needed = [1.0 if rank - d <= source < rank else 0.0 for source in range(self.plan.world_size)]
         kept = self._elementwise("PROD", parts, self._constant(np.array(needed, np.float32).reshape(-1, 1, 1)))
         reduce = self._network.add_reduce(kept, self._trt.ReduceOperation.SUM, 1, False)
-        return self._cast(self._out(reduce, self._trt.float32), self._type(x))
+        return self._cast(self._out(reduce, self._trt.float32), self.type_of(x))
 
 
 def define_network(
@@ -431,8 +431,11 @@ def define_network(
     elif not outputs:  # a rank with nothing to do, which an engine must still show for
         outputs["idle"] = network.add_identity(out).get_output(0)
     for name, tensor in outputs.items():
+        dtype = ops.type_of(tensor)
         tensor.name = name
         network.mark_output(tensor)
+        if not lowering.typed:  # where it would hand out float32, whatever the layer computes in
+            tensor.dtype = dtype
     return ops
 
 

@@ -1,0 +1,54 @@
+// Launching kernels so that they overlap the end of the kernel before them (programmatic dependent launch, compute
+// capability 9.0 on).
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "errors.h"
+
+namespace cqil_trt {
+
+// Nothing that an earlier kernel wrote, or that one may still read, is touched before wait_for_predecessor(); the "memory"
+// clobbers keep loads from moving above it. Every kernel waits, so one that has ended knows that all before it have.
+// Letting the next kernel start early is safe because it waits in the same way, or was launched to start after this one.
+__device__ inline void wait_for_predecessor() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ inline void release_successor() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+struct Launch {
+    dim3 grid, block;
+    cudaStream_t stream;
+    bool overlap = true;  // no effect before compute capability 9.0
+    size_t shared_bytes = 0;
+};
+
+// All kernels ask for the same split between L1 and shared memory: a multiprocessor that has to change it runs empty first,
+// and nothing overlaps.
+template <typename... Parameters, typename... Arguments>
+int launch(void (*kernel)(Parameters...), const Launch& l, Arguments... arguments) {
+    CQIL_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+    if (l.shared_bytes > 48 << 10)
+        CQIL_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(l.shared_bytes)));
+    cudaLaunchConfig_t config = {};
+    config.gridDim = l.grid;
+    config.blockDim = l.block;
+    config.dynamicSmemBytes = l.shared_bytes;
+    config.stream = l.stream;
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &attribute;
+    config.numAttrs = l.overlap ? 1 : 0;
+    CQIL_CUDA(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+    return 0;
+}
+
+}  // namespace cqil_trt

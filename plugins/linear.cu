@@ -1,0 +1,504 @@
+// Matrix products of a decoder layer: out = activation(norm(x + delta) · Wᵀ + bias) + residual.
+//
+// One row (a decode step) is bound by reading W: a warp takes whole rows of W through a ring in shared memory, filled by
+// bulk copies that begin before the kernel ahead has finished (weights are nobody's result), so that memory hardly idles
+// between kernels. More rows are a product on tensor cores. What neither takes goes to a plain kernel.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "cqil_trt.h"
+#include "errors.h"
+#include "launch.cuh"
+
+using namespace cqil_trt;
+
+namespace {
+
+struct Operands {
+    const void* x;
+    const void* delta;
+    const void* weight;
+    const void* bias;
+    const void* norm;
+    const void* residual;
+    void* out;
+    int rows, outputs, inputs;
+    float eps;
+};
+
+template <typename T>
+struct Pair;
+template <>
+struct Pair<__half> {
+    using Type = __half2;
+    static __device__ float2 wide(Type x) { return __half22float2(x); }
+};
+template <>
+struct Pair<__nv_bfloat16> {
+    using Type = __nv_bfloat162;
+    static __device__ float2 wide(Type x) { return __bfloat1622float2(x); }
+};
+
+// sum + the product of 16 bytes of w and of x.
+template <typename T>
+__device__ float dot(uint4 w, uint4 x, float sum) {
+    if constexpr (std::is_same_v<T, float>) {
+        const auto *a = reinterpret_cast<const float*>(&w), *b = reinterpret_cast<const float*>(&x);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum = fmaf(a[i], b[i], sum);
+    } else {
+        using Two = typename Pair<T>::Type;
+        const Two *a = reinterpret_cast<const Two*>(&w), *b = reinterpret_cast<const Two*>(&x);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float2 p = Pair<T>::wide(a[i]), q = Pair<T>::wide(b[i]);
+            sum = fmaf(p.x, q.x, fmaf(p.y, q.y, sum));
+        }
+    }
+    return sum;
+}
+
+__device__ float warp_sum(float x) {
+    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+    return x;
+}
+
+__device__ float gated(float gate, float up) { return gate / (1 + __expf(-gate)) * up; }
+
+// One row: streaming W through shared memory.
+
+constexpr int kWarps = 8;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kStages = 5;  // two kernels' rings fit a multiprocessor of compute capability 9.0
+constexpr int kChunk = 2048;  // bytes of a row of W in one stage
+constexpr int kRingBytes = kWarps * kStages * kChunk;
+
+size_t stream_bytes(int inputs, bool norm) { return kRingBytes + size_t(inputs) * 2 * (norm ? 2 : 1); }
+
+__device__ unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
+
+#if __CUDA_ARCH__ >= 900
+__device__ void barrier_init(uint64_t* barrier) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)));
+}
+
+// Starts a copy of `bytes` to shared memory, whose arrival completes the barrier's phase.
+__device__ void bulk_copy(void* to, const void* from, int bytes, uint64_t* barrier) {
+    const unsigned b = shared_address(barrier);
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(b), "r"(bytes) : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(to)),
+                 "l"(from), "r"(bytes), "r"(b)
+                 : "memory");
+}
+
+__device__ void barrier_wait(uint64_t* barrier, unsigned phase) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}\n" ::"r"(shared_address(barrier)),
+        "r"(phase)
+        : "memory");
+}
+#endif
+
+template <typename T, bool kGated>
+__global__ void __launch_bounds__(kThreads) stream_kernel(Operands o) {
+#if __CUDA_ARCH__ >= 900
+    extern __shared__ __align__(128) char memory[];
+    __shared__ uint64_t barriers[kWarps][kStages];
+    __shared__ float parts[kWarps];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    char* ring = memory + warp * kStages * kChunk;
+    auto* x = reinterpret_cast<uint4*>(memory + kRingBytes);
+    const int packets = o.inputs / 8, row_bytes = o.inputs * 2;
+    const int chunks = (row_bytes + kChunk - 1) / kChunk;
+    constexpr int kHalves = kGated ? 2 : 1;
+    // Neighbouring rows go to different multiprocessors, so that each reads as much as the others.
+    const int first = blockIdx.x + gridDim.x * warp, stride = gridDim.x * kWarps;
+    const int mine = first < o.outputs ? (o.outputs - 1 - first) / stride + 1 : 0;
+    const int total = mine * kHalves * chunks;
+
+    int fetched = 0, fetch_row = first, fetch_half = 0, fetch_chunk = 0;
+    auto fetch = [&] {  // lane 0: the next chunk into the stage that is its turn
+        const char* row = static_cast<const char*>(o.weight) + (size_t(fetch_half) * o.outputs + fetch_row) * row_bytes;
+        const int begin = fetch_chunk * kChunk, stage = fetched % kStages;
+        bulk_copy(ring + stage * kChunk, row + begin, min(kChunk, row_bytes - begin), &barriers[warp][stage]);
+        ++fetched;
+        if (++fetch_chunk < chunks) return;
+        fetch_chunk = 0;
+        if (++fetch_half < kHalves) return;
+        fetch_half = 0;
+        fetch_row += stride;
+    };
+    if (lane == 0) {
+        for (int stage = 0; stage < kStages; ++stage) barrier_init(&barriers[warp][stage]);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        for (int i = min(kStages, total); i > 0; --i) fetch();
+    }
+    auto* norm = x + packets;
+    if (o.norm != nullptr)
+        for (int i = threadIdx.x; i < packets; i += kThreads) norm[i] = static_cast<const uint4*>(o.norm)[i];
+    release_successor();
+    wait_for_predecessor();
+
+    float square = 0;
+    for (int i = threadIdx.x; i < packets; i += kThreads) {
+        uint4 packet = static_cast<const uint4*>(o.x)[i];
+        auto* value = reinterpret_cast<T*>(&packet);
+        if (o.delta != nullptr) {
+            const uint4 added = static_cast<const uint4*>(o.delta)[i];
+#pragma unroll
+            for (int j = 0; j < 8; ++j) value[j] = T(float(value[j]) + float(reinterpret_cast<const T*>(&added)[j]));
+        }
+        x[i] = packet;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) square = fmaf(float(value[j]), float(value[j]), square);
+    }
+    if (o.norm != nullptr) {
+        square = warp_sum(square);
+        if (lane == 0) parts[warp] = square;
+        __syncthreads();
+        square = 0;
+        for (float part : parts) square += part;
+        const float scale = rsqrtf(square / float(o.inputs) + o.eps);
+        for (int i = threadIdx.x; i < packets; i += kThreads) {
+            auto *value = reinterpret_cast<T*>(x + i), *weight = reinterpret_cast<T*>(norm + i);
+#pragma unroll
+            for (int j = 0; j < 8; ++j) value[j] = T(float(T(float(value[j]) * scale)) * float(weight[j]));
+        }
+    }
+    __syncthreads();
+
+    int done = 0;
+    for (int row = first; row < o.outputs; row += stride) {
+        float added = 0, sum[kHalves] = {};
+        if (lane == 0 && o.residual != nullptr) added = float(static_cast<const T*>(o.residual)[row]);
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) {
+            for (int chunk = 0; chunk < chunks; ++chunk, ++done) {
+                const int stage = done % kStages, begin = chunk * (kChunk / 16);
+                barrier_wait(&barriers[warp][stage], done / kStages % 2);
+                const auto* w = reinterpret_cast<const uint4*>(ring + stage * kChunk);
+                if (packets - begin >= kChunk / 16) {
+#pragma unroll
+                    for (int i = 0; i < kChunk / 16; i += 32) sum[half] = dot<T>(w[i + lane], x[begin + i + lane], sum[half]);
+                } else {
+                    for (int i = lane; i < packets - begin; i += 32) sum[half] = dot<T>(w[i], x[begin + i], sum[half]);
+                }
+                __syncwarp();
+                if (lane == 0 && fetched < total) fetch();
+            }
+            sum[half] = warp_sum(sum[half]);
+        }
+        if (lane == 0) {
+            const auto* bias = static_cast<const T*>(o.bias);
+            if (bias != nullptr) {
+                sum[0] += float(bias[row]);
+                if constexpr (kGated) sum[1] += float(bias[o.outputs + row]);
+            }
+            const float y = kGated ? gated(sum[0], sum[kHalves - 1]) : sum[0];
+            static_cast<T*>(o.out)[row] = T(y + added);
+        }
+    }
+#endif
+}
+
+// Some rows, tensor cores: W is the left operand, so that few rows of x waste little.
+
+template <typename T>
+__device__ void multiply_accumulate(float (&c)[4], const unsigned (&a)[4], const unsigned* b) {
+    if constexpr (std::is_same_v<T, __half>)
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    else
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ void load_matrices(unsigned (&r)[4], unsigned address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address));
+}
+
+// 16 bytes to shared memory, zeros where `valid` is not.
+__device__ void copy_async(unsigned to, const void* from, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
+
+constexpr int kDepth = 64;  // of a tile along `inputs`: rows of 128 bytes, whose packets are swizzled
+
+// A tile of kW rows of W times kX rows of x. kAcrossW * kAcrossX warps share it, and as many more times kAcrossK the depth
+// of each step: with few rows of x there is little to do otherwise, and a warp would wait for itself.
+template <typename T, int kW, int kX, int kAcrossW, int kAcrossX, int kAcrossK, int kBuffers>
+__global__ void __launch_bounds__(32 * kAcrossW* kAcrossX* kAcrossK) product_kernel(Operands o) {
+    constexpr int kPart = 32 * kAcrossW * kAcrossX * kAcrossK, kMine = kW / kAcrossW / 16, kPairs = (kX / kAcrossX + 15) / 16;
+    constexpr int kTiles = kX / kAcrossX / 8, kBufferBytes = (kW + kX) * kDepth * 2;
+    extern __shared__ __align__(128) char memory[];
+    const unsigned base = shared_address(memory);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % (kAcrossW * kAcrossX);
+    const int slice = threadIdx.x / (32 * kAcrossW * kAcrossX);
+    const int warp_w = warp / kAcrossX * (kW / kAcrossW), warp_x = warp % kAcrossX * (kX / kAcrossX);
+    const int first_w = blockIdx.x * kW, first_x = blockIdx.y * kX, steps = (o.inputs + kDepth - 1) / kDepth;
+    release_successor();
+    wait_for_predecessor();
+
+    auto fetch = [&](int step) {
+        if (step < steps) {
+            const unsigned to = base + step % kBuffers * kBufferBytes;
+            for (int i = threadIdx.x; i < (kW + kX) * 8; i += kPart) {
+                const int row = i / 8, packet = i % 8, k = step * kDepth + packet * 8;
+                const bool weight = row < kW;
+                const int at = weight ? first_w + row : first_x + row - kW;
+                const bool valid = k < o.inputs && at < (weight ? o.outputs : o.rows);
+                const T* from = static_cast<const T*>(weight ? o.weight : o.x);
+                copy_async(to + row * 128 + ((packet ^ (row % 8)) * 16), valid ? from + size_t(at) * o.inputs + k : from, valid);
+            }
+        }
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    };
+    float c[kMine][kTiles][4] = {};
+    for (int step = 0; step < kBuffers - 1; ++step) fetch(step);
+    for (int step = 0; step < steps; ++step) {
+        asm volatile("cp.async.wait_group %0;" ::"n"(kBuffers - 2) : "memory");
+        __syncthreads();
+        fetch(step + kBuffers - 1);
+        const unsigned w = base + step % kBuffers * kBufferBytes, x = w + kW * 128;
+#pragma unroll
+        for (int part = 0; part < kDepth / 16 / kAcrossK; ++part) {
+            const int k = part * kAcrossK + slice;
+            unsigned a[kMine][4], b[kPairs][4];
+#pragma unroll
+            for (int i = 0; i < kMine; ++i) {
+                const int row = warp_w + i * 16 + lane % 16, packet = k * 2 + lane / 16;
+                load_matrices(a[i], w + row * 128 + ((packet ^ (row % 8)) * 16));
+            }
+#pragma unroll
+            for (int j = 0; j < kPairs; ++j) {
+                // With 8 columns alone the second pair of matrices is the first again.
+                const int row = warp_x + (kTiles > 1 ? j * 16 + lane / 16 * 8 : 0) + lane % 8, packet = k * 2 + lane / 8 % 2;
+                load_matrices(b[j], x + row * 128 + ((packet ^ (row % 8)) * 16));
+            }
+#pragma unroll
+            for (int i = 0; i < kMine; ++i)
+#pragma unroll
+                for (int j = 0; j < kTiles; ++j) multiply_accumulate<T>(c[i][j], a[i], b[j / 2] + j % 2 * 2);
+        }
+    }
+
+    if constexpr (kAcrossK > 1) {
+        constexpr int kValues = kMine * kTiles * 4;
+        static_assert((kAcrossK - 1) * kAcrossW * kAcrossX * 32 * kValues * 4 <= kBuffers * kBufferBytes, "the sums fit");
+        asm volatile("cp.async.wait_group 0;" ::: "memory");
+        __syncthreads();
+        auto* sums = reinterpret_cast<float*>(memory);
+        auto sum = [&](int from, int value) -> float& {
+            return sums[((from - 1) * kValues + value) * (32 * kAcrossW * kAcrossX) + warp * 32 + lane];
+        };
+#pragma unroll
+        for (int v = 0; v < kValues; ++v)
+            if (slice > 0) sum(slice, v) = c[v / (kTiles * 4)][v / 4 % kTiles][v % 4];
+        __syncthreads();
+        if (slice > 0) return;
+#pragma unroll
+        for (int v = 0; v < kValues; ++v)
+            for (int from = 1; from < kAcrossK; ++from) c[v / (kTiles * 4)][v / 4 % kTiles][v % 4] += sum(from, v);
+    }
+    const auto *bias = static_cast<const T*>(o.bias), *residual = static_cast<const T*>(o.residual);
+#pragma unroll
+    for (int i = 0; i < kMine; ++i)
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const int output = first_w + warp_w + i * 16 + lane / 4 + e / 2 * 8;
+                const int row = first_x + warp_x + j * 8 + lane % 4 * 2 + e % 2;
+                if (output >= o.outputs || row >= o.rows) continue;
+                const size_t at = size_t(row) * o.outputs + output;
+                float y = c[i][j][e];
+                if (bias != nullptr) y += float(bias[output]);
+                if (residual != nullptr) y += float(residual[at]);
+                static_cast<T*>(o.out)[at] = T(y);
+            }
+}
+
+// Everything else: a warp computes one output for up to kRows rows of x. Packets are 16 bytes, or one element where rows
+// are not aligned to that.
+template <typename T, bool kGated, bool kAligned, int kRows>
+__global__ void __launch_bounds__(kThreads) plain_kernel(Operands o) {
+    constexpr int kHalves = kGated ? 2 : 1, kWidth = kAligned ? 16 / int(sizeof(T)) : 1, kUnroll = kRows == 1 ? 4 : 1;
+    const int lane = threadIdx.x % 32, row = blockIdx.x * kWarps + threadIdx.x / 32, first = blockIdx.y * kRows;
+    release_successor();
+    wait_for_predecessor();
+    if (row >= o.outputs) return;
+    const int rows = min(kRows, o.rows - first), packets = o.inputs / kWidth;
+    const auto *weight = static_cast<const T*>(o.weight), *x = static_cast<const T*>(o.x) + size_t(first) * o.inputs;
+    float sum[kHalves][kRows] = {};
+    auto at = [&](const T* p, int i) {
+        if constexpr (kAligned)
+            return __ldg(reinterpret_cast<const uint4*>(p) + i);
+        else
+            return float(p[i]);
+    };
+    auto multiply = [](auto w, auto v, float s) {
+        if constexpr (kAligned)
+            return dot<T>(w, v, s);
+        else
+            return fmaf(w, v, s);
+    };
+    using Packet = decltype(at(weight, 0));
+    for (int i = lane; i < packets; i += 32 * kUnroll) {
+        Packet w[kHalves][kUnroll];
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half)
+#pragma unroll
+            for (int u = 0; u < kUnroll; ++u)
+                if (i + 32 * u < packets)
+                    w[half][u] = at(weight + (size_t(half) * o.outputs + row) * o.inputs, i + 32 * u);
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u)
+#pragma unroll
+            for (int n = 0; n < kRows; ++n) {
+                if (n >= rows || i + 32 * u >= packets) continue;
+                const Packet v = at(x + size_t(n) * o.inputs, i + 32 * u);
+#pragma unroll
+                for (int half = 0; half < kHalves; ++half) sum[half][n] = multiply(w[half][u], v, sum[half][n]);
+            }
+    }
+    const auto *bias = static_cast<const T*>(o.bias), *residual = static_cast<const T*>(o.residual);
+#pragma unroll
+    for (int n = 0; n < kRows; ++n) {
+        float y[kHalves];
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) {
+            y[half] = warp_sum(sum[half][n]);
+            if (bias != nullptr) y[half] += float(bias[half * o.outputs + row]);
+        }
+        if (lane != 0 || n >= rows) continue;
+        const size_t to = size_t(first + n) * o.outputs + row;
+        float result = kGated ? gated(y[0], y[kHalves - 1]) : y[0];
+        if (residual != nullptr) result += float(residual[to]);
+        static_cast<T*>(o.out)[to] = T(result);
+    }
+}
+
+// Launching
+
+struct Device {
+    int major, processors, shared_bytes;
+};
+
+int describe(Device* device) {
+    int id = 0;
+    CQIL_CUDA(cudaGetDevice(&id));
+    CQIL_CUDA(cudaDeviceGetAttribute(&device->major, cudaDevAttrComputeCapabilityMajor, id));
+    CQIL_CUDA(cudaDeviceGetAttribute(&device->processors, cudaDevAttrMultiProcessorCount, id));
+    CQIL_CUDA(cudaDeviceGetAttribute(&device->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id));
+    return 0;
+}
+
+template <typename T, bool kGated>
+int stream(const Operands& o, const Device& device, cudaStream_t st) {
+    const size_t bytes = stream_bytes(o.inputs, o.norm != nullptr);
+    const int blocks = std::min(device.processors, (o.outputs + kWarps - 1) / kWarps);
+    return launch(stream_kernel<T, kGated>, {dim3(blocks), kThreads, st, true, bytes}, o);
+}
+
+template <typename T, int kW, int kX, int kAcrossW, int kAcrossX, int kAcrossK, int kBuffers>
+int product(const Operands& o, cudaStream_t st) {
+    const dim3 grid((o.outputs + kW - 1) / kW, (o.rows + kX - 1) / kX);
+    return launch(product_kernel<T, kW, kX, kAcrossW, kAcrossX, kAcrossK, kBuffers>,
+                  {grid, 32 * kAcrossW * kAcrossX * kAcrossK, st, true, size_t(kW + kX) * kDepth * 2 * kBuffers}, o);
+}
+
+template <typename T>
+int product(const Operands& o, cudaStream_t st) {
+    if (o.rows <= 8) return product<T, 32, 8, 2, 1, 4, 12>(o, st);
+    if (o.rows <= 16) return product<T, 32, 16, 2, 1, 4, 10>(o, st);
+    if (o.rows <= 64) return product<T, 32, 64, 2, 1, 4, 6>(o, st);
+    return product<T, 128, 128, 2, 2, 1, 3>(o, st);
+}
+
+template <typename T, bool kGated, bool kAligned>
+int plain(const Operands& o, cudaStream_t st) {
+    const unsigned blocks = (o.outputs + kWarps - 1) / kWarps;
+    if (o.rows == 1) return launch(plain_kernel<T, kGated, kAligned, 1>, {dim3(blocks), kThreads, st}, o);
+    return launch(plain_kernel<T, kGated, kAligned, 8>, {dim3(blocks, (o.rows + 7) / 8), kThreads, st}, o);
+}
+
+size_t align(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+size_t element_bytes(int dtype) { return dtype == CQIL_FLOAT32 ? 4 : 2; }
+
+size_t normed_bytes(const cqil_linear_shape& s) { return align(size_t(s.rows) * s.inputs * element_bytes(s.dtype)); }
+
+template <typename T>
+int linear(const cqil_linear_shape& s, Operands o, char* scratch, cudaStream_t st) {
+    Device device;
+    if (describe(&device)) return -1;
+    const auto type = static_cast<cqil_dtype>(s.dtype);
+    const bool aligned = s.inputs * sizeof(T) % 16 == 0;
+    if constexpr (!std::is_same_v<T, float>) {
+        const bool fits = stream_bytes(s.inputs, o.norm != nullptr) + 1024 <= size_t(device.shared_bytes);
+        if (s.rows == 1 && aligned && device.major >= 9 && fits)
+            return s.gated ? stream<T, true>(o, device, st) : stream<T, false>(o, device, st);
+    }
+    if (o.norm != nullptr) {
+        void* sum = o.delta != nullptr ? scratch + normed_bytes(s) : nullptr;
+        if (cqil_residual_norm(o.delta, o.x, o.norm, sum, scratch, s.rows, s.inputs, o.eps, type, st)) return -1;
+        o.x = scratch;
+        scratch += 2 * normed_bytes(s);
+    }
+    if constexpr (!std::is_same_v<T, float>) {
+        if (s.rows > 1 && aligned) {
+            if (!s.gated) return product<T>(o, st);
+            void* out = o.out;
+            o.out = scratch;
+            o.outputs *= 2;
+            return product<T>(o, st) ? -1 : cqil_swiglu(scratch, out, s.rows, s.outputs, type, st);
+        }
+    }
+    if (s.gated) return aligned ? plain<T, true, true>(o, st) : plain<T, true, false>(o, st);
+    return aligned ? plain<T, false, true>(o, st) : plain<T, false, false>(o, st);
+}
+
+}  // namespace
+
+extern "C" {
+
+size_t cqil_linear_scratch_bytes(const cqil_linear_shape* s) {
+    return 2 * normed_bytes(*s) + align(size_t(s->rows) * 2 * s->outputs * element_bytes(s->dtype));
+}
+
+int cqil_linear(const cqil_linear_shape* s, const void* x, const void* delta, const void* weight, const void* bias,
+                const void* norm, const void* residual, void* out, void* scratch, void* stream) {
+    if (s->rows < 0 || s->inputs < 1 || s->outputs < 1 || s->rows > 65535 * 8)
+        return fail("%d rows of %d to %d", s->rows, s->inputs, s->outputs);
+    if (delta != nullptr && norm == nullptr) return fail("delta is added for a norm, and there is none");
+    if (s->gated && residual != nullptr) return fail("a gated product takes no residual");
+    if (s->rows == 0) return 0;
+    const Operands o = {x, delta, weight, bias, norm, residual, out, s->rows, s->outputs, s->inputs, s->eps};
+    auto st = static_cast<cudaStream_t>(stream);
+    auto* space = static_cast<char*>(scratch);
+    switch (s->dtype) {
+        case CQIL_FLOAT32: return linear<float>(*s, o, space, st);
+        case CQIL_FLOAT16: return linear<__half>(*s, o, space, st);
+        case CQIL_BFLOAT16: return linear<__nv_bfloat16>(*s, o, space, st);
+        default: return fail("type %d is not known", s->dtype);
+    }
+}
+
+}  // extern "C"
