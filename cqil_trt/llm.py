@@ -21,10 +21,10 @@ class Llm:
     """One rank's part of a loaded engine. Every rank of the job makes one and calls its methods together.
 
     When the job has a multiple of the ranks an engine needs, they form replicas: consecutive ranks belong to one,
-    and prompts are dealt to replicas in turn.
+    and prompts are dealt to replicas in turn. `device`: "cpu", "cuda" (each rank takes the next GPU), or "auto".
     """
 
-    def __init__(self, directory: Path | None = None, job: Job | None = None):
+    def __init__(self, directory: Path | None = None, job: Job | None = None, device: str = "auto"):
         self.job = job or Job()
         # Only rank 0 looks, so that ranks cannot disagree while a build finishes.
         path = self.job.share(lambda: directory or find_engine(Path("engines"), self.job.size))
@@ -33,7 +33,7 @@ class Llm:
         self.job.agree(lambda: self.engine.verify_rank(self.rank))
         backend = backends.load(self.engine.limits.backend)
         _share_cores(self.job)
-        self.session: Session = self.job.agree(lambda: backend.open_session(self.engine, comm, self.job.rank))
+        self.session: Session = self.job.agree(lambda: backend.open_session(self.engine, comm, device, self.job.rank))
         has_tokenizer = (path / "tokenizer.json").exists()
         self.tokenizer = Tokenizer(path) if has_tokenizer else None
 

@@ -45,7 +45,10 @@ class AttentionShape(ctypes.Structure):
 class LinearShape(ctypes.Structure):
     """cqil_linear_shape of cqil_trt.h."""
 
-    _fields_ = [*((name, ctypes.c_int32) for name in "rows outputs inputs gated dtype".split()), ("eps", ctypes.c_float)]
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in "rows outputs inputs gated dtype".split()),
+        ("eps", ctypes.c_float),
+    ]
 
 
 def source_directory() -> Path:
@@ -140,6 +143,7 @@ def load(path: Path | None = None) -> ctypes.CDLL:
         "cqil_advance": [pointer, pointer, pointer, integer, integer, pointer],
         "cqil_residual_norm": [pointer] * 5 + [integer, integer, ctypes.c_float, integer, pointer],
         "cqil_gather_rows": [pointer, pointer, pointer, integer, integer, integer, pointer],
+        "cqil_add": [pointer, pointer, pointer, size, integer, pointer],
         "cqil_swiglu": [pointer, pointer, integer, integer, integer, pointer],
         "cqil_linear": [ctypes.POINTER(LinearShape)] + [pointer] * 9,
         "cqil_linear_scratch_bytes": [ctypes.POINTER(LinearShape)],

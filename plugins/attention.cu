@@ -444,6 +444,7 @@ int attend(const cqil_attention_shape& s, const Inputs& in, void* out, void* scr
     const int heads = s.heads + 2 * s.kv_heads;
     const dim3 grid(s.batch * s.length, (heads + kGroups - 1) / kGroups);
     if (launch(append_kernel<T, kElements>, {grid, kThreads, stream}, s, in, queries)) return -1;
+    if (out == nullptr) return 0;
     if constexpr (!std::is_same_v<T, float>) {
         if (s.head_dim == 64) return prefill<T, 64>(s, in, queries, result, stream);
         if (s.head_dim == 128) return prefill<T, 128>(s, in, queries, result, stream);
@@ -493,6 +494,7 @@ int cqil_attention(const cqil_attention_shape* s, const void* qkv, const int32_t
                    const void* q_norm, const void* k_norm, void* cache, void* out, void* scratch, void* stream) {
     if (check(*s)) return -1;
     if ((q_norm == nullptr) != (k_norm == nullptr)) return fail("one head norm of two is given");
+    if (s->length == 1 && out == nullptr) return fail("one new token attends at once");
     if (s->batch == 0 || s->length == 0) return 0;
     const Inputs in = {qkv, past, cos, sin, q_norm, k_norm, cache};
     auto st = static_cast<cudaStream_t>(stream);

@@ -119,6 +119,9 @@ int cqil_advance(const int32_t* next, int32_t* tokens, int32_t* past, int rows, 
 int cqil_residual_norm(const void* delta, const void* residual, const void* weight, void* sum, void* normed, int rows,
                        int hidden, float eps, cqil_dtype dtype, void* stream);
 
+// out = x + y, `count` elements; out may be x or y.
+int cqil_add(const void* x, const void* y, void* out, size_t count, cqil_dtype dtype, void* stream);
+
 // out [rows, inner] = silu(gate) * up, of gate_up [rows, 2 * inner] that holds gate and up one after the other.
 int cqil_swiglu(const void* gate_up, void* out, int rows, int inner, cqil_dtype dtype, void* stream);
 
@@ -153,7 +156,8 @@ size_t cqil_attention_scratch_bytes(const cqil_attention_shape* shape);
 
 // Causal attention: rotates queries and keys (halves, as Hugging Face does; cos and sin [capacity, head_dim / 2]), after
 // head norms with weights [head_dim] unless they are NULL, appends keys and values to the cache, attends.
-// qkv [batch * length, heads + 2 * kv_heads, head_dim] -> out [batch * length, heads, head_dim].
+// qkv [batch * length, heads + 2 * kv_heads, head_dim] -> out [batch * length, heads, head_dim]. With several new tokens out
+// may be NULL: then it rotates and appends only, and leaves the queries in scratch in the shape of out.
 int cqil_attention(const cqil_attention_shape* shape, const void* qkv, const int32_t* past, const float* cos,
                    const float* sin, const void* q_norm, const void* k_norm, void* cache, void* out, void* scratch,
                    void* stream);

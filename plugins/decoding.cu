@@ -4,6 +4,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "argmax.cuh"
 #include "cqil_trt.h"
 #include "errors.h"
@@ -42,6 +44,14 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const T* delta, const T*
     const T* from = delta != nullptr ? sum_out : residual;
     for (int i = threadIdx.x; i < hidden; i += blockDim.x)
         normed[row + i] = T(float(T(float(from[row + i]) * scale)) * float(weight[i]));
+}
+
+template <typename T>
+__global__ void add_kernel(const T* x, const T* y, T* out, size_t count) {
+    release_successor();
+    wait_for_predecessor();
+    const size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i < count) out[i] = T(float(x[i]) + float(y[i]));
 }
 
 template <typename T>
@@ -144,6 +154,16 @@ int cqil_residual_norm(const void* delta, const void* residual, const void* weig
         return launch(norm_kernel<T>, {dim3(rows), dim3(threads), static_cast<cudaStream_t>(stream)},
                       static_cast<const T*>(delta), static_cast<const T*>(residual), static_cast<const T*>(weight),
                       static_cast<T*>(sum), static_cast<T*>(normed), hidden, eps);
+    });
+}
+
+int cqil_add(const void* x, const void* y, void* out, size_t count, cqil_dtype dtype, void* stream) {
+    if (count == 0) return 0;
+    if (count > size_t(INT32_MAX) * 256) return fail("%zu elements", count);
+    return by_type(dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        return launch(add_kernel<T>, {dim3((count + 255) / 256), 256, static_cast<cudaStream_t>(stream)},
+                      static_cast<const T*>(x), static_cast<const T*>(y), static_cast<T*>(out), count);
     });
 }
 

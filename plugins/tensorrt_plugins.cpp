@@ -9,10 +9,11 @@
 //                   mode 2: delta, residual, weight -> residual + sum, RMSNorm of it * weight        fields mode, eps, dtype
 //   CqilBroadcast   rank 0: x -> x; others: tokens int32 [B, T] -> rank 0's x [B, T, hidden]          fields rank, hidden, dtype
 //   CqilBypass      x -> sum of the x of the `distance` ranks before this one (zeros on rank 0)       fields distance, dtype
-//   CqilNorm        mode 0: x, weight -> RMSNorm(x) * weight                                          fields mode, eps, dtype
-//                   mode 1: delta, residual, weight -> residual + delta, RMSNorm of it * weight
+//   CqilNorm        x, (delta,) weight -> RMSNorm(x + delta) * weight                                 fields delta, eps, dtype
+//   CqilLinear      x, (delta,) weight, (bias,) (norm,) (residual) -> as cqil_linear
+//                   fields delta, bias, norm, residual, gated (1 where it is given), eps, dtype
+//   CqilAdd         x, (y) -> x + y (terms 2), zeros (terms 0)                                        fields terms, dtype
 //   CqilGather      table [M, H], indices int32 [N] -> table[indices] [N, H]                          field dtype
-//   CqilSwiglu      gate_up [N, 2 I] -> silu(gate) * up [N, I]                                        field dtype
 //   CqilAttention   qkv, cos, sin, (q_norm, k_norm,) past int32 [B], cache -> [N, heads * head_dim]
 //                   as cqil_attention; cache is an int32 tensor bound to a layer's cache; fields as in cqil_attention_shape
 
@@ -234,7 +235,7 @@ public:
 };
 
 struct NormFields {
-    int32_t mode;
+    int32_t delta;
     float eps;
     int32_t dtype;
 };
@@ -242,29 +243,104 @@ struct NormFields {
 class NormPlugin final : public Plugin<NormPlugin, NormFields> {
 public:
     static constexpr char kName[] = "CqilNorm";
-    static constexpr std::array kFieldNames = {"mode", "eps", "dtype"};
+    static constexpr std::array kFieldNames = {"delta", "eps", "dtype"};
     static constexpr std::array kFieldTypes = {PluginFieldType::kINT32, PluginFieldType::kFLOAT32, PluginFieldType::kINT32};
     static constexpr int kIntegers = 0;
     using Plugin::Plugin;
 
-    static bool valid(const Fields& f) { return f.mode >= 0 && f.mode <= 1 && f.eps >= 0 && valid_dtype(f.dtype); }
-    int32_t inputs() const { return fields_.mode + 2; }
-    int32_t outputs() const { return fields_.mode + 1; }
-    int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in, void* const* out, void*,
+    static bool valid(const Fields& f) { return (f.delta == 0 || f.delta == 1) && f.eps >= 0 && valid_dtype(f.dtype); }
+    int32_t inputs() const { return 2 + fields_.delta; }
+    int32_t outputs() const { return 1; }
+    size_t scratch_bytes(PluginTensorDesc const* input) const { return fields_.delta ? elements(input[0].dims) * 4 : 0; }
+    int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in, void* const* out, void* scratch,
             cudaStream_t stream) const {
         const Dims& dims = input[0].dims;
         const int hidden = static_cast<int>(dims.d[dims.nbDims - 1]), rows = static_cast<int>(elements(dims) / hidden);
-        if (fields_.mode == 0)
-            return cqil_residual_norm(nullptr, in[0], in[1], nullptr, out[0], rows, hidden, fields_.eps, dtype(), stream);
-        return cqil_residual_norm(in[0], in[1], in[2], out[0], out[1], rows, hidden, fields_.eps, dtype(), stream);
+        return cqil_residual_norm(fields_.delta ? in[1] : nullptr, in[0], in[1 + fields_.delta], scratch, out[0], rows, hidden,
+                                  fields_.eps, dtype(), stream);
     }
 };
 
-struct TypeField {
+struct LinearFields {
+    int32_t delta, bias, norm, residual, gated;
+    float eps;
     int32_t dtype;
 };
 
-class GatherPlugin final : public Plugin<GatherPlugin, TypeField> {
+class LinearPlugin final : public Plugin<LinearPlugin, LinearFields> {
+public:
+    static constexpr char kName[] = "CqilLinear";
+    static constexpr std::array kFieldNames = {"delta", "bias", "norm", "residual", "gated", "eps", "dtype"};
+    static constexpr std::array kFieldTypes = {
+        PluginFieldType::kINT32, PluginFieldType::kINT32,   PluginFieldType::kINT32, PluginFieldType::kINT32,
+        PluginFieldType::kINT32, PluginFieldType::kFLOAT32, PluginFieldType::kINT32};
+    static constexpr int kIntegers = 0;
+    using Plugin::Plugin;
+
+    static bool valid(const Fields& f) {
+        for (int32_t flag : {f.delta, f.bias, f.norm, f.residual, f.gated})
+            if (flag != 0 && flag != 1) return false;
+        return (f.norm || !f.delta) && !(f.gated && f.residual) && f.eps >= 0 && valid_dtype(f.dtype);
+    }
+    int32_t inputs() const { return 2 + fields_.delta + fields_.bias + fields_.norm + fields_.residual; }
+    int32_t outputs() const { return 1; }
+    DimsExprs output_dimensions(DimsExprs const* in, IExprBuilder& builder) const {
+        DimsExprs dims = in[0];
+        const auto* outputs = in[weight()].d[0];
+        dims.d[1] = fields_.gated ? builder.operation(DimensionOperation::kFLOOR_DIV, *outputs, *builder.constant(2)) : outputs;
+        return dims;
+    }
+    size_t scratch_bytes(PluginTensorDesc const* input) const {
+        const cqil_linear_shape s = shape(input);
+        return cqil_linear_scratch_bytes(&s);
+    }
+    int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in, void* const* out, void* scratch,
+            cudaStream_t stream) const {
+        const cqil_linear_shape s = shape(input);
+        int at = 0;
+        auto next = [&](int32_t given) { return given ? in[at++] : nullptr; };
+        const void *x = next(1), *delta = next(fields_.delta), *weight = next(1), *bias = next(fields_.bias),
+                   *norm = next(fields_.norm), *residual = next(fields_.residual);
+        return cqil_linear(&s, x, delta, weight, bias, norm, residual, out[0], scratch, stream);
+    }
+
+private:
+    int weight() const { return 1 + fields_.delta; }
+    cqil_linear_shape shape(PluginTensorDesc const* input) const {
+        const auto *x = input[0].dims.d, *w = input[weight()].dims.d;
+        return {static_cast<int>(x[0]), static_cast<int>(w[0]) / (1 + fields_.gated), static_cast<int>(x[1]),
+                fields_.gated, fields_.dtype, fields_.eps};
+    }
+};
+
+struct AddFields {
+    int32_t terms, dtype;
+};
+
+class AddPlugin final : public Plugin<AddPlugin, AddFields> {
+public:
+    static constexpr char kName[] = "CqilAdd";
+    static constexpr std::array kFieldNames = {"terms", "dtype"};
+    static constexpr std::array kFieldTypes = {PluginFieldType::kINT32, PluginFieldType::kINT32};
+    static constexpr int kIntegers = 0;
+    using Plugin::Plugin;
+
+    static bool valid(const Fields& f) { return (f.terms == 0 || f.terms == 2) && valid_dtype(f.dtype); }
+    int32_t inputs() const { return fields_.terms ? 2 : 1; }
+    int32_t outputs() const { return 1; }
+    int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in, void* const* out, void*,
+            cudaStream_t stream) const {
+        const size_t count = elements(input[0].dims);
+        if (fields_.terms) return cqil_add(in[0], in[1], out[0], count, dtype(), stream);
+        return cudaMemsetAsync(out[0], 0, count * (fields_.dtype == CQIL_FLOAT32 ? 4 : 2), stream) != cudaSuccess;
+    }
+};
+
+struct GatherFields {
+    int32_t dtype;
+};
+
+class GatherPlugin final : public Plugin<GatherPlugin, GatherFields> {
 public:
     static constexpr char kName[] = "CqilGather";
     static constexpr std::array kFieldNames = {"dtype"};
@@ -284,31 +360,6 @@ public:
         const Dims& dims = output[0].dims;
         return cqil_gather_rows(in[0], static_cast<const int32_t*>(in[1]), out[0], static_cast<int>(dims.d[0]),
                                 static_cast<int>(dims.d[1]), dtype(), stream);
-    }
-};
-
-class SwigluPlugin final : public Plugin<SwigluPlugin, TypeField> {
-public:
-    static constexpr char kName[] = "CqilSwiglu";
-    static constexpr std::array kFieldNames = {"dtype"};
-    static constexpr std::array kFieldTypes = {PluginFieldType::kINT32};
-    static constexpr int kIntegers = 0;
-    using Plugin::Plugin;
-
-    static bool valid(const Fields& f) { return valid_dtype(f.dtype); }
-    int32_t inputs() const { return 1; }
-    int32_t outputs() const { return 1; }
-    DimsExprs output_dimensions(DimsExprs const* in, IExprBuilder& builder) const {
-        DimsExprs dims = in[0];
-        auto*& last = dims.d[dims.nbDims - 1];
-        last = builder.operation(DimensionOperation::kFLOOR_DIV, *last, *builder.constant(2));
-        return dims;
-    }
-    int run(PluginTensorDesc const*, PluginTensorDesc const* output, void const* const* in, void* const* out, void*,
-            cudaStream_t stream) const {
-        const Dims& dims = output[0].dims;
-        const int inner = static_cast<int>(dims.d[dims.nbDims - 1]);
-        return cqil_swiglu(in[0], out[0], static_cast<int>(elements(dims) / inner), inner, dtype(), stream);
     }
 };
 
@@ -429,10 +480,11 @@ Creator<BroadcastPlugin> broadcast_creator;
 Creator<BypassPlugin> bypass_creator;
 Creator<NormPlugin> norm_creator;
 Creator<GatherPlugin> gather_creator;
-Creator<SwigluPlugin> swiglu_creator;
+Creator<LinearPlugin> linear_creator;
+Creator<AddPlugin> add_creator;
 Creator<AttentionPlugin> attention_creator;
-IPluginCreator* const creators[] = {&all_reduce_creator, &broadcast_creator, &bypass_creator,   &norm_creator,
-                                    &gather_creator,     &swiglu_creator,    &attention_creator};
+IPluginCreator* const creators[] = {&all_reduce_creator, &broadcast_creator, &bypass_creator, &norm_creator,
+                                    &linear_creator,     &add_creator,       &gather_creator, &attention_creator};
 
 }  // namespace
 

@@ -46,6 +46,9 @@ def check_norm(pick, dtype):
     call("residual_norm", delta, x, weight, total, normed, rows, hidden, 1e-5, code(dtype))
     call("residual_norm", None, x, weight, None, alone, rows, hidden, 1e-5, code(dtype))
     assert torch.equal(total, (delta.double() + x.double()).to(dtype))
+    added = torch.empty_like(x)
+    call("add", delta, x, added, x.numel(), code(dtype))
+    assert torch.equal(added, total)
     wide = weight.double()
     errors = [relative(normed, rms_norm(total.double(), wide, 1e-5)), relative(alone, rms_norm(x.double(), wide, 1e-5))]
     return max(errors)

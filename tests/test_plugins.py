@@ -72,15 +72,19 @@ assert create("CqilAllReduce", mode=0, eps=0.0, dtype=0) == ([0, 0, 0], 1)
 assert create("CqilAllReduce", mode=2, eps=1e-5, dtype=1) == ([2, int(np.float32(1e-5).view(np.int32)), 1], 2)
 assert create("CqilBroadcast", rank=3, hidden=4096, dtype=1) == ([3, 4096, 1], 1)
 assert create("CqilBypass", distance=2, dtype=1) == ([2, 1], 1)
-assert create("CqilNorm", mode=1, eps=0.0, dtype=2) == ([1, 0, 2], 2)
-assert create("CqilSwiglu", dtype=1) == ([1], 1)
+assert create("CqilNorm", delta=1, eps=0.0, dtype=2) == ([1, 0, 2], 1)
+linear = {"delta": 0, "bias": 1, "norm": 1, "residual": 0, "gated": 1, "eps": 0.0, "dtype": 1}
+assert create("CqilLinear", **linear) == ([0, 1, 1, 0, 1, 0, 1], 1)
+assert create("CqilLinear", **{**linear, "residual": 1}) is None  # a gated product takes none
+assert create("CqilAdd", terms=2, dtype=1) == ([2, 1], 1) and create("CqilAdd", terms=1, dtype=1) is None
 assert create("CqilGather", dtype=1) == ([1], 1)
 attention = {"heads": 9, "kv_heads": 3, "head_dim": 64, "capacity": 2048, "max_batch": 8, "group": 3, "first": 1}
 made, outputs = create("CqilAttention", **attention, head_norms=1, eps=0.0, dtype=1)
 assert made == [9, 3, 64, 2048, 8, 3, 1, 1, 0, 1] and outputs == 1
 assert create("CqilAttention", **{**attention, "group": 0}, head_norms=0, eps=0.0, dtype=1) is None
-assert create("CqilAllReduce", mode=3, eps=0.0, dtype=0) is None and create("CqilSwiglu", dtype=3) is None
-assert create("CqilNorm", mode=2, eps=0.0, dtype=0) is None
+assert create("CqilAllReduce", mode=3, eps=0.0, dtype=0) is None
+assert create("CqilGather", dtype=3) is None
+assert create("CqilNorm", delta=2, eps=0.0, dtype=0) is None
 assert create("CqilAllReduce", mode=1, eps=0.0) is None and create("CqilAllReduce", mode=2) is None
 assert create("CqilBroadcast", rank=9, hidden=8, dtype=1) is None and create("CqilBypass") is None
 print("plugins work with TensorRT API", trt.__version__)

@@ -4,8 +4,8 @@ A backend module provides
 
     compile_rank(job: Compilation) -> None     turns the rank's weights into what its session needs, beside them
     describe(limits, options) -> Description   checks what is asked of it, and says what it will make
-    open_session(engine, comm, device)         executes it on one rank: a Session; `comm` is an mpi4py communicator or
-                                               None, `device` the number of the GPU to use, modulo those there are
+    open_session(engine, comm, device, number) executes it on one rank: a Session; `comm` is an mpi4py communicator or
+                                               None, `device` one of DEVICES, `number` which GPU, modulo those there are
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from typing import Any
 from cqil_trt.config import EngineConfig
 from cqil_trt.engine import rank_file
 from cqil_trt.shard import RankPlan
+
+# Where a session computes; "auto": on a GPU where there is one and the backend can.
+DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True)

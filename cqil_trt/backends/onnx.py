@@ -44,7 +44,9 @@ def _make_sole(path: Path) -> None:
         copy.replace(path)
 
 
-def open_session(engine: Engine, comm: Any, device: int) -> Session:
+def open_session(engine: Engine, comm: Any, device: str, number: int) -> Session:
+    if device == "cuda":
+        raise UserError("--device cuda: this backend computes on the CPU")
     return OnnxSession(engine, comm)
 
 

@@ -30,10 +30,12 @@ _PORTABLE = "8.0,8.6,8.9,12.0"
 _PACKAGES = ("tensorrt", "tensorrt_rtx")
 
 
-def open_session(engine: Engine, comm: Any, device: int) -> Session:
+def open_session(engine: Engine, comm: Any, device: str, number: int) -> Session:
+    if device == "cpu":
+        raise UserError("--device cpu: a TensorRT engine runs on a GPU")
     from cqil_trt.backends.tensorrt_session import TensorRtSession
 
-    return TensorRtSession(engine, comm, device)
+    return TensorRtSession(engine, comm, number)
 
 
 def import_package(names: tuple[str, ...] = _PACKAGES) -> Any:

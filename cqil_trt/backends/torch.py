@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
 
+from cqil_trt import plugins
 from cqil_trt.backends import Compilation, Description
 from cqil_trt.collectives import HostCommunicator, LocalCommunicator
 from cqil_trt.config import EngineConfig
 from cqil_trt.engine import Engine
+from cqil_trt.errors import UserError
 from cqil_trt.network.decoder import decode
 from cqil_trt.network.torch_ops import TorchOps
 from cqil_trt.session import Session
@@ -25,8 +29,24 @@ def compile_rank(job: Compilation) -> None:
     """Nothing is compiled."""
 
 
-def open_session(engine: Engine, comm: Any, device: int) -> Session:
-    return TorchSession(engine, comm)
+def open_session(engine: Engine, comm: Any, device: str, number: int) -> Session:
+    if device == "cpu" or (device == "auto" and not _gpu()):
+        return TorchSession(engine, comm)
+    from cqil_trt.backends.torch_cuda import TorchCudaSession
+
+    return TorchCudaSession(engine, comm, number)
+
+
+def _gpu() -> bool:
+    """Whether there is a GPU that PyTorch was built for, and the kernels for it."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        plugins.library_path()
+    except UserError as error:
+        print(f"computing on the CPU, though there is a GPU: {error}", file=sys.stderr)
+        return False
+    return find_spec("cuda.bindings") is not None
 
 
 class TorchSession(Session):

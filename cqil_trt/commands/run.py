@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cqil_trt import __version__
+from cqil_trt.backends import DEVICES
 from cqil_trt.commands import RankParser
 from cqil_trt.errors import UserError
 from cqil_trt.job import Job, command
@@ -21,6 +22,9 @@ from cqil_trt.table import table
 def parser() -> RankParser:
     p = RankParser(prog="run.py", description="Run an engine: mpirun -n P python runtime/run.py [options]")
     p.add_argument("--engine", metavar="DIR", type=Path, help="default: the newest under engines/ that fits the ranks")
+    p.add_argument(
+        "--device", choices=DEVICES, default="auto", help="where to compute (default: a GPU where there is one)"
+    )
     p.add_argument("--prompt", metavar="TEXT", action="append", help="may be repeated")
     p.add_argument("--prompt-file", metavar="F", help="one prompt a line, or a .json list of texts")
     p.add_argument("--token-ids", metavar="F.json", help="a JSON list of token ids, or a list of such lists")
@@ -71,7 +75,7 @@ def run(options: argparse.Namespace, job: Job) -> bool:
     sampling = SamplingConfig(options.temperature, options.top_k, options.top_p, options.seed)
     GenerationConfig(options.max_new_tokens, stop=tuple(options.stop), sampling=sampling)
 
-    llm = Llm(options.engine, job)
+    llm = Llm(options.engine, job, options.device)
     if options.chat and llm.tokenizer is None:
         raise UserError("--chat needs a tokenizer, which this engine came without")
     limits, model = llm.engine.limits, llm.engine.model

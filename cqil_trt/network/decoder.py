@@ -49,8 +49,8 @@ def decode(ops: Ops[V], tokens: V, past: V, select: V) -> V:
             x, normed = _group(ops, step, shard, x, normed, norm, positions)
 
     if not plan.schedule.predicts:
-        return x if x is not None else tokens
-    return ops.linear(ops.select(normed, select), ops.weight("lm_head.weight"))
+        return ops.keep(x) if x is not None else tokens
+    return ops.keep(ops.linear(ops.select(normed, select), ops.weight("lm_head.weight")))
 
 
 def _input_norms(ops: Ops[V]) -> list[V | None]:
@@ -74,7 +74,7 @@ def _layer(ops: Ops[V], step: Layer, shard: LayerShard, x: V, normed: V, norm: V
 def _group(ops: Ops[V], step: Group, shard: LayerShard, x: V, normed: V, norm: V | None, positions: V):
     """This rank's layer of a concurrent group; one all-reduce joins the group."""
     cqil = ops.plan.cqil
-    a = _attention(ops, shard, normed, positions)
+    a = ops.keep(_attention(ops, shard, normed, positions))
     b = ops.bypass(a, cqil.d) if cqil.d else None
     attended = a if b is None else ops.add(a, b)
     _, normed = ops.residual_norm(attended, x, ops.weight(f"layers.{shard.index}.mlp_norm.weight"))

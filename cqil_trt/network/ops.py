@@ -33,6 +33,10 @@ class Ops(ABC, Generic[V]):
         Token t of sequence b (tokens: integers [B, T]) stands at position past[b] + t (past: integers [B]).
         """
 
+    def keep(self, x: V) -> V:
+        """x, which is used more than once or leaves the network: a backend that defers operations computes it here."""
+        return x
+
     # Arithmetic
 
     @abstractmethod

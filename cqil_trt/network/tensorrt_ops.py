@@ -1,10 +1,11 @@
 """Emits the decoder into a TensorRT network definition, one call a layer or a few.
 
 Two lowerings of the operations that TensorRT versions differ in: *native* (TensorRT >= 10.15, 11, TensorRT-RTX), which
-have rotary embedding, KV-cache update and attention as layers, and *classic* (8.5 … 10.14), where attention with its
-cache, norms, the gated product and the gathering of rows are plugins of ours: spelled in primitive layers with dynamic shapes they go through
-a compiler of TensorRT 8.5 whose engines no CUDA graph takes (docs/tensorrt.md). Networks are strongly typed where
-TensorRT can do that (10 and later). Collectives are our plugins, or TensorRT's own collective layer (NCCL).
+have rotary embedding, KV-cache update and attention as layers, and *classic* (8.5 … 10.14), whose layers are plugins of
+ours. In primitive layers, TensorRT 8.5 hands most of a decoder with dynamic shapes to a compiler whose engines no CUDA
+graph takes, and its matrix products read a decode step's weights at 60% of the memory's speed and add in float16
+(docs/tensorrt.md). Networks are strongly typed where TensorRT can do that (10 and later). Collectives are our plugins,
+or TensorRT's own collective layer (NCCL).
 
 The residual stream is a matrix [N, H] here, N = B * T, so that every projection is one matrix product. Weights are
 inputs of the network, not constants: an engine is as small and as quick to build whatever the model's size, both
@@ -13,6 +14,7 @@ profiles share them, and they go from the safetensors file to the GPU as they ar
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +24,7 @@ import numpy as np
 from cqil_trt.collectives.cuda import DTYPES as PLUGIN_DTYPES
 from cqil_trt.config import DTYPE_BYTES, EngineConfig
 from cqil_trt.network.decoder import decode
+from cqil_trt.network.fused_ops import FusedOps
 from cqil_trt.network.ops import Ops
 from cqil_trt.network.rotary import rotary_tables
 from cqil_trt.shard import LayerShard, RankPlan
@@ -62,7 +65,9 @@ class Positions:
 
 
 class TensorRtOps(Ops[Tensor]):
-    """Adds layers to `network`; the object must live until the engine is built, as TensorRT reads its arrays then.
+    """What both lowerings share: adds layers to `network`.
+
+    The object must live until the engine is built, as TensorRT reads its arrays then.
 
     Args:
         trt: the package that made the network, tensorrt or tensorrt_rtx.
@@ -98,26 +103,12 @@ class TensorRtOps(Ops[Tensor]):
         self.select_rows = self._input("select", trt.int32, (-1,)) if plan.schedule.predicts else None
         joins = plan.schedule.all_reduces + plan.schedule.broadcasts > 0
         self._workspace = self._input("workspace", trt.int32, (1,)) if joins and not nccl else None
-        dim, length = plan.model.head_dim, limits.max_seq_len
-        with_heads = {index: shard for index, shard in plan.layers.items() if shard.num_heads}
-        if lowering.native:
-            self._positions = self._input("positions", trt.int32, (-1, -1))
-            self._caches = {
-                (index, part): self._input(f"cache.{index}.{part}", self._dtype, (-1, shard.num_kv_heads, length, dim))
-                for index, shard in with_heads.items()
-                for part in ("key", "value")
-            }
-            shape = network.add_shape(self.tokens).get_output(0)
-            self._shape_dtype = shape.dtype
-            self._batch, self._length = (network.add_slice(shape, (i,), (1,), (1,)).get_output(0) for i in (0, 1))
-            # numpy has no bfloat16: the network rounds.
-            tables = (self._constant(table) for table in rotary_tables(rotary, length))
-            self._tables = [self._cast(table, self._dtype) for table in tables]
-        else:
-            # Bound to the cache's memory, in a layout of the plugin's own.
-            self._caches = {(index, "memory"): self._input(f"cache.{index}", trt.int32, (1,)) for index in with_heads}
-            names = ("rotary.cos", "rotary.sin") if with_heads else ()
-            self._tables = [self._input(name, trt.float32, (length, dim // 2)) for name in names]
+        self._with_heads = {index: shard for index, shard in plan.layers.items() if shard.num_heads}
+        self._define_caches(rotary)
+
+    @abstractmethod
+    def _define_caches(self, rotary: Sequence[float]) -> None:
+        """Adds the inputs that attention needs."""
 
     # Small words for layers
 
@@ -212,124 +203,6 @@ class TensorRtOps(Ops[Tensor]):
             self._weights[name] = self._input(name, self._dtype, self._shapes[name])
         return self._weights[name]
 
-    def positions(self, tokens: Tensor, past: Tensor) -> Positions | None:
-        if not self._lowering.native:
-            return None  # the plugin counts from `past`
-        trt = self._trt
-        keys = self._constant(np.arange(self._limits.max_seq_len, dtype=np.int32).reshape(1, 1, 1, -1))
-        queries = self._reshape(self._positions, self._dims(self._batch, 1, self._length, 1))
-        hidden = self._elementwise("GREATER", keys, queries)
-        return Positions(self._cast(self._positions, trt.int64), self._unary("NOT", hidden))
-
-    # Arithmetic
-
-    def embedding(self, tokens: Tensor, table: Tensor) -> Tensor:
-        return self._rows(table, self._reshape(tokens, (-1,)))
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        kind = self._trt.MatrixOperation
-        out = self._out(self._network.add_matrix_multiply(x, kind.NONE, weight, kind.TRANSPOSE), self.type_of(x))
-        return out if bias is None else self.add(out, self._reshape(bias, (1, -1)))
-
-    def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        rank, dtype, eps = len(x.shape), self.type_of(x), self.plan.model.rms_norm_eps
-        if not self._lowering.native:
-            return self._plugin("CqilNorm", [x, weight], 1, mode=0, eps=eps)[0]
-        wide = self._cast(x, self._trt.float32)
-        square = self._elementwise("PROD", wide, wide)
-        reduce = self._network.add_reduce(square, self._trt.ReduceOperation.AVG, 1 << (rank - 1), True)
-        mean = self._out(reduce, self._trt.float32)
-        shifted = self._elementwise("SUM", mean, self._scalar(eps, rank, self._trt.float32))
-        normed = self._elementwise("DIV", wide, self._unary("SQRT", shifted))
-        return self._elementwise("PROD", self._cast(normed, dtype), self._reshape(weight, (1,) * (rank - 1) + (-1,)))
-
-    def residual_norm(self, delta: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        if self._lowering.native:
-            return super().residual_norm(delta, residual, weight)
-        eps = self.plan.model.rms_norm_eps
-        out, normed = self._plugin("CqilNorm", [delta, residual, weight], 2, mode=1, eps=eps)
-        return out, normed
-
-    def add(self, x: Tensor, y: Tensor) -> Tensor:
-        return self._elementwise("SUM", x, y)
-
-    def swiglu(self, gate_up: Tensor) -> Tensor:
-        if not self._lowering.native:
-            return self._plugin("CqilSwiglu", [gate_up], 1)[0]
-        half = gate_up.shape[-1] // 2
-        gate, up = self._span(gate_up, 1, 0, half), self._span(gate_up, 1, half, 2 * half)
-        layer = self._network.add_activation(gate, self._trt.ActivationType.SIGMOID)
-        sigmoid = self._out(layer, self.type_of(gate))
-        return self._elementwise("PROD", self._elementwise("PROD", gate, sigmoid), up)
-
-    def zeros_like(self, x: Tensor) -> Tensor:
-        return self._elementwise("PROD", x, self._scalar(0.0, len(x.shape), self.type_of(x)))
-
-    def select(self, x: Tensor, indices: Tensor) -> Tensor:
-        """`indices` are those of `select_rows`: rows of the matrix."""
-        return self._rows(x, indices)
-
-    def _rows(self, table: Tensor, indices: Tensor) -> Tensor:
-        if self._lowering.native:
-            return self._gather(table, indices, 0)
-        return self._plugin("CqilGather", [table, indices], 1)[0]
-
-    # Attention
-
-    def attention(self, qkv: Tensor, positions: Positions | None, shard: LayerShard) -> Tensor:
-        if self._lowering.native:
-            return super().attention(qkv, positions, shard)
-        model, layer = self.plan.model, f"layers.{shard.index}"
-        norms = [self.weight(f"{layer}.{name}.weight") for name in ("q_norm", "k_norm")] if model.qk_norm else []
-        group = model.num_heads // model.num_kv_heads
-        inputs = [qkv, *self._tables, *norms, self.past, self._caches[shard.index, "memory"]]
-        return self._plugin(
-            "CqilAttention",
-            inputs,
-            1,
-            heads=shard.num_heads,
-            kv_heads=shard.num_kv_heads,
-            head_dim=model.head_dim,
-            capacity=self._limits.max_seq_len,
-            max_batch=self._limits.max_batch_size,
-            group=group,
-            first=shard.heads[0] - shard.kv_heads[0] * group,
-            head_norms=int(model.qk_norm),
-            eps=model.rms_norm_eps,
-        )[0]
-
-    def split_heads(self, qkv: Tensor, shard: LayerShard) -> tuple[Tensor, Tensor, Tensor]:
-        ends = np.cumsum([0, shard.num_heads, shard.num_kv_heads, shard.num_kv_heads]).tolist()
-        shape = self._dims(self._batch, self._length, ends[-1], self.plan.model.head_dim)
-        heads = self._reshape(qkv, shape, then=(0, 2, 1, 3))
-        q, k, v = (self._span(heads, 1, first, last) for first, last in zip(ends, ends[1:]))
-        return q, k, v
-
-    def rotary(self, x: Tensor, positions: Positions) -> Tensor:
-        layer = self._network.add_rotary_embedding(x, *self._tables, False, 0)
-        layer.set_input(3, positions.index)
-        return self._out(layer, self.type_of(x))
-
-    def cached_attention(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, shard: LayerShard) -> Tensor:
-        trt, index = self._trt, shard.index
-        cached = []
-        for part, new in (("key", k), ("value", v)):
-            layer = self._network.add_kv_cache_update(self._caches[index, part], new, self.past, trt.KVCacheMode.LINEAR)
-            # The runtime binds it to the memory of the input: the cache is updated in place.
-            cached.append(self._out(layer, self._dtype))
-            self.outputs[f"cache.{index}.{part}.updated"] = cached[-1]
-        q = self._elementwise("PROD", q, self._scalar(self.plan.model.head_dim**-0.5, 4, self.type_of(q)))
-        if not shard.grouped:  # the layer takes grouped heads in equal groups
-            q = self._gather(q, self._constant(np.array(shard.query_slots, np.int32)), 1)
-        softmax, causal = trt.AttentionNormalizationOp.SOFTMAX, trt.CausalMaskKind.NONE
-        layer = self._network.add_attention_v2(q, *cached, softmax, causal)
-        layer.mask = positions.mask
-        layer.decomposable = True
-        out = self._out(layer, self.type_of(q))
-        if not shard.grouped:
-            out = self._gather(out, self._constant(np.array(shard.slot_of, np.int32)), 1)
-        return self._reshape(self._permute(out, (0, 2, 1, 3)), (-1, shard.num_heads * self.plan.model.head_dim))
-
     # Collectives
 
     def _plugin(self, name: str, inputs: list[Tensor], outputs: int, **fields: int | float) -> list[Tensor]:
@@ -406,6 +279,162 @@ class TensorRtOps(Ops[Tensor]):
         return self._cast(self._out(reduce, self._trt.float32), self.type_of(x))
 
 
+class NativeOps(TensorRtOps):
+    """Layers of TensorRT for everything but, where it takes them, the plugins that join ranks."""
+
+    def _define_caches(self, rotary: Sequence[float]) -> None:
+        trt, network, length = self._trt, self._network, self._limits.max_seq_len
+        self._positions = self._input("positions", trt.int32, (-1, -1))
+        dim = self.plan.model.head_dim
+        self._caches = {
+            (index, part): self._input(f"cache.{index}.{part}", self._dtype, (-1, shard.num_kv_heads, length, dim))
+            for index, shard in self._with_heads.items()
+            for part in ("key", "value")
+        }
+        shape = network.add_shape(self.tokens).get_output(0)
+        self._shape_dtype = shape.dtype
+        self._batch, self._length = (network.add_slice(shape, (i,), (1,), (1,)).get_output(0) for i in (0, 1))
+        # numpy has no bfloat16: the network rounds.
+        tables = (self._constant(table) for table in rotary_tables(rotary, length))
+        self._tables = [self._cast(table, self._dtype) for table in tables]
+
+    def positions(self, tokens: Tensor, past: Tensor) -> Positions:
+        trt = self._trt
+        keys = self._constant(np.arange(self._limits.max_seq_len, dtype=np.int32).reshape(1, 1, 1, -1))
+        queries = self._reshape(self._positions, self._dims(self._batch, 1, self._length, 1))
+        hidden = self._elementwise("GREATER", keys, queries)
+        return Positions(self._cast(self._positions, trt.int64), self._unary("NOT", hidden))
+
+    def embedding(self, tokens: Tensor, table: Tensor) -> Tensor:
+        return self._gather(table, self._reshape(tokens, (-1,)), 0)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        kind = self._trt.MatrixOperation
+        out = self._out(self._network.add_matrix_multiply(x, kind.NONE, weight, kind.TRANSPOSE), self.type_of(x))
+        return out if bias is None else self.add(out, self._reshape(bias, (1, -1)))
+
+    def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        rank, dtype, eps = len(x.shape), self.type_of(x), self.plan.model.rms_norm_eps
+        wide = self._cast(x, self._trt.float32)
+        square = self._elementwise("PROD", wide, wide)
+        reduce = self._network.add_reduce(square, self._trt.ReduceOperation.AVG, 1 << (rank - 1), True)
+        mean = self._out(reduce, self._trt.float32)
+        shifted = self._elementwise("SUM", mean, self._scalar(eps, rank, self._trt.float32))
+        normed = self._elementwise("DIV", wide, self._unary("SQRT", shifted))
+        return self._elementwise("PROD", self._cast(normed, dtype), self._reshape(weight, (1,) * (rank - 1) + (-1,)))
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        return self._elementwise("SUM", x, y)
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        half = gate_up.shape[-1] // 2
+        gate, up = self._span(gate_up, 1, 0, half), self._span(gate_up, 1, half, 2 * half)
+        layer = self._network.add_activation(gate, self._trt.ActivationType.SIGMOID)
+        sigmoid = self._out(layer, self.type_of(gate))
+        return self._elementwise("PROD", self._elementwise("PROD", gate, sigmoid), up)
+
+    def zeros_like(self, x: Tensor) -> Tensor:
+        return self._elementwise("PROD", x, self._scalar(0.0, len(x.shape), self.type_of(x)))
+
+    def select(self, x: Tensor, indices: Tensor) -> Tensor:
+        """`indices` are those of `select_rows`: rows of the matrix."""
+        return self._gather(x, indices, 0)
+
+    def split_heads(self, qkv: Tensor, shard: LayerShard) -> tuple[Tensor, Tensor, Tensor]:
+        ends = np.cumsum([0, shard.num_heads, shard.num_kv_heads, shard.num_kv_heads]).tolist()
+        shape = self._dims(self._batch, self._length, ends[-1], self.plan.model.head_dim)
+        heads = self._reshape(qkv, shape, then=(0, 2, 1, 3))
+        q, k, v = (self._span(heads, 1, first, last) for first, last in zip(ends, ends[1:]))
+        return q, k, v
+
+    def rotary(self, x: Tensor, positions: Positions) -> Tensor:
+        layer = self._network.add_rotary_embedding(x, *self._tables, False, 0)
+        layer.set_input(3, positions.index)
+        return self._out(layer, self.type_of(x))
+
+    def cached_attention(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, shard: LayerShard) -> Tensor:
+        trt, index = self._trt, shard.index
+        cached = []
+        for part, new in (("key", k), ("value", v)):
+            layer = self._network.add_kv_cache_update(self._caches[index, part], new, self.past, trt.KVCacheMode.LINEAR)
+            # The runtime binds it to the memory of the input: the cache is updated in place.
+            cached.append(self._out(layer, self._dtype))
+            self.outputs[f"cache.{index}.{part}.updated"] = cached[-1]
+        q = self._elementwise("PROD", q, self._scalar(self.plan.model.head_dim**-0.5, 4, self.type_of(q)))
+        if not shard.grouped:  # the layer takes grouped heads in equal groups
+            q = self._gather(q, self._constant(np.array(shard.query_slots, np.int32)), 1)
+        softmax, causal = trt.AttentionNormalizationOp.SOFTMAX, trt.CausalMaskKind.NONE
+        layer = self._network.add_attention_v2(q, *cached, softmax, causal)
+        layer.mask = positions.mask
+        layer.decomposable = True
+        out = self._out(layer, self.type_of(q))
+        if not shard.grouped:
+            out = self._gather(out, self._constant(np.array(shard.slot_of, np.int32)), 1)
+        return self._reshape(self._permute(out, (0, 2, 1, 3)), (-1, shard.num_heads * self.plan.model.head_dim))
+
+
+class ClassicOps(FusedOps[Tensor], TensorRtOps):
+    """Plugins. Caches are bound to memory in a layout of the attention's own, as int32 [1]."""
+
+    def _define_caches(self, rotary: Sequence[float]) -> None:
+        trt = self._trt
+        self._caches = {index: self._input(f"cache.{index}", trt.int32, (1,)) for index in self._with_heads}
+        table = (self._limits.max_seq_len, self.plan.model.head_dim // 2)
+        names = ("rotary.cos", "rotary.sin") if self._with_heads else ()
+        self._tables = [self._input(name, trt.float32, table) for name in names]
+
+    def positions(self, tokens: Tensor, past: Tensor) -> None:
+        """The attention counts from `past`."""
+
+    def embedding(self, tokens: Tensor, table: Tensor) -> Tensor:
+        return self.rows(table, self._reshape(tokens, (-1,)))
+
+    def rows(self, x: Tensor, indices: Tensor) -> Tensor:
+        """`indices` as those of `select_rows`: rows of the matrix."""
+        return self._plugin("CqilGather", [x, indices], 1)[0]
+
+    def fused_linear(self, x, weight, bias=None, norm=None, delta=None, residual=None, gated=False) -> Tensor:
+        inputs = [tensor for tensor in (x, delta, weight, bias, norm, residual) if tensor is not None]
+        given = {"delta": delta, "bias": bias, "norm": norm, "residual": residual}
+        fields = {name: int(tensor is not None) for name, tensor in given.items()}
+        return self._plugin("CqilLinear", inputs, 1, **fields, gated=int(gated), eps=self.plan.model.rms_norm_eps)[0]
+
+    def fused_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor) -> Tensor:
+        inputs = [tensor for tensor in (x, delta, weight) if tensor is not None]
+        return self._plugin("CqilNorm", inputs, 1, delta=int(delta is not None), eps=self.plan.model.rms_norm_eps)[0]
+
+    def fused_add(self, x: Tensor, y: Tensor) -> Tensor:
+        return self._plugin("CqilAdd", [x, y], 1, terms=2)[0]
+
+    def zeros_like(self, x: Tensor) -> Tensor:
+        return self._plugin("CqilAdd", [self.keep(x)], 1, terms=0)[0]
+
+    def attention(self, qkv: Tensor, positions: None, shard: LayerShard) -> Tensor:
+        model, layer = self.plan.model, f"layers.{shard.index}"
+        norms = [self.weight(f"{layer}.{name}.weight") for name in ("q_norm", "k_norm")] if model.qk_norm else []
+        group = model.num_heads // model.num_kv_heads
+        inputs = [self.keep(qkv), *self._tables, *norms, self.past, self._caches[shard.index]]
+        return self._plugin(
+            "CqilAttention",
+            inputs,
+            1,
+            heads=shard.num_heads,
+            kv_heads=shard.num_kv_heads,
+            head_dim=model.head_dim,
+            capacity=self._limits.max_seq_len,
+            max_batch=self._limits.max_batch_size,
+            group=group,
+            first=shard.heads[0] - shard.kv_heads[0] * group,
+            head_norms=int(model.qk_norm),
+            eps=model.rms_norm_eps,
+        )[0]
+
+    def split_heads(self, qkv, shard):
+        raise NotImplementedError("attention is one plugin")
+
+    rotary = cached_attention = split_heads
+
+
 def define_network(
     trt: Any,
     network: Any,
@@ -423,7 +452,8 @@ def define_network(
     rotary.sin float32 [S, head_dim / 2]. Outputs: logits [R, V] (where the rank predicts), joined [B * T, H] (the
     residual stream after the last all-reduce, where there is one), and native every cache, updated in place.
     """
-    ops = TensorRtOps(trt, network, lowering, plan, limits, rotary, nccl)
+    kind = NativeOps if lowering.native else ClassicOps
+    ops = kind(trt, network, lowering, plan, limits, rotary, nccl)
     out = decode(ops, ops.tokens, ops.past, ops.select_rows)
     outputs = dict(ops.outputs)
     if plan.schedule.predicts:

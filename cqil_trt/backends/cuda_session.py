@@ -1,0 +1,287 @@
+"""Executes a rank's network on a GPU, whatever launches its kernels: numpy, mpi4py, cuda-bindings, our plugin library.
+
+Everything is allocated when the session begins. A decode step is one CUDA graph for each batch size: the network, the
+greedy choice over all ranks, and the input of the next step.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+
+from cqil_trt import cuda, plugins
+from cqil_trt.collectives.cuda import DTYPES, Workspace
+from cqil_trt.config import DTYPE_BYTES
+from cqil_trt.engine import Engine, tensor_spans
+from cqil_trt.errors import UserError
+from cqil_trt.network.rotary import rotary_tables
+from cqil_trt.session import Session
+
+_STAGING_BYTES = 64 << 20
+
+
+class Phase(IntEnum):
+    PREFILL = 0
+    DECODE = 1
+
+
+# What a pass reads and writes, by the names of the decoder's inputs and outputs, lies in buffers of these names.
+BUFFERS: dict[Phase, dict[str, str]] = {
+    Phase.PREFILL: {"past": "prefill.past"},
+    # The decode step runs on what it wrote itself.
+    Phase.DECODE: {"tokens": "next", "positions": "past", "select": "each", "logits": "prediction"},
+}
+
+
+class CudaSession(Session):
+    """One rank on the current GPU. Raises UserError for too little memory, or GPUs that cannot reach each other.
+
+    Subclasses load what they execute, then call `_allocate`, `_load_constants` and `_load_weights`, after which
+    `_memory` has the address of every buffer and weight.
+    """
+
+    def __init__(self, engine: Engine, comm: Any, library: Any):
+        rank = 0 if comm is None else comm.Get_rank()
+        super().__init__(engine, rank)
+        self._comm, self._library = comm, library
+        self._stream = cuda.call("StreamCreate")
+        self._workspace = None if comm is None else Workspace(comm)
+        self._bytes = DTYPE_BYTES[engine.limits.dtype]
+        self._memory: dict[str, int] = {}
+        self._batch = 0
+        self._rows = 0  # tokens of the last pass
+        self._selected: tuple[int, ...] = (0, 0)
+        self._common_past = 0  # tokens that every sequence had before the last prefill pass
+        self._on_device: np.ndarray | None = None  # what the decode step's token input holds
+        self._chosen = False  # whether `best` belongs to the current prediction
+        self._graphs: dict[int, cuda.Graph] = {}  # by batch size
+
+    @abstractmethod
+    def _execute(self, phase: Phase, batch: int, length: int, rows: int) -> None:
+        """Enqueues the network: `length` tokens of `batch` sequences, predicting from `rows` of them."""
+
+    # Memory
+
+    def _cache_sizes(self) -> dict[str, int]:
+        """Bytes of every cache, by name."""
+        limits, model = self.limits, self._plan.model
+        sizes = {}
+        for index, shard in self._plan.layers.items():
+            if not shard.num_heads:
+                continue
+            shape = plugins.AttentionShape(
+                heads=shard.num_heads,
+                kv_heads=shard.num_kv_heads,
+                head_dim=model.head_dim,
+                capacity=limits.max_seq_len,
+                max_batch=limits.max_batch_size,
+                dtype=DTYPES[limits.dtype],
+            )
+            sizes[f"cache.{index}"] = self._library.cqil_attention_cache_bytes(shape)
+        return sizes
+
+    def _allocate(self) -> None:
+        limits, model = self.limits, self._plan.model
+        batch, chunk = limits.max_batch_size, min(limits.prefill_chunk, limits.max_seq_len)
+        width, hidden = self._widths[self._plan.rank], model.hidden_size * self._bytes
+        rows = max(chunk, batch)  # scoring predicts from a chunk of one prompt, prefill from one token of each
+        sizes = {
+            "tokens": 4 * batch * chunk,
+            "positions": 4 * batch * chunk,
+            "select": 4 * rows,
+            "logits": self._bytes * rows * width,
+            "joined": hidden * batch * chunk,
+            "idle": 4 * batch * chunk,
+            "prefill.past": 4 * batch,
+            "next": 4 * batch,
+            "past": 4 * batch,
+            "each": 4 * batch,
+            "prediction": self._bytes * batch * width,
+            "value": 4 * batch,
+            "index": 4 * batch,
+            "best_value": 4 * batch,
+            "best": 4 * batch,
+        }
+        tables = limits.max_seq_len * model.head_dim // 2 * 4
+        sizes |= {"rotary.cos": tables, "rotary.sin": tables}
+        self._caches = self._cache_sizes()
+        sizes |= self._caches
+        arena = cuda.Arena(sum(map(cuda.aligned, sizes.values())), "the KV cache and buffers")
+        self._memory |= {name: arena.take(size) for name, size in sizes.items()}
+        self._best = cuda.pinned((batch,), np.int32)
+
+    def _load_constants(self, engine: Engine) -> None:
+        cuda.upload(self._memory["each"], np.arange(self.limits.max_batch_size, dtype=np.int32), self._stream)
+        tables = rotary_tables(engine.rotary, self.limits.max_seq_len)
+        for name, table in zip(("rotary.cos", "rotary.sin"), tables):
+            cuda.upload(self._memory[name], table, self._stream)
+        for name, size in self._caches.items():
+            cuda.call("MemsetAsync", self._memory[name], 0, size, self._stream)
+        self._synchronize()
+
+    def _load_weights(self, engine: Engine) -> None:
+        """Copies the rank's tensors to the GPU, each to an address of its own, through page-locked memory."""
+        path = engine.rank_file(self._plan.rank)
+        spans = tensor_spans(path)
+        first, last = self._plan.vocabulary
+        row = self._plan.model.hidden_size * self._bytes
+        shared = self._plan.shares_embedding
+        copied = shared and first * row % cuda.ALIGNMENT != 0
+        sizes = [length for _, length in spans.values()] + [(last - first) * row] * copied
+        arena = cuda.Arena(sum(map(cuda.aligned, sizes)), "the weights")
+        staging = cuda.pinned((min(_STAGING_BYTES, max(sizes, default=1)),), np.uint8)
+        with open(path, "rb", buffering=0) as file:
+            for name, (begin, length) in spans.items():
+                address = self._memory[name] = arena.take(length)
+                file.seek(begin)
+                for offset in range(0, length, len(staging)):
+                    part = memoryview(staging)[: min(len(staging), length - offset)]
+                    if file.readinto(part) != len(part):
+                        raise UserError(f"{path}: truncated while reading {name}")
+                    cuda.upload(address + offset, np.frombuffer(part, np.uint8), self._stream)
+                    self._synchronize()
+        if shared:
+            address = self._memory["embedding.weight"] + first * row
+            if copied:
+                source, address = address, arena.take((last - first) * row)
+                cuda.copy(address, source, (last - first) * row, self._stream)
+            self._memory["lm_head.weight"] = address
+
+    # The pass
+
+    def _synchronize(self) -> None:
+        cuda.call("StreamSynchronize", self._stream)
+
+    def _finish(self) -> None:
+        """Waits for the stream. Raises CollectiveError when a peer did not come."""
+        if self._workspace is None:
+            self._synchronize()
+            return
+        with self._workspace.guard():
+            self._synchronize()
+
+    def _start(self, batch: int, longest: int) -> None:
+        self._batch = batch
+
+    def _forward(self, tokens: np.ndarray, past: np.ndarray, select: np.ndarray) -> None:
+        batch, length = tokens.shape
+        positions = np.minimum(past[:, None] + np.arange(length), self.limits.max_seq_len - 1)
+        rows = (np.arange(batch)[:, None] * length + select).reshape(-1)
+        inputs = {"tokens": tokens, "positions": positions, "prefill.past": past, "select": rows}
+        for name, array in inputs.items():
+            cuda.upload(self._memory[name], array.astype(np.int32), self._stream)
+        self._common_past = int(past[0])
+        self._execute(Phase.PREFILL, batch, length, len(rows))
+        self._rows, self._selected = batch * length, select.shape
+        self._finish()
+
+    def _keep(self, rows: np.ndarray) -> None:
+        size = self._bytes * self._widths[self._plan.rank]
+        for row in np.flatnonzero(rows) if size else ():
+            offset = int(row) * size
+            cuda.copy(self._memory["prediction"] + offset, self._memory["logits"] + offset, size, self._stream)
+        self._chosen, self._on_device = False, None
+
+    def _last_logits(self) -> np.ndarray:
+        return self._fetch_floats("logits", (*self._selected, self._widths[self._plan.rank]))
+
+    def _prediction(self) -> np.ndarray:
+        return self._fetch_floats("prediction", (self._batch, self._widths[self._plan.rank]))
+
+    def _fetch_floats(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """A tensor of the engine's type, as float32."""
+        if self.limits.dtype == "bfloat16":  # which numpy does not have: the upper half of a float32
+            return (self._fetch(name, shape, np.uint16).astype(np.uint32) << 16).view(np.float32)
+        return self._fetch(name, shape, self.limits.dtype).astype(np.float32, copy=False)
+
+    def _fetch(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        array = np.empty(shape, dtype)
+        if array.size:
+            cuda.download(array, self._memory[name], self._stream)
+        self._finish()
+        return array
+
+    # The decode step
+
+    def _step(self, tokens: np.ndarray, past: np.ndarray) -> None:
+        self._prepare(tokens, past)
+        self._graph().launch(self._stream)
+        self._rows, self._chosen = self._batch, True
+
+    def _prepare(self, tokens: np.ndarray, past: np.ndarray) -> None:
+        """Makes the step's inputs what the caller says, where the step before has not left them so."""
+        if self._on_device is None:  # behind a prefill
+            cuda.upload(self._memory["past"], past.astype(np.int32), self._stream)
+        if self._on_device is None or not np.array_equal(tokens, self._on_device):
+            cuda.upload(self._memory["next"], tokens.astype(np.int32), self._stream)
+        # What the step leaves is known when `greedy` reads it; anything but that is uploaded again.
+        self._on_device = np.full(len(tokens), -1)
+
+    def _graph(self) -> cuda.Graph:
+        if self._batch not in self._graphs:
+            # What a shape needs is set up when it first runs, not while it is captured; the step writes the same again.
+            self._execute(Phase.DECODE, self._batch, 1, self._batch)
+            self._finish()
+
+            def record() -> None:
+                self._execute(Phase.DECODE, self._batch, 1, self._batch)
+                self._choose()
+                memory, last = self._memory, self.limits.max_seq_len - 1
+                self._call("advance", memory["best"], memory["next"], memory["past"], self._batch, last)
+
+            self._graphs[self._batch] = cuda.Graph(self._stream, record)
+        return self._graphs[self._batch]
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        if getattr(self._library, f"cqil_{name}")(*arguments, int(self._stream)):
+            raise RuntimeError(f"{name}: {self._library.cqil_last_error().decode()}")
+
+    def _choose(self) -> None:
+        """The likeliest token of every sequence, over the vocabulary of all ranks, into `best` here and on the host."""
+        memory, width = self._memory, self._widths[self._plan.rank]
+        value, index = memory["value"], memory["index"] if self._workspace is not None else memory["best"]
+        logits = memory["prediction"], self._batch, width, self._offset, DTYPES[self.limits.dtype]
+        self._call("row_argmax", *logits, value, index)
+        if self._workspace is not None:
+            best = memory["best_value"], memory["best"]
+            self._workspace.call("argmax", value, index, *best, self._batch, int(self._stream))
+        cuda.download(self._best[: self._batch], memory["best"], self._stream)
+
+    def greedy(self) -> np.ndarray:
+        if not self._chosen:
+            self._choose()
+            self._chosen = True
+        self._finish()
+        tokens = self._best[: self._batch].astype(np.int64)
+        if self._on_device is not None:
+            self._on_device = tokens
+        return tokens
+
+    def time_decode(self, steps: int) -> list[float]:
+        tokens = self.greedy()
+        events = [cuda.call("EventCreate") for _ in range(steps + 1)]
+        cuda.call("EventRecord", events[0], self._stream)
+        for event in events[1:]:
+            self.decode(tokens)
+            self._on_device = tokens  # the step's own choice: nothing comes from the host
+            cuda.call("EventRecord", event, self._stream)
+        self._finish()
+        times = [cuda.call("EventElapsedTime", a, b) for a, b in zip(events, events[1:])]
+        for event in events:
+            cuda.call("EventDestroy", event)
+        return times
+
+    # What the ranks say together
+
+    def _gather(self, columns: np.ndarray) -> np.ndarray:
+        if self._comm is None:
+            return columns
+        return np.concatenate(self._comm.allgather(columns), axis=1)
+
+    def joined(self) -> bytes:
+        if not self._plan.schedule.all_reduces:
+            return b""
+        return self._fetch("joined", (self._rows, self._plan.model.hidden_size * self._bytes), np.uint8).tobytes()

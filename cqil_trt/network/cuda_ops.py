@@ -1,0 +1,259 @@
+"""Executes the decoder on a GPU by our own kernels, as it calls them; inside a CUDA graph's capture it records them.
+
+Values are matrices [rows, width] in device memory. Memory of one that nobody holds any more serves the next: kernels
+run in the order in which they are called, on one stream.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from cqil_trt import cuda, plugins
+from cqil_trt.collectives.cuda import DTYPES, Workspace
+from cqil_trt.config import DTYPE_BYTES, EngineConfig
+from cqil_trt.network.fused_ops import FusedOps
+from cqil_trt.network.ops import Ops
+from cqil_trt.shard import LayerShard, RankPlan
+
+# Up to so many rows our own products beat a library's (docs/performance.md).
+_OWN_ROWS = 1
+
+
+class Pool:
+    """Device memory by size; allocates when there is none of a size to reuse."""
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[int]] = defaultdict(list)
+
+    def take(self, size: int) -> int:
+        free, size = self._bucket(size)
+        return free.pop() if free else cuda.Arena(size, "activations").address
+
+    def give(self, address: int, size: int) -> None:
+        self._bucket(size)[0].append(address)
+
+    def _bucket(self, size: int) -> tuple[list[int], int]:
+        """Powers of two, so that prompts of all lengths do not each leave memory of their own behind."""
+        size = max(cuda.ALIGNMENT, 1 << (size - 1).bit_length())
+        return self._free[size], size
+
+
+@dataclass(eq=False)
+class Matrix:
+    """Device memory of `rows` rows of `width` elements; returns to `pool` when the last reference is gone."""
+
+    address: int
+    rows: int
+    width: int
+    size: int = 0
+    pool: Pool | None = field(default=None, repr=False)
+
+    def __del__(self) -> None:
+        if self.pool is not None:
+            self.pool.give(self.address, self.size)
+
+
+class Library(Protocol):
+    """What a library does better with many rows; all arguments are matrices of the engine's type."""
+
+    def multiply(self, x: Matrix, weight: Matrix, added: Matrix | None, out: Matrix) -> None:
+        """out = x @ weightᵀ + added; `added` has as many rows as out, or one."""
+
+    def attend(self, queries: Matrix, cache: int, past: int, batch: int, shard: LayerShard, out: Matrix) -> None:
+        """Causal attention of rotated queries [batch * length, heads * head_dim] over a cache that has their keys.
+
+        Every sequence had `past` tokens before.
+        """
+
+
+class _Collectives(Ops[Matrix]):
+    """Joins ranks by the kernels of collectives.cu."""
+
+    _workspace: Workspace | None
+    _limits: EngineConfig
+    _stream: int
+
+    def _new(self, rows: int, width: int) -> Matrix:
+        raise NotImplementedError
+
+    def all_reduce_residual(self, delta: Matrix, residual: Matrix) -> Matrix:
+        out = self._joined(delta)
+        count = delta.rows * delta.width
+        self._join("all_reduce", delta.address, residual.address, out.address, count, DTYPES[self._limits.dtype])
+        return out
+
+    def all_reduce_residual_norm(self, delta: Matrix, residual: Matrix, weight: Matrix) -> tuple[Matrix, Matrix]:
+        row_bytes = delta.width * DTYPE_BYTES[self._limits.dtype]
+        # What the fused kernel takes: cqil_all_reduce_residual_norm.
+        if row_bytes % 16 or row_bytes > 32 << 10:
+            return super().all_reduce_residual_norm(delta, residual, weight)
+        out, normed = self._joined(delta), self._new(delta.rows, delta.width)
+        addresses = [matrix.address for matrix in (delta, residual, weight, out, normed)]
+        shape = delta.rows, delta.width, self.plan.model.rms_norm_eps, DTYPES[self._limits.dtype]
+        self._join("all_reduce_residual_norm", *addresses, *shape)
+        return out, normed
+
+    def _joined(self, like: Matrix) -> Matrix:
+        """Where an all-reduce's result goes: the last one's to where the session reads it."""
+        self._left -= 1
+        if self._left:
+            return self._new(like.rows, like.width)
+        return Matrix(self._memory["joined"], like.rows, like.width)
+
+    def broadcast(self, x: Matrix | None, tokens: Matrix) -> Matrix:
+        root = self.plan.rank == 0
+        out = x if root else self._new(tokens.rows, self.plan.model.hidden_size)
+        given, received = (x.address, None) if root else (None, out.address)
+        self._join("broadcast", given, received, out.rows * out.width, DTYPES[self._limits.dtype])
+        return out
+
+    def bypass(self, x: Matrix, d: int) -> Matrix | None:
+        out = self._new(x.rows, x.width) if self.plan.rank else None
+        count = x.rows * x.width
+        self._join("bypass", x.address, out and out.address, count, d, DTYPES[self._limits.dtype])
+        return out
+
+    def _join(self, name: str, *arguments: Any) -> None:
+        self._workspace.call(name, *arguments, self._stream)
+
+
+class CudaOps(FusedOps[Matrix], _Collectives):
+    """One rank's operations, enqueued on `stream`.
+
+    Args:
+        memory: addresses by name: weights, caches, rotary tables, and where `logits` and `joined` go.
+        library: computes what has many rows; None leaves that to our own kernels.
+    """
+
+    def __init__(
+        self,
+        plan: RankPlan,
+        limits: EngineConfig,
+        memory: Mapping[str, int],
+        workspace: Workspace | None,
+        kernels: ctypes.CDLL,
+        stream: int,
+        library: Library | None,
+    ):
+        self.plan = plan
+        self._limits, self._memory, self._workspace = limits, memory, workspace
+        self._kernels, self._stream, self._library = kernels, stream, library
+        self._bytes = DTYPE_BYTES[limits.dtype]
+        self._pool = Pool()
+        shapes = {tensor.name: tensor.shape for tensor in plan.tensors}
+        if plan.shares_embedding:
+            shapes["lm_head.weight"] = (plan.vocabulary[1] - plan.vocabulary[0], plan.model.hidden_size)
+        self._weights = {
+            name: Matrix(memory[name], shape[0] if len(shape) > 1 else 1, shape[-1]) for name, shape in shapes.items()
+        }
+
+    def begin(self, batch: int, length: int, past: int, logits: int, common_past: int) -> None:
+        """What the next pass is about; `past` and `logits` are addresses that it reads and writes.
+
+        `common_past`: what `past` holds, where several tokens are new.
+        """
+        self._batch, self._length, self._past, self._logits = batch, length, past, logits
+        self._common_past = common_past
+        self._left = self.plan.schedule.all_reduces
+
+    def _new(self, rows: int, width: int) -> Matrix:
+        size = rows * width * self._bytes
+        return Matrix(self._pool.take(size), rows, width, size, self._pool)
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        given = [argument.address if isinstance(argument, Matrix) else argument for argument in arguments]
+        if getattr(self._kernels, f"cqil_{name}")(*given, self._stream):
+            raise RuntimeError(f"{name}: {self._kernels.cqil_last_error().decode()}")
+
+    def weight(self, name: str) -> Matrix:
+        return self._weights[name]
+
+    def positions(self, tokens: Matrix, past: Matrix) -> None:
+        """The attention counts from `past`."""
+
+    def embedding(self, tokens: Matrix, table: Matrix) -> Matrix:
+        return self.rows(table, tokens)
+
+    def rows(self, x: Matrix, indices: Matrix) -> Matrix:
+        out = self._new(indices.rows, x.width)
+        self._call("gather_rows", x, indices, out, out.rows, out.width, DTYPES[self._limits.dtype])
+        return out
+
+    def fused_linear(self, x, weight, bias=None, norm=None, delta=None, residual=None, gated=False) -> Matrix:
+        outputs = weight.rows // 2 if gated else weight.rows
+        is_head = weight is self._weights.get("lm_head.weight")
+        out = Matrix(self._logits, x.rows, outputs) if is_head else self._new(x.rows, outputs)
+        if x.rows > _OWN_ROWS and self._library is not None and (bias is None or residual is None):
+            if norm is not None:
+                x = self.fused_norm(x, delta, norm)
+            product = self._new(x.rows, weight.rows) if gated else out
+            self._library.multiply(x, weight, residual if bias is None else bias, product)
+            if gated:
+                self._call("swiglu", product, out, x.rows, outputs, DTYPES[self._limits.dtype])
+            return out
+        shape = plugins.LinearShape(
+            x.rows, outputs, x.width, gated, DTYPES[self._limits.dtype], self.plan.model.rms_norm_eps
+        )
+        scratch = self._scratch(self._kernels.cqil_linear_scratch_bytes(shape))
+        self._call("linear", ctypes.byref(shape), x, delta, weight, bias, norm, residual, out, scratch)
+        return out
+
+    def _scratch(self, size: int) -> Matrix:
+        return Matrix(self._pool.take(size), 1, size, size, self._pool)
+
+    def fused_norm(self, x: Matrix, delta: Matrix | None, weight: Matrix) -> Matrix:
+        out, total = self._new(x.rows, x.width), None if delta is None else self._new(x.rows, x.width)
+        shape = x.rows, x.width, self.plan.model.rms_norm_eps, DTYPES[self._limits.dtype]
+        self._call("residual_norm", delta, x, weight, total, out, *shape)
+        return out
+
+    def fused_add(self, x: Matrix, y: Matrix) -> Matrix:
+        out = self._new(x.rows, x.width)
+        self._call("add", x, y, out, x.rows * x.width, DTYPES[self._limits.dtype])
+        return out
+
+    def zeros_like(self, x: Matrix) -> Matrix:
+        x = self.keep(x)
+        out = self._new(x.rows, x.width)
+        cuda.call("MemsetAsync", out.address, 0, out.size, self._stream)
+        return out
+
+    def attention(self, qkv: Matrix, positions: None, shard: LayerShard) -> Matrix:
+        model, layer = self.plan.model, f"layers.{shard.index}"
+        qkv = self.keep(qkv)
+        shape = plugins.AttentionShape(
+            batch=self._batch,
+            length=self._length,
+            heads=shard.num_heads,
+            kv_heads=shard.num_kv_heads,
+            head_dim=model.head_dim,
+            capacity=self._limits.max_seq_len,
+            max_batch=self._limits.max_batch_size,
+            group=model.num_heads // model.num_kv_heads,
+            first=shard.heads[0] - shard.kv_heads[0] * (model.num_heads // model.num_kv_heads),
+            dtype=DTYPES[self._limits.dtype],
+            eps=model.rms_norm_eps,
+        )
+        norms = (
+            [self.weight(f"{layer}.{name}.weight") for name in ("q_norm", "k_norm")] if model.qk_norm else [None] * 2
+        )
+        tables = [self._memory[name] for name in ("rotary.cos", "rotary.sin")]
+        cache = self._memory[f"cache.{shard.index}"]
+        out = self._new(qkv.rows, shard.num_heads * model.head_dim)
+        scratch = self._scratch(self._kernels.cqil_attention_scratch_bytes(shape))
+        delegated = self._library is not None and self._length > 1 and shard.grouped
+        result = None if delegated else out
+        self._call("attention", ctypes.byref(shape), qkv, self._past, *tables, *norms, cache, result, scratch)
+        if delegated:
+            queries = Matrix(scratch.address, out.rows, out.width)
+            self._library.attend(queries, cache, self._common_past, self._batch, shard, out)
+        return out
+
+    def split_heads(self, qkv, shard):
+        raise NotImplementedError("attention is one kernel")
+
+    rotary = cached_attention = split_heads

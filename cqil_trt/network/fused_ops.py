@@ -1,0 +1,136 @@
+"""Joins the decoder's operations into the fused kernels of plugins/linear.cu, whatever calls them.
+
+A matrix product can take the RMSNorm of its input with it, and the gating, or an addition, of its result; the decoder
+calls these one by one. So `linear`, `rms_norm` and `residual_norm` only write down what is wanted, and the kernel is
+called when something else needs the value: by then it is known what can go with it.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from cqil_trt.network.ops import Ops
+
+V = TypeVar("V")
+
+
+@dataclass(eq=False)
+class _Deferred(Generic[V]):
+    """`value`: what was computed for it, once it was."""
+
+    value: V | None = None
+
+
+@dataclass(eq=False)
+class _Sum(_Deferred[V]):
+    x: V | None = None
+    y: V | None = None
+
+
+@dataclass(eq=False)
+class _Norm(_Deferred[V]):
+    """The RMSNorm of x, or of x + delta."""
+
+    x: V | None = None
+    delta: V | None = None
+    weight: V | None = None
+
+
+@dataclass(eq=False)
+class _Product(_Deferred[V]):
+    x: V | _Norm[V] | None = None
+    weight: V | None = None
+    bias: V | None = None
+
+
+class FusedOps(Ops[V]):
+    """For backends that have these kernels; values are theirs or deferred ones, and `keep` makes them theirs.
+
+    Comes before the class that joins ranks in a backend's bases: see the collectives below.
+    """
+
+    @abstractmethod
+    def fused_linear(
+        self,
+        x: V,
+        weight: V,
+        bias: V | None = None,
+        norm: V | None = None,
+        delta: V | None = None,
+        residual: V | None = None,
+        gated: bool = False,
+    ) -> V:
+        """activation(RMSNorm(x + delta) * norm @ weightᵀ + bias) + residual, as cqil_linear."""
+
+    @abstractmethod
+    def fused_norm(self, x: V, delta: V | None, weight: V) -> V:
+        """RMSNorm(x + delta) * weight."""
+
+    @abstractmethod
+    def fused_add(self, x: V, y: V) -> V:
+        """x + y."""
+
+    @abstractmethod
+    def rows(self, x: V, indices: V) -> V:
+        """`select`, of a value."""
+
+    def keep(self, x):
+        if not isinstance(x, _Deferred):
+            return x
+        if x.value is None:
+            if isinstance(x, _Sum):
+                x.value = self.fused_add(x.x, x.y)
+            elif isinstance(x, _Norm):
+                x.value = self.fused_norm(x.x, x.delta, x.weight)
+            else:
+                x.value = self._multiply(x)
+        return x.value
+
+    def _multiply(self, product: _Product[V], **fused) -> V:
+        x = product.x
+        if isinstance(x, _Norm) and x.value is None:
+            return self.fused_linear(x.x, product.weight, product.bias, norm=x.weight, delta=x.delta, **fused)
+        return self.fused_linear(self.keep(x), product.weight, product.bias, **fused)
+
+    def linear(self, x, weight, bias=None):
+        return _Product(x=x if isinstance(x, _Norm) else self.keep(x), weight=weight, bias=bias)
+
+    def swiglu(self, gate_up):
+        # The decoder gates what it has just multiplied, and uses the product for nothing else.
+        assert isinstance(gate_up, _Product) and gate_up.value is None
+        return self._multiply(gate_up, gated=True)
+
+    def add(self, x, y):
+        for product, other in ((x, y), (y, x)):
+            if isinstance(product, _Product) and product.value is None:
+                return self._multiply(product, residual=self.keep(other))
+        return self.fused_add(self.keep(x), self.keep(y))
+
+    def rms_norm(self, x, weight):
+        return _Norm(x=self.keep(x), weight=weight)
+
+    def residual_norm(self, delta, residual, weight):
+        if isinstance(delta, _Product) and delta.value is None:
+            total = self.add(delta, residual)
+            return total, _Norm(x=total, weight=weight)
+        # The sum may never be asked for.
+        total = _Sum(x=self.keep(residual), y=self.keep(delta))
+        return total, _Norm(x=total.x, delta=total.y, weight=weight)
+
+    def select(self, x, indices):
+        if isinstance(x, _Norm) and x.value is None and x.delta is None:
+            return _Norm(x=self.rows(x.x, indices), weight=x.weight)
+        return self.rows(self.keep(x), indices)
+
+    # Collectives take values, not deferred ones
+
+    def all_reduce_residual(self, delta, residual):
+        return super().all_reduce_residual(self.keep(delta), self.keep(residual))
+
+    def all_reduce_residual_norm(self, delta, residual, weight):
+        return super().all_reduce_residual_norm(self.keep(delta), self.keep(residual), weight)
+
+    def broadcast(self, x, tokens):
+        return super().broadcast(None if x is None else self.keep(x), tokens)

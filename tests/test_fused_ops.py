@@ -1,0 +1,111 @@
+"""Deferring and joining operations changes nothing of what the decoder computes, on any rank of any schedule."""
+
+import pytest
+import torch
+from conftest import SEED, make_model
+from test_parity import ARCHITECTURES
+
+from cqil_trt.checkpoint import Checkpoint, rank_tensors
+from cqil_trt.collectives import LocalCommunicator
+from cqil_trt.config import CqilConfig, EngineConfig
+from cqil_trt.network.decoder import decode
+from cqil_trt.network.fused_ops import FusedOps
+from cqil_trt.network.torch_ops import TorchOps
+from cqil_trt.shard import plan
+
+SHAPES = [
+    {"p": 1},
+    {"p": 2, "start": 1, "end": 5},
+    {"p": 2, "d": 1, "start": 2, "end": 6, "bypass": "residual"},
+    {"p": 4, "d": 1, "start": 1, "end": 5, "placement": "leader"},
+    {"p": 4, "placement": "tensor"},
+]
+
+
+class Alone(LocalCommunicator):
+    """One rank of several, without the others: a sum that has but its own part is as good a check."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def broadcast(self, x):
+        return x if self.rank == 0 else torch.linspace(-1, 1, x.numel()).view_as(x)
+
+    def bypass(self, x, d):
+        return 0.5 * x if self.rank else None
+
+
+class FusedTorchOps(FusedOps, TorchOps):
+    """What the kernels are defined to compute, in PyTorch; counts them."""
+
+    calls = 0
+
+    def fused_linear(self, x, weight, bias=None, norm=None, delta=None, residual=None, gated=False):
+        self.calls += 1
+        if norm is not None:
+            x = TorchOps.rms_norm(self, x if delta is None else x + delta, norm)
+        out = TorchOps.linear(self, x, weight, bias)
+        if gated:
+            out = TorchOps.swiglu(self, out)
+        return out if residual is None else out + residual
+
+    def fused_norm(self, x, delta, weight):
+        self.calls += 1
+        return TorchOps.rms_norm(self, x if delta is None else x + delta, weight)
+
+    def fused_add(self, x, y):
+        self.calls += 1
+        return x + y
+
+    def rows(self, x, indices):
+        return TorchOps.select(self, x, indices)
+
+    def zeros_like(self, x):
+        return super().zeros_like(self.keep(x))
+
+    def split_heads(self, qkv, shard):
+        return super().split_heads(self.keep(qkv), shard)
+
+    def rotary(self, x, positions):
+        return super().rotary(self.keep(x), positions)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_fused_operations_compute_the_same(name, tmp_path):
+    architecture, changes = ARCHITECTURES[name]
+    directory = make_model(tmp_path, architecture, seed=SEED, rms_norm_eps=1e-2, **changes)
+    checkpoint = Checkpoint(directory, None)
+    limits = EngineConfig(2, 32, "float32")
+    for shape in SHAPES:
+        for rank in plan(checkpoint.model, CqilConfig(**shape)):
+            flat = torch.cat(
+                [torch.empty(0), *(b.reshape(-1) for b in rank_tensors(rank, checkpoint.reader, "float32"))]
+            )
+            parts = flat.split([tensor.elements for tensor in rank.tensors])
+            weights = {tensor.name: part.view(tensor.shape) for tensor, part in zip(rank.tensors, parts)}
+            if rank.shares_embedding:
+                weights["lm_head.weight"] = weights["embedding.weight"][slice(*rank.vocabulary)]
+            plain, fused = (
+                kind(rank, weights, Alone(rank.rank), limits, checkpoint.rotary) for kind in (TorchOps, FusedTorchOps)
+            )
+            for new, past in ((7, 0), (1, 7), (1, 8)):
+                tokens = torch.randint(checkpoint.model.vocab_size, (2, new))
+                select = torch.full((2, 1), new - 1)
+                given = tokens, torch.full((2,), past), select
+                expected, found = decode(plain, *given), decode(fused, *given)
+                assert isinstance(found, torch.Tensor)
+                if expected.is_floating_point():
+                    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sequential_layer_takes_four_products_and_nothing_else(tmp_path):
+    checkpoint = Checkpoint(make_model(tmp_path, seed=SEED), None)
+    [rank] = plan(checkpoint.model, CqilConfig(1))
+    flat = torch.cat([b.reshape(-1) for b in rank_tensors(rank, checkpoint.reader, "float32")])
+    parts = flat.split([tensor.elements for tensor in rank.tensors])
+    weights = {tensor.name: part.view(tensor.shape) for tensor, part in zip(rank.tensors, parts)}
+    ops = FusedTorchOps(rank, weights, LocalCommunicator(), EngineConfig(1, 32, "float32"), checkpoint.rotary)
+    decode(
+        ops, torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long)
+    )
+    assert ops.calls == 4 * checkpoint.model.num_layers + 1  # and the last projection
