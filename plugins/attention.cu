@@ -282,17 +282,28 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(cqil_attention_shape s
     __syncthreads();
     if (!finishes) return;
     __threadfence();
+    // Loads side by side, not one behind the other: with many spans their latency is what this takes.
     const float* all = partial + slot * (dim + 2);
+    __shared__ float share[kMaxSpans];
+    __shared__ float sums[kMaxSpans];
+    if (threadIdx.x < kMaxSpans) {
+        const bool used = int(threadIdx.x) < spans;
+        share[threadIdx.x] = used ? __ldcg(all + threadIdx.x * (dim + 2)) : -INFINITY;
+        sums[threadIdx.x] = used ? __ldcg(all + threadIdx.x * (dim + 2) + 1) : 0;
+    }
+    __syncthreads();
     top = -INFINITY;
+    for (int i = 0; i < spans; ++i) top = fmaxf(top, share[i]);
     total = 0;
-    for (int i = 0; i < spans; ++i) top = fmaxf(top, __ldcg(all + i * (dim + 2)));
-    for (int i = 0; i < spans; ++i)
-        total += __ldcg(all + i * (dim + 2) + 1) * exp2f(__ldcg(all + i * (dim + 2)) - top);
+    for (int i = 0; i < spans; ++i) total += sums[i] * exp2f(share[i] - top);
+    __syncthreads();
+    if (threadIdx.x < kMaxSpans) share[threadIdx.x] = exp2f(share[threadIdx.x] - top) / total;
+    __syncthreads();
     for (int j = threadIdx.x; j < dim; j += kThreads) {
         float x = 0;
-        for (int i = 0; i < spans; ++i)
-            x += __ldcg(all + i * (dim + 2) + 2 + j) * exp2f(__ldcg(all + i * (dim + 2)) - top);
-        result[j] = narrow<T>(x / total);
+#pragma unroll 8
+        for (int i = 0; i < spans; ++i) x += __ldcg(all + i * (dim + 2) + 2 + j) * share[i];
+        result[j] = narrow<T>(x);
     }
 }
 

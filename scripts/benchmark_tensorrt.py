@@ -44,7 +44,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64, help="decode steps of each measurement")
     parser.add_argument("--max-seq-len", type=int, default=2048)
     parser.add_argument("--runtime-python", default=sys.executable, help="the Python that has TensorRT")
-    parser.add_argument("--directory", type=Path, help="where to work (default: a temporary directory)")
+    parser.add_argument("--torch", action="store_true", help="the same without TensorRT too: the torch backend on CUDA")
+    parser.add_argument(
+        "--directory", type=Path, help="where to work, and what is there already is used (default: a temporary one)"
+    )
+    parser.add_argument(
+        "--prepare", action="store_true", help="end when checkpoint and torch engines are in --directory"
+    )
     parser.add_argument("--json", metavar="F", type=Path)
     options = parser.parse_args()
     cqil = preset(options.preset)
@@ -59,38 +65,66 @@ def main() -> None:
         "sharded": [*grouped, "--placement", "sharded"],
         "tensor": ["--p", cqil.p, "--placement", "tensor"],
     }
-    build, runtime = ROOT / "builders" / "build.py", ROOT / "runtime" / "run.py"
-    with tempfile.TemporaryDirectory(dir=options.directory, prefix="benchmark-tensorrt-") as work:
-        root = Path(work)
-        make_checkpoint(root / "model", model, options.layers)
-        builds, plans = [], {}
-        for number, (name, arguments) in enumerate(shapes.items()):
-            # The reference runs on a GPU; spread over them, the builds run at the same time.
-            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(number % cqil.p)}
-            limits = ["--max-batch-size", 1, "--max-seq-len", options.max_seq_len, "--probes", "always", "--json"]
-            command = [sys.executable, build, "--model", root / "model", *arguments, *limits]
-            with open(root / f"{number}.json", "w") as plan:
-                process = run(*command, "--output", root / f"torch{number}", env=environment, stdout=plan)
-            builds.append((name, number, process))
-        for name, number, process in builds:
-            wait(process, f"the build of {name}")
-            plans[name] = json.loads((root / f"{number}.json").read_text())
-        results = {}
-        for name, number, _ in builds:
-            ranks = plans[name]["cqil"]["p"]
-            job = ["mpirun", "-n", ranks, options.runtime_python]
-            weights, engine = root / f"torch{number}", root / f"engine{number}"
-            compiling = [*job, build, "--model", weights, "--backend", "tensorrt", "--max-batch-size", 1]
-            wait(run(*compiling, "--output", engine), f"the compilation of {name}")
-            measure = ["--validate", "--benchmark", "--contexts", options.contexts, "--max-new-tokens", options.steps]
-            report = root / f"report{number}.json"
-            process = run(*job, runtime, "--engine", engine, *measure, "--json", report)
-            if process.wait() not in (0, 1):  # a failed validation is reported beside the times
-                sys.exit(f"error: running {name} failed")
-            results[name] = json.loads(report.read_text())
+    if options.directory:
+        options.directory.mkdir(parents=True, exist_ok=True)
+        measured = benchmark(options, options.directory, model, shapes, cqil.p)
+    else:
+        with tempfile.TemporaryDirectory(prefix="benchmark-tensorrt-") as work:
+            measured = benchmark(options, Path(work), model, shapes, cqil.p)
+    if measured is None:
+        return
+    plans, results = measured
     print(describe(plans, results))
     if options.json:
         options.json.write_text(json.dumps({"plans": plans, "results": results}, indent=1) + "\n")
+
+
+def benchmark(
+    options: argparse.Namespace, root: Path, model: str, shapes: dict[str, list[Any]], gpus: int
+) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """What each build planned and each engine measured; None when that was only to be prepared."""
+    build, runtime = ROOT / "builders" / "build.py", ROOT / "runtime" / "run.py"
+    checkpoint = root / "model"
+    if not checkpoint.exists():
+        make_checkpoint(root / "model.part", model, options.layers)
+        (root / "model.part").rename(checkpoint)
+    builds: list[tuple[str, int, subprocess.Popen | None]] = []
+    for number, (name, arguments) in enumerate(shapes.items()):
+        if (root / f"torch{number}").exists():
+            builds.append((name, number, None))
+            continue
+        # The reference runs on a GPU; spread over them, the builds run at the same time.
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(number % gpus)}
+        limits = ["--max-batch-size", 1, "--max-seq-len", options.max_seq_len, "--probes", "always", "--json"]
+        command = [sys.executable, build, "--model", checkpoint, *arguments, *limits]
+        with open(root / f"{number}.json", "w") as plan:
+            process = run(*command, "--output", root / f"torch{number}", env=environment, stdout=plan)
+        builds.append((name, number, process))
+    plans: dict[str, Any] = {}
+    results: dict[str, Any] = {}
+    for name, number, process in builds:
+        if process is not None:
+            wait(process, f"the build of {name}")
+        plans[name] = json.loads((root / f"{number}.json").read_text())
+    if options.prepare:
+        return None
+    for name, number, _ in builds:
+        ranks = plans[name]["cqil"]["p"]
+        job = ["mpirun", "-n", ranks, options.runtime_python]
+        weights, engine = root / f"torch{number}", root / f"engine{number}"
+        compiling = [*job, build, "--model", weights, "--backend", "tensorrt", "--max-batch-size", 1, "--force"]
+        wait(run(*compiling, "--output", engine), f"the compilation of {name}")
+        measure = ["--validate", "--benchmark", "--contexts", options.contexts, "--max-new-tokens", options.steps]
+        report = root / f"report{number}.json"
+        process = run(*job, runtime, "--engine", engine, *measure, "--json", report)
+        if process.wait() not in (0, 1):  # a failed validation is reported beside the times
+            sys.exit(f"error: running {name} failed")
+        results[name] = json.loads(report.read_text())
+        if options.torch:
+            kernels = ["mpirun", "-n", ranks, sys.executable, runtime, "--engine", weights, "--device", "cuda"]
+            wait(run(*kernels, *measure[1:], "--json", report), f"running {name} without TensorRT")
+            results[name]["torch"] = json.loads(report.read_text())["benchmark"]
+    return plans, results
 
 
 def describe(plans: dict[str, Any], results: dict[str, Any]) -> str:
@@ -106,6 +140,10 @@ def describe(plans: dict[str, Any], results: dict[str, Any]) -> str:
         equal = min(prompt["equal_tokens"] for prompt in result["validation"]["prompts"])
         verdict = "pass" if result["validation"]["passed"] else "FAIL"
         rows.append((name, f"{read / 1e9:.2f}", *cells, f"{read / times[0] / 1e9:.2f}", f"{worst:.1e}", equal, verdict))
+        if "torch" in result:
+            without = [statistics.median(measured["decode_ms"]) for measured in result["torch"]]
+            cells = [f"{t:.3f} ({t / base - 1:+.1%})" for t, base in zip(without, first)]
+            rows.append(("  without TensorRT", "", *cells, f"{read / without[0] / 1e9:.2f}", "", "", ""))
     header = ["", "GB read", *(f"ms at {context}" for context in contexts)]
     return table([*header, "TB/s", "relative L2", "equal tokens", "validation"], rows)
 

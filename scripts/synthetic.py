@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +32,29 @@ SHAPES = {
         "rms_norm_eps": 1e-5,
         "torch_dtype": "float16",
     },
+    "qwen1.5-14b": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": 5120,
+        "intermediate_size": 13696,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 40,
+        "num_hidden_layers": 40,
+        "vocab_size": 152064,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "torch_dtype": "float16",
+    },
 }
+
+
+def model_config(name: str, layers: int | None = None) -> ModelConfig:
+    """The configuration of a model of SHAPES; `layers` replaces its depth."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "config.json"
+        path.write_text(json.dumps({**SHAPES[name], "num_hidden_layers": layers or SHAPES[name]["num_hidden_layers"]}))
+        return ModelConfig.from_hugging_face(path)
 
 
 def make_checkpoint(directory: Path, name: str, layers: int | None = None) -> dict[str, tuple[int, ...]]:
@@ -42,7 +65,7 @@ def make_checkpoint(directory: Path, name: str, layers: int | None = None) -> di
     directory.mkdir()
     config = {**SHAPES[name], "num_hidden_layers": layers or SHAPES[name]["num_hidden_layers"]}
     (directory / "config.json").write_text(json.dumps(config))
-    shapes = checkpoint_shapes(ModelConfig.from_hugging_face(directory / "config.json"))
+    shapes = checkpoint_shapes(model_config(name, layers))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     by_file: dict[str, list[str]] = {}
     for tensor in shapes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,9 +27,9 @@ class TorchCudaSession(CudaSession):
         self._allocate()
         self._load_constants(engine)
         self._load_weights(engine)
-        library = TorchLibrary(engine, self._stream)
+        self._torch_stream = torch.cuda.ExternalStream(int(self._stream))
         kernels = self._memory, self._workspace, self._library, int(self._stream)
-        self._ops = CudaOps(self._plan, engine.limits, *kernels, library)
+        self._ops = CudaOps(self._plan, engine.limits, *kernels, TorchLibrary(engine))
 
     def _execute(self, phase: Phase, batch: int, length: int, rows: int) -> None:
         address = {
@@ -36,55 +37,48 @@ class TorchCudaSession(CudaSession):
         }
         self._ops.begin(batch, length, address["past"], address["logits"], self._common_past)
         tokens, select = Matrix(address["tokens"], batch * length, 1), Matrix(address["select"], rows, 1)
-        decode(self._ops, tokens, None, select)
+        with torch.inference_mode(), torch.cuda.stream(self._torch_stream):
+            decode(self._ops, tokens, None, select)
 
 
 class TorchLibrary:
-    """`cuda_ops.Library` by cuBLAS and PyTorch's attention (flash where it applies), on the session's stream."""
+    """`cuda_ops.Library` by cuBLAS and PyTorch's attention (flash where it applies), on PyTorch's current stream."""
 
-    def __init__(self, engine: Engine, stream: Any):
-        self._stream = torch.cuda.ExternalStream(int(stream))
+    def __init__(self, engine: Engine):
         self._dtype = getattr(torch, engine.limits.dtype)
         self._limits, self._head_dim = engine.limits, engine.model.head_dim
         self._views: dict[tuple[int, ...], torch.Tensor] = {}
 
-    def _view(self, address: int, *shape: int) -> torch.Tensor:
+    def view(self, address: int, *shape: int) -> torch.Tensor:
+        """Device memory as a tensor of the engine's type."""
         key = address, *shape
         if key not in self._views:
-            # Without bfloat16 in the interface, its bits; float32 and float16 alike.
-            bits = torch.int32 if self._dtype.itemsize == 4 else torch.int16
-            self._views[key] = torch.as_tensor(_Memory(address, shape, bits), device="cuda").view(self._dtype)
+            self._views[key] = device_tensor(address, shape, self._dtype)
         return self._views[key]
 
     def multiply(self, x: Matrix, weight: Matrix, added: Matrix | None, out: Matrix) -> None:
-        left, right, to = (self._view(m.address, m.rows, m.width) for m in (x, weight, out))
-        with torch.inference_mode(), torch.cuda.stream(self._stream):
-            if added is None:
-                torch.mm(left, right.T, out=to)
-            else:
-                torch.addmm(self._view(added.address, added.rows, added.width), left, right.T, out=to)
+        left, right, to = (self.view(m.address, m.rows, m.width) for m in (x, weight, out))
+        if added is None:
+            torch.mm(left, right.T, out=to)
+        else:
+            torch.addmm(self.view(added.address, added.rows, added.width), left, right.T, out=to)
 
     def attend(self, queries: Matrix, cache: int, past: int, batch: int, shard: LayerShard, out: Matrix) -> None:
         length, dim, limits = queries.rows // batch, self._head_dim, self._limits
         shape = 2, limits.max_batch_size, shard.num_kv_heads, limits.max_seq_len, dim
-        keys, values = self._view(cache, *shape)[:, :batch, :, : past + length]
-        q, to = (self._view(m.address, batch, length, shard.num_heads, dim) for m in (queries, out))
+        keys, values = self.view(cache, *shape)[:, :batch, :, : past + length]
+        q, to = (self.view(m.address, batch, length, shard.num_heads, dim) for m in (queries, out))
         mask = None if past == 0 else causal_lower_right(length, past + length)
-        with torch.inference_mode(), torch.cuda.stream(self._stream):
-            found = F.scaled_dot_product_attention(
-                q.transpose(1, 2),
-                keys,
-                values,
-                mask,
-                is_causal=mask is None,
-                enable_gqa=shard.num_heads != shard.num_kv_heads,
-            )
-            to.copy_(found.transpose(1, 2))
+        gqa = shard.num_heads != shard.num_kv_heads
+        q = q.transpose(1, 2)
+        found = F.scaled_dot_product_attention(q, keys, values, mask, is_causal=mask is None, enable_gqa=gqa)
+        to.copy_(found.transpose(1, 2))
 
 
-class _Memory:
-    """Device memory that somebody else owns, for torch.as_tensor."""
-
-    def __init__(self, address: int, shape: tuple[int, ...], dtype: torch.dtype):
-        kind = {torch.int32: "<i4", torch.int16: "<i2"}[dtype]
-        self.__cuda_array_interface__ = {"version": 3, "shape": shape, "typestr": kind, "data": (address, False)}
+def device_tensor(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Device memory that somebody else owns, as a tensor."""
+    # The interface has no bfloat16: bits of the same size.
+    kind, bits = ("<i4", torch.int32) if dtype.itemsize == 4 else ("<i2", torch.int16)
+    described = {"version": 3, "shape": shape, "typestr": kind, "data": (address, False)}
+    memory = SimpleNamespace(__cuda_array_interface__=described)
+    return torch.as_tensor(memory, device="cuda", dtype=bits).view(dtype)

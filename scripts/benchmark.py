@@ -1,0 +1,314 @@
+#!/usr/bin/env python
+"""Latency of the torch backend's CUDA kernels in every placement, side by side, with parity, in one run.
+
+    mpirun -n 2 python scripts/benchmark.py --preset llama-7b-p2-d0 --synthetic
+
+Rank 0 also runs the sequential model on its GPU alone. Weights are random in the model's shapes and made on the GPUs;
+the reference in float32 has the same. Decode is timed by CUDA events, a step being what one token takes from the last:
+network, choice of the token, the next step's input. Prefill is wall clock to the first token on the host.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from mpi4py import MPI
+from synthetic import SHAPES, model_config
+from tqdm import tqdm
+
+from cqil_trt import cuda, reference
+from cqil_trt.backends.torch_cuda import TorchCudaSession, device_tensor
+from cqil_trt.checkpoint import rank_tensors
+from cqil_trt.config import CqilConfig, EngineConfig, ModelConfig
+from cqil_trt.network.rotary import inverse_frequencies
+from cqil_trt.presets import PRESETS, preset
+from cqil_trt.shard import checkpoint_shapes, plan
+from cqil_trt.table import table
+from cqil_trt.validate import compare
+from cqil_trt.weights import WeightReader, cut
+
+COMM = MPI.COMM_WORLD
+RANK = COMM.Get_rank()
+STEPS = 32  # greedy tokens that are compared with the reference
+
+
+class SyntheticReader(WeightReader):
+    """Random tensors on this process's GPU, the same wherever they are read."""
+
+    source = "random weights"
+
+    def __init__(self, model: ModelConfig):
+        self._shapes = checkpoint_shapes(model)
+        self._last: tuple[str, torch.Tensor] | None = None
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._shapes
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float16
+
+    def read(self, name: str, rows: Any = None, columns: Any = None) -> torch.Tensor:
+        if self._last is None or self._last[0] != name:
+            seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
+            generator = torch.Generator("cuda").manual_seed(seed)
+            shape = self._shapes[name]
+            values = torch.randn(shape, generator=generator, device="cuda", dtype=torch.float16).mul_(0.02)
+            self._last = name, torch.ones_like(values) if "norm" in name else values
+        return cut(self._last[1], rows, columns)
+
+
+class SyntheticSession(TorchCudaSession):
+    """A session whose weights come from a reader, not from an engine directory."""
+
+    def __init__(self, engine: Any, comm: Any, reader: WeightReader):
+        self._reader = reader
+        super().__init__(engine, comm, RANK)
+
+    def _load_weights(self, engine: Any) -> None:
+        dtype = getattr(torch, engine.limits.dtype)
+        blocks = rank_tensors(self._plan, self._reader, engine.limits.dtype)
+        arena = cuda.Arena(sum(cuda.aligned(t.elements * dtype.itemsize) for t in self._plan.tensors), "the weights")
+        for tensor in self._plan.tensors:
+            self._memory[tensor.name] = arena.take(tensor.elements * dtype.itemsize)
+            flat, at = device_tensor(self._memory[tensor.name], (tensor.elements,), dtype), 0
+            while at < tensor.elements:
+                block = next(blocks).reshape(-1)
+                flat[at : at + len(block)] = block
+                at += len(block)
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--preset", default="llama-7b-p2-d0", choices=sorted(PRESETS), metavar="NAME")
+    parser.add_argument(
+        "--synthetic", action="store_true", help="random weights: the only kind so far, and the default"
+    )
+    parser.add_argument("--layers", type=int, help="fewer for a quick look")
+    parser.add_argument("--contexts", default="128,200,1024,4096", help="tokens before the measured decode steps")
+    parser.add_argument("--prefills", default="20,128,1024,4096", help="prompt lengths in tokens")
+    parser.add_argument("--batches", default="1,4,8", help="sequences that decode together, at --batch-context")
+    parser.add_argument("--batch-context", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=64, help="decode steps of each measurement")
+    parser.add_argument("--soak", type=int, default=0, metavar="N", help="then generate N tokens, watching for drift")
+    parser.add_argument("--json", metavar="F", type=Path)
+    parser.add_argument("--plot", metavar="F.png", type=Path)
+    options = parser.parse_args()
+    for name in ("contexts", "prefills", "batches"):
+        setattr(options, name, [int(number) for number in getattr(options, name).split(",") if number])
+
+    cqil = preset(options.preset)
+    if cqil.p != COMM.Get_size():
+        sys.exit(f"error: {options.preset} is for {cqil.p} ranks: mpirun -n {cqil.p}" if RANK == 0 else 2)
+    cuda.use_device(RANK)
+    torch.cuda.set_device(int(cuda.call("GetDevice")))
+    if options.layers:
+        cqil = CqilConfig(p=cqil.p, d=cqil.d, start=0, end=options.layers // cqil.p * cqil.p, bypass=cqil.bypass)
+    model = model_config(next(name for name in SHAPES if options.preset.startswith(name)), options.layers)
+    reader = SyntheticReader(model)
+    longest = max(options.contexts + [options.batch_context, *options.prefills]) + 2 * options.steps + 8
+    limits = EngineConfig(max(options.batches + [1]), max(longest, options.soak + 64), "float16", "torch", 1024)
+
+    placements: dict[str, CqilConfig] = {"sequential": CqilConfig(1)}
+    grouped = {"p": cqil.p, "d": cqil.d, "start": cqil.start, "end": cqil.end, "bypass": cqil.bypass}
+    placements |= {name: CqilConfig(**grouped, placement=name) for name in ("leader", "sharded")}
+    placements["tensor"] = CqilConfig(p=cqil.p, placement="tensor")
+
+    bandwidth = read_bandwidth()
+    prompts = [np.random.default_rng(i).integers(model.vocab_size, size=n).tolist() for i, n in enumerate((20, 200))]
+    probes = reference_answers(model, reader, placements, prompts) if RANK == 0 else {}
+    results = {}
+    for name, shape in placements.items():
+        engine = SimpleNamespace(
+            model=model,
+            cqil=shape,
+            limits=limits,
+            rotary=tuple(inverse_frequencies(model)),
+            world_size=shape.p,
+            plan=lambda rank, shape=shape: plan(model, shape)[rank],
+        )
+        if shape.p == 1 and RANK:
+            COMM.Barrier()
+            continue
+        session = SyntheticSession(engine, None if shape.p == 1 else COMM, reader)
+        found = measure(session, model, options, name)
+        found["parity"] = parity(session, prompts, probes.get(name))
+        found["bytes"] = max(rank.bytes_per_token(limits.dtype) for rank in plan(model, shape))
+        if options.soak and name == "sharded":
+            found["soak"] = soak(session, prompts[0], options.soak)
+        results[name] = found
+        if shape.p == 1:
+            COMM.Barrier()
+    if RANK:
+        return
+    print(describe(results, options, bandwidth))
+    if options.json:
+        report = {"preset": options.preset, "gpu": cuda.device_name(), "read_tb_s": bandwidth, "results": results}
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    if options.plot:
+        plot(results, options)
+
+
+def read_bandwidth() -> float:
+    """TB/s at which this GPU reads 2 GiB."""
+    data = torch.zeros(1 << 29, device="cuda")
+    times = []
+    for _ in range(10):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        data.sum()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return data.nbytes / np.median(times) / 1e9
+
+
+def reference_answers(
+    model: ModelConfig, reader: WeightReader, placements: Mapping[str, CqilConfig], prompts: list[list[int]]
+) -> dict[str, Any]:
+    """What the float32 reference says, for each placement: those that group the same layers share it."""
+    network = reference.from_reader(model, reader)
+    plain = reference.probe(network, prompts, [STEPS] * len(prompts), False)
+    grouped = reference.probe(
+        reference.with_cqil(network, placements["sharded"]), prompts, [STEPS] * len(prompts), False
+    )
+    del network
+    torch.cuda.empty_cache()
+    return {name: grouped if shape.groups else plain for name, shape in placements.items()}
+
+
+def measure(session: Any, model: ModelConfig, options: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Milliseconds: decode by context, decode by batch, prefill by length; all samples."""
+    random = np.random.default_rng(0)
+
+    def tokens(count: int) -> list[int]:
+        return random.integers(model.vocab_size, size=count).tolist()
+
+    work: list[tuple[str, int, Callable[[], list[float]]]] = []
+    for context in options.contexts:
+        work.append(("decode", context, lambda n=context: decode(session, [tokens(n)], options.steps)))
+    for batch in options.batches:
+        some = [tokens(options.batch_context) for _ in range(batch)]
+        work.append(("batch", batch, lambda some=some: decode(session, some, options.steps)))
+    for length in options.prefills:
+        work.append(("prefill", length, lambda n=length: prefill(session, tokens(n))))
+    found: dict[str, Any] = {"decode": {}, "batch": {}, "prefill": {}}
+    for kind, size, run in tqdm(work, desc=name, disable=RANK != 0 or not sys.stderr.isatty(), leave=False):
+        found[kind][size] = run()
+    return found
+
+
+def decode(session: Any, prompts: list[list[int]], steps: int) -> list[float]:
+    session.prefill(prompts)
+    session.time_decode(steps // 2)
+    session.prefill(prompts)
+    session.time_decode(4)  # the first steps behind a prefill find the clocks and caches it left
+    return session.time_decode(steps)
+
+
+def prefill(session: Any, prompt: list[int]) -> list[float]:
+    times = []
+    for _ in range(6):
+        began = time.perf_counter()
+        session.prefill([prompt])
+        session.greedy()
+        times.append((time.perf_counter() - began) * 1e3)
+    return times[1:]
+
+
+def parity(session: Any, prompts: list[list[int]], probes: list[Any] | None) -> list[dict[str, Any]]:
+    """The engine against the reference's answers (None on ranks that have none)."""
+    found = []
+    for i, prompt in enumerate(prompts):
+        logits = session.score(prompt)
+        session.prefill([prompt])
+        tokens = [int(session.greedy()[0])]
+        while len(tokens) < STEPS:
+            session.decode(np.array(tokens[-1:]))
+            tokens.append(int(session.greedy()[0]))
+        if probes is not None:
+            found.append(compare(logits, tokens, probes[i], session.limits.dtype).to_dict())
+    return found
+
+
+def soak(session: Any, prompt: list[int], count: int) -> dict[str, Any]:
+    """Generates `count` tokens; whether all ranks hold the same residual stream at every step, and memory that grew."""
+    session.prefill([prompt])
+    token = session.greedy()
+    session.decode(token)
+    before, equal = torch.cuda.mem_get_info()[0], 0
+    for _ in range(count):
+        token = session.greedy()
+        states = COMM.allgather((hashlib.sha256(session.joined()).hexdigest(), int(token[0])))
+        equal += len(set(states)) == 1
+        session.decode(token)
+    return {"tokens": count, "equal": equal, "grown_bytes": before - torch.cuda.mem_get_info()[0]}
+
+
+def describe(results: dict[str, Any], options: argparse.Namespace, bandwidth: float) -> str:
+    """Tables: decode by context with bandwidth and parity, decode by batch, prefill."""
+    first = results["sequential"]
+
+    def cell(kind: str, name: str, size: int) -> str:
+        median, base = np.median(results[name][kind][size]), np.median(first[kind][size])
+        low, high = np.percentile(results[name][kind][size], (10, 90))
+        change = "" if name == "sequential" else f" {median / base - 1:+.1%}"
+        return f"{median:.3f}{change} [{low:.3f}, {high:.3f}]"
+
+    gpus = f"{COMM.Get_size()} x {cuda.device_name()}, which reads {bandwidth:.2f} TB/s"
+    lines = [f"{options.preset}, float16, {gpus}; milliseconds, median [10%, 90%]", ""]
+    rows = []
+    for name, found in results.items():
+        read = found["bytes"] / np.median(found["decode"][options.contexts[0]]) / 1e9
+        worst = max(p["relative_l2"] for p in found["parity"])
+        equal = min(p["equal_tokens"] for p in found["parity"])
+        verdict = "pass" if all(p["passed"] for p in found["parity"]) else "FAIL"
+        cells = [cell("decode", name, context) for context in options.contexts]
+        of = f"{read:.2f} ({read / bandwidth:.0%})"
+        rows.append((name, f"{found['bytes'] / 1e9:.2f}", *cells, of, f"{worst:.1e}", f"{equal}/{STEPS}", verdict))
+    contexts = [f"decode at {context}" for context in options.contexts]
+    lines.append(table(["", "GB/GPU", *contexts, "TB/s", "relative L2", "tokens", "parity"], rows))
+    for kind, sizes, what in (
+        ("batch", options.batches, f"decode at {options.batch_context}, batch {{}}"),
+        ("prefill", options.prefills, "prefill {}"),
+    ):
+        if sizes:
+            rows = [(name, *(cell(kind, name, size) for size in sizes)) for name in results]
+            lines += ["", table(["", *(what.format(size) for size in sizes)], rows)]
+    for name, found in results.items():
+        if "soak" in found:
+            s = found["soak"]
+            lines += [
+                "",
+                f"{name}: {s['equal']} of {s['tokens']} steps equal on all ranks, memory +{s['grown_bytes']} B",
+            ]
+    return "\n".join(lines)
+
+
+def plot(results: dict[str, Any], options: argparse.Namespace) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for name, found in results.items():
+        axes.plot(options.contexts, [np.median(found["decode"][c]) for c in options.contexts], marker="o", label=name)
+    axes.set(xlabel="context, tokens", ylabel="ms per token", title=f"{options.preset}, batch 1", ylim=(0, None))
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(options.plot, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
