@@ -154,7 +154,8 @@ def compile_rank(job: Compilation) -> None:
     _show_progress(trt, config, job)
     if library is not None:
         library.cqil_set_building(1)
-    timings = _use_timing_cache(config, job)
+    # Plugins are not timed: classic networks have nothing for a cache.
+    timings = _use_timing_cache(config, job) if lowering.native else None
     log.first_error = ""  # what a cache that does not fit is refused with
     try:
         serialized = builder.build_serialized_network(network, config)
@@ -163,7 +164,8 @@ def compile_rank(job: Compilation) -> None:
             library.cqil_set_building(0)
     if serialized is None:
         raise UserError(f"TensorRT could not build rank {ops.plan.rank}: {log.first_error or 'it gave no reason'}")
-    _save_timing_cache(config, timings)
+    if timings is not None:
+        _save_timing_cache(config, timings)
     with open(job.file("engine"), "wb") as file:
         file.write(serialized)
 
