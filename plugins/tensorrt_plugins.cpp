@@ -517,10 +517,13 @@ void cqil_set_building(int value) { building = value != 0; }
 // What IPluginRegistry::loadLibrary looks for (trtexec --dynamicPlugins).
 #if NV_TENSORRT_MAJOR >= 10
 IPluginCreatorInterface* const* getCreators(int32_t& count) {
-    static IPluginCreatorInterface* const interfaces[] = {&all_reduce_creator, &broadcast_creator, &bypass_creator,
-                                                         &norm_creator,       &swiglu_creator,    &attention_creator};
-    count = static_cast<int32_t>(std::size(interfaces));
-    return interfaces;
+    static const auto interfaces = [] {
+        std::array<IPluginCreatorInterface*, std::size(creators)> all;
+        std::copy(std::begin(creators), std::end(creators), all.begin());
+        return all;
+    }();
+    count = static_cast<int32_t>(interfaces.size());
+    return interfaces.data();
 }
 #endif
 
