@@ -161,12 +161,36 @@ def fits_gpu(elements: int) -> bool:
     return torch.cuda.is_available() and 4 * elements < 0.8 * torch.cuda.mem_get_info()[0]
 
 
-def from_reader(model: ModelConfig, reader: WeightReader) -> nn.Module:
-    """Hugging Face's modules with the weights of `reader`, float32, in evaluation mode; on a GPU that has room.
+def from_reader(model: ModelConfig, reader: WeightReader, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Hugging Face's modules with the weights of `reader`, in evaluation mode; on a GPU that has room.
 
     A model that would take more than 2 GiB of host memory is computed in pieces: a module's weights are read when
     it is called, and let go behind it.
     """
+    kind, config = hugging_face_config(model)
+    with torch.device("meta"):
+        network = kind(config).eval()
+    rotary = network.get_submodule("model.rotary_emb")
+    elements = sum(parameter.numel() for parameter in network.parameters())
+    device = "cuda" if fits_gpu(elements) else "cpu"
+    # Buffers are computed, not stored: the module makes its own again, off the meta device.
+    network.model.rotary_emb = type(rotary)(network.config).to(device)
+    pieces = device == "cpu" and 4 * elements > _RESIDENT_BYTES
+    for name, module in network.named_modules():
+        names = [key for key, _ in module.named_parameters(recurse=False)]
+        if not names:
+            continue
+        load = _loader(reader, name, names, model.tie_embeddings, device, dtype)
+        if pieces:
+            module.register_forward_pre_hook(load)
+            module.register_forward_hook(_unload)
+        else:
+            load(module)
+    return network
+
+
+def hugging_face_config(model: ModelConfig) -> tuple[Any, Any]:
+    """The class of the model in transformers, and its configuration."""
     import transformers
 
     values = {
@@ -187,25 +211,7 @@ def from_reader(model: ModelConfig, reader: WeightReader) -> nn.Module:
         "rope_parameters": {"rope_type": model.rope.kind, "rope_theta": model.rope.theta, **_rope_factors(model)},
     }
     kind = getattr(transformers, model.architecture)
-    with torch.device("meta"):
-        network = kind(kind.config_class(**values)).eval()
-    rotary = network.get_submodule("model.rotary_emb")
-    elements = sum(parameter.numel() for parameter in network.parameters())
-    device = "cuda" if fits_gpu(elements) else "cpu"
-    # Buffers are computed, not stored: the module makes its own again, off the meta device.
-    network.model.rotary_emb = type(rotary)(network.config).to(device)
-    pieces = device == "cpu" and 4 * elements > _RESIDENT_BYTES
-    for name, module in network.named_modules():
-        names = [key for key, _ in module.named_parameters(recurse=False)]
-        if not names:
-            continue
-        load = _loader(reader, name, names, model.tie_embeddings, device)
-        if pieces:
-            module.register_forward_pre_hook(load)
-            module.register_forward_hook(_unload)
-        else:
-            load(module)
-    return network
+    return kind, kind.config_class(**values)
 
 
 def _rope_factors(model: ModelConfig) -> dict[str, Any]:
@@ -222,7 +228,9 @@ def _rope_factors(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _loader(reader: WeightReader, prefix: str, names: list[str], tied: bool, device: str) -> Callable[..., None]:
+def _loader(
+    reader: WeightReader, prefix: str, names: list[str], tied: bool, device: str, dtype: torch.dtype
+) -> Callable[..., None]:
     """A function that reads a module's parameters; also a forward pre-hook."""
 
     def load(module: nn.Module, *_: Any) -> None:
@@ -230,7 +238,7 @@ def _loader(reader: WeightReader, prefix: str, names: list[str], tied: bool, dev
             source = f"{prefix}.{name}"
             if tied and source == "lm_head.weight":
                 source = "model.embed_tokens.weight"
-            value = reader.read(source).to(device=device, dtype=torch.float32)
+            value = reader.read(source).to(device=device, dtype=dtype)
             setattr(module, name, nn.Parameter(value, requires_grad=False))
 
     return load

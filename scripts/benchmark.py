@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -32,7 +33,7 @@ from cqil_trt.checkpoint import rank_tensors
 from cqil_trt.config import CqilConfig, EngineConfig, ModelConfig
 from cqil_trt.network.rotary import inverse_frequencies
 from cqil_trt.presets import PRESETS, preset
-from cqil_trt.shard import checkpoint_shapes, plan
+from cqil_trt.shard import RankPlan, RankTensor, checkpoint_shapes, plan
 from cqil_trt.table import table
 from cqil_trt.validate import compare
 from cqil_trt.weights import WeightReader, cut
@@ -76,16 +77,30 @@ class SyntheticSession(TorchCudaSession):
 
     def _load_weights(self, engine: Any) -> None:
         dtype = getattr(torch, engine.limits.dtype)
-        blocks = rank_tensors(self._plan, self._reader, engine.limits.dtype)
         arena = cuda.Arena(sum(cuda.aligned(t.elements * dtype.itemsize) for t in self._plan.tensors), "the weights")
-        for tensor in self._plan.tensors:
+
+        def place(tensor: RankTensor) -> torch.Tensor:
             self._memory[tensor.name] = arena.take(tensor.elements * dtype.itemsize)
-            flat, at = device_tensor(self._memory[tensor.name], (tensor.elements,), dtype), 0
-            while at < tensor.elements:
-                block = next(blocks).reshape(-1)
-                flat[at : at + len(block)] = block
-                at += len(block)
+            return device_tensor(self._memory[tensor.name], (tensor.elements,), dtype)
+
+        fill(self._plan, self._reader, engine.limits.dtype, place)
         torch.cuda.synchronize()
+
+
+def fill(
+    rank: RankPlan, reader: WeightReader, dtype: str, place: Callable[[RankTensor], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The rank's tensors by name, each in the flat memory that `place` gives for it."""
+    blocks = rank_tensors(rank, reader, dtype)
+    found = {}
+    for tensor in rank.tensors:
+        flat, at = place(tensor), 0
+        while at < tensor.elements:
+            block = next(blocks).reshape(-1)
+            flat[at : at + len(block)] = block
+            at += len(block)
+        found[tensor.name] = flat.view(tensor.shape)
+    return found
 
 
 def main() -> None:
@@ -101,6 +116,7 @@ def main() -> None:
     parser.add_argument("--batch-context", type=int, default=200)
     parser.add_argument("--steps", type=int, default=64, help="decode steps of each measurement")
     parser.add_argument("--soak", type=int, default=0, metavar="N", help="then generate N tokens, watching for drift")
+    parser.add_argument("--peers", action="store_true", help="what a user might take instead, too (scripts/baselines)")
     parser.add_argument("--json", metavar="F", type=Path)
     parser.add_argument("--plot", metavar="F.png", type=Path)
     options = parser.parse_args()
@@ -149,11 +165,20 @@ def main() -> None:
         results[name] = found
         if shape.p == 1:
             COMM.Barrier()
+    peers = measure_peers(model, reader, placements, options) if options.peers else {}
     if RANK:
         return
     print(describe(results, options, bandwidth))
+    if peers:
+        print("\n" + describe_peers(peers, results, options))
     if options.json:
-        report = {"preset": options.preset, "gpu": cuda.device_name(), "read_tb_s": bandwidth, "results": results}
+        report = {
+            "preset": options.preset,
+            "gpu": cuda.device_name(),
+            "read_tb_s": bandwidth,
+            "results": results,
+            "peers": peers,
+        }
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     if options.plot:
         plot(results, options)
@@ -253,6 +278,93 @@ def soak(session: Any, prompt: list[int], count: int) -> dict[str, Any]:
         equal += len(set(states)) == 1
         session.decode(token)
     return {"tokens": count, "equal": equal, "grown_bytes": before - torch.cuda.mem_get_info()[0]}
+
+
+def measure_peers(
+    model: ModelConfig, reader: WeightReader, placements: Mapping[str, CqilConfig], options: argparse.Namespace
+) -> dict[str, dict[int, float]]:
+    """Median milliseconds of a decode step, wall clock, by peer and context; on rank 0, the others take part."""
+    import torch.distributed as dist
+    from baselines.compiled import TensorParallelDecoder
+    from baselines.published import PublishedCqil
+
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29518")
+    device = torch.device("cuda", torch.cuda.current_device())
+    dist.init_process_group("nccl", rank=RANK, world_size=COMM.Get_size(), device_id=device)
+    contexts, steps = [context for context in options.contexts if context <= 1024], 16
+    prompt = np.random.default_rng(0).integers(model.vocab_size, size=max(contexts) + steps).tolist()
+    found: dict[str, dict[int, float]] = {}
+
+    def timed(step: Callable[[int], Any]) -> float:
+        """`step` gets how many tokens are behind the one it computes."""
+        times = []
+        for i in range(steps):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            step(i)
+            torch.cuda.synchronize()
+            times.append((time.perf_counter() - began) * 1e3)
+        return float(np.median(times[3:]))
+
+    network = reference.from_reader(model, reader, torch.float16)
+    if RANK == 0:
+        found["Hugging Face generate, one GPU"] = {c: generate_time(network, prompt[:c], steps) for c in contexts}
+    if placements["leader"].d == 0:
+        COMM.Barrier()
+        published = PublishedCqil(network, placements["leader"])
+        found["published wrapper's method"] = {
+            c: timed(lambda i, c=c: published.next_token(prompt[: c + i])) for c in contexts
+        }
+        del published
+    del network
+    torch.cuda.empty_cache()
+    for name, shape in (("torch.compile, one GPU", "sequential"), ("torch.compile tensor parallel", "tensor")):
+        if RANK and placements[shape].p == 1:
+            COMM.Barrier()
+            continue
+        mine = plan(model, placements[shape])[RANK]
+        weights = fill(mine, reader, "float16", lambda t: torch.empty(t.elements, dtype=torch.float16, device="cuda"))
+        rotary = torch.tensor(inverse_frequencies(model))
+        decoder = TensorParallelDecoder(mine, weights, rotary, max(contexts) + steps)
+        compiled = torch.compile(decoder, mode="reduce-overhead", fullgraph=True)
+        token, position = torch.tensor([5], device="cuda"), torch.zeros(1, dtype=torch.long, device="cuda")
+
+        def step(i: int, context: int, compiled=compiled, token=token, position=position) -> None:
+            position.fill_(context + i)
+            token.copy_(compiled(token, position).argmax().reshape(1))
+
+        with torch.inference_mode():
+            for i in range(4):
+                step(i, 0)
+            found[name] = {c: timed(lambda i, c=c, step=step: step(i, c)) for c in contexts}
+        if placements[shape].p == 1:
+            COMM.Barrier()
+    dist.destroy_process_group()
+    return found
+
+
+def generate_time(network: Any, prompt: list[int], steps: int) -> float:
+    """Milliseconds a token of greedy generation with a cache, behind the prompt."""
+    ids = torch.tensor([prompt], device="cuda")
+    times = []
+    for count in (1, 1 + steps, 1, 1 + steps):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        network.generate(ids, min_new_tokens=count, max_new_tokens=count, do_sample=False, pad_token_id=0)
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - began) * 1e3)
+    return (times[3] - times[2]) / steps
+
+
+def describe_peers(peers: dict[str, Any], results: dict[str, Any], options: argparse.Namespace) -> str:
+    """Peers beside ours; how many times longer than `sharded` each takes."""
+    contexts = [context for context in options.contexts if context <= 1024]
+    rows = []
+    for name, times in peers.items():
+        ours = [float(np.median(results["sharded"]["decode"][context])) for context in contexts]
+        rows.append((name, *(f"{times[c]:.2f} ({times[c] / mine:.1f} x)" for c, mine in zip(contexts, ours))))
+    return table(["ms a token (times what sharded takes)", *(f"at {context}" for context in contexts)], rows)
 
 
 def describe(results: dict[str, Any], options: argparse.Namespace, bandwidth: float) -> str:
