@@ -179,6 +179,11 @@ class ModelConfig:
         if self.head_dim % 2:
             raise UserError(f"head_dim {self.head_dim} is odd: rotary embedding needs pairs")
 
+    @property
+    def group_size(self) -> int:
+        """How many query heads read one key/value head."""
+        return self.num_heads // self.num_kv_heads
+
     @classmethod
     def from_hugging_face(cls, path: Path) -> ModelConfig:
         """Reads `config.json` (and `generation_config.json` beside it, for the stop tokens).

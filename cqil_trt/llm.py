@@ -25,6 +25,8 @@ class Llm:
     """
 
     def __init__(self, directory: Path | None = None, job: Job | None = None, device: str = "auto"):
+        if device not in backends.DEVICES:
+            raise UserError(f"device must be one of {', '.join(backends.DEVICES)}, found {device!r}")
         self.job = job or Job()
         # Only rank 0 looks, so that ranks cannot disagree while a build finishes.
         path = self.job.share(lambda: directory or find_engine(Path("engines"), self.job.size))
@@ -105,12 +107,12 @@ def merge_replicas(by_rank: Sequence[Sequence[Any]], world_size: int, count: int
     return [replicas[i % len(replicas)][i // len(replicas)] for i in range(count)]
 
 
-def load(directory: str | Path | None = None) -> Llm:
+def load(directory: str | Path | None = None, device: str = "auto") -> Llm:
     """Loads an engine inside an MPI job (or, for p = 1, in a single process); default the newest that fits.
 
-    Raises UserError, on every rank, for a missing or damaged engine or a wrong number of ranks.
+    `device`: as `Llm`'s. Raises UserError, on every rank, for a missing or damaged engine or a wrong number of ranks.
     """
-    return Llm(None if directory is None else Path(directory))
+    return Llm(None if directory is None else Path(directory), device=device)
 
 
 def _share_cores(job: Job) -> None:

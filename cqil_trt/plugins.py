@@ -171,7 +171,7 @@ def load(path: Path | None = None) -> ctypes.CDLL:
 def main(arguments: Sequence[str] | None = None) -> None:
     from cqil_trt.job import command
 
-    parser = argparse.ArgumentParser(prog="python -m cqil_trt.plugins", description="Build the CUDA collectives.")
+    parser = argparse.ArgumentParser(prog="python -m cqil_trt.plugins", description="Build the CUDA kernels.")
     actions = parser.add_subparsers(dest="action", required=True)
     make = actions.add_parser("build", help="compile the library (needs cmake and nvcc)")
     make.add_argument("--tensorrt-root", type=Path, metavar="DIR", help="with TensorRT plugins, from headers in DIR")

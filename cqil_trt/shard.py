@@ -67,6 +67,10 @@ class LayerShard:
     def num_kv_heads(self) -> int:
         return self.kv_heads[1] - self.kv_heads[0]
 
+    def first_in_group(self, group_size: int) -> int:
+        """Where its first query head stands among those that read the same key/value head."""
+        return self.heads[0] - self.kv_heads[0] * group_size
+
     @property
     def num_neurons(self) -> int:
         return self.neurons[1] - self.neurons[0]
@@ -100,7 +104,7 @@ class LayerShard:
         Query heads are dealt as evenly as possible and the part keeps the key/value heads they read, so that two
         parts may both keep one. A part may be empty when there are more parts than heads.
         """
-        group = model.num_heads // model.num_kv_heads
+        group = model.group_size
         first, last = heads = even_split(model.num_heads, parts, part)
         kv_heads = (first // group, (last - 1) // group + 1) if last > first else (0, 0)
         kv_index = tuple(head // group - kv_heads[0] for head in range(first, last))

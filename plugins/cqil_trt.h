@@ -1,4 +1,4 @@
-// C interface of the collectives: what ctypes, the TensorRT plugins and C++ programs call.
+// C interface of the collectives and of a decoder's kernels: what ctypes, the TensorRT plugins and C++ programs call.
 //
 // Every function returns 0, or a negative number and leaves a message for cqil_last_error(). All ranks call the same
 // operations with the same sizes in the same order, on one stream each. Operations are asynchronous and may be captured

@@ -1,4 +1,5 @@
-// Small kernels of a decode step, on one GPU: RMSNorm, the gated MLP's product, the choice of the next token.
+// Small kernels of a decode step, on one GPU: RMSNorm, sums, the gated MLP's product, rows of a table, the choice of the next
+// token.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

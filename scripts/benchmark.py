@@ -60,7 +60,7 @@ class SyntheticReader(WeightReader):
 
     def read(self, name: str, rows: Any = None, columns: Any = None) -> torch.Tensor:
         if self._last is None or self._last[0] != name:
-            seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
+            seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
             generator = torch.Generator("cuda").manual_seed(seed)
             shape = self._shapes[name]
             values = torch.randn(shape, generator=generator, device="cuda", dtype=torch.float16).mul_(0.02)
@@ -107,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--preset", default="llama-7b-p2-d0", choices=sorted(PRESETS), metavar="NAME")
     parser.add_argument(
-        "--synthetic", action="store_true", help="random weights: the only kind so far, and the default"
+        "--synthetic", action="store_true", required=True, help="random weights: the only kind there is"
     )
     parser.add_argument("--layers", type=int, help="fewer for a quick look")
     parser.add_argument("--contexts", default="128,200,1024,4096", help="tokens before the measured decode steps")
@@ -125,7 +125,9 @@ def main() -> None:
 
     cqil = preset(options.preset)
     if cqil.p != COMM.Get_size():
-        sys.exit(f"error: {options.preset} is for {cqil.p} ranks: mpirun -n {cqil.p}" if RANK == 0 else 2)
+        if RANK == 0:
+            print(f"error: {options.preset} is for {cqil.p} ranks: mpirun -n {cqil.p}", file=sys.stderr)
+        sys.exit(2)
     cuda.use_device(RANK)
     torch.cuda.set_device(int(cuda.call("GetDevice")))
     if options.layers:

@@ -43,10 +43,13 @@ SHAPES = {
 class Kernels:
     def __init__(self) -> None:
         self._library = plugins.load()
-        self._scratch = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+        self._scratch = torch.empty(0, dtype=torch.uint8, device="cuda")
 
     def linear(self, x, weight, out, gated=False, norm=None, residual=None) -> None:
         shape = plugins.LinearShape(len(x), out.shape[1], x.shape[1], gated, DTYPES["float16"], 1e-5)
+        size = self._library.cqil_linear_scratch_bytes(shape)
+        if size > len(self._scratch):
+            self._scratch = torch.empty(size, dtype=torch.uint8, device="cuda")
         given = [x, None, weight, None, norm, residual, out, self._scratch]
         pointers = [None if tensor is None else tensor.data_ptr() for tensor in given]
         if self._library.cqil_linear(ctypes.byref(shape), *pointers, torch.cuda.current_stream().cuda_stream):

@@ -53,6 +53,8 @@ def main() -> None:
     )
     parser.add_argument("--json", metavar="F", type=Path)
     options = parser.parse_args()
+    if options.prepare and not options.directory:
+        parser.error("--prepare needs --directory")
     cqil = preset(options.preset)
     model = next(name for name in SHAPES if options.preset.startswith(name))
     start, end = cqil.start, cqil.end

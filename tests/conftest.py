@@ -124,6 +124,9 @@ def build(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
 
 
 def mpirun(ranks: int, *arguments: Any, script: str = "runtime/run.py", **options: Any):
+    """Engines run on the CPU unless `arguments` say otherwise, on a host with GPUs too."""
+    if script == "runtime/run.py" and "--device" not in arguments:
+        arguments = (*arguments, "--device", "cpu")
     return run("mpirun", "-n", ranks, sys.executable, script, *arguments, **options)
 
 

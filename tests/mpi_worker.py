@@ -1,6 +1,6 @@
 """Run by mpirun in the tests: runs engines on prompts and saves what they computed, from every rank.
 
-usage: mpi_worker.py CASES.json; CASES is a list of {engine, prompts, steps, out}
+usage: mpi_worker.py CASES.json; CASES is a list of {engine, device, prompts, steps, out}
 """
 
 import json
@@ -15,7 +15,7 @@ from cqil_trt.llm import Llm
 job = Job()
 with command(job):
     for case in json.loads(Path(sys.argv[1]).read_text()):
-        llm = Llm(Path(case["engine"]), job)
+        llm = Llm(Path(case["engine"]), job, case["device"])
         prompts, steps = case["prompts"], case["steps"]
         result, joined = {}, []
         for i, prompt in enumerate(prompts):

@@ -21,6 +21,9 @@ from conftest import (
 )
 from test_generate import save_byte_tokenizer
 
+import cqil_trt
+from cqil_trt.errors import UserError
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
@@ -98,6 +101,13 @@ def test_text_json_logits_and_replicas(engine, model, tmp_path):
         c["tokens"] for c in report["completions"]
     ]
     assert "[2] " in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_said_in_one_line(engine):
+    assert_user_error(mpirun(2, "--engine", engine, "--device", "cuda"), "--device cuda: this PyTorch sees no GPU")
+    with pytest.raises(UserError, match="device must be one of auto, cpu, cuda"):
+        cqil_trt.load(engine, device="gpu")
 
 
 def test_validate_passes_on_a_good_engine_and_fails_on_a_wrong_one(engine, model, tmp_path):

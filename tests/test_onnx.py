@@ -63,7 +63,13 @@ def results(engines, tmp_path_factory):
     prompts = [[random.integers(3, 131, size=length).tolist() for length in (9, 2)] for _ in CASES]
     for ranks in {engine.world_size for engine in engines}:
         cases = [
-            {"engine": str(engine.path), "prompts": prompts[i], "steps": STEPS, "out": str(root / str(i))}
+            {
+                "engine": str(engine.path),
+                "device": "cpu",
+                "prompts": prompts[i],
+                "steps": STEPS,
+                "out": str(root / str(i)),
+            }
             for i, engine in enumerate(engines)
             if engine.world_size == ranks
         ]

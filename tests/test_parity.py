@@ -82,9 +82,11 @@ def models(tmp_path_factory):
     }
 
 
-@pytest.fixture(scope="session")
-def results(models, tmp_path_factory):
+@pytest.fixture(scope="session", params=["cpu", "cuda"])
+def results(request, models, tmp_path_factory):
     """All engines built, then one mpirun for each number of ranks runs those it fits."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
     root = tmp_path_factory.mktemp("engines")
     random = np.random.default_rng(SEED)
     prompts = {i: [random.integers(3, 131, size=n).tolist() for n in (7, 1, 19)] for i in range(len(cases()))}
@@ -100,7 +102,13 @@ def results(models, tmp_path_factory):
         cqil_trt.build(
             model=models[name], lora=lora, output=engine, max_seq_len=64, max_batch_size=3, probes="never", **shape
         )
-        case = {"engine": str(engine), "prompts": prompts[i], "steps": STEPS, "out": str(root / f"out{i}")}
+        case = {
+            "engine": str(engine),
+            "device": request.param,
+            "prompts": prompts[i],
+            "steps": STEPS,
+            "out": str(root / f"out{i}"),
+        }
         by_ranks.setdefault(shape["p"], []).append(case)
     for ranks, batch in by_ranks.items():
         done = mpirun(ranks, write_json(root / f"cases{ranks}.json", batch), script="tests/mpi_worker.py")

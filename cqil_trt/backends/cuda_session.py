@@ -1,7 +1,7 @@
 """Executes a rank's network on a GPU, whatever launches its kernels: numpy, mpi4py, cuda-bindings, our plugin library.
 
-Everything is allocated when the session begins. A decode step is one CUDA graph for each batch size: the network, the
-greedy choice over all ranks, and the input of the next step.
+Weights, caches and buffers are allocated when the session begins. A decode step is one CUDA graph for each batch size:
+the network, the greedy choice over all ranks, and the input of the next step.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -30,23 +29,36 @@ def compile_rank(job: Compilation) -> None:
 
 
 def open_session(engine: Engine, comm: Any, device: str, number: int) -> Session:
-    if device == "cpu" or (device == "auto" and not _gpu()):
+    if device != "cpu":
+        missing = _missing_for_cuda()
+        if missing is not None and device == "cuda":
+            raise UserError(f"--device cuda: {missing}")
+        if missing is not None and number == 0 and torch.cuda.is_available():
+            print(f"computing on the CPU, though there is a GPU: {missing}", file=sys.stderr)
+        if missing is not None:
+            device = "cpu"
+    if device == "cpu":
         return TorchSession(engine, comm)
     from cqil_trt.backends.torch_cuda import TorchCudaSession
 
     return TorchCudaSession(engine, comm, number)
 
 
-def _gpu() -> bool:
-    """Whether there is a GPU that PyTorch was built for, and the kernels for it."""
+def _missing_for_cuda() -> str | None:
+    """Why this process cannot compute on a GPU, None when it can."""
     if not torch.cuda.is_available():
-        return False
+        return "this PyTorch sees no GPU (is it a build for CUDA?)"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return f"the kernels need compute capability 8.0, {torch.cuda.get_device_name()} has less"
+    try:
+        import cuda.bindings  # noqa: F401
+    except ModuleNotFoundError:
+        return "cuda-bindings is not installed: pip install cuda-bindings"
     try:
         plugins.library_path()
     except UserError as error:
-        print(f"computing on the CPU, though there is a GPU: {error}", file=sys.stderr)
-        return False
-    return find_spec("cuda.bindings") is not None
+        return str(error)
+    return None
 
 
 class TorchSession(Session):

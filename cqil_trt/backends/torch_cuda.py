@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,8 +18,14 @@ from cqil_trt.network.decoder import decode
 from cqil_trt.shard import LayerShard
 
 
+_MAX_VIEWS = 4096
+
+
 class TorchCudaSession(CudaSession):
-    """`device`: which GPU, modulo those there are."""
+    """`device`: which GPU, modulo those there are; it becomes PyTorch's current one in this process.
+
+    Raises UserError for too little memory, GPUs that cannot reach each other, or a missing plugin library.
+    """
 
     def __init__(self, engine: Engine, comm: Any, device: int):
         cuda.use_device(device)
@@ -37,15 +44,21 @@ class TorchCudaSession(CudaSession):
         }
         self._ops.begin(batch, length, address["past"], address["logits"], self._common_past)
         tokens, select = Matrix(address["tokens"], batch * length, 1), Matrix(address["select"], rows, 1)
-        with torch.inference_mode(), torch.cuda.stream(self._torch_stream):
+        guard = nullcontext() if self._workspace is None else self._workspace.guard()
+        with guard, torch.inference_mode(), torch.cuda.stream(self._torch_stream):
             decode(self._ops, tokens, None, select)
 
 
 class TorchLibrary:
-    """`cuda_ops.Library` by cuBLAS and PyTorch's attention (flash where it applies), on PyTorch's current stream."""
+    """`cuda_ops.Library` by cuBLAS and PyTorch's attention (flash where it applies), on PyTorch's current stream.
+
+    For an engine in float32 it switches TF32 off, in the whole process: validation compares with float32.
+    """
 
     def __init__(self, engine: Engine):
         self._dtype = getattr(torch, engine.limits.dtype)
+        if self._dtype == torch.float32:
+            torch.backends.cuda.matmul.allow_tf32 = False
         self._limits, self._head_dim = engine.limits, engine.model.head_dim
         self._views: dict[tuple[int, ...], torch.Tensor] = {}
 
@@ -53,6 +66,8 @@ class TorchLibrary:
         """Device memory as a tensor of the engine's type."""
         key = address, *shape
         if key not in self._views:
+            if len(self._views) == _MAX_VIEWS:  # prompts of many lengths
+                self._views.clear()
             self._views[key] = device_tensor(address, shape, self._dtype)
         return self._views[key]
 

@@ -9,15 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 from cqil_trt import plugins
 from cqil_trt.collectives.base import Communicator
+from cqil_trt.config import DTYPE_BYTES
 from cqil_trt.errors import CollectiveError, UserError
 
 if TYPE_CHECKING:
     import torch
 
 DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}  # cqil_dtype
+_MAX_ROW_BYTES = 32 << 10
 _OPERATIONS = {1: "all_reduce", 2: "argmax", 3: "broadcast or bypass"}
 _HANDLE_BYTES = 64
 TIMEOUT_SECONDS = 30.0
+
+
+def fuses_norm(hidden: int, dtype: str) -> bool:
+    """Whether cqil_all_reduce_residual_norm takes rows of so many elements."""
+    row_bytes = hidden * DTYPE_BYTES[dtype]
+    return row_bytes % 16 == 0 and row_bytes <= _MAX_ROW_BYTES
 
 
 class Workspace:

@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from cqil_trt import cuda, plugins
-from cqil_trt.collectives.cuda import DTYPES, Workspace
+from cqil_trt.collectives.cuda import DTYPES, Workspace, fuses_norm
 from cqil_trt.config import DTYPE_BYTES, EngineConfig
+from cqil_trt.errors import UserError
 from cqil_trt.network.fused_ops import FusedOps
 from cqil_trt.network.ops import Ops
 from cqil_trt.shard import LayerShard, RankPlan
 
-# Up to so many rows our own products beat a library's (docs/performance.md).
+# Up to so many rows our own products are used: docs/performance.md has them beside cuBLAS.
 _OWN_ROWS = 1
 
 
@@ -31,7 +32,13 @@ class Pool:
 
     def take(self, size: int) -> int:
         free, size = self._bucket(size)
-        return free.pop() if free else cuda.Arena(size, "activations").address
+        if free:
+            return free.pop()
+        try:
+            return cuda.Arena(size, "activations").address
+        except UserError as error:
+            # The other ranks are in the pass and cannot agree on it: this ends the job.
+            raise cuda.CudaError(f"{error}: build with a smaller --prefill-chunk or --max-batch-size") from None
 
     def give(self, address: int, size: int) -> None:
         self._bucket(size)[0].append(address)
@@ -87,9 +94,7 @@ class _Collectives(Ops[Matrix]):
         return out
 
     def all_reduce_residual_norm(self, delta: Matrix, residual: Matrix, weight: Matrix) -> tuple[Matrix, Matrix]:
-        row_bytes = delta.width * DTYPE_BYTES[self._limits.dtype]
-        # What the fused kernel takes: cqil_all_reduce_residual_norm.
-        if row_bytes % 16 or row_bytes > 32 << 10:
+        if not fuses_norm(delta.width, self._limits.dtype):
             return super().all_reduce_residual_norm(delta, residual, weight)
         out, normed = self._joined(delta), self._new(delta.rows, delta.width)
         addresses = [matrix.address for matrix in (delta, residual, weight, out, normed)]
@@ -126,7 +131,7 @@ class CudaOps(FusedOps[Matrix], _Collectives):
 
     Args:
         memory: addresses by name: weights, caches, rotary tables, and where `logits` and `joined` go.
-        library: computes what has many rows; None leaves that to our own kernels.
+        library: computes what has many rows.
     """
 
     def __init__(
@@ -137,7 +142,7 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         workspace: Workspace | None,
         kernels: ctypes.CDLL,
         stream: int,
-        library: Library | None,
+        library: Library,
     ):
         self.plan = plan
         self._limits, self._memory, self._workspace = limits, memory, workspace
@@ -187,14 +192,14 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         outputs = weight.rows // 2 if gated else weight.rows
         is_head = weight is self._weights.get("lm_head.weight")
         out = Matrix(self._logits, x.rows, outputs) if is_head else self._new(x.rows, outputs)
-        if x.rows > _OWN_ROWS and self._library is not None and (bias is None or residual is None):
+        if x.rows > _OWN_ROWS:
             if norm is not None:
                 x = self.fused_norm(x, delta, norm)
             product = self._new(x.rows, weight.rows) if gated else out
             self._library.multiply(x, weight, residual if bias is None else bias, product)
             if gated:
                 self._call("swiglu", product, out, x.rows, outputs, DTYPES[self._limits.dtype])
-            return out
+            return out if bias is None or residual is None else self.fused_add(out, residual)
         shape = plugins.LinearShape(
             x.rows, outputs, x.width, gated, DTYPES[self._limits.dtype], self.plan.model.rms_norm_eps
         )
@@ -233,8 +238,8 @@ class CudaOps(FusedOps[Matrix], _Collectives):
             head_dim=model.head_dim,
             capacity=self._limits.max_seq_len,
             max_batch=self._limits.max_batch_size,
-            group=model.num_heads // model.num_kv_heads,
-            first=shard.heads[0] - shard.kv_heads[0] * (model.num_heads // model.num_kv_heads),
+            group=model.group_size,
+            first=shard.first_in_group(model.group_size),
             dtype=DTYPES[self._limits.dtype],
             eps=model.rms_norm_eps,
         )
@@ -245,7 +250,7 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         cache = self._memory[f"cache.{shard.index}"]
         out = self._new(qkv.rows, shard.num_heads * model.head_dim)
         scratch = self._scratch(self._kernels.cqil_attention_scratch_bytes(shape))
-        delegated = self._library is not None and self._length > 1 and shard.grouped
+        delegated = self._length > 1 and shard.grouped
         result = None if delegated else out
         self._call("attention", ctypes.byref(shape), qkv, self._past, *tables, *norms, cache, result, scratch)
         if delegated:

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from cqil_trt.collectives.cuda import DTYPES as PLUGIN_DTYPES
-from cqil_trt.config import DTYPE_BYTES, EngineConfig
+from cqil_trt.collectives.cuda import fuses_norm
+from cqil_trt.config import EngineConfig
 from cqil_trt.network.decoder import decode
 from cqil_trt.network.fused_ops import FusedOps
 from cqil_trt.network.ops import Ops
@@ -242,9 +243,7 @@ class TensorRtOps(Ops[Tensor]):
         return out
 
     def all_reduce_residual_norm(self, delta: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        row_bytes = self.plan.model.hidden_size * DTYPE_BYTES[self._limits.dtype]
-        # What the fused kernel takes: cqil_all_reduce_residual_norm.
-        if self._workspace is None or row_bytes % 16 or row_bytes > 32 << 10:
+        if self._workspace is None or not fuses_norm(self.plan.model.hidden_size, self._limits.dtype):
             return super().all_reduce_residual_norm(delta, residual, weight)
         inputs, eps = [delta, residual, weight, self._workspace], self.plan.model.rms_norm_eps
         out, normed = self._plugin("CqilAllReduce", inputs, 2, mode=2, eps=eps)
@@ -412,7 +411,6 @@ class ClassicOps(FusedOps[Tensor], TensorRtOps):
     def attention(self, qkv: Tensor, positions: None, shard: LayerShard) -> Tensor:
         model, layer = self.plan.model, f"layers.{shard.index}"
         norms = [self.weight(f"{layer}.{name}.weight") for name in ("q_norm", "k_norm")] if model.qk_norm else []
-        group = model.num_heads // model.num_kv_heads
         inputs = [self.keep(qkv), *self._tables, *norms, self.past, self._caches[shard.index]]
         return self._plugin(
             "CqilAttention",
@@ -423,8 +421,8 @@ class ClassicOps(FusedOps[Tensor], TensorRtOps):
             head_dim=model.head_dim,
             capacity=self._limits.max_seq_len,
             max_batch=self._limits.max_batch_size,
-            group=group,
-            first=shard.heads[0] - shard.kv_heads[0] * group,
+            group=model.group_size,
+            first=shard.first_in_group(model.group_size),
             head_norms=int(model.qk_norm),
             eps=model.rms_norm_eps,
         )[0]
