@@ -17,7 +17,6 @@ from cqil_trt.network.cuda_ops import CudaOps, Matrix
 from cqil_trt.network.decoder import decode
 from cqil_trt.shard import LayerShard
 
-
 _MAX_VIEWS = 4096
 
 
