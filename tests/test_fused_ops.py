@@ -22,6 +22,16 @@ SHAPES = [
 ]
 
 
+def rank_weights(rank, checkpoint):
+    """The rank's tensors by name, float32."""
+    blocks = [block.reshape(-1) for block in rank_tensors(rank, checkpoint.reader, "float32")]
+    parts = torch.cat([torch.empty(0), *blocks]).split([tensor.elements for tensor in rank.tensors])
+    weights = {tensor.name: part.view(tensor.shape) for tensor, part in zip(rank.tensors, parts)}
+    if rank.shares_embedding:
+        weights["lm_head.weight"] = weights["embedding.weight"][slice(*rank.vocabulary)]
+    return weights
+
+
 class Alone(LocalCommunicator):
     """One rank of several, without the others: a sum that has but its own part is as good a check."""
 
@@ -78,13 +88,7 @@ def test_fused_operations_compute_the_same(name, tmp_path):
     limits = EngineConfig(2, 32, "float32")
     for shape in SHAPES:
         for rank in plan(checkpoint.model, CqilConfig(**shape)):
-            flat = torch.cat(
-                [torch.empty(0), *(b.reshape(-1) for b in rank_tensors(rank, checkpoint.reader, "float32"))]
-            )
-            parts = flat.split([tensor.elements for tensor in rank.tensors])
-            weights = {tensor.name: part.view(tensor.shape) for tensor, part in zip(rank.tensors, parts)}
-            if rank.shares_embedding:
-                weights["lm_head.weight"] = weights["embedding.weight"][slice(*rank.vocabulary)]
+            weights = rank_weights(rank, checkpoint)
             plain, fused = (
                 kind(rank, weights, Alone(rank.rank), limits, checkpoint.rotary) for kind in (TorchOps, FusedTorchOps)
             )
@@ -101,9 +105,7 @@ def test_fused_operations_compute_the_same(name, tmp_path):
 def test_a_sequential_layer_takes_four_products_and_nothing_else(tmp_path):
     checkpoint = Checkpoint(make_model(tmp_path, seed=SEED), None)
     [rank] = plan(checkpoint.model, CqilConfig(1))
-    flat = torch.cat([b.reshape(-1) for b in rank_tensors(rank, checkpoint.reader, "float32")])
-    parts = flat.split([tensor.elements for tensor in rank.tensors])
-    weights = {tensor.name: part.view(tensor.shape) for tensor, part in zip(rank.tensors, parts)}
+    weights = rank_weights(rank, checkpoint)
     ops = FusedTorchOps(rank, weights, LocalCommunicator(), EngineConfig(1, 32, "float32"), checkpoint.rotary)
     decode(
         ops, torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long)

@@ -1,0 +1,190 @@
+"""The classic TensorRT lowering without TensorRT: each layer is computed as it is added, plugins by the words of
+plugins/tensorrt_plugins.cpp. (The engines themselves need a GPU: test_tensorrt_gpu.py.)"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SEED, make_model
+from test_cuda_ops import HostKernels, norm
+from test_fused_ops import SHAPES, Alone, rank_weights
+from test_parity import ARCHITECTURES
+
+from cqil_trt.checkpoint import Checkpoint
+from cqil_trt.config import CqilConfig, EngineConfig
+from cqil_trt.network.decoder import decode
+from cqil_trt.network.rotary import rotary_tables
+from cqil_trt.network.tensorrt_ops import Lowering, define_network
+from cqil_trt.network.torch_ops import TorchOps
+from cqil_trt.shard import plan
+
+BATCH, CAPACITY = 2, 32
+LOWERING = Lowering(native=False, typed=False, plugins=True, nccl=False)
+
+
+class Tensor:
+    def __init__(self, name, value, dtype):
+        self.name, self.value, self.dtype, self.shape = name, value, dtype, tuple(value.shape)
+
+
+class Layer:
+    """A shuffle that only reshapes, or a plugin with its outputs."""
+
+    def __init__(self, network, *values):
+        self._outputs = [Tensor(f"layer {network.count()}.{i}", value, "float32") for i, value in enumerate(values)]
+
+    def get_output(self, index):
+        return self._outputs[index]
+
+
+class Shuffle(Layer):
+    def __init__(self, network, x):
+        super().__init__(network, x.value)
+
+    def __setattr__(self, name, value):
+        if name == "reshape_dims":
+            [output] = self._outputs
+            output.value = output.value.reshape(value)
+            output.shape = tuple(output.value.shape)
+        else:
+            assert name == "_outputs", f"a classic network needs no {name}"
+            super().__setattr__(name, value)
+
+
+class Network:
+    """INetworkDefinition, as far as the classic lowering uses it. `given`: the value of every input, by name."""
+
+    def __init__(self, given, caches, rank):
+        self._given, self._caches, self._rank = given, caches, rank
+        self._count, self.outputs, self.plugins = 0, {}, []
+
+    def count(self):
+        self._count += 1
+        return self._count
+
+    def add_input(self, name, dtype, shape):
+        value = torch.tensor([-1]) if name == "workspace" or name.startswith("cache.") else self._given[name]
+        assert len(shape) == value.dim() and all(s in (-1, n) for s, n in zip(shape, value.shape)), (name, shape)
+        return Tensor(name, value, dtype)
+
+    def mark_output(self, tensor):
+        self.outputs[tensor.name] = tensor.value
+
+    def add_shuffle(self, x):
+        return Shuffle(self, x)
+
+    def add_identity(self, x):
+        return Layer(self, x.value)
+
+    def add_plugin_v2(self, inputs, plugin):
+        name, fields = plugin
+        self.plugins.append(name)
+        values = getattr(self, name)(SimpleNamespace(**fields), [tensor.value for tensor in inputs], inputs)
+        return Layer(self, *values)
+
+    def CqilGather(self, f, x, _):
+        return [x[0][x[1].long()]]
+
+    def CqilNorm(self, f, x, _):
+        total = x[0] + x[1] if f.delta else x[0]
+        return [norm(total, x[1 + f.delta], f.eps)]
+
+    def CqilAdd(self, f, x, _):
+        assert len(x) == max(1, f.terms)
+        return [x[0] + x[1] if f.terms else torch.zeros_like(x[0])]
+
+    def CqilLinear(self, f, x, _):
+        given = iter(x)
+        value = next(given)
+        if f.delta:
+            value = value + next(given)
+        weight = next(given)
+        bias = next(given) if f.bias else None
+        if f.norm:
+            value = norm(value, next(given), f.eps)
+        value = F.linear(value, weight, bias)
+        if f.gated:
+            gate, up = value.chunk(2, -1)
+            value = F.silu(gate) * up
+        if f.residual:
+            value = value + next(given)
+        assert next(given, None) is None
+        return [value]
+
+    def CqilAttention(self, f, x, inputs):
+        qkv, cos, sin, *norms, past, _ = x
+        assert len(norms) == 2 * f.head_norms
+        batch = len(past)
+        s = SimpleNamespace(
+            batch=batch,
+            length=len(qkv) // batch,
+            max_batch=f.max_batch,
+            **{
+                name: getattr(f, name)
+                for name in ("heads", "kv_heads", "head_dim", "capacity", "group", "first", "eps")
+            },
+        )
+        addresses = [t.contiguous() for t in (qkv, past.to(torch.int32), cos, sin, *norms)]
+        q_norm, k_norm = (t.data_ptr() for t in addresses[4:]) if norms else (None, None)
+        out = torch.full((len(qkv), f.heads * f.head_dim), torch.nan)
+        pointers = [t.data_ptr() for t in addresses[:4]]
+        shape = SimpleNamespace(_obj=s)
+        self._caches.cqil_attention(shape, *pointers, q_norm, k_norm, inputs[-1].name, out.data_ptr(), None, None)
+        return [out]
+
+    def CqilAllReduce(self, f, x, _):
+        total = x[1] + x[0]
+        return [total] if f.mode == 1 else [total, norm(total, x[2], f.eps)]
+
+    def CqilBroadcast(self, f, x, _):
+        if f.rank == 0:
+            return [x[0]]
+        return [torch.linspace(-1, 1, x[0].numel() * f.hidden).view(-1, f.hidden)]
+
+    def CqilBypass(self, f, x, _):
+        return [0.5 * x[0] if self._rank else torch.zeros_like(x[0])]
+
+
+def package():
+    """The part of the Python module `tensorrt` that the lowering touches."""
+    creator = lambda name: SimpleNamespace(create_plugin=lambda _, fields: (name, fields))  # noqa: E731
+    return SimpleNamespace(
+        int32="int32",
+        float32="float32",
+        float16="float16",
+        PluginFieldType=SimpleNamespace(INT32=np.int32, FLOAT32=np.float32),
+        PluginField=lambda name, array, kind: (name, array.astype(kind).item()),
+        PluginFieldCollection=dict,
+        get_plugin_registry=lambda: SimpleNamespace(get_plugin_creator=lambda name, version, space: creator(name)),
+    )
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_classic_networks_compute_what_the_decoder_means(name, tmp_path):
+    architecture, changes = ARCHITECTURES[name]
+    checkpoint = Checkpoint(make_model(tmp_path, architecture, seed=SEED, rms_norm_eps=1e-2, **changes), None)
+    model, limits = checkpoint.model, EngineConfig(BATCH, CAPACITY, "float32", "tensorrt", 8)
+    tables = map(torch.from_numpy, rotary_tables(checkpoint.rotary, CAPACITY))
+    constants = dict(zip(("rotary.cos", "rotary.sin"), tables))
+    for shape in SHAPES:
+        for rank in plan(model, CqilConfig(**shape)):
+            weights = rank_weights(rank, checkpoint)
+            plain = TorchOps(rank, weights, Alone(rank.rank), limits, checkpoint.rotary)
+            caches = HostKernels()
+            for new, past in ((7, 0), (3, 7), (1, 10)):
+                tokens = torch.randint(model.vocab_size, (BATCH, new))
+                pasts, select = torch.full((BATCH,), past), torch.full((BATCH, 1), new - 1)
+                expected = decode(plain, tokens, pasts, select)
+                rows = torch.arange(BATCH) * new + new - 1
+                given = {"tokens": tokens, "past": pasts, "select": rows, **constants, **weights}
+                network = Network(given, caches, rank.rank)
+                define_network(package(), network, LOWERING, rank, limits, checkpoint.rotary, nccl=False)
+                collectives = [p for p in network.plugins if p in ("CqilAllReduce", "CqilBroadcast")]
+                assert len(collectives) == rank.schedule.all_reduces + rank.schedule.broadcasts
+                if rank.schedule.predicts:
+                    torch.testing.assert_close(network.outputs["logits"], expected[:, 0], rtol=1e-4, atol=1e-5)
+                if rank.schedule.all_reduces:
+                    joined = network.outputs["joined"].view_as(plain.joined)
+                    torch.testing.assert_close(joined, plain.joined, rtol=1e-4, atol=1e-5)
