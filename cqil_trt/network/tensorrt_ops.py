@@ -3,7 +3,7 @@
 Two lowerings of the operations that TensorRT versions differ in: *native* (TensorRT >= 10.15, 11, TensorRT-RTX), which
 have rotary embedding, KV-cache update and attention as layers, and *classic* (8.5 … 10.14), whose layers are plugins of
 ours. In primitive layers, TensorRT 8.5 hands most of a decoder with dynamic shapes to a compiler whose engines no CUDA
-graph takes, and its matrix products read a decode step's weights at 60% of the memory's speed and add in float16
+graph takes, and its matrix products read a decode step's weights at 60% of the memory's speed and round more
 (docs/tensorrt.md). Networks are strongly typed where TensorRT can do that (10 and later). Collectives are our plugins,
 or TensorRT's own collective layer (NCCL).
 
