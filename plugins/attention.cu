@@ -15,6 +15,7 @@
 #include "cqil_trt.h"
 #include "errors.h"
 #include "launch.cuh"
+#include "types.cuh"
 
 using namespace cqil_trt;
 
@@ -443,8 +444,6 @@ int prefill(const cqil_attention_shape& s, const Inputs& in, const T* queries, T
     return launch(prefill_kernel<T, kDim>, {grid, kThreads, stream, true, kBytes}, s, in, queries, out);
 }
 
-size_t align(size_t bytes) { return (bytes + 255) / 256 * 256; }
-
 template <typename T, int kElements>
 int attend(const cqil_attention_shape& s, const Inputs& in, void* out, void* scratch, cudaStream_t stream) {
     T* result = static_cast<T*>(out);
@@ -470,8 +469,6 @@ int attend(const cqil_attention_shape& s, const Inputs& in, void* out, void* scr
     if (s.head_dim <= 128) return attend<T, 8>(s, in, out, scratch, stream);
     return attend<T, 16>(s, in, out, scratch, stream);
 }
-
-size_t element_bytes(int dtype) { return dtype == CQIL_FLOAT32 ? 4 : 2; }
 
 int check(const cqil_attention_shape& s) {
     if (s.batch < 0 || s.batch > s.max_batch || s.length < 0 || s.capacity < 1 || s.heads < 1 || s.kv_heads < 1)
@@ -509,11 +506,9 @@ int cqil_attention(const cqil_attention_shape* s, const void* qkv, const int32_t
     if (s->batch == 0 || s->length == 0) return 0;
     const Inputs in = {qkv, past, cos, sin, q_norm, k_norm, cache};
     auto st = static_cast<cudaStream_t>(stream);
-    switch (s->dtype) {
-        case CQIL_FLOAT32: return attend<float>(*s, in, out, scratch, st);
-        case CQIL_FLOAT16: return attend<__half>(*s, in, out, scratch, st);
-        default: return attend<__nv_bfloat16>(*s, in, out, scratch, st);
-    }
+    return by_type(s->dtype, [&](auto* type) {
+        return attend<std::remove_pointer_t<decltype(type)>>(*s, in, out, scratch, st);
+    });
 }
 
 }  // extern "C"

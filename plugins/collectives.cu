@@ -11,6 +11,7 @@
 
 #include "errors.h"
 #include "kernels.cuh"
+#include "types.cuh"
 
 #ifndef CQIL_VERSION
 #define CQIL_VERSION "unversioned"
@@ -54,8 +55,6 @@ std::unordered_map<const void*, cqil_workspace*>& registry() {
     static auto* workspaces = new std::unordered_map<const void*, cqil_workspace*>;
     return *workspaces;
 }
-
-size_t element_bytes(cqil_dtype dtype) { return dtype == CQIL_FLOAT32 ? 4 : 2; }
 
 // Messages up to this size go whole to every peer; above, each rank adds up its share and returns it. Measured for two
 // ranks on H200s (docs/allreduce.md); scaled down, not measured, for more, where one-shot sends world - 1 times the data.

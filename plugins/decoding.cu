@@ -11,6 +11,7 @@
 #include "cqil_trt.h"
 #include "errors.h"
 #include "launch.cuh"
+#include "types.cuh"
 
 using namespace cqil_trt;
 
@@ -128,17 +129,6 @@ __global__ void advance_kernel(const int32_t* next, int32_t* tokens, int32_t* pa
     if (row >= rows) return;
     tokens[row] = next[row];
     past[row] = min(past[row] + 1, last);
-}
-
-// Calls `run` with a null pointer of the element type.
-template <typename F>
-int by_type(int dtype, F run) {
-    switch (dtype) {
-        case CQIL_FLOAT32: return run(static_cast<float*>(nullptr));
-        case CQIL_FLOAT16: return run(static_cast<__half*>(nullptr));
-        case CQIL_BFLOAT16: return run(static_cast<__nv_bfloat16*>(nullptr));
-        default: return fail("type %d is not known", dtype);
-    }
 }
 
 }  // namespace

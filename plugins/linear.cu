@@ -14,6 +14,7 @@
 #include "cqil_trt.h"
 #include "errors.h"
 #include "launch.cuh"
+#include "types.cuh"
 
 using namespace cqil_trt;
 
@@ -439,10 +440,6 @@ int plain(const Operands& o, cudaStream_t st) {
     return launch(plain_kernel<T, kGated, kAligned, 8>, {dim3(blocks, (o.rows + 7) / 8), kThreads, st}, o);
 }
 
-size_t align(size_t bytes) { return (bytes + 255) / 256 * 256; }
-
-size_t element_bytes(int dtype) { return dtype == CQIL_FLOAT32 ? 4 : 2; }
-
 size_t normed_bytes(const cqil_linear_shape& s) { return align(size_t(s.rows) * s.inputs * element_bytes(s.dtype)); }
 
 template <typename T>
@@ -493,12 +490,7 @@ int cqil_linear(const cqil_linear_shape* s, const void* x, const void* delta, co
     const Operands o = {x, delta, weight, bias, norm, residual, out, s->rows, s->outputs, s->inputs, s->eps};
     auto st = static_cast<cudaStream_t>(stream);
     auto* space = static_cast<char*>(scratch);
-    switch (s->dtype) {
-        case CQIL_FLOAT32: return linear<float>(*s, o, space, st);
-        case CQIL_FLOAT16: return linear<__half>(*s, o, space, st);
-        case CQIL_BFLOAT16: return linear<__nv_bfloat16>(*s, o, space, st);
-        default: return fail("type %d is not known", s->dtype);
-    }
+    return by_type(s->dtype, [&](auto* type) { return linear<std::remove_pointer_t<decltype(type)>>(*s, o, space, st); });
 }
 
 }  // extern "C"
