@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 from cqil_trt import probes
 from cqil_trt.errors import UserError
 from cqil_trt.probes import Probe
+from cqil_trt.session import Session
 
 if TYPE_CHECKING:
     from cqil_trt.llm import Llm
@@ -115,15 +116,9 @@ def validate(llm: Llm, prompts: Sequence[Sequence[int]] | None = None, steps: in
     engine_logits: list[np.ndarray] = []
     engine_tokens: list[list[int]] = []
     for prompt, length in zip(prompts, lengths):
-        engine_logits.append(llm.session.score(prompt))
-        state.update(llm.session.joined())
-        llm.session.prefill([prompt])
-        tokens = [llm.session.greedy()]
-        for _ in range(length - 1):
-            llm.session.decode(tokens[-1])
-            state.update(llm.session.joined())
-            tokens.append(llm.session.greedy())
-        engine_tokens.append([int(token[0]) for token in tokens])
+        logits, tokens = answer(llm.session, prompt, length, state.update)
+        engine_logits.append(logits)
+        engine_tokens.append(tokens)
 
     # Residual streams after every forward pass, tokens and logits: of all ranks, and so of all replicas.
     state.update(repr(engine_tokens).encode())
@@ -138,6 +133,24 @@ def validate(llm: Llm, prompts: Sequence[Sequence[int]] | None = None, steps: in
         return Validation(results, "live" if stored is None else "stored")
 
     return llm.job.share(judge)
+
+
+def answer(
+    session: Session, prompt: Sequence[int], steps: int, joined: Callable[[bytes], Any] = lambda state: None
+) -> tuple[np.ndarray, list[int]]:
+    """The session's logits after every token of a prompt, float32 [tokens, vocabulary], and `steps` greedy tokens.
+
+    `joined` is called with what all ranks must hold alike (`Session.joined`) behind the scoring and every decode step.
+    """
+    logits = session.score(prompt)
+    joined(session.joined())
+    session.prefill([prompt])
+    tokens = [session.greedy()]
+    for _ in range(steps - 1):
+        session.decode(tokens[-1])
+        joined(session.joined())
+        tokens.append(session.greedy())
+    return logits, [int(token[0]) for token in tokens]
 
 
 def _stored(llm: Llm) -> list[probes.Probe] | None:

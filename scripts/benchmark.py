@@ -35,7 +35,7 @@ from cqil_trt.network.rotary import inverse_frequencies
 from cqil_trt.presets import PRESETS, preset
 from cqil_trt.shard import RankPlan, RankTensor, checkpoint_shapes, plan
 from cqil_trt.table import table
-from cqil_trt.validate import compare
+from cqil_trt.validate import answer, compare
 from cqil_trt.weights import WeightReader, cut
 
 COMM = MPI.COMM_WORLD
@@ -257,12 +257,7 @@ def parity(session: Any, prompts: list[list[int]], probes: list[Any] | None) -> 
     """The engine against the reference's answers (None on ranks that have none)."""
     found = []
     for i, prompt in enumerate(prompts):
-        logits = session.score(prompt)
-        session.prefill([prompt])
-        tokens = [int(session.greedy()[0])]
-        while len(tokens) < STEPS:
-            session.decode(np.array(tokens[-1:]))
-            tokens.append(int(session.greedy()[0]))
+        logits, tokens = answer(session, prompt, STEPS)
         if probes is not None:
             found.append(compare(logits, tokens, probes[i], session.limits.dtype).to_dict())
     return found
