@@ -29,19 +29,16 @@ def compile_rank(job: Compilation) -> None:
 
 
 def open_session(engine: Engine, comm: Any, device: str, number: int) -> Session:
-    if device != "cpu":
-        missing = _missing_for_cuda()
-        if missing is not None and device == "cuda":
-            raise UserError(f"--device cuda: {missing}")
-        if missing is not None and number == 0 and torch.cuda.is_available():
-            print(f"computing on the CPU, though there is a GPU: {missing}", file=sys.stderr)
-        if missing is not None:
-            device = "cpu"
-    if device == "cpu":
-        return TorchSession(engine, comm)
-    from cqil_trt.backends.torch_cuda import TorchCudaSession
+    missing = None if device == "cpu" else _missing_for_cuda()
+    if device != "cpu" and missing is None:
+        from cqil_trt.backends.torch_cuda import TorchCudaSession
 
-    return TorchCudaSession(engine, comm, number)
+        return TorchCudaSession(engine, comm, number)
+    if device == "cuda":
+        raise UserError(f"--device cuda: {missing}")
+    if missing is not None and number == 0 and torch.cuda.is_available():
+        print(f"computing on the CPU, though there is a GPU: {missing}", file=sys.stderr)
+    return TorchSession(engine, comm)
 
 
 def _missing_for_cuda() -> str | None:
