@@ -19,7 +19,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from cqil_trt import __version__
+from cqil_trt.config import EngineConfig, ModelConfig
 from cqil_trt.errors import UserError
+from cqil_trt.shard import LayerShard
 
 LIBRARY = "libcqil_trt_plugins.so"
 
@@ -28,6 +30,20 @@ class Failure(ctypes.Structure):
     """cqil_failure of cqil_trt.h."""
 
     _fields_ = [(name, ctypes.c_uint32) for name in ("code", "rank", "peer", "operation", "sequence")]
+
+
+def attention_fields(model: ModelConfig, shard: LayerShard, limits: EngineConfig) -> dict[str, int | float]:
+    """What cqil_attention_shape and the plugin CqilAttention say of a rank's share of a layer, type and pass aside."""
+    return {
+        "heads": shard.num_heads,
+        "kv_heads": shard.num_kv_heads,
+        "head_dim": model.head_dim,
+        "capacity": limits.max_seq_len,
+        "max_batch": limits.max_batch_size,
+        "group": model.group_size,
+        "first": shard.first_in_group(model.group_size),
+        "eps": model.rms_norm_eps,
+    }
 
 
 class AttentionShape(ctypes.Structure):

@@ -140,6 +140,15 @@ class RankPlan:
         return even_split(self.model.vocab_size, self.world_size, self.rank)
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor that the network reads, by name: a shared last projection has a name of its own."""
+        shapes = {tensor.name: tensor.shape for tensor in self.tensors}
+        if self.shares_embedding:
+            first, last = self.vocabulary
+            shapes["lm_head.weight"] = (last - first, self.model.hidden_size)
+        return shapes
+
+    @property
     def shares_embedding(self) -> bool:
         """Whether the last projection is a view of the rank's embedding table, and so is not stored twice."""
         return self.model.tie_embeddings and self.schedule.embeds and self.schedule.predicts

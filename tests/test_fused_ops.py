@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import SEED, make_model
+from conftest import SEED, make_model, rank_weights
 from test_parity import ARCHITECTURES
 
-from cqil_trt.checkpoint import Checkpoint, rank_tensors
+from cqil_trt.checkpoint import Checkpoint
 from cqil_trt.collectives import LocalCommunicator
 from cqil_trt.config import CqilConfig, EngineConfig
 from cqil_trt.network.decoder import decode
@@ -20,16 +20,6 @@ SHAPES = [
     {"p": 4, "d": 1, "start": 1, "end": 5, "placement": "leader"},
     {"p": 4, "placement": "tensor"},
 ]
-
-
-def rank_weights(rank, checkpoint):
-    """The rank's tensors by name, float32."""
-    blocks = [block.reshape(-1) for block in rank_tensors(rank, checkpoint.reader, "float32")]
-    parts = torch.cat([torch.empty(0), *blocks]).split([tensor.elements for tensor in rank.tensors])
-    weights = {tensor.name: part.view(tensor.shape) for tensor, part in zip(rank.tensors, parts)}
-    if rank.shares_embedding:
-        weights["lm_head.weight"] = weights["embedding.weight"][slice(*rank.vocabulary)]
-    return weights
 
 
 class Alone(LocalCommunicator):
@@ -73,11 +63,16 @@ class FusedTorchOps(FusedOps, TorchOps):
     def zeros_like(self, x):
         return super().zeros_like(self.keep(x))
 
+    positions, cached_attention = TorchOps.positions, TorchOps.cached_attention
+
+    def attention(self, qkv, positions, shard):
+        return TorchOps.attention(self, self.keep(qkv), positions, shard)
+
     def split_heads(self, qkv, shard):
-        return super().split_heads(self.keep(qkv), shard)
+        return TorchOps.split_heads(self, qkv, shard)
 
     def rotary(self, x, positions):
-        return super().rotary(self.keep(x), positions)
+        return TorchOps.rotary(self, self.keep(x), positions)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -88,7 +83,7 @@ def test_fused_operations_compute_the_same(name, tmp_path):
     limits = EngineConfig(2, 32, "float32")
     for shape in SHAPES:
         for rank in plan(checkpoint.model, CqilConfig(**shape)):
-            weights = rank_weights(rank, checkpoint)
+            weights = rank_weights(rank, checkpoint.reader)
             plain, fused = (
                 kind(rank, weights, Alone(rank.rank), limits, checkpoint.rotary) for kind in (TorchOps, FusedTorchOps)
             )
@@ -105,7 +100,7 @@ def test_fused_operations_compute_the_same(name, tmp_path):
 def test_a_sequential_layer_takes_four_products_and_nothing_else(tmp_path):
     checkpoint = Checkpoint(make_model(tmp_path, seed=SEED), None)
     [rank] = plan(checkpoint.model, CqilConfig(1))
-    weights = rank_weights(rank, checkpoint)
+    weights = rank_weights(rank, checkpoint.reader)
     ops = FusedTorchOps(rank, weights, LocalCommunicator(), EngineConfig(1, 32, "float32"), checkpoint.rotary)
     decode(
         ops, torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long)

@@ -39,8 +39,8 @@ BUFFERS: dict[Phase, dict[str, str]] = {
 class CudaSession(Session):
     """One rank on the current GPU. Raises UserError for too little memory, or GPUs that cannot reach each other.
 
-    Subclasses load what they execute, then call `_allocate`, `_load_constants` and `_load_weights`, after which
-    `_memory` has the address of every buffer and weight.
+    Subclasses find out what they execute, then call `_load`, after which `_memory` has the address of every buffer and
+    weight.
     """
 
     def __init__(self, engine: Engine, comm: Any, library: Any):
@@ -65,21 +65,19 @@ class CudaSession(Session):
 
     # Memory
 
+    def _load(self, engine: Engine) -> None:
+        self._allocate()
+        self._load_constants(engine)
+        self._load_weights(engine)
+
     def _cache_sizes(self) -> dict[str, int]:
         """Bytes of every cache, by name."""
-        limits, model = self.limits, self._plan.model
         sizes = {}
         for index, shard in self._plan.layers.items():
             if not shard.num_heads:
                 continue
-            shape = plugins.AttentionShape(
-                heads=shard.num_heads,
-                kv_heads=shard.num_kv_heads,
-                head_dim=model.head_dim,
-                capacity=limits.max_seq_len,
-                max_batch=limits.max_batch_size,
-                dtype=DTYPES[limits.dtype],
-            )
+            fields = plugins.attention_fields(self._plan.model, shard, self.limits)
+            shape = plugins.AttentionShape(**fields, dtype=DTYPES[self.limits.dtype])
             sizes[f"cache.{index}"] = self._library.cqil_attention_cache_bytes(shape)
         return sizes
 

@@ -46,9 +46,7 @@ class TensorRtSession(CudaSession):
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         self._names = set(names)
         self._native = "positions" in self._names
-        self._allocate()
-        self._load_constants(engine)
-        self._load_weights(engine)
+        self._load(engine)
         self._contexts = self._make_contexts(trt)
         self._join_nccl(engine)
 

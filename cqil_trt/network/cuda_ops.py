@@ -82,6 +82,7 @@ class _Collectives(Ops[Matrix]):
 
     _workspace: Workspace | None
     _limits: EngineConfig
+    _dtype: int  # cqil_dtype
     _stream: int
 
     def _new(self, rows: int, width: int) -> Matrix:
@@ -90,7 +91,7 @@ class _Collectives(Ops[Matrix]):
     def all_reduce_residual(self, delta: Matrix, residual: Matrix) -> Matrix:
         out = self._joined(delta)
         count = delta.rows * delta.width
-        self._join("all_reduce", delta.address, residual.address, out.address, count, DTYPES[self._limits.dtype])
+        self._join("all_reduce", delta.address, residual.address, out.address, count, self._dtype)
         return out
 
     def all_reduce_residual_norm(self, delta: Matrix, residual: Matrix, weight: Matrix) -> tuple[Matrix, Matrix]:
@@ -98,7 +99,7 @@ class _Collectives(Ops[Matrix]):
             return super().all_reduce_residual_norm(delta, residual, weight)
         out, normed = self._joined(delta), self._new(delta.rows, delta.width)
         addresses = [matrix.address for matrix in (delta, residual, weight, out, normed)]
-        shape = delta.rows, delta.width, self.plan.model.rms_norm_eps, DTYPES[self._limits.dtype]
+        shape = delta.rows, delta.width, self.plan.model.rms_norm_eps, self._dtype
         self._join("all_reduce_residual_norm", *addresses, *shape)
         return out, normed
 
@@ -113,13 +114,13 @@ class _Collectives(Ops[Matrix]):
         root = self.plan.rank == 0
         out = x if root else self._new(tokens.rows, self.plan.model.hidden_size)
         given, received = (x.address, None) if root else (None, out.address)
-        self._join("broadcast", given, received, out.rows * out.width, DTYPES[self._limits.dtype])
+        self._join("broadcast", given, received, out.rows * out.width, self._dtype)
         return out
 
     def bypass(self, x: Matrix, d: int) -> Matrix | None:
         out = self._new(x.rows, x.width) if self.plan.rank else None
         count = x.rows * x.width
-        self._join("bypass", x.address, out and out.address, count, d, DTYPES[self._limits.dtype])
+        self._join("bypass", x.address, out and out.address, count, d, self._dtype)
         return out
 
     def _join(self, name: str, *arguments: Any) -> None:
@@ -147,13 +148,11 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         self.plan = plan
         self._limits, self._memory, self._workspace = limits, memory, workspace
         self._kernels, self._stream, self._library = kernels, stream, library
-        self._bytes = DTYPE_BYTES[limits.dtype]
+        self._bytes, self._dtype = DTYPE_BYTES[limits.dtype], DTYPES[limits.dtype]
         self._pool = Pool()
-        shapes = {tensor.name: tensor.shape for tensor in plan.tensors}
-        if plan.shares_embedding:
-            shapes["lm_head.weight"] = (plan.vocabulary[1] - plan.vocabulary[0], plan.model.hidden_size)
         self._weights = {
-            name: Matrix(memory[name], shape[0] if len(shape) > 1 else 1, shape[-1]) for name, shape in shapes.items()
+            name: Matrix(memory[name], shape[0] if len(shape) > 1 else 1, shape[-1])
+            for name, shape in plan.shapes.items()
         }
 
     def begin(self, batch: int, length: int, past: int, logits: int, common_past: int) -> None:
@@ -177,15 +176,12 @@ class CudaOps(FusedOps[Matrix], _Collectives):
     def weight(self, name: str) -> Matrix:
         return self._weights[name]
 
-    def positions(self, tokens: Matrix, past: Matrix) -> None:
-        """The attention counts from `past`."""
-
     def embedding(self, tokens: Matrix, table: Matrix) -> Matrix:
         return self.rows(table, tokens)
 
     def rows(self, x: Matrix, indices: Matrix) -> Matrix:
         out = self._new(indices.rows, x.width)
-        self._call("gather_rows", x, indices, out, out.rows, out.width, DTYPES[self._limits.dtype])
+        self._call("gather_rows", x, indices, out, out.rows, out.width, self._dtype)
         return out
 
     def fused_linear(self, x, weight, bias=None, norm=None, delta=None, residual=None, gated=False) -> Matrix:
@@ -198,11 +194,9 @@ class CudaOps(FusedOps[Matrix], _Collectives):
             product = self._new(x.rows, weight.rows) if gated else out
             self._library.multiply(x, weight, residual if bias is None else bias, product)
             if gated:
-                self._call("swiglu", product, out, x.rows, outputs, DTYPES[self._limits.dtype])
+                self._call("swiglu", product, out, x.rows, outputs, self._dtype)
             return out if bias is None or residual is None else self.fused_add(out, residual)
-        shape = plugins.LinearShape(
-            x.rows, outputs, x.width, gated, DTYPES[self._limits.dtype], self.plan.model.rms_norm_eps
-        )
+        shape = plugins.LinearShape(x.rows, outputs, x.width, gated, self._dtype, self.plan.model.rms_norm_eps)
         scratch = self._scratch(self._kernels.cqil_linear_scratch_bytes(shape))
         self._call("linear", ctypes.byref(shape), x, delta, weight, bias, norm, residual, out, scratch)
         return out
@@ -212,13 +206,13 @@ class CudaOps(FusedOps[Matrix], _Collectives):
 
     def fused_norm(self, x: Matrix, delta: Matrix | None, weight: Matrix) -> Matrix:
         out, total = self._new(x.rows, x.width), None if delta is None else self._new(x.rows, x.width)
-        shape = x.rows, x.width, self.plan.model.rms_norm_eps, DTYPES[self._limits.dtype]
+        shape = x.rows, x.width, self.plan.model.rms_norm_eps, self._dtype
         self._call("residual_norm", delta, x, weight, total, out, *shape)
         return out
 
     def fused_add(self, x: Matrix, y: Matrix) -> Matrix:
         out = self._new(x.rows, x.width)
-        self._call("add", x, y, out, x.rows * x.width, DTYPES[self._limits.dtype])
+        self._call("add", x, y, out, x.rows * x.width, self._dtype)
         return out
 
     def zeros_like(self, x: Matrix) -> Matrix:
@@ -228,27 +222,12 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         return out
 
     def attention(self, qkv: Matrix, positions: None, shard: LayerShard) -> Matrix:
-        model, layer = self.plan.model, f"layers.{shard.index}"
-        qkv = self.keep(qkv)
-        shape = plugins.AttentionShape(
-            batch=self._batch,
-            length=self._length,
-            heads=shard.num_heads,
-            kv_heads=shard.num_kv_heads,
-            head_dim=model.head_dim,
-            capacity=self._limits.max_seq_len,
-            max_batch=self._limits.max_batch_size,
-            group=model.group_size,
-            first=shard.first_in_group(model.group_size),
-            dtype=DTYPES[self._limits.dtype],
-            eps=model.rms_norm_eps,
-        )
-        norms = (
-            [self.weight(f"{layer}.{name}.weight") for name in ("q_norm", "k_norm")] if model.qk_norm else [None] * 2
-        )
+        qkv, fields = self.keep(qkv), plugins.attention_fields(self.plan.model, shard, self._limits)
+        shape = plugins.AttentionShape(batch=self._batch, length=self._length, **fields, dtype=self._dtype)
+        norms = self.head_norms(shard) or [None, None]
         tables = [self._memory[name] for name in ("rotary.cos", "rotary.sin")]
         cache = self._memory[f"cache.{shard.index}"]
-        out = self._new(qkv.rows, shard.num_heads * model.head_dim)
+        out = self._new(qkv.rows, shard.num_heads * self.plan.model.head_dim)
         scratch = self._scratch(self._kernels.cqil_attention_scratch_bytes(shape))
         delegated = self._length > 1 and shard.grouped
         result = None if delegated else out
@@ -257,8 +236,3 @@ class CudaOps(FusedOps[Matrix], _Collectives):
             queries = Matrix(scratch.address, out.rows, out.width)
             self._library.attend(queries, cache, self._common_past, self._batch, shard, out)
         return out
-
-    def split_heads(self, qkv, shard):
-        raise NotImplementedError("attention is one kernel")
-
-    rotary = cached_attention = split_heads

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from cqil_trt.network.ops import Ops
+from cqil_trt.shard import LayerShard
 
 V = TypeVar("V")
 
@@ -75,6 +76,23 @@ class FusedOps(Ops[V]):
     @abstractmethod
     def rows(self, x: V, indices: V) -> V:
         """`select`, of a value."""
+
+    @abstractmethod
+    def attention(self, qkv, positions, shard):
+        """As `Ops.attention`, one kernel."""
+
+    def positions(self, tokens, past):
+        """That kernel counts from `past`."""
+
+    def split_heads(self, qkv, shard):
+        raise NotImplementedError("attention is one kernel")
+
+    rotary = cached_attention = split_heads
+
+    def head_norms(self, shard: LayerShard) -> list[V]:
+        """The weights of the layer's query and key norms; none in a model that has no such norms."""
+        names = ("q_norm", "k_norm") if self.plan.model.qk_norm else ()
+        return [self.weight(f"layers.{shard.index}.{name}.weight") for name in names]
 
     def keep(self, x):
         if not isinstance(x, _Deferred):

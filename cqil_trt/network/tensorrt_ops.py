@@ -28,6 +28,7 @@ from cqil_trt.network.decoder import decode
 from cqil_trt.network.fused_ops import FusedOps
 from cqil_trt.network.ops import Ops
 from cqil_trt.network.rotary import rotary_tables
+from cqil_trt.plugins import attention_fields
 from cqil_trt.shard import LayerShard, RankPlan
 
 Tensor = Any  # an ITensor of whichever package provides TensorRT
@@ -94,10 +95,7 @@ class TensorRtOps(Ops[Tensor]):
         self._types: dict[str, Any] = {}
         self._kept: list[Any] = []
         self._weights: dict[str, Tensor] = {}
-        self._shapes = {tensor.name: tensor.shape for tensor in plan.tensors}
-        if plan.shares_embedding:
-            first, last = plan.vocabulary
-            self._shapes["lm_head.weight"] = (last - first, plan.model.hidden_size)
+        self._shapes = plan.shapes
 
         self.tokens = self._input("tokens", trt.int32, (-1, -1))
         self.past = self._input("past", trt.int32, (-1,))
@@ -382,9 +380,6 @@ class ClassicOps(FusedOps[Tensor], TensorRtOps):
         names = ("rotary.cos", "rotary.sin") if self._with_heads else ()
         self._tables = [self._input(name, trt.float32, table) for name in names]
 
-    def positions(self, tokens: Tensor, past: Tensor) -> None:
-        """The attention counts from `past`."""
-
     def embedding(self, tokens: Tensor, table: Tensor) -> Tensor:
         return self.rows(table, self._reshape(tokens, (-1,)))
 
@@ -409,28 +404,10 @@ class ClassicOps(FusedOps[Tensor], TensorRtOps):
         return self._plugin("CqilAdd", [self.keep(x)], 1, terms=0)[0]
 
     def attention(self, qkv: Tensor, positions: None, shard: LayerShard) -> Tensor:
-        model, layer = self.plan.model, f"layers.{shard.index}"
-        norms = [self.weight(f"{layer}.{name}.weight") for name in ("q_norm", "k_norm")] if model.qk_norm else []
-        inputs = [self.keep(qkv), *self._tables, *norms, self.past, self._caches[shard.index]]
-        return self._plugin(
-            "CqilAttention",
-            inputs,
-            1,
-            heads=shard.num_heads,
-            kv_heads=shard.num_kv_heads,
-            head_dim=model.head_dim,
-            capacity=self._limits.max_seq_len,
-            max_batch=self._limits.max_batch_size,
-            group=model.group_size,
-            first=shard.first_in_group(model.group_size),
-            head_norms=int(model.qk_norm),
-            eps=model.rms_norm_eps,
-        )[0]
-
-    def split_heads(self, qkv, shard):
-        raise NotImplementedError("attention is one plugin")
-
-    rotary = cached_attention = split_heads
+        model = self.plan.model
+        inputs = [self.keep(qkv), *self._tables, *self.head_norms(shard), self.past, self._caches[shard.index]]
+        fields = attention_fields(model, shard, self._limits)
+        return self._plugin("CqilAttention", inputs, 1, **fields, head_norms=int(model.qk_norm))[0]
 
 
 def define_network(
