@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 from baselines.compiled import TensorParallelDecoder
 from baselines.published import PublishedCqil
+from conftest import rank_weights
 from mpi4py import MPI
 
-from cqil_trt.checkpoint import Checkpoint, rank_tensors
+from cqil_trt.checkpoint import Checkpoint
 from cqil_trt.config import CqilConfig
 from cqil_trt.reference import from_reader, score, with_cqil
 from cqil_trt.shard import plan
@@ -40,9 +41,7 @@ for count in (1, 9, 17):
         assert token == int(expected[count - 1].argmax())
 
 mine = plan(model, CqilConfig(p=ranks, placement="tensor"))[rank]
-flat = torch.cat([block.reshape(-1) for block in rank_tensors(mine, checkpoint.reader, "float32")])
-parts = flat.split([tensor.elements for tensor in mine.tensors])
-weights = {tensor.name: part.view(tensor.shape) for tensor, part in zip(mine.tensors, parts)}
+weights = rank_weights(mine, checkpoint.reader)
 decoder = TensorParallelDecoder(mine, weights, torch.tensor(checkpoint.rotary), 32)
 expected = score(from_reader(model, checkpoint.reader), tokens)
 with torch.inference_mode():

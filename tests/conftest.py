@@ -63,6 +63,20 @@ def make_model(directory: Path, architecture: str = "LlamaForCausalLM", seed: in
     return directory
 
 
+def rank_weights(rank: Any, reader: Any, dtype: str = "float32") -> dict[str, Any]:
+    """The rank's tensors by name, put together from the builder's blocks: rounded to `dtype`, held in float32."""
+    import torch
+
+    from cqil_trt.checkpoint import rank_tensors
+
+    blocks = [block.reshape(-1).float() for block in rank_tensors(rank, reader, dtype)]
+    parts = torch.cat([torch.empty(0), *blocks]).split([tensor.elements for tensor in rank.tensors])
+    weights = {tensor.name: part.view(tensor.shape) for tensor, part in zip(rank.tensors, parts)}
+    if rank.shares_embedding:
+        weights["lm_head.weight"] = weights["embedding.weight"][slice(*rank.vocabulary)]
+    return weights
+
+
 def load_model(directory: Path):
     """The checkpoint as transformers loads it, float32."""
     import torch

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SEED, make_model
-from test_fused_ops import SHAPES, Alone, rank_weights
+from conftest import SEED, make_model, rank_weights
+from test_fused_ops import SHAPES, Alone
 from test_parity import ARCHITECTURES
 
 from cqil_trt import cuda
@@ -194,7 +194,7 @@ def test_cuda_ops_ask_for_what_the_decoder_means(name, tmp_path, host_memory):
     model, limits = checkpoint.model, EngineConfig(BATCH, CAPACITY, "float32")
     for shape in SHAPES:
         for rank in plan(model, CqilConfig(**shape)):
-            weights = rank_weights(rank, checkpoint)
+            weights = rank_weights(rank, checkpoint.reader)
             plain = TorchOps(rank, weights, Alone(rank.rank), limits, checkpoint.rotary)
 
             kernels = HostKernels()

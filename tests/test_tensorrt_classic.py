@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SEED, make_model
+from conftest import SEED, make_model, rank_weights
 from test_cuda_ops import HostKernels, norm
-from test_fused_ops import SHAPES, Alone, rank_weights
+from test_fused_ops import SHAPES, Alone
 from test_parity import ARCHITECTURES
 
 from cqil_trt.checkpoint import Checkpoint
@@ -170,7 +170,7 @@ def test_classic_networks_compute_what_the_decoder_means(name, tmp_path):
     constants = dict(zip(("rotary.cos", "rotary.sin"), tables))
     for shape in SHAPES:
         for rank in plan(model, CqilConfig(**shape)):
-            weights = rank_weights(rank, checkpoint)
+            weights = rank_weights(rank, checkpoint.reader)
             plain = TorchOps(rank, weights, Alone(rank.rank), limits, checkpoint.rotary)
             caches = HostKernels()
             for new, past in ((7, 0), (3, 7), (1, 10)):

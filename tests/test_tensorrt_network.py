@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SEED, assert_user_error, build, load_model, make_model, mpirun, run, write_json
+from conftest import SEED, assert_user_error, build, load_model, make_model, mpirun, rank_weights, run, write_json
 from tensorrt_evaluator import NetworkEvaluator, Recorder, evaluate
 from test_parity import ARCHITECTURES, identifier, relative
 
 import cqil_trt
-from cqil_trt.checkpoint import Checkpoint, rank_tensors
+from cqil_trt.checkpoint import Checkpoint
 from cqil_trt.config import DTYPES, PLACEMENTS, CqilConfig, EngineConfig
 from cqil_trt.demo import demo_model
 from cqil_trt.engine import fingerprint
@@ -92,14 +92,8 @@ def define(directory, shape, limits):
 
 
 def rank_arrays(rank, reader, dtype):
-    """The rank's tensors as numpy arrays, put together from the builder's blocks."""
-    flat = torch.cat([torch.empty(0), *(block.reshape(-1) for block in rank_tensors(rank, reader, dtype))])
-    arrays = {}
-    for tensor, values in zip(rank.tensors, flat.split([tensor.elements for tensor in rank.tensors])):
-        arrays[tensor.name] = values.float().numpy().astype(dtype).reshape(tensor.shape)
-    if rank.shares_embedding:
-        arrays["lm_head.weight"] = arrays["embedding.weight"][slice(*rank.vocabulary)]
-    return arrays
+    """The rank's tensors as numpy arrays."""
+    return {name: values.numpy().astype(dtype) for name, values in rank_weights(rank, reader, dtype).items()}
 
 
 class Ranks:
