@@ -24,8 +24,10 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kLanes = 16;  // that share one key
 constexpr int kGroups = kThreads / kLanes;
-constexpr int kMaxSpans = 64;
-constexpr int kMinSpan = 64;
+constexpr int kAttendThreads = 256;
+constexpr int kAttendGroups = kAttendThreads / kLanes;
+constexpr int kMaxSpans = kAttendThreads / 32;  // of a head's keys, a block each; a warp reads one when they are joined
+constexpr int kMinSpan = 2 * kAttendGroups;
 constexpr int kMaxHeadDim = 256;
 constexpr float kLog2e = 1.4426950408889634f;
 
@@ -33,12 +35,11 @@ __host__ __device__ size_t cache_elements(const cqil_attention_shape& s) {
     return size_t(s.max_batch) * s.kv_heads * s.capacity * s.head_dim;
 }
 
-int span_length(const cqil_attention_shape& s) {
-    const int even = (s.capacity + kMaxSpans - 1) / kMaxSpans;
-    return std::max(kMinSpan, (even + kGroups - 1) / kGroups * kGroups);
+// Blocks for one head of one sequence: together about one a multiprocessor, so that the kernel behind this one finds room
+// for what it fetches ahead.
+int span_count(const cqil_attention_shape& s, int processors) {
+    return std::clamp(processors / (s.heads * s.batch), 1, kMaxSpans);
 }
-
-int span_count(const cqil_attention_shape& s) { return (s.capacity + span_length(s) - 1) / span_length(s); }
 
 template <typename T>
 __device__ float wide(T x) {
@@ -60,251 +61,321 @@ struct Inputs {
     void* cache;
 };
 
-// One head of one token, by `kLanes` lanes: lane i holds elements i * kElements … of head_dim. The partner of an element in
-// the other half may be another lane's, so it is read again rather than exchanged.
-template <typename T, int kElements>
-struct Head {
-    float value[kElements];
+// What one of `kLanes` lanes holds of a head: kElements of the first half or of the second, so that the elements that are
+// rotated with its own are those of one other lane.
+template <int kElements>
+struct Lane {
+    int number, dim, begin, count;
 
-    // Reads, normalises when `norm` is given (rounding as the definition does: to T, then times the weight) and rotates
-    // when `cos` is. `norms`: whether any head of the warp is normalised; its lanes then exchange sums together.
-    __device__ void load(const T* row, bool norms, const T* norm, float eps, const float* cos, const float* sin, int dim,
-                         int lane) {
-        const int half = dim / 2;
-        float scale = 1;
-        if (norms) {
-            float sum = 0;
-            for (int j = lane; j < dim; j += kLanes) sum += wide(row[j]) * wide(row[j]);
-            for (int step = kLanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-            scale = rsqrtf(sum / float(dim) + eps);
-        }
-        auto element = [&](int j) {
-            const float x = wide(row[j]);
-            return norm == nullptr ? x : wide(narrow<T>(wide(narrow<T>(x * scale)) * wide(norm[j])));
-        };
-#pragma unroll
-        for (int i = 0; i < kElements; ++i) {
-            const int j = lane * kElements + i;
-            value[i] = 0;
-            if (j >= dim) continue;
-            const float x = element(j);
-            value[i] = cos == nullptr   ? x
-                       : j < half       ? x * cos[j] - element(j + half) * sin[j]
-                                        : x * cos[j - half] + element(j - half) * sin[j - half];
-            // Queries and keys are rounded, as a separate rotation would have them.
-            value[i] = wide(narrow<T>(value[i]));
-        }
+    __device__ Lane(int number, int dim) : number(number), dim(dim) {
+        const int half = dim / 2, offset = number % (kLanes / 2) * kElements;
+        begin = number / (kLanes / 2) * half + offset;
+        count = max(min(half - offset, kElements), 0);
     }
+};
 
-    __device__ void read(const T* row, int dim, int lane) {
-        if (dim == kLanes * kElements) {
-            using Packet = typename std::conditional<
-                kElements * sizeof(T) % 16 == 0, uint4,
-                typename std::conditional<kElements * sizeof(T) % 8 == 0, uint2, T>::type>::type;
-            constexpr int kPackets = int(kElements * sizeof(T) / sizeof(Packet));
-            Packet packet[kPackets];
+// Whether every lane has kElements elements of a head, at an aligned place, or none.
+template <int kElements>
+bool is_packed(int dim) {
+    return dim / 2 % kElements == 0;
+}
+
+// One head of one token. Queries and keys are rounded, as a separate rotation would have them.
+template <typename T, int kElements, bool kPacked>
+struct Head {
+    static constexpr int kBytes = kElements * int(sizeof(T));
+    using Packet = typename std::conditional<kBytes % 16 == 0, uint4, uint2>::type;
+    static constexpr int kPackets = kBytes / int(sizeof(Packet));
+    static_assert(kBytes % sizeof(Packet) == 0, "a lane holds whole packets");
+    alignas(Packet) T value[kElements];
+
+    __device__ void read(const T* row, const Lane<kElements>& lane) {
+        if constexpr (kPacked) {
 #pragma unroll
             for (int i = 0; i < kPackets; ++i)
-                packet[i] = reinterpret_cast<const Packet*>(row + lane * kElements)[i];
+                reinterpret_cast<Packet*>(value)[i] =
+                    lane.count == 0 ? Packet{} : __ldcg(reinterpret_cast<const Packet*>(row + lane.begin) + i);
+        } else {
 #pragma unroll
-            for (int i = 0; i < kElements; ++i) value[i] = wide(reinterpret_cast<const T*>(packet)[i]);
-            return;
-        }
-#pragma unroll
-        for (int i = 0; i < kElements; ++i) {
-            const int j = lane * kElements + i;
-            value[i] = j < dim ? wide(row[j]) : 0;
+            for (int i = 0; i < kElements; ++i) value[i] = i < lane.count ? row[lane.begin + i] : narrow<T>(0);
         }
     }
 
-    __device__ void write(T* row, int dim, int lane) const {
+    __device__ void write(T* row, const Lane<kElements>& lane) const {
+        if constexpr (kPacked) {
+            if (lane.count == 0) return;
+#pragma unroll
+            for (int i = 0; i < kPackets; ++i)
+                reinterpret_cast<Packet*>(row + lane.begin)[i] = reinterpret_cast<const Packet*>(value)[i];
+        } else {
+#pragma unroll
+            for (int i = 0; i < kElements; ++i)
+                if (i < lane.count) row[lane.begin + i] = value[i];
+        }
+    }
+
+    // RMSNorm with `norm` where it is given, rounding to T before the weight as the definition does. All lanes of a warp
+    // call this together.
+    __device__ void normalise(const T* norm, float eps, const Lane<kElements>& lane) {
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < kElements; ++i) sum = fmaf(wide(value[i]), wide(value[i]), sum);
+        for (int step = kLanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+        if (norm == nullptr) return;
+        const float scale = rsqrtf(sum / float(lane.dim) + eps);
 #pragma unroll
         for (int i = 0; i < kElements; ++i)
-            if (const int j = lane * kElements + i; j < dim) row[j] = narrow<T>(value[i]);
+            if (i < lane.count) value[i] = narrow<T>(wide(narrow<T>(wide(value[i]) * scale)) * wide(norm[lane.begin + i]));
+    }
+};
+
+// Cosines and sines that a lane's elements are rotated by.
+template <typename T, int kElements, bool kPacked>
+struct Rotation {
+    float cos[kElements], sin[kElements];
+
+    __device__ Rotation(const Inputs& in, int position, const Lane<kElements>& lane) {
+        const int half = lane.dim / 2, first = lane.number % (kLanes / 2) * kElements;
+#pragma unroll
+        for (int i = 0; i < kElements; ++i) {
+            cos[i] = i < lane.count ? in.cos[size_t(position) * half + first + i] : 1;
+            sin[i] = i < lane.count ? in.sin[size_t(position) * half + first + i] : 0;
+        }
+    }
+
+    // All lanes of a warp call this together; only heads that are `wanted` turn.
+    __device__ void apply(Head<T, kElements, kPacked>& x, bool wanted, const Lane<kElements>& lane) const {
+        const float sign = lane.number < kLanes / 2 ? -1 : 1;
+#pragma unroll
+        for (int i = 0; i < kElements; ++i) {
+            const float mine = wide(x.value[i]), other = __shfl_xor_sync(~0u, mine, kLanes / 2);
+            if (wanted) x.value[i] = narrow<T>(mine * cos[i] + sign * other * sin[i]);
+        }
     }
 };
 
 // Rotates queries into `queries` [rows, heads, head_dim] and appends keys and values to the cache. Grid: rows, heads of all
 // kinds / groups of a block.
-template <typename T, int kElements>
+template <typename T, int kElements, bool kPacked>
 __global__ void __launch_bounds__(kThreads) append_kernel(cqil_attention_shape s, Inputs in, T* queries) {
     release_successor();
     wait_for_predecessor();
-    const int head = blockIdx.y * kGroups + threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-    const int row = blockIdx.x, sequence = row / s.length, dim = s.head_dim;
+    const int head = blockIdx.y * kGroups + threadIdx.x / kLanes, row = blockIdx.x, sequence = row / s.length;
+    const Lane<kElements> lane(threadIdx.x % kLanes, s.head_dim);
     const int heads = s.heads + 2 * s.kv_heads;
     // Lanes of a warp belong to two heads and exchange sums: those beyond the last head do its work again.
     const int h = min(head, heads - 1);
-    const int position = in.past[sequence] + row % s.length, at = min(position, s.capacity - 1);
-    const float *cos = in.cos + size_t(at) * (dim / 2), *sin = in.sin + size_t(at) * (dim / 2);
-    const T* source = static_cast<const T*>(in.qkv) + (size_t(row) * heads + h) * dim;
-    Head<T, kElements> x;
-    const bool norms = in.q_norm != nullptr;
+    const int position = in.past[sequence] + row % s.length;
+    Head<T, kElements, kPacked> x;
+    x.read(static_cast<const T*>(in.qkv) + (size_t(row) * heads + h) * s.head_dim, lane);
     const bool query = h < s.heads, key = !query && h < s.heads + s.kv_heads;
-    const auto* norm = static_cast<const T*>(query ? in.q_norm : key ? in.k_norm : nullptr);
-    x.load(source, norms, norm, s.eps, query || key ? cos : nullptr, sin, dim, lane);
-    if (query) x.write(queries + (size_t(row) * s.heads + h) * dim, dim, lane);
+    if (in.q_norm != nullptr)
+        x.normalise(static_cast<const T*>(query ? in.q_norm : key ? in.k_norm : nullptr), s.eps, lane);
+    Rotation<T, kElements, kPacked>(in, min(position, s.capacity - 1), lane).apply(x, query || key, lane);
+    if (query) x.write(queries + (size_t(row) * s.heads + h) * s.head_dim, lane);
     if (query || position >= s.capacity) return;
     const int kv = (h - s.heads) % s.kv_heads;
     T* cache = static_cast<T*>(in.cache) + (key ? 0 : cache_elements(s));
-    x.write(cache + ((size_t(sequence) * s.kv_heads + kv) * s.capacity + position) * dim, dim, lane);
+    x.write(cache + ((size_t(sequence) * s.kv_heads + kv) * s.capacity + position) * s.head_dim, lane);
 }
 
-// A running softmax over keys: maximum (times log2 e), sum of weights, weighted values.
-template <int kElements>
-struct Softmax {
-    float most = -INFINITY, sum = 0, value[kElements] = {};
+// A lane's own copies of keys and values on their way, in shared memory: only the lane that asks for one reads it.
+template <typename T, int kElements, bool kPacked>
+struct Ring {
+    using H = Head<T, kElements, kPacked>;
+    static constexpr int kSlots = std::max(1, 64 / H::kBytes);
+    struct Slots {
+        typename H::Packet data[kSlots][2][H::kPackets][kAttendThreads];
+    };
 
-    template <typename T>
-    __device__ void add(float score, const Head<T, kElements>& v) {
-        const float larger = fmaxf(most, score);
-        const float before = exp2f(most - larger), weight = exp2f(score - larger);
-        sum = sum * before + weight;
+    static __device__ void ask(Slots& ring, int slot, int which, const T* row, const Lane<kElements>& lane) {
+        if constexpr (kPacked) {
+            constexpr int kSize = int(sizeof(typename H::Packet));
 #pragma unroll
-        for (int i = 0; i < kElements; ++i) value[i] = value[i] * before + weight * v.value[i];
-        most = larger;
+            for (int i = 0; i < H::kPackets; ++i)
+                asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(
+                                 static_cast<unsigned>(__cvta_generic_to_shared(&ring.data[slot][which][i][threadIdx.x]))),
+                             "l"(row + lane.begin + i * (kSize / int(sizeof(T)))), "n"(kSize)
+                             : "memory");
+        } else {
+            H head;
+            head.read(row, lane);
+            put(ring, slot, which, head);
+        }
+    }
+
+    static __device__ void put(Slots& ring, int slot, int which, const H& head) {
+#pragma unroll
+        for (int i = 0; i < H::kPackets; ++i)
+            ring.data[slot][which][i][threadIdx.x] = reinterpret_cast<const typename H::Packet*>(head.value)[i];
+    }
+
+    static __device__ void get(const Slots& ring, int slot, int which, H& head) {
+#pragma unroll
+        for (int i = 0; i < H::kPackets; ++i)
+            reinterpret_cast<typename H::Packet*>(head.value)[i] = ring.data[slot][which][i][threadIdx.x];
     }
 };
 
-// One query against a span of the keys. Decode (`queries` null): rotates query and new key itself; grid: heads, spans,
-// sequences. Prefill: queries are rotated and keys appended; grid: heads, tokens, sequences, and a span is everything.
-template <typename T, int kElements>
-__global__ void __launch_bounds__(kThreads) attend_kernel(cqil_attention_shape s, Inputs in, const T* queries, int span,
-                                                          float* partial, T* out) {
+// One query against a span of the keys. Decode: rotates query and new key itself, and reads what was in the cache before
+// this step while the kernel ahead still computes them; grid: heads, spans, sequences. Prefill (kDecode false): `queries`
+// are rotated and keys appended; grid: heads, tokens, sequences, and a span is everything. Small code, as in linear.cu.
+template <typename T, int kElements, bool kPacked, bool kDecode>
+__global__ void __launch_bounds__(kAttendThreads) attend_kernel(cqil_attention_shape s, Inputs in, const T* queries,
+                                                                float* partial, T* out) {
+    using R = Ring<T, kElements, kPacked>;
+    using H = Head<T, kElements, kPacked>;
+    __shared__ union {
+        typename R::Slots ring;
+        float part[kAttendGroups][kLanes * kElements];
+    } memory;
     release_successor();
-    wait_for_predecessor();
-    const int head = blockIdx.x, sequence = blockIdx.z, dim = s.head_dim;
-    const int group = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-    const bool decode = queries == nullptr;
-    const int token = decode ? 0 : blockIdx.y, row = sequence * s.length + token;
+    if constexpr (!kDecode) wait_for_predecessor();
+    const int head = blockIdx.x, sequence = blockIdx.z, dim = s.head_dim, group = threadIdx.x / kLanes;
+    const Lane<kElements> lane(threadIdx.x % kLanes, dim);
+    const int token = kDecode ? 0 : blockIdx.y, row = sequence * s.length + token;
     const int kv = (head + s.first) / s.group, heads = s.heads + 2 * s.kv_heads;
     const int position = in.past[sequence] + token, count = min(position + 1, s.capacity);
-    const int spans = decode ? (count + span - 1) / span : 1;
-    const int first = decode ? blockIdx.y * span : 0, last = decode ? min(first + span, count) : count;
+    const int share = (count + int(gridDim.y) - 1) / int(gridDim.y), span = kDecode ? max(share, kMinSpan) : count;
+    const int spans = kDecode ? (count + span - 1) / span : 1;
+    const int first = kDecode ? blockIdx.y * span : 0, last = kDecode ? min(first + span, count) : count;
     if (first >= last) return;
 
     const size_t line = (size_t(sequence) * s.kv_heads + kv) * s.capacity;
     T* keys = static_cast<T*>(in.cache) + line * dim;
-    T* values = keys + cache_elements(s);
-    Head<T, kElements> q, k, v;
-    const int fresh = decode ? position : INT32_MAX;  // the one key that is not in the cache yet
-    Softmax<kElements> softmax;
-    const float scale = rsqrtf(float(dim)) * kLog2e;
-    auto dot = [&] {
-        float score = 0;
-#pragma unroll
-        for (int i = 0; i < kElements; ++i) score += q.value[i] * k.value[i];
-        for (int step = kLanes / 2; step > 0; step /= 2) score += __shfl_xor_sync(~0u, score, step);
-        return score * scale;
+    const size_t to_values = cache_elements(s);
+    const int fresh = kDecode ? position : INT32_MAX;  // the one key that is not in the cache yet
+    int asked = first + group;
+    auto ask = [&](int slot) {  // for this group's next key; a group of copies, though there be none, for each slot
+        if (asked < last && asked != fresh && lane.count > 0) {
+            R::ask(memory.ring, slot, 0, keys + size_t(asked) * dim, lane);
+            R::ask(memory.ring, slot, 1, keys + to_values + size_t(asked) * dim, lane);
+        }
+        asked += kAttendGroups;
+        asm volatile("cp.async.commit_group;" ::: "memory");
     };
-    if (decode) {
+#pragma unroll 1
+    for (int slot = 0; slot < R::kSlots; ++slot) ask(slot);
+
+    H q, k, v;
+    bool has_fresh = false;
+    if constexpr (kDecode) {
+        const Rotation<T, kElements, kPacked> rotation(in, min(position, s.capacity - 1), lane);
+        wait_for_predecessor();
         const T* source = static_cast<const T*>(in.qkv) + size_t(row) * heads * dim;
-        const int at = min(position, s.capacity - 1);
-        const float *cos = in.cos + size_t(at) * (dim / 2), *sin = in.sin + size_t(at) * (dim / 2);
-        const bool norms = in.q_norm != nullptr;
-        q.load(source + head * dim, norms, static_cast<const T*>(in.q_norm), s.eps, cos, sin, dim, lane);
-        if (fresh >= first && fresh < last) {
-            k.load(source + (s.heads + kv) * dim, norms, static_cast<const T*>(in.k_norm), s.eps, cos, sin, dim, lane);
-            v.read(source + (s.heads + s.kv_heads + kv) * dim, dim, lane);
-            const float score = dot();
-            if (group == 0) softmax.add(score, v);
-            // Of the query heads that read this key, the first appends it.
-            const bool writes = head == 0 || (head - 1 + s.first) / s.group != kv;
-            if (writes && group == 0) {
-                k.write(keys + size_t(fresh) * dim, dim, lane);
-                v.write(values + size_t(fresh) * dim, dim, lane);
-            }
+        q.read(source + head * dim, lane);
+        k.read(source + (s.heads + kv) * dim, lane);
+        v.read(source + (s.heads + s.kv_heads + kv) * dim, lane);
+        if (in.q_norm != nullptr) {
+            q.normalise(static_cast<const T*>(in.q_norm), s.eps, lane);
+            k.normalise(static_cast<const T*>(in.k_norm), s.eps, lane);
+        }
+        rotation.apply(q, true, lane);
+        rotation.apply(k, true, lane);
+        has_fresh = group == 0 && fresh >= first && fresh < last;
+        // Of the query heads that read this key, the first appends it.
+        if (has_fresh && (head == 0 || (head - 1 + s.first) / s.group != kv)) {
+            k.write(keys + size_t(fresh) * dim, lane);
+            v.write(keys + to_values + size_t(fresh) * dim, lane);
         }
     } else {
-        q.read(queries + (size_t(row) * s.heads + head) * dim, dim, lane);
+        q.read(queries + (size_t(row) * s.heads + head) * dim, lane);
     }
 
-    // All lanes of a warp stay in the loop together: they exchange sums. Several keys at once keep loads in flight.
-    constexpr int kUnroll = 4;
-    for (int base = first; base < last; base += kGroups * kUnroll) {
-        Head<T, kElements> key[kUnroll], value[kUnroll];
-#pragma unroll
-        for (int i = 0; i < kUnroll; ++i) {
-            const int j = base + i * kGroups + group;
-            const size_t at = size_t(min(j, s.capacity - 1)) * dim;
-            if (j < last && j != fresh) {
-                key[i].read(keys + at, dim, lane);
-                value[i].read(values + at, dim, lane);
-            }
+    // A running softmax over keys: maximum (times log2 e), sum of weights, weighted values. The new key comes first. All
+    // lanes of a warp stay in the loop together: they exchange sums.
+    float most = -INFINITY, sum = 0, value[kElements] = {};
+    const float scale = rsqrtf(float(dim)) * kLog2e;
+    int slot = 0;
+#pragma unroll 1
+    for (int base = kDecode ? first - kAttendGroups : first; base < last; base += kAttendGroups) {
+        const int j = base + group;
+        bool counts = j < last && j != fresh;
+        if (kDecode && base < first) {
+            counts = has_fresh;
+        } else {
+            asm volatile("cp.async.wait_group %0;" ::"n"(R::kSlots - 1) : "memory");
+            R::get(memory.ring, slot, 0, k);
+            R::get(memory.ring, slot, 1, v);
+            ask(slot);
+            slot = slot + 1 == R::kSlots ? 0 : slot + 1;
         }
+        float score = 0;
 #pragma unroll
-        for (int i = 0; i < kUnroll; ++i) {
-            const int j = base + i * kGroups + group;
-            k = key[i];
-            const float score = dot();
-            if (j < last && j != fresh) softmax.add(score, value[i]);
-        }
+        for (int i = 0; i < kElements; ++i)
+            if (i < lane.count) score = fmaf(wide(q.value[i]), wide(k.value[i]), score);
+        for (int step = kLanes / 2; step > 0; step /= 2) score += __shfl_xor_sync(~0u, score, step);
+        if (!counts) continue;
+        score *= scale;
+        const float larger = fmaxf(most, score), before = exp2f(most - larger), weight = exp2f(score - larger);
+        most = larger;
+        sum = sum * before + weight;
+#pragma unroll
+        for (int i = 0; i < kElements; ++i) value[i] = value[i] * before + weight * wide(v.value[i]);
     }
 
-    // The groups' results, put together by all threads.
-    __shared__ float most[kGroups], sum[kGroups], part[kGroups][kMaxHeadDim];
-    if (lane == 0) {
-        most[group] = softmax.most;
-        sum[group] = softmax.sum;
+    // All threads put the groups' results together: into `result`, or into this span's part of `partial`, and the last block
+    // of a head to come here then the spans'.
+    __shared__ float mosts[kAttendGroups], sums[kAttendGroups], factors[kAttendGroups];
+    __syncthreads();  // the ring's memory is used again
+    if (lane.number == 0) {
+        mosts[group] = most;
+        sums[group] = sum;
     }
 #pragma unroll
     for (int i = 0; i < kElements; ++i)
-        if (const int j = lane * kElements + i; j < dim) part[group][j] = softmax.value[i];
-    __syncthreads();
-    float top = -INFINITY, total = 0;
-    for (int g = 0; g < kGroups; ++g) top = fmaxf(top, most[g]);
-    for (int g = 0; g < kGroups; ++g) total += sum[g] * exp2f(most[g] - top);
+        if (i < lane.count) memory.part[group][lane.begin + i] = value[i];
     T* result = out + (size_t(row) * s.heads + head) * dim;
-    const size_t slot = (size_t(sequence) * s.heads + head) * gridDim.y;
-    float* mine = partial + (slot + blockIdx.y) * (dim + 2);
-    for (int j = threadIdx.x; j < dim; j += kThreads) {
-        float x = 0;
-        for (int g = 0; g < kGroups; ++g) x += part[g][j] * exp2f(most[g] - top);
-        if (spans == 1)
-            result[j] = narrow<T>(x / total);
-        else
-            mine[2 + j] = x;
-    }
-    if (spans == 1) return;
-    if (threadIdx.x == 0) {
-        mine[0] = top;
-        mine[1] = total;
-    }
-    __threadfence();
-    __syncthreads();
-    __shared__ bool finishes;
-    // Counters lie behind the cache; they are zero between steps.
-    auto* counter = reinterpret_cast<unsigned*>(static_cast<T*>(in.cache) + 2 * cache_elements(s)) +
-                    size_t(sequence) * s.heads + head;
-    if (threadIdx.x == 0) {
-        finishes = atomicAdd(counter, 1u) == unsigned(spans - 1);
-        if (finishes) *counter = 0;
-    }
-    __syncthreads();
-    if (!finishes) return;
-    __threadfence();
-    // Loads side by side, not one behind the other: with many spans their latency is what this takes.
-    const float* all = partial + slot * (dim + 2);
-    __shared__ float share[kMaxSpans];
-    __shared__ float sums[kMaxSpans];
-    if (threadIdx.x < kMaxSpans) {
-        const bool used = int(threadIdx.x) < spans;
-        share[threadIdx.x] = used ? __ldcg(all + threadIdx.x * (dim + 2)) : -INFINITY;
-        sums[threadIdx.x] = used ? __ldcg(all + threadIdx.x * (dim + 2) + 1) : 0;
-    }
-    __syncthreads();
-    top = -INFINITY;
-    for (int i = 0; i < spans; ++i) top = fmaxf(top, share[i]);
-    total = 0;
-    for (int i = 0; i < spans; ++i) total += sums[i] * exp2f(share[i] - top);
-    __syncthreads();
-    if (threadIdx.x < kMaxSpans) share[threadIdx.x] = exp2f(share[threadIdx.x] - top) / total;
-    __syncthreads();
-    for (int j = threadIdx.x; j < dim; j += kThreads) {
-        float x = 0;
-#pragma unroll 8
-        for (int i = 0; i < spans; ++i) x += __ldcg(all + i * (dim + 2) + 2 + j) * share[i];
-        result[j] = narrow<T>(x);
+    float* of_head = partial + (size_t(sequence) * s.heads + head) * gridDim.y * (dim + 2);
+    bool final = spans == 1;
+#pragma unroll 1
+    for (int parts = kAttendGroups;; parts = spans) {
+        __syncthreads();
+        float top = -INFINITY, total = 0;
+#pragma unroll 4
+        for (int g = 0; g < parts; ++g) top = fmaxf(top, mosts[g]);
+        if (int(threadIdx.x) < parts)
+            factors[threadIdx.x] = mosts[threadIdx.x] == -INFINITY ? 0 : exp2f(mosts[threadIdx.x] - top);
+        __syncthreads();
+#pragma unroll 4
+        for (int g = 0; g < parts; ++g) total = fmaf(sums[g], factors[g], total);
+        float* mine = of_head + blockIdx.y * (dim + 2);
+#pragma unroll 1
+        for (int j = threadIdx.x; j < dim; j += kAttendThreads) {
+            float x = 0;
+#pragma unroll 4
+            for (int g = 0; g < parts; ++g) x = fmaf(memory.part[g][j], factors[g], x);
+            if (final)
+                result[j] = narrow<T>(x / total);
+            else
+                mine[2 + j] = x;
+        }
+        if (final) return;
+        if (threadIdx.x == 0) {
+            mine[0] = top;
+            mine[1] = total;
+        }
+        __threadfence();
+        __syncthreads();
+        // Counters lie behind the cache; they are zero between steps.
+        auto* counter = reinterpret_cast<unsigned*>(static_cast<T*>(in.cache) + 2 * to_values) + size_t(sequence) * s.heads + head;
+        if (threadIdx.x == 0) {
+            final = atomicAdd(counter, 1u) == unsigned(spans - 1);
+            if (final) *counter = 0;
+        }
+        final = __syncthreads_or(final);
+        if (!final) return;
+        __threadfence();
+        // A warp for each span: loads side by side, not one behind the other.
+        const int span_of = threadIdx.x / 32;
+        if (span_of >= spans) continue;
+        const float* other = of_head + span_of * (dim + 2);
+#pragma unroll 4
+        for (int j = threadIdx.x % 32; j < dim; j += 32) memory.part[span_of][j] = __ldcg(other + 2 + j);
+        if (threadIdx.x % 32 == 0) {
+            mosts[span_of] = __ldcg(other);
+            sums[span_of] = __ldcg(other + 1);
+        }
     }
 }
 
@@ -444,23 +515,34 @@ int prefill(const cqil_attention_shape& s, const Inputs& in, const T* queries, T
     return launch(prefill_kernel<T, kDim>, {grid, kThreads, stream, true, kBytes}, s, in, queries, out);
 }
 
-template <typename T, int kElements>
+template <typename T, int kElements, bool kPacked>
 int attend(const cqil_attention_shape& s, const Inputs& in, void* out, void* scratch, cudaStream_t stream) {
     T* result = static_cast<T*>(out);
-    if (s.length == 1)
-        return launch(attend_kernel<T, kElements>, {dim3(s.heads, span_count(s), s.batch), kThreads, stream}, s, in, nullptr,
-                      span_length(s), static_cast<float*>(scratch), result);
+    if (s.length == 1) {
+        int device = 0, processors = 0;
+        CQIL_CUDA(cudaGetDevice(&device));
+        CQIL_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+        const dim3 grid(s.heads, span_count(s, processors), s.batch);
+        return launch(attend_kernel<T, kElements, kPacked, true>, {grid, kAttendThreads, stream}, s, in, nullptr,
+                      static_cast<float*>(scratch), result);
+    }
     T* queries = static_cast<T*>(scratch);
     const int heads = s.heads + 2 * s.kv_heads;
     const dim3 grid(s.batch * s.length, (heads + kGroups - 1) / kGroups);
-    if (launch(append_kernel<T, kElements>, {grid, kThreads, stream}, s, in, queries)) return -1;
+    if (launch(append_kernel<T, kElements, kPacked>, {grid, kThreads, stream}, s, in, queries)) return -1;
     if (out == nullptr) return 0;
     if constexpr (!std::is_same_v<T, float>) {
         if (s.head_dim == 64) return prefill<T, 64>(s, in, queries, result, stream);
         if (s.head_dim == 128) return prefill<T, 128>(s, in, queries, result, stream);
     }
-    return launch(attend_kernel<T, kElements>, {dim3(s.heads, s.length, s.batch), kThreads, stream}, s, in, queries, 0,
-                  nullptr, result);
+    return launch(attend_kernel<T, kElements, kPacked, false>, {dim3(s.heads, s.length, s.batch), kAttendThreads, stream}, s,
+                  in, queries, nullptr, result);
+}
+
+template <typename T, int kElements>
+int attend(const cqil_attention_shape& s, const Inputs& in, void* out, void* scratch, cudaStream_t stream) {
+    return is_packed<kElements>(s.head_dim) ? attend<T, kElements, true>(s, in, out, scratch, stream)
+                                            : attend<T, kElements, false>(s, in, out, scratch, stream);
 }
 
 template <typename T>
@@ -494,7 +576,7 @@ size_t cqil_attention_cache_bytes(const cqil_attention_shape* s) {
 
 size_t cqil_attention_scratch_bytes(const cqil_attention_shape* s) {
     const size_t queries = size_t(s->batch) * s->length * s->heads * s->head_dim * element_bytes(s->dtype);
-    const size_t partial = size_t(s->batch) * s->heads * span_count(*s) * (s->head_dim + 2) * sizeof(float);
+    const size_t partial = size_t(s->batch) * s->heads * kMaxSpans * (s->head_dim + 2) * sizeof(float);
     return align(std::max(queries, partial));
 }
 

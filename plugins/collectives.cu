@@ -31,7 +31,7 @@ struct cqil_workspace {
     size_t one_shot_bytes = 0;  // the cross-over in use
     int threads = 0;            // 0: chosen by size
     int blocks = 0;
-    bool overlap = false;
+    bool overlap = true;
 };
 
 namespace {
@@ -180,11 +180,9 @@ int cqil_workspace_create(int rank, int world_size, size_t one_shot_bytes, size_
     auto* w = new (std::nothrow) cqil_workspace();
     if (w == nullptr) return fail("out of host memory");
     auto create = [&]() -> int {
-        int device = 0, major = 0;
+        int device = 0;
         CQIL_CUDA(cudaGetDevice(&device));
         CQIL_CUDA(cudaDeviceGetAttribute(&w->multiprocessors, cudaDevAttrMultiProcessorCount, device));
-        CQIL_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-        w->overlap = major >= 9;
         auto align = [](size_t bytes) { return (bytes + 255) / 256 * 256; };
         w->one_shot_capacity = align(one_shot_bytes ? one_shot_bytes : default_one_shot_bytes(world_size));
         w->one_shot_bytes = w->one_shot_capacity;

@@ -86,13 +86,22 @@ __global__ void __launch_bounds__(kThreads) row_argmax_kernel(const T* logits, i
     const T* row = logits + size_t(blockIdx.x) * width;
     float best = -INFINITY;
     int32_t where = INT32_MAX;
-    for (int i = threadIdx.x; i < width; i += kThreads) {
-        const float x = float(row[i]);
+    auto consider = [&](T logit, int i) {
+        const float x = float(logit);
         if (better(x, i, best, where)) {
             best = x;
             where = i;
         }
+    };
+    constexpr int kPacket = 16 / sizeof(T);
+    const int packets = reinterpret_cast<uintptr_t>(row) % 16 == 0 ? width / kPacket : 0;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < packets; i += kThreads) {
+        const uint4 packet = reinterpret_cast<const uint4*>(row)[i];
+#pragma unroll
+        for (int j = 0; j < kPacket; ++j) consider(reinterpret_cast<const T*>(&packet)[j], i * kPacket + j);
     }
+    for (int i = packets * kPacket + threadIdx.x; i < width; i += kThreads) consider(row[i], i);
     auto reduce = [&] {
         for (int step = 16; step > 0; step /= 2) {
             const float other = __shfl_down_sync(~0u, best, step);
@@ -122,8 +131,8 @@ __global__ void __launch_bounds__(kThreads) row_argmax_kernel(const T* logits, i
     }
 }
 
+// Ends a decode step. It lets no kernel start early, so that the next step's may read positions and caches at once.
 __global__ void advance_kernel(const int32_t* next, int32_t* tokens, int32_t* past, int rows, int last) {
-    release_successor();
     wait_for_predecessor();
     const int row = blockIdx.x * blockDim.x + threadIdx.x;
     if (row >= rows) return;

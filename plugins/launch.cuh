@@ -26,14 +26,25 @@ __device__ inline void release_successor() {
 struct Launch {
     dim3 grid, block;
     cudaStream_t stream;
-    bool overlap = true;  // no effect before compute capability 9.0
+    bool overlap = true;
     size_t shared_bytes = 0;
 };
 
-// All kernels ask for the same split between L1 and shared memory: a multiprocessor that has to change it runs empty first,
-// and nothing overlaps.
+// Whether the code that runs of a kernel is that for compute capability 9.0 on: a library may lack it for the GPU at hand.
+template <typename Kernel>
+int is_modern(Kernel* kernel, bool* modern) {
+    cudaFuncAttributes attributes;
+    CQIL_CUDA(cudaFuncGetAttributes(&attributes, kernel));
+    *modern = attributes.ptxVersion >= 90;
+    return 0;
+}
+
+// Overlap has no effect before compute capability 9.0. All kernels ask for the same split between L1 and
+// shared memory: a multiprocessor that has to change it runs empty first, and nothing overlaps.
 template <typename... Parameters, typename... Arguments>
 int launch(void (*kernel)(Parameters...), const Launch& l, Arguments... arguments) {
+    bool modern = false;
+    if (is_modern(kernel, &modern)) return -1;
     CQIL_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
     if (l.shared_bytes > 48 << 10)
         CQIL_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(l.shared_bytes)));
@@ -46,7 +57,7 @@ int launch(void (*kernel)(Parameters...), const Launch& l, Arguments... argument
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     config.attrs = &attribute;
-    config.numAttrs = l.overlap ? 1 : 0;
+    config.numAttrs = modern && l.overlap ? 1 : 0;
     CQIL_CUDA(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
     return 0;
 }

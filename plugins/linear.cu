@@ -38,11 +38,32 @@ template <>
 struct Pair<__half> {
     using Type = __half2;
     static __device__ float2 wide(Type x) { return __half22float2(x); }
+    static __device__ Type narrow(float x, float y) { return __floats2half2_rn(x, y); }
 };
 template <>
 struct Pair<__nv_bfloat16> {
     using Type = __nv_bfloat162;
     static __device__ float2 wide(Type x) { return __bfloat1622float2(x); }
+    static __device__ Type narrow(float x, float y) { return __floats2bfloat162_rn(x, y); }
+};
+
+// A product being added up, in sums that do not wait for each other.
+struct Sums {
+    float part[4] = {};
+
+    // Adds the product of 16 bytes of w and of x, whose type is not float.
+    template <typename T>
+    __device__ void add(uint4 w, uint4 x) {
+        using Two = typename Pair<T>::Type;
+        const Two *a = reinterpret_cast<const Two*>(&w), *b = reinterpret_cast<const Two*>(&x);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float2 p = Pair<T>::wide(a[i]), q = Pair<T>::wide(b[i]);
+            part[i] = fmaf(p.x, q.x, fmaf(p.y, q.y, part[i]));
+        }
+    }
+
+    __device__ float total() const { return part[0] + part[1] + (part[2] + part[3]); }
 };
 
 // sum + the product of 16 bytes of w and of x.
@@ -69,17 +90,21 @@ __device__ float warp_sum(float x) {
     return x;
 }
 
-__device__ float gated(float gate, float up) { return gate / (1 + __expf(-gate)) * up; }
+__device__ float gated(float gate, float up) { return __fdividef(gate, 1 + __expf(-gate)) * up; }
 
 // One row: streaming W through shared memory.
 
-constexpr int kWarps = 8;
+constexpr int kWarps = 12;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kStages = 5;  // two kernels' rings fit a multiprocessor of compute capability 9.0
+constexpr int kStages = 3;  // two kernels' rings fit a multiprocessor of compute capability 9.0
 constexpr int kChunk = 2048;  // bytes of a row of W in one stage
 constexpr int kRingBytes = kWarps * kStages * kChunk;
 
-size_t stream_bytes(int inputs, bool norm) { return kRingBytes + size_t(inputs) * 2 * (norm ? 2 : 1); }
+// The ring, x and the norm's weight, and the parts of results that warps share.
+size_t stream_bytes(int inputs, bool norm, bool gated) {
+    const size_t row = size_t(inputs) * 2, chunks = (row + kChunk - 1) / kChunk;
+    return kRingBytes + row * (norm ? 2 : 1) + (kWarps - 1) * chunks * (gated ? 2 : 1) * sizeof(float);
+}
 
 __device__ unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
 
@@ -88,14 +113,22 @@ __device__ void barrier_init(uint64_t* barrier) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)));
 }
 
+// For what is read once: the L2 cache rather keeps activations, and the kernels' code.
+__device__ uint64_t streaming_policy() {
+    uint64_t policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
 // Starts a copy of `bytes` to shared memory, whose arrival completes the barrier's phase.
-__device__ void bulk_copy(void* to, const void* from, int bytes, uint64_t* barrier) {
+__device__ void bulk_copy(void* to, const void* from, int bytes, uint64_t* barrier, uint64_t policy) {
     const unsigned b = shared_address(barrier);
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(b), "r"(bytes) : "memory");
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                     shared_address(to)),
-                 "l"(from), "r"(bytes), "r"(b)
-                 : "memory");
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+            shared_address(to)),
+        "l"(from), "r"(bytes), "r"(b), "l"(policy)
+        : "memory");
 }
 
 __device__ void barrier_wait(uint64_t* barrier, unsigned phase) {
@@ -111,105 +144,162 @@ __device__ void barrier_wait(uint64_t* barrier, unsigned phase) {
 }
 #endif
 
+// Small code matters here: between two runs of a kernel its instructions fall out of the caches that W streams through.
 template <typename T, bool kGated>
 __global__ void __launch_bounds__(kThreads) stream_kernel(Operands o) {
 #if __CUDA_ARCH__ >= 900
     extern __shared__ __align__(128) char memory[];
     __shared__ uint64_t barriers[kWarps][kStages];
-    __shared__ float parts[kWarps];
+    __shared__ float squares[kWarps];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     char* ring = memory + warp * kStages * kChunk;
     auto* x = reinterpret_cast<uint4*>(memory + kRingBytes);
+    auto* part = reinterpret_cast<float*>(memory + kRingBytes + size_t(o.inputs) * 2 * (o.norm == nullptr ? 1 : 2));
     const int packets = o.inputs / 8, row_bytes = o.inputs * 2;
-    const int chunks = (row_bytes + kChunk - 1) / kChunk;
-    constexpr int kHalves = kGated ? 2 : 1;
-    // Neighbouring rows go to different multiprocessors, so that each reads as much as the others.
-    const int first = blockIdx.x + gridDim.x * warp, stride = gridDim.x * kWarps;
-    const int mine = first < o.outputs ? (o.outputs - 1 - first) / stride + 1 : 0;
-    const int total = mine * kHalves * chunks;
+    const int chunks = (row_bytes + kChunk - 1) / kChunk, pieces = (kGated ? 2 : 1) * chunks;  // of what one result needs
+    // Neighbouring rows go to different multiprocessors, so that each reads as much as the others. Of a block's rows a warp
+    // takes whole ones; those that do not go round are shared piece by piece, or most warps would wait for a few.
+    const int rows = (o.outputs - 1 - int(blockIdx.x)) / int(gridDim.x) + 1, whole = rows / kWarps * kWarps;
+    const int shared = (rows - whole) * pieces, alone = whole / kWarps * pieces;
+    const int total = alone + (shared - warp + kWarps - 1) / kWarps;
+    auto row_of = [&](int i) { return int(blockIdx.x) + i * int(gridDim.x); };
+    auto begin_of = [&](int i) { return static_cast<const char*>(o.weight) + size_t(row_of(i)) * row_bytes; };
 
-    int fetched = 0, fetch_row = first, fetch_half = 0, fetch_chunk = 0;
-    auto fetch = [&] {  // lane 0: the next chunk into the stage that is its turn
-        const char* row = static_cast<const char*>(o.weight) + (size_t(fetch_half) * o.outputs + fetch_row) * row_bytes;
-        const int begin = fetch_chunk * kChunk, stage = fetched % kStages;
-        bulk_copy(ring + stage * kChunk, row + begin, min(kChunk, row_bytes - begin), &barriers[warp][stage]);
-        ++fetched;
-        if (++fetch_chunk < chunks) return;
-        fetch_chunk = 0;
-        if (++fetch_half < kHalves) return;
-        fetch_half = 0;
-        fetch_row += stride;
+    // Lane 0 asks for the next piece into the stage whose turn it is. What this takes delays every piece: no division here.
+    int fetched = 0, fetch_piece = alone > 0 ? 0 : warp, fetch_stage = 0;
+    const char* from = begin_of(alone > 0 ? warp : whole);
+    const uint64_t policy = streaming_policy();
+    auto fetch = [&] {
+        if (fetch_piece >= pieces) {
+            from += size_t(gridDim.x) * row_bytes * (fetched < alone ? kWarps : 1);
+            fetch_piece -= pieces;
+            if (fetch_piece >= pieces) return false;  // so few pieces that a warp's next is rows ahead
+        }
+        const bool up = kGated && fetch_piece >= chunks;
+        const int begin = (up ? fetch_piece - chunks : fetch_piece) * kChunk;
+        bulk_copy(ring + fetch_stage * kChunk, from + (up ? size_t(o.outputs) * row_bytes : 0) + begin,
+                  min(kChunk, row_bytes - begin), &barriers[warp][fetch_stage], policy);
+        if (++fetch_stage == kStages) fetch_stage = 0;
+        fetch_piece += fetched < alone ? 1 : kWarps;
+        if (++fetched == alone) {
+            from = begin_of(whole);
+            fetch_piece = warp;
+        }
+        return true;
     };
     if (lane == 0) {
         for (int stage = 0; stage < kStages; ++stage) barrier_init(&barriers[warp][stage]);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        for (int i = min(kStages, total); i > 0; --i) fetch();
+#pragma unroll 1
+        while (fetched < min(kStages, total)) fetch();
     }
     auto* norm = x + packets;
     if (o.norm != nullptr)
+#pragma unroll 1
         for (int i = threadIdx.x; i < packets; i += kThreads) norm[i] = static_cast<const uint4*>(o.norm)[i];
     release_successor();
     wait_for_predecessor();
 
-    float square = 0;
-    for (int i = threadIdx.x; i < packets; i += kThreads) {
-        uint4 packet = static_cast<const uint4*>(o.x)[i];
-        auto* value = reinterpret_cast<T*>(&packet);
-        if (o.delta != nullptr) {
-            const uint4 added = static_cast<const uint4*>(o.delta)[i];
+    using Two = typename Pair<T>::Type;
+    if (o.norm == nullptr) {
+#pragma unroll 4
+        for (int i = threadIdx.x; i < packets; i += kThreads) x[i] = static_cast<const uint4*>(o.x)[i];
+    } else {
+        float square = 0;
+#pragma unroll 2
+        for (int i = threadIdx.x; i < packets; i += kThreads) {
+            uint4 packet = static_cast<const uint4*>(o.x)[i], added = {};
+            if (o.delta != nullptr) added = static_cast<const uint4*>(o.delta)[i];
 #pragma unroll
-            for (int j = 0; j < 8; ++j) value[j] = T(float(value[j]) + float(reinterpret_cast<const T*>(&added)[j]));
+            for (int j = 0; j < 4; ++j) {
+                auto& two = reinterpret_cast<Two*>(&packet)[j];
+                const float2 a = Pair<T>::wide(two), b = Pair<T>::wide(reinterpret_cast<const Two*>(&added)[j]);
+                two = Pair<T>::narrow(a.x + b.x, a.y + b.y);
+                const float2 rounded = Pair<T>::wide(two);
+                square = fmaf(rounded.x, rounded.x, fmaf(rounded.y, rounded.y, square));
+            }
+            x[i] = packet;
         }
-        x[i] = packet;
-#pragma unroll
-        for (int j = 0; j < 8; ++j) square = fmaf(float(value[j]), float(value[j]), square);
-    }
-    if (o.norm != nullptr) {
         square = warp_sum(square);
-        if (lane == 0) parts[warp] = square;
+        if (lane == 0) squares[warp] = square;
         __syncthreads();
         square = 0;
-        for (float part : parts) square += part;
+        for (float of_warp : squares) square += of_warp;
         const float scale = rsqrtf(square / float(o.inputs) + o.eps);
+#pragma unroll 1
         for (int i = threadIdx.x; i < packets; i += kThreads) {
-            auto *value = reinterpret_cast<T*>(x + i), *weight = reinterpret_cast<T*>(norm + i);
 #pragma unroll
-            for (int j = 0; j < 8; ++j) value[j] = T(float(T(float(value[j]) * scale)) * float(weight[j]));
+            for (int j = 0; j < 4; ++j) {
+                auto& two = reinterpret_cast<Two*>(x + i)[j];
+                const float2 a = Pair<T>::wide(two), weight = Pair<T>::wide(reinterpret_cast<const Two*>(norm + i)[j]);
+                const float2 normed = Pair<T>::wide(Pair<T>::narrow(a.x * scale, a.y * scale));
+                two = Pair<T>::narrow(normed.x * weight.x, normed.y * weight.y);
+            }
         }
     }
     __syncthreads();
 
-    int done = 0;
-    for (int row = first; row < o.outputs; row += stride) {
-        float added = 0, sum[kHalves] = {};
-        if (lane == 0 && o.residual != nullptr) added = float(static_cast<const T*>(o.residual)[row]);
-#pragma unroll
-        for (int half = 0; half < kHalves; ++half) {
-            for (int chunk = 0; chunk < chunks; ++chunk, ++done) {
-                const int stage = done % kStages, begin = chunk * (kChunk / 16);
-                barrier_wait(&barriers[warp][stage], done / kStages % 2);
-                const auto* w = reinterpret_cast<const uint4*>(ring + stage * kChunk);
-                if (packets - begin >= kChunk / 16) {
-#pragma unroll
-                    for (int i = 0; i < kChunk / 16; i += 32) sum[half] = dot<T>(w[i + lane], x[begin + i + lane], sum[half]);
-                } else {
-                    for (int i = lane; i < packets - begin; i += 32) sum[half] = dot<T>(w[i], x[begin + i], sum[half]);
-                }
-                __syncwarp();
-                if (lane == 0 && fetched < total) fetch();
-            }
-            sum[half] = warp_sum(sum[half]);
+    auto residual_of = [&](int row) { return o.residual == nullptr ? 0.0f : float(static_cast<const T*>(o.residual)[row]); };
+    auto write = [&](int row, float gate, float sum, float added) {
+        if (const auto* bias = static_cast<const T*>(o.bias); bias != nullptr) {
+            if constexpr (kGated) gate += float(bias[row]);
+            sum += float(bias[kGated ? o.outputs + row : row]);
         }
-        if (lane == 0) {
-            const auto* bias = static_cast<const T*>(o.bias);
-            if (bias != nullptr) {
-                sum[0] += float(bias[row]);
-                if constexpr (kGated) sum[1] += float(bias[o.outputs + row]);
-            }
-            const float y = kGated ? gated(sum[0], sum[kHalves - 1]) : sum[0];
-            static_cast<T*>(o.out)[row] = T(y + added);
+        static_cast<T*>(o.out)[row] = T((kGated ? gated(gate, sum) : sum) + added);
+    };
+    Sums sums;
+    float gate = 0, added = 0;
+    int row = row_of(warp), piece = alone > 0 ? 0 : warp, stage = 0;
+    unsigned phase = 0;
+#pragma unroll 1
+    for (int done = 0; done < total; ++done) {
+        if (done >= alone)
+            while (piece >= pieces) piece -= pieces;
+        if (done < alone && piece == 0 && lane == 0) added = residual_of(row);
+        const int chunk = kGated && piece >= chunks ? piece - chunks : piece;
+        const int count = min(kChunk / 16, packets - chunk * (kChunk / 16));
+        const auto* w = reinterpret_cast<const uint4*>(ring + stage * kChunk) + lane;
+        const auto* v = x + chunk * (kChunk / 16) + lane;
+        barrier_wait(&barriers[warp][stage], phase);
+        if (count == kChunk / 16) {
+#pragma unroll
+            for (int i = 0; i < kChunk / 16; i += 32) sums.add<T>(w[i], v[i]);
+        } else {
+#pragma unroll 1
+            for (int i = 0; i < count - lane; i += 32) sums.add<T>(w[i], v[i]);
+        }
+        __syncwarp();
+        if (lane == 0 && fetched < total)
+            while (!fetch()) {}
+        if (++stage == kStages) {
+            stage = 0;
+            phase ^= 1;
+        }
+        if (done < alone && ++piece != chunks && piece != pieces) continue;
+        const float sum = warp_sum(sums.total());
+        sums = {};
+        if (done >= alone) {
+            if (lane == 0) part[warp + (done - alone) * kWarps] = sum;
+            piece += kWarps;
+        } else if (kGated && piece == chunks) {
+            gate = sum;
+        } else {
+            if (lane == 0) write(row, gate, sum, added);
+            row += int(gridDim.x) * kWarps;
+            piece = done + 1 < alone ? 0 : warp;
         }
     }
+    if (shared == 0) return;
+    const int mine = whole + int(threadIdx.x);
+    if (mine < rows) added = residual_of(row_of(mine));
+    __syncthreads();
+    if (mine >= rows) return;
+    float of_half[2] = {};
+#pragma unroll
+    for (int half = 0; half < (kGated ? 2 : 1); ++half)
+#pragma unroll 1
+        for (int chunk = 0; chunk < chunks; ++chunk) of_half[half] += part[int(threadIdx.x) * pieces + half * chunks + chunk];
+    write(row_of(mine), of_half[0], of_half[kGated ? 1 : 0], added);
 #endif
 }
 
@@ -399,13 +489,12 @@ __global__ void __launch_bounds__(kThreads) plain_kernel(Operands o) {
 // Launching
 
 struct Device {
-    int major, processors, shared_bytes;
+    int processors, shared_bytes;
 };
 
 int describe(Device* device) {
     int id = 0;
     CQIL_CUDA(cudaGetDevice(&id));
-    CQIL_CUDA(cudaDeviceGetAttribute(&device->major, cudaDevAttrComputeCapabilityMajor, id));
     CQIL_CUDA(cudaDeviceGetAttribute(&device->processors, cudaDevAttrMultiProcessorCount, id));
     CQIL_CUDA(cudaDeviceGetAttribute(&device->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id));
     return 0;
@@ -413,7 +502,7 @@ int describe(Device* device) {
 
 template <typename T, bool kGated>
 int stream(const Operands& o, const Device& device, cudaStream_t st) {
-    const size_t bytes = stream_bytes(o.inputs, o.norm != nullptr);
+    const size_t bytes = stream_bytes(o.inputs, o.norm != nullptr, kGated);
     const int blocks = std::min(device.processors, (o.outputs + kWarps - 1) / kWarps);
     return launch(stream_kernel<T, kGated>, {dim3(blocks), kThreads, st, true, bytes}, o);
 }
@@ -449,8 +538,10 @@ int linear(const cqil_linear_shape& s, Operands o, char* scratch, cudaStream_t s
     const auto type = static_cast<cqil_dtype>(s.dtype);
     const bool aligned = s.inputs * sizeof(T) % 16 == 0;
     if constexpr (!std::is_same_v<T, float>) {
-        const bool fits = stream_bytes(s.inputs, o.norm != nullptr) + 1024 <= size_t(device.shared_bytes);
-        if (s.rows == 1 && aligned && device.major >= 9 && fits)
+        const bool fits = stream_bytes(s.inputs, o.norm != nullptr, s.gated) + 1024 <= size_t(device.shared_bytes);
+        bool modern = false;
+        if (is_modern(stream_kernel<T, false>, &modern)) return -1;
+        if (s.rows == 1 && aligned && modern && fits)
             return s.gated ? stream<T, true>(o, device, st) : stream<T, false>(o, device, st);
     }
     if (o.norm != nullptr) {

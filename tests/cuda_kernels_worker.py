@@ -116,7 +116,7 @@ def check_linear(pick, dtype):
 
 
 def check_attention(pick, dtype):
-    kv_heads, group, dim = pick(1, 4), pick(1, 5), (8, 16, 24, 64, 80, 96, 128, 256)[pick(0, 7)]
+    kv_heads, group, dim = pick(1, 4), pick(1, 5), (8, 16, 20, 24, 64, 80, 96, 128, 256)[pick(0, 8)]
     # A rank's share of the heads may begin and end inside a group.
     first = pick(0, group - 1)
     heads = pick((kv_heads - 1) * group + 1, kv_heads * group) - first
