@@ -345,7 +345,8 @@ int cqil_all_reduce_residual_norm(cqil_workspace* w, const void* in, const void*
         a.eps = eps;
         a.inverse_hidden = 1.0f / float(hidden);
         const int width = int(a.width);
-        const int vectors = width > 1024 || (w->threads && width > w->threads) ? 2 : 1;
+        // Blocks of so few threads fit beside those of two products (linear.cu).
+        const int vectors = width > 512 || (w->threads && width > w->threads) ? 2 : 1;
         const int threads = ceil_to((width + vectors - 1) / vectors, 32);
         if (launch_all_reduce(w, a, dtype, vectors, threads, true, static_cast<cudaStream_t>(stream))) return -1;
     }

@@ -144,9 +144,11 @@ __device__ void barrier_wait(uint64_t* barrier, unsigned phase) {
 }
 #endif
 
-// Small code matters here: between two runs of a kernel its instructions fall out of the caches that W streams through.
+// Registers for four blocks, so that two of them fit a multiprocessor beside attention or a collective: a block that has to
+// wait there would be given to a multiprocessor that already has one, and that one would take twice as long. Small code
+// matters here: between two runs of a kernel its instructions fall out of the caches that W streams through.
 template <typename T, bool kGated>
-__global__ void __launch_bounds__(kThreads) stream_kernel(Operands o) {
+__global__ void __launch_bounds__(kThreads, 4) stream_kernel(Operands o) {
 #if __CUDA_ARCH__ >= 900
     extern __shared__ __align__(128) char memory[];
     __shared__ uint64_t barriers[kWarps][kStages];
