@@ -72,17 +72,25 @@ class Arena:
         assert self._used <= self.size
         return address
 
+    def free(self) -> None:
+        """Gives the memory back; no piece of it may be in use."""
+        call("Free", self.address)
+
 
 def aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def pinned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array in page-locked host memory, which lives as long as the process."""
+    """An array in page-locked host memory, which kernels can write to; it lives until `free_pinned`."""
     dtype = np.dtype(dtype)
     size = int(np.prod(shape)) * dtype.itemsize
     address = int(call("MallocHost", max(size, 1)))
     return np.frombuffer((ctypes.c_byte * size).from_address(address), dtype).reshape(shape)
+
+
+def free_pinned(array: np.ndarray) -> None:
+    call("FreeHost", array.ctypes.data)
 
 
 def upload(address: int, array: np.ndarray, stream: Any) -> None:
@@ -115,3 +123,6 @@ class Graph:
 
     def launch(self, stream: Any) -> None:
         call("GraphLaunch", self._graph, stream)
+
+    def destroy(self) -> None:
+        call("GraphExecDestroy", self._graph)

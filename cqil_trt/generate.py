@@ -1,4 +1,4 @@
-"""Tokens in, tokens out: sampling, stopping, streaming. Every rank runs this loop in step and picks the same tokens."""
+"""Tokens in, text out: stopping and streaming. Every rank runs this loop in step and gets the same tokens."""
 
 from __future__ import annotations
 
@@ -8,28 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cqil_trt.errors import UserError
+from cqil_trt.sampling import SamplingConfig
 from cqil_trt.session import Session
 from cqil_trt.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How a next token is chosen. Temperature 0 is greedy; top_k 0 and top_p 1 keep every token."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not (np.isfinite(self.temperature) and self.temperature >= 0):
-            raise UserError(f"--temperature must be at least 0, found {self.temperature}")
-        if self.top_k < 0:
-            raise UserError(f"--top-k must be at least 0, found {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"--top-p must be above 0 and at most 1, found {self.top_p}")
-        if self.seed < 0:
-            raise UserError(f"--seed must be at least 0, found {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -127,39 +108,15 @@ def generate(
 
 def _run(session: Session, batch: list[_Sequence], config: GenerationConfig) -> Iterator[tuple[int, str]]:
     """Runs one batch to its end, yielding (sequence, text) as text appears."""
-    session.prefill([sequence.completion.prompt for sequence in batch])
-    limit = session.limits.max_seq_len
-    while True:
-        tokens = _next_tokens(session, batch, config.sampling)
+    prompts, limit = [sequence.completion.prompt for sequence in batch], session.limits.max_seq_len
+    session.prefill(prompts)
+    # As many as the longest completion can have.
+    steps = min(config.max_new_tokens, limit + 1 - min(map(len, prompts)))
+    uniforms = np.stack([sequence.random.random(steps) for sequence in batch], axis=1)
+    for tokens in session.tokens(config.sampling, uniforms):
         for number, (sequence, token) in enumerate(zip(batch, tokens)):
             if not sequence.done:
                 used = len(sequence.completion.prompt) + len(sequence.completion.tokens)
                 yield number, sequence.add(int(token), room=used < limit)
         if all(sequence.done for sequence in batch):
             return
-        session.decode(tokens)
-
-
-def _next_tokens(session: Session, batch: list[_Sequence], sampling: SamplingConfig) -> np.ndarray:
-    if sampling.temperature == 0:
-        return session.greedy()
-    logits = session.logits()
-    return np.array([sample(row, sampling, sequence.random) for row, sequence in zip(logits, batch)], dtype=np.int64)
-
-
-def sample(logits: np.ndarray, config: SamplingConfig, random: np.random.Generator) -> int:
-    """One token from float32 logits [vocabulary]: temperature, then top-k, then top-p, as Hugging Face orders them.
-
-    top-p keeps the smallest set of most likely tokens whose probability reaches it.
-    """
-    # A stable sort makes ties go to the smaller id, on every rank alike.
-    order = np.argsort(-logits, kind="stable")
-    if config.top_k:
-        order = order[: config.top_k]
-    ordered = logits[order].astype(np.float64)
-    weights = np.exp((ordered - ordered[0]) / config.temperature)
-    cumulative = np.cumsum(weights)
-    cumulative /= cumulative[-1]
-    keep = int(np.searchsorted(cumulative, config.top_p)) + 1 if config.top_p < 1 else len(order)
-    kept = cumulative[:keep]
-    return int(order[np.searchsorted(kept, random.random() * kept[-1], side="right").clip(max=len(kept) - 1)])

@@ -11,8 +11,9 @@ from typing import Any
 from cqil_trt import backends
 from cqil_trt.engine import Engine, find_engine
 from cqil_trt.errors import UserError
-from cqil_trt.generate import Completion, GenerationConfig, SamplingConfig, generate
+from cqil_trt.generate import Completion, GenerationConfig, generate
 from cqil_trt.job import Job
+from cqil_trt.sampling import SamplingConfig
 from cqil_trt.session import Session, check_prompt
 from cqil_trt.tokenizer import Tokenizer
 
@@ -99,6 +100,10 @@ class Llm:
         if self.replicas == 1:
             return completions
         return merge_replicas(self.job.gather(completions), self.engine.world_size, len(ids))
+
+    def close(self) -> None:
+        """Gives back the memory of the engine, on every rank together. Nothing else can be called then."""
+        self.session.close()
 
 
 def merge_replicas(by_rank: Sequence[Sequence[Any]], world_size: int, count: int) -> list[Any]:

@@ -58,6 +58,12 @@ class AttentionShape(ctypes.Structure):
     ]
 
 
+class Sampling(ctypes.Structure):
+    """cqil_sampling of cqil_trt.h."""
+
+    _fields_ = [("temperature", ctypes.c_float), ("top_p", ctypes.c_float), ("top_k", ctypes.c_int32)]
+
+
 class LinearShape(ctypes.Structure):
     """cqil_linear_shape of cqil_trt.h."""
 
@@ -156,7 +162,9 @@ def load(path: Path | None = None) -> ctypes.CDLL:
         "cqil_bypass": [pointer] * 3 + [size, integer, integer, pointer],
         "cqil_argmax": [pointer] * 5 + [integer, pointer],
         "cqil_row_argmax": [pointer, integer, integer, integer, integer, pointer, pointer, pointer],
-        "cqil_advance": [pointer, pointer, pointer, integer, integer, pointer],
+        "cqil_advance": [pointer, pointer, pointer, integer, integer, pointer, pointer, integer, integer, pointer],
+        "cqil_sample": [pointer, integer, integer, integer, pointer, pointer, pointer, integer, pointer, pointer],
+        "cqil_spread": [pointer, pointer, integer, integer, integer, integer, integer, pointer],
         "cqil_residual_norm": [pointer] * 5 + [integer, integer, ctypes.c_float, integer, pointer],
         "cqil_gather_rows": [pointer, pointer, pointer, integer, integer, integer, pointer],
         "cqil_add": [pointer, pointer, pointer, size, integer, pointer],

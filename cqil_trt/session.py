@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
+from cqil_trt.sampling import SamplingConfig, sample
 
 
 class Session(ABC):
@@ -69,6 +70,22 @@ class Session(ABC):
         Empty where ranks join nothing. Logits prove little here, as all ranks receive them from the same senders.
         """
 
+    def tokens(self, sampling: SamplingConfig, uniforms: np.ndarray) -> Iterator[np.ndarray]:
+        """Decodes: the next token of every sequence, int64 [B], again and again, at most len(uniforms) times.
+
+        `uniforms`, float64 [steps, B], are drawn from [0, 1); sampling uses them up. A caller may stop early; the
+        session may have gone on by a step then.
+        """
+        for step, draws in enumerate(uniforms, 1):
+            if sampling.temperature == 0:
+                chosen = self.greedy()
+            else:
+                pairs = zip(self.logits(), draws)
+                chosen = np.array([sample(row, sampling, draw) for row, draw in pairs], dtype=np.int64)
+            yield chosen
+            if step < len(uniforms):
+                self.decode(chosen)
+
     def time_decode(self, steps: int) -> list[float]:
         """Milliseconds of each of `steps` greedy decode steps, from the current prediction on."""
         times = []
@@ -79,6 +96,10 @@ class Session(ABC):
             tokens = self.greedy()
             times.append((time.perf_counter() - began) * 1e3)
         return times
+
+    def close(self) -> None:
+        """Gives back what the session holds, on all ranks together; nothing of it can be used any more."""
+        self._past = np.zeros(0, np.int64)
 
     # What follows from it
 

@@ -257,55 +257,52 @@ __global__ void __launch_bounds__(kAttendThreads) attend_kernel(cqil_attention_s
 #pragma unroll 1
     for (int slot = 0; slot < R::kSlots; ++slot) ask(slot);
 
-    H q, k, v;
-    bool has_fresh = false;
+    H q, fresh_key, fresh_value;
     if constexpr (kDecode) {
         const Rotation<T, kElements, kPacked> rotation(in, min(position, s.capacity - 1), lane);
         wait_for_predecessor();
         const T* source = static_cast<const T*>(in.qkv) + size_t(row) * heads * dim;
         q.read(source + head * dim, lane);
-        k.read(source + (s.heads + kv) * dim, lane);
-        v.read(source + (s.heads + s.kv_heads + kv) * dim, lane);
+        fresh_key.read(source + (s.heads + kv) * dim, lane);
+        fresh_value.read(source + (s.heads + s.kv_heads + kv) * dim, lane);
         if (in.q_norm != nullptr) {
             q.normalise(static_cast<const T*>(in.q_norm), s.eps, lane);
-            k.normalise(static_cast<const T*>(in.k_norm), s.eps, lane);
+            fresh_key.normalise(static_cast<const T*>(in.k_norm), s.eps, lane);
         }
         rotation.apply(q, true, lane);
-        rotation.apply(k, true, lane);
-        has_fresh = group == 0 && fresh >= first && fresh < last;
+        rotation.apply(fresh_key, true, lane);
         // Of the query heads that read this key, the first appends it.
-        if (has_fresh && (head == 0 || (head - 1 + s.first) / s.group != kv)) {
-            k.write(keys + size_t(fresh) * dim, lane);
-            v.write(keys + to_values + size_t(fresh) * dim, lane);
+        if (group == 0 && fresh >= first && fresh < last && (head == 0 || (head - 1 + s.first) / s.group != kv)) {
+            fresh_key.write(keys + size_t(fresh) * dim, lane);
+            fresh_value.write(keys + to_values + size_t(fresh) * dim, lane);
         }
     } else {
         q.read(queries + (size_t(row) * s.heads + head) * dim, lane);
     }
 
-    // A running softmax over keys: maximum (times log2 e), sum of weights, weighted values. The new key comes first. All
-    // lanes of a warp stay in the loop together: they exchange sums.
+    // A running softmax over keys: maximum (times log2 e), sum of weights, weighted values. All lanes of a warp stay in the
+    // loop together: they exchange sums.
     float most = -INFINITY, sum = 0, value[kElements] = {};
     const float scale = rsqrtf(float(dim)) * kLog2e;
     int slot = 0;
 #pragma unroll 1
-    for (int base = kDecode ? first - kAttendGroups : first; base < last; base += kAttendGroups) {
-        const int j = base + group;
-        bool counts = j < last && j != fresh;
-        if (kDecode && base < first) {
-            counts = has_fresh;
-        } else {
-            asm volatile("cp.async.wait_group %0;" ::"n"(R::kSlots - 1) : "memory");
-            R::get(memory.ring, slot, 0, k);
-            R::get(memory.ring, slot, 1, v);
-            ask(slot);
-            slot = slot + 1 == R::kSlots ? 0 : slot + 1;
+    for (int j = first + group; j - group < last; j += kAttendGroups) {
+        H k, v;
+        asm volatile("cp.async.wait_group %0;" ::"n"(R::kSlots - 1) : "memory");
+        R::get(memory.ring, slot, 0, k);
+        R::get(memory.ring, slot, 1, v);
+        ask(slot);
+        slot = slot + 1 == R::kSlots ? 0 : slot + 1;
+        if (kDecode && j == fresh) {
+            k = fresh_key;
+            v = fresh_value;
         }
         float score = 0;
 #pragma unroll
         for (int i = 0; i < kElements; ++i)
             if (i < lane.count) score = fmaf(wide(q.value[i]), wide(k.value[i]), score);
         for (int step = kLanes / 2; step > 0; step /= 2) score += __shfl_xor_sync(~0u, score, step);
-        if (!counts) continue;
+        if (j >= last) continue;
         score *= scale;
         const float larger = fmaxf(most, score), before = exp2f(most - larger), weight = exp2f(score - larger);
         most = larger;

@@ -111,8 +111,25 @@ int cqil_gather_rows(const void* table, const int32_t* indices, void* out, int r
 int cqil_row_argmax(const void* logits, int rows, int width, int offset, cqil_dtype dtype, float* value, int32_t* index,
                     void* stream);
 
-// tokens[row] = next[row], past[row] = min(past[row] + 1, last): the input of the next step.
-int cqil_advance(const int32_t* next, int32_t* tokens, int32_t* past, int rows, int last, void* stream);
+// How a next token is chosen: temperature above 0; top_k 0 and top_p 1 keep every token.
+typedef struct {
+    float temperature, top_p;
+    int32_t top_k;
+} cqil_sampling;
+
+// index[row]: a token by temperature, then top-k, then top-p, of `rows` rows of `width` logits; equal ones in the order of
+// their ids. Draws with uniforms[*step * stride + row], which are in [0, 1). `sampling` is in device memory.
+int cqil_sample(const void* logits, int rows, int width, cqil_dtype dtype, const cqil_sampling* sampling,
+                const double* uniforms, const int32_t* step, int stride, int32_t* index, void* stream);
+
+// out [rows, all]: part [rows, width] in the columns from `first` on, zeros elsewhere. Its sum over ranks is what every rank
+// has side by side.
+int cqil_spread(const void* part, void* out, int rows, int width, int first, int all, cqil_dtype dtype, void* stream);
+
+// Makes the chosen tokens the input of the next step: tokens[row] = next[row], past[row] = min(past[row] + 1, last), and
+// history[*step % slots * stride + row] = next[row], where history may be page-locked host memory; *step += 1.
+int cqil_advance(const int32_t* next, int32_t* tokens, int32_t* past, int rows, int last, int32_t* step, int32_t* history,
+                 int slots, int stride, void* stream);
 
 // sum = residual + delta, normed = RMSNorm(sum) * weight, for `rows` rows of `hidden` elements; without delta (NULL) the
 // norm of residual alone, and sum is not written. sum may be residual.
@@ -157,7 +174,9 @@ size_t cqil_attention_scratch_bytes(const cqil_attention_shape* shape);
 // Causal attention: rotates queries and keys (halves, as Hugging Face does; cos and sin [capacity, head_dim / 2]), after
 // head norms with weights [head_dim] unless they are NULL, appends keys and values to the cache, attends.
 // qkv [batch * length, heads + 2 * kv_heads, head_dim] -> out [batch * length, heads, head_dim]. With several new tokens out
-// may be NULL: then it rotates and appends only, and leaves the queries in scratch in the shape of out.
+// may be NULL: then it rotates and appends only, and leaves the queries in scratch in the shape of out. With one new token
+// `past` and the cache may be read before earlier work on the stream is done: between two such calls on one cache there
+// must be a cqil_advance, or any kernel or copy that is not of this library.
 int cqil_attention(const cqil_attention_shape* shape, const void* qkv, const int32_t* past, const float* cos,
                    const float* sin, const void* q_norm, const void* k_norm, void* cache, void* out, void* scratch,
                    void* stream);

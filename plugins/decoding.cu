@@ -60,9 +60,9 @@ template <typename T>
 __global__ void swiglu_kernel(const T* gate_up, T* out, int inner) {
     release_successor();
     wait_for_predecessor();
-    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    const int i = blockIdx.y * blockDim.x + threadIdx.x;
     if (i >= inner) return;
-    const size_t row = blockIdx.y;
+    const size_t row = blockIdx.x;
     const float gate = float(gate_up[row * 2 * inner + i]), up = float(gate_up[(row * 2 + 1) * inner + i]);
     out[row * inner + i] = T(gate / (1 + expf(-gate)) * up);
 }
@@ -131,13 +131,18 @@ __global__ void __launch_bounds__(kThreads) row_argmax_kernel(const T* logits, i
     }
 }
 
-// Ends a decode step. It lets no kernel start early, so that the next step's may read positions and caches at once.
-__global__ void advance_kernel(const int32_t* next, int32_t* tokens, int32_t* past, int rows, int last) {
+// Ends a decode step; one block. It lets no kernel start early, so that the next step's may read positions and caches at once.
+__global__ void __launch_bounds__(kThreads) advance_kernel(const int32_t* next, int32_t* tokens, int32_t* past, int rows,
+                                                           int last, int32_t* step, int32_t* history, int slots, int stride) {
     wait_for_predecessor();
-    const int row = blockIdx.x * blockDim.x + threadIdx.x;
-    if (row >= rows) return;
-    tokens[row] = next[row];
-    past[row] = min(past[row] + 1, last);
+    const int now = *step;
+    for (int row = threadIdx.x; row < rows; row += blockDim.x) {
+        tokens[row] = next[row];
+        past[row] = min(past[row] + 1, last);
+        history[size_t(now % slots) * stride + row] = next[row];
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) *step = now + 1;
 }
 
 }  // namespace
@@ -168,11 +173,11 @@ int cqil_add(const void* x, const void* y, void* out, size_t count, cqil_dtype d
 }
 
 int cqil_swiglu(const void* gate_up, void* out, int rows, int inner, cqil_dtype dtype, void* stream) {
-    if (rows < 0 || rows > 65535 || inner < 1) return fail("%d rows of %d", rows, inner);
+    if (rows < 0 || inner < 1) return fail("%d rows of %d", rows, inner);
     if (rows == 0) return 0;
     return by_type(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        return launch(swiglu_kernel<T>, {dim3((inner + 255) / 256, rows), 256, static_cast<cudaStream_t>(stream)},
+        return launch(swiglu_kernel<T>, {dim3(rows, (inner + 255) / 256), 256, static_cast<cudaStream_t>(stream)},
                       static_cast<const T*>(gate_up), static_cast<T*>(out), inner);
     });
 }
@@ -199,11 +204,12 @@ int cqil_row_argmax(const void* logits, int rows, int width, int offset, cqil_dt
     });
 }
 
-int cqil_advance(const int32_t* next, int32_t* tokens, int32_t* past, int rows, int last, void* stream) {
-    if (rows < 0) return fail("%d rows", rows);
+int cqil_advance(const int32_t* next, int32_t* tokens, int32_t* past, int rows, int last, int32_t* step, int32_t* history,
+                 int slots, int stride, void* stream) {
+    if (rows < 0 || slots < 1 || stride < rows) return fail("%d rows, %d slots of %d", rows, slots, stride);
     if (rows == 0) return 0;
-    const dim3 blocks((rows + 255) / 256);
-    return launch(advance_kernel, {blocks, 256, static_cast<cudaStream_t>(stream)}, next, tokens, past, rows, last);
+    return launch(advance_kernel, {1, rows > 32 ? kThreads : 32, static_cast<cudaStream_t>(stream)}, next, tokens, past, rows,
+                  last, step, history, slots, stride);
 }
 
 }  // extern "C"

@@ -47,25 +47,6 @@ struct Pair<__nv_bfloat16> {
     static __device__ Type narrow(float x, float y) { return __floats2bfloat162_rn(x, y); }
 };
 
-// A product being added up, in sums that do not wait for each other.
-struct Sums {
-    float part[4] = {};
-
-    // Adds the product of 16 bytes of w and of x, whose type is not float.
-    template <typename T>
-    __device__ void add(uint4 w, uint4 x) {
-        using Two = typename Pair<T>::Type;
-        const Two *a = reinterpret_cast<const Two*>(&w), *b = reinterpret_cast<const Two*>(&x);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const float2 p = Pair<T>::wide(a[i]), q = Pair<T>::wide(b[i]);
-            part[i] = fmaf(p.x, q.x, fmaf(p.y, q.y, part[i]));
-        }
-    }
-
-    __device__ float total() const { return part[0] + part[1] + (part[2] + part[3]); }
-};
-
 // sum + the product of 16 bytes of w and of x.
 template <typename T>
 __device__ float dot(uint4 w, uint4 x, float sum) {
@@ -109,6 +90,25 @@ size_t stream_bytes(int inputs, bool norm, bool gated) {
 __device__ unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
 
 #if __CUDA_ARCH__ >= 900
+// A product being added up, in sums that do not wait for each other.
+struct Sums {
+    float part[4] = {};
+
+    // Adds the product of 16 bytes of w and of x, whose type is not float.
+    template <typename T>
+    __device__ void add(uint4 w, uint4 x) {
+        using Two = typename Pair<T>::Type;
+        const Two *a = reinterpret_cast<const Two*>(&w), *b = reinterpret_cast<const Two*>(&x);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float2 p = Pair<T>::wide(a[i]), q = Pair<T>::wide(b[i]);
+            part[i] = fmaf(p.x, q.x, fmaf(p.y, q.y, part[i]));
+        }
+    }
+
+    __device__ float total() const { return part[0] + part[1] + (part[2] + part[3]); }
+};
+
 __device__ void barrier_init(uint64_t* barrier) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)));
 }

@@ -13,6 +13,7 @@ import torch
 
 from cqil_trt import plugins
 from cqil_trt.collectives.cuda import DTYPES
+from cqil_trt.sampling import SamplingConfig, sample
 
 library = plugins.load()
 # Rounding of inputs is the same on both sides; what is left is that of results and of the rotated queries and keys.
@@ -83,8 +84,40 @@ def check_choice(pick, dtype):
     assert torch.equal(value, best.float()) and torch.equal(index.long(), first)
     tokens, past = torch.zeros_like(index), torch.full_like(index, 5)
     past[0] = 7
-    call("advance", index, tokens, past, rows, 7)
-    assert torch.equal(tokens, index) and past[0] == 7 and (past[1:] == 6).all()
+    step, history = (
+        torch.full((1,), 6, dtype=torch.int32, device="cuda"),
+        torch.zeros(4, 12, dtype=torch.int32).pin_memory(),
+    )
+    call("advance", index, tokens, past, rows, 7, step, history, 4, 12)
+    assert torch.equal(tokens, index) and past[0] == 7 and (past[1:] == 6).all() and step.item() == 7
+    assert torch.equal(history[2, :rows], index.cpu()) and history.count_nonzero() == index.count_nonzero()
+    return 0.0
+
+
+def check_sample(pick, dtype):
+    """Against the sampler in Python, which tests/test_generate.py compares with transformers."""
+    rows, width, steps = pick(1, 9), (pick(1, 300), pick(1000, 60000))[pick(0, 1)], 8
+    logits = (2.5 * torch.randn(rows, width, device="cuda")).half().to(dtype)  # many equal values
+    top_k, top_p = (0, pick(1, width))[pick(0, 1)], (1.0, pick(1, 999) / 1000)[pick(0, 1)]
+    config = SamplingConfig(temperature=pick(1, 30) / 10, top_k=top_k, top_p=top_p)
+    settings = torch.frombuffer(plugins.Sampling(config.temperature, top_p, top_k), dtype=torch.uint8).cuda()
+    uniforms = torch.rand(steps, rows, dtype=torch.double, device="cuda")
+    index = torch.empty(rows, dtype=torch.int32, device="cuda")
+    parts, whole = torch.empty_like(logits), torch.empty_like(logits)
+    first = pick(0, width)
+    part = logits[:, first:].contiguous()
+    call("spread", part, whole, rows, width - first, first, width, code(dtype))
+    call("spread", logits[:, :first].contiguous(), parts, rows, first, 0, width, code(dtype))
+    assert torch.equal(whole + parts, logits)
+    wide = logits.float().cpu().numpy()
+    for number in range(steps):
+        step = torch.full((1,), number, dtype=torch.int32, device="cuda")
+        call("sample", logits, rows, width, code(dtype), settings, uniforms, step, rows, index)
+        for row in range(rows):
+            draw = float(uniforms[number, row])
+            # Weights are rounded to 24 bits here: a draw at the border of two tokens may fall on either side.
+            near = (min(max(draw + offset, 0.0), 1 - 1e-12) for offset in (0.0, -2e-6, 2e-6))
+            assert index[row].item() in {sample(wide[row], config, uniform) for uniform in near}
     return 0.0
 
 
@@ -191,7 +224,15 @@ def main(seed, cases):
 
     torch.manual_seed(seed)
     for case in range(cases):
-        for check in (check_norm, check_swiglu, check_gather, check_choice, check_linear, check_attention):
+        for check in (
+            check_norm,
+            check_swiglu,
+            check_gather,
+            check_choice,
+            check_sample,
+            check_linear,
+            check_attention,
+        ):
             for dtype, tolerance in TOLERANCE.items():
                 error = check(pick, dtype)
                 name = f"{check.__name__} {dtype}"

@@ -11,7 +11,8 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 
 import cqil_trt
 from cqil_trt.errors import UserError
-from cqil_trt.generate import GenerationConfig, SamplingConfig, sample
+from cqil_trt.generate import GenerationConfig
+from cqil_trt.sampling import SamplingConfig, sample
 from cqil_trt.tokenizer import Tokenizer
 
 
@@ -125,7 +126,7 @@ def test_sampling_draws_from_the_distribution_of_transformers(config):
         scores = TopPLogitsWarper(sampling.top_p)(None, scores)
     expected = scores[0].softmax(-1).numpy()
     draws = 20_000
-    counts = np.bincount([sample(logits, sampling, random) for _ in range(draws)], minlength=40) / draws
+    counts = np.bincount([sample(logits, sampling, random.random()) for _ in range(draws)], minlength=40) / draws
     assert not counts[expected == 0].any()
     # 4.5 standard deviations of a binomial share, and a few draws more: rare tokens are Poisson, with a longer tail.
     assert (np.abs(counts - expected) <= 4.5 * np.sqrt(expected * (1 - expected) / draws) + 5 / draws).all()

@@ -1,12 +1,15 @@
 """Executes a rank's network on a GPU, whatever launches its kernels: numpy, mpi4py, cuda-bindings, our plugin library.
 
 Weights, caches and buffers are allocated when the session begins. A decode step is one CUDA graph for each batch size:
-the network, the greedy choice over all ranks, and the input of the next step.
+the network, the choice of a token over all ranks, and the input of the next step. The host reads tokens a step behind.
 """
 
 from __future__ import annotations
 
+import ctypes
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import nullcontext
 from enum import IntEnum
 from typing import Any
 
@@ -18,9 +21,12 @@ from cqil_trt.config import DTYPE_BYTES
 from cqil_trt.engine import Engine, tensor_spans
 from cqil_trt.errors import UserError
 from cqil_trt.network.rotary import rotary_tables
+from cqil_trt.sampling import SamplingConfig
 from cqil_trt.session import Session
 
 _STAGING_BYTES = 64 << 20
+# Tokens that the host has not read yet lie in so many rows of page-locked memory.
+_SLOTS = 4
 
 
 class Phase(IntEnum):
@@ -32,7 +38,7 @@ class Phase(IntEnum):
 BUFFERS: dict[Phase, dict[str, str]] = {
     Phase.PREFILL: {"past": "prefill.past"},
     # The decode step runs on what it wrote itself.
-    Phase.DECODE: {"tokens": "next", "positions": "past", "select": "each", "logits": "prediction"},
+    Phase.DECODE: {"tokens": "next", "select": "each", "logits": "prediction"},
 }
 
 
@@ -57,13 +63,34 @@ class CudaSession(Session):
         self._common_past = 0  # tokens that every sequence had before the last prefill pass
         self._on_device: np.ndarray | None = None  # what the decode step's token input holds
         self._chosen = False  # whether `best` belongs to the current prediction
-        self._graphs: dict[int, cuda.Graph] = {}  # by batch size
+        self._advances = 0  # how often `next` was filled by a choice, as the counter `step` on the GPU
+        self._graphs: dict[tuple[int, bool], cuda.Graph] = {}  # by batch size, and whether tokens are sampled
+        self._arenas: list[cuda.Arena] = []
 
     @abstractmethod
     def _execute(self, phase: Phase, batch: int, length: int, rows: int) -> None:
         """Enqueues the network: `length` tokens of `batch` sequences, predicting from `rows` of them."""
 
     # Memory
+
+    def _arena(self, size: int, what: str) -> cuda.Arena:
+        """Memory that `close` frees."""
+        self._arenas.append(cuda.Arena(size, what))
+        return self._arenas[-1]
+
+    def close(self) -> None:
+        self._finish()
+        for graph in self._graphs.values():
+            graph.destroy()
+        for event in self._written:
+            cuda.call("EventDestroy", event)
+        for array in (self._best, self._history):
+            cuda.free_pinned(array)
+        if self._workspace is not None:
+            self._workspace.close()
+        for arena in self._arenas:
+            arena.free()
+        cuda.call("StreamDestroy", self._stream)
 
     def _load(self, engine: Engine) -> None:
         self._allocate()
@@ -81,6 +108,10 @@ class CudaSession(Session):
             sizes[f"cache.{index}"] = self._library.cqil_attention_cache_bytes(shape)
         return sizes
 
+    def _extra_sizes(self) -> dict[str, int]:
+        """Bytes of buffers that only this backend has, by name."""
+        return {}
+
     def _allocate(self) -> None:
         limits, model = self.limits, self._plan.model
         batch, chunk = limits.max_batch_size, min(limits.prefill_chunk, limits.max_seq_len)
@@ -88,11 +119,9 @@ class CudaSession(Session):
         rows = max(chunk, batch)  # scoring predicts from a chunk of one prompt, prefill from one token of each
         sizes = {
             "tokens": 4 * batch * chunk,
-            "positions": 4 * batch * chunk,
             "select": 4 * rows,
             "logits": self._bytes * rows * width,
             "joined": hidden * batch * chunk,
-            "idle": 4 * batch * chunk,
             "prefill.past": 4 * batch,
             "next": 4 * batch,
             "past": 4 * batch,
@@ -102,21 +131,28 @@ class CudaSession(Session):
             "index": 4 * batch,
             "best_value": 4 * batch,
             "best": 4 * batch,
+            "step": 4,
+            "sampling": ctypes.sizeof(plugins.Sampling),
+            "uniforms": 8 * batch * limits.max_seq_len,
+            "all_logits": self._bytes * batch * model.vocab_size,
+            **self._extra_sizes(),
         }
         tables = limits.max_seq_len * model.head_dim // 2 * 4
         sizes |= {"rotary.cos": tables, "rotary.sin": tables}
         self._caches = self._cache_sizes()
         sizes |= self._caches
-        arena = cuda.Arena(sum(map(cuda.aligned, sizes.values())), "the KV cache and buffers")
+        arena = self._arena(sum(map(cuda.aligned, sizes.values())), "the KV cache and buffers")
         self._memory |= {name: arena.take(size) for name, size in sizes.items()}
         self._best = cuda.pinned((batch,), np.int32)
+        self._history = cuda.pinned((_SLOTS, batch), np.int32)
+        self._written = [cuda.call("EventCreate") for _ in range(_SLOTS)]
 
     def _load_constants(self, engine: Engine) -> None:
         cuda.upload(self._memory["each"], np.arange(self.limits.max_batch_size, dtype=np.int32), self._stream)
         tables = rotary_tables(engine.rotary, self.limits.max_seq_len)
         for name, table in zip(("rotary.cos", "rotary.sin"), tables):
             cuda.upload(self._memory[name], table, self._stream)
-        for name, size in self._caches.items():
+        for name, size in (*self._caches.items(), ("step", 4)):
             cuda.call("MemsetAsync", self._memory[name], 0, size, self._stream)
         self._synchronize()
 
@@ -129,7 +165,7 @@ class CudaSession(Session):
         shared = self._plan.shares_embedding
         copied = shared and first * row % cuda.ALIGNMENT != 0
         sizes = [length for _, length in spans.values()] + [(last - first) * row] * copied
-        arena = cuda.Arena(sum(map(cuda.aligned, sizes)), "the weights")
+        arena = self._arena(sum(map(cuda.aligned, sizes)), "the weights")
         staging = cuda.pinned((min(_STAGING_BYTES, max(sizes, default=1)),), np.uint8)
         with open(path, "rb", buffering=0) as file:
             for name, (begin, length) in spans.items():
@@ -141,6 +177,7 @@ class CudaSession(Session):
                         raise UserError(f"{path}: truncated while reading {name}")
                     cuda.upload(address + offset, np.frombuffer(part, np.uint8), self._stream)
                     self._synchronize()
+        cuda.free_pinned(staging)
         if shared:
             address = self._memory["embedding.weight"] + first * row
             if copied:
@@ -166,9 +203,8 @@ class CudaSession(Session):
 
     def _forward(self, tokens: np.ndarray, past: np.ndarray, select: np.ndarray) -> None:
         batch, length = tokens.shape
-        positions = np.minimum(past[:, None] + np.arange(length), self.limits.max_seq_len - 1)
         rows = (np.arange(batch)[:, None] * length + select).reshape(-1)
-        inputs = {"tokens": tokens, "positions": positions, "prefill.past": past, "select": rows}
+        inputs = {"tokens": tokens, "prefill.past": past, "select": rows}
         for name, array in inputs.items():
             cuda.upload(self._memory[name], array.astype(np.int32), self._stream)
         self._common_past = int(past[0])
@@ -206,8 +242,7 @@ class CudaSession(Session):
 
     def _step(self, tokens: np.ndarray, past: np.ndarray) -> None:
         self._prepare(tokens, past)
-        self._graph().launch(self._stream)
-        self._rows, self._chosen = self._batch, True
+        self._launch(sampled=False)
 
     def _prepare(self, tokens: np.ndarray, past: np.ndarray) -> None:
         """Makes the step's inputs what the caller says, where the step before has not left them so."""
@@ -215,48 +250,99 @@ class CudaSession(Session):
             cuda.upload(self._memory["past"], past.astype(np.int32), self._stream)
         if self._on_device is None or not np.array_equal(tokens, self._on_device):
             cuda.upload(self._memory["next"], tokens.astype(np.int32), self._stream)
-        # What the step leaves is known when `greedy` reads it; anything but that is uploaded again.
-        self._on_device = np.full(len(tokens), -1)
 
-    def _graph(self) -> cuda.Graph:
-        if self._batch not in self._graphs:
+    def _launch(self, sampled: bool) -> None:
+        """One step, from what `next` and `past` hold."""
+        self._graph(sampled).launch(self._stream)
+        self._advanced()
+        self._rows = self._batch
+
+    def _graph(self, sampled: bool) -> cuda.Graph:
+        key = self._batch, sampled
+        if key not in self._graphs:
             # What a shape needs is set up when it first runs, not while it is captured; the step writes the same again.
             self._execute(Phase.DECODE, self._batch, 1, self._batch)
             self._finish()
 
             def record() -> None:
                 self._execute(Phase.DECODE, self._batch, 1, self._batch)
-                self._choose()
-                memory, last = self._memory, self.limits.max_seq_len - 1
-                self._call("advance", memory["best"], memory["next"], memory["past"], self._batch, last)
+                self._choose(sampled)
+                self._advance()
 
-            self._graphs[self._batch] = cuda.Graph(self._stream, record)
-        return self._graphs[self._batch]
+            self._graphs[key] = cuda.Graph(self._stream, record)
+        return self._graphs[key]
 
     def _call(self, name: str, *arguments: Any) -> None:
         if getattr(self._library, f"cqil_{name}")(*arguments, int(self._stream)):
             raise RuntimeError(f"{name}: {self._library.cqil_last_error().decode()}")
 
-    def _choose(self) -> None:
-        """The likeliest token of every sequence, over the vocabulary of all ranks, into `best` here and on the host."""
-        memory, width = self._memory, self._widths[self._plan.rank]
-        value, index = memory["value"], memory["index"] if self._workspace is not None else memory["best"]
-        logits = memory["prediction"], self._batch, width, self._offset, DTYPES[self.limits.dtype]
-        self._call("row_argmax", *logits, value, index)
-        if self._workspace is not None:
+    def _advance(self) -> None:
+        """What was chosen becomes the input of the next step, and goes to the host."""
+        memory, limits = self._memory, self.limits
+        state = memory["best"], memory["next"], memory["past"], self._batch, limits.max_seq_len - 1, memory["step"]
+        self._call("advance", *state, self._history.ctypes.data, _SLOTS, limits.max_batch_size)
+
+    def _advanced(self) -> None:
+        """Behind an `_advance` that was enqueued."""
+        cuda.call("EventRecord", self._written[self._advances % _SLOTS], self._stream)
+        self._advances += 1
+        # What the device has chosen is known when it is read; anything but that is uploaded again.
+        self._chosen, self._on_device = True, np.full(self._batch, -1)
+
+    def _read(self, number: int) -> np.ndarray:
+        """The tokens of an advance, among the last _SLOTS, when it is done."""
+        with nullcontext() if self._workspace is None else self._workspace.guard():
+            cuda.call("EventSynchronize", self._written[number % _SLOTS])
+        return self._history[number % _SLOTS, : self._batch].astype(np.int64)
+
+    def _choose(self, sampled: bool) -> None:
+        """A token for every sequence, over the vocabulary of all ranks, into `best`."""
+        memory, width, dtype = self._memory, self._widths[self._plan.rank], DTYPES[self.limits.dtype]
+        batch, logits, together = self._batch, memory["prediction"], self._workspace is not None
+        if sampled:
+            everything = sum(self._widths)
+            if together:
+                whole, count = memory["all_logits"], batch * everything
+                self._call("spread", logits, whole, batch, width, self._offset, everything, dtype)
+                self._workspace.call("all_reduce", whole, None, whole, count, dtype, int(self._stream))
+                logits = whole
+            draws = memory["sampling"], memory["uniforms"], memory["step"], batch
+            self._call("sample", logits, batch, everything, dtype, *draws, memory["best"])
+            return
+        value, index = memory["value"], memory["index"] if together else memory["best"]
+        self._call("row_argmax", logits, batch, width, self._offset, dtype, value, index)
+        if together:
             best = memory["best_value"], memory["best"]
-            self._workspace.call("argmax", value, index, *best, self._batch, int(self._stream))
-        cuda.download(self._best[: self._batch], memory["best"], self._stream)
+            self._workspace.call("argmax", value, index, *best, batch, int(self._stream))
 
     def greedy(self) -> np.ndarray:
-        if not self._chosen:
-            self._choose()
-            self._chosen = True
-        self._finish()
-        tokens = self._best[: self._batch].astype(np.int64)
-        if self._on_device is not None:
+        if self._chosen:
+            tokens = self._read(self._advances - 1)
             self._on_device = tokens
-        return tokens
+            return tokens
+        self._choose(sampled=False)
+        cuda.download(self._best[: self._batch], self._memory["best"], self._stream)
+        self._finish()
+        return self._best[: self._batch].astype(np.int64)
+
+    def tokens(self, sampling: SamplingConfig, uniforms: np.ndarray) -> Iterator[np.ndarray]:
+        steps, sampled, memory = len(uniforms), sampling.temperature > 0, self._memory
+        uploads = {"past": (self._past - 1).astype(np.int32)}  # the first advance makes it what it is
+        if sampled:
+            settings = plugins.Sampling(sampling.temperature, sampling.top_p, sampling.top_k)
+            uploads |= {"sampling": np.frombuffer(settings, np.uint8), "uniforms": uniforms}
+        for name, array in uploads.items():
+            cuda.upload(memory[name], array, self._stream)
+        cuda.call("MemsetAsync", memory["step"], 0, 4, self._stream)
+        self._advances = 0
+        self._choose(sampled)
+        self._advance()
+        self._advanced()
+        for step in range(steps):
+            if step + 1 < steps:  # the GPU goes on while the host reads
+                self._launch(sampled)
+                self._past = np.minimum(self._past + 1, self.limits.max_seq_len - 1)
+            yield self._read(step)
 
     def time_decode(self, steps: int) -> list[float]:
         tokens = self.greedy()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from cqil_trt import cuda, plugins
 from cqil_trt.backends.cuda_session import BUFFERS, CudaSession, Phase
 from cqil_trt.backends.tensorrt import import_package, load_plugins, logger, version
@@ -62,11 +64,22 @@ class TensorRtSession(CudaSession):
             for part in ("key", "value")
         }
 
+    def _extra_sizes(self) -> dict[str, int]:
+        limits = self.limits
+        count = limits.max_batch_size * min(limits.prefill_chunk, limits.max_seq_len)
+        return {name: 4 * count for name in ("positions", "idle")}
+
+    def _forward(self, tokens: np.ndarray, past: np.ndarray, select: np.ndarray) -> None:
+        if self._native:
+            positions = np.minimum(past[:, None] + np.arange(tokens.shape[1]), self.limits.max_seq_len - 1)
+            cuda.upload(self._memory["positions"], positions.astype(np.int32), self._stream)
+        super()._forward(tokens, past, select)
+
     def _make_contexts(self, trt: Any) -> list[Any]:
         """One context for each profile; they share their scratch memory, as they never run at the same time."""
         engine = self._engine
         size = getattr(engine, "device_memory_size_v2", None) or getattr(engine, "device_memory_size", 0)
-        arena = cuda.Arena(int(size), "TensorRT's scratch memory")
+        arena = self._arena(int(size), "TensorRT's scratch memory")
         contexts = []
         for phase in Phase:
             if hasattr(engine, "create_execution_context_without_device_memory"):
@@ -79,7 +92,9 @@ class TensorRtSession(CudaSession):
         self._synchronize()
         for context, phase in zip(contexts, Phase):
             for name in self._names:
-                source = BUFFERS[phase].get(name, name).removesuffix(".updated")
+                # A decode step's token is at the position that follows what is past.
+                buffers = BUFFERS[phase] | ({"positions": "past"} if phase is Phase.DECODE else {})
+                source = buffers.get(name, name).removesuffix(".updated")
                 address = self._workspace.address if name == "workspace" else self._memory[source]
                 context.set_tensor_address(name, int(address))
         return contexts
@@ -118,3 +133,9 @@ class TensorRtSession(CudaSession):
 
     def joined(self) -> bytes:
         return super().joined() if "joined" in self._names else b""
+
+    def close(self) -> None:
+        self._synchronize()
+        self._contexts.clear()
+        self._engine = None
+        super().close()

@@ -45,6 +45,10 @@ class TorchCudaSession(CudaSession):
         with guard, torch.inference_mode(), torch.cuda.stream(self._torch_stream):
             decode(self._ops, tokens, None, select)
 
+    def close(self) -> None:
+        super().close()
+        self._ops.close()
+
 
 class TorchLibrary:
     """`cuda_ops.Library` by cuBLAS and PyTorch's attention (flash where it applies), on PyTorch's current stream.

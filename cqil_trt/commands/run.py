@@ -67,8 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(options: argparse.Namespace, job: Job) -> bool:
     """Everything the command does, on every rank; False when validation failed."""
     from cqil_trt import probes
-    from cqil_trt.generate import GenerationConfig, SamplingConfig
+    from cqil_trt.generate import GenerationConfig
     from cqil_trt.llm import Llm
+    from cqil_trt.sampling import SamplingConfig
 
     texts = job.share(lambda: read_prompts(options))
     # Built here for its checks alone: a wrong flag should not come out after the engine is loaded.

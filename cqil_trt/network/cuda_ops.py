@@ -29,16 +29,22 @@ class Pool:
 
     def __init__(self) -> None:
         self._free: dict[int, list[int]] = defaultdict(list)
+        self._arenas: list[cuda.Arena] = []
 
     def take(self, size: int) -> int:
         free, size = self._bucket(size)
         if free:
             return free.pop()
         try:
-            return cuda.Arena(size, "activations").address
+            self._arenas.append(cuda.Arena(size, "activations"))
+            return self._arenas[-1].address
         except UserError as error:
             # The other ranks are in the pass and cannot agree on it: this ends the job.
             raise cuda.CudaError(f"{error}: build with a smaller --prefill-chunk or --max-batch-size") from None
+
+    def free(self) -> None:
+        for arena in self._arenas:
+            arena.free()
 
     def give(self, address: int, size: int) -> None:
         self._bucket(size)[0].append(address)
@@ -84,6 +90,10 @@ class _Collectives(Ops[Matrix]):
     _limits: EngineConfig
     _dtype: int  # cqil_dtype
     _stream: int
+
+    def close(self) -> None:
+        """Gives back the memory of activations."""
+        self._pool.free()
 
     def _new(self, rows: int, width: int) -> Matrix:
         raise NotImplementedError
@@ -163,6 +173,10 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         self._batch, self._length, self._past, self._logits = batch, length, past, logits
         self._common_past = common_past
         self._left = self.plan.schedule.all_reduces
+
+    def close(self) -> None:
+        """Gives back the memory of activations."""
+        self._pool.free()
 
     def _new(self, rows: int, width: int) -> Matrix:
         size = rows * width * self._bytes
