@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -119,6 +120,7 @@ def main() -> None:
     parser.add_argument("--batch-context", type=int, default=200)
     parser.add_argument("--steps", type=int, default=64, help="decode steps of each measurement")
     parser.add_argument("--soak", type=int, default=0, metavar="N", help="then generate N tokens, watching for drift")
+    parser.add_argument("--profile", action="store_true", help="and what the kernels of a decode step take")
     parser.add_argument("--peers", action="store_true", help="what a user might take instead, too (scripts/baselines)")
     parser.add_argument("--json", metavar="F", type=Path)
     parser.add_argument("--plot", metavar="F.png", type=Path)
@@ -175,6 +177,8 @@ def main() -> None:
         found["bytes"] = max(rank.bytes_per_token(limits.dtype) for rank in plan(model, shape))
         if options.soak and name == "sharded":
             found["soak"] = soak(session, prompts[0], options.soak)
+        if options.profile:
+            found["profile"] = profile(session, prompts[-1])
         results[name] = found
         session.close()
         if shape.p == 1:
@@ -291,6 +295,32 @@ def soak(session: Any, prompt: list[int], count: int) -> dict[str, Any]:
         equal += len(set(states)) == 1
         session.decode(token)
     return {"tokens": count, "equal": equal, "grown_bytes": before - torch.cuda.mem_get_info()[0]}
+
+
+def profile(session: Any, prompt: list[int], steps: int = 16) -> list[tuple[str, float, float]]:
+    """Kernels of a decode step: (what it is, how many, microseconds each), by the torch profiler.
+
+    Kernels overlap, so each is given the time from the end of the one before it to its own: these add up to the step.
+    """
+    session.prefill([prompt])
+    session.time_decode(4)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        session.time_decode(steps)
+    events = [e for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    events.sort(key=lambda event: event.time_range.end)
+    names = [re.sub(r".*?(\w+_kernel).*", r"\1", e.name) + ("<gated>" if "true>" in e.name else "") for e in events]
+    shares: dict[str, list[float]] = {}
+    for i in range(1, len(events) - 1):
+        before, name, after = names[i - 1 : i + 2]
+        if name == "stream_kernel<gated>":
+            name = "gate+up"
+        elif name == "stream_kernel":
+            last = after == "row_argmax_kernel"
+            name = "last projection" if last else "qkv" if "attend" in after else "o" if "attend" in before else "down"
+        shares.setdefault(name.removesuffix("<gated>"), []).append(
+            events[i].time_range.end - events[i - 1].time_range.end
+        )
+    return [(name, len(times) / steps, float(np.median(times))) for name, times in shares.items()]
 
 
 def measure_peers(
@@ -415,6 +445,16 @@ def describe(results: dict[str, Any], options: argparse.Namespace, bandwidth: fl
             rows = [(name, *(cell(kind, name, size) for size in sizes)) for name in results]
             lines += ["", table(["", *(what.format(size) for size in sizes)], rows)]
     for name, found in results.items():
+        if "profile" in found:
+            kernels = sorted(found["profile"], key=lambda kernel: -kernel[1] * kernel[2])
+            step = sum(count * each for _, count, each in kernels)
+            rows = [
+                (kernel, f"{count:.0f}", f"{each:.2f}", f"{count * each:.0f}", f"{count * each / step:.0%}")
+                for kernel, count, each in kernels
+                if count * each >= 0.5
+            ]
+            header = [f"{name}, rank 0", "a step", "µs each", "µs a step", "share"]
+            lines += ["", table(header, rows)]
         if "soak" in found:
             s = found["soak"]
             lines += [
