@@ -17,7 +17,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -183,23 +183,22 @@ def main() -> None:
         session.close()
         if shape.p == 1:
             COMM.Barrier()
-    peers = measure_peers(model, reader, placements, options) if options.peers else {}
-    if RANK:
-        return
-    print(describe(results, options, bandwidth))
-    if peers:
-        print("\n" + describe_peers(peers, results, options))
-    if options.json:
-        report = {
-            "preset": options.preset,
-            "gpu": cuda.device_name(),
-            "read_tb_s": bandwidth,
-            "results": results,
-            "peers": peers,
-        }
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
-    if options.plot:
-        plot(results, options)
+    report = {"preset": options.preset, "gpu": cuda.device_name(), "read_tb_s": bandwidth, "results": results}
+
+    def save() -> None:
+        if options.json:
+            options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+    if RANK == 0:
+        print(describe(results, options, bandwidth), flush=True)
+        save()
+        if options.plot:
+            plot(results, options)
+    for name, times in measure_peers(model, reader, placements, options) if options.peers else ():
+        if RANK == 0:  # some take minutes to compile
+            report.setdefault("peers", {})[name] = times
+            print("\n" + describe_peers({name: times}, results, options), flush=True)
+            save()
 
 
 def read_bandwidth() -> float:
@@ -325,8 +324,8 @@ def profile(session: Any, prompt: list[int], steps: int = 16) -> list[tuple[str,
 
 def measure_peers(
     model: ModelConfig, reader: WeightReader, placements: Mapping[str, CqilConfig], options: argparse.Namespace
-) -> dict[str, dict[int, float]]:
-    """Median milliseconds of a decode step, wall clock, by peer and context; on rank 0, the others take part."""
+) -> Iterator[tuple[str, dict[int, float]]]:
+    """Peers, and the median milliseconds of their decode step by context, wall clock; of meaning on rank 0."""
     import torch.distributed as dist
     from baselines.compiled import TensorParallelDecoder
     from baselines.published import PublishedCqil
@@ -337,7 +336,6 @@ def measure_peers(
     dist.init_process_group("nccl", rank=RANK, world_size=COMM.Get_size(), device_id=device)
     contexts, steps = [context for context in options.contexts if context <= 1024], 16
     prompt = np.random.default_rng(0).integers(model.vocab_size, size=max(contexts) + steps).tolist()
-    found: dict[str, dict[int, float]] = {}
 
     def timed(step: Callable[[int], Any]) -> float:
         """`step` gets how many tokens are behind the one it computes."""
@@ -352,13 +350,14 @@ def measure_peers(
 
     network = reference.from_reader(model, reader, torch.float16)
     if RANK == 0:
-        found["Hugging Face generate, one GPU"] = {c: generate_time(network, prompt[:c], steps) for c in contexts}
+        yield "Hugging Face generate, one GPU", {c: generate_time(network, prompt[:c], steps) for c in contexts}
     if placements["leader"].d == 0:
         COMM.Barrier()
         published = PublishedCqil(network, placements["leader"])
-        found["published wrapper's method"] = {
-            c: timed(lambda i, c=c: published.next_token(prompt[: c + i])) for c in contexts
-        }
+        yield (
+            "published wrapper's method",
+            {c: timed(lambda i, c=c: published.next_token(prompt[: c + i])) for c in contexts},
+        )
         del published
     del network
     torch.cuda.empty_cache()
@@ -380,11 +379,11 @@ def measure_peers(
         with torch.inference_mode():
             for i in range(4):
                 step(i, 0)
-            found[name] = {c: timed(lambda i, c=c, step=step: step(i, c)) for c in contexts}
+            times = {c: timed(lambda i, c=c, step=step: step(i, c)) for c in contexts}
+        yield name, times
         if placements[shape].p == 1:
             COMM.Barrier()
     dist.destroy_process_group()
-    return found
 
 
 def generate_time(network: Any, prompt: list[int], steps: int) -> float:

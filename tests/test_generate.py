@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import SEED, load_model, make_model
+from conftest import SEED, load_model, make_model, mpirun, write_json
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -159,3 +159,23 @@ def test_wrong_sampling_is_refused(values, message):
 def test_wrong_prompts_are_refused(llm, prompt):
     with pytest.raises(UserError, match="prompt 2"):
         llm.generate([[3], prompt])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_gpu_draws_what_a_cpu_draws(ranks, tmp_path):
+    """Greedy and sampled, alone and in batches; tokens never leave the GPU between steps there."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    make_model(tmp_path / "model", vocab_size=1009)
+    shape = {"p": ranks, "start": 1, "end": 5} if ranks > 1 else {"p": 1}
+    engine = tmp_path / "engine"
+    cqil_trt.build(model=tmp_path / "model", output=engine, max_seq_len=64, max_batch_size=3, probes="never", **shape)
+    found = {}
+    for device in ("cpu", "cuda"):
+        case = {"engine": str(engine), "device": device, "steps": 12, "out": str(tmp_path / device)}
+        case["prompts"] = [[5, 9, 77], [200], [8] * 20]
+        done = mpirun(ranks, write_json(tmp_path / f"{device}.json", [case]), script="tests/mpi_worker.py")
+        assert done.returncode == 0, done.stderr
+        found[device] = np.load(f"{case['out']}-0.npz")
+    keys = [key for key in found["cpu"] if key.startswith(("tokens", "alone", "sampled"))]
+    assert len(keys) == 10 and all(np.array_equal(found["cpu"][key], found["cuda"][key]) for key in keys)

@@ -64,13 +64,13 @@ class TorchSession(Session):
     def __init__(self, engine: Engine, comm: Any):
         from safetensors.torch import load_file
 
-        self._communicator = LocalCommunicator() if comm is None else HostCommunicator(comm)
-        rank = self._communicator.rank
+        self.communicator = LocalCommunicator() if comm is None else HostCommunicator(comm)
+        rank = self.communicator.rank
         super().__init__(engine, rank)
         weights = load_file(engine.rank_file(rank))
         if self._plan.shares_embedding:
             weights["lm_head.weight"] = weights["embedding.weight"][slice(*self._plan.vocabulary)]
-        self._ops = TorchOps(self._plan, weights, self._communicator, engine.limits, engine.rotary)
+        self._ops = TorchOps(self._plan, weights, self.communicator, engine.limits, engine.rotary)
         self._last = self._kept = torch.empty(0)
 
     def _start(self, batch: int, longest: int) -> None:
@@ -104,10 +104,10 @@ class TorchSession(Session):
         else:
             values = torch.full((len(kept),), -torch.inf)
             indices = torch.zeros(len(kept), dtype=torch.long)
-        return self._communicator.argmax(values, indices + self._offset).numpy()
+        return self.communicator.argmax(values, indices + self._offset).numpy()
 
     def _gather(self, columns: np.ndarray) -> np.ndarray:
-        return self._communicator.gather_columns(torch.from_numpy(columns), self._widths).numpy()
+        return self.communicator.gather_columns(torch.from_numpy(columns), self._widths).numpy()
 
     def joined(self) -> bytes:
         if self._ops.joined is None:

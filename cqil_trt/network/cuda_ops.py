@@ -193,6 +193,10 @@ class CudaOps(FusedOps[Matrix], _Collectives):
     def embedding(self, tokens: Matrix, table: Matrix) -> Matrix:
         return self.rows(table, tokens)
 
+    def select(self, x, indices):
+        # Of one token a sequence there is nothing to choose.
+        return x if self._length == 1 else super().select(x, indices)
+
     def rows(self, x: Matrix, indices: Matrix) -> Matrix:
         out = self._new(indices.rows, x.width)
         self._call("gather_rows", x, indices, out, out.rows, out.width, self._dtype)

@@ -27,8 +27,8 @@ class Positions:
     index: torch.Tensor  # [B, T]
     past: int | None
     length: int
-    cos: torch.Tensor  # [B or 1, 1, T, D / 2]
-    sin: torch.Tensor
+    cos: torch.Tensor  # [B or 1, 1, T, D], for each element of a head
+    sin: torch.Tensor  # negative in the first half
     mask: torch.Tensor | None
     causal: bool
 
@@ -56,11 +56,15 @@ class TorchOps(Ops[torch.Tensor]):
         # The last value that all ranks hold, for those who check that they hold the same bits.
         self.joined: torch.Tensor | None = None
         self._eps = plan.model.rms_norm_eps
-        self._cos, self._sin = (torch.from_numpy(table).to(dtype) for table in rotary_tables(rotary, max_seq_len))
+        self._epsilon = torch.tensor(self._eps)
+        cos, sin = map(torch.from_numpy, rotary_tables(rotary, max_seq_len))
+        self._cos, self._sin = torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
         # Zeros, not uninitialised memory: a masked position takes part with weight 0, and 0 * NaN is NaN.
         try:
             self._cache = {
-                index: torch.zeros(2, batch_size, shard.num_kv_heads, max_seq_len, plan.model.head_dim, dtype=dtype)
+                index: torch.zeros(
+                    2, batch_size, shard.num_kv_heads, max_seq_len, plan.model.head_dim, dtype=dtype
+                ).unbind()
                 for index, shard in plan.layers.items()
                 if shard.num_heads
             }
@@ -100,6 +104,10 @@ class TorchOps(Ops[torch.Tensor]):
         return F.linear(x, weight, bias)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if x.dtype == torch.float32:
+            squares = (x * x).sum(-1, keepdim=True)
+            return x.mul(torch.add(self._epsilon, squares, alpha=1 / x.shape[-1]).rsqrt_()).mul_(weight)
+        # Rounded before the weight, as Hugging Face does.
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self._eps)
         return weight * wide.to(x.dtype)
@@ -109,7 +117,7 @@ class TorchOps(Ops[torch.Tensor]):
 
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate) * up
+        return F.silu(gate).mul_(up)
 
     def zeros_like(self, x: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(x)
@@ -123,21 +131,30 @@ class TorchOps(Ops[torch.Tensor]):
         return heads.split([shard.num_heads, shard.num_kv_heads, shard.num_kv_heads], dim=1)
 
     def rotary(self, x: torch.Tensor, positions: Positions) -> torch.Tensor:
-        first, second = x.chunk(2, dim=-1)
-        cos, sin = positions.cos, positions.sin
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        turned = torch.roll(x, x.shape[-1] // 2, -1)
+        return torch.addcmul(x * positions.cos, turned, positions.sin)
+
+    def attention(self, qkv: torch.Tensor, positions: Positions, shard: LayerShard) -> torch.Tensor:
+        if self.plan.model.qk_norm:
+            return super().attention(qkv, positions, shard)
+        # Queries and keys lie side by side and turn together: in a decode step every operation counts.
+        batch, new, _ = qkv.shape
+        heads = qkv.view(batch, new, -1, self.plan.model.head_dim).transpose(1, 2)
+        turning, v = heads.split([shard.num_heads + shard.num_kv_heads, shard.num_kv_heads], dim=1)
+        q, k = self.rotary(turning, positions).split([shard.num_heads, shard.num_kv_heads], dim=1)
+        return self.cached_attention(q, k, v, positions, shard)
 
     def cached_attention(self, q, k, v, positions: Positions, shard: LayerShard) -> torch.Tensor:
         batch, heads, new, dim = q.shape
-        keys, values = self._cache[shard.index][:, :batch]
+        keys, values = (part.narrow(0, 0, batch) for part in self._cache[shard.index])
         if positions.past is not None:
-            keys[:, :, positions.past : positions.length] = k
-            values[:, :, positions.past : positions.length] = v
+            keys.narrow(2, positions.past, new).copy_(k)
+            values.narrow(2, positions.past, new).copy_(v)
         else:
             rows = torch.arange(batch)[:, None]
             keys[rows, :, positions.index] = k.transpose(1, 2)
             values[rows, :, positions.index] = v.transpose(1, 2)
-        keys, values = keys[:, :, : positions.length], values[:, :, : positions.length]
+        keys, values = keys.narrow(2, 0, positions.length), values.narrow(2, 0, positions.length)
         if not shard.grouped:
             index = self._kv_index[shard.index]
             keys, values = keys[:, index], values[:, index]
@@ -148,7 +165,9 @@ class TorchOps(Ops[torch.Tensor]):
         out = F.scaled_dot_product_attention(
             q, keys, values, positions.mask, is_causal=positions.causal, enable_gqa=gqa
         )
-        return out.reshape(batch, heads, new, dim).transpose(1, 2).reshape(batch, new, heads * dim)
+        if new > 1:
+            out = out.transpose(1, 2)
+        return out.reshape(batch, new, heads * dim)
 
     def all_reduce_residual(self, delta: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         self.joined = self._communicator.all_reduce_residual(delta, residual)

@@ -1,0 +1,78 @@
+#!/usr/bin/env python
+"""Where the time of a decode step on the CPU goes: matrix products, attention, MPI, and everything else.
+
+    python scripts/benchmark_cpu.py --engine engines/ENGINE
+    mpirun -n 2 python scripts/benchmark_cpu.py --engine engines/ENGINE
+
+Rank 0 reports medians over steps, at a context of --context tokens. OMP_NUM_THREADS sets the threads of a rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import cqil_trt  # noqa: E402
+from cqil_trt.table import table  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--engine", type=Path, required=True)
+    parser.add_argument("--context", type=int, default=200, help="tokens before the measured steps")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--json", metavar="F", type=Path)
+    options = parser.parse_args()
+    llm = cqil_trt.load(options.engine, device="cpu")
+    prompt = np.random.default_rng(0).integers(3, llm.engine.model.vocab_size, size=options.context).tolist()
+    llm.session.prefill([prompt])
+    spent: dict[str, float] = defaultdict(float)
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            began = time.perf_counter()
+            result = function(*arguments, **keywords)
+            spent[name] += time.perf_counter() - began
+            return result
+
+        return call
+
+    functional = torch.nn.functional
+    functional.linear = timed("matrix products", functional.linear)
+    functional.scaled_dot_product_attention = timed("attention", functional.scaled_dot_product_attention)
+    communicator = llm.session.communicator
+    for name in ("all_reduce_residual", "broadcast", "bypass", "argmax"):
+        setattr(communicator, name, timed("MPI", getattr(communicator, name)))
+
+    samples = []
+    token = llm.session.greedy()
+    for _ in range(options.steps):
+        spent.clear()
+        began = time.perf_counter()
+        llm.session.decode(token)
+        token = llm.session.greedy()
+        total = time.perf_counter() - began
+        samples.append({**spent, "the rest": total - sum(spent.values()), "total": total})
+    if llm.job.rank:
+        return
+    step = {name: float(np.median([sample[name] for sample in samples]) * 1e3) for name in samples[0]}
+    rows = [(name, f"{ms:.2f}", f"{ms / step['total']:.1%}") for name, ms in step.items()]
+    print(table(["a decode step", "ms", "share"], rows))
+    if options.json:
+        options.json.write_text(json.dumps({"milliseconds": step, "threads": torch.get_num_threads()}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
