@@ -319,7 +319,7 @@ def profile(session: Any, prompt: list[int], steps: int = 16) -> list[tuple[str,
         shares.setdefault(name.removesuffix("<gated>"), []).append(
             events[i].time_range.end - events[i - 1].time_range.end
         )
-    return [(name, len(times) / steps, float(np.median(times))) for name, times in shares.items()]
+    return [(name, len(times) / steps, float(np.mean(times))) for name, times in shares.items()]
 
 
 def measure_peers(
