@@ -195,10 +195,11 @@ def prepare(
     )
     limits.check_model(config)
     options = {name: value for name, value in options.items() if value}
-    if options and backend != "tensorrt":
-        flag = next(iter(options)).replace("_", "-")
-        raise UserError(f"--{flag}: only backend tensorrt takes it, found backend {backend}")
-    made = backends.load(backend).describe(limits, options)
+    taken = {"tensorrt": options.keys(), "tensorrt-llm": {"collective"}}.get(backend, set())
+    if foreign := [name for name in options if name not in taken]:
+        raise UserError(f"--{foreign[0].replace('_', '-')}: backend {backend} does not take it")
+    ranks = plan(config, cqil)
+    made = backends.load(backend).describe(limits, options, ranks)
 
     chosen = output is not None
     target = Path(output or Path("engines") / (name or _default_name(path, cqil, limits, lora)))
@@ -212,7 +213,7 @@ def prepare(
         config,
         cqil,
         limits,
-        plan(config, cqil),
+        ranks,
         weights,
         target,
         force or not chosen,
@@ -295,6 +296,12 @@ def write(build: BuildPlan, progress: bool = False, job: Job | None = None) -> e
         files = {name: entry for part in (shared, *job.gather(mine)) for name, entry in part.items()}
 
         def finish() -> None:
+            backend = backends.load(build.limits.backend)
+            if hasattr(backend, "finish"):
+                backend.finish(directory, build.ranks, build.limits, build.made, progress)
+                made = [path for path in sorted(directory.rglob("*")) if path.is_file() and path.parent != directory]
+                names = [path.relative_to(directory).as_posix() for path in made]
+                files.update({n: engine_directory.fingerprint(p) for n, p in zip(names, made) if n not in files})
             engine_directory.write_config(
                 directory,
                 {
@@ -340,7 +347,8 @@ def _write_ranks(
                 directory, rank, build.limits, build.weights.rotary, build.made, build.options, progress
             )
         )
-        for path in sorted(directory.glob(f"rank{rank.rank}.*")):
-            if path.name not in files:
-                files[path.name] = engine_directory.fingerprint(path)
-    return files
+        for path in sorted(directory.rglob(f"rank{rank.rank}.*")):
+            name = path.relative_to(directory).as_posix()
+            if name not in files:
+                files[name] = engine_directory.fingerprint(path)
+    return {name: entry for name, entry in files.items() if (directory / name).exists()}

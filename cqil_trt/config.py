@@ -13,9 +13,9 @@ from cqil_trt.errors import UserError
 
 DTYPES = ("float32", "float16", "bfloat16")
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-BACKENDS = ("torch", "tensorrt", "onnx")
-# Who joins the ranks inside a compiled network: our plugins, or TensorRT's own collective layer (NCCL).
-COLLECTIVES = ("plugin", "nccl")
+BACKENDS = ("torch", "tensorrt", "tensorrt-llm", "onnx")
+# Who joins the ranks inside a compiled network: our plugins, TensorRT's own collective layer (NCCL), or TensorRT-LLM's.
+COLLECTIVES = ("plugin", "nccl", "trtllm")
 PLACEMENTS = ("sharded", "leader", "tensor")
 BYPASSES = ("mlp", "residual")
 MAX_RANKS = 8

@@ -4,6 +4,7 @@
     rank{r}.safetensors    the tensors of rank r
     rank{r}.engine         its compiled network (backend tensorrt)
     rank{r}.onnx           its network, whose weights are in the safetensors file (backend onnx)
+    checkpoint/, trtllm/   TensorRT-LLM's checkpoint instead of rank{r}.safetensors, and its engines (its backend)
     reference.npz          what the float32 reference says to a few prompts (see probes.py)
     tokenizer.json, ...    the tokenizer, in the form the `tokenizers` package reads
 
@@ -33,10 +34,11 @@ FORMAT_VERSION = 2
 _TEMPORARY = ".building-"
 _LOCK = ".lock"
 # The files every rank has, by backend.
-_RANK_SUFFIXES = {
-    "torch": ("safetensors",),
-    "tensorrt": ("safetensors", "engine"),
-    "onnx": ("safetensors", "onnx"),
+_RANK_FILES = {
+    "torch": ("rank{}.safetensors",),
+    "tensorrt": ("rank{}.safetensors", "rank{}.engine"),
+    "tensorrt-llm": ("checkpoint/rank{}.safetensors",),
+    "onnx": ("rank{}.safetensors", "rank{}.onnx"),
 }
 
 
@@ -82,7 +84,7 @@ class Engine:
     @property
     def shared_files(self) -> tuple[str, ...]:
         """The files that belong to no rank: tokenizer, reference."""
-        return tuple(name for name in self.files if not name.startswith("rank"))
+        return tuple(name for name in self.files if not Path(name).name.startswith("rank"))
 
     def verify(self, name: str) -> None:
         """Raises UserError unless file `name` is there with the size and sha256 that config.json gives."""
@@ -100,7 +102,7 @@ class Engine:
     def verify_rank(self, rank: int) -> None:
         """Verifies what rank `rank` loads: its own files, and those of no rank on rank 0."""
         for name in self.files:
-            if name.startswith(f"rank{rank}."):
+            if Path(name).name.startswith(f"rank{rank}."):
                 self.verify(name)
         for name in self.shared_files if rank == 0 else ():
             self.verify(name)
@@ -133,9 +135,9 @@ class Engine:
                 raw["files"],
             )
             complete = len(engine.rotary) == engine.model.head_dim // 2 and all(
-                {"size", "sha256"} <= engine.files[rank_file(rank, suffix)].keys()
+                {"size", "sha256"} <= engine.files[name.format(rank)].keys()
                 for rank in range(engine.cqil.p)
-                for suffix in _RANK_SUFFIXES[engine.limits.backend]
+                for name in _RANK_FILES[engine.limits.backend]
             )
         except (KeyError, TypeError, ValueError, AttributeError):
             complete = False

@@ -154,6 +154,7 @@ def load(path: Path | None = None) -> ctypes.CDLL:
         "cqil_workspace_open": [pointer, pointer],
         "cqil_workspace_close": [pointer],
         "cqil_workspace_destroy": [pointer],
+        "cqil_workspace_share": [pointer],
         "cqil_workspace_failure": [pointer, ctypes.POINTER(Failure)],
         "cqil_workspace_tune": [pointer, integer, integer, size, integer],
         "cqil_all_reduce": [pointer] * 4 + [size, integer, pointer],

@@ -1,6 +1,7 @@
 // Host side: the workspace, the choice of kernel and grid, the C interface.
 
 #include <algorithm>
+#include <atomic>
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
@@ -55,6 +56,8 @@ std::unordered_map<const void*, cqil_workspace*>& registry() {
     static auto* workspaces = new std::unordered_map<const void*, cqil_workspace*>;
     return *workspaces;
 }
+
+std::atomic<cqil_workspace*> shared_workspace{nullptr};
 
 // Messages up to this size go whole to every peer; above, each rank adds up its share and returns it. Measured for two
 // ranks on H200s (docs/allreduce.md); scaled down, not measured, for more, where one-shot sends world - 1 times the data.
@@ -266,6 +269,8 @@ int cqil_workspace_destroy(cqil_workspace* w) {
         std::lock_guard<std::mutex> lock(registry_mutex);
         registry().erase(w->device);
     }
+    cqil_workspace* mine = w;
+    shared_workspace.compare_exchange_strong(mine, nullptr);
     cudaFree(w->device);
     cudaFree(w->memory);
     if (w->failure) cudaFreeHost(w->failure);
@@ -280,6 +285,13 @@ cqil_workspace* cqil_workspace_find(const void* address) {
     auto found = registry().find(address);
     return found == registry().end() ? nullptr : found->second;
 }
+
+int cqil_workspace_share(cqil_workspace* w) {
+    shared_workspace = w;
+    return 0;
+}
+
+cqil_workspace* cqil_workspace_shared(void) { return shared_workspace; }
 
 int cqil_workspace_rank(cqil_workspace* w) { return w->host.rank; }
 

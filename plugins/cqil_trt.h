@@ -61,6 +61,10 @@ void* cqil_workspace_address(cqil_workspace* workspace);
 // The workspace whose address that is, or NULL.
 cqil_workspace* cqil_workspace_find(const void* address);
 
+// Makes a workspace the one that plugins without an input `workspace` use in this process; NULL: none any more.
+int cqil_workspace_share(cqil_workspace* workspace);
+cqil_workspace* cqil_workspace_shared(void);
+
 int cqil_workspace_rank(cqil_workspace* workspace);
 
 // Reads what a failed kernel recorded; works after the device reported an error.

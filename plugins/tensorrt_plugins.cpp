@@ -1,14 +1,15 @@
 // The collectives and the fused operations of a decoder layer as TensorRT plugins, on the interface that TensorRT 8.5 to 11 share (IPluginV2DynamicExt).
 //
 // Collectives take a last input `workspace`: an int32 tensor bound to cqil_workspace_address(), so that an engine holds
-// no pointers. Data tensors are linear and of the type that the field dtype names (a cqil_dtype; bfloat16 from TensorRT 10
+// no pointers; where a runtime binds no inputs of ours (field shared = 1, which may be left out), they use the process's
+// cqil_workspace_shared() instead. Data tensors are linear and of the type that the field dtype names (a cqil_dtype; bfloat16 from TensorRT 10
 // on): a weakly typed network would otherwise choose one by its speed.
 //
 //   CqilAllReduce   mode 0: delta                   -> sum over ranks
 //                   mode 1: delta, residual         -> residual + sum
-//                   mode 2: delta, residual, weight -> residual + sum, RMSNorm of it * weight        fields mode, eps, dtype
+//                   mode 2: delta, residual, weight -> residual + sum, RMSNorm of it * weight        fields mode, eps, dtype, shared
 //   CqilBroadcast   rank 0: x -> x; others: tokens int32 [B, T] -> rank 0's x [B, T, hidden]          fields rank, hidden, dtype
-//   CqilBypass      x -> sum of the x of the `distance` ranks before this one (zeros on rank 0)       fields distance, dtype
+//   CqilBypass      x -> sum of the x of the `distance` ranks before this one (zeros on rank 0)       fields distance, dtype, shared
 //   CqilNorm        x, (delta,) weight -> RMSNorm(x + delta) * weight                                 fields delta, eps, dtype
 //   CqilLinear      x, (delta,) weight, (bias,) (norm,) (residual) -> as cqil_linear
 //                   fields delta, bias, norm, residual, gated (1 where it is given), eps, dtype
@@ -101,7 +102,7 @@ public:
     bool supportsFormatCombination(int32_t position, PluginTensorDesc const* io, int32_t inputs,
                                    int32_t) noexcept override {
         if (io[position].format != TensorFormat::kLINEAR) return false;
-        if (position < inputs && position >= inputs - Derived::kIntegers) return io[position].type == DataType::kINT32;
+        if (position < inputs && position >= inputs - self().integers()) return io[position].type == DataType::kINT32;
         return self().supports(position, io, inputs);
     }
     void configurePlugin(DynamicPluginTensorDesc const*, int32_t, DynamicPluginTensorDesc const*,
@@ -118,12 +119,18 @@ public:
 
 protected:
     static constexpr int kIntegers = 1;
+    int integers() const { return Derived::kIntegers; }
     size_t scratch_bytes(PluginTensorDesc const*) const { return 0; }
     DimsExprs output_dimensions(DimsExprs const* in, IExprBuilder&) const { return in[0]; }
     bool supports(int32_t position, PluginTensorDesc const* io, int32_t) const { return io[position].type == type(); }
     DataType type() const { return to_tensorrt(fields_.dtype); }
     cqil_dtype dtype() const { return static_cast<cqil_dtype>(fields_.dtype); }
     cqil_workspace* workspace(void const* const* in) const {
+        if (self().integers() == 0) {
+            cqil_workspace* shared = cqil_workspace_shared();
+            if (shared == nullptr) report(Derived::kName, "this process shares no workspace (cqil_workspace_share)");
+            return shared;
+        }
         cqil_workspace* found = cqil_workspace_find(in[self().inputs() - 1]);
         if (found == nullptr)
             report(Derived::kName, "its input `workspace` is not bound to the address of an open workspace");
@@ -131,6 +138,9 @@ protected:
     }
 
     Fields fields_;
+
+public:
+    static constexpr size_t kOptional = 0;  // how many fields, the last ones, may be left out: they are 0 then
 
 private:
     const Derived& self() const noexcept { return static_cast<const Derived&>(*this); }
@@ -141,17 +151,23 @@ struct AllReduceFields {
     int32_t mode;
     float eps;
     int32_t dtype;
+    int32_t shared;
 };
 
 class AllReducePlugin final : public Plugin<AllReducePlugin, AllReduceFields> {
 public:
     static constexpr char kName[] = "CqilAllReduce";
-    static constexpr std::array kFieldNames = {"mode", "eps", "dtype"};
-    static constexpr std::array kFieldTypes = {PluginFieldType::kINT32, PluginFieldType::kFLOAT32, PluginFieldType::kINT32};
+    static constexpr std::array kFieldNames = {"mode", "eps", "dtype", "shared"};
+    static constexpr std::array kFieldTypes = {PluginFieldType::kINT32, PluginFieldType::kFLOAT32, PluginFieldType::kINT32,
+                                               PluginFieldType::kINT32};
+    static constexpr size_t kOptional = 1;
     using Plugin::Plugin;
 
-    static bool valid(const Fields& f) { return f.mode >= 0 && f.mode <= 2 && f.eps >= 0 && valid_dtype(f.dtype); }
-    int32_t inputs() const { return fields_.mode + 2; }
+    static bool valid(const Fields& f) {
+        return f.mode >= 0 && f.mode <= 2 && f.eps >= 0 && valid_dtype(f.dtype) && (f.shared == 0 || f.shared == 1);
+    }
+    int integers() const { return 1 - fields_.shared; }
+    int32_t inputs() const { return fields_.mode + 1 + integers(); }
     int32_t outputs() const { return fields_.mode == 2 ? 2 : 1; }
     int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in,
             void* const* out, void*, cudaStream_t stream) const {
@@ -215,17 +231,22 @@ private:
 struct BypassFields {
     int32_t distance;
     int32_t dtype;
+    int32_t shared;
 };
 
 class BypassPlugin final : public Plugin<BypassPlugin, BypassFields> {
 public:
     static constexpr char kName[] = "CqilBypass";
-    static constexpr std::array kFieldNames = {"distance", "dtype"};
-    static constexpr std::array kFieldTypes = {PluginFieldType::kINT32, PluginFieldType::kINT32};
+    static constexpr std::array kFieldNames = {"distance", "dtype", "shared"};
+    static constexpr std::array kFieldTypes = {PluginFieldType::kINT32, PluginFieldType::kINT32, PluginFieldType::kINT32};
+    static constexpr size_t kOptional = 1;
     using Plugin::Plugin;
 
-    static bool valid(const Fields& f) { return f.distance >= 1 && f.distance < CQIL_MAX_RANKS && valid_dtype(f.dtype); }
-    int32_t inputs() const { return 2; }
+    static bool valid(const Fields& f) {
+        return f.distance >= 1 && f.distance < CQIL_MAX_RANKS && valid_dtype(f.dtype) && (f.shared == 0 || f.shared == 1);
+    }
+    int integers() const { return 1 - fields_.shared; }
+    int32_t inputs() const { return 1 + integers(); }
     int32_t outputs() const { return 1; }
     int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in,
             void* const* out, void*, cudaStream_t stream) const {
@@ -442,10 +463,10 @@ public:
             for (size_t j = 0; j < fields_.size(); ++j)
                 if (std::strcmp(field.name, P::kFieldNames[j]) == 0 && field.type == P::kFieldTypes[j] && field.data) {
                     std::memcpy(reinterpret_cast<char*>(&fields) + 4 * j, field.data, 4);
-                    ++found;
+                    found += j < fields_.size() - P::kOptional;
                 }
         }
-        if (found != fields_.size()) {
+        if (found != fields_.size() - P::kOptional) {
             report(P::kName, "not every field is given once, with its type");
             return nullptr;
         }

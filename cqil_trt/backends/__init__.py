@@ -2,8 +2,9 @@
 
 A backend module provides
 
-    compile_rank(job: Compilation) -> None     turns the rank's weights into what its session needs, beside them
-    describe(limits, options) -> Description   checks what is asked of it, and says what it will make
+    compile_rank(job: Compilation) -> None     turns the rank's weights into what its session needs
+    finish(directory, ranks, limits, made, progress)   where needed: once, behind all ranks
+    describe(limits, options, ranks)           checks what is asked of it, and says what it will make: Description
     open_session(engine, comm, device, number) executes it on one rank: a Session; `comm` is an mpi4py communicator or
                                                None, `device` one of DEVICES, `number` which GPU, modulo those there are
 """
@@ -56,4 +57,4 @@ class Compilation:
 
 def load(name: str) -> ModuleType:
     """The module of a backend. Raises ModuleNotFoundError when a package it needs is not installed."""
-    return importlib.import_module(f"cqil_trt.backends.{name}")
+    return importlib.import_module(f"cqil_trt.backends.{name.replace('-', '_')}")

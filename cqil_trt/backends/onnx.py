@@ -23,9 +23,10 @@ from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
 from cqil_trt.network.onnx_ops import DOMAIN, TYPES, define_network
 from cqil_trt.session import Session
+from cqil_trt.shard import RankPlan
 
 
-def describe(limits: EngineConfig, options: Mapping[str, Any]) -> Description:
+def describe(limits: EngineConfig, options: Mapping[str, Any], ranks: tuple[RankPlan, ...]) -> Description:
     return Description(f"onnx {onnx.__version__}")
 
 

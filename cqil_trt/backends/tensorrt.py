@@ -18,11 +18,12 @@ from typing import Any
 
 from cqil_trt import plugins
 from cqil_trt.backends import Compilation, Description
-from cqil_trt.config import COLLECTIVES, EngineConfig
+from cqil_trt.config import EngineConfig
 from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
 from cqil_trt.network.tensorrt_ops import Lowering, add_profiles, define_network, describe_network
 from cqil_trt.session import Session
+from cqil_trt.shard import RankPlan
 
 # What TensorRT-RTX builds for, by compute capability, and its names for them.
 TARGETS = {"7.5": "SM75", "8.0": "SM80", "8.6": "SM86", "8.9": "SM89", "12.0": "SM120", "12.1": "SM121"}
@@ -68,7 +69,7 @@ def version(trt: Any) -> str:
     return f"{trt.__name__} {trt.__version__}"
 
 
-def describe(limits: EngineConfig, options: Mapping[str, Any]) -> Description:
+def describe(limits: EngineConfig, options: Mapping[str, Any], ranks: tuple[RankPlan, ...]) -> Description:
     """Chooses the package and the collective. Raises UserError for what they cannot do."""
     target = options.get("target")
     trt = import_package(("tensorrt_rtx",) if target else _PACKAGES)
@@ -76,8 +77,8 @@ def describe(limits: EngineConfig, options: Mapping[str, Any]) -> Description:
     if limits.dtype == "bfloat16" and not hasattr(trt, "bfloat16"):
         raise UserError(f"--dtype bfloat16: TensorRT {trt.__version__} does not have it: use float16 or float32")
     collective = options.get("collective") or ("plugin" if lowering.plugins else "nccl")
-    if collective not in COLLECTIVES:
-        raise UserError(f"--collective must be one of {', '.join(COLLECTIVES)}, found {collective}")
+    if collective not in ("plugin", "nccl"):
+        raise UserError(f"--collective must be plugin or nccl here, found {collective}")
     if collective == "plugin" and not lowering.plugins:
         raise UserError(f"--collective plugin: the Python interface of {version(trt)} takes no plugins: use nccl")
     if collective == "nccl" and not lowering.nccl:

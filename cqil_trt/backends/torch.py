@@ -18,9 +18,10 @@ from cqil_trt.errors import UserError
 from cqil_trt.network.decoder import decode
 from cqil_trt.network.torch_ops import TorchOps
 from cqil_trt.session import Session
+from cqil_trt.shard import RankPlan
 
 
-def describe(limits: EngineConfig, options: Mapping[str, Any]) -> Description:
+def describe(limits: EngineConfig, options: Mapping[str, Any], ranks: tuple[RankPlan, ...]) -> Description:
     return Description(f"torch {torch.__version__}")
 
 

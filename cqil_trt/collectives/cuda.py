@@ -86,6 +86,10 @@ class Workspace:
         """What the TensorRT plugins' input `workspace` is bound to."""
         return self.library.cqil_workspace_address(self._workspace)
 
+    def share(self) -> None:
+        """Makes this the workspace of plugins in engines whose runtime does not bind it to them."""
+        self.library.cqil_workspace_share(self._workspace)
+
     def failure(self) -> CollectiveError | None:
         """Why a kernel gave up, if one did; call it when CUDA reports an error."""
         record = plugins.Failure()

@@ -42,7 +42,7 @@ def parser() -> RankParser:
         default="auto",
         help="store the reference's answer to a few prompts, for --validate without PyTorch (auto: small models)",
     )
-    compiled = p.add_argument_group("backend tensorrt")
+    compiled = p.add_argument_group("backends tensorrt and tensorrt-llm")
     compiled.add_argument(
         "--target", metavar="LIST", help='build with TensorRT-RTX, for "portable" or compute capabilities like 8.6,8.9'
     )

@@ -1,0 +1,204 @@
+"""The tensorrt-llm backend: a TensorRT-LLM checkpoint and, where tensorrt_llm is installed, engines built from it.
+
+    checkpoint/config.json, checkpoint/rank{r}.safetensors   what trtllm-build takes
+    trtllm/config.json, trtllm/rank{r}.engine                what it made
+
+Build option `collective`: "plugin" (ours; the runtime's process must share a workspace) or "trtllm" (TensorRT-LLM's
+own).
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from cqil_trt.backends import Compilation, Description, tensorrt_llm_versions
+from cqil_trt.config import DTYPE_BYTES, EngineConfig, ModelConfig
+from cqil_trt.engine import Engine, tensor_spans
+from cqil_trt.errors import UserError
+from cqil_trt.network import tensorrt_llm_names
+from cqil_trt.schedule import Group
+from cqil_trt.session import Session
+from cqil_trt.shard import RankPlan
+
+CHECKPOINT, ENGINES = "checkpoint", "trtllm"
+COLLECTIVES = ("plugin", "trtllm")
+MODEL_FILE = Path(__file__).parent.parent / "network" / "tensorrt_llm_model.py"
+_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # as safetensors names them
+_COPY_BYTES = 16 << 20
+
+
+def describe(limits: EngineConfig, options: Mapping[str, Any], ranks: tuple[RankPlan, ...]) -> Description:
+    """Raises UserError for what TensorRT-LLM cannot express."""
+    model, cqil = ranks[0].model, ranks[0].cqil
+    if cqil.placement == "leader":
+        raise UserError(
+            "--backend tensorrt-llm: its executor wants the same attention layers on every rank: --placement sharded "
+            "or tensor, or --backend tensorrt for leader"
+        )
+    if model.qk_norm:
+        raise UserError("--backend tensorrt-llm: head norms (Qwen3) are not supported there: use --backend tensorrt")
+    for name, size in (("query heads", model.num_heads), ("MLP neurons", model.intermediate_size)):
+        if size % cqil.p:
+            raise UserError(f"--backend tensorrt-llm: {size} {name} cannot be split evenly over {cqil.p} ranks")
+    if model.num_kv_heads % cqil.p and cqil.p % model.num_kv_heads:
+        raise UserError(f"--backend tensorrt-llm: {model.num_kv_heads} key/value heads do not fit {cqil.p} ranks")
+    if model.vocab_size % cqil.p:
+        raise UserError(f"--backend tensorrt-llm: a vocabulary of {model.vocab_size} is not a multiple of {cqil.p}")
+    collective = options.get("collective") or "plugin"
+    if collective not in COLLECTIVES:
+        raise UserError(f"--collective must be one of {', '.join(COLLECTIVES)} here, found {collective}")
+    if cqil.d and collective != "plugin":
+        raise UserError(f"--collective {collective}: TensorRT-LLM has nothing for a bypass (d > 0): use plugin")
+    version = tensorrt_llm_versions.installed()
+    made = "a checkpoint; trtllm-build was not run" if version is None else f"tensorrt_llm {version}"
+    return Description(made, build={"collective": collective})
+
+
+def configuration(ranks: tuple[RankPlan, ...], limits: EngineConfig, collective: str) -> dict[str, Any]:
+    """The checkpoint's config.json: TensorRT-LLM's keys, and ours under `cqil`."""
+    model, cqil = ranks[0].model, ranks[0].cqil
+    grouped = [isinstance(step, Group) for step in ranks[0].schedule.layers]
+    return {
+        # The stock class's configuration is what every part of TensorRT-LLM can read; the model's class comes from us.
+        "architecture": "LlamaForCausalLM",
+        "dtype": limits.dtype,
+        "logits_dtype": "float32",
+        "num_hidden_layers": len(grouped),
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        # The runtime divides by the ranks, rounding up, what a layer here has whole on each.
+        "num_kv_heads_per_layer": [model.num_kv_heads * (cqil.p if whole else 1) for whole in grouped],
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.intermediate_size,
+        "head_size": model.head_dim,
+        "vocab_size": model.vocab_size,
+        "max_position_embeddings": model.max_position,
+        "position_embedding_type": "rope_gpt_neox",
+        "hidden_act": "silu",
+        "norm_epsilon": model.rms_norm_eps,
+        "rotary_base": model.rope.theta,
+        "rotary_scaling": _rotary_scaling(model),
+        "attn_bias": model.qkv_bias,
+        "mlp_bias": model.mlp_bias,
+        "use_parallel_embedding": False,
+        "embedding_sharding_dim": 0,
+        "has_partial_lora_mask": False,
+        "quantization": {"quant_algo": None, "kv_cache_quant_algo": None},
+        "mapping": {"world_size": cqil.p, "tp_size": cqil.p, "pp_size": 1},
+        "cqil": {
+            **cqil.to_dict(),
+            "grouped": grouped,
+            "collective": collective,
+            "qkv_bias": model.qkv_bias,
+            "o_bias": model.o_bias,
+            "mlp_bias": model.mlp_bias,
+        },
+    }
+
+
+def _rotary_scaling(model: ModelConfig) -> dict[str, Any] | None:
+    rope = model.rope
+    if rope.kind == "default":
+        return None
+    scaling = {"type": rope.kind, "rope_type": rope.kind, "factor": rope.factor}
+    if rope.kind == "llama3":
+        scaling |= {
+            "low_freq_factor": rope.low_freq_factor,
+            "high_freq_factor": rope.high_freq_factor,
+            "original_max_position_embeddings": rope.original_max_position,
+        }
+    return scaling
+
+
+def compile_rank(job: Compilation) -> None:
+    """Writes the rank's checkpoint from its weights, which it replaces."""
+    source, directory = job.file("safetensors"), job.directory / CHECKPOINT
+    directory.mkdir(exist_ok=True)
+    _write(job.plan, job.limits.dtype, source, directory / source.name)
+    source.unlink()
+
+
+def _write(plan: RankPlan, dtype: str, source: Path, target: Path) -> None:
+    """Copies tensors from one safetensors file to another under their names there, or parts of them."""
+    parts = list(tensorrt_llm_names.parts(plan))
+    size, header, end = DTYPE_BYTES[dtype], {}, 0
+    for part in parts:
+        length = part.elements * size
+        header[part.name] = {"dtype": _DTYPES[dtype], "shape": part.shape, "data_offsets": [end, end + length]}
+        end += length
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    spans = tensor_spans(source)
+    with open(source, "rb") as read, open(target, "wb") as write:
+        write.write(len(text).to_bytes(8, "little") + text)
+        for part in parts:
+            for block in _blocks(read, part, spans, size):
+                write.write(block)
+
+
+def _blocks(
+    file: Any, part: tensorrt_llm_names.Part, spans: Mapping[str, tuple[int, int]], size: int
+) -> Iterator[bytes]:
+    left = part.elements * size
+    if part.source is not None:
+        file.seek(spans[part.source][0] + part.first * size)
+    while left:
+        length = min(left, _COPY_BYTES)
+        block = bytes(length) if part.source is None else file.read(length)
+        if len(block) != length:
+            raise UserError(f"{file.name}: truncated while reading {part.source}")
+        yield block
+        left -= length
+
+
+def finish(
+    directory: Path, ranks: tuple[RankPlan, ...], limits: EngineConfig, made: Description, progress: bool
+) -> None:
+    """When every rank's checkpoint is there: its configuration, and the engines where TensorRT-LLM is installed."""
+    config = configuration(ranks, limits, made.build["collective"])
+    (directory / CHECKPOINT / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    if tensorrt_llm_versions.installed() is None:
+        return
+    done = subprocess.run(
+        build_command(directory / CHECKPOINT, directory / ENGINES, limits), capture_output=True, text=True
+    )
+    if done.returncode:
+        lines = (done.stderr or done.stdout).strip().splitlines() or ["it said nothing"]
+        raise UserError(f"trtllm-build failed: {lines[-1]}")
+
+
+def build_command(checkpoint: Path, engines: Path, limits: EngineConfig) -> list[str]:
+    """trtllm-build as this process's Python runs it; `max_input_len` is a prompt that leaves room for a token."""
+    plugin = limits.dtype
+    return [
+        *(sys.executable, "-m", "tensorrt_llm.commands.build"),
+        *("--checkpoint_dir", str(checkpoint), "--output_dir", str(engines)),
+        *("--model_cls_file", str(MODEL_FILE), "--model_cls_name", "CqilForCausalLM"),
+        *("--max_batch_size", str(limits.max_batch_size), "--max_seq_len", str(limits.max_seq_len)),
+        *("--max_input_len", str(max(1, limits.max_seq_len - 1))),
+        *("--max_num_tokens", str(max(limits.prefill_chunk, limits.max_batch_size, limits.max_seq_len))),
+        *("--gpt_attention_plugin", plugin, "--gemm_plugin", plugin, "--remove_input_padding", "enable"),
+        *("--kv_cache_type", "paged", "--gather_context_logits", "--workers", "1"),
+        # They put collectives or modules of their own in the place of ours.
+        *("--reduce_fusion", "disable", "--use_fused_mlp", "disable"),
+    ]
+
+
+def open_session(engine: Engine, comm: Any, device: str, number: int) -> Session:
+    if device == "cpu":
+        raise UserError("--device cpu: a TensorRT-LLM engine runs on a GPU")
+    if not (engine.path / ENGINES / "config.json").exists():
+        command = " ".join(build_command(engine.path / CHECKPOINT, engine.path / ENGINES, engine.limits)[1:])
+        raise UserError(
+            f"{engine.path}: a checkpoint without engines: build it where tensorrt_llm is installed ({command})"
+        )
+    if tensorrt_llm_versions.installed() is None:
+        raise UserError("tensorrt_llm is not installed here: docs/tensorrt-llm.md says which and how")
+    from cqil_trt.backends.tensorrt_llm_session import TensorRtLlmSession
+
+    return TensorRtLlmSession(engine, comm, number)

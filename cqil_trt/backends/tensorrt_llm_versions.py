@@ -1,0 +1,57 @@
+"""Which TensorRT-LLM this is, and what differs between those that are supported (0.20 … 1.2)."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import inspect
+import re
+from typing import Any
+
+from cqil_trt.errors import UserError
+
+FIRST, LAST = (0, 20), (1, 2)
+
+
+def installed() -> str | None:
+    """The version of tensorrt_llm that is installed; None without one. Raises UserError for one not supported."""
+    try:
+        version = importlib.metadata.version("tensorrt_llm")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    check(version)
+    return version
+
+
+def check(version: str) -> None:
+    """Raises UserError unless the version has what the export needs."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    number = tuple(map(int, found.groups())) if found else (0, 0)
+    if number < FIRST:
+        raise UserError(f"tensorrt_llm {version}: too old, 0.20 to 1.2 are supported")
+    if number > LAST:
+        raise UserError(
+            f"tensorrt_llm {version}: its TensorRT backend was removed behind 1.2: install 1.2.1, or use "
+            "--backend tensorrt"
+        )
+
+
+def load_plugins() -> ctypes.CDLL:
+    """Our plugin library, registered with this process's TensorRT. Raises UserError when it cannot be."""
+    import tensorrt
+
+    from cqil_trt.backends.tensorrt import load_plugins as register
+
+    return register(tensorrt)
+
+
+def attention_arguments(attention: Any, config: Any, place: int) -> dict[str, Any]:
+    """What Attention of some releases must be told beside what all take.
+
+    Until the KV cache's pool mapping had two columns (before 0.20; the newest sources that can be had whole are
+    older), a layer had to know which one of its pool it is: layers with equally many local heads share a pool.
+    """
+    if "layer_idx_in_cache_pool" not in inspect.signature(attention.__init__).parameters:
+        return {}
+    heads = config.num_kv_heads_per_layer
+    return {"layer_idx_in_cache_pool": heads[:place].count(heads[place])}

@@ -1,0 +1,151 @@
+"""The export to TensorRT-LLM, as far as it goes without it: the checkpoint is Hugging Face's tensors, bit for bit."""
+
+import json
+
+import pytest
+import torch
+from conftest import SEED, assert_user_error, build, load_model, make_adapter, make_model
+from safetensors.torch import load_file
+
+import cqil_trt
+from cqil_trt.backends.tensorrt_llm_versions import check
+from cqil_trt.errors import UserError
+
+SIZES = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 132, "num_hidden_layers": 9}
+MODELS = {
+    "llama": ("LlamaForCausalLM", {}),
+    "biases": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 8}),
+    "tied": ("LlamaForCausalLM", {"tie_word_embeddings": True, "num_key_value_heads": 2}),
+    "qwen2": ("Qwen2ForCausalLM", {}),
+}
+SHAPES = [
+    {"p": 2, "start": 2, "end": 8},
+    {"p": 4, "start": 1, "end": 9, "d": 1},
+    {"p": 2, "placement": "tensor"},
+    {"p": 1},
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {
+        name: make_model(root / name, architecture, SEED + i, **{**SIZES, **changes})
+        for i, (name, (architecture, changes)) in enumerate(MODELS.items())
+    }
+
+
+def put_together(checkpoint, config, layers):
+    """Hugging Face's tensors from those of all ranks. `layers`: for each place the layers that ranks have there."""
+    p, dim = config["mapping"]["world_size"], config["head_size"]
+    ranks = [load_file(checkpoint / f"rank{rank}.safetensors") for rank in range(p)]
+    names = {name for rank in ranks for name in rank}
+    found = {
+        "model.embed_tokens.weight": ranks[0].pop("transformer.vocab_embedding.weight"),
+        "model.norm.weight": ranks[0].pop("transformer.ln_f.weight"),
+        "lm_head.weight": torch.cat([rank.pop("lm_head.weight") for rank in ranks]),
+    }
+    for place, own in enumerate(layers):
+        whole = config["cqil"]["grouped"][place]
+        for index in sorted(set(own)):
+            # A layer that one rank has whole, or the parts of all.
+            parts = [ranks[own.index(index)]] if whole else ranks
+
+            def take(name, parts=parts, place=place):
+                return [rank[f"transformer.layers.{place}.{name}"] for rank in parts]
+
+            prefix = f"model.layers.{index}"
+            found[f"{prefix}.input_layernorm.weight"] = take("input_layernorm.weight")[0]
+            found[f"{prefix}.post_attention_layernorm.weight"] = take("post_layernorm.weight")[0]
+            for kind in ("weight", "bias"):
+                if f"transformer.layers.{place}.attention.qkv.{kind}" in names:
+                    heads = config["num_attention_heads"] // len(parts) * dim
+                    each = [t.split([heads, *[(len(t) - heads) // 2] * 2]) for t in take(f"attention.qkv.{kind}")]
+                    for name, pieces in zip("qkv", zip(*each)):
+                        joined = torch.cat(pieces)
+                        if name != "q":  # a key/value head that several ranks read is on each of them
+                            rows = config["num_key_value_heads"] * dim
+                            joined = torch.cat(pieces[:: len(joined) // rows])
+                        found[f"{prefix}.self_attn.{name}_proj.{kind}"] = joined
+                for theirs, ours in (("gate_proj", "fc"), ("up_proj", "gate")):
+                    if f"transformer.layers.{place}.mlp.{ours}.{kind}" in names:
+                        found[f"{prefix}.mlp.{theirs}.{kind}"] = torch.cat(take(f"mlp.{ours}.{kind}"))
+            for theirs, ours in (("self_attn.o_proj", "attention.dense"), ("mlp.down_proj", "mlp.proj")):
+                found[f"{prefix}.{theirs}.weight"] = torch.cat(take(f"{ours}.weight"), dim=1)
+                if f"transformer.layers.{place}.{ours}.bias" in names:
+                    biases = torch.stack(take(f"{ours}.bias"))
+                    assert (biases != 0).any(1).sum() == 1  # every rank adds its own
+                    found[f"{prefix}.{theirs}.bias"] = biases.sum(0)
+    return found
+
+
+def places(shape, depth):
+    p = shape["p"]
+    if p == 1 or shape.get("placement") == "tensor":
+        return [[i] * p for i in range(depth)]
+    groups = [list(range(first, first + p)) for first in range(shape["start"], shape["end"], p)]
+    ordinary = [[i] * p for i in range(depth) if not shape["start"] <= i < shape["end"]]
+    return sorted(groups + ordinary)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(f"{k}{v}" for k, v in shape.items()))
+@pytest.mark.parametrize("name", MODELS)
+def test_the_checkpoint_put_back_together_is_the_model(name, shape, models, tmp_path):
+    engine = tmp_path / "engine"
+    cqil_trt.build(model=models[name], backend="tensorrt-llm", output=engine, probes="never", **shape)
+    config = json.loads((engine / "checkpoint" / "config.json").read_text())
+    layers = places(shape, SIZES["num_hidden_layers"])
+    assert config["num_hidden_layers"] == len(layers) == len(config["num_kv_heads_per_layer"])
+    found = put_together(engine / "checkpoint", config, layers)
+    expected = load_model(models[name]).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    # What the runtime computes from the list is what the matrices have.
+    for rank in range(shape["p"]):
+        tensors = load_file(engine / "checkpoint" / f"rank{rank}.safetensors")
+        for place, heads in enumerate(config["num_kv_heads_per_layer"]):
+            mine = config["num_attention_heads"] // (1 if config["cqil"]["grouped"][place] else shape["p"])
+            rows = (mine + 2 * -(-heads // shape["p"])) * config["head_size"]
+            assert tensors[f"transformer.layers.{place}.attention.qkv.weight"].shape == (rows, config["hidden_size"])
+
+
+def test_an_adapter_is_merged_first(models, tmp_path):
+    from peft import PeftModel
+
+    adapter = make_adapter(models["llama"], tmp_path / "adapter")
+    engine = tmp_path / "engine"
+    shape = {"p": 2, "start": 2, "end": 8}
+    cqil_trt.build(model=models["llama"], lora=adapter, backend="tensorrt-llm", output=engine, probes="never", **shape)
+    config = json.loads((engine / "checkpoint" / "config.json").read_text())
+    found = put_together(engine / "checkpoint", config, places(shape, SIZES["num_hidden_layers"]))
+    merged = PeftModel.from_pretrained(load_model(models["llama"]), adapter).merge_and_unload().state_dict()
+    for key, expected in merged.items():
+        torch.testing.assert_close(found[key], expected, rtol=1e-5, atol=1e-6)
+    plain = load_model(models["llama"]).state_dict()
+    assert any(not torch.equal(found[key], plain[key]) for key in plain)
+
+
+def test_what_cannot_be_exported_is_refused(models, tmp_path):
+    def refused(*flags, **options):
+        arguments = [f"--{k.replace('_', '-')}={v}" for k, v in options.items()]
+        return build(
+            "--model", models["llama"], "--backend", "tensorrt-llm", "--output", tmp_path / "no", *flags, *arguments
+        )
+
+    assert_user_error(refused(placement="leader"), "same attention layers")
+    assert_user_error(refused(p=3, start=3, end=9), "8 query heads", "3 ranks")
+    assert_user_error(refused(p=2, d=1, collective="trtllm"), "bypass")
+    assert_user_error(refused(collective="nccl"), "plugin, trtllm")
+    assert_user_error(refused("--verbose"), "--verbose")
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("version", ["0.20.0", "0.21.0", "1.0.0", "1.1.0rc2", "1.2.1"])
+def test_versions_with_the_engine_backend_are_taken(version):
+    check(version)
+
+
+@pytest.mark.parametrize(("version", "reason"), [("0.19.0", "too old"), ("1.3.0rc1", "removed"), ("2.0", "removed")])
+def test_other_versions_are_refused_with_the_reason(version, reason):
+    with pytest.raises(UserError, match=reason):
+        check(version)
