@@ -113,7 +113,7 @@ def _run(session: Session, batch: list[_Sequence], config: GenerationConfig) -> 
     # As many as the longest completion can have.
     steps = min(config.max_new_tokens, limit + 1 - min(map(len, prompts)))
     uniforms = np.stack([sequence.random.random(steps) for sequence in batch], axis=1)
-    for tokens in session.tokens(config.sampling, uniforms):
+    for tokens in session.tokens(config.sampling, uniforms, config.eos_token_ids):
         for number, (sequence, token) in enumerate(zip(batch, tokens)):
             if not sequence.done:
                 used = len(sequence.completion.prompt) + len(sequence.completion.tokens)

@@ -70,11 +70,13 @@ class Session(ABC):
         Empty where ranks join nothing. Logits prove little here, as all ranks receive them from the same senders.
         """
 
-    def tokens(self, sampling: SamplingConfig, uniforms: np.ndarray) -> Iterator[np.ndarray]:
+    def tokens(
+        self, sampling: SamplingConfig, uniforms: np.ndarray, ends: tuple[int, ...] = ()
+    ) -> Iterator[np.ndarray]:
         """Decodes: the next token of every sequence, int64 [B], again and again, at most len(uniforms) times.
 
-        `uniforms`, float64 [steps, B], are drawn from [0, 1); sampling uses them up. A caller may stop early; the
-        session may have gone on by a step then.
+        `uniforms`, float64 [steps, B], are drawn from [0, 1); sampling uses them up. What a sequence has behind one of
+        the tokens `ends` means nothing. A caller may stop early; the session may have gone on by a step then.
         """
         for step, draws in enumerate(uniforms, 1):
             if sampling.temperature == 0:

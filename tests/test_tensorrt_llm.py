@@ -1,10 +1,13 @@
 """The export to TensorRT-LLM, as far as it goes without it: the checkpoint is Hugging Face's tensors, bit for bit."""
 
 import json
+import os
+import sys
+import types
 
 import pytest
 import torch
-from conftest import SEED, assert_user_error, build, load_model, make_adapter, make_model
+from conftest import SEED, assert_user_error, build, load_model, make_adapter, make_model, run
 from safetensors.torch import load_file
 
 import cqil_trt
@@ -149,3 +152,117 @@ def test_versions_with_the_engine_backend_are_taken(version):
 def test_other_versions_are_refused_with_the_reason(version, reason):
     with pytest.raises(UserError, match=reason):
         check(version)
+
+
+@pytest.mark.parametrize("collective", ["plugin", "trtllm"])
+@pytest.mark.parametrize("name", MODELS)
+def test_tensorrt_llms_own_code_emits_the_network(name, collective, models, tmp_path):
+    """Its Python, our model class, TensorRT-RTX as `tensorrt`; plugins alone are stood in for."""
+    sources, package = os.environ.get("TRTLLM_SOURCE"), os.environ.get("TRTLLM_TENSORRT")
+    if not sources or not package:
+        pytest.skip("TRTLLM_SOURCE and TRTLLM_TENSORRT are not set (docs/tensorrt-llm.md)")
+    engine, shape = tmp_path / "engine", {"p": 2, "start": 2, "end": 8}
+    options = {"collective": collective, "dtype": "float16", "probes": "never"}
+    cqil_trt.build(model=models[name], backend="tensorrt-llm", output=engine, **options, **shape)
+    config = json.loads((engine / "checkpoint" / "config.json").read_text())
+    for rank in range(2):
+        checkpoint = engine / "checkpoint"
+        done = run(
+            sys.executable,
+            *("tests/tensorrt_llm_emission.py", sources, checkpoint, rank),
+            env={"PYTHONPATH": package},
+        )
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout.splitlines()[-1])
+        stored = {name: list(t.shape) for name, t in load_file(checkpoint / f"rank{rank}.safetensors").items()}
+        constants = found["parameters"].keys() - stored.keys()  # rotary tables, which its code makes
+        assert stored.items() <= found["parameters"].items() and all(
+            "embed_pos" in n or "rotary" in n for n in constants
+        )
+        assert found["outputs"] == {"logits": [-1, config["vocab_size"]]} and found["built_bytes"] > 0
+
+        by_name = {}
+        for plugin in found["plugins"]:
+            by_name.setdefault(plugin["plugin"], []).append({k: v[0] for k, v in plugin["fields"].items()})
+        grouped = config["cqil"]["grouped"]
+        joins = by_name.pop("CqilAllReduce" if collective == "plugin" else "AllReduce")
+        assert len(joins) == sum(1 if whole else 2 for whole in grouped)
+        for place, (fields, whole) in enumerate(zip(by_name.pop("GPTAttention"), grouped, strict=True)):
+            ranks = 1 if whole else 2
+            assert fields["layer_idx"] == place and fields["tp_size"] == ranks
+            assert fields["num_heads"] == config["num_attention_heads"] // ranks
+            assert fields["num_kv_heads"] == config["num_key_value_heads"] // ranks
+        assert by_name.keys() == {"AllGather"}  # of the logits
+
+
+class Runner:
+    """What the session asks of ModelRunnerCpp, computed by the Hugging Face model: requests, logits, a stream."""
+
+    def __init__(self, network):
+        self.network = network
+
+    def generate(
+        self, batch_input_ids, *, max_new_tokens, end_id, pad_id, streaming=False, return_dict=False, **options
+    ):
+        assert return_dict and options.keys() <= {"output_sequence_lengths", "top_k"}
+        longest = max(map(len, batch_input_ids)) + max_new_tokens
+        rows = [ids.tolist() for ids in batch_input_ids]
+        if not streaming:
+            logits = torch.zeros(len(rows), longest - max_new_tokens, self.network.config.vocab_size)
+            for row, ids in zip(logits, rows):
+                row[: len(ids)] = self.network(torch.tensor([ids])).logits[0]
+            return {"context_logits": logits}
+        return self.stream(rows, longest, max_new_tokens, end_id)
+
+    def stream(self, rows, longest, count, end_id):
+        """A response has the tokens of some sequences, in no order that others would wait for."""
+        left = [count] * len(rows)
+        while any(left):
+            for number, ids in enumerate(rows):
+                for _ in range(min(left[number], 1 + number)):
+                    ids.append(int(self.network(torch.tensor([ids])).logits[0, -1].argmax()))
+                    left[number] = 0 if ids[-1] == end_id else left[number] - 1
+            padded = [[ids + [end_id] * (longest - len(ids))] for ids in rows]
+            yield {"output_ids": torch.tensor(padded), "sequence_lengths": torch.tensor([[len(ids)] for ids in rows])}
+
+
+def test_the_session_asks_the_runner_for_what_generation_and_validation_need(models, tmp_path, monkeypatch):
+    from cqil_trt import cuda
+    from cqil_trt.validate import answer
+
+    engine = tmp_path / "engine"
+    network = load_model(models["llama"])
+    cqil_trt.build(model=models["llama"], backend="tensorrt-llm", output=engine, probes="never", p=1, max_seq_len=48)
+    (engine / "trtllm").mkdir()
+    (engine / "trtllm" / "config.json").write_text("{}")
+    loaded = {}
+
+    def from_dir(directory, **options):
+        loaded.update(options, directory=directory)
+        return Runner(network)
+
+    runtime = types.SimpleNamespace(ModelRunnerCpp=types.SimpleNamespace(from_dir=from_dir))
+    monkeypatch.setitem(sys.modules, "tensorrt_llm", types.ModuleType("tensorrt_llm"))
+    monkeypatch.setitem(sys.modules, "tensorrt_llm.runtime", runtime)
+    monkeypatch.setattr(cuda, "use_device", lambda number: None)
+    monkeypatch.setattr("cqil_trt.backends.tensorrt_llm_versions.installed", lambda: "1.2.1")
+    llm = cqil_trt.load(engine, device="cuda")
+    assert loaded["directory"] == str(engine / "trtllm") and loaded["max_input_len"] == 47
+
+    prompts = [[5, 9, 77], [100], [8] * 20]
+    with torch.inference_mode():
+        free = llm.generate(prompts, 12, ignore_eos=True)
+        for prompt, completion in zip(prompts, free):
+            expected = network.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None)
+            assert completion.tokens == expected[0, len(prompt) :].tolist()
+            logits, tokens = answer(llm.session, prompt, 5)
+            torch.testing.assert_close(torch.tensor(logits), network(torch.tensor([prompt])).logits[0])
+            assert tokens == completion.tokens[:5]
+        # A sequence that ends early, among others that do not.
+        end = free[0].tokens[2]
+        object.__setattr__(llm.engine.model, "eos_token_ids", (end,))
+        for before, completion in zip(free, llm.generate(prompts, 12)):
+            cut = before.tokens.index(end) + 1 if end in before.tokens else 12
+            assert completion.tokens == before.tokens[:cut]
+    with pytest.raises(UserError, match="takes 47"):
+        llm.generate([[5] * 48], 1)

@@ -325,7 +325,9 @@ class CudaSession(Session):
         self._finish()
         return self._best[: self._batch].astype(np.int64)
 
-    def tokens(self, sampling: SamplingConfig, uniforms: np.ndarray) -> Iterator[np.ndarray]:
+    def tokens(
+        self, sampling: SamplingConfig, uniforms: np.ndarray, ends: tuple[int, ...] = ()
+    ) -> Iterator[np.ndarray]:
         steps, sampled, memory = len(uniforms), sampling.temperature > 0, self._memory
         uploads = {"past": (self._past - 1).astype(np.int32)}  # the first advance makes it what it is
         if sampled:
