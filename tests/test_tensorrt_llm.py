@@ -9,9 +9,12 @@ import pytest
 import torch
 from conftest import SEED, assert_user_error, build, load_model, make_adapter, make_model, run
 from safetensors.torch import load_file
+from trtllm_contract import API, Contract, Value, load_model_file
 
 import cqil_trt
+from cqil_trt.backends.tensorrt_llm import MODEL_FILE, build_command
 from cqil_trt.backends.tensorrt_llm_versions import check
+from cqil_trt.config import EngineConfig
 from cqil_trt.errors import UserError
 
 SIZES = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 132, "num_hidden_layers": 9}
@@ -219,9 +222,10 @@ class Runner:
         left = [count] * len(rows)
         while any(left):
             for number, ids in enumerate(rows):
-                for _ in range(min(left[number], 1 + number)):
-                    ids.append(int(self.network(torch.tensor([ids])).logits[0, -1].argmax()))
-                    left[number] = 0 if ids[-1] == end_id else left[number] - 1
+                for _ in range(1 + number):
+                    if left[number]:
+                        ids.append(int(self.network(torch.tensor([ids])).logits[0, -1].argmax()))
+                        left[number] = 0 if ids[-1] == end_id else left[number] - 1
             padded = [[ids + [end_id] * (longest - len(ids))] for ids in rows]
             yield {"output_ids": torch.tensor(padded), "sequence_lengths": torch.tensor([[len(ids)] for ids in rows])}
 
@@ -238,6 +242,8 @@ def test_the_session_asks_the_runner_for_what_generation_and_validation_need(mod
     loaded = {}
 
     def from_dir(directory, **options):
+        for version in API:
+            Contract(version).bind("ModelRunnerCpp.from_dir", directory, **options)
         loaded.update(options, directory=directory)
         return Runner(network)
 
@@ -251,6 +257,7 @@ def test_the_session_asks_the_runner_for_what_generation_and_validation_need(mod
 
     prompts = [[5, 9, 77], [100], [8] * 20]
     with torch.inference_mode():
+        network.get_output_embeddings().weight[0] *= 3  # token 0, which is no end, comes up
         free = llm.generate(prompts, 12, ignore_eos=True)
         for prompt, completion in zip(prompts, free):
             expected = network.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None)
@@ -266,3 +273,26 @@ def test_the_session_asks_the_runner_for_what_generation_and_validation_need(mod
             assert completion.tokens == before.tokens[:cut]
     with pytest.raises(UserError, match="takes 47"):
         llm.generate([[5] * 48], 1)
+
+
+@pytest.mark.parametrize("collective", ["plugin", "trtllm"])
+@pytest.mark.parametrize("version", API)
+def test_what_the_model_calls_is_what_each_version_takes(version, collective, models, tmp_path, monkeypatch):
+    engine, shape = tmp_path / "engine", {"p": 2, "start": 2, "end": 8, "d": 1 if collective == "plugin" else 0}
+    options = {"collective": collective, "probes": "never"}
+    cqil_trt.build(model=models["biases"], backend="tensorrt-llm", output=engine, **options, **shape)
+    values = json.loads((engine / "checkpoint" / "config.json").read_text())
+    contract = Contract(version)
+    contract.bind("LLaMAConfig.__init__", **values)
+    mapping = types.SimpleNamespace(**values["mapping"], cp_size=1, tp_group=[0, 1], tp_rank=0)
+    config = types.SimpleNamespace(**{**values, "mapping": mapping}, quant_mode=None)
+    model = load_model_file(MODEL_FILE, contract, monkeypatch).CqilForCausalLM(config)
+    model.transformer.forward(Value(), position_ids=Value(), use_cache=True)
+    required = contract.symbols["GenerationMixin.prepare_attention_inputs"]["required"]
+    given = model.prepare_attention_inputs(**dict.fromkeys(required))
+    assert given["num_kv_heads_per_layer"] == values["num_kv_heads_per_layer"]
+    assert {"Attention.__init__", "Attention.forward", "GatedMLP.forward", "Linear.__init__"} <= contract.called
+    assert ("allreduce" in contract.called) == (collective == "trtllm")
+
+    flags = {flag for flag in build_command(tmp_path, tmp_path, EngineConfig(dtype="float16")) if flag.startswith("--")}
+    assert flags <= set(contract.symbols["trtllm-build"]["flags"])

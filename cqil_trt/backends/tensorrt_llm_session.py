@@ -145,10 +145,10 @@ class TensorRtLlmSession(Session):
         self, stream: Iterator[Any], lengths: list[int], count: int, ends: tuple[int, ...]
     ) -> Iterator[np.ndarray]:
         """Tokens of all sequences step by step; one that has ended repeats its end."""
-        last = ends[0] if ends else 0
+        last = ends[0] if ends else -1
         found: list[list[int]] = [[] for _ in lengths]
         for step in range(count):
-            while any(len(tokens) <= step and last not in tokens[-1:] for tokens in found):
+            while any(len(tokens) <= step and tokens[-1:] != [last] for tokens in found):
                 answer = next(stream, None)
                 if answer is None:
                     break
