@@ -100,7 +100,7 @@ class Contract:
         layers = {name: self.layer(name) for name in ("Attention", "Embedding", "GatedMLP", "RmsNorm")}
         layers["ColumnLinear"] = self.layer("ColumnLinear", "Linear")
         parts = {
-            "_common": {"default_trtnet": function("default_trtnet", MagicMock)},
+            "_common": {"default_trtnet": function("default_trtnet", _Network)},
             "functional": {
                 "AttentionMaskType": MagicMock(),
                 "PositionEmbeddingType": MagicMock(),
@@ -135,7 +135,12 @@ class Value:
 
 class _Registry:
     def get_plugin_creator(self, name, version, namespace):
-        return MagicMock()
+        return types.SimpleNamespace(create_plugin=lambda label, fields: name)
+
+
+class _Network:
+    def add_plugin_v2(self, inputs, name):
+        return MagicMock(num_outputs={"CqilAllReduce": 2, "CqilBypass": 1}[name])
 
 
 def load_model_file(path, contract, monkeypatch):
