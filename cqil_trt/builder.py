@@ -195,9 +195,11 @@ def prepare(
     )
     limits.check_model(config)
     options = {name: value for name, value in options.items() if value}
-    taken = {"tensorrt": options.keys(), "tensorrt-llm": {"collective"}}.get(backend, set())
-    if foreign := [name for name in options if name not in taken]:
-        raise UserError(f"--{foreign[0].replace('_', '-')}: backend {backend} does not take it")
+    for name in options:
+        takers = ("tensorrt", "tensorrt-llm") if name == "collective" else ("tensorrt",)
+        if backend not in takers:
+            only = f"backend {takers[0]} takes" if len(takers) == 1 else f"backends {' and '.join(takers)} take"
+            raise UserError(f"--{name.replace('_', '-')}: only {only} it, found backend {backend}")
     ranks = plan(config, cqil)
     made = backends.load(backend).describe(limits, options, ranks)
 

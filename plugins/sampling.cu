@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cfloat>
 #include <type_traits>
 
 #include "cqil_trt.h"
@@ -159,7 +160,8 @@ __global__ void __launch_bounds__(kThreads) sample_kernel(const T* logits, int w
     __shared__ Memory memory;
     __shared__ float tops[kThreads / 32];
     __shared__ unsigned long long masses[kThreads / 32];
-    Row<T> row = {logits + size_t(blockIdx.x) * width, width, -INFINITY, 1.4426950408889634f / sampling.temperature};
+    Row<T> row = {logits + size_t(blockIdx.x) * width, width, -INFINITY,
+                  fminf(1.4426950408889634f / sampling.temperature, FLT_MAX)};  // infinity times nothing is not a number
     for (int i = threadIdx.x; i < width; i += kThreads) row.top = fmaxf(row.top, float(row.logits[i]));
     for (int s = 16; s > 0; s /= 2) row.top = fmaxf(row.top, __shfl_xor_sync(~0u, row.top, s));
     if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = row.top;

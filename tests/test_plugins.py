@@ -68,10 +68,11 @@ def create(name, **values):
     assert creator.deserialize_plugin(name, stored + b"1") is None
     return np.frombuffer(stored, np.int32).tolist(), made.num_outputs
 
-assert create("CqilAllReduce", mode=0, eps=0.0, dtype=0) == ([0, 0, 0], 1)
-assert create("CqilAllReduce", mode=2, eps=1e-5, dtype=1) == ([2, int(np.float32(1e-5).view(np.int32)), 1], 2)
+assert create("CqilAllReduce", mode=0, eps=0.0, dtype=0) == ([0, 0, 0, 0], 1)
+assert create("CqilAllReduce", mode=2, eps=1e-5, dtype=1) == ([2, int(np.float32(1e-5).view(np.int32)), 1, 0], 2)
+assert create("CqilAllReduce", mode=1, eps=0.0, dtype=1, shared=1) == ([1, 0, 1, 1], 1)
 assert create("CqilBroadcast", rank=3, hidden=4096, dtype=1) == ([3, 4096, 1], 1)
-assert create("CqilBypass", distance=2, dtype=1) == ([2, 1], 1)
+assert create("CqilBypass", distance=2, dtype=1) == ([2, 1, 0], 1)
 assert create("CqilNorm", delta=1, eps=0.0, dtype=2) == ([1, 0, 2], 1)
 linear = {"delta": 0, "bias": 1, "norm": 1, "residual": 0, "gated": 1, "eps": 0.0, "dtype": 1}
 assert create("CqilLinear", **linear) == ([0, 1, 1, 0, 1, 0, 1], 1)

@@ -199,35 +199,28 @@ def test_tensorrt_llms_own_code_emits_the_network(name, collective, models, tmp_
 
 
 class Runner:
-    """What the session asks of ModelRunnerCpp, computed by the Hugging Face model: requests, logits, a stream."""
+    """What the session asks of ModelRunnerCpp, computed by the Hugging Face model."""
 
-    def __init__(self, network):
-        self.network = network
+    def __init__(self, network, longest):
+        self.network, self.longest, self.calls = network, longest, []
 
-    def generate(
-        self, batch_input_ids, *, max_new_tokens, end_id, pad_id, streaming=False, return_dict=False, **options
-    ):
-        assert return_dict and options.keys() <= {"output_sequence_lengths", "top_k"}
-        longest = max(map(len, batch_input_ids)) + max_new_tokens
+    def generate(self, batch_input_ids, *, max_new_tokens, end_id, pad_id, return_dict, **options):
+        given = dict(max_new_tokens=max_new_tokens, end_id=end_id, pad_id=pad_id, return_dict=return_dict, **options)
+        for version in API:
+            Contract(version).bind("ModelRunnerCpp.generate", batch_input_ids, **given)
         rows = [ids.tolist() for ids in batch_input_ids]
-        if not streaming:
-            logits = torch.zeros(len(rows), longest - max_new_tokens, self.network.config.vocab_size)
-            for row, ids in zip(logits, rows):
-                row[: len(ids)] = self.network(torch.tensor([ids])).logits[0]
-            return {"context_logits": logits}
-        return self.stream(rows, longest, max_new_tokens, end_id)
-
-    def stream(self, rows, longest, count, end_id):
-        """A response has the tokens of some sequences, in no order that others would wait for."""
-        left = [count] * len(rows)
-        while any(left):
-            for number, ids in enumerate(rows):
-                for _ in range(1 + number):
-                    if left[number]:
-                        ids.append(int(self.network(torch.tensor([ids])).logits[0, -1].argmax()))
-                        left[number] = 0 if ids[-1] == end_id else left[number] - 1
-            padded = [[ids + [end_id] * (longest - len(ids))] for ids in rows]
-            yield {"output_ids": torch.tensor(padded), "sequence_lengths": torch.tensor([[len(ids)] for ids in rows])}
+        assert max(map(len, rows)) + max_new_tokens <= self.longest  # or it raises RuntimeError
+        self.calls.append((len(rows), max_new_tokens))
+        logits = [self.network(torch.tensor([ids])).logits[0] for ids in rows]
+        words = options.get("stop_words_list", [[]] * len(rows))
+        for ids, stops in zip(rows, words):
+            for _ in range(max_new_tokens):
+                ids.append(int(self.network(torch.tensor([ids])).logits[0, -1].argmax()))
+                if ids[-1] == end_id or [ids[-1]] in stops:
+                    break
+        padded = [[ids + [end_id] * (self.longest - len(ids))] for ids in rows]
+        sizes = torch.tensor([[len(ids)] for ids in rows])
+        return {"output_ids": torch.tensor(padded), "sequence_lengths": sizes, "context_logits": logits}
 
 
 def test_the_session_asks_the_runner_for_what_generation_and_validation_need(models, tmp_path, monkeypatch):
@@ -245,7 +238,8 @@ def test_the_session_asks_the_runner_for_what_generation_and_validation_need(mod
         for version in API:
             Contract(version).bind("ModelRunnerCpp.from_dir", directory, **options)
         loaded.update(options, directory=directory)
-        return Runner(network)
+        loaded["runner"] = Runner(network, 48)
+        return loaded["runner"]
 
     runtime = types.SimpleNamespace(ModelRunnerCpp=types.SimpleNamespace(from_dir=from_dir))
     monkeypatch.setitem(sys.modules, "tensorrt_llm", types.ModuleType("tensorrt_llm"))
@@ -253,7 +247,7 @@ def test_the_session_asks_the_runner_for_what_generation_and_validation_need(mod
     monkeypatch.setattr(cuda, "use_device", lambda number: None)
     monkeypatch.setattr("cqil_trt.backends.tensorrt_llm_versions.installed", lambda: "1.2.1")
     llm = cqil_trt.load(engine, device="cuda")
-    assert loaded["directory"] == str(engine / "trtllm") and loaded["max_input_len"] == 47
+    assert loaded["directory"] == str(engine / "trtllm")
 
     prompts = [[5, 9, 77], [100], [8] * 20]
     with torch.inference_mode():
@@ -265,12 +259,17 @@ def test_the_session_asks_the_runner_for_what_generation_and_validation_need(mod
             logits, tokens = answer(llm.session, prompt, 5)
             torch.testing.assert_close(torch.tensor(logits), network(torch.tensor([prompt])).logits[0])
             assert tokens == completion.tokens[:5]
-        # A sequence that ends early, among others that do not.
-        end = free[0].tokens[2]
-        object.__setattr__(llm.engine.model, "eos_token_ids", (end,))
+        # Sequences that end early, by either of two ends, among others that do not.
+        ends = free[0].tokens[2], free[1].tokens[5]
+        object.__setattr__(llm.engine.model, "eos_token_ids", ends)
         for before, completion in zip(free, llm.generate(prompts, 12)):
-            cut = before.tokens.index(end) + 1 if end in before.tokens else 12
+            cut = min([before.tokens.index(end) + 1 for end in ends if end in before.tokens], default=12)
             assert completion.tokens == before.tokens[:cut]
+        # One that is full ends, and the other one goes on.
+        loaded["runner"].calls.clear()
+        full, other = llm.generate([[8] * 45, [5, 9, 77]], 12, ignore_eos=True)
+        assert len(full.tokens) == 3 and full.finish_reason == "length" and other.tokens == free[0].tokens
+        assert loaded["runner"].calls == [(1, 3), (1, 12)]
     with pytest.raises(UserError, match="takes 47"):
         llm.generate([[5] * 48], 1)
 

@@ -254,13 +254,15 @@ class CudaSession(Session):
     def _launch(self, sampled: bool) -> None:
         """One step, from what `next` and `past` hold."""
         self._graph(sampled).launch(self._stream)
-        self._advanced()
+        self._advanced(sampled)
         self._rows = self._batch
 
     def _graph(self, sampled: bool) -> cuda.Graph:
         key = self._batch, sampled
         if key not in self._graphs:
             # What a shape needs is set up when it first runs, not while it is captured; the step writes the same again.
+            # It begins behind all that was enqueued, as a step reads positions early (cqil_attention).
+            self._finish()
             self._execute(Phase.DECODE, self._batch, 1, self._batch)
             self._finish()
 
@@ -282,12 +284,12 @@ class CudaSession(Session):
         state = memory["best"], memory["next"], memory["past"], self._batch, limits.max_seq_len - 1, memory["step"]
         self._call("advance", *state, self._history.ctypes.data, _SLOTS, limits.max_batch_size)
 
-    def _advanced(self) -> None:
+    def _advanced(self, sampled: bool) -> None:
         """Behind an `_advance` that was enqueued."""
         cuda.call("EventRecord", self._written[self._advances % _SLOTS], self._stream)
         self._advances += 1
         # What the device has chosen is known when it is read; anything but that is uploaded again.
-        self._chosen, self._on_device = True, np.full(self._batch, -1)
+        self._chosen, self._on_device = not sampled, np.full(self._batch, -1)
 
     def _read(self, number: int) -> np.ndarray:
         """The tokens of an advance, among the last _SLOTS, when it is done."""
@@ -317,9 +319,8 @@ class CudaSession(Session):
 
     def greedy(self) -> np.ndarray:
         if self._chosen:
-            tokens = self._read(self._advances - 1)
-            self._on_device = tokens
-            return tokens
+            self._on_device = self._read(self._advances - 1)
+            return self._on_device.copy()
         self._choose(sampled=False)
         cuda.download(self._best[: self._batch], self._memory["best"], self._stream)
         self._finish()
@@ -329,9 +330,11 @@ class CudaSession(Session):
         self, sampling: SamplingConfig, uniforms: np.ndarray, ends: tuple[int, ...] = ()
     ) -> Iterator[np.ndarray]:
         steps, sampled, memory = len(uniforms), sampling.temperature > 0, self._memory
+        if steps > self.limits.max_seq_len:
+            raise ValueError(f"{steps} steps, the engine holds {self.limits.max_seq_len} tokens")
         uploads = {"past": (self._past - 1).astype(np.int32)}  # the first advance makes it what it is
         if sampled:
-            settings = plugins.Sampling(sampling.temperature, sampling.top_p, sampling.top_k)
+            settings = plugins.Sampling(sampling.temperature, sampling.top_p, min(sampling.top_k, sum(self._widths)))
             uploads |= {"sampling": np.frombuffer(settings, np.uint8), "uniforms": uniforms}
         for name, array in uploads.items():
             cuda.upload(memory[name], array, self._stream)
@@ -339,7 +342,7 @@ class CudaSession(Session):
         self._advances = 0
         self._choose(sampled)
         self._advance()
-        self._advanced()
+        self._advanced(sampled)
         for step in range(steps):
             if step + 1 < steps:  # the GPU goes on while the host reads
                 self._launch(sampled)
@@ -354,6 +357,7 @@ class CudaSession(Session):
             self.decode(tokens)
             self._on_device = tokens  # the step's own choice: nothing comes from the host
             cuda.call("EventRecord", event, self._stream)
+        self._on_device = np.full(self._batch, -1)
         self._finish()
         times = [cuda.call("EventElapsedTime", a, b) for a, b in zip(events, events[1:])]
         for event in events:

@@ -29,6 +29,7 @@ from cqil_trt.shard import RankPlan
 TARGETS = {"7.5": "SM75", "8.0": "SM80", "8.6": "SM86", "8.9": "SM89", "12.0": "SM120", "12.1": "SM121"}
 _PORTABLE = "8.0,8.6,8.9,12.0"
 _PACKAGES = ("tensorrt", "tensorrt_rtx")
+_COLLECTIVES = ("plugin", "nccl")
 
 
 def open_session(engine: Engine, comm: Any, device: str, number: int) -> Session:
@@ -77,8 +78,8 @@ def describe(limits: EngineConfig, options: Mapping[str, Any], ranks: tuple[Rank
     if limits.dtype == "bfloat16" and not hasattr(trt, "bfloat16"):
         raise UserError(f"--dtype bfloat16: TensorRT {trt.__version__} does not have it: use float16 or float32")
     collective = options.get("collective") or ("plugin" if lowering.plugins else "nccl")
-    if collective not in ("plugin", "nccl"):
-        raise UserError(f"--collective must be plugin or nccl here, found {collective}")
+    if collective not in _COLLECTIVES:
+        raise UserError(f"--collective must be one of {', '.join(_COLLECTIVES)}, found {collective}")
     if collective == "plugin" and not lowering.plugins:
         raise UserError(f"--collective plugin: the Python interface of {version(trt)} takes no plugins: use nccl")
     if collective == "nccl" and not lowering.nccl:

@@ -1,13 +1,15 @@
 """Runs a TensorRT-LLM engine with TensorRT-LLM's own C++ runner, one process a rank.
 
 Rank 0 enqueues requests, the other ranks' executors take part, and rank 0 tells them what came out. Generation is one
-request for each sequence. What validation asks for (logits of every token, one decode step at a time) is answered by
-requests of one token, each with everything before it as its prompt.
+request for each sequence, whose tokens come all together: the runner cannot take back a request, and one that nobody
+waits for would spoil the next. What validation asks for (logits of every token, one decode step at a time) is answered
+by requests of one token, each with everything before it as its prompt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,8 @@ class TensorRtLlmSession(Session):
     def __init__(self, engine: Engine, comm: Any, device: int):
         rank = 0 if comm is None else comm.Get_rank()
         super().__init__(engine, rank)
+        # It generates a token at least: a prompt that fills the engine is one too long.
+        self.limits = replace(engine.limits, max_seq_len=engine.limits.max_seq_len - 1)
         self._comm, self._workspace = comm, None
         cuda.use_device(device)
         # Before the engine is read: it names plugins of ours, and they look for a workspace when they run.
@@ -37,27 +41,15 @@ class TensorRtLlmSession(Session):
             self._workspace.share()
         from tensorrt_llm.runtime import ModelRunnerCpp
 
-        limits = engine.limits
         try:
             self._runner = ModelRunnerCpp.from_dir(
-                str(engine.path / ENGINES),
-                rank=rank,
-                max_batch_size=limits.max_batch_size,
-                max_input_len=max(1, limits.max_seq_len - 1),
-                max_output_len=limits.max_seq_len,
-                enable_chunked_context=False,
+                str(engine.path / ENGINES), rank=rank, max_batch_size=engine.limits.max_batch_size
             )
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:
             raise UserError(f"{engine.path / ENGINES}: TensorRT-LLM cannot load it: {error}") from None
         self._history: list[list[int]] = []  # every token of each sequence
         self._found = np.zeros((0, 0, 0), np.float32)
         self._kept: np.ndarray | None = None  # the prediction, once somebody asked for it
-
-    def check(self, prompts: Sequence[Sequence[int]]) -> None:
-        super().check(prompts)
-        longest, limit = max(map(len, prompts)), self.limits.max_seq_len - 1
-        if longest > limit:
-            raise UserError(f"a prompt has {longest} tokens, TensorRT-LLM takes {limit}: it generates one at least")
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
         self.check(prompts)
@@ -76,15 +68,19 @@ class TensorRtLlmSession(Session):
 
     def _ask(self, prompts: list[list[int]]) -> np.ndarray:
         """The logits behind every token, float32 [B, longest, vocabulary], on every rank."""
-        found = self._generate(prompts, 1, return_dict=True)
-        logits = found["context_logits"].float().cpu().numpy() if self._plan.rank == 0 else None
+        logits = np.zeros((len(prompts), max(map(len, prompts)), self._plan.model.vocab_size), np.float32)
+        for row, prompt in zip(logits, prompts):
+            # One at a time: the runner mixes up the logits of prompts that are not equally long.
+            found = self._generate([prompt], 1)
+            if self._plan.rank == 0:
+                row[: len(prompt)] = found["context_logits"][0][: len(prompt)].float().cpu().numpy()
         return logits if self._comm is None else self._comm.bcast(logits)
 
     def _generate(self, prompts: list[list[int]], count: int, **options: Any) -> Any:
         """What the runner gives: on ranks other than 0 nothing."""
         import torch
 
-        options = {"end_id": -1, "pad_id": 0, **options}
+        options = {"end_id": -1, "pad_id": 0, "return_dict": True, "output_sequence_lengths": True, **options}
         ids = [torch.tensor(prompt, dtype=torch.int32) for prompt in prompts]
         return self._runner.generate(ids, max_new_tokens=count, **options)
 
@@ -109,7 +105,7 @@ class TensorRtLlmSession(Session):
 
     def _step(self, tokens: np.ndarray, past: np.ndarray) -> None:
         for history, token in zip(self._history, tokens):
-            history[self.limits.max_seq_len - 2 :] = []  # one that is full stays at its last position
+            history[self.limits.max_seq_len - 1 :] = []  # one that is full stays at its last position
             history.append(int(token))
         self._kept = None
 
@@ -126,35 +122,32 @@ class TensorRtLlmSession(Session):
         self, sampling: SamplingConfig, uniforms: np.ndarray, ends: tuple[int, ...] = ()
     ) -> Iterator[np.ndarray]:
         """As `Session.tokens`, but TensorRT-LLM draws for itself: a seed gives other tokens than other backends do."""
-        options: dict[str, Any] = {"streaming": True, "return_dict": True, "output_sequence_lengths": True}
+        options: dict[str, Any] = {"top_k": 1}
+        if sampling.temperature:
+            seed = int(uniforms[0, 0] * 2**31)
+            options = {"temperature": sampling.temperature, "top_p": sampling.top_p, "random_seed": seed}
+            options["top_k"] = sampling.top_k
         if ends:
             options["end_id"] = ends[0]
-        if sampling.temperature:
-            options |= {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
-            options["random_seed"] = int(uniforms[0, 0] * 2**31) if len(uniforms) else 0
-        else:
-            options["top_k"] = 1
-        prompts = self._history
-        stream = self._generate(prompts, len(uniforms), **options)
-        steps = self._steps(iter(stream), [len(prompt) for prompt in prompts], len(uniforms), ends)
-        for _ in range(len(uniforms)):
-            chosen = next(steps) if self._plan.rank == 0 else None
-            yield chosen if self._comm is None else self._comm.bcast(chosen)
+        found = self._continue(len(uniforms), ends, options)
+        found = found if self._comm is None else self._comm.bcast(found)
+        for step in range(len(uniforms)):
+            # Behind its end a sequence repeats it.
+            yield np.array([tokens[min(step, len(tokens) - 1)] for tokens in found], np.int64)
 
-    def _steps(
-        self, stream: Iterator[Any], lengths: list[int], count: int, ends: tuple[int, ...]
-    ) -> Iterator[np.ndarray]:
-        """Tokens of all sequences step by step; one that has ended repeats its end."""
-        last = ends[0] if ends else -1
-        found: list[list[int]] = [[] for _ in lengths]
-        for step in range(count):
-            while any(len(tokens) <= step and tokens[-1:] != [last] for tokens in found):
-                answer = next(stream, None)
-                if answer is None:
-                    break
-                ids, sizes = answer["output_ids"][:, 0].tolist(), answer["sequence_lengths"][:, 0].tolist()
-                found = [row[start:end] for row, start, end in zip(ids, lengths, sizes)]
-            yield np.array([tokens[step] if step < len(tokens) else last for tokens in found], np.int64)
+    def _continue(self, steps: int, ends: tuple[int, ...], options: dict[str, Any]) -> list[list[int]]:
+        """Up to `steps` tokens of every sequence, at least one; on rank 0."""
+        found: list[list[int]] = [[] for _ in self._history]
+        room = [min(steps, self.limits.max_seq_len + 1 - len(history)) for history in self._history]
+        # The runner gives all prompts of a call the same number of tokens, for which each must have room.
+        for count in sorted(set(room)):
+            rows = [row for row, size in enumerate(room) if size == count]
+            words = {"stop_words_list": [[[end] for end in ends[1:]]] * len(rows)} if len(ends) > 1 else {}
+            answer = self._generate([self._history[row] for row in rows], count, **options, **words)
+            for i, row in enumerate(rows if self._plan.rank == 0 else ()):
+                end = int(answer["sequence_lengths"][i][0])
+                found[row] = answer["output_ids"][i][0][len(self._history[row]) : end].tolist()
+        return found
 
     def close(self) -> None:
         super().close()
