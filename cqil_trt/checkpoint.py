@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -14,14 +13,13 @@ import torch
 
 from cqil_trt import probes
 from cqil_trt.config import CqilConfig, EngineConfig
-from cqil_trt.engine import Source
+from cqil_trt.engine import Source, tensor_header
 from cqil_trt.lora import LoraReader
 from cqil_trt.network.rotary import inverse_frequencies
 from cqil_trt.shard import Piece, RankPlan, checkpoint_shapes
 from cqil_trt.tokenizer import save_tokenizer
 from cqil_trt.weights import WeightReader, check_shapes, open_checkpoint
 
-_SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 # Elements handled at a time: small enough that a block and its float32 copy stay in the caches while the adapter is
 # merged, large enough that a block's matrix product is efficient.
 _BLOCK_ELEMENTS = 1 << 20
@@ -91,21 +89,7 @@ def write_rank(
     The layout is known before the first weight is read, so blocks go straight to disk and memory stays bounded.
     A second thread hashes and writes while this one reads and merges.
     """
-    header: dict[str, Any] = {}
-    offset = 0
-    itemsize = getattr(torch, dtype).itemsize
-    for tensor in rank.tensors:
-        size = tensor.elements * itemsize
-        header[tensor.name] = {
-            "dtype": _SAFETENSORS_NAMES[dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-
-    digest = hashlib.sha256()
+    header, digest = tensor_header(rank.tensors, dtype), hashlib.sha256()
     blocks: queue.Queue[memoryview | bytes | None] = queue.Queue(maxsize=8)
     failure: list[BaseException] = []
 
@@ -126,7 +110,7 @@ def write_rank(
     writer = threading.Thread(target=drain, name="engine-writer")
     writer.start()
     try:
-        blocks.put(len(text).to_bytes(8, "little") + text)
+        blocks.put(header)
         for block in rank_tensors(rank, reader, dtype):
             if failure:
                 break
@@ -138,4 +122,4 @@ def write_rank(
         file.close()
     if failure:
         raise failure[0]
-    return {"size": 8 + len(text) + offset, "sha256": digest.hexdigest()}
+    return {"size": len(header) + rank.stored_bytes(dtype), "sha256": digest.hexdigest()}

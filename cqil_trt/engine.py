@@ -20,19 +20,20 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cqil_trt.config import CqilConfig, EngineConfig, ModelConfig, read_json
+from cqil_trt.config import DTYPE_BYTES, CqilConfig, EngineConfig, ModelConfig, read_json
 from cqil_trt.errors import UserError
 from cqil_trt.shard import RankPlan, plan
 
 FORMAT_VERSION = 2
 _TEMPORARY = ".building-"
 _LOCK = ".lock"
+_SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 # The files every rank has, by backend.
 _RANK_FILES = {
     "torch": ("rank{}.safetensors",),
@@ -148,6 +149,21 @@ class Engine:
 
 def rank_file(rank: int, suffix: str = "safetensors") -> str:
     return f"rank{rank}.{suffix}"
+
+
+def tensor_header(tensors: Iterable[Any], dtype: str) -> bytes:
+    """How a safetensors file begins that holds tensors (with `name`, `shape`, `elements`) one behind the other."""
+    header, end = {}, 0
+    for tensor in tensors:
+        begin, end = end, end + tensor.elements * DTYPE_BYTES[dtype]
+        header[tensor.name] = {
+            "dtype": _SAFETENSORS_NAMES[dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def tensor_spans(path: Path) -> dict[str, tuple[int, int]]:

@@ -186,7 +186,6 @@ int cqil_workspace_create(int rank, int world_size, size_t one_shot_bytes, size_
         int device = 0;
         CQIL_CUDA(cudaGetDevice(&device));
         CQIL_CUDA(cudaDeviceGetAttribute(&w->multiprocessors, cudaDevAttrMultiProcessorCount, device));
-        auto align = [](size_t bytes) { return (bytes + 255) / 256 * 256; };
         w->one_shot_capacity = align(one_shot_bytes ? one_shot_bytes : default_one_shot_bytes(world_size));
         w->one_shot_bytes = w->one_shot_capacity;
         w->max_bytes = std::max(align(max_bytes ? max_bytes : kDefaultMaxBytes), w->one_shot_capacity);

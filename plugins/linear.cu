@@ -542,8 +542,8 @@ int linear(const cqil_linear_shape& s, Operands o, char* scratch, cudaStream_t s
     if constexpr (!std::is_same_v<T, float>) {
         const bool fits = stream_bytes(s.inputs, o.norm != nullptr, s.gated) + 1024 <= size_t(device.shared_bytes);
         bool modern = false;
-        if (is_modern(stream_kernel<T, false>, &modern)) return -1;
-        if (s.rows == 1 && aligned && modern && fits)
+        if (s.rows == 1 && aligned && fits && is_modern(stream_kernel<T, false>, &modern)) return -1;
+        if (modern)
             return s.gated ? stream<T, true>(o, device, st) : stream<T, false>(o, device, st);
     }
     if (o.norm != nullptr) {

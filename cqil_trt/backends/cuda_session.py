@@ -84,8 +84,7 @@ class CudaSession(Session):
             graph.destroy()
         for event in self._written:
             cuda.call("EventDestroy", event)
-        for array in (self._best, self._history):
-            cuda.free_pinned(array)
+        cuda.free_pinned(self._history)
         if self._workspace is not None:
             self._workspace.close()
         for arena in self._arenas:
@@ -143,7 +142,6 @@ class CudaSession(Session):
         sizes |= self._caches
         arena = self._arena(sum(map(cuda.aligned, sizes.values())), "the KV cache and buffers")
         self._memory |= {name: arena.take(size) for name, size in sizes.items()}
-        self._best = cuda.pinned((batch,), np.int32)
         self._history = cuda.pinned((_SLOTS, batch), np.int32)
         self._written = [cuda.call("EventCreate") for _ in range(_SLOTS)]
 
@@ -322,9 +320,7 @@ class CudaSession(Session):
             self._on_device = self._read(self._advances - 1)
             return self._on_device.copy()
         self._choose(sampled=False)
-        cuda.download(self._best[: self._batch], self._memory["best"], self._stream)
-        self._finish()
-        return self._best[: self._batch].astype(np.int64)
+        return self._fetch("best", (self._batch,), np.int32).astype(np.int64)
 
     def tokens(
         self, sampling: SamplingConfig, uniforms: np.ndarray, ends: tuple[int, ...] = ()

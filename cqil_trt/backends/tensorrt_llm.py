@@ -18,7 +18,7 @@ from typing import Any
 
 from cqil_trt.backends import Compilation, Description, tensorrt_llm_versions
 from cqil_trt.config import DTYPE_BYTES, EngineConfig, ModelConfig
-from cqil_trt.engine import Engine, tensor_spans
+from cqil_trt.engine import Engine, tensor_header, tensor_spans
 from cqil_trt.errors import UserError
 from cqil_trt.network import tensorrt_llm_names
 from cqil_trt.schedule import Group
@@ -28,7 +28,6 @@ from cqil_trt.shard import RankPlan
 CHECKPOINT, ENGINES = "checkpoint", "trtllm"
 COLLECTIVES = ("plugin", "trtllm")
 MODEL_FILE = Path(__file__).parent.parent / "network" / "tensorrt_llm_model.py"
-_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # as safetensors names them
 _COPY_BYTES = 16 << 20
 
 
@@ -126,18 +125,11 @@ def compile_rank(job: Compilation) -> None:
 def _write(plan: RankPlan, dtype: str, source: Path, target: Path) -> None:
     """Copies tensors from one safetensors file to another under their names there, or parts of them."""
     parts = list(tensorrt_llm_names.parts(plan))
-    size, header, end = DTYPE_BYTES[dtype], {}, 0
-    for part in parts:
-        length = part.elements * size
-        header[part.name] = {"dtype": _DTYPES[dtype], "shape": part.shape, "data_offsets": [end, end + length]}
-        end += length
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
     spans = tensor_spans(source)
     with open(source, "rb") as read, open(target, "wb") as write:
-        write.write(len(text).to_bytes(8, "little") + text)
+        write.write(tensor_header(parts, dtype))
         for part in parts:
-            for block in _blocks(read, part, spans, size):
+            for block in _blocks(read, part, spans, DTYPE_BYTES[dtype]):
                 write.write(block)
 
 
