@@ -28,6 +28,15 @@ def call(name: str, *arguments: Any) -> Any:
     return values[0] if values else None
 
 
+def is_done(stream: Any) -> bool:
+    """Whether all that was enqueued on a stream has been executed. Raises CudaError when some of it failed."""
+    error = runtime.cudaStreamQuery(stream)[0]
+    if error == runtime.cudaError_t.cudaErrorNotReady:
+        return False
+    call("StreamQuery", stream)
+    return True
+
+
 def device_count() -> int:
     """How many GPUs this process sees; 0 without a driver."""
     error, count = runtime.cudaGetDeviceCount()

@@ -76,7 +76,7 @@ class Session(ABC):
         """Decodes: the next token of every sequence, int64 [B], again and again, at most len(uniforms) times.
 
         `uniforms`, float64 [steps, B], are drawn from [0, 1); sampling uses them up. What a sequence has behind one of
-        the tokens `ends` means nothing. A caller may stop early; the session may have gone on by a step then.
+        the tokens `ends` means nothing. A caller may stop early; the session may have gone on by some steps then.
         """
         for step, draws in enumerate(uniforms, 1):
             if sampling.temperature == 0:

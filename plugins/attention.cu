@@ -235,7 +235,8 @@ __global__ void __launch_bounds__(kAttendThreads) attend_kernel(cqil_attention_s
     const Lane<kElements> lane(threadIdx.x % kLanes, dim);
     const int token = kDecode ? 0 : blockIdx.y, row = sequence * s.length + token;
     const int kv = (head + s.first) / s.group, heads = s.heads + 2 * s.kv_heads;
-    const int position = in.past[sequence] + token, count = min(position + 1, s.capacity);
+    // Past the L1 cache: a decode step reads this before it has waited for anything.
+    const int position = __ldcg(in.past + sequence) + token, count = min(position + 1, s.capacity);
     const int share = (count + int(gridDim.y) - 1) / int(gridDim.y), span = kDecode ? max(share, kMinSpan) : count;
     const int spans = kDecode ? (count + span - 1) / span : 1;
     const int first = kDecode ? blockIdx.y * span : 0, last = kDecode ? min(first + span, count) : count;
@@ -516,9 +517,8 @@ template <typename T, int kElements, bool kPacked>
 int attend(const cqil_attention_shape& s, const Inputs& in, void* out, void* scratch, cudaStream_t stream) {
     T* result = static_cast<T*>(out);
     if (s.length == 1) {
-        int device = 0, processors = 0;
-        CQIL_CUDA(cudaGetDevice(&device));
-        CQIL_CUDA(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+        int processors = 0;
+        if (device_attribute(cudaDevAttrMultiProcessorCount, &processors)) return -1;
         const dim3 grid(s.heads, span_count(s, processors), s.batch);
         return launch(attend_kernel<T, kElements, kPacked, true>, {grid, kAttendThreads, stream}, s, in, nullptr,
                       static_cast<float*>(scratch), result);

@@ -183,9 +183,7 @@ int cqil_workspace_create(int rank, int world_size, size_t one_shot_bytes, size_
     auto* w = new (std::nothrow) cqil_workspace();
     if (w == nullptr) return fail("out of host memory");
     auto create = [&]() -> int {
-        int device = 0;
-        CQIL_CUDA(cudaGetDevice(&device));
-        CQIL_CUDA(cudaDeviceGetAttribute(&w->multiprocessors, cudaDevAttrMultiProcessorCount, device));
+        if (device_attribute(cudaDevAttrMultiProcessorCount, &w->multiprocessors)) return -1;
         w->one_shot_capacity = align(one_shot_bytes ? one_shot_bytes : default_one_shot_bytes(world_size));
         w->one_shot_bytes = w->one_shot_capacity;
         w->max_bytes = std::max(align(max_bytes ? max_bytes : kDefaultMaxBytes), w->one_shot_capacity);

@@ -130,9 +130,10 @@ int cqil_sample(const void* logits, int rows, int width, cqil_dtype dtype, const
 // has side by side.
 int cqil_spread(const void* part, void* out, int rows, int width, int first, int all, cqil_dtype dtype, void* stream);
 
-// Makes the chosen tokens the input of the next step: tokens[row] = next[row], past[row] = min(past[row] + 1, last), and
-// history[*step % slots * stride + row] = next[row], where history may be page-locked host memory; *step += 1.
-int cqil_advance(const int32_t* next, int32_t* tokens, int32_t* past, int rows, int last, int32_t* step, int32_t* history,
+// Makes the chosen tokens the input of the next step: tokens[row] = next[row], past[row] = min(past[row] + 1, last); then
+// *step += 1. history[*step % slots * stride + row] gets, in one write, next[row] in its lower half and *step + 1 in its
+// upper one: in page-locked host memory it tells the host that the token is there, before the stream's work is done.
+int cqil_advance(const int32_t* next, int32_t* tokens, int32_t* past, int rows, int last, int32_t* step, uint64_t* history,
                  int slots, int stride, void* stream);
 
 // sum = residual + delta, normed = RMSNorm(sum) * weight, for `rows` rows of `hidden` elements; without delta (NULL) the

@@ -67,14 +67,20 @@ __global__ void swiglu_kernel(const T* gate_up, T* out, int inner) {
     out[row * inner + i] = T(gate / (1 + expf(-gate)) * up);
 }
 
-// One block a row.
+// One block a row of `width` elements, or packets of them.
 template <typename T>
-__global__ void gather_rows_kernel(const T* table, const int32_t* indices, T* out, int hidden) {
+__global__ void gather_rows_kernel(const T* __restrict__ table, const int32_t* indices, T* __restrict__ out, int width) {
     release_successor();
     wait_for_predecessor();
-    const T* from = table + size_t(indices[blockIdx.x]) * hidden;
-    T* to = out + size_t(blockIdx.x) * hidden;
-    for (int i = threadIdx.x; i < hidden; i += blockDim.x) to[i] = from[i];
+    const T* from = table + size_t(indices[blockIdx.x]) * width;
+    T* to = out + size_t(blockIdx.x) * width;
+    for (int i = threadIdx.x; i < width; i += blockDim.x) to[i] = from[i];
+}
+
+template <typename T>
+int gather_rows(const void* table, const int32_t* indices, void* out, int rows, int width, void* stream) {
+    return launch(gather_rows_kernel<T>, {dim3(rows), 512, static_cast<cudaStream_t>(stream)}, static_cast<const T*>(table),
+                  indices, static_cast<T*>(out), width);
 }
 
 // One block a row.
@@ -133,14 +139,16 @@ __global__ void __launch_bounds__(kThreads) row_argmax_kernel(const T* logits, i
 
 // Ends a decode step; one block. It lets no kernel start early, so that the next step's may read positions and caches at once.
 __global__ void __launch_bounds__(kThreads) advance_kernel(const int32_t* next, int32_t* tokens, int32_t* past, int rows,
-                                                           int last, int32_t* step, int32_t* history, int slots, int stride) {
+                                                           int last, int32_t* step, volatile uint64_t* history, int slots,
+                                                           int stride) {
     wait_for_predecessor();
     const int now = *step;
     for (int row = threadIdx.x; row < rows; row += blockDim.x) {
         tokens[row] = next[row];
         past[row] = min(past[row] + 1, last);
-        history[size_t(now % slots) * stride + row] = next[row];
+        history[size_t(now % slots) * stride + row] = uint64_t(now + 1) << 32 | uint32_t(next[row]);
     }
+    __threadfence();  // the next step's attention does not wait for this kernel before it reads `past`
     __syncthreads();
     if (threadIdx.x == 0) *step = now + 1;
 }
@@ -188,8 +196,10 @@ int cqil_gather_rows(const void* table, const int32_t* indices, void* out, int r
     if (rows == 0) return 0;
     return by_type(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        return launch(gather_rows_kernel<T>, {dim3(rows), 256, static_cast<cudaStream_t>(stream)},
-                      static_cast<const T*>(table), indices, static_cast<T*>(out), hidden);
+        const size_t bytes = hidden * sizeof(T);
+        const bool aligned = (reinterpret_cast<uintptr_t>(table) | reinterpret_cast<uintptr_t>(out) | bytes) % 16 == 0;
+        return aligned ? gather_rows<uint4>(table, indices, out, rows, int(bytes / 16), stream)
+                       : gather_rows<T>(table, indices, out, rows, hidden, stream);
     });
 }
 
@@ -204,7 +214,7 @@ int cqil_row_argmax(const void* logits, int rows, int width, int offset, cqil_dt
     });
 }
 
-int cqil_advance(const int32_t* next, int32_t* tokens, int32_t* past, int rows, int last, int32_t* step, int32_t* history,
+int cqil_advance(const int32_t* next, int32_t* tokens, int32_t* past, int rows, int last, int32_t* step, uint64_t* history,
                  int slots, int stride, void* stream) {
     if (rows < 0 || slots < 1 || stride < rows) return fail("%d rows, %d slots of %d", rows, slots, stride);
     if (rows == 0) return 0;

@@ -30,6 +30,14 @@ struct Launch {
     size_t shared_bytes = 0;
 };
 
+// Of the current device.
+inline int device_attribute(cudaDeviceAttr attribute, int* value) {
+    int device = 0;
+    CQIL_CUDA(cudaGetDevice(&device));
+    CQIL_CUDA(cudaDeviceGetAttribute(value, attribute, device));
+    return 0;
+}
+
 // Whether the code that runs of a kernel is that for compute capability 9.0 on: a library may lack it for the GPU at hand.
 template <typename Kernel>
 int is_modern(Kernel* kernel, bool* modern) {

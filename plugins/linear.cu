@@ -495,11 +495,8 @@ struct Device {
 };
 
 int describe(Device* device) {
-    int id = 0;
-    CQIL_CUDA(cudaGetDevice(&id));
-    CQIL_CUDA(cudaDeviceGetAttribute(&device->processors, cudaDevAttrMultiProcessorCount, id));
-    CQIL_CUDA(cudaDeviceGetAttribute(&device->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id));
-    return 0;
+    if (device_attribute(cudaDevAttrMultiProcessorCount, &device->processors)) return -1;
+    return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &device->shared_bytes);
 }
 
 template <typename T, bool kGated>

@@ -86,11 +86,11 @@ def check_choice(pick, dtype):
     past[0] = 7
     step, history = (
         torch.full((1,), 6, dtype=torch.int32, device="cuda"),
-        torch.zeros(4, 12, dtype=torch.int32).pin_memory(),
+        torch.zeros(4, 12, dtype=torch.int64).pin_memory(),
     )
     call("advance", index, tokens, past, rows, 7, step, history, 4, 12)
     assert torch.equal(tokens, index) and past[0] == 7 and (past[1:] == 6).all() and step.item() == 7
-    assert torch.equal(history[2, :rows], index.cpu()) and history.count_nonzero() == index.count_nonzero()
+    assert torch.equal(history[2, :rows], (7 << 32) + index.cpu().long()) and history.count_nonzero() == rows
     return 0.0
 
 

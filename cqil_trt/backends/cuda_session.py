@@ -1,7 +1,7 @@
 """Executes a rank's network on a GPU, whatever launches its kernels: numpy, mpi4py, cuda-bindings, our plugin library.
 
-Weights, caches and buffers are allocated when the session begins. A decode step is one CUDA graph for each batch size:
-the network, the choice of a token over all ranks, and the input of the next step. The host reads tokens a step behind.
+Weights, caches and buffers are allocated when the session begins. Decode steps are CUDA graphs for each batch size: the
+network, the choice of a token over all ranks, and the input of the next step. The host reads tokens a step behind.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ from cqil_trt.sampling import SamplingConfig
 from cqil_trt.session import Session
 
 _STAGING_BYTES = 64 << 20
+# Steps in one graph, where so many are wanted: the GPU pauses between two graphs. Behind the last token that somebody
+# wants so many more may be computed for nothing.
+_STEPS = 4
 # Tokens that the host has not read yet lie in so many rows of page-locked memory.
-_SLOTS = 4
+_SLOTS = 2 * _STEPS
 
 
 class Phase(IntEnum):
@@ -64,7 +67,8 @@ class CudaSession(Session):
         self._on_device: np.ndarray | None = None  # what the decode step's token input holds
         self._chosen = False  # whether `best` belongs to the current prediction
         self._advances = 0  # how often `next` was filled by a choice, as the counter `step` on the GPU
-        self._graphs: dict[tuple[int, bool], cuda.Graph] = {}  # by batch size, and whether tokens are sampled
+        # By batch size, steps, and whether tokens are sampled.
+        self._graphs: dict[tuple[int, int, bool], cuda.Graph] = {}
         self._arenas: list[cuda.Arena] = []
 
     @abstractmethod
@@ -82,8 +86,6 @@ class CudaSession(Session):
         self._finish()
         for graph in self._graphs.values():
             graph.destroy()
-        for event in self._written:
-            cuda.call("EventDestroy", event)
         cuda.free_pinned(self._history)
         if self._workspace is not None:
             self._workspace.close()
@@ -142,8 +144,7 @@ class CudaSession(Session):
         sizes |= self._caches
         arena = self._arena(sum(map(cuda.aligned, sizes.values())), "the KV cache and buffers")
         self._memory |= {name: arena.take(size) for name, size in sizes.items()}
-        self._history = cuda.pinned((_SLOTS, batch), np.int32)
-        self._written = [cuda.call("EventCreate") for _ in range(_SLOTS)]
+        self._history = cuda.pinned((_SLOTS, batch), np.int64)
 
     def _load_constants(self, engine: Engine) -> None:
         cuda.upload(self._memory["each"], np.arange(self.limits.max_batch_size, dtype=np.int32), self._stream)
@@ -240,7 +241,7 @@ class CudaSession(Session):
 
     def _step(self, tokens: np.ndarray, past: np.ndarray) -> None:
         self._prepare(tokens, past)
-        self._launch(sampled=False)
+        self._launch(1, sampled=False)
 
     def _prepare(self, tokens: np.ndarray, past: np.ndarray) -> None:
         """Makes the step's inputs what the caller says, where the step before has not left them so."""
@@ -249,14 +250,14 @@ class CudaSession(Session):
         if self._on_device is None or not np.array_equal(tokens, self._on_device):
             cuda.upload(self._memory["next"], tokens.astype(np.int32), self._stream)
 
-    def _launch(self, sampled: bool) -> None:
-        """One step, from what `next` and `past` hold."""
-        self._graph(sampled).launch(self._stream)
-        self._advanced(sampled)
+    def _launch(self, steps: int, sampled: bool) -> None:
+        """Steps from what `next` and `past` hold."""
+        self._graph(steps, sampled).launch(self._stream)
+        self._advanced(steps, sampled)
         self._rows = self._batch
 
-    def _graph(self, sampled: bool) -> cuda.Graph:
-        key = self._batch, sampled
+    def _graph(self, steps: int, sampled: bool) -> cuda.Graph:
+        key = self._batch, steps, sampled
         if key not in self._graphs:
             # What a shape needs is set up when it first runs, not while it is captured; the step writes the same again.
             # It begins behind all that was enqueued, as a step reads positions early (cqil_attention).
@@ -265,9 +266,10 @@ class CudaSession(Session):
             self._finish()
 
             def record() -> None:
-                self._execute(Phase.DECODE, self._batch, 1, self._batch)
-                self._choose(sampled)
-                self._advance()
+                for _ in range(steps):
+                    self._execute(Phase.DECODE, self._batch, 1, self._batch)
+                    self._choose(sampled)
+                    self._advance()
 
             self._graphs[key] = cuda.Graph(self._stream, record)
         return self._graphs[key]
@@ -282,18 +284,21 @@ class CudaSession(Session):
         state = memory["best"], memory["next"], memory["past"], self._batch, limits.max_seq_len - 1, memory["step"]
         self._call("advance", *state, self._history.ctypes.data, _SLOTS, limits.max_batch_size)
 
-    def _advanced(self, sampled: bool) -> None:
-        """Behind an `_advance` that was enqueued."""
-        cuda.call("EventRecord", self._written[self._advances % _SLOTS], self._stream)
-        self._advances += 1
+    def _advanced(self, steps: int, sampled: bool) -> None:
+        """Behind `steps` of `_advance` that were enqueued."""
+        self._advances += steps
         # What the device has chosen is known when it is read; anything but that is uploaded again.
         self._chosen, self._on_device = not sampled, np.full(self._batch, -1)
 
     def _read(self, number: int) -> np.ndarray:
-        """The tokens of an advance, among the last _SLOTS, when it is done."""
+        """The tokens of an advance, among the last _SLOTS, when they are there."""
         with nullcontext() if self._workspace is None else self._workspace.guard():
-            cuda.call("EventSynchronize", self._written[number % _SLOTS])
-        return self._history[number % _SLOTS, : self._batch].astype(np.int64)
+            while True:
+                done = cuda.is_done(self._stream)
+                words = self._history[number % _SLOTS, : self._batch].copy()
+                if (words >> 32 == number + 1).all():
+                    return words & 0xFFFFFFFF
+                assert not done, f"no tokens of advance {number}"
 
     def _choose(self, sampled: bool) -> None:
         """A token for every sequence, over the vocabulary of all ranks, into `best`."""
@@ -325,40 +330,55 @@ class CudaSession(Session):
     def tokens(
         self, sampling: SamplingConfig, uniforms: np.ndarray, ends: tuple[int, ...] = ()
     ) -> Iterator[np.ndarray]:
-        steps, sampled, memory = len(uniforms), sampling.temperature > 0, self._memory
+        steps, launched = len(uniforms), 1
         if steps > self.limits.max_seq_len:
             raise ValueError(f"{steps} steps, the engine holds {self.limits.max_seq_len} tokens")
-        uploads = {"past": (self._past - 1).astype(np.int32)}  # the first advance makes it what it is
+        sampled = sampling.temperature > 0
+        self._begin(sampling, uniforms)
+        for step in range(steps):
+            if launched == step + 1 < steps:  # the GPU goes on while the host reads the last that was launched
+                launched += self._go_on(steps - launched, sampled)
+            yield self._read(step)
+
+    def _begin(self, sampling: SamplingConfig, uniforms: np.ndarray) -> None:
+        """Chooses the first token from the prediction, and makes it the input of the next step."""
+        uploads, sampled = {"past": (self._past - 1).astype(np.int32)}, sampling.temperature > 0
         if sampled:
             settings = plugins.Sampling(sampling.temperature, sampling.top_p, min(sampling.top_k, sum(self._widths)))
             uploads |= {"sampling": np.frombuffer(settings, np.uint8), "uniforms": uniforms}
-        for name, array in uploads.items():
-            cuda.upload(memory[name], array, self._stream)
-        cuda.call("MemsetAsync", memory["step"], 0, 4, self._stream)
+        self._finish()
+        self._history[:] = 0  # steps are counted anew
         self._advances = 0
+        for name, array in uploads.items():
+            cuda.upload(self._memory[name], array, self._stream)
+        cuda.call("MemsetAsync", self._memory["step"], 0, 4, self._stream)
         self._choose(sampled)
-        self._advance()
-        self._advanced(sampled)
-        for step in range(steps):
-            if step + 1 < steps:  # the GPU goes on while the host reads
-                self._launch(sampled)
-                self._past = np.minimum(self._past + 1, self.limits.max_seq_len - 1)
-            yield self._read(step)
+        self._advance()  # which makes `past` what it is
+        self._advanced(1, sampled)
+
+    def _go_on(self, wanted: int, sampled: bool) -> int:
+        """Launches steps behind the last, up to `wanted`; how many."""
+        steps = _STEPS if wanted >= _STEPS else 1
+        self._launch(steps, sampled)
+        self._past = np.minimum(self._past + steps, self.limits.max_seq_len - 1)
+        return steps
 
     def time_decode(self, steps: int) -> list[float]:
-        tokens = self.greedy()
-        events = [cuda.call("EventCreate") for _ in range(steps + 1)]
+        """As in Session, by CUDA events; steps of one graph share its time."""
+        self._begin(SamplingConfig(), np.zeros(0))
+        counts = [_STEPS] * (steps // _STEPS) + [1] * (steps % _STEPS)
+        for count in sorted(set(counts)):
+            self._graph(count, sampled=False)
+        events = [cuda.call("EventCreate") for _ in range(len(counts) + 1)]
         cuda.call("EventRecord", events[0], self._stream)
-        for event in events[1:]:
-            self.decode(tokens)
-            self._on_device = tokens  # the step's own choice: nothing comes from the host
+        for count, event in zip(counts, events[1:]):
+            self._go_on(count, sampled=False)
             cuda.call("EventRecord", event, self._stream)
-        self._on_device = np.full(self._batch, -1)
         self._finish()
         times = [cuda.call("EventElapsedTime", a, b) for a, b in zip(events, events[1:])]
         for event in events:
             cuda.call("EventDestroy", event)
-        return times
+        return [time / count for time, count in zip(times, counts) for _ in range(count)]
 
     # What the ranks say together
 
