@@ -217,12 +217,74 @@ struct Ring {
     }
 };
 
+// Behind a layer's cache: how blocks of one head send their spans' results to the block of its last span. Each number is
+// written together with the count of the head's joins, which says that it is this step's. That block was the last of them to
+// start, so it waits for none that waits for room.
+struct Joint {
+    static constexpr int kAhead = 2;
+    unsigned* counter;
+    uint64_t* words;  // [kMaxSpans, dim + 2]
+    int width;
+    unsigned number;
+
+    static __host__ __device__ size_t counter_bytes(const cqil_attention_shape& s) {
+        return align(sizeof(unsigned) * s.max_batch * s.heads);
+    }
+    static __host__ __device__ size_t bytes(const cqil_attention_shape& s) {
+        return counter_bytes(s) + sizeof(uint64_t) * s.max_batch * s.heads * kMaxSpans * (s.head_dim + 2);
+    }
+
+    __device__ Joint(char* memory, const cqil_attention_shape& s, int sequence, int head) : width(s.head_dim + 2) {
+        const size_t index = size_t(sequence) * s.heads + head;
+        counter = reinterpret_cast<unsigned*>(memory) + index;
+        words = reinterpret_cast<uint64_t*>(memory + counter_bytes(s)) + index * kMaxSpans * width;
+        number = __ldcg(counter) + 1;
+    }
+
+    __device__ void send(int span, int i, float value) const {
+        asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(words + span * width + i),
+                     "l"(uint64_t(number) << 32 | __float_as_uint(value))
+                     : "memory");
+    }
+
+    // put(span, i, numbers i and i + 1) for what spans before `own` send; the threads of a block share this.
+    template <typename Put>
+    __device__ void receive(int own, Put&& put) const {
+        const int pairs = own * width / 2;
+#pragma unroll 1
+        for (int begin = threadIdx.x; begin < pairs; begin += kAhead * kAttendThreads) {
+            uint64_t word[kAhead][2];
+            bool here;
+            do {
+                here = true;
+#pragma unroll
+                for (int i = 0; i < kAhead; ++i)
+                    asm volatile("ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];"
+                                 : "=l"(word[i][0]), "=l"(word[i][1])
+                                 : "l"(words + 2 * min(begin + i * kAttendThreads, pairs - 1))
+                                 : "memory");
+#pragma unroll
+                for (int i = 0; i < kAhead; ++i)
+                    here &= unsigned(word[i][0] >> 32) == number && unsigned(word[i][1] >> 32) == number;
+            } while (!here);
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i) {
+                const int at = 2 * (begin + i * kAttendThreads);
+                if (at < 2 * pairs)
+                    put(at / width, at % width, __uint_as_float(unsigned(word[i][0])), __uint_as_float(unsigned(word[i][1])));
+            }
+        }
+    }
+
+    __device__ void end() const { *counter = number; }
+};
+
 // One query against a span of the keys. Decode: rotates query and new key itself, and reads what was in the cache before
 // this step while the kernel ahead still computes them; grid: heads, spans, sequences. Prefill (kDecode false): `queries`
 // are rotated and keys appended; grid: heads, tokens, sequences, and a span is everything. Small code, as in linear.cu.
 template <typename T, int kElements, bool kPacked, bool kDecode>
 __global__ void __launch_bounds__(kAttendThreads) attend_kernel(cqil_attention_shape s, Inputs in, const T* queries,
-                                                                float* partial, T* out) {
+                                                                T* out) {
     using R = Ring<T, kElements, kPacked>;
     using H = Head<T, kElements, kPacked>;
     __shared__ union {
@@ -245,6 +307,7 @@ __global__ void __launch_bounds__(kAttendThreads) attend_kernel(cqil_attention_s
     const size_t line = (size_t(sequence) * s.kv_heads + kv) * s.capacity;
     T* keys = static_cast<T*>(in.cache) + line * dim;
     const size_t to_values = cache_elements(s);
+    const Joint joint(static_cast<char*>(in.cache) + align(2 * to_values * sizeof(T)), s, sequence, head);
     const int fresh = kDecode ? position : INT32_MAX;  // the one key that is not in the cache yet
     int asked = first + group;
     auto ask = [&](int slot) {  // for this group's next key; a group of copies, though there be none, for each slot
@@ -312,8 +375,7 @@ __global__ void __launch_bounds__(kAttendThreads) attend_kernel(cqil_attention_s
         for (int i = 0; i < kElements; ++i) value[i] = value[i] * before + weight * wide(v.value[i]);
     }
 
-    // All threads put the groups' results together: into `result`, or into this span's part of `partial`, and the last block
-    // of a head to come here then the spans'.
+    // All threads put the groups' results together, then the block of a head's last span those of its spans.
     __shared__ float mosts[kAttendGroups], sums[kAttendGroups], factors[kAttendGroups];
     __syncthreads();  // the ring's memory is used again
     if (lane.number == 0) {
@@ -324,7 +386,7 @@ __global__ void __launch_bounds__(kAttendThreads) attend_kernel(cqil_attention_s
     for (int i = 0; i < kElements; ++i)
         if (i < lane.count) memory.part[group][lane.begin + i] = value[i];
     T* result = out + (size_t(row) * s.heads + head) * dim;
-    float* of_head = partial + (size_t(sequence) * s.heads + head) * gridDim.y * (dim + 2);
+    const int own = blockIdx.y;
     bool final = spans == 1;
 #pragma unroll 1
     for (int parts = kAttendGroups;; parts = spans) {
@@ -337,7 +399,6 @@ __global__ void __launch_bounds__(kAttendThreads) attend_kernel(cqil_attention_s
         __syncthreads();
 #pragma unroll 4
         for (int g = 0; g < parts; ++g) total = fmaf(sums[g], factors[g], total);
-        float* mine = of_head + blockIdx.y * (dim + 2);
 #pragma unroll 1
         for (int j = threadIdx.x; j < dim; j += kAttendThreads) {
             float x = 0;
@@ -345,35 +406,27 @@ __global__ void __launch_bounds__(kAttendThreads) attend_kernel(cqil_attention_s
             for (int g = 0; g < parts; ++g) x = fmaf(memory.part[g][j], factors[g], x);
             if (final)
                 result[j] = narrow<T>(x / total);
+            else if (own == spans - 1)
+                memory.part[own][j] = x;  // no other thread reads this column
             else
-                mine[2 + j] = x;
+                joint.send(own, 2 + j, x);
         }
         if (final) return;
+        if (own < spans - 1) {
+            if (threadIdx.x < 2) joint.send(own, threadIdx.x, threadIdx.x == 0 ? top : total);
+            return;
+        }
+        __syncthreads();  // all have read the groups' maxima and sums
         if (threadIdx.x == 0) {
-            mine[0] = top;
-            mine[1] = total;
+            mosts[own] = top;
+            sums[own] = total;
+            joint.end();
         }
-        __threadfence();
-        __syncthreads();
-        // Counters lie behind the cache; they are zero between steps.
-        auto* counter = reinterpret_cast<unsigned*>(static_cast<T*>(in.cache) + 2 * to_values) + size_t(sequence) * s.heads + head;
-        if (threadIdx.x == 0) {
-            final = atomicAdd(counter, 1u) == unsigned(spans - 1);
-            if (final) *counter = 0;
-        }
-        final = __syncthreads_or(final);
-        if (!final) return;
-        __threadfence();
-        // A warp for each span: loads side by side, not one behind the other.
-        const int span_of = threadIdx.x / 32;
-        if (span_of >= spans) continue;
-        const float* other = of_head + span_of * (dim + 2);
-#pragma unroll 4
-        for (int j = threadIdx.x % 32; j < dim; j += 32) memory.part[span_of][j] = __ldcg(other + 2 + j);
-        if (threadIdx.x % 32 == 0) {
-            mosts[span_of] = __ldcg(other);
-            sums[span_of] = __ldcg(other + 1);
-        }
+        joint.receive(own, [&](int span, int i, float first, float second) {
+            (i == 0 ? mosts[span] : memory.part[span][i - 2]) = first;
+            (i == 0 ? sums[span] : memory.part[span][i - 1]) = second;
+        });
+        final = true;
     }
 }
 
@@ -520,8 +573,7 @@ int attend(const cqil_attention_shape& s, const Inputs& in, void* out, void* scr
         int processors = 0;
         if (device_attribute(cudaDevAttrMultiProcessorCount, &processors)) return -1;
         const dim3 grid(s.heads, span_count(s, processors), s.batch);
-        return launch(attend_kernel<T, kElements, kPacked, true>, {grid, kAttendThreads, stream}, s, in, nullptr,
-                      static_cast<float*>(scratch), result);
+        return launch(attend_kernel<T, kElements, kPacked, true>, {grid, kAttendThreads, stream}, s, in, nullptr, result);
     }
     T* queries = static_cast<T*>(scratch);
     const int heads = s.heads + 2 * s.kv_heads;
@@ -533,7 +585,7 @@ int attend(const cqil_attention_shape& s, const Inputs& in, void* out, void* scr
         if (s.head_dim == 128) return prefill<T, 128>(s, in, queries, result, stream);
     }
     return launch(attend_kernel<T, kElements, kPacked, false>, {dim3(s.heads, s.length, s.batch), kAttendThreads, stream}, s,
-                  in, queries, nullptr, result);
+                  in, queries, result);
 }
 
 template <typename T, int kElements>
@@ -568,13 +620,11 @@ int check(const cqil_attention_shape& s) {
 extern "C" {
 
 size_t cqil_attention_cache_bytes(const cqil_attention_shape* s) {
-    return 2 * cache_elements(*s) * element_bytes(s->dtype) + align(sizeof(unsigned) * s->max_batch * s->heads);
+    return align(2 * cache_elements(*s) * element_bytes(s->dtype)) + Joint::bytes(*s);
 }
 
 size_t cqil_attention_scratch_bytes(const cqil_attention_shape* s) {
-    const size_t queries = size_t(s->batch) * s->length * s->heads * s->head_dim * element_bytes(s->dtype);
-    const size_t partial = size_t(s->batch) * s->heads * kMaxSpans * (s->head_dim + 2) * sizeof(float);
-    return align(std::max(queries, partial));
+    return align(size_t(s->batch) * s->length * s->heads * s->head_dim * element_bytes(s->dtype));
 }
 
 int cqil_attention(const cqil_attention_shape* s, const void* qkv, const int32_t* past, const float* cos, const float* sin,

@@ -171,8 +171,8 @@ typedef struct {
     float eps;
 } cqil_attention_shape;
 
-// Bytes of one layer's cache: keys, values, each [max_batch, kv_heads, capacity, head_dim], and counters, which must be
-// zero before the first use. Bytes of scratch memory one call needs.
+// Bytes of one layer's cache: keys, values, each [max_batch, kv_heads, capacity, head_dim], and behind them what the blocks
+// of a head say to each other, which must be zero before the first use. Bytes of scratch memory one call needs.
 size_t cqil_attention_cache_bytes(const cqil_attention_shape* shape);
 size_t cqil_attention_scratch_bytes(const cqil_attention_shape* shape);
 

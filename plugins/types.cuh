@@ -14,7 +14,7 @@ namespace cqil_trt {
 inline size_t element_bytes(int dtype) { return dtype == CQIL_FLOAT32 ? 4 : 2; }
 
 // Parts of scratch memory and of caches begin at multiples of this.
-inline size_t align(size_t bytes) { return (bytes + 255) / 256 * 256; }
+__host__ __device__ inline size_t align(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 // Calls `run` with a null pointer of the element type; fails for a type that there is not.
 template <typename F>
