@@ -156,26 +156,27 @@ def with_cqil(network: nn.Module, cqil: CqilConfig) -> nn.Module:
 _RESIDENT_BYTES = 2 << 30
 
 
-def fits_gpu(elements: int) -> bool:
-    """Whether PyTorch sees a GPU with room for a float32 model of so many elements."""
-    return torch.cuda.is_available() and 4 * elements < 0.8 * torch.cuda.mem_get_info()[0]
+def fits_gpu(elements: int, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether PyTorch sees a GPU with room for a model of so many elements."""
+    return torch.cuda.is_available() and dtype.itemsize * elements < 0.8 * torch.cuda.mem_get_info()[0]
 
 
 def from_reader(model: ModelConfig, reader: WeightReader, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Hugging Face's modules with the weights of `reader`, in evaluation mode; on a GPU that has room.
+    """Hugging Face's modules with the weights of `reader`, in evaluation mode; on the GPU where there is one.
 
-    A model that would take more than 2 GiB of host memory is computed in pieces: a module's weights are read when
-    it is called, and let go behind it.
+    A model that has no room there, or without a GPU would take more than 2 GiB, is computed in pieces: a module's
+    weights are read when it is called, and let go behind it.
     """
     kind, config = hugging_face_config(model)
     with torch.device("meta"):
         network = kind(config).eval()
     rotary = network.get_submodule("model.rotary_emb")
-    elements = sum(parameter.numel() for parameter in network.parameters())
-    device = "cuda" if fits_gpu(elements) else "cpu"
+    sizes = [sum(p.numel() for p in module.parameters(recurse=False)) for module in network.modules()]
+    device = "cuda" if fits_gpu(max(sizes), dtype) else "cpu"
     # Buffers are computed, not stored: the module makes its own again, off the meta device.
     network.model.rotary_emb = type(rotary)(network.config).to(device)
-    pieces = device == "cpu" and 4 * elements > _RESIDENT_BYTES
+    whole = sum(sizes)
+    pieces = not fits_gpu(whole, dtype) if device == "cuda" else dtype.itemsize * whole > _RESIDENT_BYTES
     for name, module in network.named_modules():
         names = [key for key, _ in module.named_parameters(recurse=False)]
         if not names:
