@@ -77,14 +77,19 @@ __device__ float gated(float gate, float up) { return __fdividef(gate, 1 + __exp
 
 constexpr int kWarps = 12;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kStages = 3;  // two kernels' rings fit a multiprocessor of compute capability 9.0
-constexpr int kChunk = 2048;  // bytes of a row of W in one stage
-constexpr int kRingBytes = kWarps * kStages * kChunk;
+constexpr int kChunk = 2048;  // bytes of a row of W in one stage of a warp's ring
+// Two products and an attention share a multiprocessor of compute capability 9.0: what needs more beside x takes a shorter ring.
+constexpr int kManyStages = 3, kFewStages = 2;
+constexpr size_t kRoom = 100 << 10;
 
 // The ring, x and the norm's weight, and the parts of results that warps share.
-size_t stream_bytes(int inputs, bool norm, bool gated) {
+size_t stream_bytes(int stages, int inputs, bool norm, bool gated) {
     const size_t row = size_t(inputs) * 2, chunks = (row + kChunk - 1) / kChunk;
-    return kRingBytes + row * (norm ? 2 : 1) + (kWarps - 1) * chunks * (gated ? 2 : 1) * sizeof(float);
+    return size_t(kWarps) * stages * kChunk + row * (norm ? 2 : 1) + (kWarps - 1) * chunks * (gated ? 2 : 1) * sizeof(float);
+}
+
+int stages_of(int inputs, bool norm, bool gated) {
+    return stream_bytes(kManyStages, inputs, norm, gated) <= kRoom ? kManyStages : kFewStages;
 }
 
 __device__ unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
@@ -148,9 +153,10 @@ __device__ void barrier_wait(uint64_t* barrier, unsigned phase) {
 // wait there would be given to a multiprocessor that already has one, and that one would take twice as long. Small code
 // matters here: between two runs of a kernel its instructions fall out of the caches that W streams through. How far the
 // short loops around the stream are unrolled was measured: a step of LLaMA-7B differs by up to 4% (docs/performance.md).
-template <typename T, bool kGated>
+template <typename T, bool kGated, int kStages>
 __global__ void __launch_bounds__(kThreads, 4) stream_kernel(Operands o) {
 #if __CUDA_ARCH__ >= 900
+    constexpr int kRingBytes = kWarps * kStages * kChunk;
     extern __shared__ __align__(128) char memory[];
     __shared__ uint64_t barriers[kWarps][kStages];
     __shared__ float squares[kWarps];
@@ -500,11 +506,17 @@ int describe(Device* device) {
     return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &device->shared_bytes);
 }
 
+template <typename T, bool kGated, int kStages>
+int stream(const Operands& o, const Device& device, cudaStream_t st) {
+    const size_t bytes = stream_bytes(kStages, o.inputs, o.norm != nullptr, kGated);
+    const int blocks = std::min(device.processors, (o.outputs + kWarps - 1) / kWarps);
+    return launch(stream_kernel<T, kGated, kStages>, {dim3(blocks), kThreads, st, true, bytes}, o);
+}
+
 template <typename T, bool kGated>
 int stream(const Operands& o, const Device& device, cudaStream_t st) {
-    const size_t bytes = stream_bytes(o.inputs, o.norm != nullptr, kGated);
-    const int blocks = std::min(device.processors, (o.outputs + kWarps - 1) / kWarps);
-    return launch(stream_kernel<T, kGated>, {dim3(blocks), kThreads, st, true, bytes}, o);
+    return stages_of(o.inputs, o.norm != nullptr, kGated) == kManyStages ? stream<T, kGated, kManyStages>(o, device, st)
+                                                                         : stream<T, kGated, kFewStages>(o, device, st);
 }
 
 template <typename T, int kW, int kX, int kAcrossW, int kAcrossX, int kAcrossK, int kBuffers>
@@ -538,9 +550,11 @@ int linear(const cqil_linear_shape& s, Operands o, char* scratch, cudaStream_t s
     const auto type = static_cast<cqil_dtype>(s.dtype);
     const bool aligned = s.inputs * sizeof(T) % 16 == 0;
     if constexpr (!std::is_same_v<T, float>) {
-        const bool fits = stream_bytes(s.inputs, o.norm != nullptr, s.gated) + 1024 <= size_t(device.shared_bytes);
+        const bool norm = o.norm != nullptr;
+        const size_t bytes = stream_bytes(stages_of(s.inputs, norm, s.gated), s.inputs, norm, s.gated);
+        const bool fits = bytes + 1024 <= size_t(device.shared_bytes);
         bool modern = false;
-        if (s.rows == 1 && aligned && fits && is_modern(stream_kernel<T, false>, &modern)) return -1;
+        if (s.rows == 1 && aligned && fits && is_modern(stream_kernel<T, false, kManyStages>, &modern)) return -1;
         if (modern)
             return s.gated ? stream<T, true>(o, device, st) : stream<T, false>(o, device, st);
     }

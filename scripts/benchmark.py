@@ -304,7 +304,7 @@ def profile(session: Any, prompt: list[int], steps: int = 16) -> list[tuple[str,
         session.time_decode(steps)
     events = [e for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     events.sort(key=lambda event: event.time_range.end)
-    names = [re.sub(r".*?(\w+_kernel).*", r"\1", e.name) + ("<gated>" if "true>" in e.name else "") for e in events]
+    names = [re.sub(r".*?(\w+_kernel).*", r"\1", e.name) + ("<gated>" if "true" in e.name else "") for e in events]
     shares: dict[str, list[float]] = {}
     for i in range(1, len(events) - 1):
         before, name, after = names[i - 1 : i + 2]
