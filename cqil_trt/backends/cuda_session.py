@@ -32,6 +32,11 @@ _STEPS = 4
 _SLOTS = 2 * _STEPS
 
 
+def _portions(steps: int) -> list[int]:
+    """The steps of each graph that is launched to make so many."""
+    return [_STEPS] * (steps // _STEPS) + [1] * (steps % _STEPS)
+
+
 class Phase(IntEnum):
     PREFILL = 0
     DECODE = 1
@@ -335,9 +340,12 @@ class CudaSession(Session):
             raise ValueError(f"{steps} steps, the engine holds {self.limits.max_seq_len} tokens")
         sampled = sampling.temperature > 0
         self._begin(sampling, uniforms)
+        counts = iter(_portions(steps - launched))
         for step in range(steps):
             if launched == step + 1 < steps:  # the GPU goes on while the host reads the last that was launched
-                launched += self._go_on(steps - launched, sampled)
+                count = next(counts)
+                self._go_on(count, sampled)
+                launched += count
             yield self._read(step)
 
     def _begin(self, sampling: SamplingConfig, uniforms: np.ndarray) -> None:
@@ -356,17 +364,15 @@ class CudaSession(Session):
         self._advance()  # which makes `past` what it is
         self._advanced(1, sampled)
 
-    def _go_on(self, wanted: int, sampled: bool) -> int:
-        """Launches steps behind the last, up to `wanted`; how many."""
-        steps = _STEPS if wanted >= _STEPS else 1
+    def _go_on(self, steps: int, sampled: bool) -> None:
+        """Launches steps behind the last, as one graph."""
         self._launch(steps, sampled)
         self._past = np.minimum(self._past + steps, self.limits.max_seq_len - 1)
-        return steps
 
     def time_decode(self, steps: int) -> list[float]:
         """As in Session, by CUDA events; steps of one graph share its time."""
         self._begin(SamplingConfig(), np.zeros(0))
-        counts = [_STEPS] * (steps // _STEPS) + [1] * (steps % _STEPS)
+        counts = _portions(steps)
         for count in sorted(set(counts)):
             self._graph(count, sampled=False)
         events = [cuda.call("EventCreate") for _ in range(len(counts) + 1)]
