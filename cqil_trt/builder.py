@@ -182,7 +182,8 @@ def prepare(
 
         weights = Checkpoint(path, None if lora is None else Path(lora))
         config = weights.model
-        cqil = _choose_cqil(config, notes, preset, p, d, start, end, bypass, placement)
+        trained = None if lora is None else CqilConfig.of_adapter(Path(lora))
+        cqil = choose_cqil(config, notes, preset, p, d, start, end, bypass, placement, trained)
         longest = min(2048, config.max_position, config.sliding_window or config.max_position)
         defaults = EngineConfig(max_seq_len=longest)
         name = None
@@ -226,17 +227,38 @@ def prepare(
     )
 
 
-def _choose_cqil(model: ModelConfig, notes: list[str], name, p, d, start, end, bypass, placement) -> CqilConfig:
+def choose_cqil(
+    model: ModelConfig,
+    notes: list[str],
+    preset: str | None = None,
+    p: int | None = None,
+    d: int | None = None,
+    start: int | None = None,
+    end: int | None = None,
+    bypass: str | None = None,
+    placement: str | None = None,
+    trained: CqilConfig | None = None,
+) -> CqilConfig:
+    """The configuration that flags ask for: over a preset, over what an adapter was `trained` for, over the defaults.
+
+    What was decided for the user is appended to `notes`. Raises UserError for what the model cannot be split into.
+    """
     given = {"p": p, "d": d, "start": start, "end": end, "bypass": bypass, "placement": placement}
     given = {field: value for field, value in given.items() if value is not None}
+    basis = find_preset(preset) if preset else trained
     if given.get("placement") == "tensor":
         ignored = [f"--{field}" for field in ("d", "start", "end", "bypass") if given.get(field)]
         if ignored:
             notes.append(f"placement tensor has no groups: {', '.join(ignored)} not used")
-        return CqilConfig(given.get("p", find_preset(name).p if name else 2), placement="tensor")
-    if name is not None:
-        config = replace(find_preset(name), **given)
+        return CqilConfig(given.get("p", basis.p if basis else 2), placement="tensor")
+    if basis is not None:
+        config = replace(basis, **given)
         config.check_depth(model.num_layers)
+        if trained is not None and replace(config, placement=trained.placement) != trained:
+            notes.append(
+                f"the adapter was trained for p={trained.p} d={trained.d} [{trained.start}, {trained.end}), bypass "
+                f"{trained.bypass}: not what is built here"
+            )
         return config
     config = CqilConfig.choose(model.num_layers, **{"p": 2, **given})
     if config.groups and ("start" not in given or "end" not in given):
@@ -264,7 +286,7 @@ def build(*, progress: bool = False, job: Job | None = None, **arguments: Any) -
 
     Args:
         model: a Hugging Face directory, a .gguf file, or an engine of backend torch to compile for another backend.
-        lora: a PEFT adapter directory, merged in float32.
+        lora: a PEFT adapter directory, merged in float32; one with a CQIL configuration inside decides the next two.
         preset: a published configuration (`presets.PRESETS`); p, d, start, end, bypass and placement override it.
         p, d, start, end, bypass, placement: see `CqilConfig`; start and end default to the middle of the model.
         dtype: float32, float16 or bfloat16; default the checkpoint's (float32 for GGUF).

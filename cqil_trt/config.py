@@ -19,6 +19,8 @@ COLLECTIVES = ("plugin", "nccl", "trtllm")
 PLACEMENTS = ("sharded", "leader", "tensor")
 BYPASSES = ("mlp", "residual")
 MAX_RANKS = 8
+# In a PEFT adapter's directory: the CQIL configuration the adapter was trained for.
+ADAPTER_FILE = "cqil_config.json"
 # A configuration file is a few kilobytes; a larger one is not a configuration.
 MAX_JSON_BYTES = 16 << 20
 
@@ -347,6 +349,25 @@ class CqilConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def save_with_adapter(self, directory: Path) -> None:
+        """Writes into a PEFT adapter's directory what it was trained for; where layers run is no part of that."""
+        values = {name: value for name, value in asdict(self).items() if name != "placement"}
+        (directory / ADAPTER_FILE).write_text(json.dumps(values, indent=1) + "\n")
+
+    @classmethod
+    def of_adapter(cls, directory: Path) -> CqilConfig | None:
+        """What the adapter in `directory` says it was trained for; None when it does not. Raises UserError if wrong."""
+        path = directory / ADAPTER_FILE
+        if not path.exists():
+            return None
+        values = Fields(read_json(path), str(path))
+        numbers = (values.integer(name, low=0) for name in ("p", "d", "start", "end"))
+        try:
+            return cls(*numbers, bypass=values.text("bypass", "mlp"))
+        except UserError as error:
+            message = str(error)
+            raise UserError(message if str(path) in message else f"{path}: {message}") from None
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ _HARMLESS = {
     "r", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora", "modules_to_save", "target_modules",
     "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "init_lora_weights",
     "megatron_core", "ensure_weight_tying", "eva_config", "corda_config", "loftq_config", "lora_ga_config",
-    "runtime_config", "qalora_group_size", "cqil",
+    "runtime_config", "qalora_group_size",
 }  # fmt: skip
 # Initialisations that leave the base weights alone; the others (PiSSA, OLoRA, LoftQ, CorDA, ...) change them.
 _PLAIN_INIT = (None, True, False, "gaussian", "eva", "orthogonal")

@@ -59,6 +59,15 @@ class Tokenizer:
         except TypeError:  # what the library raises for lone surrogates
             raise UserError(f"{text!r:.60} is not text that can be written as UTF-8") from None
 
+    def pieces(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of parts of longer texts: without the special tokens a text begins and ends with."""
+        return [encoding.ids for encoding in self._backend.encode_batch(texts, add_special_tokens=False)]
+
+    def plain_tokens(self) -> list[int]:
+        """Every token id that stands for text: those that control the model are left out."""
+        special = self._backend.get_added_tokens_decoder().keys()
+        return [token for token in range(self._backend.get_vocab_size()) if token not in special]
+
     def decode(self, ids: list[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=True)
 

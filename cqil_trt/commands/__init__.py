@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any, NoReturn
 
+from cqil_trt.config import BYPASSES
 from cqil_trt.errors import UserError
+from cqil_trt.presets import PRESETS
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,3 +25,13 @@ class RankParser(Parser):
     def print_help(self, file: Any = None) -> None:
         if self.speaks:
             super().print_help(file)
+
+
+def add_cqil_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that choose a CQIL configuration, as `builder.choose_cqil` takes them."""
+    parser.add_argument("--preset", metavar="NAME", help=f"a published configuration: {', '.join(PRESETS)}")
+    parser.add_argument("--p", type=int, help="concurrent layers per group, and number of ranks (default 2)")
+    parser.add_argument("--d", type=int, help="bypass distance: attention outputs passed on, 0 <= d < p (default 0)")
+    parser.add_argument("--start", type=int, help="first concurrent layer (default: the middle of the model)")
+    parser.add_argument("--end", type=int, help="layer behind the last concurrent one")
+    parser.add_argument("--bypass", choices=BYPASSES, help="where the bypass goes when d > 0 (default mlp)")

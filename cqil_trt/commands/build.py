@@ -9,10 +9,9 @@ from typing import Any
 
 from cqil_trt import __version__
 from cqil_trt.builder import PROBES, prepare, write
-from cqil_trt.commands import RankParser
-from cqil_trt.config import BACKENDS, BYPASSES, COLLECTIVES, DTYPES, PLACEMENTS
+from cqil_trt.commands import RankParser, add_cqil_flags
+from cqil_trt.config import BACKENDS, COLLECTIVES, DTYPES, PLACEMENTS
 from cqil_trt.job import Job, command
-from cqil_trt.presets import PRESETS
 from cqil_trt.table import size, table
 
 
@@ -23,13 +22,12 @@ def parser() -> RankParser:
         metavar="PATH",
         help="Hugging Face directory, GGUF file, or an engine of backend torch (default: the demo)",
     )
-    p.add_argument("--lora", metavar="DIR", help="PEFT LoRA adapter to merge")
-    p.add_argument("--preset", metavar="NAME", help=f"a published configuration: {', '.join(PRESETS)}")
-    p.add_argument("--p", type=int, help="concurrent layers per group, and number of ranks (default 2)")
-    p.add_argument("--d", type=int, help="bypass distance: attention outputs passed on, 0 <= d < p (default 0)")
-    p.add_argument("--start", type=int, help="first concurrent layer (default: the middle of the model)")
-    p.add_argument("--end", type=int, help="layer behind the last concurrent one")
-    p.add_argument("--bypass", choices=BYPASSES, help="where the bypass goes when d > 0 (default mlp)")
+    p.add_argument(
+        "--lora",
+        metavar="DIR",
+        help="PEFT LoRA adapter to merge; one that finetune.py made brings its own --p … --bypass",
+    )
+    add_cqil_flags(p)
     p.add_argument("--placement", choices=PLACEMENTS, help="who runs the other layers (default sharded)")
     p.add_argument("--dtype", choices=DTYPES, help="type of weights and cache (default: the checkpoint's)")
     p.add_argument("--backend", choices=BACKENDS, default="torch")

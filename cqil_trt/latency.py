@@ -1,0 +1,45 @@
+"""What a decode step takes on a GPU, predicted from the schedule: for choosing a configuration before building it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cqil_trt.config import CqilConfig, ModelConfig
+from cqil_trt.shard import RankPlan, plan
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What decode latency at batch 1 is made of: bytes per second, and seconds.
+
+    The defaults are two H200 over NVLink with the torch backend's kernels. `bandwidth` is what a device-to-device copy
+    moves there; `collective` and `layer` (norms, attention at a short context, launches) were fitted to measured
+    LLaMA-7B, and then predict Qwen1.5-14B within 2% in every placement (docs/performance.md has the measurements).
+    """
+
+    bandwidth: float = 4.3e12
+    collective: float = 4.5e-6
+    layer: float = 14e-6
+
+
+H200 = Machine()
+
+
+def decode_seconds(model: ModelConfig, cqil: CqilConfig, dtype: str, machine: Machine = H200) -> float:
+    """Predicted seconds per token at batch 1: the slowest rank's weights, its layers, its collectives."""
+    return max(_rank_seconds(rank, dtype, machine) for rank in plan(model, cqil))
+
+
+def critical_bytes(model: ModelConfig, cqil: CqilConfig, dtype: str) -> int:
+    """Bytes of weights that the rank which reads most reads per token."""
+    return max(rank.bytes_per_token(dtype) for rank in plan(model, cqil))
+
+
+def _rank_seconds(rank: RankPlan, dtype: str, machine: Machine) -> float:
+    schedule = rank.schedule
+    collectives = schedule.all_reduces + schedule.broadcasts
+    return (
+        rank.bytes_per_token(dtype) / machine.bandwidth
+        + len(schedule.layers) * machine.layer
+        + collectives * machine.collective
+    )

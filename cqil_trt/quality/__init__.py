@@ -1,0 +1,37 @@
+"""Which layers may run concurrently, the adapter that wins the quality back, and what is left of it: on PyTorch."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from cqil_trt.config import ModelConfig
+from cqil_trt.errors import UserError
+from cqil_trt.quality import corpus
+from cqil_trt.tokenizer import Tokenizer, save_tokenizer
+
+
+def open_tokenizer(model: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint (directory or .gguf). Raises UserError when it has none."""
+    with tempfile.TemporaryDirectory() as directory:
+        if not save_tokenizer(model, Path(directory)):
+            raise UserError(f"{model}: has no tokenizer, which texts need")
+        return Tokenizer(Path(directory))
+
+
+def text_blocks(
+    paths: Sequence[Path], tokenizer: Tokenizer, model: ModelConfig, length: int, limit: int | None, column: str
+) -> np.ndarray:
+    """The texts at `paths` as blocks of token ids, int32 [N, length], from at most `limit` tokens.
+
+    A path may also be a .npy file of token ids. Raises UserError for a path that is no text, or too little of it for
+    one block.
+    """
+    separator = model.eos_token_ids[0] if model.eos_token_ids else None
+    texts = [path for path in paths if path.suffix != ".npy"]
+    parts = [corpus.encode(corpus.documents(texts, column), tokenizer, separator, limit)]
+    parts += [corpus.saved_tokens(path, model.vocab_size) for path in paths if path.suffix == ".npy"]
+    return corpus.blocks(np.concatenate(parts)[:limit], length, ", ".join(map(str, paths)))

@@ -1,0 +1,153 @@
+"""The adapter that wins back what CQIL costs: LoRA, distilled from the unchanged model (Zou et al., ACL 2024).
+
+Teacher and student are one model in memory, forwarded twice: the layers in sequence without the adapter, then CQIL with
+it. The loss is the Kullback-Leibler divergence of the student's next-token distribution from the teacher's.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Trainer
+
+from cqil_trt.config import CqilConfig
+from cqil_trt.reference import CqilModel
+
+# The projections the authors adapted, of every layer.
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# Rows of logits whose probabilities are held in float32 at a time.
+_ROWS = 4096
+# Tokens behind the first, random one that are chosen greedily: LLM-QAT's way to sample from a model without data
+# (arXiv 2305.17888, section 3.1), which begins coherently and then varies.
+_GREEDY_TOKENS = 4
+
+
+class Student:
+    """A Hugging Face model as teacher and student: with CQIL's forward pass and a fresh LoRA adapter.
+
+    `model` is the PEFT model that is trained. Raises UserError when the range does not fit the model.
+    """
+
+    def __init__(self, network: nn.Module, cqil: CqilConfig, rank: int, alpha: float, dropout: float):
+        self.cqil = CqilModel(network, cqil.p, cqil.d, cqil.start, cqil.end, cqil.bypass)
+        lora = LoraConfig(
+            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=PROJECTIONS, task_type="CAUSAL_LM"
+        )
+        self.model = get_peft_model(network, lora)
+
+    @contextmanager
+    def teaching(self):
+        """Inside, the model is the teacher: layers in sequence, no adapter, no gradients."""
+        with torch.no_grad(), self.cqil.sequential(), self.model.disable_adapter():
+            yield
+
+    def save(self, directory: Path) -> None:
+        """Writes the adapter as PEFT does, with the CQIL configuration inside."""
+        self.model.save_pretrained(str(directory))
+        self.cqil.cqil.save_with_adapter(directory)
+
+
+class DistillationTrainer(Trainer):
+    """transformers' Trainer with the distillation loss. `bfloat16`: products in bfloat16, by autocast."""
+
+    def __init__(self, student: Student, bfloat16: bool, **options: Any):
+        super().__init__(model=student.model, **options)
+        self._student = student
+        self._bfloat16 = bfloat16
+        # The loss is a mean over this batch's tokens, which Trainer divides when it accumulates gradients.
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Mapping[str, torch.Tensor], return_outputs: bool = False, **_: Any
+    ) -> Any:
+        tokens = inputs["input_ids"]
+        with torch.autocast(tokens.device.type, torch.bfloat16) if self._bfloat16 else nullcontext():
+            with self._student.teaching():
+                teacher = self._student.model(input_ids=tokens, use_cache=False).logits
+            student = model(input_ids=tokens, use_cache=False)
+        loss = divergence(teacher, student.logits)
+        return (loss, student) if return_outputs else loss
+
+
+def divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    """KL(teacher || student) of logits [B, T, vocabulary], mean over tokens, in float32.
+
+    Probabilities are computed a few thousand rows at a time, and again for the gradient: those of a whole batch would
+    take several times the memory of the model.
+    """
+    vocabulary = teacher.shape[-1]
+    pairs = list(zip(teacher.reshape(-1, vocabulary).split(_ROWS), student.reshape(-1, vocabulary).split(_ROWS)))
+    total = sum(checkpoint(_divergence, *pair, use_reentrant=False, preserve_rng_state=False) for pair in pairs)
+    return total / sum(len(rows) for rows, _ in pairs)
+
+
+def _divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    target, log_probability = F.log_softmax(teacher.float(), -1), F.log_softmax(student.float(), -1)
+    return F.kl_div(log_probability, target, reduction="sum", log_target=True)
+
+
+class Blocks(torch.utils.data.Dataset):
+    """Blocks of token ids, int [N, T], as Trainer takes them."""
+
+    def __init__(self, tokens: np.ndarray):
+        self._tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.from_numpy(self._tokens[index].astype(np.int64))}
+
+
+def self_generated(
+    network: nn.Module, count: int, length: int, first_tokens: np.ndarray, batch: int, seed: int, progress: bool
+) -> np.ndarray:
+    """Blocks [count, length] of text that the model samples itself, int32.
+
+    Each begins with a random one of `first_tokens`, goes on greedily for a few tokens and then by the model's own
+    distribution. An end-of-text token does not end a block: the model goes on with another text.
+    """
+    from tqdm import tqdm
+    from transformers import GenerationConfig
+
+    device = network.get_submodule("model.rotary_emb").inv_freq.device
+    random = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    greedy = GenerationConfig(max_length=min(1 + _GREEDY_TOKENS, length), do_sample=False, pad_token_id=0)
+    free = GenerationConfig(max_length=length, do_sample=True, top_k=0, pad_token_id=0)
+    found = np.zeros((count, length), np.int32)
+    own = network.generation_config
+    with tqdm(total=count, unit="block", desc="sampling text", disable=not progress, leave=False) as bar:
+        for first in range(0, count, batch):
+            rows = min(batch, count - first)
+            tokens = torch.from_numpy(random.choice(first_tokens, (rows, 1)).astype(np.int64)).to(device)
+            for network.generation_config in (greedy, free):
+                if tokens.shape[1] < network.generation_config.max_length:
+                    tokens = network.generate(tokens, attention_mask=torch.ones_like(tokens))
+            found[first : first + rows] = tokens.cpu().numpy()
+            bar.update(rows)
+    network.generation_config = own
+    return found
+
+
+def last_checkpoint(directory: Path) -> Path | None:
+    """Trainer's newest whole checkpoint in `directory`; what was being written when a run was killed is removed."""
+    found = sorted(directory.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for path in found:
+        try:
+            json.loads((path / "trainer_state.json").read_bytes())  # which Trainer writes last
+            return path
+        except (OSError, ValueError):
+            shutil.rmtree(path)
+    return None

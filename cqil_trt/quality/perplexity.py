@@ -1,0 +1,90 @@
+"""How well a model predicts a text: perplexity, and agreement with another model about the likeliest token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from cqil_trt.llm import Llm
+
+# Logits that are held at a time, in elements.
+_LOGITS = 1 << 28
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of blocks [N, T]: the negative log-likelihood of each token but the first of its block, float32 [N, T - 1], and
+    the token the model held likeliest there, int32 [N, T - 1]."""
+
+    nll: np.ndarray
+    top1: np.ndarray
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean negative log-likelihood."""
+        return math.exp(self.log_perplexity)
+
+    @property
+    def log_perplexity(self) -> float:
+        return float(self.nll.mean(dtype=np.float64))
+
+    def agreement(self, other: Scores) -> float:
+        """The share of positions where both hold the same token likeliest."""
+        return float((self.top1 == other.top1).mean())
+
+
+def won_back(base: Scores, without: Scores, with_adapter: Scores) -> float:
+    """The share of the log-perplexity that CQIL cost which the adapter wins back: 1 is all of it."""
+    return (without.log_perplexity - with_adapter.log_perplexity) / (without.log_perplexity - base.log_perplexity)
+
+
+def score_reference(model: nn.Module, blocks: np.ndarray, progress: bool = False) -> Scores:
+    """Scores of a Hugging Face model (a CqilModel too) on blocks of token ids, int [N, T]."""
+    import torch
+
+    device = model.get_submodule("model.rotary_emb").inv_freq.device
+    batch = max(1, _LOGITS // (blocks.shape[1] * model.config.vocab_size))
+    nll, top1 = [], []
+    with torch.inference_mode():
+        for first in _bar(range(0, len(blocks), batch), progress):
+            tokens = torch.from_numpy(blocks[first : first + batch].astype(np.int64)).to(device)
+            logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+            nll.append(loss.view(len(tokens), -1).cpu().numpy())
+            top1.append(logits.argmax(-1).int().cpu().numpy())
+    return Scores(np.concatenate(nll), np.concatenate(top1))
+
+
+def score_engine(llm: Llm, blocks: np.ndarray, progress: bool = False) -> Scores:
+    """Scores of a loaded engine on blocks of token ids, int [N, T]. All ranks call it together and get the same."""
+    from cqil_trt.llm import merge_replicas
+
+    mine = blocks[llm.replica :: llm.replicas]
+    found = []
+    for block in _bar(mine, progress and llm.job.rank == 0):
+        # The last token is only predicted.
+        logits = llm.session.score(block[:-1].tolist())
+        found.append((negative_log_likelihood(logits, block[1:]), logits.argmax(-1).astype(np.int32)))
+    if llm.replicas > 1:
+        found = merge_replicas(llm.job.gather(found), llm.engine.world_size, len(blocks))
+    return Scores(np.stack([nll for nll, _ in found]), np.stack([top1 for _, top1 in found]))
+
+
+def negative_log_likelihood(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """-log softmax(logits)[token] of each row, float32 [T], from float32 logits [T, vocabulary]."""
+    peak = logits.max(axis=1)
+    normaliser = np.log(np.exp(logits - peak[:, None]).sum(axis=1, dtype=np.float64)) + peak
+    return (normaliser - logits[np.arange(len(tokens)), tokens]).astype(np.float32)
+
+
+def _bar(items, progress: bool) -> Iterator:
+    from tqdm import tqdm
+
+    return tqdm(items, desc="scoring", disable=not progress, leave=False)

@@ -1,0 +1,339 @@
+#!/usr/bin/env python
+"""Trains the LoRA adapter that wins back what CQIL costs, by distillation from the unchanged model.
+
+    python scripts/finetune.py --model path/to/model --p 2 --text texts/ --output adapters/mine
+    python scripts/finetune.py --model path/to/model --p 2 --self-generated 4000000      # without any text
+    torchrun --nproc-per-node 4 scripts/finetune.py …                                    # on four GPUs
+
+The adapter is what `build.py --lora` takes, with the CQIL configuration inside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+
+from cqil_trt.builder import choose_cqil  # noqa: E402
+from cqil_trt.commands import RankParser, add_cqil_flags  # noqa: E402
+from cqil_trt.config import ADAPTER_FILE, CqilConfig, ModelConfig, read_json  # noqa: E402
+from cqil_trt.errors import UserError  # noqa: E402
+from cqil_trt.job import command  # noqa: E402
+from cqil_trt.table import table  # noqa: E402
+
+CHECKPOINTS = "checkpoints"
+SETTINGS = "settings.json"
+REPORT = "training.json"
+# What a resumed run may change: none of it decides what is trained.
+FREE = {"output", "resume", "force", "save_steps", "eval_text", "eval_tokens", "plot"}
+# Torchrun's number of this process; the first one speaks and writes.
+FIRST = int(os.environ.get("RANK", "0")) == 0
+
+
+def parser() -> RankParser:
+    p = RankParser(prog="finetune.py", description=__doc__.split("\n")[0])
+    p.speaks = FIRST
+    p.add_argument("--model", metavar="PATH", help="Hugging Face directory or GGUF file (default: the demo)")
+    add_cqil_flags(p)
+    p.add_argument("--output", metavar="DIR", type=Path, help="adapter directory to make (default adapters/NAME)")
+    p.add_argument("--resume", action="store_true", help="go on from the last checkpoint under --output")
+    p.add_argument("--force", action="store_true", help="start over where --output exists")
+    text = p.add_argument_group("what is trained on")
+    text.add_argument(
+        "--text", metavar="PATH", type=Path, nargs="+", help="text files, .jsonl, directories; .npy of tokens"
+    )
+    text.add_argument("--column", default="text", help="field of .jsonl and datasets that holds the text")
+    text.add_argument(
+        "--self-generated", metavar="N", type=int, help="N tokens that the unchanged model samples itself"
+    )
+    text.add_argument("--sampling-batch", metavar="N", type=int, default=512, help="texts sampled at a time")
+    text.add_argument("--eval-text", metavar="PATH", type=Path, nargs="+", help="held-out text for the final table")
+    text.add_argument("--eval-tokens", metavar="N", type=int, default=65536, help="of it, at most these many tokens")
+    train = p.add_argument_group("training")
+    train.add_argument("--sequence-length", metavar="N", type=int, default=1024)
+    train.add_argument("--batch-size", metavar="N", type=int, default=16, help="sequences at a time on each GPU")
+    train.add_argument("--accumulate", metavar="N", type=int, default=1, help="batches per optimizer step")
+    train.add_argument("--steps", metavar="N", type=int, help="optimizer steps (default: the text once)")
+    train.add_argument("--learning-rate", type=float, default=1e-3)
+    train.add_argument("--lora-rank", metavar="R", type=int, default=32)
+    train.add_argument("--lora-alpha", metavar="A", type=float, default=32)
+    train.add_argument("--lora-dropout", metavar="P", type=float, default=0.0)
+    train.add_argument("--precision", choices=("bf16", "fp32"), help="default bf16 on GPUs, fp32 on CPUs")
+    train.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--save-steps", metavar="N", type=int, default=200, help="checkpoint every N steps")
+    p.add_argument("--plot", metavar="F.png", type=Path, help="loss curve (default: loss.png beside the adapter)")
+    return p
+
+
+def main() -> None:
+    with command():
+        if not FIRST:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        train(parser().parse_args())
+
+
+def train(options: argparse.Namespace) -> None:
+    check(options)
+    if options.model is None:
+        from cqil_trt.demo import demo_model
+
+        options.model = str(demo_model())
+    from cqil_trt.weights import open_checkpoint
+
+    model, _ = open_checkpoint(Path(options.model))
+    notes: list[str] = []
+    cqil = choose_cqil(
+        model, notes, *(getattr(options, name) for name in ("preset", "p", "d", "start", "end", "bypass"))
+    )
+    if not cqil.groups:
+        raise UserError("no layers run concurrently: there is nothing to train (give --p above 1, --start and --end)")
+    if options.sequence_length > model.max_position:
+        raise UserError(f"--sequence-length {options.sequence_length}: the model has {model.max_position} positions")
+    bypass = f" ({cqil.bypass})" if cqil.d else ""
+    print(f"{options.model}: p={cqil.p} d={cqil.d}{bypass}, layers [{cqil.start}, {cqil.end}) of {model.num_layers}")
+    for note in notes:
+        print(f"note: {note}")
+    if options.output is None:
+        name = Path(options.model).stem if options.model.endswith(".gguf") else Path(options.model).resolve().name
+        options.output = Path("adapters") / f"{name}-p{cqil.p}-d{cqil.d}-{cqil.start}-{cqil.end}"
+    prepare_output(options, cqil)
+    report = run(options, model, cqil)
+    if not FIRST:
+        return
+    (options.output / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+    plot(
+        report["loss"],
+        options.plot or options.output / "loss.png",
+        f"{Path(options.model).name}, {options.output.name}",
+    )
+    shutil.rmtree(options.output / CHECKPOINTS, ignore_errors=True)
+    print(f"\ntrained {options.output}")
+    print(f"build it: python builders/build.py --model {options.model} --lora {options.output}")
+
+
+def check(options: argparse.Namespace) -> None:
+    for name in ("self_generated", "sampling_batch", "eval_tokens", "sequence_length", "batch_size", "accumulate",
+                 "steps", "lora_rank", "save_steps"):  # fmt: skip
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, found {value}")
+    if options.sequence_length < 2:
+        raise UserError("--sequence-length must be at least 2")
+    if not (options.text or options.self_generated):
+        raise UserError("what to train on? --text PATH …, or --self-generated N for text the model samples itself")
+    if options.resume and options.force:
+        raise UserError("--resume goes on with what --force removes: give one of them")
+
+
+def prepare_output(options: argparse.Namespace, cqil: CqilConfig) -> None:
+    """Makes the output directory, or checks that a resumed run is the one that was begun there."""
+    output, settings = options.output, options.output / CHECKPOINTS / SETTINGS
+    wanted = {name: value for name, value in vars(options).items() if name not in FREE}
+    wanted = json.loads(json.dumps({**wanted, "cqil": cqil.to_dict()}, default=str))
+    if options.resume:
+        if not settings.exists():
+            raise UserError(f"--resume: no unfinished training in {output}")
+        begun = read_json(settings)
+        for name, value in wanted.items():
+            if begun.get(name) != value:
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(f"--resume: {output} was begun with {flag} {begun.get(name)}, found {value}")
+        return
+    if not FIRST:
+        return
+    if output.exists():
+        if not options.force:
+            unfinished = "; --resume goes on with it" if settings.exists() else ""
+            raise UserError(f"--output {output}: exists already (--force starts over{unfinished})")
+        shutil.rmtree(output)
+    settings.parent.mkdir(parents=True)
+    settings.write_text(json.dumps(wanted, indent=1) + "\n")
+
+
+def run(options: argparse.Namespace, model: ModelConfig, cqil: CqilConfig) -> dict[str, Any]:
+    """Trains and saves the adapter; returns the report."""
+    import torch
+    import transformers
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    from cqil_trt import reference
+    from cqil_trt.quality import open_tokenizer, text_blocks
+    from cqil_trt.quality.distillation import Blocks, DistillationTrainer, Student, last_checkpoint
+
+    on_gpu = torch.cuda.is_available()
+    bfloat16 = (options.precision or ("bf16" if on_gpu else "fp32")) == "bf16"
+    settings = transformers.TrainingArguments(
+        output_dir=str(options.output / CHECKPOINTS),
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.accumulate,
+        **({"gradient_checkpointing": True} if options.gradient_checkpointing else {}),
+        max_steps=options.steps or -1,
+        num_train_epochs=1,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.03,
+        weight_decay=0.0,
+        seed=options.seed,
+        save_steps=options.save_steps,
+        save_total_limit=2,
+        logging_steps=10,
+        logging_first_step=True,
+        remove_unused_columns=False,
+        label_names=[],
+        report_to=[],
+        dataloader_drop_last=True,
+        dataloader_pin_memory=on_gpu,
+        ddp_timeout=24 * 3600,
+        disable_tqdm=not sys.stderr.isatty(),
+    )
+    network = reference.load_hugging_face(options.model, dtype=torch.bfloat16 if bfloat16 else torch.float32)
+    network.to(settings.device)
+    tokenizer = open_tokenizer(Path(options.model))
+    length = options.sequence_length
+    parts = []
+    if options.text:
+        parts.append(text_blocks(options.text, tokenizer, model, length, None, options.column))
+    if options.self_generated:
+        with settings.main_process_first(desc="sampling text"):
+            parts.append(generated(options, network, np.array(tokenizer.plain_tokens())))
+    data = np.concatenate(parts)
+    step_blocks = options.batch_size * options.accumulate * settings.world_size
+    if len(data) < step_blocks:
+        raise UserError(
+            f"{len(data)} blocks of {length} tokens are fewer than one step's {step_blocks}: give more text, or a "
+            "smaller --batch-size"
+        )
+    held_out = options.eval_text and text_blocks(
+        options.eval_text, tokenizer, model, length, options.eval_tokens, options.column
+    )
+
+    transformers.set_seed(options.seed)
+    student = Student(network, cqil, options.lora_rank, options.lora_alpha, options.lora_dropout)
+    if options.gradient_checkpointing:
+        student.model.enable_input_require_grads()
+    trainer = DistillationTrainer(student, bfloat16, args=settings, train_dataset=Blocks(data))
+    if settings.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(reporter(ProgressCallback, length * step_blocks))
+    start = last_checkpoint(options.output / CHECKPOINTS) if options.resume else None
+    print(
+        f"{data.size} tokens in blocks of {length}, {step_blocks} blocks a step" + (f", from {start}" if start else "")
+    )
+    began = time.perf_counter()
+    trainer.train(resume_from_checkpoint=None if start is None else str(start))
+    seconds = time.perf_counter() - began
+    if FIRST:
+        save(student, options.output)
+
+    losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    report = {
+        "model": options.model,
+        "cqil": cqil.to_dict(),
+        "tokens": data.size,
+        "steps": trainer.state.global_step,
+        "seconds": seconds,
+        "loss": losses,
+    }
+    if held_out is not None and FIRST:
+        report["held_out"] = evaluate(student, held_out)
+    return report
+
+
+def generated(options: argparse.Namespace, network: Any, first_tokens: np.ndarray) -> np.ndarray:
+    """The blocks the model samples itself, int32; kept beside the adapter, for a resumed run and for `--text`."""
+    from cqil_trt.quality.distillation import self_generated
+
+    path = options.output / "self-generated.npy"
+    if not path.exists():
+        count, length = -(-options.self_generated // options.sequence_length), options.sequence_length
+        batch, progress = options.sampling_batch, sys.stderr.isatty()
+        blocks = self_generated(network, count, length, first_tokens, batch, options.seed, progress)
+        partial = path.with_suffix(".partial")
+        with open(partial, "wb") as file:
+            np.save(file, blocks.astype(np.min_scalar_type(int(first_tokens.max()))))
+        partial.rename(path)
+    return np.load(path).astype(np.int32)
+
+
+def reporter(progress: type, tokens_per_step: int) -> Any:
+    """Trainer's progress bar says the loss and speed; without a terminal, a line does."""
+
+    class Reporter(progress):
+        _last: tuple[int, float] | None = None
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if not state.is_world_process_zero or not logs or "loss" not in logs:
+                return
+            now, speed = time.perf_counter(), ""
+            if self._last is not None and state.global_step > self._last[0]:
+                step, then = self._last
+                speed = f", {(state.global_step - step) * tokens_per_step / (now - then):.0f} tokens/s"
+            self._last = state.global_step, now
+            text = f"step {state.global_step}/{state.max_steps}: KL {logs['loss']:.4f}{speed}"
+            if self.training_bar is not None:
+                self.training_bar.set_description(text)
+            elif args.disable_tqdm:
+                print(text, flush=True)
+
+    return Reporter()
+
+
+def save(student: Any, output: Path) -> None:
+    """The adapter's files appear whole: the configuration that makes it one comes last."""
+    new = output / CHECKPOINTS / "adapter"
+    student.save(new)
+    names = [path.name for path in new.iterdir() if path.suffix in (".json", ".safetensors")]
+    for name in sorted(names, key=lambda name: (name == "adapter_config.json", name != ADAPTER_FILE)):
+        (new / name).replace(output / name)
+
+
+def evaluate(student: Any, blocks: np.ndarray) -> dict[str, Any]:
+    """Perplexity on held-out text: of the unchanged model, of CQIL without and with the adapter."""
+    from cqil_trt.quality.perplexity import score_reference, won_back
+
+    network = student.model.get_base_model().eval()
+    progress = sys.stderr.isatty()
+    with student.teaching():
+        base = score_reference(network, blocks, progress)
+    with student.model.disable_adapter():
+        without = score_reference(network, blocks, progress)
+    trained = score_reference(network, blocks, progress)
+    columns = {"unchanged": base, "CQIL": without, "CQIL + adapter": trained}
+    rows = [
+        (name, f"{s.perplexity:.3f}", f"{s.log_perplexity:.4f}", f"{s.agreement(base):.1%}")
+        for name, s in columns.items()
+    ]
+    share = won_back(base, without, trained)
+    print(f"\nheld-out text, {blocks.size} tokens")
+    print(table(("model", "perplexity", "log", "top-1 equal"), rows))
+    print(f"of what CQIL cost in log-perplexity, the adapter wins back {share:.1%}")
+    perplexities = {name: {"perplexity": s.perplexity, "top1_equal": s.agreement(base)} for name, s in columns.items()}
+    return {"tokens": blocks.size, "models": perplexities, "won_back": share}
+
+
+def plot(losses: list[tuple[int, float]], path: Path, title: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    axes.plot(*zip(*losses))
+    axes.set(xlabel="step", ylabel="KL per token, nats", title=title, ylim=(0, None))
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
