@@ -161,11 +161,13 @@ def fits_gpu(elements: int, dtype: torch.dtype = torch.float32) -> bool:
     return torch.cuda.is_available() and dtype.itemsize * elements < 0.8 * torch.cuda.mem_get_info()[0]
 
 
-def from_reader(model: ModelConfig, reader: WeightReader, dtype: torch.dtype = torch.float32) -> nn.Module:
+def from_reader(
+    model: ModelConfig, reader: WeightReader, dtype: torch.dtype = torch.float32, pieces: bool | None = None
+) -> nn.Module:
     """Hugging Face's modules with the weights of `reader`, in evaluation mode; on the GPU where there is one.
 
-    A model that has no room there, or without a GPU would take more than 2 GiB, is computed in pieces: a module's
-    weights are read when it is called, and let go behind it.
+    In `pieces`, a module's weights are read when it is called, and let go behind it; by default so is a model that has
+    no room on the GPU, or without one would take more than 2 GiB.
     """
     kind, config = hugging_face_config(model)
     with torch.device("meta"):
@@ -176,7 +178,8 @@ def from_reader(model: ModelConfig, reader: WeightReader, dtype: torch.dtype = t
     # Buffers are computed, not stored: the module makes its own again, off the meta device.
     network.model.rotary_emb = type(rotary)(network.config).to(device)
     whole = sum(sizes)
-    pieces = not fits_gpu(whole, dtype) if device == "cuda" else dtype.itemsize * whole > _RESIDENT_BYTES
+    if pieces is None:
+        pieces = not fits_gpu(whole, dtype) if device == "cuda" else dtype.itemsize * whole > _RESIDENT_BYTES
     for name, module in network.named_modules():
         names = [key for key, _ in module.named_parameters(recurse=False)]
         if not names:

@@ -30,6 +30,7 @@ from cqil_trt.config import ADAPTER_FILE, CqilConfig, ModelConfig, read_json  # 
 from cqil_trt.errors import UserError  # noqa: E402
 from cqil_trt.job import command  # noqa: E402
 from cqil_trt.table import table  # noqa: E402
+from cqil_trt.weights import WeightReader, open_checkpoint  # noqa: E402
 
 CHECKPOINTS = "checkpoints"
 SETTINGS = "settings.json"
@@ -89,9 +90,7 @@ def train(options: argparse.Namespace) -> None:
         from cqil_trt.demo import demo_model
 
         options.model = str(demo_model())
-    from cqil_trt.weights import open_checkpoint
-
-    model, _ = open_checkpoint(Path(options.model))
+    model, reader = open_checkpoint(Path(options.model))
     notes: list[str] = []
     cqil = choose_cqil(
         model, notes, *(getattr(options, name) for name in ("preset", "p", "d", "start", "end", "bypass"))
@@ -108,7 +107,7 @@ def train(options: argparse.Namespace) -> None:
         name = Path(options.model).stem if options.model.endswith(".gguf") else Path(options.model).resolve().name
         options.output = Path("adapters") / f"{name}-p{cqil.p}-d{cqil.d}-{cqil.start}-{cqil.end}"
     prepare_output(options, cqil)
-    report = run(options, model, cqil)
+    report = run(options, model, reader, cqil)
     if not FIRST:
         return
     (options.output / REPORT).write_text(json.dumps(report, indent=1) + "\n")
@@ -161,7 +160,7 @@ def prepare_output(options: argparse.Namespace, cqil: CqilConfig) -> None:
     settings.write_text(json.dumps(wanted, indent=1) + "\n")
 
 
-def run(options: argparse.Namespace, model: ModelConfig, cqil: CqilConfig) -> dict[str, Any]:
+def run(options: argparse.Namespace, model: ModelConfig, reader: WeightReader, cqil: CqilConfig) -> dict[str, Any]:
     """Trains and saves the adapter; returns the report."""
     import torch
     import transformers
@@ -197,8 +196,9 @@ def run(options: argparse.Namespace, model: ModelConfig, cqil: CqilConfig) -> di
         ddp_timeout=24 * 3600,
         disable_tqdm=not sys.stderr.isatty(),
     )
-    network = reference.load_hugging_face(options.model, dtype=torch.bfloat16 if bfloat16 else torch.float32)
-    network.to(settings.device)
+    if on_gpu:
+        torch.cuda.set_device(settings.device)
+    network = reference.from_reader(model, reader, torch.bfloat16 if bfloat16 else torch.float32, pieces=False)
     tokenizer = open_tokenizer(Path(options.model))
     length = options.sequence_length
     parts = []
