@@ -138,8 +138,8 @@ class Session(ABC):
         """The next-token logits of every sequence, float32 [B, vocabulary]."""
         return self._gather(self._prediction())
 
-    def score(self, prompt: Sequence[int]) -> np.ndarray:
-        """The logits after every token of one prompt, float32 [tokens, vocabulary].
+    def score(self, prompt: Sequence[int], first: int = 0) -> np.ndarray:
+        """The logits after every token of one prompt from `first` on, float32 [tokens - first, vocabulary].
 
         What was there before is gone, and there is no prediction to go on from: `prefill` comes next.
         """
@@ -147,10 +147,14 @@ class Session(ABC):
         tokens, chunk = np.array([list(prompt)]), self.limits.prefill_chunk
         self._start(1, len(prompt))
         parts = []
-        for first in range(0, len(prompt), chunk):
-            part = tokens[:, first : first + chunk]
-            self._forward(part, np.array([first]), np.arange(part.shape[1])[None])
-            parts.append(self._gather(self._last_logits()[0]))
+        for begin in range(0, len(prompt), chunk):
+            part = tokens[:, begin : begin + chunk]
+            # A part that nobody asks about predicts from one token all the same: every pass predicts from some.
+            asked = min(max(first - begin, 0), part.shape[1])
+            select = np.arange(min(asked, part.shape[1] - 1), part.shape[1])
+            self._forward(part, np.array([begin]), select[None])
+            if asked < part.shape[1]:
+                parts.append(self._gather(self._last_logits()[0]))
         self._past = np.array([min(len(prompt), self.limits.max_seq_len - 1)])
         return np.concatenate(parts)
 

@@ -63,6 +63,15 @@ class Tokenizer:
         """Token ids of parts of longer texts: without the special tokens a text begins and ends with."""
         return [encoding.ids for encoding in self._backend.encode_batch(texts, add_special_tokens=False)]
 
+    def special(self, name: str) -> int | None:
+        """The token id of "bos_token", "eos_token", …; None when the tokenizer has none."""
+        text = self._special_tokens().get(name)
+        return None if text is None else self._backend.token_to_id(text)
+
+    def text_of(self, token: int) -> str:
+        """A token as text, one that controls the model too."""
+        return self._backend.decode([token], skip_special_tokens=False)
+
     def plain_tokens(self) -> list[int]:
         """Every token id that stands for text: those that control the model are left out."""
         special = self._backend.get_added_tokens_decoder().keys()

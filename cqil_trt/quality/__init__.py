@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,16 @@ def open_tokenizer(model: Path) -> Tokenizer:
         if not save_tokenizer(model, Path(directory)):
             raise UserError(f"{model}: has no tokenizer, which texts need")
         return Tokenizer(Path(directory))
+
+
+def transformers_tokenizer(model: Path) -> Any:
+    """The same as transformers has it. Raises UserError when there is none."""
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as directory:
+        if not save_tokenizer(model, Path(directory)):
+            raise UserError(f"{model}: has no tokenizer, which tasks need")
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
 
 
 def text_blocks(

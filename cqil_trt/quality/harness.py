@@ -1,0 +1,220 @@
+"""An engine and the reference as models of lm-evaluation-harness.
+
+The harness runs on rank 0; the other ranks serve it, as every rank takes part in each of the engine's calls.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lm_eval import simple_evaluate
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from cqil_trt.errors import UserError
+from cqil_trt.llm import Llm, merge_replicas
+from cqil_trt.quality.perplexity import negative_log_likelihood
+from cqil_trt.tokenizer import Tokenizer
+
+# What the harness generates at most where a task does not say.
+_MAX_GENERATED = 256
+# Requests between two updates of the progress bar.
+_SHARE = 64
+
+
+class EngineLM(TemplateLM):
+    """A loaded engine. Every rank makes one; rank 0 gives it to the harness, the others call `serve`."""
+
+    def __init__(self, llm: Llm):
+        super().__init__()
+        self.llm = llm
+        self._tokens = llm.tokenizer or Tokenizer(llm.engine.path)
+        self.max_length = llm.engine.limits.max_seq_len
+
+    @property
+    def eot_token_id(self) -> int:
+        token = self._tokens.special("eos_token")
+        assert token is not None
+        return token
+
+    @property
+    def prefix_token_id(self) -> int:
+        token = self._tokens.special("bos_token")
+        return self.eot_token_id if token is None else token
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(self._tokens.text_of(self.prefix_token_id))
+        return self._tokens.encode(string) if add_special_tokens else self._tokens.pieces([string])[0]
+
+    # What the harness asks, on rank 0
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        # Choices of one token after the same text are answered by one pass.
+        places: dict[tuple[int, ...], list[int]] = {}
+        for number, (_, context, continuation) in enumerate(requests):
+            # The last token is only predicted; what is too long loses its beginning.
+            taken = (context + continuation)[-self.max_length - 1 :][:-1]
+            places.setdefault(tuple(taken), []).append(number)
+        jobs = [(list(text), [requests[number][2] for number in numbers]) for text, numbers in places.items()]
+        found = self._in_shares("score", jobs, "scoring", disable_tqdm)
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        for numbers, several in zip(places.values(), found):
+            for number, answer in zip(numbers, several):
+                answers[number] = answer
+        return answers
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        windows = [
+            [
+                (None, *make_disjoint_window(window))
+                for window in get_rolling_token_windows(
+                    self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, context_len=1
+                )
+            ]
+            for request in requests
+        ]
+        scores = iter(self._loglikelihood_tokens([window for text in windows for window in text], disable_tqdm))
+        return [sum(next(scores)[0] for _ in text) for text in windows]
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        by_options: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            by_options.setdefault(repr(sorted(request.args[1].items())), []).append(number)
+        texts = [""] * len(requests)
+        for numbers in by_options.values():
+            options = normalize_gen_kwargs(requests[numbers[0]].args[1], _MAX_GENERATED)
+            room = self.max_length - options["max_gen_toks"]
+            if room < 1:
+                raise UserError(
+                    f"a task generates up to {options['max_gen_toks']} tokens, the engine holds {self.max_length}: "
+                    "build it with a larger --max-seq-len"
+                )
+            prompts = [self.tok_encode(requests[number].args[0])[-room:] for number in numbers]
+            stop = [text for text in options["until"] if text]
+            given = {
+                "max_new_tokens": options["max_gen_toks"],
+                "stop": stop,
+                "temperature": options["temperature"] if options["do_sample"] else 0.0,
+            }
+            for number, text in zip(numbers, self._on_all_ranks("complete", prompts, given)):
+                texts[number] = postprocess_generated_text(text, stop, None)
+        return texts
+
+    def _in_shares(self, method: str, jobs: list[Any], label: str, quiet: bool) -> list[Any]:
+        found: list[Any] = []
+        size = _SHARE * self.llm.replicas
+        with tqdm(total=len(jobs), desc=label, disable=quiet, leave=False) as bar:
+            for first in range(0, len(jobs), size):
+                found += self._on_all_ranks(method, jobs[first : first + size])
+                bar.update(len(found) - bar.n)
+        return found
+
+    # What all ranks do together
+
+    def _on_all_ranks(self, method: str, *arguments: Any) -> Any:
+        """Calls the method of this name on every rank; called on rank 0, while the others are in `serve`."""
+        job = self.llm.job
+        if job.comm is not None:
+            job.wait()
+            job.comm.bcast((method, arguments))
+        return getattr(self, method)(*arguments)
+
+    def serve(self) -> None:
+        """Takes part in rank 0's calls until it calls `stop`. Raises UserError when rank 0 stopped for an error."""
+        comm = self.llm.job.comm
+        while True:
+            self.llm.job.wait()
+            method, arguments = comm.bcast(None)
+            if method == "stop":
+                self.stop(*arguments)
+                return
+            getattr(self, method)(*arguments)
+
+    def finish(self, error: str | None = None) -> None:
+        """Lets the other ranks out of `serve`; with an error message they raise it."""
+        if self.llm.job.comm is not None:
+            self.llm.job.wait()
+            self.llm.job.comm.bcast(("stop", (error,)))
+
+    def stop(self, error: str | None) -> None:
+        if error is not None:
+            raise UserError(error)
+
+    def score(self, jobs: Sequence[tuple[list[int], list[list[int]]]]) -> list[list[tuple[float, bool]]]:
+        """For each text and its continuations: their log-likelihoods, and whether each is what greedy decoding gives.
+
+        The text holds the continuations but for their last tokens.
+        """
+        found = [self._score_one(*job) for job in jobs[self.llm.replica :: self.llm.replicas]]
+        return self._merge(found, len(jobs))
+
+    def _score_one(self, text: list[int], continuations: list[list[int]]) -> list[tuple[float, bool]]:
+        longest = max(map(len, continuations))
+        logits = self.llm.session.score(text, first=len(text) - longest)
+        likeliest = logits.argmax(-1)
+        return [
+            (
+                -float(negative_log_likelihood(logits[-len(tokens) :], tokens).sum(dtype=np.float64)),
+                bool((likeliest[-len(tokens) :] == tokens).all()),
+            )
+            for tokens in map(np.array, continuations)
+        ]
+
+    def complete(self, prompts: Sequence[list[int]], options: Mapping[str, Any]) -> list[str]:
+        return [completion.text for completion in self.llm.generate(prompts, **options)]
+
+    def _merge(self, found: list[Any], count: int) -> list[Any]:
+        if self.llm.replicas == 1:
+            return found
+        return merge_replicas(self.llm.job.gather(found), self.llm.engine.world_size, count)
+
+
+def reference_lm(network: Any, tokenizer: Any, max_length: int, batch_size: int) -> HFLM:
+    """A Hugging Face model (or one with CQIL's forward pass) as the harness's own model of that kind.
+
+    `tokenizer`: transformers' tokenizer of the checkpoint.
+    """
+    lm = HFLM(pretrained=network, tokenizer=tokenizer, max_length=max_length, batch_size=batch_size)
+    # Of a model that is computed in pieces no weight lies anywhere; its buffers do.
+    lm._device = network.get_submodule("model.rotary_emb").inv_freq.device
+    return lm
+
+
+def task_manager(names: Sequence[str], directory: Path | None) -> TaskManager:
+    """The harness's tasks, with those of `directory`. Raises UserError for a name that is none."""
+    if directory is not None and not directory.is_dir():
+        raise UserError(f"--task-path {directory}: no such directory")
+    manager = TaskManager(include_path=None if directory is None else str(directory))
+    for name in names:
+        if not manager.match_tasks([name]):
+            raise UserError(f"--tasks {name}: no task or group of this name (lm-eval ls tasks lists them)")
+    return manager
+
+
+def run_tasks(
+    lm: Any, manager: TaskManager, names: Sequence[str], num_fewshot: int | None, limit: int | None
+) -> dict[str, Any]:
+    """The harness's results of the tasks: `results`, and `samples` with every item's answer.
+
+    Raises UserError when a task's data cannot be had.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    try:
+        found = simple_evaluate(
+            lm, tasks=list(names), num_fewshot=num_fewshot, limit=limit, task_manager=manager, bootstrap_iters=1000
+        )
+    except (OSError, ValueError) as error:  # what `datasets` raises where there is no network, and no cached copy
+        raise UserError(f"--tasks {','.join(names)}: {' '.join(str(error).split())[:300]}") from None
+    assert found is not None
+    return found

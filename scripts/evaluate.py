@@ -1,0 +1,263 @@
+#!/usr/bin/env python
+"""What CQIL costs in quality: perplexity on a text and tasks of lm-evaluation-harness, configurations side by side.
+
+    python scripts/evaluate.py --model path/to/model --lora adapters/mine --text heldout.txt --tasks sciq,arc_easy
+    mpirun -n 2 python scripts/evaluate.py --engine engines/mine --text heldout.txt        # a compiled engine
+
+The reference (Hugging Face's modules) is evaluated unchanged, with CQIL, and with CQIL and the adapter, engines beside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+
+from cqil_trt.backends import DEVICES  # noqa: E402
+from cqil_trt.commands import RankParser, add_cqil_flags  # noqa: E402
+from cqil_trt.config import CqilConfig  # noqa: E402
+from cqil_trt.errors import UserError  # noqa: E402
+from cqil_trt.job import Job, command  # noqa: E402
+from cqil_trt.quality.perplexity import Scores, won_back  # noqa: E402
+from cqil_trt.table import table  # noqa: E402
+
+UNCHANGED, CQIL, ADAPTED = "unchanged", "CQIL", "CQIL + adapter"
+
+
+def parser() -> RankParser:
+    p = RankParser(prog="evaluate.py", description=__doc__.split("\n")[0])
+    p.add_argument(
+        "--model", metavar="PATH", help="Hugging Face directory or GGUF file (default, without --engine: the demo)"
+    )
+    p.add_argument(
+        "--lora", metavar="DIR", type=Path, help="PEFT adapter; one that finetune.py made brings its own --p … --bypass"
+    )
+    add_cqil_flags(p)
+    p.add_argument("--engine", metavar="DIR", type=Path, action="append", default=[], help="an engine; may be repeated")
+    p.add_argument("--device", choices=DEVICES, default="auto", help="where engines compute")
+    text = p.add_argument_group("perplexity")
+    text.add_argument(
+        "--text", metavar="PATH", type=Path, nargs="+", help="text files, .jsonl, directories; .npy of tokens"
+    )
+    text.add_argument("--column", default="text", help="field of .jsonl and datasets that holds the text")
+    text.add_argument("--text-tokens", metavar="N", type=int, help="at most these many tokens of it")
+    text.add_argument(
+        "--block", metavar="N", type=int, default=1024, help="tokens that are predicted from their own block"
+    )
+    tasks = p.add_argument_group("tasks")
+    tasks.add_argument(
+        "--tasks", metavar="NAME,NAME", help="of lm-evaluation-harness: sciq,winogrande,arc_easy,mmlu, …"
+    )
+    tasks.add_argument("--task-path", metavar="DIR", type=Path, help="directory of task files (.yaml) of your own")
+    tasks.add_argument(
+        "--num-fewshot", metavar="N", type=int, help="examples before each question (default: the task's)"
+    )
+    tasks.add_argument("--limit", metavar="N", type=int, help="at most N questions of each task")
+    tasks.add_argument("--max-length", metavar="N", type=int, default=2048, help="tokens a question may have")
+    tasks.add_argument("--batch-size", metavar="N", type=int, default=8, help="questions the reference takes at a time")
+    p.add_argument("--samples", action="store_true", help="put every question's answers into --json")
+    p.add_argument("--json", metavar="F", type=Path, help="write everything measured to this file")
+    return p
+
+
+class Column:
+    """One configuration: how it scores blocks of tokens and tasks. `label` heads its column."""
+
+    def __init__(self, label: str, cqil: CqilConfig):
+        self.label, self.cqil = label, cqil
+        self.scores: Scores | None = None
+        self.tasks: dict[str, Any] = {}
+
+
+def main() -> None:
+    job = None
+    with command():
+        job = Job()
+    with command(job):
+        cli = parser()
+        cli.speaks = job.rank == 0
+        options = cli.parse_args()
+        evaluate(options, job)
+
+
+def evaluate(options: argparse.Namespace, job: Job) -> None:
+    if not (options.text or options.tasks):
+        raise UserError("what to evaluate on? --text PATH …, or --tasks NAME,NAME")
+    names = [name for name in (options.tasks or "").split(",") if name]
+    manager = None
+    if names:
+        from cqil_trt.quality.harness import task_manager
+
+        manager = job.agree(lambda: task_manager(names, options.task_path) if job.rank == 0 else None)
+    columns: list[Column] = []
+    if options.model or options.lora or not options.engine:
+        # The other ranks have nothing to do with the reference: they sleep.
+        columns += job.agree(lambda: list(references(options, names, manager)) if job.rank == 0 else [])
+    columns += engines(options, names, manager, job)
+    if job.rank == 0:
+        report(options, columns)
+
+
+def references(options: argparse.Namespace, names: list[str], manager: Any) -> Iterator[Column]:
+    """The reference in every configuration, evaluated, in this process."""
+    from cqil_trt import reference
+    from cqil_trt.builder import choose_cqil
+    from cqil_trt.checkpoint import Checkpoint
+    from cqil_trt.quality import open_tokenizer, text_blocks, transformers_tokenizer
+    from cqil_trt.quality.perplexity import score_reference
+
+    if options.model is None:
+        from cqil_trt.demo import demo_model
+
+        options.model = str(demo_model())
+    path = Path(options.model)
+    checkpoint = Checkpoint(path, None)
+    model = checkpoint.model
+    flags = {name: getattr(options, name) for name in ("preset", "p", "d", "start", "end", "bypass")}
+    trained = None if options.lora is None else CqilConfig.of_adapter(options.lora)
+    notes: list[str] = []
+    cqil = choose_cqil(model, notes, **flags, trained=trained)
+    for note in notes:
+        print(f"note: {note}")
+    blocks = None
+    if options.text:
+        length = min(options.block, model.max_position)
+        blocks = text_blocks(options.text, open_tokenizer(path), model, length, options.text_tokens, options.column)
+
+    def run(network: Any, column: Column) -> Column:
+        if blocks is not None:
+            column.scores = score_reference(network, blocks, sys.stderr.isatty())
+        if names:
+            from cqil_trt.quality.harness import reference_lm, run_tasks
+
+            longest = min(options.max_length, model.max_position)
+            lm = reference_lm(network, transformers_tokenizer(path), longest, options.batch_size)
+            column.tasks = run_tasks(lm, manager, names, options.num_fewshot, options.limit)
+        return column
+
+    network = reference.from_reader(model, checkpoint.reader)
+    yield run(network, Column(UNCHANGED, CqilConfig(1)))
+    if cqil.groups:
+        reference.with_cqil(network, cqil)
+        yield run(network, Column(CQIL, cqil))
+    if options.lora is not None:
+        del network
+        network = reference.from_reader(model, Checkpoint(path, options.lora).reader)
+        reference.with_cqil(network, cqil)
+        yield run(network, Column(ADAPTED if cqil.groups else "adapter", cqil))
+
+
+def engines(options: argparse.Namespace, names: list[str], manager: Any, job: Job) -> Iterator[Column]:
+    """Every engine, evaluated, on all ranks."""
+    from cqil_trt.llm import Llm
+    from cqil_trt.quality import text_blocks
+    from cqil_trt.quality.perplexity import score_engine
+
+    for path in options.engine:
+        with closing(Llm(path, job, options.device)) as llm:
+            engine = llm.engine
+            column = Column(str(path), engine.cqil)
+            if options.text:
+                length = min(options.block, engine.model.max_position)
+
+                def blocks(llm: Llm = llm, length: int = length) -> np.ndarray:
+                    if llm.tokenizer is None:
+                        raise UserError(f"{llm.engine.path}: has no tokenizer, which texts need")
+                    model = llm.engine.model
+                    return text_blocks(options.text, llm.tokenizer, model, length, options.text_tokens, options.column)
+
+                column.scores = score_engine(llm, job.share(blocks), sys.stderr.isatty())
+            if names:
+                column.tasks = engine_tasks(llm, manager, names, options)
+            yield column
+
+
+def engine_tasks(llm: Any, manager: Any, names: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    """The harness on rank 0, with every rank's part in the engine's answers."""
+    from cqil_trt.quality.harness import EngineLM, run_tasks
+
+    lm = EngineLM(llm)
+    lm.max_length = min(lm.max_length, options.max_length)
+    if llm.job.rank:
+        lm.serve()
+        return {}
+    try:
+        found = run_tasks(lm, manager, names, options.num_fewshot, options.limit)
+    except UserError as error:
+        lm.finish(str(error))
+        raise
+    lm.finish()
+    return found
+
+
+def report(options: argparse.Namespace, columns: list[Column]) -> None:
+    result: dict[str, Any] = {"columns": [{"label": c.label, "cqil": c.cqil.to_dict()} for c in columns]}
+    scored = [(column, column.scores) for column in columns if column.scores is not None]
+    if scored:
+        base = scored[0][1]
+        rows = [
+            (
+                column.label,
+                describe(column.cqil),
+                f"{scores.perplexity:.4f}",
+                f"{scores.log_perplexity:.5f}",
+                f"{scores.agreement(base):.2%}",
+            )
+            for column, scores in scored
+        ]
+        print(f"perplexity of {base.nll.size} tokens")
+        print(table(("model", "CQIL", "perplexity", "log", f"top-1 as {scored[0][0].label}"), rows))
+        by_label = {column.label: scores for column, scores in scored}
+        for entry, (_, scores) in zip(result["columns"], scored):
+            entry["perplexity"] = scores.perplexity
+            entry["top1_equal"] = scores.agreement(base)
+        if all(label in by_label for label in (UNCHANGED, CQIL, ADAPTED)):
+            share = won_back(by_label[UNCHANGED], by_label[CQIL], by_label[ADAPTED])
+            print(f"of what CQIL cost in log-perplexity, the adapter wins back {share:.1%}")
+            result["won_back"] = share
+    if options.tasks:
+        print(task_table(columns))
+        for entry, column in zip(result["columns"], columns):
+            entry["tasks"] = column.tasks["results"]
+            if options.samples:
+                entry["samples"] = column.tasks["samples"]
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=1, default=str) + "\n")
+
+
+def describe(cqil: CqilConfig) -> str:
+    if not cqil.groups:
+        return "none"
+    bypass = f" {cqil.bypass}" if cqil.d else ""
+    return f"p={cqil.p} d={cqil.d}{bypass} [{cqil.start}, {cqil.end})"
+
+
+def task_table(columns: list[Column]) -> str:
+    """A row for each task and metric, a column for each configuration; behind ± the standard error."""
+    rows = []
+    for task, first in columns[0].tasks["results"].items():
+        for metric, value in first.items():
+            name, _, how = metric.partition(",")
+            if not isinstance(value, (int, float)) or not how or name.endswith("_stderr"):
+                continue
+            cells = []
+            for column in columns:
+                found = column.tasks["results"][task]
+                error = found.get(f"{name}_stderr,{how}")
+                spread = f" ± {error:.4f}" if isinstance(error, (int, float)) else ""
+                cells.append(f"{found[metric]:.4f}{spread}")
+            rows.append((task, name, *cells))
+    return "\n" + table(("task", "metric", *(column.label for column in columns)), rows)
+
+
+if __name__ == "__main__":
+    main()

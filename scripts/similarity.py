@@ -1,0 +1,267 @@
+#!/usr/bin/env python
+"""Which layers of a model can run concurrently: how alike their inputs are, and what each choice saves and costs.
+
+    python scripts/similarity.py --model path/to/model --text text.txt --plot similarity.png
+    python scripts/similarity.py --model path/to/model --text text.txt --search --plot search.png
+
+Without --search ranges are recommended by similarity, the paper's criterion; with it, by measured perplexity.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from cqil_trt.commands import Parser  # noqa: E402
+from cqil_trt.config import BYPASSES, DTYPES, MAX_RANKS, CqilConfig, ModelConfig  # noqa: E402
+from cqil_trt.errors import UserError  # noqa: E402
+from cqil_trt.job import command  # noqa: E402
+from cqil_trt.latency import critical_bytes, decode_seconds  # noqa: E402
+from cqil_trt.table import size, table  # noqa: E402
+
+# The authors' published ranges begin at 38% of the layers or behind; their last layers differ most from each other.
+FIRST = 0.375
+
+
+def parser() -> Parser:
+    p = Parser(prog="similarity.py", description=__doc__.split("\n")[0])
+    p.add_argument("--model", metavar="PATH", help="Hugging Face directory or GGUF file (default: the demo)")
+    p.add_argument(
+        "--text", metavar="PATH", type=Path, nargs="+", required=True, help="text files, .jsonl, directories"
+    )
+    p.add_argument("--column", default="text", help="field of .jsonl and datasets that holds the text")
+    p.add_argument("--text-tokens", metavar="N", type=int, default=8192, help="at most these many tokens of it")
+    p.add_argument("--block", metavar="N", type=int, default=1024, help="tokens the model sees at a time")
+    p.add_argument("--p", metavar="P,P", default="2,4", help="group sizes, and numbers of ranks")
+    p.add_argument("--threshold", type=float, default=0.8, help="lowest similarity of a layer's input to its group's")
+    p.add_argument("--first", metavar="LAYER", type=int, help="no range begins before it (default: 3/8 of the layers)")
+    p.add_argument("--dtype", choices=DTYPES, default="float16", help="type of weights, for predicted latency")
+    search = p.add_argument_group("search")
+    search.add_argument("--search", action="store_true", help="measure perplexity with every range from --first on")
+    search.add_argument("--d", metavar="D,D", default="0", help="bypass distances to measure")
+    search.add_argument("--bypass", choices=BYPASSES, default="mlp", help="where the bypass goes when d > 0")
+    search.add_argument(
+        "--tolerance", type=float, default=0.8, help="log-perplexity that a recommended range may cost before training"
+    )
+    p.add_argument("--plot", metavar="F.png", type=Path, help="heat map of similarities, or the search's frontier")
+    p.add_argument("--json", metavar="F", type=Path, help="write everything measured to this file")
+    return p
+
+
+def main() -> None:
+    with command():
+        run(parser().parse_args())
+
+
+def run(options: argparse.Namespace) -> None:
+    from cqil_trt import reference
+    from cqil_trt.quality import open_tokenizer, text_blocks
+    from cqil_trt.quality.similarity import input_similarity
+    from cqil_trt.weights import open_checkpoint
+
+    ps = numbers(options.p, "--p", 2, MAX_RANKS)
+    ds = numbers(options.d, "--d", 0, max(ps) - 1)
+    if options.model is None:
+        from cqil_trt.demo import demo_model
+
+        options.model = str(demo_model())
+    path = Path(options.model)
+    model, reader = open_checkpoint(path)
+    first = math.ceil(FIRST * model.num_layers) if options.first is None else options.first
+    if not 0 <= first < model.num_layers:
+        raise UserError(f"--first {first}: the model has layers 0 to {model.num_layers - 1}")
+    length = min(options.block, model.max_position)
+    blocks = text_blocks(options.text, open_tokenizer(path), model, length, options.text_tokens, options.column)
+    network = reference.from_reader(model, reader)
+    similarity = input_similarity(network, blocks, sys.stderr.isatty())
+    result: dict[str, Any] = {"model": options.model, "tokens": blocks.size, "similarity": similarity.tolist()}
+    print(f"{path.name}, {model.num_layers} layers, {blocks.size} tokens of text\n")
+    print(neighbours(similarity))
+    result["recommended"] = recommend(similarity, model, ps, first, options)
+    if options.search:
+        result["search"] = search(network, model, similarity, blocks, ps, ds, first, options)
+        if options.plot is not None:
+            plot_search(result["search"], options.plot, path.name)
+    elif options.plot is not None:
+        plot_similarity(similarity, options.plot, path.name)
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def numbers(text: str, flag: str, low: int, high: int) -> list[int]:
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(low <= number <= high for number in found):
+        raise UserError(f"{flag} {text}: expected numbers from {low} to {high}, like {low},{high}")
+    return found
+
+
+def neighbours(similarity: np.ndarray) -> str:
+    """Each layer's input against the inputs of the layers just before it."""
+    layers = len(similarity)
+    rows = [
+        (layer, *(f"{similarity[layer, layer - back]:.3f}" if layer >= back else "" for back in (1, 2, 3)))
+        for layer in range(1, layers)
+    ]
+    return table(("layer", "to 1 before", "to 2 before", "to 3 before"), rows)
+
+
+def describe(model: ModelConfig, cqil: CqilConfig, dtype: str) -> tuple[dict[str, float], tuple[str, ...]]:
+    """What a configuration reads and takes, as numbers and as cells of a table."""
+    leader = CqilConfig(cqil.p, cqil.d, cqil.start, cqil.end, cqil.bypass, "leader")
+    alone = decode_seconds(model, CqilConfig(1), dtype)
+    values = {
+        "leader_bytes_per_token": critical_bytes(model, leader, dtype),
+        "sharded_bytes_per_token": critical_bytes(model, cqil, dtype),
+        "sequential_ms": alone * 1e3,
+        "leader_ms": decode_seconds(model, leader, dtype) * 1e3,
+        "sharded_ms": decode_seconds(model, cqil, dtype) * 1e3,
+        "tensor_ms": decode_seconds(model, CqilConfig(cqil.p, placement="tensor"), dtype) * 1e3,
+    }
+    cells = (
+        size(values["leader_bytes_per_token"]),
+        *(f"{values[f'{name}_ms']:.3f}" for name in ("sequential", "leader", "tensor", "sharded")),
+    )
+    return values, cells
+
+
+# Headers of what `describe` gives.
+COSTS = ("read/token, leader", "sequential ms", "leader", "tensor", "sharded")
+
+
+def recommend(
+    similarity: np.ndarray, model: ModelConfig, ps: list[int], first: int, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    from cqil_trt.quality.similarity import recommend as longest
+
+    rows, found = [], []
+    for p in ps:
+        choice = longest(similarity, p, options.threshold, first)
+        if choice is None:
+            rows.append((p, "none", "", "", "", "", "", ""))
+            continue
+        values, cells = describe(model, choice.cqil, options.dtype)
+        rows.append((p, f"[{choice.cqil.start}, {choice.cqil.end})", f"{choice.similarity:.3f}", *cells))
+        found.append({"cqil": choice.cqil.to_dict(), "lowest_similarity": choice.similarity, **values})
+    print(f"\nlongest ranges from layer {first} on whose groups are at least {options.threshold:g} alike")
+    print("(--search measures what they cost; latency at batch 1 as predicted for H200s, see cqil_trt/latency.py)")
+    print(table(("p", "[start, end)", "lowest similarity", *COSTS), rows))
+    return found
+
+
+def search(
+    network: Any,
+    model: ModelConfig,
+    similarity: np.ndarray,
+    blocks: np.ndarray,
+    ps: list[int],
+    ds: list[int],
+    first: int,
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """Perplexity of every configuration, and those that no other beats in both latency and perplexity."""
+    from cqil_trt import reference
+    from cqil_trt.quality.perplexity import score_reference
+    from cqil_trt.quality.similarity import frontier, lowest_in_groups, ranges
+
+    base = score_reference(network, blocks)
+    candidates = [
+        CqilConfig(p, d, start, end, options.bypass if d else "mlp")
+        for p in ps
+        for d in ds
+        for start, end in ranges(first, model.num_layers, p)
+        if d < p
+    ]
+    points: list[dict[str, Any]] = []
+    for cqil in tqdm(candidates, desc="searching", disable=not sys.stderr.isatty(), leave=False):
+        scores = score_reference(reference.with_cqil(network, cqil), blocks)
+        points.append(
+            {
+                "cqil": cqil.to_dict(),
+                "lowest_similarity": lowest_in_groups(similarity, cqil),
+                "perplexity": scores.perplexity,
+                "log_cost": scores.log_perplexity - base.log_perplexity,
+                "top1_equal": scores.agreement(base),
+                **describe(model, cqil, options.dtype)[0],
+            }
+        )
+    print(f"\nsearch: {len(points)} configurations; unchanged, the perplexity is {base.perplexity:.3f}")
+    fastest = []
+    for p in ps:
+        for d in sorted({d for d in ds if d < p}):
+            mine = [point for point in points if (point["cqil"]["p"], point["cqil"]["d"]) == (p, d)]
+            best = [mine[i] for i in frontier([m["sharded_ms"] for m in mine], [m["perplexity"] for m in mine])]
+            rows = []
+            # The fastest one that costs no more than is tolerated: what to train.
+            chosen = next((point for point in best if point["log_cost"] <= options.tolerance), None)
+            for point in best:
+                cqil = CqilConfig(**point["cqil"])
+                mark = " <- recommended" if point is chosen else ""
+                cost = f"{point['perplexity']:.3f}", f"{point['log_cost']:+.3f}", f"{point['top1_equal']:.1%}"
+                cells = describe(model, cqil, options.dtype)[1]
+                rows.append((f"[{cqil.start}, {cqil.end}){mark}", *cost, *cells))
+            print(f"\np={p} d={d}{f' {options.bypass}' if d else ''}: none is both faster and better than these")
+            print(table(("[start, end)", "perplexity", "log cost", "top-1 equal", *COSTS), rows))
+            if chosen is not None:
+                fastest.append(chosen)
+    return {"perplexity": base.perplexity, "points": points, "recommended": fastest}
+
+
+def pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def plot_similarity(similarity: np.ndarray, path: Path, title: str) -> None:
+    figure, axes = pyplot().subplots(figsize=(6.5, 5.5))
+    image = axes.imshow(similarity, vmin=0, vmax=1, origin="lower")
+    axes.set(xlabel="layer", ylabel="layer", title=f"cosine similarity of layers' inputs\n{title}")
+    figure.colorbar(image)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def plot_search(found: dict[str, Any], path: Path, title: str) -> None:
+    """Every configuration, and the frontier of each p and d, against what it reads and what it should take."""
+    from cqil_trt.quality.similarity import frontier
+
+    figure, panels = pyplot().subplots(1, 2, figsize=(12, 4.5), sharey=True)
+    kinds = sorted({(point["cqil"]["p"], point["cqil"]["d"]) for point in found["points"]})
+    columns = (
+        ("leader_bytes_per_token", 1e-6, "MB of weights read per token, placement leader"),
+        ("sharded_ms", 1.0, "predicted ms per token, placement sharded"),
+    )
+    for axes, (field, scale, label) in zip(panels, columns):
+        for p, d in kinds:
+            mine = [point for point in found["points"] if (point["cqil"]["p"], point["cqil"]["d"]) == (p, d)]
+            x, y = [point[field] * scale for point in mine], [point["perplexity"] for point in mine]
+            best = frontier(x, y)
+            (line,) = axes.plot([x[i] for i in best], [y[i] for i in best], marker="o", label=f"p={p} d={d}")
+            axes.scatter(x, y, s=6, alpha=0.35, color=line.get_color())
+        axes.axhline(found["perplexity"], color="grey", linestyle="--", label="unchanged")
+        axes.set(xlabel=label, yscale="log")
+    panels[0].set(ylabel="perplexity")
+    panels[0].legend()
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
