@@ -1,9 +1,11 @@
 #!/usr/bin/env python
-"""Collects the signatures of TensorRT-LLM that this project calls, from a directory with its sources.
+"""Collects the signatures of TensorRT-LLM that this project calls, from its sources or a release's documentation.
 
     python scripts/collect_trtllm_api.py DIRECTORY_WITH_tensorrt_llm
+    git clone --depth 1 --branch gh-pages https://github.com/NVIDIA/TensorRT-LLM pages
+    python scripts/collect_trtllm_api.py pages/1.2.1                # which shows the release's sources as HTML
 
-Adds them under the sources' own version to tests/trtllm_api.json: names of parameters, nothing else of the code.
+Adds them under their version to tests/trtllm_api.json: names of parameters, nothing else of the code.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import re
 from collections.abc import Iterator
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -39,22 +43,74 @@ SYMBOLS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("sources", type=Path)
-    package = parser.parse_args().sources / "tensorrt_llm"
-    version = next(
-        ast.literal_eval(node.value)
-        for node in ast.parse((package / "version.py").read_text()).body
-        if isinstance(node, ast.Assign)
-    )
-    found = {}
-    for file, symbols in SYMBOLS.items():
-        tree = ast.parse((package / file).read_text())
-        functions = dict(_functions(tree))
-        found |= {symbol: _signature(functions[symbol], method="." in symbol) for symbol in symbols}
-    found["trtllm-build"] = {"flags": sorted(_flags(package))}
+    root = parser.parse_args().sources
+    version, entry = collect(root)
     known = json.loads(TARGET.read_text()) if TARGET.exists() else {}
-    known[version] = {"source": "collected from a whole tree", "symbols": found}
+    known[version] = entry
     TARGET.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
-    print(f"{TARGET}: {len(found)} symbols of {version}")
+    print(f"{TARGET}: {len(entry['symbols'])} symbols of {version}")
+
+
+def collect(root: Path) -> tuple[str, dict[str, Any]]:
+    """The version whose sources or documentation `root` holds, and its entry for trtllm_api.json."""
+    package, pages = root / "tensorrt_llm", root / "_modules" / "tensorrt_llm"
+    found: dict[str, Any] = {}
+    for file, symbols in SYMBOLS.items():
+        path = package / file if package.is_dir() else (pages / file).with_suffix(".html")
+        if path.suffix == ".html" and not path.exists():
+            print(f"{path}: the documentation does not show it: {', '.join(symbols)} are left out")
+            continue
+        text = path.read_text()
+        functions = dict(_functions(ast.parse(text if path.suffix == ".py" else source_of_page(text))))
+        found |= {symbol: _signature(functions[symbol], method="." in symbol) for symbol in symbols}
+    if package.is_dir():
+        found["trtllm-build"] = {"flags": sorted(_flags(package))}
+        assignments = (node for node in ast.parse((package / "version.py").read_text()).body)
+        version = next(ast.literal_eval(node.value) for node in assignments if isinstance(node, ast.Assign))
+        return version, {"source": "collected from a whole tree", "symbols": found}
+    listed = re.findall(r"--[a-z][a-z0-9_]+", _text((root / "commands" / "trtllm-build.html").read_text()))
+    found["trtllm-build"] = {"flags": sorted(set(listed))}
+    address = f"https://nvidia.github.io/TensorRT-LLM/{root.resolve().name}/"
+    return root.resolve().name, {"source": f"the release's documentation, {address}", "symbols": found}
+
+
+class _Page(HTMLParser):
+    """The text of a page; of its blocks of code alone too, without the links that Sphinx puts into them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text: list[str] = []
+        self.code: list[str] = []
+        self._in_code = self._in_link = False
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self._in_code = self._in_code or tag == "pre"
+        self._in_link = self._in_link or (tag == "a" and "viewcode-back" in (dict(attributes).get("class") or ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in_code = self._in_code and tag != "pre"
+        self._in_link = self._in_link and tag != "a"
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+        if self._in_code and not self._in_link:
+            self.code.append(data)
+
+
+def _parse(page: str) -> _Page:
+    parser = _Page()
+    parser.feed(page)
+    parser.close()
+    return parser
+
+
+def source_of_page(page: str) -> str:
+    """The Python source that a Sphinx page of highlighted code shows."""
+    return "".join(_parse(page).code)
+
+
+def _text(page: str) -> str:
+    return "".join(_parse(page).text)
 
 
 def _functions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -19,6 +20,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+if not sys.stderr.isatty():
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's bars have no other switch
 
 import numpy as np  # noqa: E402
 

@@ -4,15 +4,16 @@ import json
 import os
 import sys
 import types
+from importlib.util import find_spec
 
 import pytest
 import torch
-from conftest import SEED, assert_user_error, build, load_model, make_adapter, make_model, run
+from conftest import ROOT, SEED, assert_user_error, build, load_model, make_adapter, make_model, mpirun, run
 from safetensors.torch import load_file
 from trtllm_contract import API, Contract, Value, load_model_file
 
 import cqil_trt
-from cqil_trt.backends.tensorrt_llm import MODEL_FILE, build_command
+from cqil_trt.backends.tensorrt_llm import COLLECTIVES, MODEL_FILE, build_command
 from cqil_trt.backends.tensorrt_llm_versions import check
 from cqil_trt.config import EngineConfig
 from cqil_trt.errors import UserError
@@ -198,6 +199,53 @@ def test_tensorrt_llms_own_code_emits_the_network(name, collective, models, tmp_
         assert by_name.keys() == {"AllGather"}  # of the logits
 
 
+def test_collector_reads_a_documentation_page_as_the_source_it_shows(tmp_path):
+    from pygments import highlight
+    from pygments.formatters import HtmlFormatter
+    from pygments.lexers import PythonLexer
+
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import collect_trtllm_api as collector
+
+    # As Sphinx makes them: a link in front of each definition.
+    source = (ROOT / "cqil_trt" / "reference.py").read_text()
+    page = highlight(source, PythonLexer(), HtmlFormatter())
+    page = page.replace(
+        '<span class="k">def</span>', '<a class="viewcode-back" href="x">[docs]</a><span class="k">def</span>'
+    )
+    assert (
+        "[docs]" in page
+        and collector.source_of_page(f"<h1>Source &amp; more</h1>{page}</html>").strip() == source.strip()
+    )
+
+
+needs_tensorrt_llm = pytest.mark.skipif(
+    find_spec("tensorrt_llm") is None or torch.cuda.device_count() < 2,
+    reason="needs tensorrt_llm (0.20 to 1.2) and two GPUs",
+)
+
+
+@needs_tensorrt_llm
+@pytest.mark.parametrize("collective", COLLECTIVES)
+def test_whole_path_with_tensorrt_llm(collective, tmp_path):
+    """build.py builds the engines, run.py validates and measures them, and TensorRT-LLM's own runner gives the same."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_attention_heads": 4}
+    model = make_model(tmp_path / "model", **{**SIZES, **sizes, "save_dtype": torch.float16})
+    made, shape = tmp_path / "engine", ["--p", 2, "--start", 2, "--end", 8]
+    options = ["--backend", "tensorrt-llm", "--dtype", "float16", "--max-seq-len", 96, "--collective", collective]
+    done = build("--model", model, *shape, *options, "--output", made)
+    assert done.returncode == 0, done.stderr
+    report, prompt = tmp_path / "report.json", tmp_path / "prompt.json"
+    prompt.write_text("[5, 9, 77]")
+    for flags in (["--validate", "--benchmark"], ["--token-ids", prompt, "--max-new-tokens", 8]):
+        done = mpirun(2, "--engine", made, "--device", "cuda", *flags, "--json", report)
+        assert done.returncode == 0, done.stdout + done.stderr
+    ours = json.loads(report.read_text())["completions"][0]["tokens"]
+    if collective == "trtllm":  # whose engines need nothing of ours
+        done = mpirun(2, made / "trtllm", prompt, 8, script="tests/tensorrt_llm_runner.py")
+        assert done.returncode == 0 and json.loads(done.stdout.splitlines()[-1]) == ours, done.stderr
+
+
 class Runner:
     """What the session asks of ModelRunnerCpp, computed by the Hugging Face model."""
 
@@ -270,6 +318,12 @@ def test_the_session_asks_the_runner_for_what_generation_and_validation_need(mod
         full, other = llm.generate([[8] * 45, [5, 9, 77]], 12, ignore_eos=True)
         assert len(full.tokens) == 3 and full.finish_reason == "length" and other.tokens == free[0].tokens
         assert loaded["runner"].calls == [(1, 3), (1, 12)]
+        # A measured step is a share of a completion's time, less that of one token.
+        loaded["runner"].calls.clear()
+        llm.session.prefill([[5, 9, 77]])
+        assert len(llm.session.time_decode(6)) == 6 and loaded["runner"].calls == [(1, 1), (1, 7)]
+        llm.session.prefill([[8] * 45])
+        assert len(llm.session.time_decode(6)) == 6 and loaded["runner"].calls[2:] == [(1, 1), (1, 3)]
     with pytest.raises(UserError, match="takes 47"):
         llm.generate([[5] * 48], 1)
 

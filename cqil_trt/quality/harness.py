@@ -172,7 +172,8 @@ class EngineLM(TemplateLM):
         ]
 
     def complete(self, prompts: Sequence[list[int]], options: Mapping[str, Any]) -> list[str]:
-        return [completion.text for completion in self.llm.generate(prompts, **options)]
+        # Not the completion's own text, which leaves out a character that is not whole yet: the harness's does not.
+        return [self._tokens.decode(completion.tokens) for completion in self.llm.generate(prompts, **options)]
 
     def _merge(self, found: list[Any], count: int) -> list[Any]:
         if self.llm.replicas == 1:
