@@ -67,7 +67,7 @@ def parser() -> RankParser:
     train.add_argument("--steps", metavar="N", type=int, help="optimizer steps (default: the text once)")
     train.add_argument("--learning-rate", type=float, default=1e-3)
     train.add_argument("--lora-rank", metavar="R", type=int, default=32)
-    train.add_argument("--lora-alpha", metavar="A", type=float, default=32)
+    train.add_argument("--lora-alpha", metavar="A", type=float, default=32.0)
     train.add_argument("--lora-dropout", metavar="P", type=float, default=0.0)
     train.add_argument("--precision", choices=("bf16", "fp32"), help="default bf16 on GPUs, fp32 on CPUs")
     train.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
@@ -122,6 +122,8 @@ def train(options: argparse.Namespace) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
+    import matplotlib  # noqa: F401 - a package that the end needs should not be missed behind hours of training
+
     for name in ("self_generated", "sampling_batch", "eval_tokens", "sequence_length", "batch_size", "accumulate",
                  "steps", "lora_rank", "save_steps"):  # fmt: skip
         value = getattr(options, name)

@@ -1,0 +1,457 @@
+"""Similarity, perplexity, distillation, evaluation: against Hugging Face, PEFT, lm-evaluation-harness and float64."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SEED, assert_user_error, build, load_model, make_model, mpirun, run
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import PeftModel
+from test_generate import save_byte_tokenizer
+
+import cqil_trt
+from cqil_trt.config import CqilConfig
+from cqil_trt.errors import UserError
+from cqil_trt.latency import critical_bytes, decode_seconds
+from cqil_trt.quality import corpus, open_tokenizer, perplexity, similarity, text_blocks
+
+TEXT = (ROOT / "README.md").read_text()
+SHAPE = ["--p", 2, "--start", 2, "--end", 6]
+# Hugging Face's libraries must not look for a network.
+OFFLINE = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("quality") / "model"
+    make_model(directory, vocab_size=260, num_hidden_layers=8)
+    save_byte_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def text(model):
+    path = model.parent / "text.txt"
+    path.write_text(TEXT[:6000])
+    return path
+
+
+def tokens(shape, seed=SEED):
+    return np.random.default_rng(seed).integers(3, 259, shape).astype(np.int32)
+
+
+def script(name, *arguments, **options):
+    return run(sys.executable, f"scripts/{name}.py", *arguments, env=OFFLINE, **options)
+
+
+# Similarity and the choice of layers
+
+
+def test_similarity_is_the_cosine_of_what_layers_receive(model):
+    network, blocks, inputs = load_model(model), tokens((2, 24)), []
+    for layer in network.model.layers:
+        layer.register_forward_pre_hook(lambda module, args, kwargs: inputs.append(args[0].double()), with_kwargs=True)
+    with torch.no_grad():
+        network(torch.from_numpy(blocks.astype(np.int64)))
+    expected = torch.nn.functional.cosine_similarity(torch.stack(inputs)[:, None], torch.stack(inputs)[None], dim=-1)
+    np.testing.assert_allclose(similarity.input_similarity(network, blocks), expected.mean((2, 3)), atol=1e-5)
+
+
+@given(st.integers(2, 4), st.integers(0, 3), st.floats(0.05, 0.95), st.integers(0, 2**32))
+def test_recommended_range_is_the_longest_that_is_alike_enough(p, first, threshold, seed):
+    random = np.random.default_rng(seed).random((11, 11))
+    alike = np.maximum(random, random.T)
+    fitting = {}
+    for start in range(first, 11):
+        for groups in range(1, (11 - start) // p + 1):
+            members = [range(start + g * p, start + (g + 1) * p) for g in range(groups)]
+            lowest = min(alike[group[0], j] for group in members for j in group[1:])
+            if lowest >= threshold:
+                fitting[start, start + groups * p] = lowest
+    found = similarity.recommend(alike, p, threshold, first)
+    if not fitting:
+        assert found is None
+        return
+    longest = max(end - start for start, end in fitting)
+    best = max((low, span) for span, low in fitting.items() if span[1] - span[0] == longest)
+    assert (found.similarity, found.cqil.end - found.cqil.start) == (best[0], longest)
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1))
+def test_frontier_is_what_no_point_beats(points):
+    costs, losses = zip(*points)
+    found = similarity.frontier(costs, losses)
+    for cost, loss in points:
+        assert any(costs[i] <= cost and losses[i] <= loss for i in found)
+    for i in found:
+        assert not any((c < costs[i] and v <= losses[i]) or (c <= costs[i] and v < losses[i]) for c, v in points)
+
+
+@pytest.mark.parametrize(
+    "shapes, start, end, measured",
+    [
+        ("llama-7b", 12, 30, {"sequential": 3.480, "leader": 2.556, "sharded": 1.984, "tensor": 2.231}),
+        ("qwen1.5-14b", 17, 37, {"sequential": 6.680, "leader": 5.154, "sharded": 3.716, "tensor": 3.994}),
+    ],
+)
+def test_predicted_latency_is_near_what_was_measured(shapes, start, end, measured):
+    """docs/performance.md, two H200 (NVLink), float16, at 200 tokens."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from synthetic import model_config
+
+    config = model_config(shapes)
+    for name, milliseconds in measured.items():
+        cqil = CqilConfig(1) if name == "sequential" else CqilConfig(2, placement="tensor")
+        if name in ("leader", "sharded"):
+            cqil = CqilConfig(2, 0, start, end, placement=name)
+        assert decode_seconds(config, cqil, "float16") * 1e3 == pytest.approx(milliseconds, rel=0.03)
+    leader = CqilConfig(2, 0, start, end, placement="leader")
+    saved = 1 - critical_bytes(config, leader, "float16") / critical_bytes(config, CqilConfig(1), "float16")
+    assert saved == pytest.approx((end - start) / 2 / config.num_layers, rel=0.1)
+
+
+def test_similarity_command(model, text, tmp_path):
+    report, plot = tmp_path / "s.json", tmp_path / "s.png"
+    common = ["--model", model, "--text", text, "--block", 32, "--text-tokens", 200, "--json", report, "--plot", plot]
+    done = script("similarity", *common, "--threshold", 0.1, "--search", "--d", "0,1", "--p", 2, "--first", 4)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(report.read_text())
+    assert np.shape(found["similarity"]) == (8, 8) and plot.read_bytes()[:4] == b"\x89PNG"
+    assert [(r["cqil"]["start"], r["cqil"]["end"]) for r in found["recommended"]] == [(4, 8)]
+    points = {
+        (p["cqil"]["d"], p["cqil"]["start"], p["cqil"]["end"]): p["perplexity"] for p in found["search"]["points"]
+    }
+    assert points.keys() == {(d, s, e) for d in (0, 1) for s, e in ((4, 6), (4, 8), (5, 7), (6, 8))}
+    # One of them, computed here.
+    network, ids = load_model(model), torch.tensor(open_tokenizer(model).pieces([text.read_text()])[0][:192])
+    wrapped = cqil_trt.CqilModel(network, 2, 1, 4, 8)
+    with torch.no_grad():
+        loss = torch.stack([wrapped(b[None], labels=b[None]).loss for b in ids.view(-1, 32)]).mean()
+    assert points[1, 4, 8] == pytest.approx(math.exp(loss), rel=1e-4)
+    assert_user_error(script("similarity", *common, "--p", "1"), "--p 1")
+    assert_user_error(
+        script("similarity", *common, "--block", "5000", "--text", tmp_path / "none"), "none: no such file"
+    )
+
+
+# Texts
+
+
+def test_texts_come_from_files_directories_json_lines_and_datasets(model, tmp_path):
+    import datasets
+
+    tokenizer, config = open_tokenizer(model), cqil_trt.ModelConfig.from_hugging_face(model / "config.json")
+    texts = [TEXT[i * 500 : i * 500 + 300 + i] for i in range(4)]
+    (tmp_path / "dir").mkdir()
+    (tmp_path / "dir" / "a.txt").write_text(texts[0])
+    (tmp_path / "dir" / "b.md").write_text(texts[1])
+    (tmp_path / "c.jsonl").write_text(json.dumps({"body": texts[2]}) + "\n\n")
+    datasets.Dataset.from_dict({"body": [texts[3]]}).save_to_disk(tmp_path / "saved")
+    paths = [tmp_path / "dir", tmp_path / "c.jsonl", tmp_path / "saved"]
+    expected = []
+    for part in texts:
+        expected += ([2] if expected else []) + tokenizer.pieces([part])[0]
+    found = text_blocks(paths, tokenizer, config, 16, None, "body")
+    assert found.ravel().tolist() == expected[: len(expected) // 16 * 16]
+    assert text_blocks(paths, tokenizer, config, 16, 35, "body").tolist() == found[:2].tolist()
+    np.save(tmp_path / "ids.npy", found.astype(np.uint16))
+    assert (text_blocks([tmp_path / "ids.npy"], tokenizer, config, 16, None, "body") == found).all()
+    # A long text is tokenized in pieces, which single bytes do not notice.
+    long = TEXT * 20
+    assert corpus.encode(iter([long]), tokenizer, None).tolist() == tokenizer.pieces([long])[0]
+
+
+def test_what_is_no_text_is_an_error(model, tmp_path):
+    import datasets
+
+    tokenizer, config = open_tokenizer(model), cqil_trt.ModelConfig.from_hugging_face(model / "config.json")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "short.txt").write_text("short")
+    (tmp_path / "field.jsonl").write_text('{"other": 1}\n')
+    (tmp_path / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": ["x"]})}).save_to_disk(tmp_path / "splits")
+    np.save(tmp_path / "float.npy", np.zeros(40))
+    np.save(tmp_path / "range.npy", np.full(40, 260))
+    (tmp_path / "bad.npy").write_bytes(b"no array")
+    cases = {
+        "gone.txt": "no such file", "empty": "holds no", "binary.txt": "not UTF-8", "short.txt": "fewer than one block",
+        "field.jsonl": "line 1 has no text in 'text'", "broken.jsonl": "line 2 is not valid JSON",
+        "splits": "names the splits", "float.npy": "token ids", "range.npy": "token ids", "bad.npy": "cannot be read",
+    }  # fmt: skip
+    for name, message in cases.items():
+        with pytest.raises(UserError, match=name) as error:
+            text_blocks([tmp_path / name], tokenizer, config, 16, None, "text")
+        assert message.replace("names", "holds") in str(error.value)
+
+
+# Perplexity
+
+
+def test_scores_equal_hugging_faces_loss(model):
+    network, blocks = load_model(model), tokens((3, 20))
+    ids = torch.from_numpy(blocks.astype(np.int64))
+    with torch.no_grad():
+        out = network(ids, labels=ids)
+    found = perplexity.score_reference(network, blocks)
+    assert found.perplexity == pytest.approx(math.exp(out.loss), rel=1e-5)
+    assert (found.top1 == out.logits[:, :-1].argmax(-1).numpy()).all() and found.agreement(found) == 1
+    logits = out.logits[0, :-1].numpy() * 3
+    expected = torch.nn.functional.cross_entropy(torch.tensor(logits).double(), ids[0, 1:], reduction="none")
+    np.testing.assert_allclose(perplexity.negative_log_likelihood(logits, blocks[0, 1:]), expected, rtol=1e-5)
+
+
+# Distillation
+
+
+def test_divergence_and_its_gradient_are_those_of_float64():
+    from cqil_trt.quality.distillation import divergence
+
+    torch.manual_seed(SEED)
+    teacher, student = torch.randn(3, 1700, 40) * 3, (torch.randn(3, 1700, 40) * 3).requires_grad_()
+    found = divergence(teacher, student)
+    (gradient,) = torch.autograd.grad(found, student)
+    p, exact = teacher.double().softmax(-1), student.detach().double().requires_grad_()
+    expected = (p * (p.log() - exact.log_softmax(-1))).sum(-1).mean()
+    (exact_gradient,) = torch.autograd.grad(expected, exact)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient.double(), exact_gradient, rtol=1e-4, atol=1e-9)
+
+
+def test_teacher_is_the_unchanged_model_and_student_starts_as_cqil(model):
+    from cqil_trt.quality.distillation import Student
+
+    blocks = torch.from_numpy(tokens((2, 16)).astype(np.int64))
+    network = load_model(model)
+    with torch.no_grad():
+        unchanged = network(blocks).logits
+    cqil = CqilConfig(2, 1, 2, 6)
+    expected = cqil_trt.CqilModel(load_model(model), cqil.p, cqil.d, cqil.start, cqil.end)(blocks).logits
+    student = Student(network, cqil, 4, 8, 0.0)
+    assert torch.equal(student.model(blocks).logits, expected)
+    with torch.no_grad():
+        for name, parameter in student.model.named_parameters():
+            assert parameter.requires_grad == ("lora_" in name)
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    trained = student.model(blocks).logits
+    with student.teaching():
+        assert torch.equal(student.model(blocks).logits, unchanged)
+    assert not torch.allclose(trained, expected) and torch.equal(student.model(blocks).logits, trained)
+
+
+def test_self_generated_text_is_the_models_own(model):
+    from cqil_trt.quality.distillation import self_generated
+
+    network, first = load_model(model), np.array([7, 40, 99])
+    found = self_generated(network, 40, 24, first, 16, SEED, progress=False)
+    assert found.shape == (40, 24) and set(found[:, 0]) <= set(first) and found.max() < 260
+    assert (found == self_generated(network, 40, 24, first, 16, SEED, progress=False)).all()
+    assert (found != self_generated(network, 40, 24, first, 16, SEED + 1, progress=False)).any()
+    # The likeliest tokens behind the first, then draws: sampled, the text's loss is near the model's entropy.
+    ids = torch.from_numpy(found.astype(np.int64))
+    with torch.no_grad():
+        logits = network(ids).logits
+    assert (logits[:, :4].argmax(-1) == ids[:, 1:5]).all() and (logits[:, 4:-1].argmax(-1) != ids[:, 5:]).any()
+    probability = logits[:, 4:-1].double().softmax(-1)
+    surprise = -probability.gather(-1, ids[:, 5:, None]).log().mean()
+    entropy = -(probability * probability.log()).sum(-1).mean()
+    assert surprise == pytest.approx(entropy.item(), rel=0.1)
+
+
+def finetune(model, text, output, *options, **keywords):
+    small = ["--sequence-length", 32, "--batch-size", 4, "--lora-rank", 4, "--steps", 30, "--save-steps", 8]
+    common = ["--model", model, *SHAPE, "--text", text, "--output", output, *small, "--seed", SEED % 1000]
+    return script("finetune", *common, *options, **keywords)
+
+
+@pytest.fixture(scope="module")
+def adapter(model, text):
+    """A trained adapter: 30 steps on a CPU."""
+    directory = model.parent / "adapter"
+    done = finetune(model, text, directory, "--eval-text", text)
+    assert done.returncode == 0, done.stderr
+    return directory
+
+
+def test_adapter_is_what_build_takes_with_its_configuration_inside(model, adapter, tmp_path):
+    assert {path.name for path in adapter.iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "cqil_config.json", "loss.png", "training.json",
+    }  # fmt: skip
+    report = json.loads((adapter / "training.json").read_text())
+    losses = [loss for _, loss in report["loss"]]
+    assert report["steps"] == 30 and losses[-1] < 0.8 * losses[0]
+    assert report["held_out"]["models"]["unchanged"]["top1_equal"] == 1
+    # PEFT merges it, and CQIL's reference then says what the engine says.
+    done = build("--model", model, "--lora", adapter, "--output", tmp_path / "engine")
+    assert done.returncode == 0 and "2 groups of 2 layers in [2, 6)" in done.stdout, done.stderr
+    merged = PeftModel.from_pretrained(load_model(model), adapter).merge_and_unload()
+    expected = cqil_trt.CqilModel(merged, 2, 0, 2, 6)(torch.tensor([[5, 9, 77, 100]])).logits[0]
+    (tmp_path / "prompt.json").write_text("[5, 9, 77, 100]")
+    flags = ["--token-ids", tmp_path / "prompt.json", "--logits-out", tmp_path / "logits.npy", "--max-new-tokens", 1]
+    assert mpirun(2, "--engine", tmp_path / "engine", *flags).returncode == 0
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected.detach(), rtol=1e-4, atol=1e-4)
+    # Flags win over what is inside, and the plan says so.
+    done = build("--model", model, "--lora", adapter, "--end", 4, "--output", tmp_path / "other")
+    assert (
+        "1 groups of 2 layers in [2, 4)" in done.stdout and "the adapter was trained for p=2 d=0 [2, 6)" in done.stdout
+    )
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for path in adapter.iterdir():
+        (damaged / path.name).write_bytes(path.read_bytes())
+    (damaged / "cqil_config.json").write_text('{"p": 2, "d": 0, "start": 2, "end": 5}')
+    assert_user_error(build("--model", model, "--lora", damaged), "cqil_config.json", "does not divide")
+
+
+def test_resumed_behind_a_kill_training_ends_where_it_would_have(model, text, adapter, tmp_path):
+    output = tmp_path / "adapter"
+    command = [sys.executable, "scripts/finetune.py", "--model", model, *SHAPE, "--text", text, "--output", output]
+    command += ["--sequence-length", 32, "--batch-size", 4, "--lora-rank", 4, "--steps", 30, "--save-steps", 8]
+    command += ["--seed", SEED % 1000]
+    environment = {**os.environ, **OFFLINE}
+    process = subprocess.Popen([str(part) for part in command], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    checkpoints = output / "checkpoints"
+    while not (checkpoints / "checkpoint-16" / "trainer_state.json").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (output / "adapter_config.json").exists()
+    # What was being written then does not look finished.
+    (checkpoints / "checkpoint-999").mkdir()
+    (checkpoints / "checkpoint-999" / "trainer_state.json").write_text('{"global_')
+    assert_user_error(finetune(model, text, output), "exists already", "--resume")
+    assert_user_error(finetune(model, text, output, "--resume", "--lora-alpha", 7), "--lora-alpha 32.0, found 7.0")
+    done = finetune(model, text, output, "--resume")
+    assert done.returncode == 0 and "from " in done.stdout, done.stderr
+    expected, found = (json.loads((path / "training.json").read_text())["loss"] for path in (adapter, output))
+    assert [step for step, _ in found] == [step for step, _ in expected]
+    assert found[-1][1] == pytest.approx(expected[-1][1], abs=1e-3)
+    assert not checkpoints.exists()
+    assert_user_error(finetune(model, text, output, "--resume"), "no unfinished training")
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(model, text, adapter, tmp_path):
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--", "scripts/finetune.py", "--model", model]
+    command += [*SHAPE, "--text", text, "--output", tmp_path / "adapter", "--sequence-length", 32, "--batch-size", 2]
+    command += ["--lora-rank", 4, "--steps", 30, "--seed", SEED % 1000]
+    done = run(sys.executable, *command, env={**OFFLINE, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    expected, found = (json.loads((path / "training.json").read_text()) for path in (adapter, tmp_path / "adapter"))
+    assert found["steps"] == expected["steps"] and found["tokens"] == expected["tokens"]
+    np.testing.assert_allclose(found["loss"], expected["loss"], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--p", 1], "no layers run concurrently"),
+        (["--steps", 0], "--steps must be at least 1"),
+        (["--sequence-length", 4096], "128 positions"),
+        (["--batch-size", 5000], "fewer than one step's"),
+        (["--resume", "--force"], "give one of them"),
+        (["--lora-rank", "many"], "--lora-rank"),
+    ],
+)
+def test_wrong_training_is_refused_in_one_line(flags, message, model, text, tmp_path):
+    assert_user_error(finetune(model, text, tmp_path / "adapter", *flags), message)
+
+
+# Evaluation
+
+
+def make_tasks(directory):
+    """Task files of the harness: choices, a text's likelihood, generation, of pieces of the README."""
+    random, words = np.random.default_rng(SEED), TEXT.split()
+
+    def piece(count):
+        start = random.integers(len(words) - count)
+        return " ".join(words[start : start + count])
+
+    rows = [
+        {"question": piece(5), "choices": [piece(2) for _ in range(3)], "answer": int(random.integers(3))}
+        for _ in range(8)
+    ]
+    directory.mkdir()
+    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = (
+        f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {directory / 'rows.jsonl'}}}}}\ntest_split: test\n"
+    )
+    kinds = {
+        "own_choice": "output_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_choice: choices\n"
+        "doc_to_target: answer\nmetric_list: [{metric: acc}, {metric: acc_norm}]\n",
+        "own_text": "output_type: loglikelihood_rolling\ndoc_to_text: ''\n"
+        "doc_to_target: '{{question}} {{choices[0]}} {{choices[1]}}'\nmetric_list: [{metric: byte_perplexity}]\n",
+        "own_generation": "output_type: generate_until\ndoc_to_text: '{{question}}'\ndoc_to_target: '{{choices[0]}}'\n"
+        "generation_kwargs: {until: ['e'], max_gen_toks: 12, do_sample: false}\nmetric_list: [{metric: exact_match}]\n",
+    }
+    for name, body in kinds.items():
+        (directory / f"{name}.yaml").write_text(f"task: {name}\n{common}{body}")
+    return ",".join(kinds)
+
+
+def test_engine_scores_every_item_as_the_harness_scores_the_reference(model, text, adapter, tmp_path):
+    names = make_tasks(tmp_path / "tasks")
+    assert build("--model", model, "--lora", adapter, "--output", tmp_path / "engine").returncode == 0
+    common = ["--text", text, "--block", 64, "--text-tokens", 640, "--max-length", 64, "--samples"]
+    common += ["--tasks", names, "--task-path", tmp_path / "tasks", "--json"]
+    done = script("evaluate", "--model", model, "--lora", adapter, *common, tmp_path / "reference.json")
+    assert done.returncode == 0, done.stderr
+    assert "wins back" in done.stdout and "own_choice" in done.stdout
+    # Four ranks are two replicas, which share the questions.
+    engine = [
+        "scripts/evaluate.py",
+        "--engine",
+        tmp_path / "engine",
+        "--device",
+        "cpu",
+        *common,
+        tmp_path / "engine.json",
+    ]
+    done = run("mpirun", "-n", 4, sys.executable, *engine, env=OFFLINE)
+    assert done.returncode == 0, done.stderr
+    reference = json.loads((tmp_path / "reference.json").read_text())
+    assert [column["label"] for column in reference["columns"]] == ["unchanged", "CQIL", "CQIL + adapter"]
+    expected = reference["columns"][2]
+    (found,) = json.loads((tmp_path / "engine.json").read_text())["columns"]
+    assert found["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-4)
+    assert found["tasks"].keys() == expected["tasks"].keys() and len(expected["samples"]) == 3
+    for task, samples in expected["samples"].items():
+        assert len(samples) == 8
+        for ours, theirs in zip(found["samples"][task], samples):
+            assert ours["doc"] == theirs["doc"]
+            if task == "own_generation":
+                assert ours["filtered_resps"] == theirs["filtered_resps"]
+            elif task == "own_text":
+                assert ours["filtered_resps"][0] == pytest.approx(theirs["filtered_resps"][0], rel=1e-5)
+            else:
+                for (value, greedy), (other, same) in zip(ours["filtered_resps"], theirs["filtered_resps"]):
+                    assert float(value) == pytest.approx(float(other), abs=1e-3) and greedy == same
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ([], "what to evaluate on?"),
+        (["--tasks", "no_such_task"], "--tasks no_such_task: no task"),
+        (["--tasks", "sciq"], "--tasks sciq"),  # whose data is on a network that is not there
+        (["--text", "gone.txt"], "gone.txt: no such file"),
+    ],
+)
+def test_wrong_evaluation_is_refused_in_one_line(flags, message, model):
+    assert_user_error(script("evaluate", "--model", model, *SHAPE, *flags), message)
+
+
+def test_an_error_on_rank_0_ends_all_ranks(model, tmp_path):
+    assert build("--model", model, *SHAPE, "--output", tmp_path / "engine").returncode == 0
+    command = ["scripts/evaluate.py", "--engine", tmp_path / "engine", "--device", "cpu", "--tasks", "sciq"]
+    assert_user_error(run("mpirun", "-n", 2, sys.executable, *command, env=OFFLINE), "--tasks sciq")
