@@ -3,7 +3,7 @@
 
     python scripts/finetune.py --model path/to/model --p 2 --text texts/ --output adapters/mine
     python scripts/finetune.py --model path/to/model --p 2 --self-generated 4000000      # without any text
-    torchrun --nproc-per-node 4 scripts/finetune.py …                                    # on four GPUs
+    torchrun --nproc-per-node 4 -- scripts/finetune.py …                                 # on four GPUs
 
 The adapter is what `build.py --lora` takes, with the CQIL configuration inside.
 """
@@ -79,6 +79,9 @@ def parser() -> RankParser:
 
 def main() -> None:
     with command():
+        if "RANK" not in os.environ:
+            # Trainer would spread one process over all GPUs it sees, in threads; torchrun is the way to use several.
+            os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
         if not FIRST:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         train(parser().parse_args())
@@ -195,6 +198,8 @@ def run(options: argparse.Namespace, model: ModelConfig, reader: WeightReader, c
         report_to=[],
         dataloader_drop_last=True,
         dataloader_pin_memory=on_gpu,
+        use_cpu=not on_gpu,
+        ddp_backend=None if on_gpu else "gloo",
         ddp_timeout=24 * 3600,
         disable_tqdm=not sys.stderr.isatty(),
     )
