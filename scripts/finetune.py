@@ -199,7 +199,7 @@ def run(options: argparse.Namespace, model: ModelConfig, reader: WeightReader, c
         dataloader_drop_last=True,
         dataloader_pin_memory=on_gpu,
         use_cpu=not on_gpu,
-        ddp_backend=None if on_gpu else "gloo",
+        ddp_backend="gloo" if not on_gpu and "RANK" in os.environ else None,
         ddp_timeout=24 * 3600,
         disable_tqdm=not sys.stderr.isatty(),
     )
