@@ -128,7 +128,9 @@ def describe_steps(rank: RankPlan) -> str:
 
     def flush() -> None:
         if run:
-            parts.append(f"{run[0]}-{run[-1]}" + (f" (1/{rank.world_size} of each)" if split else ""))
+            span = f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}"
+            of_each = " of each" if len(run) > 1 else ""
+            parts.append(span + (f" (1/{rank.world_size}{of_each})" if split else ""))
             run.clear()
 
     own = [step.index for step in rank.schedule.layers if isinstance(step, Group)]
@@ -220,7 +222,7 @@ def prepare(
         weights,
         target,
         force or not chosen,
-        tuple(notes),
+        (*notes, *made.notes),
         probes,
         made,
         options,

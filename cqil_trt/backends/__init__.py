@@ -28,11 +28,15 @@ DEVICES = ("auto", "cpu", "cuda")
 
 @dataclass(frozen=True)
 class Description:
-    """What `Engine` says of a backend's engines: `backend_version`, `architecture` and `build`."""
+    """What `Engine` says of a backend's engines: `backend_version`, `architecture` and `build`.
+
+    `notes`: what else the user should know before the engine is written.
+    """
 
     version: str
     architecture: str = "any"
     build: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -54,8 +54,10 @@ def describe(limits: EngineConfig, options: Mapping[str, Any], ranks: tuple[Rank
     if cqil.d and collective != "plugin":
         raise UserError(f"--collective {collective}: TensorRT-LLM has nothing for a bypass (d > 0): use plugin")
     version = tensorrt_llm_versions.installed()
-    made = "a checkpoint; trtllm-build was not run" if version is None else f"tensorrt_llm {version}"
-    return Description(made, build={"collective": collective})
+    if version is None:
+        note = "tensorrt_llm is not installed here: only its checkpoint is written; docs/tensorrt-llm.md goes on from there"
+        return Description("a checkpoint", build={"collective": collective}, notes=(note,))
+    return Description(f"tensorrt_llm {version}", build={"collective": collective})
 
 
 def configuration(ranks: tuple[RankPlan, ...], limits: EngineConfig, collective: str) -> dict[str, Any]:
@@ -187,7 +189,7 @@ def open_session(engine: Engine, comm: Any, device: str, number: int) -> Session
     if not (engine.path / ENGINES / "config.json").exists():
         command = " ".join(build_command(engine.path / CHECKPOINT, engine.path / ENGINES, engine.limits)[1:])
         raise UserError(
-            f"{engine.path}: a checkpoint without engines: build it where tensorrt_llm is installed ({command})"
+            f"{engine.path}: a checkpoint without engines: build it where tensorrt_llm is installed (python {command})"
         )
     if tensorrt_llm_versions.installed() is None:
         raise UserError("tensorrt_llm is not installed here: docs/tensorrt-llm.md says which and how")
