@@ -55,7 +55,7 @@ def describe(limits: EngineConfig, options: Mapping[str, Any], ranks: tuple[Rank
         raise UserError(f"--collective {collective}: TensorRT-LLM has nothing for a bypass (d > 0): use plugin")
     version = tensorrt_llm_versions.installed()
     if version is None:
-        note = "tensorrt_llm is not installed here: only its checkpoint is written; docs/tensorrt-llm.md goes on from there"
+        note = "tensorrt_llm is not installed here: only its checkpoint is written (docs/tensorrt-llm.md goes on)"
         return Description("a checkpoint", build={"collective": collective}, notes=(note,))
     return Description(f"tensorrt_llm {version}", build={"collective": collective})
 
