@@ -72,6 +72,10 @@ class Job:
             if error.filename is None:
                 raise
             failure = f"{error.filename}: {error.strerror}"
+        except ModuleNotFoundError as error:
+            failure = _missing(error)
+            if failure is None:
+                raise
         self.wait()
         if self.comm is not None:
             failures = self.comm.allgather(failure)
@@ -111,6 +115,15 @@ class Job:
         return self.comm.Split(self.rank // size, self.rank), self.rank % size, self.rank // size
 
 
+def _missing(error: ModuleNotFoundError) -> str | None:
+    """What to tell a user who lacks one of our packages; None for any other package."""
+    package = (error.name or "").partition(".")[0]
+    if package not in _EXTRAS:
+        return None
+    extra = f"[{_EXTRAS[package]}]" if _EXTRAS[package] else ""
+    return f"{package} is needed and not installed here: source .venv/bin/activate, or pip install 'cqil-trt{extra}'"
+
+
 def _interrupt(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
@@ -134,15 +147,6 @@ def command(job: Job | None = None) -> Iterator[None]:
         if job is None or job.rank == 0:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in _EXTRAS:
-            raise
-        extra = f"[{_EXTRAS[package]}]" if _EXTRAS[package] else ""
-        where = f"source .venv/bin/activate, or pip install 'cqil-trt{extra}'"
-        if job is None or job.rank == 0:
-            print(f"error: {package} is needed and not installed here: {where}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
@@ -150,6 +154,10 @@ def command(job: Job | None = None) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and (missing := _missing(error)):
+            if job is None or job.rank == 0:
+                print(f"error: {missing}", file=sys.stderr)
+            sys.exit(2)
         if isinstance(error, OSError) and error.filename and (job is None or job.comm is None):
             print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
             sys.exit(2)

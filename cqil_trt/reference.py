@@ -6,13 +6,14 @@ forward loop, masks, cache and generate().
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
+from functools import cache
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -51,14 +52,14 @@ class CqilModel(nn.Module):
             self.add_module(name, child)
         object.__setattr__(self, "_model", model)
         for layer in layers:  # a model wrapped before starts over
-            layer.__dict__.pop("forward", None)
+            layer.__class__ = _original(type(layer))
         for group in self.cqil.groups:
-            members = [layers[index] for index in group]
-            members[0].cqil_members = tuple(members[1:])
-            members[0].cqil_config = self.cqil
-            members[0].forward = MethodType(_group_forward, members[0])
-            for layer in members[1:]:
-                layer.forward = MethodType(_absorbed_forward, layer)
+            first, *others = (layers[index] for index in group)
+            first.cqil_members, first.cqil_config = tuple(others), self.cqil
+            # The class and not an attribute of the layer: transformers wraps a class's forward to checkpoint gradients.
+            first.__class__ = _with_forward(type(first), _group_forward)
+            for layer in others:
+                layer.__class__ = _with_forward(type(layer), _absorbed_forward)
 
     # Trainer reads the names of the columns it feeds from this signature.
     def forward(
@@ -83,13 +84,24 @@ class CqilModel(nn.Module):
     @contextmanager
     def sequential(self) -> Iterator[None]:
         """Inside, the layers run one after the other: the original model."""
-        layers = self.get_submodule("model.layers")
-        installed = [(layer, layer.__dict__.pop("forward")) for layer in layers if "forward" in layer.__dict__]
+        installed = [(layer, type(layer)) for layer in self.get_submodule("model.layers")]
+        for layer, kind in installed:
+            layer.__class__ = _original(kind)
         try:
             yield
         finally:
-            for layer, method in installed:
-                layer.forward = method
+            for layer, kind in installed:
+                layer.__class__ = kind
+
+
+@cache
+def _with_forward(kind: type, forward: Callable[..., torch.Tensor]) -> type:
+    """The decoder layer's class with another forward."""
+    return type(f"Cqil{kind.__name__}", (kind,), {"forward": forward, "cqil_original": kind})
+
+
+def _original(kind: type) -> type:
+    return getattr(kind, "cqil_original", kind)
 
 
 def _group_forward(self: nn.Module, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -158,7 +170,11 @@ _RESIDENT_BYTES = 2 << 30
 
 def fits_gpu(elements: int, dtype: torch.dtype = torch.float32) -> bool:
     """Whether PyTorch sees a GPU with room for a model of so many elements."""
-    return torch.cuda.is_available() and dtype.itemsize * elements < 0.8 * torch.cuda.mem_get_info()[0]
+    if not torch.cuda.is_available():
+        return False
+    gc.collect()  # a model that is done with has no room to keep
+    torch.cuda.empty_cache()
+    return dtype.itemsize * elements < 0.8 * torch.cuda.mem_get_info()[0]
 
 
 def from_reader(
@@ -211,6 +227,7 @@ def hugging_face_config(model: ModelConfig) -> tuple[Any, Any]:
         "attention_bias": model.o_bias,
         "mlp_bias": model.mlp_bias,
         "sliding_window": None,
+        "eos_token_id": list(model.eos_token_ids) or None,
         "rope_theta": model.rope.theta,
         "rope_parameters": {"rope_type": model.rope.kind, "rope_theta": model.rope.theta, **_rope_factors(model)},
     }

@@ -61,7 +61,10 @@ class Tokenizer:
 
     def pieces(self, texts: list[str]) -> list[list[int]]:
         """Token ids of parts of longer texts: without the special tokens a text begins and ends with."""
-        return [encoding.ids for encoding in self._backend.encode_batch(texts, add_special_tokens=False)]
+        try:
+            return [encoding.ids for encoding in self._backend.encode_batch(texts, add_special_tokens=False)]
+        except TypeError:
+            raise UserError("a text holds characters that cannot be written as UTF-8 (lone surrogates)") from None
 
     def special(self, name: str) -> int | None:
         """The token id of "bos_token", "eos_token", …; None when the tokenizer has none."""

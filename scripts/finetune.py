@@ -238,7 +238,12 @@ def run(options: argparse.Namespace, model: ModelConfig, reader: WeightReader, c
         f"{data.size} tokens in blocks of {length}, {step_blocks} blocks a step" + (f", from {start}" if start else "")
     )
     began = time.perf_counter()
-    trainer.train(resume_from_checkpoint=None if start is None else str(start))
+    try:
+        trainer.train(resume_from_checkpoint=None if start is None else str(start))
+    except torch.OutOfMemoryError:
+        raise UserError(
+            "the GPU's memory is full: take a smaller --batch-size (with --accumulate), or --gradient-checkpointing"
+        ) from None
     seconds = time.perf_counter() - began
     if FIRST:
         save(student, options.output)

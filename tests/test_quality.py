@@ -340,10 +340,10 @@ def test_resumed_behind_a_kill_training_ends_where_it_would_have(model, text, ad
     assert_user_error(finetune(model, text, output, "--resume"), "no unfinished training")
 
 
-def test_two_processes_train_as_one_with_twice_the_batch(model, text, adapter, tmp_path):
+def test_two_processes_with_checkpointed_gradients_train_as_one_with_twice_the_batch(model, text, adapter, tmp_path):
     command = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--", "scripts/finetune.py", "--model", model]
     command += [*SHAPE, "--text", text, "--output", tmp_path / "adapter", "--sequence-length", 32, "--batch-size", 2]
-    command += ["--lora-rank", 4, "--steps", 30, "--seed", SEED % 1000]
+    command += ["--lora-rank", 4, "--steps", 30, "--seed", SEED % 1000, "--gradient-checkpointing"]
     done = run(sys.executable, *command, env={**OFFLINE, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     expected, found = (json.loads((path / "training.json").read_text()) for path in (adapter, tmp_path / "adapter"))

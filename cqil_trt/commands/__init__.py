@@ -35,3 +35,11 @@ def add_cqil_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--start", type=int, help="first concurrent layer (default: the middle of the model)")
     parser.add_argument("--end", type=int, help="layer behind the last concurrent one")
     parser.add_argument("--bypass", choices=BYPASSES, help="where the bypass goes when d > 0 (default mlp)")
+
+
+def check_at_least(options: argparse.Namespace, low: int, *names: str) -> None:
+    """Raises UserError when one of these options is given and below `low`."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < low:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {low}, found {value}")

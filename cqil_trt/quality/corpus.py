@@ -50,7 +50,7 @@ def _file(path: Path, column: str) -> Iterator[str]:
     if path.suffix != ".jsonl":
         yield text
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # other line ends may stand within strings
         if line.strip():
             try:
                 yield _text(json.loads(line), column, f"{path}: line {number}")

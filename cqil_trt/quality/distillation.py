@@ -149,5 +149,5 @@ def last_checkpoint(directory: Path) -> Path | None:
             json.loads((path / "trainer_state.json").read_bytes())  # which Trainer writes last
             return path
         except (OSError, ValueError):
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # every process looks, and one of them is first
     return None

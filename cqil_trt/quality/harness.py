@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,8 @@ class EngineLM(TemplateLM):
         # Choices of one token after the same text are answered by one pass.
         places: dict[tuple[int, ...], list[int]] = {}
         for number, (_, context, continuation) in enumerate(requests):
+            if len(continuation) > self.max_length:
+                raise UserError(f"an answer has {len(continuation)} tokens, of {self.max_length} that there may be")
             # The last token is only predicted; what is too long loses its beginning.
             taken = (context + continuation)[-self.max_length - 1 :][:-1]
             places.setdefault(tuple(taken), []).append(number)
@@ -97,8 +100,8 @@ class EngineLM(TemplateLM):
             room = self.max_length - options["max_gen_toks"]
             if room < 1:
                 raise UserError(
-                    f"a task generates up to {options['max_gen_toks']} tokens, the engine holds {self.max_length}: "
-                    "build it with a larger --max-seq-len"
+                    f"a task generates up to {options['max_gen_toks']} tokens, of {self.max_length} that there may be: "
+                    "a larger --max-length, and an engine built with a larger --max-seq-len"
                 )
             prompts = [self.tok_encode(requests[number].args[0])[-room:] for number in numbers]
             stop = [text for text in options["until"] if text]
@@ -139,7 +142,9 @@ class EngineLM(TemplateLM):
             if method == "stop":
                 self.stop(*arguments)
                 return
-            getattr(self, method)(*arguments)
+            # What fails for the user fails on every rank, and rank 0 says "stop" next.
+            with suppress(UserError):
+                getattr(self, method)(*arguments)
 
     def finish(self, error: str | None = None) -> None:
         """Lets the other ranks out of `serve`; with an error message they raise it."""
@@ -156,8 +161,11 @@ class EngineLM(TemplateLM):
 
         The text holds the continuations but for their last tokens.
         """
-        found = [self._score_one(*job) for job in jobs[self.llm.replica :: self.llm.replicas]]
-        return self._merge(found, len(jobs))
+        mine = jobs[self.llm.replica :: self.llm.replicas]
+        found = self.llm.job.agree(lambda: [self._score_one(*job) for job in mine])
+        if self.llm.replicas == 1:
+            return found
+        return merge_replicas(self.llm.job.gather(found), self.llm.engine.world_size, len(jobs))
 
     def _score_one(self, text: list[int], continuations: list[list[int]]) -> list[tuple[float, bool]]:
         longest = max(map(len, continuations))
@@ -174,11 +182,6 @@ class EngineLM(TemplateLM):
     def complete(self, prompts: Sequence[list[int]], options: Mapping[str, Any]) -> list[str]:
         # Not the completion's own text, which leaves out a character that is not whole yet: the harness's does not.
         return [self._tokens.decode(completion.tokens) for completion in self.llm.generate(prompts, **options)]
-
-    def _merge(self, found: list[Any], count: int) -> list[Any]:
-        if self.llm.replicas == 1:
-            return found
-        return merge_replicas(self.llm.job.gather(found), self.llm.engine.world_size, count)
 
 
 def reference_lm(network: Any, tokenizer: Any, max_length: int, batch_size: int) -> HFLM:
@@ -208,14 +211,16 @@ def run_tasks(
 ) -> dict[str, Any]:
     """The harness's results of the tasks: `results`, and `samples` with every item's answer.
 
-    Raises UserError when a task's data cannot be had.
+    Raises UserError when a task's data or packages cannot be had, or its questions do not fit.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
         found = simple_evaluate(
             lm, tasks=list(names), num_fewshot=num_fewshot, limit=limit, task_manager=manager, bootstrap_iters=1000
         )
-    except (OSError, ValueError) as error:  # what `datasets` raises where there is no network, and no cached copy
+    # OSError and ValueError: `datasets`, where there is no network and no cached copy; ImportError: tasks that need
+    # packages of their own; AssertionError: the harness, about tasks that do not fit the lengths.
+    except (OSError, ValueError, ImportError, AssertionError) as error:
         raise UserError(f"--tasks {','.join(names)}: {' '.join(str(error).split())[:300]}") from None
     assert found is not None
     return found

@@ -36,8 +36,8 @@ class Scores:
         return float(self.nll.mean(dtype=np.float64))
 
     def agreement(self, other: Scores) -> float:
-        """The share of positions where both hold the same token likeliest."""
-        return float((self.top1 == other.top1).mean())
+        """The share of positions where both hold the same token likeliest; NaN when they scored different blocks."""
+        return float((self.top1 == other.top1).mean()) if self.top1.shape == other.top1.shape else math.nan
 
 
 def won_back(base: Scores, without: Scores, with_adapter: Scores) -> float:
