@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 
 from cqil_trt.builder import choose_cqil  # noqa: E402
-from cqil_trt.commands import RankParser, add_cqil_flags  # noqa: E402
+from cqil_trt.commands import RankParser, add_cqil_flags, check_at_least  # noqa: E402
 from cqil_trt.config import ADAPTER_FILE, CqilConfig, ModelConfig, read_json  # noqa: E402
 from cqil_trt.errors import UserError  # noqa: E402
 from cqil_trt.job import command  # noqa: E402
@@ -34,9 +34,15 @@ from cqil_trt.weights import WeightReader, open_checkpoint  # noqa: E402
 
 CHECKPOINTS = "checkpoints"
 SETTINGS = "settings.json"
+SAMPLED = "self-generated.npy"
 REPORT = "training.json"
 # What a resumed run may change: none of it decides what is trained.
-FREE = {"output", "resume", "force", "save_steps", "eval_text", "eval_tokens", "plot"}
+FREE = {"output", "resume", "force", "save_steps", "eval_text", "eval_tokens", "plot", "sampling_batch"}
+# What decides the text that is sampled. A run that has no checkpoint yet may change all the rest, and keep that text.
+SAMPLING = {"model", "self_generated", "sequence_length", "seed"}
+# Bytes of activations kept for the backward pass, for each token, hidden element and layer: measured with bfloat16
+# products over LoRA's float32 parameters.
+ACTIVATION_BYTES = 55
 # Torchrun's number of this process; the first one speaks and writes.
 FIRST = int(os.environ.get("RANK", "0")) == 0
 
@@ -57,7 +63,7 @@ def parser() -> RankParser:
     text.add_argument(
         "--self-generated", metavar="N", type=int, help="N tokens that the unchanged model samples itself"
     )
-    text.add_argument("--sampling-batch", metavar="N", type=int, default=512, help="texts sampled at a time")
+    text.add_argument("--sampling-batch", metavar="N", type=int, help="texts sampled at a time (default: by memory)")
     text.add_argument("--eval-text", metavar="PATH", type=Path, nargs="+", help="held-out text for the final table")
     text.add_argument("--eval-tokens", metavar="N", type=int, default=65536, help="of it, at most these many tokens")
     train = p.add_argument_group("training")
@@ -70,7 +76,12 @@ def parser() -> RankParser:
     train.add_argument("--lora-alpha", metavar="A", type=float, default=32.0)
     train.add_argument("--lora-dropout", metavar="P", type=float, default=0.0)
     train.add_argument("--precision", choices=("bf16", "fp32"), help="default bf16 on GPUs, fp32 on CPUs")
-    train.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    train.add_argument(
+        "--gradient-checkpointing",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="less memory for a third more time (auto: where the activations would not fit the GPU)",
+    )
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--save-steps", metavar="N", type=int, default=200, help="checkpoint every N steps")
     p.add_argument("--plot", metavar="F.png", type=Path, help="loss curve (default: loss.png beside the adapter)")
@@ -109,8 +120,8 @@ def train(options: argparse.Namespace) -> None:
     if options.output is None:
         name = Path(options.model).stem if options.model.endswith(".gguf") else Path(options.model).resolve().name
         options.output = Path("adapters") / f"{name}-p{cqil.p}-d{cqil.d}-{cqil.start}-{cqil.end}"
-    prepare_output(options, cqil)
-    report = run(options, model, reader, cqil)
+    settings = check_output(options, cqil)
+    report = run(options, model, reader, cqil, settings)
     if not FIRST:
         return
     (options.output / REPORT).write_text(json.dumps(report, indent=1) + "\n")
@@ -127,46 +138,56 @@ def train(options: argparse.Namespace) -> None:
 def check(options: argparse.Namespace) -> None:
     import matplotlib  # noqa: F401 - a package that the end needs should not be missed behind hours of training
 
-    for name in ("self_generated", "sampling_batch", "eval_tokens", "sequence_length", "batch_size", "accumulate",
-                 "steps", "lora_rank", "save_steps"):  # fmt: skip
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, found {value}")
-    if options.sequence_length < 2:
-        raise UserError("--sequence-length must be at least 2")
+    counts = ("self_generated", "sampling_batch", "eval_tokens", "batch_size", "accumulate", "steps", "lora_rank")
+    check_at_least(options, 1, *counts, "save_steps")
+    check_at_least(options, 2, "sequence_length")
+    if not 0 <= options.lora_dropout < 1:
+        raise UserError(f"--lora-dropout must be from 0 to below 1, found {options.lora_dropout:g}")
+    if options.learning_rate <= 0 or options.lora_alpha <= 0:
+        raise UserError("--learning-rate and --lora-alpha must be above 0")
+    for path in (*(options.text or ()), *(options.eval_text or ())):
+        if not path.exists():
+            raise UserError(f"{path}: no such file or directory")
     if not (options.text or options.self_generated):
         raise UserError("what to train on? --text PATH …, or --self-generated N for text the model samples itself")
     if options.resume and options.force:
         raise UserError("--resume goes on with what --force removes: give one of them")
 
 
-def prepare_output(options: argparse.Namespace, cqil: CqilConfig) -> None:
-    """Makes the output directory, or checks that a resumed run is the one that was begun there."""
-    output, settings = options.output, options.output / CHECKPOINTS / SETTINGS
-    wanted = {name: value for name, value in vars(options).items() if name not in FREE}
-    wanted = json.loads(json.dumps({**wanted, "cqil": cqil.to_dict()}, default=str))
+def check_output(options: argparse.Namespace, cqil: CqilConfig) -> dict[str, Any]:
+    """Checks that training can begin, or go on, in the output directory; returns what decides the training."""
+    output, path = options.output, options.output / CHECKPOINTS / SETTINGS
+    settings = {name: value for name, value in vars(options).items() if name not in FREE}
+    settings = json.loads(json.dumps({**settings, "cqil": cqil.to_dict()}, default=str))
     if options.resume:
-        if not settings.exists():
+        if not path.exists():
             raise UserError(f"--resume: no unfinished training in {output}")
-        begun = read_json(settings)
-        for name, value in wanted.items():
-            if begun.get(name) != value:
+        begun = read_json(path)
+        for name, value in settings.items():
+            if begun.get(name) != value and (name in SAMPLING or any(path.parent.glob("checkpoint-*"))):
                 flag = f"--{name.replace('_', '-')}"
                 raise UserError(f"--resume: {output} was begun with {flag} {begun.get(name)}, found {value}")
-        return
-    if not FIRST:
-        return
-    if output.exists():
+    elif output.exists():
         if not options.force:
-            unfinished = "; --resume goes on with it" if settings.exists() else ""
+            unfinished = "; --resume goes on with it" if path.exists() else ""
             raise UserError(f"--output {output}: exists already (--force starts over{unfinished})")
-        shutil.rmtree(output)
-    settings.parent.mkdir(parents=True)
-    settings.write_text(json.dumps(wanted, indent=1) + "\n")
+        if not path.exists() and not (output / "adapter_config.json").exists():
+            raise UserError(f"--output {output}: --force replaces an adapter, and this is none")
+    return settings
 
 
-def run(options: argparse.Namespace, model: ModelConfig, reader: WeightReader, cqil: CqilConfig) -> dict[str, Any]:
-    """Trains and saves the adapter; returns the report."""
+def begin_output(options: argparse.Namespace, settings: dict[str, Any]) -> None:
+    if options.force and options.output.exists():
+        shutil.rmtree(options.output)
+    path = options.output / CHECKPOINTS / SETTINGS
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def run(
+    options: argparse.Namespace, model: ModelConfig, reader: WeightReader, cqil: CqilConfig, begun: dict[str, Any]
+) -> dict[str, Any]:
+    """Trains and saves the adapter; returns the report. `begun`: what decides the training, to be kept."""
     import torch
     import transformers
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -177,11 +198,15 @@ def run(options: argparse.Namespace, model: ModelConfig, reader: WeightReader, c
 
     on_gpu = torch.cuda.is_available()
     bfloat16 = (options.precision or ("bf16" if on_gpu else "fp32")) == "bf16"
+    recompute = checkpoint_gradients(options, model, reader)
+    if recompute:
+        print("gradient checkpointing: layers are computed again for the backward pass")
     settings = transformers.TrainingArguments(
         output_dir=str(options.output / CHECKPOINTS),
         per_device_train_batch_size=options.batch_size,
         gradient_accumulation_steps=options.accumulate,
-        **({"gradient_checkpointing": True} if options.gradient_checkpointing else {}),
+        **({"gradient_checkpointing": True} if recompute else {}),
+        ddp_find_unused_parameters=False,
         max_steps=options.steps or -1,
         num_train_epochs=1,
         learning_rate=options.learning_rate,
@@ -211,27 +236,30 @@ def run(options: argparse.Namespace, model: ModelConfig, reader: WeightReader, c
     parts = []
     if options.text:
         parts.append(text_blocks(options.text, tokenizer, model, length, None, options.column))
-    if options.self_generated:
-        with settings.main_process_first(desc="sampling text"):
-            parts.append(generated(options, network, np.array(tokenizer.plain_tokens())))
-    data = np.concatenate(parts)
-    step_blocks = options.batch_size * options.accumulate * settings.world_size
-    if len(data) < step_blocks:
-        raise UserError(
-            f"{len(data)} blocks of {length} tokens are fewer than one step's {step_blocks}: give more text, or a "
-            "smaller --batch-size"
-        )
     held_out = options.eval_text and text_blocks(
         options.eval_text, tokenizer, model, length, options.eval_tokens, options.column
     )
+    count = sum(map(len, parts)) + -(-(options.self_generated or 0) // length)
+    step_blocks = options.batch_size * options.accumulate * settings.world_size
+    if count < step_blocks:
+        raise UserError(
+            f"{count} blocks of {length} tokens are fewer than one step's {step_blocks}: give more text, or a smaller "
+            "--batch-size"
+        )
+    if FIRST:
+        begin_output(options, begun)
+    if options.self_generated:
+        with settings.main_process_first(desc="sampling text"):
+            parts.append(generated(options, model, network, np.array(tokenizer.plain_tokens())))
+    data = np.concatenate(parts)
 
     transformers.set_seed(options.seed)
     student = Student(network, cqil, options.lora_rank, options.lora_alpha, options.lora_dropout)
-    if options.gradient_checkpointing:
+    if recompute:
         student.model.enable_input_require_grads()
     trainer = DistillationTrainer(student, bfloat16, args=settings, train_dataset=Blocks(data))
-    if settings.disable_tqdm:
-        trainer.remove_callback(PrinterCallback)
+    for theirs in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(theirs)
     trainer.add_callback(reporter(ProgressCallback, length * step_blocks))
     start = last_checkpoint(options.output / CHECKPOINTS) if options.resume else None
     print(
@@ -262,27 +290,60 @@ def run(options: argparse.Namespace, model: ModelConfig, reader: WeightReader, c
     return report
 
 
-def generated(options: argparse.Namespace, network: Any, first_tokens: np.ndarray) -> np.ndarray:
+def checkpoint_gradients(options: argparse.Namespace, model: ModelConfig, reader: WeightReader) -> bool:
+    """Whether to keep fewer activations: as asked, or where they would not leave the GPU room for logits."""
+    import torch
+
+    if options.gradient_checkpointing != "auto" or not torch.cuda.is_available():
+        return options.gradient_checkpointing == "on"
+    weights = sum(2 * torch.Size(shape).numel() for shape in reader.shapes().values())
+    needed = ACTIVATION_BYTES * options.batch_size * options.sequence_length * model.hidden_size * model.num_layers
+    return needed > 0.5 * (torch.cuda.mem_get_info()[0] - weights)
+
+
+def sampling_batch(model: ModelConfig, length: int, network: Any) -> int:
+    """As many texts at a time as have room for their keys and values."""
+    import torch
+
+    room = torch.cuda.mem_get_info()[0] // 3 if torch.cuda.is_available() else 1 << 30
+    kept = 2 * model.num_layers * model.num_kv_heads * model.head_dim * network.dtype.itemsize * length
+    return max(1, min(1024, room // kept))
+
+
+def generated(options: argparse.Namespace, model: ModelConfig, network: Any, first_tokens: np.ndarray) -> np.ndarray:
     """The blocks the model samples itself, int32; kept beside the adapter, for a resumed run and for `--text`."""
     from cqil_trt.quality.distillation import self_generated
 
-    path = options.output / "self-generated.npy"
+    path = options.output / SAMPLED
     if not path.exists():
-        count, length = -(-options.self_generated // options.sequence_length), options.sequence_length
-        batch, progress = options.sampling_batch, sys.stderr.isatty()
+        length, progress = options.sequence_length, sys.stderr.isatty()
+        count, batch = -(-options.self_generated // length), options.sampling_batch
+        batch = batch or sampling_batch(model, length, network)
         blocks = self_generated(network, count, length, first_tokens, batch, options.seed, progress)
         partial = path.with_suffix(".partial")
         with open(partial, "wb") as file:
-            np.save(file, blocks.astype(np.min_scalar_type(int(first_tokens.max()))))
+            np.save(file, blocks.astype(np.min_scalar_type(model.vocab_size - 1)))
         partial.rename(path)
     return np.load(path).astype(np.int32)
 
 
 def reporter(progress: type, tokens_per_step: int) -> Any:
-    """Trainer's progress bar says the loss and speed; without a terminal, a line does."""
+    """Trainer's progress bar, with the loss and the speed; without a terminal, lines."""
 
     class Reporter(progress):
         _last: tuple[int, float] | None = None
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            if not args.disable_tqdm:
+                super().on_train_begin(args, state, control, **kwargs)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if not args.disable_tqdm:
+                super().on_step_end(args, state, control, **kwargs)
+
+        def on_train_end(self, args, state, control, **kwargs):
+            if not args.disable_tqdm:
+                super().on_train_end(args, state, control, **kwargs)
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             if not state.is_world_process_zero or not logs or "loss" not in logs:
@@ -293,10 +354,10 @@ def reporter(progress: type, tokens_per_step: int) -> Any:
                 speed = f", {(state.global_step - step) * tokens_per_step / (now - then):.0f} tokens/s"
             self._last = state.global_step, now
             text = f"step {state.global_step}/{state.max_steps}: KL {logs['loss']:.4f}{speed}"
-            if self.training_bar is not None:
-                self.training_bar.set_description(text)
-            elif args.disable_tqdm:
+            if args.disable_tqdm:
                 print(text, flush=True)
+            else:
+                self.training_bar.set_description(text)
 
     return Reporter()
 

@@ -267,6 +267,37 @@ def test_self_generated_text_is_the_models_own(model):
     assert surprise == pytest.approx(entropy.item(), rel=0.1)
 
 
+def test_checkpointed_gradients_keep_nothing_of_a_group_but_its_input(model):
+    """transformers checkpoints a layer's class, in one release by its forward and in another by its __call__."""
+    from cqil_trt.quality.distillation import Student
+
+    blocks = torch.from_numpy(tokens((2, 32)).astype(np.int64))
+
+    def kept(checkpointed):
+        torch.manual_seed(SEED)
+        student = Student(load_model(model), CqilConfig(4, 1, 0, 8), 4, 8, 0.0)
+        if checkpointed:
+            student.model.gradient_checkpointing_enable()
+            student.model.enable_input_require_grads()
+        size = 0
+
+        def pack(tensor):
+            nonlocal size
+            size += tensor.nbytes
+            return tensor
+
+        student.model.train()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = student.model.model.model(input_ids=blocks, use_cache=False).last_hidden_state
+        out.square().sum().backward()
+        gradients = [p.grad for p in student.model.parameters() if p.grad is not None]
+        return size, torch.cat([g.flatten() for g in gradients])
+
+    (whole, expected), (few, found) = kept(False), kept(True)
+    assert few < whole / 5
+    torch.testing.assert_close(found, expected)
+
+
 def finetune(model, text, output, *options, **keywords):
     small = ["--sequence-length", 32, "--batch-size", 4, "--lora-rank", 4, "--steps", 30, "--save-steps", 8]
     common = ["--model", model, *SHAPE, "--text", text, "--output", output, *small, "--seed", SEED % 1000]
@@ -343,7 +374,7 @@ def test_resumed_behind_a_kill_training_ends_where_it_would_have(model, text, ad
 def test_two_processes_with_checkpointed_gradients_train_as_one_with_twice_the_batch(model, text, adapter, tmp_path):
     command = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--", "scripts/finetune.py", "--model", model]
     command += [*SHAPE, "--text", text, "--output", tmp_path / "adapter", "--sequence-length", 32, "--batch-size", 2]
-    command += ["--lora-rank", 4, "--steps", 30, "--seed", SEED % 1000, "--gradient-checkpointing"]
+    command += ["--lora-rank", 4, "--steps", 30, "--seed", SEED % 1000, "--gradient-checkpointing", "on"]
     done = run(sys.executable, *command, env={**OFFLINE, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     expected, found = (json.loads((path / "training.json").read_text()) for path in (adapter, tmp_path / "adapter"))
@@ -360,10 +391,14 @@ def test_two_processes_with_checkpointed_gradients_train_as_one_with_twice_the_b
         (["--batch-size", 5000], "fewer than one step's"),
         (["--resume", "--force"], "give one of them"),
         (["--lora-rank", "many"], "--lora-rank"),
+        (["--lora-dropout", 2], "--lora-dropout must be"),
+        (["--text", "gone.txt"], "gone.txt: no such file"),
+        (["--force", "--output", "docs"], "this is none"),
     ],
 )
 def test_wrong_training_is_refused_in_one_line(flags, message, model, text, tmp_path):
     assert_user_error(finetune(model, text, tmp_path / "adapter", *flags), message)
+    assert not (tmp_path / "adapter").exists() and (ROOT / "docs" / "architecture.md").exists()
 
 
 # Evaluation
