@@ -10,6 +10,7 @@ The reference (Hugging Face's modules) is evaluated unchanged, with CQIL, and wi
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -26,7 +27,7 @@ if not sys.stderr.isatty():
 import numpy as np  # noqa: E402
 
 from cqil_trt.backends import DEVICES  # noqa: E402
-from cqil_trt.commands import RankParser, add_cqil_flags  # noqa: E402
+from cqil_trt.commands import RankParser, add_cqil_flags, check_at_least, check_directory  # noqa: E402
 from cqil_trt.config import CqilConfig  # noqa: E402
 from cqil_trt.errors import UserError  # noqa: E402
 from cqil_trt.job import Job, command  # noqa: E402
@@ -92,9 +93,27 @@ def main() -> None:
         evaluate(options, job)
 
 
-def evaluate(options: argparse.Namespace, job: Job) -> None:
+def check(options: argparse.Namespace) -> None:
+    """What is wrong should come out before hours of evaluation, not behind them."""
+    from cqil_trt.engine import Engine
+
     if not (options.text or options.tasks):
         raise UserError("what to evaluate on? --text PATH …, or --tasks NAME,NAME")
+    check_at_least(options, 2, "block", "max_length")
+    check_at_least(options, 1, "text_tokens", "limit", "batch_size")
+    check_at_least(options, 0, "num_fewshot")
+    check_directory(options.json, "--json")
+    for path in options.text or ():
+        if not path.exists():
+            raise UserError(f"{path}: no such file or directory")
+    for path in options.engine:
+        limit = Engine.open(path).limits.max_seq_len
+        if options.text and options.block - 1 > limit:
+            raise UserError(f"--block {options.block}: {path} holds {limit} tokens (at most --block {limit + 1})")
+
+
+def evaluate(options: argparse.Namespace, job: Job) -> None:
+    job.share(lambda: check(options))
     names = [name for name in (options.tasks or "").split(",") if name]
     manager = None
     if names:
@@ -105,9 +124,19 @@ def evaluate(options: argparse.Namespace, job: Job) -> None:
     if options.model or options.lora or not options.engine:
         # The other ranks have nothing to do with the reference: they sleep.
         columns += job.agree(lambda: list(references(options, names, manager)) if job.rank == 0 else [])
+        free_memory()
     columns += engines(options, names, manager, job)
     if job.rank == 0:
         report(options, columns)
+
+
+def free_memory() -> None:
+    """Gives back what PyTorch keeps of models that are done with: an engine takes its memory elsewhere."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def references(options: argparse.Namespace, names: list[str], manager: Any) -> Iterator[Column]:
@@ -124,6 +153,7 @@ def references(options: argparse.Namespace, names: list[str], manager: Any) -> I
         options.model = str(demo_model())
     path = Path(options.model)
     checkpoint = Checkpoint(path, None)
+    adapted = options.lora and Checkpoint(path, options.lora)
     model = checkpoint.model
     flags = {name: getattr(options, name) for name in ("preset", "p", "d", "start", "end", "bypass")}
     trained = None if options.lora is None else CqilConfig.of_adapter(options.lora)
@@ -152,9 +182,9 @@ def references(options: argparse.Namespace, names: list[str], manager: Any) -> I
     if cqil.groups:
         reference.with_cqil(network, cqil)
         yield run(network, Column(CQIL, cqil))
-    if options.lora is not None:
+    if adapted is not None:
         del network
-        network = reference.from_reader(model, Checkpoint(path, options.lora).reader)
+        network = reference.from_reader(model, adapted.reader)
         reference.with_cqil(network, cqil)
         yield run(network, Column(ADAPTED if cqil.groups else "adapter", cqil))
 

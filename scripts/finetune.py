@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 
 from cqil_trt.builder import choose_cqil  # noqa: E402
-from cqil_trt.commands import RankParser, add_cqil_flags, check_at_least  # noqa: E402
+from cqil_trt.commands import RankParser, add_cqil_flags, check_at_least, check_directory  # noqa: E402
 from cqil_trt.config import ADAPTER_FILE, CqilConfig, ModelConfig, read_json  # noqa: E402
 from cqil_trt.errors import UserError  # noqa: E402
 from cqil_trt.job import command  # noqa: E402
@@ -145,6 +145,7 @@ def check(options: argparse.Namespace) -> None:
         raise UserError(f"--lora-dropout must be from 0 to below 1, found {options.lora_dropout:g}")
     if options.learning_rate <= 0 or options.lora_alpha <= 0:
         raise UserError("--learning-rate and --lora-alpha must be above 0")
+    check_directory(options.plot, "--plot")
     for path in (*(options.text or ()), *(options.eval_text or ())):
         if not path.exists():
             raise UserError(f"{path}: no such file or directory")

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from cqil_trt.commands import Parser  # noqa: E402
+from cqil_trt.commands import Parser, check_at_least, check_directory  # noqa: E402
 from cqil_trt.config import BYPASSES, DTYPES, MAX_RANKS, CqilConfig, ModelConfig  # noqa: E402
 from cqil_trt.errors import UserError  # noqa: E402
 from cqil_trt.job import command  # noqa: E402
@@ -69,6 +69,12 @@ def run(options: argparse.Namespace) -> None:
     from cqil_trt.quality.similarity import input_similarity
     from cqil_trt.weights import open_checkpoint
 
+    check_at_least(options, 2, "block")
+    check_at_least(options, 2, "text_tokens")
+    check_directory(options.json, "--json")
+    check_directory(options.plot, "--plot")
+    if options.plot is not None:
+        pyplot()  # a package that the end needs should not be missed behind a search
     ps = numbers(options.p, "--p", 2, MAX_RANKS)
     ds = numbers(options.d, "--d", 0, max(ps) - 1)
     if options.model is None:
@@ -90,12 +96,12 @@ def run(options: argparse.Namespace) -> None:
     result["recommended"] = recommend(similarity, model, ps, first, options)
     if options.search:
         result["search"] = search(network, model, similarity, blocks, ps, ds, first, options)
-        if options.plot is not None:
-            plot_search(result["search"], options.plot, path.name)
-    elif options.plot is not None:
-        plot_similarity(similarity, options.plot, path.name)
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
+    if options.plot is not None and options.search:
+        plot_search(result["search"], options.plot, path.name)
+    elif options.plot is not None:
+        plot_similarity(similarity, options.plot, path.name)
 
 
 def numbers(text: str, flag: str, low: int, high: int) -> list[int]:

@@ -32,7 +32,8 @@ OFFLINE = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     directory = tmp_path_factory.mktemp("quality") / "model"
-    make_model(directory, vocab_size=260, num_hidden_layers=8)
+    # Its end of text is not transformers' default, token 2.
+    make_model(directory, vocab_size=260, num_hidden_layers=8, eos_token_id=[70, 2])
     save_byte_tokenizer(directory)
     return directory
 
@@ -153,12 +154,13 @@ def test_texts_come_from_files_directories_json_lines_and_datasets(model, tmp_pa
     (tmp_path / "dir").mkdir()
     (tmp_path / "dir" / "a.txt").write_text(texts[0])
     (tmp_path / "dir" / "b.md").write_text(texts[1])
-    (tmp_path / "c.jsonl").write_text(json.dumps({"body": texts[2]}) + "\n\n")
+    texts[2] += "\u2028 goes on"  # a line end that may stand within a string
+    (tmp_path / "c.jsonl").write_text(json.dumps({"body": texts[2]}, ensure_ascii=False) + "\n\n")
     datasets.Dataset.from_dict({"body": [texts[3]]}).save_to_disk(tmp_path / "saved")
     paths = [tmp_path / "dir", tmp_path / "c.jsonl", tmp_path / "saved"]
     expected = []
     for part in texts:
-        expected += ([2] if expected else []) + tokenizer.pieces([part])[0]
+        expected += ([70] if expected else []) + tokenizer.pieces([part])[0]
     found = text_blocks(paths, tokenizer, config, 16, None, "body")
     assert found.ravel().tolist() == expected[: len(expected) // 16 * 16]
     assert text_blocks(paths, tokenizer, config, 16, 35, "body").tolist() == found[:2].tolist()
@@ -480,13 +482,31 @@ def test_engine_scores_every_item_as_the_harness_scores_the_reference(model, tex
         (["--tasks", "no_such_task"], "--tasks no_such_task: no task"),
         (["--tasks", "sciq"], "--tasks sciq"),  # whose data is on a network that is not there
         (["--text", "gone.txt"], "gone.txt: no such file"),
+        (["--text", "README.md", "--block", 0], "--block must be at least 2"),
+        (["--text", "README.md", "--lora", "gone"], "--lora gone: no such directory"),
+        (["--text", "README.md", "--json", "gone/f.json"], "--json gone/f.json: its directory"),
     ],
 )
 def test_wrong_evaluation_is_refused_in_one_line(flags, message, model):
     assert_user_error(script("evaluate", "--model", model, *SHAPE, *flags), message)
 
 
-def test_an_error_on_rank_0_ends_all_ranks(model, tmp_path):
-    assert build("--model", model, *SHAPE, "--output", tmp_path / "engine").returncode == 0
-    command = ["scripts/evaluate.py", "--engine", tmp_path / "engine", "--device", "cpu", "--tasks", "sciq"]
-    assert_user_error(run("mpirun", "-n", 2, sys.executable, *command, env=OFFLINE), "--tasks sciq")
+def test_an_error_anywhere_ends_all_ranks(model, tmp_path):
+    assert build("--model", model, *SHAPE, "--output", tmp_path / "engine", "--max-seq-len", 64).returncode == 0
+    make_tasks(tmp_path / "tasks")
+    generation = (tmp_path / "tasks" / "own_generation.yaml").read_text().replace("own_generation", "own_empty")
+    (tmp_path / "tasks" / "own_empty.yaml").write_text(generation.replace("'{{question}}'", "''"))
+    (tmp_path / "tasks" / "needs.py").write_text("import a_package_that_is_not_there\ndef f(doc): return ''\n")
+    own = f"{(tmp_path / 'tasks' / 'own_text.yaml').read_text()}process_docs: !function needs.f\n"
+    (tmp_path / "tasks" / "own_needs.yaml").write_text(own.replace("own_text", "own_needs"))
+    cases = {
+        "sciq": "--tasks sciq",  # rank 0 finds no network
+        "own_empty": "prompt 1 is empty",  # every rank refuses the prompt
+        "own_needs": "a_package_that_is_not_there",  # rank 0 lacks a package
+    }
+    for task, message in cases.items():
+        command = ["scripts/evaluate.py", "--engine", tmp_path / "engine", "--device", "cpu", "--tasks", task]
+        command += ["--task-path", tmp_path / "tasks", "--max-length", 64]
+        assert_user_error(run("mpirun", "-n", 2, sys.executable, *command, env=OFFLINE, timeout=60), message)
+    command = ["scripts/evaluate.py", "--engine", tmp_path / "engine", "--text", "README.md"]
+    assert_user_error(run("mpirun", "-n", 2, sys.executable, *command), "--block 1024", "at most --block 65")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any, NoReturn
 
 from cqil_trt.config import BYPASSES
@@ -43,3 +44,9 @@ def check_at_least(options: argparse.Namespace, low: int, *names: str) -> None:
         value = getattr(options, name)
         if value is not None and value < low:
             raise UserError(f"--{name.replace('_', '-')} must be at least {low}, found {value}")
+
+
+def check_directory(path: Path | None, flag: str) -> None:
+    """Raises UserError unless a file can be written at `path`, which `flag` gave."""
+    if path is not None and not path.resolve().parent.is_dir():
+        raise UserError(f"{flag} {path}: its directory does not exist")
