@@ -97,9 +97,13 @@ class Llm:
                 on_text(mine[index], text)
 
         completions = generate(self.session, [ids[i] for i in mine], config, self.tokenizer, report)
+        return self.merge(completions, len(ids))
+
+    def merge(self, mine: list[Any], count: int) -> list[Any]:
+        """The results of all `count` items in order, on every rank, from this replica's: every `replicas`-th one."""
         if self.replicas == 1:
-            return completions
-        return merge_replicas(self.job.gather(completions), self.engine.world_size, len(ids))
+            return mine
+        return merge_replicas(self.job.gather(mine), self.engine.world_size, count)
 
     def close(self) -> None:
         """Gives back the memory of the engine, on every rank together. Nothing else can be called then."""

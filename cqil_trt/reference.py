@@ -168,12 +168,18 @@ def with_cqil(network: nn.Module, cqil: CqilConfig) -> nn.Module:
 _RESIDENT_BYTES = 2 << 30
 
 
+def free_memory() -> None:
+    """Gives the GPU back what PyTorch keeps of models that are done with."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 def fits_gpu(elements: int, dtype: torch.dtype = torch.float32) -> bool:
     """Whether PyTorch sees a GPU with room for a model of so many elements."""
     if not torch.cuda.is_available():
         return False
-    gc.collect()  # a model that is done with has no room to keep
-    torch.cuda.empty_cache()
+    free_memory()
     return dtype.itemsize * elements < 0.8 * torch.cuda.mem_get_info()[0]
 
 
@@ -286,14 +292,14 @@ def probe(model: nn.Module, prompts: Sequence[Sequence[int]], steps: Sequence[in
 @torch.inference_mode()
 def score(model: nn.Module, prompt: Sequence[int]) -> torch.Tensor:
     """Logits after every token of the prompt, float32 [tokens, vocabulary]."""
-    tokens = torch.tensor([list(prompt)], device=_device(model))
+    tokens = torch.tensor([list(prompt)], device=device_of(model))
     return model(tokens, use_cache=False).logits[0].float().cpu()
 
 
 @torch.inference_mode()
 def greedy(model: nn.Module, prompt: Sequence[int], steps: int) -> tuple[list[int], torch.Tensor]:
     """`steps` greedy tokens, and the logits each was chosen from, float32 [steps, vocabulary]."""
-    device = _device(model)
+    device = device_of(model)
     tokens: list[int] = []
     logits: list[torch.Tensor] = []
     new, cache = list(prompt), None
@@ -306,5 +312,6 @@ def greedy(model: nn.Module, prompt: Sequence[int], steps: int) -> tuple[list[in
     return tokens, torch.stack(logits)
 
 
-def _device(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
+    """Where a Hugging Face model computes; by a buffer, as the weights of one in pieces lie nowhere."""
     return model.get_submodule("model.rotary_emb").inv_freq.device

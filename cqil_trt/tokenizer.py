@@ -49,11 +49,8 @@ class Tokenizer:
             raise UserError(f"{directory}: the checkpoint came without a tokenizer: use --token-ids")
         self._backend = Backend.from_file(str(directory / "tokenizer.json"))
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, with the special tokens the model expects around it."""
-        return self._encode(text, True)
-
-    def _encode(self, text: str, special: bool) -> list[int]:
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Token ids of `text`; `special`: with the special tokens the model expects around it."""
         try:
             return self._backend.encode(text, add_special_tokens=special).ids
         except TypeError:  # what the library raises for lone surrogates
@@ -96,7 +93,7 @@ class Tokenizer:
             raise
         except Exception as error:  # a template can raise whatever its expressions do
             raise UserError(f"--chat: the chat template of {self._directory} failed ({error})") from None
-        return self._encode(text, False)
+        return self.encode(text, special=False)
 
     def _config(self) -> dict[str, Any]:
         path = self._directory / "tokenizer_config.json"

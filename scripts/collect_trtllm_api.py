@@ -65,8 +65,8 @@ def collect(root: Path) -> tuple[str, dict[str, Any]]:
         found |= {symbol: _signature(functions[symbol], method="." in symbol) for symbol in symbols}
     if package.is_dir():
         found["trtllm-build"] = {"flags": sorted(_flags(package))}
-        assignments = (node for node in ast.parse((package / "version.py").read_text()).body)
-        version = next(ast.literal_eval(node.value) for node in assignments if isinstance(node, ast.Assign))
+        statements = ast.parse((package / "version.py").read_text()).body
+        version = next(ast.literal_eval(node.value) for node in statements if isinstance(node, ast.Assign))
         return version, {"source": "collected from a whole tree", "symbols": found}
     listed = re.findall(r"--[a-z][a-z0-9_]+", _text((root / "commands" / "trtllm-build.html").read_text()))
     found["trtllm-build"] = {"flags": sorted(set(listed))}

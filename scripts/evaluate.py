@@ -10,7 +10,6 @@ The reference (Hugging Face's modules) is evaluated unchanged, with CQIL, and wi
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import sys
@@ -124,19 +123,9 @@ def evaluate(options: argparse.Namespace, job: Job) -> None:
     if options.model or options.lora or not options.engine:
         # The other ranks have nothing to do with the reference: they sleep.
         columns += job.agree(lambda: list(references(options, names, manager)) if job.rank == 0 else [])
-        free_memory()
     columns += engines(options, names, manager, job)
     if job.rank == 0:
         report(options, columns)
-
-
-def free_memory() -> None:
-    """Gives back what PyTorch keeps of models that are done with: an engine takes its memory elsewhere."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
 
 
 def references(options: argparse.Namespace, names: list[str], manager: Any) -> Iterator[Column]:
@@ -166,6 +155,8 @@ def references(options: argparse.Namespace, names: list[str], manager: Any) -> I
         length = min(options.block, model.max_position)
         blocks = text_blocks(options.text, open_tokenizer(path), model, length, options.text_tokens, options.column)
 
+    tokenizer = transformers_tokenizer(path) if names else None
+
     def run(network: Any, column: Column) -> Column:
         if blocks is not None:
             column.scores = score_reference(network, blocks, sys.stderr.isatty())
@@ -173,7 +164,7 @@ def references(options: argparse.Namespace, names: list[str], manager: Any) -> I
             from cqil_trt.quality.harness import reference_lm, run_tasks
 
             longest = min(options.max_length, model.max_position)
-            lm = reference_lm(network, transformers_tokenizer(path), longest, options.batch_size)
+            lm = reference_lm(network, tokenizer, longest, options.batch_size)
             column.tasks = run_tasks(lm, manager, names, options.num_fewshot, options.limit)
         return column
 
@@ -187,6 +178,8 @@ def references(options: argparse.Namespace, names: list[str], manager: Any) -> I
         network = reference.from_reader(model, adapted.reader)
         reference.with_cqil(network, cqil)
         yield run(network, Column(ADAPTED if cqil.groups else "adapter", cqil))
+    del network
+    reference.free_memory()  # an engine takes its memory elsewhere
 
 
 def engines(options: argparse.Namespace, names: list[str], manager: Any, job: Job) -> Iterator[Column]:

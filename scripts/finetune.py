@@ -271,7 +271,7 @@ def run(
         trainer.train(resume_from_checkpoint=None if start is None else str(start))
     except torch.OutOfMemoryError:
         raise UserError(
-            "the GPU's memory is full: take a smaller --batch-size (with --accumulate), or --gradient-checkpointing"
+            "the GPU's memory is full: take a smaller --batch-size (with --accumulate), or --gradient-checkpointing on"
         ) from None
     seconds = time.perf_counter() - began
     if FIRST:

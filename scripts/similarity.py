@@ -69,8 +69,7 @@ def run(options: argparse.Namespace) -> None:
     from cqil_trt.quality.similarity import input_similarity
     from cqil_trt.weights import open_checkpoint
 
-    check_at_least(options, 2, "block")
-    check_at_least(options, 2, "text_tokens")
+    check_at_least(options, 2, "block", "text_tokens")
     check_directory(options.json, "--json")
     check_directory(options.plot, "--plot")
     if options.plot is not None:
@@ -124,11 +123,11 @@ def neighbours(similarity: np.ndarray) -> str:
     return table(("layer", "to 1 before", "to 2 before", "to 3 before"), rows)
 
 
-def describe(model: ModelConfig, cqil: CqilConfig, dtype: str) -> tuple[dict[str, float], tuple[str, ...]]:
-    """What a configuration reads and takes, as numbers and as cells of a table."""
+def costs(model: ModelConfig, cqil: CqilConfig, dtype: str) -> dict[str, float]:
+    """What a configuration reads and takes per token, by placement."""
     leader = CqilConfig(cqil.p, cqil.d, cqil.start, cqil.end, cqil.bypass, "leader")
     alone = decode_seconds(model, CqilConfig(1), dtype)
-    values = {
+    return {
         "leader_bytes_per_token": critical_bytes(model, leader, dtype),
         "sharded_bytes_per_token": critical_bytes(model, cqil, dtype),
         "sequential_ms": alone * 1e3,
@@ -136,14 +135,14 @@ def describe(model: ModelConfig, cqil: CqilConfig, dtype: str) -> tuple[dict[str
         "sharded_ms": decode_seconds(model, cqil, dtype) * 1e3,
         "tensor_ms": decode_seconds(model, CqilConfig(cqil.p, placement="tensor"), dtype) * 1e3,
     }
-    cells = (
-        size(values["leader_bytes_per_token"]),
-        *(f"{values[f'{name}_ms']:.3f}" for name in ("sequential", "leader", "tensor", "sharded")),
-    )
-    return values, cells
 
 
-# Headers of what `describe` gives.
+def cost_cells(found: dict[str, Any]) -> tuple[str, ...]:
+    """What `costs` gave, as cells under COSTS."""
+    times = (f"{found[f'{name}_ms']:.3f}" for name in ("sequential", "leader", "tensor", "sharded"))
+    return size(found["leader_bytes_per_token"]), *times
+
+
 COSTS = ("read/token, leader", "sequential ms", "leader", "tensor", "sharded")
 
 
@@ -158,8 +157,9 @@ def recommend(
         if choice is None:
             rows.append((p, "none", "", "", "", "", "", ""))
             continue
-        values, cells = describe(model, choice.cqil, options.dtype)
-        rows.append((p, f"[{choice.cqil.start}, {choice.cqil.end})", f"{choice.similarity:.3f}", *cells))
+        values = costs(model, choice.cqil, options.dtype)
+        span = f"[{choice.cqil.start}, {choice.cqil.end})"
+        rows.append((p, span, f"{choice.similarity:.3f}", *cost_cells(values)))
         found.append({"cqil": choice.cqil.to_dict(), "lowest_similarity": choice.similarity, **values})
     print(f"\nlongest ranges from layer {first} on whose groups are at least {options.threshold:g} alike")
     print("(--search measures what they cost; latency at batch 1 as predicted for H200s, see cqil_trt/latency.py)")
@@ -200,7 +200,7 @@ def search(
                 "perplexity": scores.perplexity,
                 "log_cost": scores.log_perplexity - base.log_perplexity,
                 "top1_equal": scores.agreement(base),
-                **describe(model, cqil, options.dtype)[0],
+                **costs(model, cqil, options.dtype),
             }
         )
     print(f"\nsearch: {len(points)} configurations; unchanged, the perplexity is {base.perplexity:.3f}")
@@ -216,8 +216,7 @@ def search(
                 cqil = CqilConfig(**point["cqil"])
                 mark = " <- recommended" if point is chosen else ""
                 cost = f"{point['perplexity']:.3f}", f"{point['log_cost']:+.3f}", f"{point['top1_equal']:.1%}"
-                cells = describe(model, cqil, options.dtype)[1]
-                rows.append((f"[{cqil.start}, {cqil.end}){mark}", *cost, *cells))
+                rows.append((f"[{cqil.start}, {cqil.end}){mark}", *cost, *cost_cells(point)))
             print(f"\np={p} d={d}{f' {options.bypass}' if d else ''}: none is both faster and better than these")
             print(table(("[start, end)", "perplexity", "log cost", "top-1 equal", *COSTS), rows))
             if chosen is not None:

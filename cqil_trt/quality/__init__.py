@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,22 @@ from cqil_trt.tokenizer import Tokenizer, save_tokenizer
 
 def open_tokenizer(model: Path) -> Tokenizer:
     """The tokenizer of a checkpoint (directory or .gguf). Raises UserError when it has none."""
-    with tempfile.TemporaryDirectory() as directory:
-        if not save_tokenizer(model, Path(directory)):
-            raise UserError(f"{model}: has no tokenizer, which texts need")
-        return Tokenizer(Path(directory))
+    return _from_saved(model, Tokenizer)
 
 
 def transformers_tokenizer(model: Path) -> Any:
     """The same as transformers has it. Raises UserError when there is none."""
     from transformers import AutoTokenizer
 
+    return _from_saved(model, partial(AutoTokenizer.from_pretrained, local_files_only=True))
+
+
+def _from_saved(model: Path, load: Callable[[Path], Any]) -> Any:
+    """What `load` makes of the directory that the checkpoint's tokenizer is saved in, which is gone behind it."""
     with tempfile.TemporaryDirectory() as directory:
         if not save_tokenizer(model, Path(directory)):
-            raise UserError(f"{model}: has no tokenizer, which tasks need")
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+            raise UserError(f"{model}: has no tokenizer, which texts and tasks need")
+        return load(Path(directory))
 
 
 def text_blocks(

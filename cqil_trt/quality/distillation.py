@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Trainer
 
 from cqil_trt.config import CqilConfig
-from cqil_trt.reference import CqilModel
+from cqil_trt.reference import CqilModel, device_of
 
 # The projections the authors adapted, of every layer.
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -121,7 +121,7 @@ def self_generated(
     from tqdm import tqdm
     from transformers import GenerationConfig
 
-    device = network.get_submodule("model.rotary_emb").inv_freq.device
+    device = device_of(network)
     random = np.random.default_rng(seed)
     torch.manual_seed(seed)
     greedy = GenerationConfig(max_length=min(1 + _GREEDY_TOKENS, length), do_sample=False, pad_token_id=0)

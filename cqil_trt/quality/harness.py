@@ -21,8 +21,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from cqil_trt.errors import UserError
-from cqil_trt.llm import Llm, merge_replicas
+from cqil_trt.llm import Llm
 from cqil_trt.quality.perplexity import negative_log_likelihood
+from cqil_trt.reference import device_of
 from cqil_trt.tokenizer import Tokenizer
 
 # What the harness generates at most where a task does not say.
@@ -54,7 +55,7 @@ class EngineLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self._tokens.text_of(self.prefix_token_id))
-        return self._tokens.encode(string) if add_special_tokens else self._tokens.pieces([string])[0]
+        return self._tokens.encode(string, add_special_tokens)
 
     # What the harness asks, on rank 0
 
@@ -140,7 +141,9 @@ class EngineLM(TemplateLM):
             self.llm.job.wait()
             method, arguments = comm.bcast(None)
             if method == "stop":
-                self.stop(*arguments)
+                (error,) = arguments
+                if error is not None:
+                    raise UserError(error)
                 return
             # What fails for the user fails on every rank, and rank 0 says "stop" next.
             with suppress(UserError):
@@ -152,10 +155,6 @@ class EngineLM(TemplateLM):
             self.llm.job.wait()
             self.llm.job.comm.bcast(("stop", (error,)))
 
-    def stop(self, error: str | None) -> None:
-        if error is not None:
-            raise UserError(error)
-
     def score(self, jobs: Sequence[tuple[list[int], list[list[int]]]]) -> list[list[tuple[float, bool]]]:
         """For each text and its continuations: their log-likelihoods, and whether each is what greedy decoding gives.
 
@@ -163,9 +162,7 @@ class EngineLM(TemplateLM):
         """
         mine = jobs[self.llm.replica :: self.llm.replicas]
         found = self.llm.job.agree(lambda: [self._score_one(*job) for job in mine])
-        if self.llm.replicas == 1:
-            return found
-        return merge_replicas(self.llm.job.gather(found), self.llm.engine.world_size, len(jobs))
+        return self.llm.merge(found, len(jobs))
 
     def _score_one(self, text: list[int], continuations: list[list[int]]) -> list[tuple[float, bool]]:
         longest = max(map(len, continuations))
@@ -190,8 +187,7 @@ def reference_lm(network: Any, tokenizer: Any, max_length: int, batch_size: int)
     `tokenizer`: transformers' tokenizer of the checkpoint.
     """
     lm = HFLM(pretrained=network, tokenizer=tokenizer, max_length=max_length, batch_size=batch_size)
-    # Of a model that is computed in pieces no weight lies anywhere; its buffers do.
-    lm._device = network.get_submodule("model.rotary_emb").inv_freq.device
+    lm._device = device_of(network)  # it asks the weights, which a model in pieces has nowhere
     return lm
 
 

@@ -49,7 +49,9 @@ def score_reference(model: nn.Module, blocks: np.ndarray, progress: bool = False
     """Scores of a Hugging Face model (a CqilModel too) on blocks of token ids, int [N, T]."""
     import torch
 
-    device = model.get_submodule("model.rotary_emb").inv_freq.device
+    from cqil_trt.reference import device_of
+
+    device = device_of(model)
     batch = max(1, _LOGITS // (blocks.shape[1] * model.config.vocab_size))
     nll, top1 = [], []
     with torch.inference_mode():
@@ -64,16 +66,13 @@ def score_reference(model: nn.Module, blocks: np.ndarray, progress: bool = False
 
 def score_engine(llm: Llm, blocks: np.ndarray, progress: bool = False) -> Scores:
     """Scores of a loaded engine on blocks of token ids, int [N, T]. All ranks call it together and get the same."""
-    from cqil_trt.llm import merge_replicas
-
     mine = blocks[llm.replica :: llm.replicas]
     found = []
     for block in _bar(mine, progress and llm.job.rank == 0):
         # The last token is only predicted.
         logits = llm.session.score(block[:-1].tolist())
         found.append((negative_log_likelihood(logits, block[1:]), logits.argmax(-1).astype(np.int32)))
-    if llm.replicas > 1:
-        found = merge_replicas(llm.job.gather(found), llm.engine.world_size, len(blocks))
+    found = llm.merge(found, len(blocks))
     return Scores(np.stack([nll for nll, _ in found]), np.stack([top1 for _, top1 in found]))
 
 

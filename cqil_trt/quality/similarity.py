@@ -23,7 +23,9 @@ def input_similarity(model: nn.Module, blocks: np.ndarray, progress: bool = Fals
     import torch
     from tqdm import tqdm
 
-    device = model.get_submodule("model.rotary_emb").inv_freq.device
+    from cqil_trt.reference import device_of
+
+    device = device_of(model)
     layers = len(model.get_submodule("model.layers"))
     total = torch.zeros(layers, layers, dtype=torch.float64)
     with torch.inference_mode():
