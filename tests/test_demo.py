@@ -28,23 +28,27 @@ def test_the_commands_of_the_readme(p, model):
 
 
 # Each takes most of a minute; test_parity.py has all combinations, on small models.
-VALIDATE = ("--validate", "--prompt", "The sea is", "--max-new-tokens", 1)
+SHAPES = [
+    ("--p", 4, "--d", 1),
+    ("--p", 4, "--d", 3, "--start", 14, "--end", 26, "--bypass", "residual", "--placement", "leader"),
+]
 
 
-def test_another_shape_validates(model, tmp_path):
-    shape = ("--p", 4, "--d", 3, "--start", 14, "--end", 26, "--bypass", "residual", "--placement", "leader")
-    assert build("--model", model, *shape, "--output", tmp_path / "engine").returncode == 0
-    done = mpirun(4, "--engine", tmp_path / "engine", *VALIDATE)
+def build_and_validate(model, shape, engine):
+    assert build("--model", model, *shape, "--output", engine).returncode == 0
+    done = mpirun(shape[1], "--engine", engine, "--validate", "--prompt", "The sea is", "--max-new-tokens", 1)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "validation passed" in done.stdout and "64/64" in done.stdout
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=[" ".join(map(str, shape)) for shape in SHAPES])
+def test_other_shapes_validate(shape, model, tmp_path):
+    build_and_validate(model, shape, tmp_path / "engine")
+
+
 def test_the_unchanged_model_validates_and_gives_sensible_text(model, tmp_path):
     """On two ranks it answers a question that it knows."""
-    arguments = ("--p", 2, "--placement", "tensor", "--output", tmp_path / "engine")
-    assert build("--model", model, *arguments).returncode == 0
-    done = mpirun(2, "--engine", tmp_path / "engine", *VALIDATE)
-    assert done.returncode == 0 and "validation passed" in done.stdout, done.stdout + done.stderr
+    build_and_validate(model, ("--p", 2, "--placement", "tensor"), tmp_path / "engine")
     question = ("--chat", "--prompt", "What is the capital of France?", "--max-new-tokens", 24)
     done = mpirun(2, "--engine", tmp_path / "engine", *question, "--json", tmp_path / "out.json")
     assert done.returncode == 0, done.stderr
