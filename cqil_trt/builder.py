@@ -168,15 +168,15 @@ def prepare(
     """Opens and checks everything a build needs without writing anything; arguments as in `build`."""
     path = Path(model)
     notes: list[str] = []
+    flags = {"preset": preset, "p": p, "d": d, "start": start, "end": end, "bypass": bypass, "placement": placement}
     weights: Checkpoint | EngineWeights
     if engine_directory.is_engine(path):
         weights = EngineWeights(path)
         config, cqil = weights.model, weights.engine.cqil
-        decided = {"lora": lora, "preset": preset, "p": p, "d": d, "start": start, "end": end}
-        decided |= {"bypass": bypass, "placement": placement, "dtype": dtype}
+        decided = {"lora": lora, **flags, "dtype": dtype}
         dtype = weights.engine.limits.dtype
-        if flags := [f"--{name}" for name, value in decided.items() if value is not None]:
-            raise UserError(f"--model {path}: an engine, which has decided {', '.join(flags)} already: leave it out")
+        if given := [f"--{name}" for name, value in decided.items() if value is not None]:
+            raise UserError(f"--model {path}: an engine, which has decided {', '.join(given)} already: leave it out")
         name = path.name.replace("-torch-", f"-{backend}-") if "-torch-" in path.name else f"{path.name}-{backend}"
         defaults = weights.engine.limits
     else:
@@ -185,7 +185,7 @@ def prepare(
         weights = Checkpoint(path, None if lora is None else Path(lora))
         config = weights.model
         trained = None if lora is None else CqilConfig.of_adapter(Path(lora))
-        cqil = choose_cqil(config, notes, preset, p, d, start, end, bypass, placement, trained)
+        cqil = choose_cqil(config, flags, notes, trained)
         longest = min(2048, config.max_position, config.sliding_window or config.max_position)
         defaults = EngineConfig(max_seq_len=longest)
         name = None
@@ -230,24 +230,16 @@ def prepare(
 
 
 def choose_cqil(
-    model: ModelConfig,
-    notes: list[str],
-    preset: str | None = None,
-    p: int | None = None,
-    d: int | None = None,
-    start: int | None = None,
-    end: int | None = None,
-    bypass: str | None = None,
-    placement: str | None = None,
-    trained: CqilConfig | None = None,
+    model: ModelConfig, flags: Mapping[str, Any], notes: list[str], trained: CqilConfig | None = None
 ) -> CqilConfig:
     """The configuration that flags ask for: over a preset, over what an adapter was `trained` for, over the defaults.
 
-    What was decided for the user is appended to `notes`. Raises UserError for what the model cannot be split into.
+    `flags`: preset and fields of `CqilConfig`; None where one was not given. What was decided for the user is appended
+    to `notes`. Raises UserError for what the model cannot be split into.
     """
-    given = {"p": p, "d": d, "start": start, "end": end, "bypass": bypass, "placement": placement}
-    given = {field: value for field, value in given.items() if value is not None}
-    basis = find_preset(preset) if preset else trained
+    given = {field: value for field, value in flags.items() if value is not None}
+    preset = given.pop("preset", None)
+    basis = trained if preset is None else find_preset(preset)
     if given.get("placement") == "tensor":
         ignored = [f"--{field}" for field in ("d", "start", "end", "bypass") if given.get(field)]
         if ignored:

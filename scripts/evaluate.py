@@ -26,7 +26,7 @@ if not sys.stderr.isatty():
 import numpy as np  # noqa: E402
 
 from cqil_trt.backends import DEVICES  # noqa: E402
-from cqil_trt.commands import RankParser, add_cqil_flags, check_at_least, check_directory  # noqa: E402
+from cqil_trt.commands import RankParser, add_cqil_flags, check_at_least, check_directory, cqil_flags  # noqa: E402
 from cqil_trt.config import CqilConfig  # noqa: E402
 from cqil_trt.errors import UserError  # noqa: E402
 from cqil_trt.job import Job, command  # noqa: E402
@@ -144,10 +144,9 @@ def references(options: argparse.Namespace, names: list[str], manager: Any) -> I
     checkpoint = Checkpoint(path, None)
     adapted = options.lora and Checkpoint(path, options.lora)
     model = checkpoint.model
-    flags = {name: getattr(options, name) for name in ("preset", "p", "d", "start", "end", "bypass")}
     trained = None if options.lora is None else CqilConfig.of_adapter(options.lora)
     notes: list[str] = []
-    cqil = choose_cqil(model, notes, **flags, trained=trained)
+    cqil = choose_cqil(model, cqil_flags(options), notes, trained)
     for note in notes:
         print(f"note: {note}")
     blocks = None

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 
 from cqil_trt.builder import choose_cqil  # noqa: E402
-from cqil_trt.commands import RankParser, add_cqil_flags, check_at_least, check_directory  # noqa: E402
+from cqil_trt.commands import RankParser, add_cqil_flags, check_at_least, check_directory, cqil_flags  # noqa: E402
 from cqil_trt.config import ADAPTER_FILE, CqilConfig, ModelConfig, read_json  # noqa: E402
 from cqil_trt.errors import UserError  # noqa: E402
 from cqil_trt.job import command  # noqa: E402
@@ -106,9 +106,7 @@ def train(options: argparse.Namespace) -> None:
         options.model = str(demo_model())
     model, reader = open_checkpoint(Path(options.model))
     notes: list[str] = []
-    cqil = choose_cqil(
-        model, notes, *(getattr(options, name) for name in ("preset", "p", "d", "start", "end", "bypass"))
-    )
+    cqil = choose_cqil(model, cqil_flags(options), notes)
     if not cqil.groups:
         raise UserError("no layers run concurrently: there is nothing to train (give --p above 1, --start and --end)")
     if options.sequence_length > model.max_position:

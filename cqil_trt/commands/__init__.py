@@ -38,6 +38,11 @@ def add_cqil_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bypass", choices=BYPASSES, help="where the bypass goes when d > 0 (default mlp)")
 
 
+def cqil_flags(options: argparse.Namespace) -> dict[str, Any]:
+    """What was given of the flags that `add_cqil_flags` adds."""
+    return {name: getattr(options, name) for name in ("preset", "p", "d", "start", "end", "bypass")}
+
+
 def check_at_least(options: argparse.Namespace, low: int, *names: str) -> None:
     """Raises UserError when one of these options is given and below `low`."""
     for name in names:
