@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from mpi4py import MPI
+from plots import pyplot
 from synthetic import SHAPES, model_config
 from tqdm import tqdm
 
@@ -469,12 +470,7 @@ def describe(results: dict[str, Any], options: argparse.Namespace, bandwidth: fl
 
 
 def plot(results: dict[str, Any], options: argparse.Namespace) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4))
+    figure, axes = pyplot().subplots(figsize=(7, 4))
     for name, found in results.items():
         axes.plot(options.contexts, [np.median(found["decode"][c]) for c in options.contexts], marker="o", label=name)
     axes.set(xlabel="context, tokens", ylabel="ms per token", title=f"{options.preset}, batch 1", ylim=(0, None))

@@ -26,6 +26,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from mpi4py import MPI  # noqa: E402
+from plots import pyplot  # noqa: E402
 
 from cqil_trt.collectives.cuda import CudaCommunicator  # noqa: E402
 from cqil_trt.table import table  # noqa: E402
@@ -144,12 +145,7 @@ def show(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5))
+    figure, axes = pyplot().subplots(1, 2, figsize=(12, 4.5))
     for axis, key, title in (
         (axes[0], "all_reduce", "all-reduce"),
         (axes[1], "fused", "all-reduce + residual + RMSNorm"),

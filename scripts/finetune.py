@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
+from plots import pyplot  # noqa: E402
 
 from cqil_trt.builder import choose_cqil  # noqa: E402
 from cqil_trt.commands import RankParser, add_cqil_flags, check_at_least, check_directory, cqil_flags  # noqa: E402
@@ -134,8 +135,7 @@ def train(options: argparse.Namespace) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    import matplotlib  # noqa: F401 - a package that the end needs should not be missed behind hours of training
-
+    pyplot()  # a package that the end needs should not be missed behind hours of training
     counts = ("self_generated", "sampling_batch", "eval_tokens", "batch_size", "accumulate", "steps", "lora_rank")
     check_at_least(options, 1, *counts, "save_steps")
     check_at_least(options, 2, "sequence_length")
@@ -259,7 +259,7 @@ def run(
     trainer = DistillationTrainer(student, bfloat16, args=settings, train_dataset=Blocks(data))
     for theirs in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(theirs)
-    trainer.add_callback(reporter(ProgressCallback, length * step_blocks))
+    trainer.add_callback(reporter(length * step_blocks))
     start = last_checkpoint(options.output / CHECKPOINTS) if options.resume else None
     print(
         f"{data.size} tokens in blocks of {length}, {step_blocks} blocks a step" + (f", from {start}" if start else "")
@@ -326,23 +326,12 @@ def generated(options: argparse.Namespace, model: ModelConfig, network: Any, fir
     return np.load(path).astype(np.int32)
 
 
-def reporter(progress: type, tokens_per_step: int) -> Any:
+def reporter(tokens_per_step: int) -> Any:
     """Trainer's progress bar, with the loss and the speed; without a terminal, lines."""
+    from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
-    class Reporter(progress):
+    class Reporter(ProgressCallback if sys.stderr.isatty() else TrainerCallback):
         _last: tuple[int, float] | None = None
-
-        def on_train_begin(self, args, state, control, **kwargs):
-            if not args.disable_tqdm:
-                super().on_train_begin(args, state, control, **kwargs)
-
-        def on_step_end(self, args, state, control, **kwargs):
-            if not args.disable_tqdm:
-                super().on_step_end(args, state, control, **kwargs)
-
-        def on_train_end(self, args, state, control, **kwargs):
-            if not args.disable_tqdm:
-                super().on_train_end(args, state, control, **kwargs)
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             if not state.is_world_process_zero or not logs or "loss" not in logs:
@@ -395,12 +384,7 @@ def evaluate(student: Any, blocks: np.ndarray) -> dict[str, Any]:
 
 
 def plot(losses: list[tuple[int, float]], path: Path, title: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4))
+    figure, axes = pyplot().subplots(figsize=(7, 4))
     axes.plot(*zip(*losses))
     axes.set(xlabel="step", ylabel="KL per token, nats", title=title, ylim=(0, None))
     figure.tight_layout()

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
+from plots import pyplot  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from cqil_trt.commands import Parser, check_at_least, check_directory  # noqa: E402
@@ -222,15 +223,6 @@ def search(
             if chosen is not None:
                 fastest.append(chosen)
     return {"perplexity": base.perplexity, "points": points, "recommended": fastest}
-
-
-def pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def plot_similarity(similarity: np.ndarray, path: Path, title: str) -> None:

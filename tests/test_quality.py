@@ -480,6 +480,7 @@ def test_engine_scores_every_item_as_the_harness_scores_the_reference(model, tex
     [
         ([], "what to evaluate on?"),
         (["--tasks", "no_such_task"], "--tasks no_such_task: no task"),
+        (["--tasks", "sciq"], "--tasks sciq"),  # whose data is on a network that is not there
         (["--text", "gone.txt"], "gone.txt: no such file"),
         (["--text", "README.md", "--block", 0], "--block must be at least 2"),
         (["--text", "README.md", "--lora", "gone"], "--lora gone: no such directory"),
