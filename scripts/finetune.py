@@ -83,6 +83,12 @@ def parser() -> RankParser:
         default="auto",
         help="less memory for a third more time (auto: where the activations would not fit the GPU)",
     )
+    train.add_argument(
+        "--compile",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="torch.compile: takes a minute, then steps take half the time (auto: on GPUs)",
+    )
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--save-steps", metavar="N", type=int, default=200, help="checkpoint every N steps")
     p.add_argument("--plot", metavar="F.png", type=Path, help="loss curve (default: loss.png beside the adapter)")
@@ -189,6 +195,7 @@ def run(
     """Trains and saves the adapter; returns the report. `begun`: what decides the training, to be kept."""
     import torch
     import transformers
+    from peft.helpers import disable_input_dtype_casting
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     from cqil_trt import reference
@@ -197,6 +204,7 @@ def run(
 
     on_gpu = torch.cuda.is_available()
     bfloat16 = (options.precision or ("bf16" if on_gpu else "fp32")) == "bf16"
+    compiled = options.compile == "on" or (options.compile == "auto" and on_gpu)
     recompute = checkpoint_gradients(options, model, reader)
     if recompute:
         print("gradient checkpointing: layers are computed again for the backward pass")
@@ -256,7 +264,7 @@ def run(
     student = Student(network, cqil, options.lora_rank, options.lora_alpha, options.lora_dropout)
     if recompute:
         student.model.enable_input_require_grads()
-    trainer = DistillationTrainer(student, bfloat16, args=settings, train_dataset=Blocks(data))
+    trainer = DistillationTrainer(student, bfloat16, compiled, args=settings, train_dataset=Blocks(data))
     for theirs in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(theirs)
     trainer.add_callback(reporter(length * step_blocks))
@@ -266,7 +274,8 @@ def run(
     )
     began = time.perf_counter()
     try:
-        trainer.train(resume_from_checkpoint=None if start is None else str(start))
+        with disable_input_dtype_casting(student.model, bfloat16):  # autocast does it, and only for products
+            trainer.train(resume_from_checkpoint=None if start is None else str(start))
     except torch.OutOfMemoryError:
         raise UserError(
             "the GPU's memory is full: take a smaller --batch-size (with --accumulate), or --gradient-checkpointing on"
@@ -285,7 +294,8 @@ def run(
         "loss": losses,
     }
     if held_out is not None and FIRST:
-        report["held_out"] = evaluate(student, held_out)
+        with torch.compiler.set_stance("force_eager"):  # not worth compiling for
+            report["held_out"] = evaluate(student, held_out)
     return report
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,12 @@ class Student:
         with torch.no_grad(), self.cqil.sequential(), self.model.disable_adapter():
             yield
 
+    def compile(self) -> None:
+        """Lets torch.compile fuse what is not a matrix product, module by module: all layers share the few results."""
+        for layer in self.model.get_base_model().get_submodule("model.layers"):
+            for module in layer.children():
+                module.compile()
+
     def save(self, directory: Path) -> None:
         """Writes the adapter as PEFT does, with the CQIL configuration inside."""
         self.model.save_pretrained(str(directory))
@@ -59,12 +66,16 @@ class Student:
 
 
 class DistillationTrainer(Trainer):
-    """transformers' Trainer with the distillation loss. `bfloat16`: products in bfloat16, by autocast."""
+    """transformers' Trainer with the distillation loss. `bfloat16`: products in bfloat16, by autocast. `compiled`: by
+    torch.compile, the first steps of which take a minute."""
 
-    def __init__(self, student: Student, bfloat16: bool, **options: Any):
+    def __init__(self, student: Student, bfloat16: bool, compiled: bool, **options: Any):
         super().__init__(model=student.model, **options)
         self._student = student
         self._bfloat16 = bfloat16
+        self._compiled = compiled
+        if compiled:
+            student.compile()
         # The loss is a mean over this batch's tokens, which Trainer divides when it accumulates gradients.
         self.model_accepts_loss_kwargs = False
 
@@ -76,11 +87,11 @@ class DistillationTrainer(Trainer):
             with self._student.teaching():
                 teacher = self._student.model(input_ids=tokens, use_cache=False).logits
             student = model(input_ids=tokens, use_cache=False)
-        loss = divergence(teacher, student.logits)
+        loss = divergence(teacher, student.logits, self._compiled)
         return (loss, student) if return_outputs else loss
 
 
-def divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+def divergence(teacher: torch.Tensor, student: torch.Tensor, compiled: bool = False) -> torch.Tensor:
     """KL(teacher || student) of logits [B, T, vocabulary], mean over tokens, in float32.
 
     Probabilities are computed a few thousand rows at a time, and again for the gradient: those of a whole batch would
@@ -88,13 +99,19 @@ def divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
     """
     vocabulary = teacher.shape[-1]
     pairs = list(zip(teacher.reshape(-1, vocabulary).split(_ROWS), student.reshape(-1, vocabulary).split(_ROWS)))
-    total = sum(checkpoint(_divergence, *pair, use_reentrant=False, preserve_rng_state=False) for pair in pairs)
+    function = _compiled_divergence() if compiled else _divergence
+    total = sum(checkpoint(function, *pair, use_reentrant=False, preserve_rng_state=False) for pair in pairs)
     return total / sum(len(rows) for rows, _ in pairs)
 
 
 def _divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
     target, log_probability = F.log_softmax(teacher.float(), -1), F.log_softmax(student.float(), -1)
     return F.kl_div(log_probability, target, reduction="sum", log_target=True)
+
+
+@cache
+def _compiled_divergence() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    return torch.compile(_divergence)
 
 
 class Blocks(torch.utils.data.Dataset):
