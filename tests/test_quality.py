@@ -211,6 +211,39 @@ def test_scores_equal_hugging_faces_loss(model):
     np.testing.assert_allclose(perplexity.negative_log_likelihood(logits, blocks[0, 1:]), expected, rtol=1e-5)
 
 
+def test_demo_texts_are_plain_prose(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import fetch_demo_text
+
+    assert fetch_demo_text.plain_brown(
+        "\tThe/at jury/nn said/vbd ``/`` no/at ''/'' to/in us/ppo ,/, twice/rb ./.\n\n"
+    ) == ('The jury said "no" to us, twice.')
+    markdown = "---\ntitle: x\n---\nOne [link](http://a.b) and <b>bold</b>.\n```\ncode\n```\n\n\nTwo."
+    assert fetch_demo_text.plain_markdown(markdown) == "One link and bold.\n\nTwo."
+    asciidoc = "[[anchor]]\nOne.(((index)))\n[source,console]\n----\n$ git\n----\nTwo."
+    assert fetch_demo_text.plain_asciidoc(asciidoc).split() == ["One.", "Two."]
+    xhtml = "<head><title>x</title></head><body><p>A\n\tline &amp; <i>more</i>.</p>\n<p>Next.</p></body>"
+    assert fetch_demo_text.plain_xhtml(xhtml) == "A line & more.\n\nNext."
+    # The files that match, of a repository at a commit.
+    repository, output = tmp_path / "repository", tmp_path / "output"
+    for path, content in {"book/a/one.asc": "One.", "book/two.asc": "Two.", "three.md": "Three."}.items():
+        (repository / path).parent.mkdir(parents=True, exist_ok=True)
+        (repository / path).write_text(content)
+    git = ["git", "-C", str(repository), "-c", "user.name=x", "-c", "user.email=x"]
+    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "x"]):
+        subprocess.run([*git, *command], check=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    (tmp_path / "config").write_text(f'[url "file://{repository}"]\n insteadOf = https://github.com/some/book\n')
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "config"))
+    output.mkdir()
+    convert = fetch_demo_text.files("book", ".asc", str)
+    assert convert(fetch_demo_text.checkout(output, "some/book", commit, ["/book/**/*.asc"])) == {
+        "book": "One.\n\nTwo."
+    }
+    with pytest.raises(UserError, match="github.com/some/book cannot be fetched"):
+        fetch_demo_text.checkout(output / "again", "some/book", "0" * 40, ["*"])
+
+
 # Distillation
 
 
@@ -250,23 +283,31 @@ def test_teacher_is_the_unchanged_model_and_student_starts_as_cqil(model):
     assert not torch.allclose(trained, expected) and torch.equal(student.model(blocks).logits, trained)
 
 
-def test_self_generated_text_is_the_models_own(model):
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+def test_self_generated_text_is_the_models_own(model, top_p):
     from cqil_trt.quality.distillation import self_generated
 
     network, first = load_model(model), np.array([7, 40, 99])
-    found = self_generated(network, 40, 24, first, 16, SEED, progress=False)
+
+    def sample(seed):
+        return self_generated(network, 40, 24, first, 16, seed, top_p, progress=False)
+
+    found = sample(SEED)
     assert found.shape == (40, 24) and set(found[:, 0]) <= set(first) and found.max() < 260
-    assert (found == self_generated(network, 40, 24, first, 16, SEED, progress=False)).all()
-    assert (found != self_generated(network, 40, 24, first, 16, SEED + 1, progress=False)).any()
-    # The likeliest tokens behind the first, then draws: sampled, the text's loss is near the model's entropy.
+    assert (found == sample(SEED)).all() and (found != sample(SEED + 1)).any()
+    # The likeliest tokens behind the first, then draws: sampled, the text's loss is near the entropy of what is left.
     ids = torch.from_numpy(found.astype(np.int64))
     with torch.no_grad():
         logits = network(ids).logits
     assert (logits[:, :4].argmax(-1) == ids[:, 1:5]).all() and (logits[:, 4:-1].argmax(-1) != ids[:, 5:]).any()
-    probability = logits[:, 4:-1].double().softmax(-1)
-    surprise = -probability.gather(-1, ids[:, 5:, None]).log().mean()
-    entropy = -(probability * probability.log()).sum(-1).mean()
-    assert surprise == pytest.approx(entropy.item(), rel=0.1)
+    probability, order = logits[:, 4:-1].double().softmax(-1).sort(descending=True)
+    before = probability.cumsum(-1) - probability
+    probability = torch.where(before < top_p, probability, 0)
+    probability = (probability / probability.sum(-1, keepdim=True)).gather(-1, order.argsort(-1))
+    chosen = probability.gather(-1, ids[:, 5:, None])
+    assert (chosen > 0).all()
+    entropy = torch.special.entr(probability).sum(-1).mean()
+    assert -chosen.log().mean() == pytest.approx(entropy.item(), rel=0.1)
 
 
 def test_checkpointed_gradients_keep_nothing_of_a_group_but_its_input(model):
@@ -345,6 +386,16 @@ def test_adapter_is_what_build_takes_with_its_configuration_inside(model, adapte
     assert_user_error(build("--model", model, "--lora", damaged), "cqil_config.json", "does not divide")
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: on two cores compiling takes minutes")
+def test_compiled_training_is_the_same_training(model, text, tmp_path):
+    losses = {}
+    for compiled in ("on", "off"):
+        done = finetune(model, text, tmp_path / compiled, "--compile", compiled, "--precision", "fp32")
+        assert done.returncode == 0, done.stderr
+        losses[compiled] = [loss for _, loss in json.loads((tmp_path / compiled / "training.json").read_text())["loss"]]
+    np.testing.assert_allclose(losses["on"], losses["off"], rtol=1e-2)
+
+
 def test_resumed_behind_a_kill_training_ends_where_it_would_have(model, text, adapter, tmp_path):
     output = tmp_path / "adapter"
     command = [sys.executable, "scripts/finetune.py", "--model", model, *SHAPE, "--text", text, "--output", output]
@@ -393,6 +444,7 @@ def test_two_processes_with_checkpointed_gradients_train_as_one_with_twice_the_b
         (["--batch-size", 5000], "fewer than one step's"),
         (["--resume", "--force"], "give one of them"),
         (["--lora-rank", "many"], "--lora-rank"),
+        (["--top-p", 0], "--top-p must be above 0"),
         (["--lora-dropout", 2], "--lora-dropout must be"),
         (["--text", "gone.txt"], "gone.txt: no such file"),
         (["--force", "--output", "docs"], "this is none"),

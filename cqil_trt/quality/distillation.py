@@ -128,12 +128,20 @@ class Blocks(torch.utils.data.Dataset):
 
 
 def self_generated(
-    network: nn.Module, count: int, length: int, first_tokens: np.ndarray, batch: int, seed: int, progress: bool
+    network: nn.Module,
+    count: int,
+    length: int,
+    first_tokens: np.ndarray,
+    batch: int,
+    seed: int,
+    top_p: float,
+    progress: bool,
 ) -> np.ndarray:
     """Blocks [count, length] of text that the model samples itself, int32.
 
     Each begins with a random one of `first_tokens`, goes on greedily for a few tokens and then by the model's own
-    distribution. An end-of-text token does not end a block: the model goes on with another text.
+    distribution, of which the likeliest tokens that reach `top_p` together are left. An end-of-text token does not end
+    a block: the model goes on with another text.
     """
     from tqdm import tqdm
     from transformers import GenerationConfig
@@ -142,7 +150,7 @@ def self_generated(
     random = np.random.default_rng(seed)
     torch.manual_seed(seed)
     greedy = GenerationConfig(max_length=min(1 + _GREEDY_TOKENS, length), do_sample=False, pad_token_id=0)
-    free = GenerationConfig(max_length=length, do_sample=True, top_k=0, pad_token_id=0)
+    free = GenerationConfig(max_length=length, do_sample=True, top_k=0, top_p=top_p, pad_token_id=0)
     found = np.zeros((count, length), np.int32)
     own = network.generation_config
     with tqdm(total=count, unit="block", desc="sampling text", disable=not progress, leave=False) as bar:
