@@ -97,6 +97,7 @@ class BuildPlan:
                 "kv_cache_bytes_per_token": rank.cache_bytes_per_token(dtype),
                 "all_reduces_per_token": rank.schedule.all_reduces,
                 "broadcasts_per_token": rank.schedule.broadcasts,
+                "bypasses_per_token": rank.bypasses,
             }
             for rank in self.ranks
         ]

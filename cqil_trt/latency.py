@@ -37,7 +37,7 @@ def critical_bytes(model: ModelConfig, cqil: CqilConfig, dtype: str) -> int:
 
 def _rank_seconds(rank: RankPlan, dtype: str, machine: Machine) -> float:
     schedule = rank.schedule
-    collectives = schedule.all_reduces + schedule.broadcasts
+    collectives = schedule.all_reduces + schedule.broadcasts + rank.bypasses
     return (
         rank.bytes_per_token(dtype) / machine.bandwidth
         + len(schedule.layers) * machine.layer

@@ -131,6 +131,11 @@ class RankPlan:
         return self.schedule.world_size
 
     @property
+    def bypasses(self) -> int:
+        """Exchanges of attention outputs within groups for each forward pass."""
+        return len(self.cqil.groups) if self.cqil.d else 0
+
+    @property
     def vocabulary(self) -> tuple[int, int]:
         """The half-open range of token ids whose logits this rank computes."""
         if not self.schedule.predicts:

@@ -115,6 +115,8 @@ def test_predicted_latency_is_near_what_was_measured(shapes, start, end, measure
             cqil = CqilConfig(2, 0, start, end, placement=name)
         assert decode_seconds(config, cqil, "float16") * 1e3 == pytest.approx(milliseconds, rel=0.03)
     leader = CqilConfig(2, 0, start, end, placement="leader")
+    bypassed = CqilConfig(2, 1, start, end, placement="leader")  # an exchange more in every group
+    assert decode_seconds(config, bypassed, "float16") > decode_seconds(config, leader, "float16")
     saved = 1 - critical_bytes(config, leader, "float16") / critical_bytes(config, CqilConfig(1), "float16")
     assert saved == pytest.approx((end - start) / 2 / config.num_layers, rel=0.1)
 

@@ -106,11 +106,12 @@ def describe(plan: dict[str, Any]) -> str:
             size(rank["kv_cache_bytes_per_token"]),
             rank["all_reduces_per_token"],
             rank["broadcasts_per_token"],
+            rank["bypasses_per_token"],
             rank["steps"],
         )
         for rank in plan["ranks"]
     ]
-    header = ("rank", "weights", "read/token", "KV/token", "all-reduces", "broadcasts", "layers")
+    header = ("rank", "weights", "read/token", "KV/token", "all-reduces", "broadcasts", "bypasses", "layers")
     lines += ["", table(header, rows), ""]
     one, critical = plan["bytes_per_token_one_rank"], plan["bytes_per_token_critical_path"]
     lines.append(

@@ -67,7 +67,7 @@ class Student:
 
 class DistillationTrainer(Trainer):
     """transformers' Trainer with the distillation loss. `bfloat16`: products in bfloat16, by autocast. `compiled`: by
-    torch.compile, the first steps of which take a minute."""
+    torch.compile, which takes half a minute at first."""
 
     def __init__(self, student: Student, bfloat16: bool, compiled: bool, **options: Any):
         super().__init__(model=student.model, **options)
