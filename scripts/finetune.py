@@ -39,7 +39,7 @@ SETTINGS = "settings.json"
 SAMPLED = "self-generated.npy"
 REPORT = "training.json"
 # What a resumed run may change: none of it decides what is trained.
-FREE = {"output", "resume", "force", "save_steps", "eval_text", "eval_tokens", "plot", "sampling_batch"}
+FREE = {"output", "resume", "force", "save_steps", "eval_text", "eval_tokens", "plot", "sampling_batch", "compile"}
 # What decides the text that is sampled. A run that has no checkpoint yet may change all the rest, and keep that text.
 SAMPLING = {"model", "self_generated", "top_p", "sequence_length", "seed"}
 # Bytes of activations kept for the backward pass, for each token, hidden element and layer: measured with bfloat16
@@ -66,7 +66,10 @@ def parser() -> RankParser:
         "--self-generated", metavar="N", type=int, help="N tokens that the unchanged model samples itself"
     )
     text.add_argument(
-        "--top-p", metavar="P", type=float, default=0.95, help="of the likeliest tokens that reach P together"
+        "--top-p",
+        metavar="P",
+        type=float,
+        help="... from the likeliest tokens whose probabilities add up to P (default 0.95)",
     )
     text.add_argument("--sampling-batch", metavar="N", type=int, help="texts sampled at a time (default: by memory)")
     text.add_argument("--eval-text", metavar="PATH", type=Path, nargs="+", help="held-out text for the final table")
@@ -91,7 +94,7 @@ def parser() -> RankParser:
         "--compile",
         choices=("auto", "on", "off"),
         default="auto",
-        help="torch.compile: takes half a minute, then steps are a third faster (auto: on GPUs)",
+        help="torch.compile, whose first steps take half a minute (auto: on GPUs where it works)",
     )
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--save-steps", metavar="N", type=int, default=200, help="checkpoint every N steps")
@@ -151,7 +154,11 @@ def check(options: argparse.Namespace) -> None:
     check_at_least(options, 2, "sequence_length")
     if not 0 <= options.lora_dropout < 1:
         raise UserError(f"--lora-dropout must be from 0 to below 1, found {options.lora_dropout:g}")
-    if not 0 < options.top_p <= 1:
+    if options.self_generated is None and options.top_p is not None:
+        raise UserError("--top-p is about the text of --self-generated, which is not given")
+    if options.self_generated is not None and options.top_p is None:
+        options.top_p = 0.95
+    if options.top_p is not None and not 0 < options.top_p <= 1:
         raise UserError(f"--top-p must be above 0 and at most 1, found {options.top_p:g}")
     if options.learning_rate <= 0 or options.lora_alpha <= 0:
         raise UserError("--learning-rate and --lora-alpha must be above 0")
@@ -175,9 +182,10 @@ def check_output(options: argparse.Namespace, cqil: CqilConfig) -> dict[str, Any
             raise UserError(f"--resume: no unfinished training in {output}")
         begun = read_json(path)
         for name, value in settings.items():
-            if begun.get(name) != value and (name in SAMPLING or any(path.parent.glob("checkpoint-*"))):
+            changed = name in begun and begun[name] != value
+            if changed and (name in SAMPLING or any(path.parent.glob("checkpoint-*"))):
                 flag = f"--{name.replace('_', '-')}"
-                raise UserError(f"--resume: {output} was begun with {flag} {begun.get(name)}, found {value}")
+                raise UserError(f"--resume: {output} was begun with {flag} {begun[name]}, found {value}")
     elif output.exists():
         if not options.force:
             unfinished = "; --resume goes on with it" if path.exists() else ""
@@ -204,15 +212,15 @@ def run(
     from peft.helpers import disable_input_dtype_casting
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-    # What transformers and PEFT have to tell one another.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     from cqil_trt import reference
     from cqil_trt.quality import open_tokenizer, text_blocks
     from cqil_trt.quality.distillation import Blocks, DistillationTrainer, Student, last_checkpoint
 
+    # Which PEFT reads, and nothing here.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
     on_gpu = torch.cuda.is_available()
     bfloat16 = (options.precision or ("bf16" if on_gpu else "fp32")) == "bf16"
-    compiled = options.compile == "on" or (options.compile == "auto" and on_gpu)
+    compiled = choose_compile(options, on_gpu)
     recompute = checkpoint_gradients(options, model, reader)
     if recompute:
         print("gradient checkpointing: layers are computed again for the backward pass")
@@ -270,9 +278,11 @@ def run(
 
     transformers.set_seed(options.seed)
     student = Student(network, cqil, options.lora_rank, options.lora_alpha, options.lora_dropout)
+    if compiled:
+        student.compile()
     if recompute:
         student.model.enable_input_require_grads()
-    trainer = DistillationTrainer(student, bfloat16, compiled, args=settings, train_dataset=Blocks(data))
+    trainer = DistillationTrainer(student, bfloat16, args=settings, train_dataset=Blocks(data))
     for theirs in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(theirs)
     trainer.add_callback(reporter(length * step_blocks))
@@ -305,6 +315,23 @@ def run(
         with torch.compiler.set_stance("force_eager"):  # not worth compiling for
             report["held_out"] = evaluate(student, held_out)
     return report
+
+
+def choose_compile(options: argparse.Namespace, on_gpu: bool) -> bool:
+    """Whether to compile: as asked, or on a GPU where torch.compile finds the compilers it needs."""
+    import torch
+
+    if options.compile == "off" or (options.compile == "auto" and not on_gpu):
+        return False
+    try:
+        torch.compile(torch.nn.functional.silu)(torch.ones(64, device="cuda" if on_gpu else "cpu"))
+    except Exception as error:  # compilers, and what they run, fail in their own ways
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if options.compile == "on":
+            raise UserError(f"--compile on: torch.compile does not work here ({reason})") from None
+        print(f"note: not compiled, as torch.compile does not work here ({reason})")
+        return False
+    return True
 
 
 def checkpoint_gradients(options: argparse.Namespace, model: ModelConfig, reader: WeightReader) -> bool:

@@ -55,6 +55,9 @@ def test_build_prints_its_plan_and_writes_json(model, tmp_path):
     groups = (plan["cqil"]["end"] - plan["cqil"]["start"]) // 2
     assert ranks[0]["all_reduces_per_token"] == groups + 2 * (6 - 2 * groups)
     assert 0.4 < plan["saving"] < 0.6
+    assert [rank["bypasses_per_token"] for rank in ranks] == [0, 0]
+    bypassed = json.loads(build(*arguments, "--d", 1, "--json", "--force").stdout)["ranks"]
+    assert [rank["bypasses_per_token"] for rank in bypassed] == [groups, groups]
 
 
 def test_one_rank_reads_all_the_weights(model, tmp_path):

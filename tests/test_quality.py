@@ -1,5 +1,6 @@
 """Similarity, perplexity, distillation, evaluation: against Hugging Face, PEFT, lm-evaluation-harness and float64."""
 
+import hashlib
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -222,8 +224,8 @@ def test_demo_texts_are_plain_prose(tmp_path, monkeypatch):
     ) == ('The jury said "no" to us, twice.')
     markdown = "---\ntitle: x\n---\nOne [link](http://a.b) and <b>bold</b>.\n```\ncode\n```\n\n\nTwo."
     assert fetch_demo_text.plain_markdown(markdown) == "One link and bold.\n\nTwo."
-    asciidoc = "[[anchor]]\nOne.(((index)))\n[source,console]\n----\n$ git\n----\nTwo."
-    assert fetch_demo_text.plain_asciidoc(asciidoc).split() == ["One.", "Two."]
+    asciidoc = "[[anchor]]\n== One.(((index)))\n[source,console]\n----\n$ git <1>\n----\n<1> Git\n====\nSee <<a,two>>."
+    assert fetch_demo_text.plain_asciidoc(asciidoc).split() == ["One.", "See", "two."]
     xhtml = "<head><title>x</title></head><body><p>A\n\tline &amp; <i>more</i>.</p>\n<p>Next.</p></body>"
     assert fetch_demo_text.plain_xhtml(xhtml) == "A line & more.\n\nNext."
     # The files that match, of a repository at a commit.
@@ -242,8 +244,29 @@ def test_demo_texts_are_plain_prose(tmp_path, monkeypatch):
     assert convert(fetch_demo_text.checkout(output, "some/book", commit, ["/book/**/*.asc"])) == {
         "book": "One.\n\nTwo."
     }
+    # The command: whole or not at all, and over nothing but its own.
+    monkeypatch.setattr(fetch_demo_text, "SOURCES", [("some/book", commit, ["/book/**/*.asc"], convert)])
+    monkeypatch.setattr(fetch_demo_text, "packaged", lambda package, member, target: target.write_text("News."))
+    made, flags = tmp_path / "made", fetch_demo_text.argparse.Namespace(output=tmp_path / "made", force=False)
+    with pytest.raises(UserError, match="expected sha256"):
+        fetch_demo_text.fetch(flags)
+    assert not made.exists()
+    monkeypatch.setattr(fetch_demo_text, "HELD_OUT_SHA256", hashlib.sha256(b"News.").hexdigest())
+    for flags.force in (False, True):
+        fetch_demo_text.fetch(flags)
+        texts = {str(path.relative_to(made)): path.read_text() for path in made.rglob("*.txt")}
+        assert texts == {"english/book.txt": "One.\n\nTwo.", "heldout.txt": "News."}
+        (made / "english/book.txt").write_text("old")
+    (made / "mine.txt").write_text("mine")
+    for flags.force, message in ((False, "exists already"), (True, "something else")):
+        with pytest.raises(UserError, match=message):
+            fetch_demo_text.fetch(flags)
+    assert (made / "mine.txt").read_text() == "mine"
+    monkeypatch.setattr(fetch_demo_text, "SOURCES", [("some/book", "0" * 40, ["*"], convert)])
+    flags.output = tmp_path / "other"
     with pytest.raises(UserError, match="github.com/some/book cannot be fetched"):
-        fetch_demo_text.checkout(output / "again", "some/book", "0" * 40, ["*"])
+        fetch_demo_text.fetch(flags)
+    assert not flags.output.exists()
 
 
 # Distillation
@@ -388,8 +411,40 @@ def test_adapter_is_what_build_takes_with_its_configuration_inside(model, adapte
     assert_user_error(build("--model", model, "--lora", damaged), "cqil_config.json", "does not divide")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: on two cores compiling takes minutes")
-def test_compiled_training_is_the_same_training(model, text, tmp_path):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_training_is_the_same_training(model, recompute, tmp_path, monkeypatch):
+    """With the compiler's front end, which is where training could change; what it generates is PyTorch's to test."""
+    import transformers
+
+    from cqil_trt.quality.distillation import Blocks, DistillationTrainer, Student
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    blocks, losses, states, scores = tokens((12, 16)), [], [], []
+    for compiled in (False, True):
+        torch.manual_seed(SEED)
+        student = Student(load_model(model), CqilConfig(2, 1, 2, 6), 4, 8, 0.0)
+        if compiled:
+            student.compile()
+        if recompute:
+            student.model.enable_input_require_grads()
+        settings = transformers.TrainingArguments(
+            output_dir=str(tmp_path / str(compiled)), max_steps=6, per_device_train_batch_size=12, learning_rate=5e-3,
+            gradient_checkpointing=recompute, logging_steps=1, report_to=[], use_cpu=True, save_strategy="no",
+            disable_tqdm=True, remove_unused_columns=False, label_names=[],
+        )  # fmt: skip
+        trainer = DistillationTrainer(student, False, args=settings, train_dataset=Blocks(blocks))
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        states.append(student.model.state_dict())
+        with torch.compiler.set_stance("force_eager"):
+            scores.append(perplexity.score_reference(student.model.get_base_model(), blocks).log_perplexity)
+    assert losses[0][-1] < 0.9 * losses[0][0]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+    assert states[0].keys() == states[1].keys() and scores[1] == pytest.approx(scores[0], rel=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, which training is compiled for")
+def test_training_compiled_for_the_gpu_is_the_same_training(model, text, tmp_path):
     losses = {}
     for compiled in ("on", "off"):
         done = finetune(model, text, tmp_path / compiled, "--compile", compiled, "--precision", "fp32")
@@ -417,7 +472,7 @@ def test_resumed_behind_a_kill_training_ends_where_it_would_have(model, text, ad
     (checkpoints / "checkpoint-999" / "trainer_state.json").write_text('{"global_')
     assert_user_error(finetune(model, text, output), "exists already", "--resume")
     assert_user_error(finetune(model, text, output, "--resume", "--lora-alpha", 7), "--lora-alpha 32.0, found 7.0")
-    done = finetune(model, text, output, "--resume")
+    done = finetune(model, text, output, "--resume", "--compile", "off")  # which decides nothing about the training
     assert done.returncode == 0 and "from " in done.stdout, done.stderr
     expected, found = (json.loads((path / "training.json").read_text())["loss"] for path in (adapter, output))
     assert [step for step, _ in found] == [step for step, _ in expected]
@@ -446,7 +501,8 @@ def test_two_processes_with_checkpointed_gradients_train_as_one_with_twice_the_b
         (["--batch-size", 5000], "fewer than one step's"),
         (["--resume", "--force"], "give one of them"),
         (["--lora-rank", "many"], "--lora-rank"),
-        (["--top-p", 0], "--top-p must be above 0"),
+        (["--self-generated", 99, "--top-p", 0], "--top-p must be above 0"),
+        (["--top-p", 0.9], "--self-generated, which is not given"),
         (["--lora-dropout", 2], "--lora-dropout must be"),
         (["--text", "gone.txt"], "gone.txt: no such file"),
         (["--force", "--output", "docs"], "this is none"),

@@ -46,6 +46,7 @@ class Student:
             r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=PROJECTIONS, task_type="CAUSAL_LM"
         )
         self.model = get_peft_model(network, lora)
+        self.compiled = False
 
     @contextmanager
     def teaching(self):
@@ -54,7 +55,9 @@ class Student:
             yield
 
     def compile(self) -> None:
-        """Lets torch.compile fuse what is not a matrix product, module by module: all layers share the few results."""
+        """Lets torch.compile fuse what is not a matrix product: in each layer's attention, MLP and norms, of which all
+        layers share the few results, and in the loss."""
+        self.compiled = True
         for layer in self.model.get_base_model().get_submodule("model.layers"):
             for module in layer.children():
                 module.compile()
@@ -66,16 +69,12 @@ class Student:
 
 
 class DistillationTrainer(Trainer):
-    """transformers' Trainer with the distillation loss. `bfloat16`: products in bfloat16, by autocast. `compiled`: by
-    torch.compile, which takes half a minute at first."""
+    """transformers' Trainer with the distillation loss. `bfloat16`: products in bfloat16, by autocast."""
 
-    def __init__(self, student: Student, bfloat16: bool, compiled: bool, **options: Any):
+    def __init__(self, student: Student, bfloat16: bool, **options: Any):
         super().__init__(model=student.model, **options)
         self._student = student
         self._bfloat16 = bfloat16
-        self._compiled = compiled
-        if compiled:
-            student.compile()
         # The loss is a mean over this batch's tokens, which Trainer divides when it accumulates gradients.
         self.model_accepts_loss_kwargs = False
 
@@ -87,7 +86,7 @@ class DistillationTrainer(Trainer):
             with self._student.teaching():
                 teacher = self._student.model(input_ids=tokens, use_cache=False).logits
             student = model(input_ids=tokens, use_cache=False)
-        loss = divergence(teacher, student.logits, self._compiled)
+        loss = divergence(teacher, student.logits, self._student.compiled)
         return (loss, student) if return_outputs else loss
 
 
