@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -208,14 +209,13 @@ def new_directory(path: Path, force: bool) -> Iterator[Path]:
             raise UserError(f"--output {path}: exists already (--force replaces it)")
         if not path.is_dir() or (any(path.iterdir()) and not is_engine(path)):
             raise UserError(f"--output {path}: exists and is not an engine, so --force does not replace it")
+    temporary = lock = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path)
-        temporary = _hidden_sibling(path)
-        lock = _lock(temporary)
-    except OSError as error:
-        raise UserError(f"--output {path}: cannot be written ({error.strerror})") from None
-    try:
+        with _signals_wait():  # or the directory might be made and its name not be known yet
+            temporary = _hidden_sibling(path)
+            lock = _lock(temporary)
         yield temporary
         (temporary / _LOCK).unlink()
         if path.exists():
@@ -229,8 +229,20 @@ def new_directory(path: Path, force: bool) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"--output {path}: cannot be written ({error.strerror})") from None
     finally:
-        os.close(lock)
-        shutil.rmtree(temporary, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Inside, what asks the process to stop waits until the block is through."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def source_of(path: Path) -> Source | None:

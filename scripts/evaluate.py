@@ -30,7 +30,7 @@ from cqil_trt.commands import RankParser, add_cqil_flags, check_at_least, check_
 from cqil_trt.config import CqilConfig  # noqa: E402
 from cqil_trt.errors import UserError  # noqa: E402
 from cqil_trt.job import Job, command  # noqa: E402
-from cqil_trt.quality.perplexity import Scores, won_back  # noqa: E402
+from cqil_trt.quality.perplexity import CELLS, Scores, won_back  # noqa: E402
 from cqil_trt.table import table  # noqa: E402
 
 UNCHANGED, CQIL, ADAPTED = "unchanged", "CQIL", "CQIL + adapter"
@@ -229,22 +229,12 @@ def report(options: argparse.Namespace, columns: list[Column]) -> None:
     scored = [(column, column.scores) for column in columns if column.scores is not None]
     if scored:
         base = scored[0][1]
-        rows = [
-            (
-                column.label,
-                describe(column.cqil),
-                f"{scores.perplexity:.4f}",
-                f"{scores.log_perplexity:.5f}",
-                f"{scores.agreement(base):.2%}",
-            )
-            for column, scores in scored
-        ]
+        rows = [(column.label, describe(column.cqil), *scores.cells(base)) for column, scores in scored]
         print(f"perplexity of {base.nll.size} tokens")
-        print(table(("model", "CQIL", "perplexity", "log", f"top-1 as {scored[0][0].label}"), rows))
+        print(table(("model", "CQIL", *CELLS), rows))
         by_label = {column.label: scores for column, scores in scored}
         for entry, (_, scores) in zip(result["columns"], scored):
-            entry["perplexity"] = scores.perplexity
-            entry["top1_equal"] = scores.agreement(base)
+            entry |= scores.to_dict(base)
         if all(label in by_label for label in (UNCHANGED, CQIL, ADAPTED)):
             share = won_back(by_label[UNCHANGED], by_label[CQIL], by_label[ADAPTED])
             print(f"of what CQIL cost in log-perplexity, the adapter wins back {share:.1%}")

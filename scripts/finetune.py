@@ -406,7 +406,7 @@ def save(student: Any, output: Path) -> None:
 
 def evaluate(student: Any, blocks: np.ndarray) -> dict[str, Any]:
     """Perplexity on held-out text: of the unchanged model, of CQIL without and with the adapter."""
-    from cqil_trt.quality.perplexity import score_reference, won_back
+    from cqil_trt.quality.perplexity import CELLS, score_reference, won_back
 
     network = student.model.get_base_model().eval()
     progress = sys.stderr.isatty()
@@ -416,16 +416,12 @@ def evaluate(student: Any, blocks: np.ndarray) -> dict[str, Any]:
         without = score_reference(network, blocks, progress)
     trained = score_reference(network, blocks, progress)
     columns = {"unchanged": base, "CQIL": without, "CQIL + adapter": trained}
-    rows = [
-        (name, f"{s.perplexity:.3f}", f"{s.log_perplexity:.4f}", f"{s.agreement(base):.1%}")
-        for name, s in columns.items()
-    ]
     share = won_back(base, without, trained)
     print(f"\nheld-out text, {blocks.size} tokens")
-    print(table(("model", "perplexity", "log", "top-1 equal"), rows))
+    print(table(("model", *CELLS), [(name, *scores.cells(base)) for name, scores in columns.items()]))
     print(f"of what CQIL cost in log-perplexity, the adapter wins back {share:.1%}")
-    perplexities = {name: {"perplexity": s.perplexity, "top1_equal": s.agreement(base)} for name, s in columns.items()}
-    return {"tokens": blocks.size, "models": perplexities, "won_back": share}
+    models = {name: scores.to_dict(base) for name, scores in columns.items()}
+    return {"tokens": blocks.size, "models": models, "won_back": share}
 
 
 def plot(losses: list[tuple[int, float]], path: Path, title: str) -> None:

@@ -35,7 +35,8 @@ SHAPES = [
 
 
 def build_and_validate(model, shape, engine):
-    assert build("--model", model, *shape, "--output", engine).returncode == 0
+    # The reference itself judges: its stored answers would take as long again.
+    assert build("--model", model, *shape, "--probes", "never", "--output", engine).returncode == 0
     done = mpirun(shape[1], "--engine", engine, "--validate", "--prompt", "The sea is", "--max-new-tokens", 1)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "validation passed" in done.stdout and "64/64" in done.stdout

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from test_generate import save_byte_tokenizer
 import cqil_trt
 from cqil_trt.config import CqilConfig
 from cqil_trt.errors import UserError
+from cqil_trt.job import Job
 from cqil_trt.latency import critical_bytes, decode_seconds
 from cqil_trt.quality import corpus, open_tokenizer, perplexity, similarity, text_blocks
 
@@ -508,8 +510,14 @@ def test_two_processes_with_checkpointed_gradients_train_as_one_with_twice_the_b
         (["--force", "--output", "docs"], "this is none"),
     ],
 )
-def test_wrong_training_is_refused_in_one_line(flags, message, model, text, tmp_path):
-    assert_user_error(finetune(model, text, tmp_path / "adapter", *flags), message)
+def test_wrong_training_is_refused(flags, message, model, text, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.chdir(ROOT)
+    import finetune
+
+    common = ["--model", model, *SHAPE, "--text", text, "--sequence-length", 32, "--output", tmp_path / "adapter"]
+    with pytest.raises(UserError, match=re.escape(message)):
+        finetune.train(finetune.parser().parse_args([str(part) for part in (*common, *flags)]))
     assert not (tmp_path / "adapter").exists() and (ROOT / "docs" / "architecture.md").exists()
 
 
@@ -589,16 +597,27 @@ def test_engine_scores_every_item_as_the_harness_scores_the_reference(model, tex
     "flags, message",
     [
         ([], "what to evaluate on?"),
-        (["--tasks", "no_such_task"], "--tasks no_such_task: no task"),
-        (["--tasks", "sciq"], "--tasks sciq"),  # whose data is on a network that is not there
         (["--text", "gone.txt"], "gone.txt: no such file"),
         (["--text", "README.md", "--block", 0], "--block must be at least 2"),
         (["--text", "README.md", "--lora", "gone"], "--lora gone: no such directory"),
         (["--text", "README.md", "--json", "gone/f.json"], "--json gone/f.json: its directory"),
     ],
 )
-def test_wrong_evaluation_is_refused_in_one_line(flags, message, model):
-    assert_user_error(script("evaluate", "--model", model, *SHAPE, *flags), message)
+def test_wrong_evaluation_is_refused(flags, message, model, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.chdir(ROOT)
+    import evaluate
+
+    with pytest.raises(UserError, match=re.escape(message)):
+        evaluate.evaluate(
+            evaluate.parser().parse_args([str(part) for part in ("--model", model, *SHAPE, *flags)]), Job()
+        )
+
+
+@pytest.mark.parametrize("task, message", [("no_such_task", "no task"), ("sciq", "")])
+def test_a_task_that_is_not_to_be_had_ends_in_one_line(task, message, model):
+    """sciq's data is on a network that is not there."""
+    assert_user_error(script("evaluate", "--model", model, *SHAPE, "--tasks", task), f"--tasks {task}", message)
 
 
 def test_an_error_anywhere_ends_all_ranks(model, tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SEED, build, make_model
 
+from cqil_trt import engine as engine_directory
 from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
 
@@ -113,6 +114,21 @@ def test_a_build_killed_at_any_moment_leaves_no_engine(tmp_path):
         # The next build of that name clears what the killed one left.
         assert start(*arguments[:-1], target, "--force").wait() == 0
         assert not [entry for entry in tmp_path.iterdir() if f"{target.name}-" in entry.name]
+
+
+def test_a_stop_while_the_directory_is_made_removes_it(tmp_path, monkeypatch):
+    made = engine_directory._hidden_sibling
+
+    def made_and_interrupted(path):
+        directory = made(path)
+        signal.raise_signal(signal.SIGINT)
+        return directory
+
+    monkeypatch.setattr(engine_directory, "_hidden_sibling", made_and_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        with engine_directory.new_directory(tmp_path / "out", force=False):
+            raise AssertionError("went on")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_build_that_is_asked_to_stop_cleans_up(tmp_path):

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 _LOGITS = 1 << 28
 
 
+CELLS = ("perplexity", "log", "top-1 as the first")
+
+
 @dataclass(frozen=True)
 class Scores:
     """Of blocks [N, T]: the negative log-likelihood of each token but the first of its block, float32 [N, T - 1], and
@@ -38,6 +41,13 @@ class Scores:
     def agreement(self, other: Scores) -> float:
         """The share of positions where both hold the same token likeliest; NaN when they scored different blocks."""
         return float((self.top1 == other.top1).mean()) if self.top1.shape == other.top1.shape else math.nan
+
+    def cells(self, base: Scores) -> tuple[str, ...]:
+        """A table's cells under CELLS, beside the scores of `base`."""
+        return f"{self.perplexity:.4f}", f"{self.log_perplexity:.5f}", f"{self.agreement(base):.2%}"
+
+    def to_dict(self, base: Scores) -> dict[str, float]:
+        return {"perplexity": self.perplexity, "top1_equal": self.agreement(base)}
 
 
 def won_back(base: Scores, without: Scores, with_adapter: Scores) -> float:
