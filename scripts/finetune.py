@@ -118,6 +118,8 @@ def train(options: argparse.Namespace) -> None:
         from cqil_trt.demo import demo_model
 
         options.model = str(demo_model())
+    if options.self_generated and options.top_p is None:
+        options.top_p = 0.95
     model, reader = open_checkpoint(Path(options.model))
     notes: list[str] = []
     cqil = choose_cqil(model, cqil_flags(options), notes)
@@ -156,8 +158,6 @@ def check(options: argparse.Namespace) -> None:
         raise UserError(f"--lora-dropout must be from 0 to below 1, found {options.lora_dropout:g}")
     if options.self_generated is None and options.top_p is not None:
         raise UserError("--top-p is about the text of --self-generated, which is not given")
-    if options.self_generated is not None and options.top_p is None:
-        options.top_p = 0.95
     if options.top_p is not None and not 0 < options.top_p <= 1:
         raise UserError(f"--top-p must be above 0 and at most 1, found {options.top_p:g}")
     if options.learning_rate <= 0 or options.lora_alpha <= 0:
@@ -220,7 +220,6 @@ def run(
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
     on_gpu = torch.cuda.is_available()
     bfloat16 = (options.precision or ("bf16" if on_gpu else "fp32")) == "bf16"
-    compiled = choose_compile(options, on_gpu)
     recompute = checkpoint_gradients(options, model, reader)
     if recompute:
         print("gradient checkpointing: layers are computed again for the backward pass")
@@ -269,6 +268,7 @@ def run(
             f"{count} blocks of {length} tokens are fewer than one step's {step_blocks}: give more text, or a smaller "
             "--batch-size"
         )
+    compiled = choose_compile(options, on_gpu)
     if FIRST:
         begin_output(options, begun)
     if options.self_generated:

@@ -198,9 +198,8 @@ def search(
             {
                 "cqil": cqil.to_dict(),
                 "lowest_similarity": lowest_in_groups(similarity, cqil),
-                "perplexity": scores.perplexity,
+                **scores.to_dict(base),
                 "log_cost": scores.log_perplexity - base.log_perplexity,
-                "top1_equal": scores.agreement(base),
                 **costs(model, cqil, options.dtype),
             }
         )

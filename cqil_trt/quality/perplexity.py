@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
 # Logits that are held at a time, in elements.
 _LOGITS = 1 << 28
-
-
+# Headers of what Scores.cells gives.
 CELLS = ("perplexity", "log", "top-1 as the first")
 
 
@@ -43,7 +42,7 @@ class Scores:
         return float((self.top1 == other.top1).mean()) if self.top1.shape == other.top1.shape else math.nan
 
     def cells(self, base: Scores) -> tuple[str, ...]:
-        """A table's cells under CELLS, beside the scores of `base`."""
+        """For a table; `base`: the scores of its first row."""
         return f"{self.perplexity:.4f}", f"{self.log_perplexity:.5f}", f"{self.agreement(base):.2%}"
 
     def to_dict(self, base: Scores) -> dict[str, float]:
