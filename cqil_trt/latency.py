@@ -36,10 +36,8 @@ def critical_bytes(model: ModelConfig, cqil: CqilConfig, dtype: str) -> int:
 
 
 def _rank_seconds(rank: RankPlan, dtype: str, machine: Machine) -> float:
-    schedule = rank.schedule
-    collectives = schedule.all_reduces + schedule.broadcasts + rank.bypasses
     return (
         rank.bytes_per_token(dtype) / machine.bandwidth
-        + len(schedule.layers) * machine.layer
-        + collectives * machine.collective
+        + len(rank.schedule.layers) * machine.layer
+        + rank.collectives * machine.collective
     )

@@ -136,6 +136,11 @@ class RankPlan:
         return len(self.cqil.groups) if self.cqil.d else 0
 
     @property
+    def collectives(self) -> int:
+        """How often this rank meets others in each forward pass, but for the choice of a token."""
+        return self.schedule.all_reduces + self.schedule.broadcasts + self.bypasses
+
+    @property
     def vocabulary(self) -> tuple[int, int]:
         """The half-open range of token ids whose logits this rank computes."""
         if not self.schedule.predicts:

@@ -6,6 +6,11 @@
 Rank 0 also runs the sequential model on its GPU alone. Weights are random in the model's shapes and made on the GPUs;
 the reference in float32 has the same. Decode is timed by CUDA events, a step being what one token takes from the last:
 network, choice of the token, the next step's input. Prefill is wall clock to the first token on the host.
+
+    python scripts/benchmark.py --preset llama-7b-p4-d0 --synthetic --alone
+
+On one GPU: what rank 0 has to compute, the slowest rank's share. Its collectives join nobody, so what they take with
+peers comes on top, and what it computes is not the model's result.
 """
 
 from __future__ import annotations
@@ -121,6 +126,7 @@ def main() -> None:
     parser.add_argument("--batches", default="1,4,8", help="sequences that decode together, at --batch-context")
     parser.add_argument("--batch-context", type=int, default=200)
     parser.add_argument("--steps", type=int, default=64, help="decode steps of each measurement")
+    parser.add_argument("--alone", action="store_true", help="rank 0's share of every placement, without the others")
     parser.add_argument("--soak", type=int, default=0, metavar="N", help="then generate N tokens, watching for drift")
     parser.add_argument("--profile", action="store_true", help="and what the kernels of a decode step take")
     parser.add_argument("--peers", action="store_true", help="what a user might take instead, too (scripts/baselines)")
@@ -131,10 +137,13 @@ def main() -> None:
         setattr(options, name, [int(number) for number in getattr(options, name).split(",") if number])
 
     cqil = preset(options.preset)
-    if cqil.p != COMM.Get_size():
+    if COMM.Get_size() != (1 if options.alone else cqil.p):
         if RANK == 0:
-            print(f"error: {options.preset} is for {cqil.p} ranks: mpirun -n {cqil.p}", file=sys.stderr)
+            advice = "one process" if options.alone else f"mpirun -n {cqil.p}, or --alone"
+            print(f"error: {options.preset} with {COMM.Get_size()} ranks: {advice}", file=sys.stderr)
         sys.exit(2)
+    if options.alone and (cqil.d or options.soak or options.peers):
+        parser.error("--alone takes neither bypassing, --soak nor --peers: they need the other ranks")
     cuda.use_device(RANK)
     torch.cuda.set_device(int(cuda.call("GetDevice")))
     if options.shapes and (options.start is None or options.end is None):
@@ -159,7 +168,8 @@ def main() -> None:
 
     bandwidth = read_bandwidth()
     prompts = [np.random.default_rng(i).integers(model.vocab_size, size=n).tolist() for i, n in enumerate((20, 200))]
-    probes = reference_answers(model, reader, placements, prompts) if RANK == 0 else {}
+    judged = {"sequential": placements["sequential"]} if options.alone else placements
+    probes = reference_answers(model, reader, judged, prompts) if RANK == 0 else {}
     results = {}
     for name, shape in placements.items():
         engine = SimpleNamespace(
@@ -173,10 +183,12 @@ def main() -> None:
         if shape.p == 1 and RANK:
             COMM.Barrier()
             continue
-        session = SyntheticSession(engine, None if shape.p == 1 else COMM, reader)
+        session = SyntheticSession(engine, None if shape.p == 1 else MPI.COMM_SELF if options.alone else COMM, reader)
         found = measure(session, model, options, name)
-        found["parity"] = parity(session, prompts, probes.get(name))
-        found["bytes"] = max(rank.bytes_per_token(limits.dtype) for rank in plan(model, shape))
+        found["parity"] = parity(session, prompts, probes.get(name)) if name in judged else []
+        ranks = plan(model, shape)
+        found["bytes"] = max(rank.bytes_per_token(limits.dtype) for rank in ranks)
+        found["collectives"] = ranks[0].collectives
         if options.soak and name == "sharded":
             found["soak"] = soak(session, prompts[0], options.soak)
         if options.profile:
@@ -185,7 +197,7 @@ def main() -> None:
         session.close()
         if shape.p == 1:
             COMM.Barrier()
-    report = {"preset": options.preset, "gpu": cuda.device_name(), "read_tb_s": bandwidth, "results": results}
+    report = {"preset": options.preset, "alone": options.alone, "gpu": cuda.device_name(), "read_tb_s": bandwidth, "results": results}
 
     def save() -> None:
         if options.json:
@@ -222,13 +234,15 @@ def reference_answers(
 ) -> dict[str, Any]:
     """What the float32 reference says, for each placement: those that group the same layers share it."""
     network = reference.from_reader(model, reader)
-    plain = reference.probe(network, prompts, [STEPS] * len(prompts), False)
-    grouped = reference.probe(
-        reference.with_cqil(network, placements["sharded"]), prompts, [STEPS] * len(prompts), False
-    )
+    answers = {}
+    for name, shape in placements.items():
+        alike = next((other for other in answers if placements[other].groups == shape.groups), None)
+        answers[name] = answers.get(alike) or reference.probe(
+            reference.with_cqil(network, shape), prompts, [STEPS] * len(prompts), False
+        )
     del network
     torch.cuda.empty_cache()
-    return {name: grouped if shape.groups else plain for name, shape in placements.items()}
+    return answers
 
 
 def measure(session: Any, model: ModelConfig, options: argparse.Namespace, name: str) -> dict[str, Any]:
@@ -426,6 +440,8 @@ def describe(results: dict[str, Any], options: argparse.Namespace, bandwidth: fl
         return f"{median:.3f}{change} [{low:.3f}, {high:.3f}]"
 
     gpus = f"{COMM.Get_size()} x {cuda.device_name()}, which reads {bandwidth:.2f} TB/s"
+    if options.alone:
+        gpus = f"rank 0's share without its peers, {gpus}"
     name = options.preset if not options.shapes else f"{options.shapes} [{options.start}, {options.end})"
     lines = [f"{name}, float16, {gpus}; milliseconds, median [10%, 90%]", ""]
     rows = []
@@ -439,9 +455,10 @@ def describe(results: dict[str, Any], options: argparse.Namespace, bandwidth: fl
             parity = f"{worst:.1e}", f"{equal}/{STEPS}", "pass" if passed else "FAIL"
         cells = [cell("decode", name, context) for context in options.contexts]
         of = f"{read:.2f} ({read / bandwidth:.0%})"
-        rows.append((name, f"{found['bytes'] / 1e9:.2f}", *cells, of, *parity))
+        collectives = str(found["collectives"])
+        rows.append((name, f"{found['bytes'] / 1e9:.2f}", collectives, *cells, of, *parity))
     contexts = [f"decode at {context}" for context in options.contexts]
-    lines.append(table(["", "GB/GPU", *contexts, "TB/s", "relative L2", "tokens", "parity"], rows))
+    lines.append(table(["", "GB/GPU", "collectives", *contexts, "TB/s", "relative L2", "tokens", "parity"], rows))
     for kind, sizes, what in (
         ("batch", options.batches, f"decode at {options.batch_context}, batch {{}}"),
         ("prefill", options.prefills, "prefill {}"),
