@@ -197,7 +197,13 @@ def main() -> None:
         session.close()
         if shape.p == 1:
             COMM.Barrier()
-    report = {"preset": options.preset, "alone": options.alone, "gpu": cuda.device_name(), "read_tb_s": bandwidth, "results": results}
+    report = {
+        "preset": options.preset,
+        "alone": options.alone,
+        "gpu": cuda.device_name(),
+        "read_tb_s": bandwidth,
+        "results": results,
+    }
 
     def save() -> None:
         if options.json:
