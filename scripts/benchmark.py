@@ -24,6 +24,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,7 +39,10 @@ from tqdm import tqdm
 from cqil_trt import cuda, reference
 from cqil_trt.backends.torch_cuda import TorchCudaSession, device_tensor
 from cqil_trt.checkpoint import rank_tensors
+from cqil_trt.commands import RankParser, check_at_least, check_directory, numbers, run_ranks
 from cqil_trt.config import CqilConfig, EngineConfig, ModelConfig
+from cqil_trt.errors import UserError
+from cqil_trt.job import Job
 from cqil_trt.network.rotary import inverse_frequencies
 from cqil_trt.presets import PRESETS, preset
 from cqil_trt.shard import RankPlan, RankTensor, checkpoint_shapes, plan
@@ -48,7 +52,9 @@ from cqil_trt.weights import WeightReader, cut
 
 COMM = MPI.COMM_WORLD
 RANK = COMM.Get_rank()
-STEPS = 32  # greedy tokens that are compared with the reference
+MAX_TOKENS = 1 << 17
+PARITY_PROMPTS = 20, 200  # tokens in each
+STEPS = 32  # greedy tokens behind them that are compared with the reference
 
 
 class SyntheticReader(WeightReader):
@@ -81,7 +87,8 @@ class SyntheticSession(TorchCudaSession):
 
     def __init__(self, engine: Any, comm: Any, reader: WeightReader):
         self._reader = reader
-        super().__init__(engine, comm, RANK)
+        with memory_full():
+            super().__init__(engine, comm, RANK)
 
     def _load_weights(self, engine: Any) -> None:
         dtype = getattr(torch, engine.limits.dtype)
@@ -111,8 +118,8 @@ def fill(
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def parser() -> RankParser:
+    parser = RankParser(description=__doc__.split("\n")[0])
     parser.add_argument("--preset", default="llama-7b-p2-d0", choices=sorted(PRESETS), metavar="NAME")
     parser.add_argument(
         "--synthetic", action="store_true", required=True, help="random weights: the only kind there is"
@@ -132,22 +139,28 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="what a user might take instead, too (scripts/baselines)")
     parser.add_argument("--json", metavar="F", type=Path)
     parser.add_argument("--plot", metavar="F.png", type=Path)
-    options = parser.parse_args()
-    for name in ("contexts", "prefills", "batches"):
-        setattr(options, name, [int(number) for number in getattr(options, name).split(",") if number])
+    return parser
 
+
+def configure(options: argparse.Namespace, ranks: int) -> tuple[CqilConfig, ModelConfig]:
+    """The configuration that is measured, and the model; makes lists of numbers of the options that are some."""
+    options.contexts = numbers(options.contexts, "--contexts", 1, MAX_TOKENS)
+    options.prefills = numbers(options.prefills, "--prefills", 1, MAX_TOKENS) if options.prefills else []
+    options.batches = numbers(options.batches, "--batches", 1, 1024) if options.batches else []
+    check_at_least(options, 1, "batch_context", "layers")
+    check_at_least(options, 2, "steps")
+    check_directory(options.json, "--json")
+    check_directory(options.plot, "--plot")
+    if options.plot:
+        pyplot()  # a package that the end needs should not be missed behind the measurements
     cqil = preset(options.preset)
-    if COMM.Get_size() != (1 if options.alone else cqil.p):
-        if RANK == 0:
-            advice = "one process" if options.alone else f"mpirun -n {cqil.p}, or --alone"
-            print(f"error: {options.preset} with {COMM.Get_size()} ranks: {advice}", file=sys.stderr)
-        sys.exit(2)
+    if ranks != (1 if options.alone else cqil.p):
+        advice = "--alone is one process" if options.alone else f"mpirun -n {cqil.p}, or --alone on one GPU"
+        raise UserError(f"{options.preset} with {ranks} ranks: {advice}")
     if options.alone and (cqil.d or options.soak or options.peers):
-        parser.error("--alone takes neither bypassing, --soak nor --peers: they need the other ranks")
-    cuda.use_device(RANK)
-    torch.cuda.set_device(int(cuda.call("GetDevice")))
+        raise UserError("--alone takes neither bypassing, --soak nor --peers: they need the other ranks")
     if options.shapes and (options.start is None or options.end is None):
-        parser.error("--shapes needs --start and --end")
+        raise UserError("--shapes needs --start and --end")
     if options.start is not None or options.end is not None:
         start, end = (
             given if given is not None else its for given, its in ((options.start, cqil.start), (options.end, cqil.end))
@@ -157,8 +170,30 @@ def main() -> None:
         cqil = CqilConfig(p=cqil.p, d=cqil.d, start=0, end=options.layers // cqil.p * cqil.p, bypass=cqil.bypass)
     shapes = options.shapes or next(name for name in SHAPES if options.preset.startswith(name))
     model = model_config(shapes, options.layers)
+    cqil.check_depth(model.num_layers)
+    return cqil, model
+
+
+@contextmanager
+def memory_full() -> Iterator[None]:
+    """Too little GPU memory is the user's to know."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        size = torch.cuda.mem_get_info()[1]
+        raise UserError(
+            f"rank {RANK}: the GPU's {size / 1e9:.0f} GB are too few (the float32 reference takes 4 bytes a weight): "
+            "measure a model of fewer --layers"
+        ) from None
+
+
+def run(options: argparse.Namespace, job: Job) -> None:
+    cqil, model = job.agree(lambda: configure(options, job.size))
+    job.agree(lambda: cuda.use_device(RANK))
+    torch.cuda.set_device(int(cuda.call("GetDevice")))
     reader = SyntheticReader(model)
     longest = max(options.contexts + [options.batch_context, *options.prefills]) + 2 * options.steps + 8
+    longest = max(longest, max(PARITY_PROMPTS) + STEPS)
     limits = EngineConfig(max(options.batches + [1]), max(longest, options.soak + 64), "float16", "torch", 1024)
 
     placements: dict[str, CqilConfig] = {"sequential": CqilConfig(1)}
@@ -167,9 +202,11 @@ def main() -> None:
     placements["tensor"] = CqilConfig(p=cqil.p, placement="tensor")
 
     bandwidth = read_bandwidth()
-    prompts = [np.random.default_rng(i).integers(model.vocab_size, size=n).tolist() for i, n in enumerate((20, 200))]
+    prompts = [
+        np.random.default_rng(i).integers(model.vocab_size, size=n).tolist() for i, n in enumerate(PARITY_PROMPTS)
+    ]
     judged = {"sequential": placements["sequential"]} if options.alone else placements
-    probes = reference_answers(model, reader, judged, prompts) if RANK == 0 else {}
+    probes = job.agree(lambda: reference_answers(model, reader, judged, prompts) if RANK == 0 else {})
     results = {}
     for name, shape in placements.items():
         engine = SimpleNamespace(
@@ -180,10 +217,13 @@ def main() -> None:
             world_size=shape.p,
             plan=lambda rank, shape=shape: plan(model, shape)[rank],
         )
-        if shape.p == 1 and RANK:
-            COMM.Barrier()
+        comm = None if shape.p == 1 else MPI.COMM_SELF if options.alone else COMM
+        session = job.agree(
+            lambda e=engine, c=comm: SyntheticSession(e, c, reader) if c is not None or RANK == 0 else None
+        )
+        if session is None:
+            job.wait()
             continue
-        session = SyntheticSession(engine, None if shape.p == 1 else MPI.COMM_SELF if options.alone else COMM, reader)
         found = measure(session, model, options, name)
         found["parity"] = parity(session, prompts, probes.get(name)) if name in judged else []
         ranks = plan(model, shape)
@@ -196,7 +236,7 @@ def main() -> None:
         results[name] = found
         session.close()
         if shape.p == 1:
-            COMM.Barrier()
+            job.wait()
     report = {
         "preset": options.preset,
         "alone": options.alone,
@@ -239,13 +279,14 @@ def reference_answers(
     model: ModelConfig, reader: WeightReader, placements: Mapping[str, CqilConfig], prompts: list[list[int]]
 ) -> dict[str, Any]:
     """What the float32 reference says, for each placement: those that group the same layers share it."""
-    network = reference.from_reader(model, reader)
-    answers = {}
-    for name, shape in placements.items():
-        alike = next((other for other in answers if placements[other].groups == shape.groups), None)
-        answers[name] = answers.get(alike) or reference.probe(
-            reference.with_cqil(network, shape), prompts, [STEPS] * len(prompts), False
-        )
+    answers: dict[str, Any] = {}
+    with memory_full():
+        network = reference.from_reader(model, reader)
+        for name, shape in placements.items():
+            alike = next((other for other in answers if placements[other].groups == shape.groups), None)
+            answers[name] = answers.get(alike) or reference.probe(
+                reference.with_cqil(network, shape), prompts, [STEPS] * len(prompts), False
+            )
     del network
     torch.cuda.empty_cache()
     return answers
@@ -503,4 +544,4 @@ def plot(results: dict[str, Any], options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_ranks(parser, run)

@@ -28,7 +28,11 @@ import torch.nn.functional as F  # noqa: E402
 from mpi4py import MPI  # noqa: E402
 from plots import pyplot  # noqa: E402
 
+from cqil_trt import cuda  # noqa: E402
 from cqil_trt.collectives.cuda import CudaCommunicator  # noqa: E402
+from cqil_trt.commands import RankParser, check_directory, run_ranks  # noqa: E402
+from cqil_trt.errors import UserError  # noqa: E402
+from cqil_trt.job import Job  # noqa: E402
 from cqil_trt.table import table  # noqa: E402
 
 SIZES = [4 << 10, 8 << 10, 16 << 10, 32 << 10, 64 << 10, 128 << 10, 256 << 10, 512 << 10]
@@ -163,15 +167,29 @@ def plot(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def parser() -> RankParser:
+    parser = RankParser(description=__doc__.split("\n")[0])
     parser.add_argument("--no-peers", action="store_true", help="ours only")
     parser.add_argument("--json", metavar="F", type=Path)
     parser.add_argument("--plot", metavar="F.png", type=Path)
-    options = parser.parse_args()
+    return parser
+
+
+def check(options: argparse.Namespace, ranks: int) -> None:
+    check_directory(options.json, "--json")
+    check_directory(options.plot, "--plot")
+    if options.plot:
+        pyplot()  # a package that the end needs should not be missed behind the measurements
+    if ranks < 2:
+        raise UserError("one rank has nobody to join: mpirun -n 2 (or more)")
+
+
+def run(options: argparse.Namespace, job: Job) -> None:
+    job.agree(lambda: check(options, job.size))
     comm = MPI.COMM_WORLD
-    rank, ranks = comm.Get_rank(), comm.Get_size()
-    torch.cuda.set_device(rank % torch.cuda.device_count())
+    rank, ranks = job.rank, job.size
+    job.agree(lambda: cuda.use_device(rank))
+    torch.cuda.set_device(int(cuda.call("GetDevice")))
     nccl = not options.no_peers and ranks <= torch.cuda.device_count()
     if nccl:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -213,4 +231,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_ranks(parser, run)

@@ -20,8 +20,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from synthetic import ROOT, make_checkpoint
+from synthetic import ROOT, check_space, make_checkpoint
 
+from cqil_trt.commands import Parser, check_at_least, check_directory
+from cqil_trt.errors import UserError
+from cqil_trt.job import command
 from cqil_trt.table import table
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -60,16 +63,27 @@ def build(model: Path, adapter: Path, output: Path) -> tuple[float, float]:
     process = subprocess.Popen([str(c) for c in [*command, "--p", 2, "--output", output]])
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        sys.exit("the build failed")
+        raise UserError("the build failed")
     return time.perf_counter() - began, usage.ru_maxrss * 1024
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    with command():
+        run(parser().parse_args())
+
+
+def parser() -> Parser:
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--directory", type=Path, default=Path("."), help="where to work; the disk that is measured")
     parser.add_argument("--layers", type=int, default=32, help="fewer for a quick look")
     parser.add_argument("--json", metavar="F", type=Path)
-    options = parser.parse_args()
+    return parser
+
+
+def run(options: argparse.Namespace) -> None:
+    check_at_least(options, 2, "layers")
+    check_directory(options.json, "--json")
+    check_space(options.directory, "llama-7b", options.layers, 3.1)
     with tempfile.TemporaryDirectory(dir=options.directory, prefix="benchmark-build-") as work:
         root = Path(work)
         shapes = make_checkpoint(root / "model", "llama-7b", options.layers)

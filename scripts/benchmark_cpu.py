@@ -24,18 +24,24 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import cqil_trt  # noqa: E402
+from cqil_trt.commands import RankParser, check_at_least, check_directory, run_ranks  # noqa: E402
+from cqil_trt.job import Job  # noqa: E402
+from cqil_trt.llm import Llm  # noqa: E402
 from cqil_trt.table import table  # noqa: E402
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def parser() -> RankParser:
+    parser = RankParser(description=__doc__.split("\n")[0])
     parser.add_argument("--engine", type=Path, required=True)
     parser.add_argument("--context", type=int, default=200, help="tokens before the measured steps")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--json", metavar="F", type=Path)
-    options = parser.parse_args()
-    llm = cqil_trt.load(options.engine, device="cpu")
+    return parser
+
+
+def run(options: argparse.Namespace, job: Job) -> None:
+    job.share(lambda: check(options))
+    llm = Llm(options.engine, job, "cpu")
     prompt = np.random.default_rng(0).integers(3, llm.engine.model.vocab_size, size=options.context).tolist()
     llm.session.prefill([prompt])
     spent: dict[str, float] = defaultdict(float)
@@ -65,7 +71,7 @@ def main() -> None:
         token = llm.session.greedy()
         total = time.perf_counter() - began
         samples.append({**spent, "the rest": total - sum(spent.values()), "total": total})
-    if llm.job.rank:
+    if job.rank:
         return
     step = {name: float(np.median([sample[name] for sample in samples]) * 1e3) for name in samples[0]}
     rows = [(name, f"{ms:.2f}", f"{ms / step['total']:.1%}") for name, ms in step.items()]
@@ -74,5 +80,10 @@ def main() -> None:
         options.json.write_text(json.dumps({"milliseconds": step, "threads": torch.get_num_threads()}, indent=1) + "\n")
 
 
+def check(options: argparse.Namespace) -> None:
+    check_at_least(options, 1, "context", "steps")
+    check_directory(options.json, "--json")
+
+
 if __name__ == "__main__":
-    main()
+    run_ranks(parser, run)

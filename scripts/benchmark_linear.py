@@ -21,8 +21,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cqil_trt import plugins  # noqa: E402
+from cqil_trt import cuda, plugins  # noqa: E402
 from cqil_trt.collectives.cuda import DTYPES  # noqa: E402
+from cqil_trt.commands import Parser, check_directory, numbers  # noqa: E402
+from cqil_trt.job import command  # noqa: E402
 from cqil_trt.table import table  # noqa: E402
 
 HIDDEN, INNER, VOCABULARY, LAYERS = 4096, 11008, 32000, 32
@@ -83,12 +85,23 @@ def random(*shape: int) -> torch.Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    with command():
+        run(parser().parse_args())
+
+
+def parser() -> Parser:
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", default="1,2,4,8,16,64,512", help="rows of x, as sequences or prompt tokens")
     parser.add_argument("--json", metavar="F", type=Path)
-    options = parser.parse_args()
+    return parser
+
+
+def run(options: argparse.Namespace) -> None:
+    counts = numbers(options.rows, "--rows", 1, 1 << 14)
+    check_directory(options.json, "--json")
+    cuda.use_device(0)
     kernels, results = Kernels(), {}
-    for rows in map(int, options.rows.split(",")):
+    for rows in counts:
         lines = []
         for name, (outputs, inputs, gated) in SHAPES.items():
             width = outputs * (1 + gated)

@@ -21,23 +21,32 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from synthetic import ROOT, SHAPES, make_checkpoint
+from synthetic import ROOT, SHAPES, check_space, make_checkpoint
 
+from cqil_trt import cuda
+from cqil_trt.commands import Parser, check_at_least, check_directory, numbers
+from cqil_trt.errors import UserError
+from cqil_trt.job import command
 from cqil_trt.presets import preset
 from cqil_trt.table import table
 
 
-def run(*command: Any, **options: Any) -> subprocess.Popen:
-    return subprocess.Popen([str(part) for part in command], cwd=ROOT, **options)
+def start_process(*parts: Any, **options: Any) -> subprocess.Popen:
+    return subprocess.Popen([str(part) for part in parts], cwd=ROOT, **options)
 
 
 def wait(process: subprocess.Popen, what: str) -> None:
     if process.wait():
-        sys.exit(f"error: {what} failed")
+        raise UserError(f"{what} failed")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    with command():
+        run(parser().parse_args())
+
+
+def parser() -> Parser:
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--preset", default="llama-7b-p2-d0", help="a published configuration (default %(default)s)")
     parser.add_argument("--layers", type=int, help="fewer for a quick look")
     parser.add_argument("--contexts", default="20,200,1000", help="prompt lengths in tokens (default %(default)s)")
@@ -52,11 +61,35 @@ def main() -> None:
         "--prepare", action="store_true", help="end when checkpoint and torch engines are in --directory"
     )
     parser.add_argument("--json", metavar="F", type=Path)
-    options = parser.parse_args()
+    return parser
+
+
+def check(options: argparse.Namespace, model: str, gpus: int) -> None:
+    """What is wrong should come out before gigabytes are written."""
     if options.prepare and not options.directory:
-        parser.error("--prepare needs --directory")
+        raise UserError("--prepare needs --directory")
+    numbers(options.contexts, "--contexts", 1, options.max_seq_len - 1)
+    check_at_least(options, gpus, "layers")
+    check_at_least(options, 1, "steps")
+    check_directory(options.json, "--json")
+    check_directory(options.directory, "--directory")
+    if cuda.device_count() < gpus:
+        raise UserError(f"{options.preset} needs {gpus} GPUs, this host has {cuda.device_count()}")
+    if not options.prepare:
+        done = subprocess.run([options.runtime_python, "-c", "import tensorrt"], capture_output=True, text=True)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise UserError(f"--runtime-python {options.runtime_python} cannot import tensorrt: {reason}")
+    if not (options.directory and options.directory.exists()):
+        check_space(
+            options.directory.parent if options.directory else Path(tempfile.gettempdir()), model, options.layers, 5.2
+        )
+
+
+def run(options: argparse.Namespace) -> None:
     cqil = preset(options.preset)
     model = next(name for name in SHAPES if options.preset.startswith(name))
+    check(options, model, cqil.p)
     start, end = cqil.start, cqil.end
     if options.layers:
         start, end = 0, options.layers // cqil.p * cqil.p
@@ -91,16 +124,16 @@ def benchmark(
         make_checkpoint(root / "model.part", model, options.layers)
         (root / "model.part").rename(checkpoint)
     builds: list[tuple[str, int, subprocess.Popen | None]] = []
-    for number, (name, arguments) in enumerate(shapes.items()):
+    for number, (name, shape) in enumerate(shapes.items()):
         if (root / f"torch{number}").exists():
             builds.append((name, number, None))
             continue
         # The reference runs on a GPU; spread over them, the builds run at the same time.
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(number % gpus)}
         limits = ["--max-batch-size", 1, "--max-seq-len", options.max_seq_len, "--probes", "always", "--json"]
-        command = [sys.executable, build, "--model", checkpoint, *arguments, *limits]
+        arguments = [sys.executable, build, "--model", checkpoint, *shape, *limits]
         with open(root / f"{number}.json", "w") as plan:
-            process = run(*command, "--output", root / f"torch{number}", env=environment, stdout=plan)
+            process = start_process(*arguments, "--output", root / f"torch{number}", env=environment, stdout=plan)
         builds.append((name, number, process))
     plans: dict[str, Any] = {}
     results: dict[str, Any] = {}
@@ -115,16 +148,16 @@ def benchmark(
         job = ["mpirun", "-n", ranks, options.runtime_python]
         weights, engine = root / f"torch{number}", root / f"engine{number}"
         compiling = [*job, build, "--model", weights, "--backend", "tensorrt", "--max-batch-size", 1, "--force"]
-        wait(run(*compiling, "--output", engine), f"the compilation of {name}")
+        wait(start_process(*compiling, "--output", engine), f"the compilation of {name}")
         measure = ["--validate", "--benchmark", "--contexts", options.contexts, "--max-new-tokens", options.steps]
         report = root / f"report{number}.json"
-        process = run(*job, runtime, "--engine", engine, *measure, "--json", report)
+        process = start_process(*job, runtime, "--engine", engine, *measure, "--json", report)
         if process.wait() not in (0, 1):  # a failed validation is reported beside the times
-            sys.exit(f"error: running {name} failed")
+            raise UserError(f"running {name} failed")
         results[name] = json.loads(report.read_text())
         if options.torch:
             kernels = ["mpirun", "-n", ranks, sys.executable, runtime, "--engine", weights, "--device", "cuda"]
-            wait(run(*kernels, *measure[1:], "--json", report), f"running {name} without TensorRT")
+            wait(start_process(*kernels, *measure[1:], "--json", report), f"running {name} without TensorRT")
             results[name]["torch"] = json.loads(report.read_text())["benchmark"]
     return plans, results
 

@@ -26,10 +26,17 @@ if not sys.stderr.isatty():
 import numpy as np  # noqa: E402
 
 from cqil_trt.backends import DEVICES  # noqa: E402
-from cqil_trt.commands import RankParser, add_cqil_flags, check_at_least, check_directory, cqil_flags  # noqa: E402
+from cqil_trt.commands import (  # noqa: E402
+    RankParser,
+    add_cqil_flags,
+    check_at_least,
+    check_directory,
+    cqil_flags,
+    run_ranks,
+)
 from cqil_trt.config import CqilConfig  # noqa: E402
 from cqil_trt.errors import UserError  # noqa: E402
-from cqil_trt.job import Job, command  # noqa: E402
+from cqil_trt.job import Job  # noqa: E402
 from cqil_trt.quality.perplexity import CELLS, Scores, won_back  # noqa: E402
 from cqil_trt.table import table  # noqa: E402
 
@@ -82,14 +89,7 @@ class Column:
 
 
 def main() -> None:
-    job = None
-    with command():
-        job = Job()
-    with command(job):
-        cli = parser()
-        cli.speaks = job.rank == 0
-        options = cli.parse_args()
-        evaluate(options, job)
+    run_ranks(parser, evaluate)
 
 
 def check(options: argparse.Namespace) -> None:

@@ -23,7 +23,7 @@ import numpy as np  # noqa: E402
 from plots import pyplot  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from cqil_trt.commands import Parser, check_at_least, check_directory  # noqa: E402
+from cqil_trt.commands import Parser, check_at_least, check_directory, numbers  # noqa: E402
 from cqil_trt.config import BYPASSES, DTYPES, MAX_RANKS, CqilConfig, ModelConfig  # noqa: E402
 from cqil_trt.errors import UserError  # noqa: E402
 from cqil_trt.job import command  # noqa: E402
@@ -102,16 +102,6 @@ def run(options: argparse.Namespace) -> None:
         plot_search(result["search"], options.plot, path.name)
     elif options.plot is not None:
         plot_similarity(similarity, options.plot, path.name)
-
-
-def numbers(text: str, flag: str, low: int, high: int) -> list[int]:
-    try:
-        found = [int(part) for part in text.split(",")]
-    except ValueError:
-        found = []
-    if not found or not all(low <= number <= high for number in found):
-        raise UserError(f"{flag} {text}: expected numbers from {low} to {high}, like {low},{high}")
-    return found
 
 
 def neighbours(similarity: np.ndarray) -> str:

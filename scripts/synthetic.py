@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -15,6 +17,7 @@ from safetensors.torch import save_file  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from cqil_trt.config import ModelConfig  # noqa: E402
+from cqil_trt.errors import UserError  # noqa: E402
 from cqil_trt.shard import checkpoint_shapes  # noqa: E402
 
 # The config.json of the published checkpoints, as far as it decides shapes.
@@ -89,6 +92,17 @@ def make_checkpoint(directory: Path, name: str, layers: int | None = None) -> di
     weight_map = {tensor: file for file, names in by_file.items() for tensor in names}
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return shapes
+
+
+def check_space(directory: Path, name: str, layers: int | None, times: float) -> None:
+    """Raises UserError unless `directory`'s disk has room for so many times the weights of the model."""
+    needed = times * 2 * sum(math.prod(shape) for shape in checkpoint_shapes(model_config(name, layers)).values())
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise UserError(
+            f"{directory.resolve()}: {free / 1e9:.0f} GB of disk are free, {needed / 1e9:.0f} are needed: choose "
+            "another --directory, or fewer --layers"
+        )
 
 
 def _weights(name: str, shape: tuple[int, ...], device: str) -> torch.Tensor:

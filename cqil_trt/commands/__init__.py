@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from cqil_trt.config import BYPASSES
 from cqil_trt.errors import UserError
+from cqil_trt.job import Job, command
 from cqil_trt.presets import PRESETS
+
+T = TypeVar("T")
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,6 +30,22 @@ class RankParser(Parser):
     def print_help(self, file: Any = None) -> None:
         if self.speaks:
             super().print_help(file)
+
+
+def run_ranks(
+    parser: Callable[[], RankParser],
+    run: Callable[[argparse.Namespace, Job], T],
+    arguments: Sequence[str] | None = None,
+) -> T:
+    """Parses on every rank, and returns what `run(options, job)` does there; errors end the command as in `command`."""
+    with command():
+        job = Job()
+    with command(job if job.size > 1 else None):
+        cli = parser()
+        cli.speaks = job.rank == 0
+        result = run(cli.parse_args(arguments), job)
+        job.wait()
+    return result
 
 
 def add_cqil_flags(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +69,17 @@ def check_at_least(options: argparse.Namespace, low: int, *names: str) -> None:
         value = getattr(options, name)
         if value is not None and value < low:
             raise UserError(f"--{name.replace('_', '-')} must be at least {low}, found {value}")
+
+
+def numbers(text: str, flag: str, low: int, high: int) -> list[int]:
+    """What `flag` gave, separated by commas. Raises UserError unless all are numbers from `low` to `high`."""
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(low <= number <= high for number in found):
+        raise UserError(f"{flag} {text}: expected numbers from {low} to {high}, like {low},{high}")
+    return found
 
 
 def check_directory(path: Path | None, flag: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -9,9 +10,9 @@ from typing import Any
 
 from cqil_trt import __version__
 from cqil_trt.builder import PROBES, prepare, write
-from cqil_trt.commands import RankParser, add_cqil_flags
+from cqil_trt.commands import RankParser, add_cqil_flags, run_ranks
 from cqil_trt.config import BACKENDS, COLLECTIVES, DTYPES, PLACEMENTS
-from cqil_trt.job import Job, command
+from cqil_trt.job import Job
 from cqil_trt.table import size, table
 
 
@@ -56,29 +57,27 @@ def parser() -> RankParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    job = None
-    with command():
-        job = Job()
-    with command(job if job.size > 1 else None):
-        cli = parser()
-        cli.speaks = job.rank == 0
-        options = vars(cli.parse_args(arguments))
-        as_json = options.pop("json")
-        say: Callable[[str], None] = print if job.rank == 0 else lambda text: None
-        if options["model"] is None:
-            from cqil_trt.demo import demo_model
+    run_ranks(parser, build, arguments)
 
-            options["model"] = job.share(demo_model)
-        plan = job.agree(lambda: prepare(**options))
-        description = plan.to_dict()
-        if not as_json:
-            say(describe(description))
-        engine = write(plan, progress=sys.stderr.isatty() and job.rank == 0, job=job)
-        if as_json:
-            say(json.dumps({**description, "output": str(engine.path.resolve())}, indent=1))
-        else:
-            path, ranks = engine.path, engine.world_size
-            say(f"\nbuilt {path}\nrun it: mpirun -n {ranks} python runtime/run.py --engine {path}")
+
+def build(arguments: argparse.Namespace, job: Job) -> None:
+    options = vars(arguments)
+    as_json = options.pop("json")
+    say: Callable[[str], None] = print if job.rank == 0 else lambda text: None
+    if options["model"] is None:
+        from cqil_trt.demo import demo_model
+
+        options["model"] = job.share(demo_model)
+    plan = job.agree(lambda: prepare(**options))
+    description = plan.to_dict()
+    if not as_json:
+        say(describe(description))
+    engine = write(plan, progress=sys.stderr.isatty() and job.rank == 0, job=job)
+    if as_json:
+        say(json.dumps({**description, "output": str(engine.path.resolve())}, indent=1))
+    else:
+        path, ranks = engine.path, engine.world_size
+        say(f"\nbuilt {path}\nrun it: mpirun -n {ranks} python runtime/run.py --engine {path}")
 
 
 def describe(plan: dict[str, Any]) -> str:

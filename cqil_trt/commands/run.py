@@ -13,9 +13,9 @@ from typing import Any
 
 from cqil_trt import __version__
 from cqil_trt.backends import DEVICES
-from cqil_trt.commands import RankParser
+from cqil_trt.commands import RankParser, run_ranks
 from cqil_trt.errors import UserError
-from cqil_trt.job import Job, command
+from cqil_trt.job import Job
 from cqil_trt.table import table
 
 
@@ -50,22 +50,13 @@ def parser() -> RankParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    job = None
-    with command():
-        job = Job()
-    # Ranks share this host's cores. What computes with OpenMP or OpenBLAS reads this when it is loaded, from here on.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // job.size)))
-    with command(job):
-        cli = parser()
-        cli.speaks = job.rank == 0
-        options = cli.parse_args(arguments)
-        passed = run(options, job)
-        job.wait()
-    sys.exit(0 if passed else 1)
+    sys.exit(0 if run_ranks(parser, run, arguments) else 1)
 
 
 def run(options: argparse.Namespace, job: Job) -> bool:
     """Everything the command does, on every rank; False when validation failed."""
+    # Ranks share this host's cores. What computes with OpenMP or OpenBLAS reads this when it is loaded, from here on.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // job.size)))
     from cqil_trt import probes
     from cqil_trt.generate import GenerationConfig
     from cqil_trt.llm import Llm
