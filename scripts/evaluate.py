@@ -37,7 +37,7 @@ from cqil_trt.commands import (  # noqa: E402
 from cqil_trt.config import CqilConfig  # noqa: E402
 from cqil_trt.errors import UserError  # noqa: E402
 from cqil_trt.job import Job  # noqa: E402
-from cqil_trt.quality.perplexity import CELLS, Scores, won_back  # noqa: E402
+from cqil_trt.quality.perplexity import CELLS, WON_BACK, Scores, won_back  # noqa: E402
 from cqil_trt.table import table  # noqa: E402
 
 UNCHANGED, CQIL, ADAPTED = "unchanged", "CQIL", "CQIL + adapter"
@@ -237,7 +237,7 @@ def report(options: argparse.Namespace, columns: list[Column]) -> None:
             entry |= scores.to_dict(base)
         if all(label in by_label for label in (UNCHANGED, CQIL, ADAPTED)):
             share = won_back(by_label[UNCHANGED], by_label[CQIL], by_label[ADAPTED])
-            print(f"of what CQIL cost in log-perplexity, the adapter wins back {share:.1%}")
+            print(WON_BACK.format(share))
             result["won_back"] = share
     if options.tasks:
         print(task_table(columns))

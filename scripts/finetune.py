@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
@@ -214,7 +215,7 @@ def run(
 
     from cqil_trt import reference
     from cqil_trt.quality import open_tokenizer, text_blocks
-    from cqil_trt.quality.distillation import Blocks, DistillationTrainer, Student, last_checkpoint
+    from cqil_trt.quality.distillation import Blocks, DistillationTrainer, Student, largest_rise, last_checkpoint
 
     # Which PEFT reads, and nothing here.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
@@ -240,6 +241,7 @@ def run(
         save_total_limit=2,
         logging_steps=10,
         logging_first_step=True,
+        logging_nan_inf_filter=False,
         remove_unused_columns=False,
         label_names=[],
         report_to=[],
@@ -311,6 +313,12 @@ def run(
         "seconds": seconds,
         "loss": losses,
     }
+    if (rise := largest_rise(losses)) is not None:
+        (best, low), (worst, high) = rise
+        print(
+            f"note: KL rose from {low:.3f} at step {best} to {high:.3f} at step {worst}: the training went astray for "
+            "a while, and may end better with a lower --learning-rate"
+        )
     if held_out is not None and FIRST:
         with torch.compiler.set_stance("force_eager"):  # not worth compiling for
             report["held_out"] = evaluate(student, held_out)
@@ -379,6 +387,11 @@ def reporter(tokens_per_step: int) -> Any:
         _last: tuple[int, float] | None = None
 
         def on_log(self, args, state, control, logs=None, **kwargs):
+            if logs and not math.isfinite(logs.get("loss", 0)):
+                raise UserError(
+                    f"the loss is not a number at step {state.global_step}: begin again with a --learning-rate below "
+                    f"{args.learning_rate:g} (--force starts over)"
+                )
             if not state.is_world_process_zero or not logs or "loss" not in logs:
                 return
             now, speed = time.perf_counter(), ""
@@ -406,7 +419,7 @@ def save(student: Any, output: Path) -> None:
 
 def evaluate(student: Any, blocks: np.ndarray) -> dict[str, Any]:
     """Perplexity on held-out text: of the unchanged model, of CQIL without and with the adapter."""
-    from cqil_trt.quality.perplexity import CELLS, score_reference, won_back
+    from cqil_trt.quality.perplexity import CELLS, WON_BACK, score_reference, won_back
 
     network = student.model.get_base_model().eval()
     progress = sys.stderr.isatty()
@@ -419,7 +432,7 @@ def evaluate(student: Any, blocks: np.ndarray) -> dict[str, Any]:
     share = won_back(base, without, trained)
     print(f"\nheld-out text, {blocks.size} tokens")
     print(table(("model", *CELLS), [(name, *scores.cells(base)) for name, scores in columns.items()]))
-    print(f"of what CQIL cost in log-perplexity, the adapter wins back {share:.1%}")
+    print(WON_BACK.format(share))
     models = {name: scores.to_dict(base) for name, scores in columns.items()}
     return {"tokens": blocks.size, "models": models, "won_back": share}
 

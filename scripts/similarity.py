@@ -233,16 +233,19 @@ def plot_search(found: dict[str, Any], path: Path, title: str) -> None:
         ("leader_bytes_per_token", 1e-6, "MB of weights read per token, placement leader"),
         ("sharded_ms", 1.0, "predicted ms per token, placement sharded"),
     )
+    highest = 0.0
     for axes, (field, scale, label) in zip(panels, columns):
         for p, d in kinds:
             mine = [point for point in found["points"] if (point["cqil"]["p"], point["cqil"]["d"]) == (p, d)]
             x, y = [point[field] * scale for point in mine], [point["perplexity"] for point in mine]
             best = frontier(x, y)
+            highest = max(highest, *(y[i] for i in best))
             (line,) = axes.plot([x[i] for i in best], [y[i] for i in best], marker="o", label=f"p={p} d={d}")
             axes.scatter(x, y, s=6, alpha=0.35, color=line.get_color())
         axes.axhline(found["perplexity"], color="grey", linestyle="--", label="unchanged")
         axes.set(xlabel=label, yscale="log")
-    panels[0].set(ylabel="perplexity")
+    # What is far above every frontier would press them together.
+    panels[0].set(ylabel="perplexity", ylim=(0.9 * found["perplexity"], 1.5 * highest))
     panels[0].legend()
     figure.suptitle(title)
     figure.tight_layout()

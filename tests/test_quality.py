@@ -29,6 +29,7 @@ from cqil_trt.errors import UserError
 from cqil_trt.job import Job, command
 from cqil_trt.latency import critical_bytes, decode_seconds
 from cqil_trt.quality import corpus, open_tokenizer, perplexity, similarity, text_blocks
+from cqil_trt.quality.distillation import largest_rise
 from cqil_trt.shard import plan
 
 TEXT = (ROOT / "README.md").read_text()
@@ -568,6 +569,26 @@ def test_wrong_training_is_refused_in_one_line(flags, message, model, text, tmp_
     common = ["--model", model, *SHAPE, "--text", text, "--sequence-length", 32, "--output", tmp_path / "adapter"]
     refused("finetune", lambda script, options: script.train(options), [*common, *flags], message)
     assert not (tmp_path / "adapter").exists() and (ROOT / "docs" / "architecture.md").exists()
+
+
+def test_a_training_that_diverges_leaves_no_adapter(model, text, tmp_path):
+    flags = ["--learning-rate", 1e30, "--steps", 12, "--precision", "fp32"]
+    assert_user_error(
+        finetune(model, text, tmp_path / "adapter", *flags), "the loss is not a number", "--learning-rate"
+    )
+    assert not list((tmp_path / "adapter").glob("adapter_*"))
+
+
+@given(st.lists(st.floats(0.1, 10), max_size=8))
+def test_largest_rise_is_the_furthest_above_what_was_lowest_before(losses):
+    found = largest_rise(list(enumerate(losses)))
+    ratios = {(i, j): losses[j] / losses[i] for j in range(len(losses)) for i in range(j)}
+    if found is None:
+        assert all(ratio <= 2 * (1 + 1e-9) for ratio in ratios.values())
+    else:
+        (i, low), (j, high) = found
+        assert (losses[i], losses[j]) == (low, high)
+        assert ratios[i, j] > 2 and ratios[i, j] >= max(ratios.values()) * (1 - 1e-9)
 
 
 # Evaluation

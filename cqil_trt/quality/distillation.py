@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,18 @@ def divergence(
     pairs = list(zip(teacher.reshape(-1, vocabulary).split(_ROWS), student.reshape(-1, vocabulary).split(_ROWS)))
     total = sum(checkpoint(of_rows, *pair, use_reentrant=False, preserve_rng_state=False) for pair in pairs)
     return total / sum(len(rows) for rows, _ in pairs)
+
+
+def largest_rise(losses: Sequence[tuple[int, float]]) -> tuple[tuple[int, float], tuple[int, float]] | None:
+    """Where a training went astray: (step, loss) of the lowest loss so far and of the one behind it that is more than
+    twice as high, the furthest such pair; None when there is none."""
+    found, low = None, None
+    for point in losses:
+        if low is None or point[1] < low[1]:
+            low = point
+        elif point[1] > (2 * low[1] if found is None else found[1][1] / found[0][1] * low[1]):
+            found = low, point
+    return found
 
 
 class Blocks(torch.utils.data.Dataset):

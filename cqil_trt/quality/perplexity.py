@@ -49,6 +49,9 @@ class Scores:
         return {"perplexity": self.perplexity, "top1_equal": self.agreement(base)}
 
 
+WON_BACK = "of what CQIL cost in log-perplexity, the adapter wins back {:.1%}"
+
+
 def won_back(base: Scores, without: Scores, with_adapter: Scores) -> float:
     """The share of the log-perplexity that CQIL cost which the adapter wins back: 1 is all of it."""
     return (without.log_perplexity - with_adapter.log_perplexity) / (without.log_perplexity - base.log_perplexity)
