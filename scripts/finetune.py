@@ -301,6 +301,8 @@ def run(
             "the GPU's memory is full: take a smaller --batch-size (with --accumulate), or --gradient-checkpointing on"
         ) from None
     seconds = time.perf_counter() - began
+    if not all(weight.isfinite().all() for weight in student.model.parameters() if weight.requires_grad):
+        raise diverged(trainer.state.global_step, options.learning_rate)
     if FIRST:
         save(student, options.output)
 
@@ -323,6 +325,13 @@ def run(
         with torch.compiler.set_stance("force_eager"):  # not worth compiling for
             report["held_out"] = evaluate(student, held_out)
     return report
+
+
+def diverged(step: int, learning_rate: float) -> UserError:
+    return UserError(
+        f"what is trained is not a number any more at step {step}: begin again with a --learning-rate below "
+        f"{learning_rate:g} (--force starts over)"
+    )
 
 
 def choose_compile(options: argparse.Namespace, on_gpu: bool) -> bool:
@@ -388,10 +397,7 @@ def reporter(tokens_per_step: int) -> Any:
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             if logs and not math.isfinite(logs.get("loss", 0)):
-                raise UserError(
-                    f"the loss is not a number at step {state.global_step}: begin again with a --learning-rate below "
-                    f"{args.learning_rate:g} (--force starts over)"
-                )
+                raise diverged(state.global_step, args.learning_rate)
             if not state.is_world_process_zero or not logs or "loss" not in logs:
                 return
             now, speed = time.perf_counter(), ""

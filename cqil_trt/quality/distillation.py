@@ -115,7 +115,7 @@ def largest_rise(losses: Sequence[tuple[int, float]]) -> tuple[tuple[int, float]
     for point in losses:
         if low is None or point[1] < low[1]:
             low = point
-        elif point[1] > (2 * low[1] if found is None else found[1][1] / found[0][1] * low[1]):
+        elif point[1] > 2 * low[1] and (found is None or point[1] * found[0][1] > found[1][1] * low[1]):
             found = low, point
     return found
 
