@@ -32,14 +32,14 @@ from typing import Any
 import numpy as np
 import torch
 from mpi4py import MPI
-from plots import pyplot
+from plots import check_plot, pyplot
 from synthetic import SHAPES, model_config
 from tqdm import tqdm
 
 from cqil_trt import cuda, reference
 from cqil_trt.backends.torch_cuda import TorchCudaSession, device_tensor
 from cqil_trt.checkpoint import rank_tensors
-from cqil_trt.commands import RankParser, check_at_least, check_directory, numbers, run_ranks
+from cqil_trt.commands import RankParser, check_at_least, check_file, numbers, run_ranks
 from cqil_trt.config import CqilConfig, EngineConfig, ModelConfig
 from cqil_trt.errors import UserError
 from cqil_trt.job import Job
@@ -53,6 +53,7 @@ from cqil_trt.weights import WeightReader, cut
 COMM = MPI.COMM_WORLD
 RANK = COMM.Get_rank()
 MAX_TOKENS = 1 << 17
+PEER_TOKENS = 1024  # contexts of peers, some of which recompute all of it for every token
 PARITY_PROMPTS = 20, 200  # tokens in each
 STEPS = 32  # greedy tokens behind them that are compared with the reference
 
@@ -87,7 +88,7 @@ class SyntheticSession(TorchCudaSession):
 
     def __init__(self, engine: Any, comm: Any, reader: WeightReader):
         self._reader = reader
-        with memory_full():
+        with saying_when_memory_is_full():
             super().__init__(engine, comm, RANK)
 
     def _load_weights(self, engine: Any) -> None:
@@ -142,25 +143,36 @@ def parser() -> RankParser:
     return parser
 
 
+def model_name(options: argparse.Namespace) -> str:
+    return options.shapes or next(name for name in SHAPES if options.preset.startswith(name))
+
+
 def configure(options: argparse.Namespace, ranks: int) -> tuple[CqilConfig, ModelConfig]:
-    """The configuration that is measured, and the model; makes lists of numbers of the options that are some."""
+    """The configuration and the model that are measured; --contexts, --prefills and --batches become lists.
+
+    Raises UserError for what cannot be measured.
+    """
     options.contexts = numbers(options.contexts, "--contexts", 1, MAX_TOKENS)
     options.prefills = numbers(options.prefills, "--prefills", 1, MAX_TOKENS) if options.prefills else []
     options.batches = numbers(options.batches, "--batches", 1, 1024) if options.batches else []
-    check_at_least(options, 1, "batch_context", "layers")
+    check_at_least(options, 1, "batch_context")
     check_at_least(options, 2, "steps")
-    check_directory(options.json, "--json")
-    check_directory(options.plot, "--plot")
-    if options.plot:
-        pyplot()  # a package that the end needs should not be missed behind the measurements
+    check_at_least(options, 0, "soak")
+    check_file(options.json, "--json")
+    check_plot(options.plot)
     cqil = preset(options.preset)
+    check_at_least(options, cqil.p, "layers")
     if ranks != (1 if options.alone else cqil.p):
         advice = "--alone is one process" if options.alone else f"mpirun -n {cqil.p}, or --alone on one GPU"
         raise UserError(f"{options.preset} with {ranks} ranks: {advice}")
     if options.alone and (cqil.d or options.soak or options.peers):
         raise UserError("--alone takes neither bypassing, --soak nor --peers: they need the other ranks")
-    if options.shapes and (options.start is None or options.end is None):
+    if options.shapes and not options.layers and (options.start is None or options.end is None):
         raise UserError("--shapes needs --start and --end")
+    if options.layers and (options.start is not None or options.end is not None):
+        raise UserError("--layers puts the groups over all layers: it takes neither --start nor --end")
+    if options.peers and min(options.contexts) > PEER_TOKENS:
+        raise UserError(f"--peers are measured at --contexts up to {PEER_TOKENS}")
     if options.start is not None or options.end is not None:
         start, end = (
             given if given is not None else its for given, its in ((options.start, cqil.start), (options.end, cqil.end))
@@ -168,22 +180,23 @@ def configure(options: argparse.Namespace, ranks: int) -> tuple[CqilConfig, Mode
         cqil = CqilConfig(p=cqil.p, d=cqil.d, start=start, end=end, bypass=cqil.bypass)
     if options.layers:
         cqil = CqilConfig(p=cqil.p, d=cqil.d, start=0, end=options.layers // cqil.p * cqil.p, bypass=cqil.bypass)
-    shapes = options.shapes or next(name for name in SHAPES if options.preset.startswith(name))
-    model = model_config(shapes, options.layers)
+    model = model_config(model_name(options), options.layers)
     cqil.check_depth(model.num_layers)
+    if not cqil.groups:
+        raise UserError(f"no layers run concurrently in [{cqil.start}, {cqil.end})")
     return cqil, model
 
 
 @contextmanager
-def memory_full() -> Iterator[None]:
-    """Too little GPU memory is the user's to know."""
+def saying_when_memory_is_full() -> Iterator[None]:
+    """Inside, too little of PyTorch's memory on the GPU is a UserError."""
     try:
         yield
     except torch.OutOfMemoryError:
-        size = torch.cuda.mem_get_info()[1]
+        free, size = torch.cuda.mem_get_info()
         raise UserError(
-            f"rank {RANK}: the GPU's {size / 1e9:.0f} GB are too few (the float32 reference takes 4 bytes a weight): "
-            "measure a model of fewer --layers"
+            f"rank {RANK}: the GPU's memory is full ({free / 1e9:.0f} of {size / 1e9:.0f} GB are free): measure fewer "
+            "--layers"
         ) from None
 
 
@@ -201,7 +214,7 @@ def run(options: argparse.Namespace, job: Job) -> None:
     placements |= {name: CqilConfig(**grouped, placement=name) for name in ("leader", "sharded")}
     placements["tensor"] = CqilConfig(p=cqil.p, placement="tensor")
 
-    bandwidth = read_bandwidth()
+    bandwidth = job.agree(read_bandwidth)
     prompts = [
         np.random.default_rng(i).integers(model.vocab_size, size=n).tolist() for i, n in enumerate(PARITY_PROMPTS)
     ]
@@ -238,7 +251,9 @@ def run(options: argparse.Namespace, job: Job) -> None:
         if shape.p == 1:
             job.wait()
     report = {
-        "preset": options.preset,
+        "model": model_name(options),
+        "layers": model.num_layers,
+        "cqil": cqil.to_dict(),
         "alone": options.alone,
         "gpu": cuda.device_name(),
         "read_tb_s": bandwidth,
@@ -249,11 +264,16 @@ def run(options: argparse.Namespace, job: Job) -> None:
         if options.json:
             options.json.write_text(json.dumps(report, indent=1) + "\n")
 
+    title = f"{model_name(options)}, {model.num_layers} layers, groups of {cqil.p} in [{cqil.start}, {cqil.end})"
+    if options.alone:
+        title += ", rank 0's share without its peers"
     if RANK == 0:
+        gpus = f"{COMM.Get_size()} x {cuda.device_name()}, which reads {bandwidth:.2f} TB/s"
+        print(f"{title}, float16, {gpus}; milliseconds, median [10%, 90%]\n")
         print(describe(results, options, bandwidth), flush=True)
         save()
         if options.plot:
-            plot(results, options)
+            plot(results, options, title)
     for name, times in measure_peers(model, reader, placements, options) if options.peers else ():
         if RANK == 0:  # some take minutes to compile
             report.setdefault("peers", {})[name] = times
@@ -263,7 +283,8 @@ def run(options: argparse.Namespace, job: Job) -> None:
 
 def read_bandwidth() -> float:
     """TB/s at which this GPU reads 2 GiB."""
-    data = torch.zeros(1 << 29, device="cuda")
+    with saying_when_memory_is_full():
+        data = torch.zeros(1 << 29, device="cuda")
     times = []
     for _ in range(10):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -280,7 +301,7 @@ def reference_answers(
 ) -> dict[str, Any]:
     """What the float32 reference says, for each placement: those that group the same layers share it."""
     answers: dict[str, Any] = {}
-    with memory_full():
+    with saying_when_memory_is_full():
         network = reference.from_reader(model, reader)
         for name, shape in placements.items():
             alike = next((other for other in answers if placements[other].groups == shape.groups), None)
@@ -397,7 +418,7 @@ def measure_peers(
     os.environ.setdefault("MASTER_PORT", "29518")
     device = torch.device("cuda", torch.cuda.current_device())
     dist.init_process_group("nccl", rank=RANK, world_size=COMM.Get_size(), device_id=device)
-    contexts, steps = [context for context in options.contexts if context <= 1024], 16
+    contexts, steps = [context for context in options.contexts if context <= PEER_TOKENS], 16
     prompt = np.random.default_rng(0).integers(model.vocab_size, size=max(contexts) + steps).tolist()
 
     def timed(step: Callable[[int], Any]) -> float:
@@ -468,7 +489,7 @@ def generate_time(network: Any, prompt: list[int], steps: int) -> float:
 
 def describe_peers(peers: dict[str, Any], results: dict[str, Any], options: argparse.Namespace) -> str:
     """Peers beside ours; how many times longer than `sharded` each takes."""
-    contexts = [context for context in options.contexts if context <= 1024]
+    contexts = [context for context in options.contexts if context <= PEER_TOKENS]
     rows = []
     for name, times in peers.items():
         ours = [float(np.median(results["sharded"]["decode"][context])) for context in contexts]
@@ -486,12 +507,7 @@ def describe(results: dict[str, Any], options: argparse.Namespace, bandwidth: fl
         change = "" if name == "sequential" else f" {median / base - 1:+.1%}"
         return f"{median:.3f}{change} [{low:.3f}, {high:.3f}]"
 
-    gpus = f"{COMM.Get_size()} x {cuda.device_name()}, which reads {bandwidth:.2f} TB/s"
-    if options.alone:
-        gpus = f"rank 0's share without its peers, {gpus}"
-    name = options.preset if not options.shapes else f"{options.shapes} [{options.start}, {options.end})"
-    lines = [f"{name}, float16, {gpus}; milliseconds, median [10%, 90%]", ""]
-    rows = []
+    lines, rows = [], []
     for name, found in results.items():
         read = found["bytes"] / np.median(found["decode"][options.contexts[0]]) / 1e9
         parity = "-", "-", "not judged"
@@ -533,11 +549,12 @@ def describe(results: dict[str, Any], options: argparse.Namespace, bandwidth: fl
     return "\n".join(lines)
 
 
-def plot(results: dict[str, Any], options: argparse.Namespace) -> None:
+def plot(results: dict[str, Any], options: argparse.Namespace, title: str) -> None:
     figure, axes = pyplot().subplots(figsize=(7, 4))
     for name, found in results.items():
         axes.plot(options.contexts, [np.median(found["decode"][c]) for c in options.contexts], marker="o", label=name)
-    axes.set(xlabel="context, tokens", ylabel="ms per token", title=f"{options.preset}, batch 1", ylim=(0, None))
+    axes.set(xlabel="context, tokens", ylabel="ms per token", ylim=(0, None))
+    axes.set_title(f"{title}, batch 1", fontsize=8)
     axes.legend()
     figure.tight_layout()
     figure.savefig(options.plot, dpi=150)

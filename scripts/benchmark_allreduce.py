@@ -26,11 +26,11 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from mpi4py import MPI  # noqa: E402
-from plots import pyplot  # noqa: E402
+from plots import check_plot, pyplot  # noqa: E402
 
 from cqil_trt import cuda  # noqa: E402
 from cqil_trt.collectives.cuda import CudaCommunicator  # noqa: E402
-from cqil_trt.commands import RankParser, check_directory, run_ranks  # noqa: E402
+from cqil_trt.commands import RankParser, check_file, run_ranks  # noqa: E402
 from cqil_trt.errors import UserError  # noqa: E402
 from cqil_trt.job import Job  # noqa: E402
 from cqil_trt.table import table  # noqa: E402
@@ -176,10 +176,8 @@ def parser() -> RankParser:
 
 
 def check(options: argparse.Namespace, ranks: int) -> None:
-    check_directory(options.json, "--json")
-    check_directory(options.plot, "--plot")
-    if options.plot:
-        pyplot()  # a package that the end needs should not be missed behind the measurements
+    check_file(options.json, "--json")
+    check_plot(options.plot)
     if ranks < 2:
         raise UserError("one rank has nobody to join: mpirun -n 2 (or more)")
 

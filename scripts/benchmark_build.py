@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from synthetic import ROOT, check_space, make_checkpoint
 
-from cqil_trt.commands import Parser, check_at_least, check_directory
+from cqil_trt.commands import Parser, check_at_least, check_file
 from cqil_trt.errors import UserError
 from cqil_trt.job import command
 from cqil_trt.table import table
@@ -58,9 +58,9 @@ def copy(source: Path, target: Path) -> float:
 
 def build(model: Path, adapter: Path, output: Path) -> tuple[float, float]:
     """Seconds and peak resident memory in bytes of build.py, in a process of its own."""
-    command = [sys.executable, ROOT / "builders" / "build.py", "--model", model, "--lora", adapter]
+    arguments = [sys.executable, ROOT / "builders" / "build.py", "--model", model, "--lora", adapter]
     began = time.perf_counter()
-    process = subprocess.Popen([str(c) for c in [*command, "--p", 2, "--output", output]])
+    process = subprocess.Popen([str(c) for c in [*arguments, "--p", 2, "--output", output]])
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise UserError("the build failed")
@@ -82,7 +82,7 @@ def parser() -> Parser:
 
 def run(options: argparse.Namespace) -> None:
     check_at_least(options, 2, "layers")
-    check_directory(options.json, "--json")
+    check_file(options.json, "--json")
     check_space(options.directory, "llama-7b", options.layers, 3.1)
     with tempfile.TemporaryDirectory(dir=options.directory, prefix="benchmark-build-") as work:
         root = Path(work)

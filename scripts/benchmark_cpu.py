@@ -24,7 +24,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cqil_trt.commands import RankParser, check_at_least, check_directory, run_ranks  # noqa: E402
+from cqil_trt.commands import RankParser, check_at_least, check_file, run_ranks  # noqa: E402
+from cqil_trt.engine import Engine  # noqa: E402
+from cqil_trt.errors import UserError  # noqa: E402
 from cqil_trt.job import Job  # noqa: E402
 from cqil_trt.llm import Llm  # noqa: E402
 from cqil_trt.table import table  # noqa: E402
@@ -42,6 +44,7 @@ def parser() -> RankParser:
 def run(options: argparse.Namespace, job: Job) -> None:
     job.share(lambda: check(options))
     llm = Llm(options.engine, job, "cpu")
+    job.agree(lambda: check_engine(options, llm.engine))
     prompt = np.random.default_rng(0).integers(3, llm.engine.model.vocab_size, size=options.context).tolist()
     llm.session.prefill([prompt])
     spent: dict[str, float] = defaultdict(float)
@@ -80,9 +83,17 @@ def run(options: argparse.Namespace, job: Job) -> None:
         options.json.write_text(json.dumps({"milliseconds": step, "threads": torch.get_num_threads()}, indent=1) + "\n")
 
 
+def check_engine(options: argparse.Namespace, engine: Engine) -> None:
+    if engine.limits.backend != "torch":
+        raise UserError(f"--engine {options.engine}: of backend {engine.limits.backend}, only torch can be measured")
+    tokens = options.context + options.steps
+    if tokens > engine.limits.max_seq_len:
+        raise UserError(f"--context and --steps: {tokens} tokens, the engine holds {engine.limits.max_seq_len}")
+
+
 def check(options: argparse.Namespace) -> None:
     check_at_least(options, 1, "context", "steps")
-    check_directory(options.json, "--json")
+    check_file(options.json, "--json")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cqil_trt import cuda, plugins  # noqa: E402
 from cqil_trt.collectives.cuda import DTYPES  # noqa: E402
-from cqil_trt.commands import Parser, check_directory, numbers  # noqa: E402
+from cqil_trt.commands import Parser, check_file, numbers  # noqa: E402
 from cqil_trt.job import command  # noqa: E402
 from cqil_trt.table import table  # noqa: E402
 
@@ -98,7 +98,7 @@ def parser() -> Parser:
 
 def run(options: argparse.Namespace) -> None:
     counts = numbers(options.rows, "--rows", 1, 1 << 14)
-    check_directory(options.json, "--json")
+    check_file(options.json, "--json")
     cuda.use_device(0)
     kernels, results = Kernels(), {}
     for rows in counts:

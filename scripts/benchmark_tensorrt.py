@@ -21,10 +21,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from synthetic import ROOT, SHAPES, check_space, make_checkpoint
+from synthetic import ROOT, SHAPES, check_space, make_checkpoint, model_config
 
 from cqil_trt import cuda
-from cqil_trt.commands import Parser, check_at_least, check_directory, numbers
+from cqil_trt.commands import Parser, check_at_least, check_file, numbers
 from cqil_trt.errors import UserError
 from cqil_trt.job import command
 from cqil_trt.presets import preset
@@ -68,22 +68,24 @@ def check(options: argparse.Namespace, model: str, gpus: int) -> None:
     """What is wrong should come out before gigabytes are written."""
     if options.prepare and not options.directory:
         raise UserError("--prepare needs --directory")
-    numbers(options.contexts, "--contexts", 1, options.max_seq_len - 1)
+    check_at_least(options, 2, "max_seq_len")
     check_at_least(options, gpus, "layers")
     check_at_least(options, 1, "steps")
-    check_directory(options.json, "--json")
-    check_directory(options.directory, "--directory")
-    if cuda.device_count() < gpus:
-        raise UserError(f"{options.preset} needs {gpus} GPUs, this host has {cuda.device_count()}")
+    positions = model_config(model).max_position
+    if options.max_seq_len > positions:
+        raise UserError(f"--max-seq-len {options.max_seq_len}: {model} has {positions} positions")
+    numbers(options.contexts, "--contexts", 1, options.max_seq_len - 1)
+    check_file(options.json, "--json")
     if not options.prepare:
+        if cuda.device_count() < gpus:
+            raise UserError(f"{options.preset} needs {gpus} GPUs, this host has {cuda.device_count()}")
         done = subprocess.run([options.runtime_python, "-c", "import tensorrt"], capture_output=True, text=True)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise UserError(f"--runtime-python {options.runtime_python} cannot import tensorrt: {reason}")
-    if not (options.directory and options.directory.exists()):
-        check_space(
-            options.directory.parent if options.directory else Path(tempfile.gettempdir()), model, options.layers, 5.2
-        )
+    directory = options.directory or Path(tempfile.gettempdir())
+    if not (directory / "model").exists():
+        check_space(directory if directory.exists() else directory.parent, model, options.layers, 5.2)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -101,7 +103,7 @@ def run(options: argparse.Namespace) -> None:
         "tensor": ["--p", cqil.p, "--placement", "tensor"],
     }
     if options.directory:
-        options.directory.mkdir(parents=True, exist_ok=True)
+        options.directory.mkdir(exist_ok=True)
         measured = benchmark(options, options.directory, model, shapes, cqil.p)
     else:
         with tempfile.TemporaryDirectory(prefix="benchmark-tensorrt-") as work:
@@ -137,10 +139,16 @@ def benchmark(
         builds.append((name, number, process))
     plans: dict[str, Any] = {}
     results: dict[str, Any] = {}
-    for name, number, process in builds:
-        if process is not None:
-            wait(process, f"the build of {name}")
-        plans[name] = json.loads((root / f"{number}.json").read_text())
+    try:
+        for name, number, process in builds:
+            if process is not None:
+                wait(process, f"the build of {name}")
+            plans[name] = json.loads((root / f"{number}.json").read_text())
+    finally:
+        for _, _, process in builds:  # what still runs when one has failed
+            if process is not None and process.poll() is None:
+                process.terminate()
+                process.wait()
     if options.prepare:
         return None
     for name, number, _ in builds:

@@ -30,7 +30,7 @@ from cqil_trt.commands import (  # noqa: E402
     RankParser,
     add_cqil_flags,
     check_at_least,
-    check_directory,
+    check_file,
     cqil_flags,
     run_ranks,
 )
@@ -101,7 +101,7 @@ def check(options: argparse.Namespace) -> None:
     check_at_least(options, 2, "block", "max_length")
     check_at_least(options, 1, "text_tokens", "limit", "batch_size")
     check_at_least(options, 0, "num_fewshot")
-    check_directory(options.json, "--json")
+    check_file(options.json, "--json")
     for path in options.text or ():
         if not path.exists():
             raise UserError(f"{path}: no such file or directory")

@@ -25,10 +25,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
-from plots import pyplot  # noqa: E402
+from plots import check_plot, pyplot  # noqa: E402
 
 from cqil_trt.builder import choose_cqil  # noqa: E402
-from cqil_trt.commands import RankParser, add_cqil_flags, check_at_least, check_directory, cqil_flags  # noqa: E402
+from cqil_trt.commands import RankParser, add_cqil_flags, check_at_least, cqil_flags  # noqa: E402
 from cqil_trt.config import ADAPTER_FILE, CqilConfig, ModelConfig, read_json  # noqa: E402
 from cqil_trt.errors import UserError  # noqa: E402
 from cqil_trt.job import command  # noqa: E402
@@ -163,7 +163,7 @@ def check(options: argparse.Namespace) -> None:
         raise UserError(f"--top-p must be above 0 and at most 1, found {options.top_p:g}")
     if options.learning_rate <= 0 or options.lora_alpha <= 0:
         raise UserError("--learning-rate and --lora-alpha must be above 0")
-    check_directory(options.plot, "--plot")
+    check_plot(options.plot)
     for path in (*(options.text or ()), *(options.eval_text or ())):
         if not path.exists():
             raise UserError(f"{path}: no such file or directory")

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from cqil_trt.commands import check_file  # noqa: E402
+from cqil_trt.errors import UserError  # noqa: E402
 
 
 def pyplot() -> Any:
@@ -13,3 +20,12 @@ def pyplot() -> Any:
     from matplotlib import pyplot
 
     return pyplot
+
+
+def check_plot(path: Path | None) -> None:
+    """Raises what would come up when --plot is drawn at the end, so that it does before the work."""
+    check_file(path, "--plot")
+    if path is not None:
+        known = pyplot().figure().canvas.get_supported_filetypes()
+        if path.suffix[1:].lower() not in known:
+            raise UserError(f"--plot {path}: its ending is none of {', '.join(sorted(known))}")

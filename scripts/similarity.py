@@ -20,10 +20,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
-from plots import pyplot  # noqa: E402
+from plots import check_plot, pyplot  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from cqil_trt.commands import Parser, check_at_least, check_directory, numbers  # noqa: E402
+from cqil_trt.commands import Parser, check_at_least, check_file, numbers  # noqa: E402
 from cqil_trt.config import BYPASSES, DTYPES, MAX_RANKS, CqilConfig, ModelConfig  # noqa: E402
 from cqil_trt.errors import UserError  # noqa: E402
 from cqil_trt.job import command  # noqa: E402
@@ -71,10 +71,8 @@ def run(options: argparse.Namespace) -> None:
     from cqil_trt.weights import open_checkpoint
 
     check_at_least(options, 2, "block", "text_tokens")
-    check_directory(options.json, "--json")
-    check_directory(options.plot, "--plot")
-    if options.plot is not None:
-        pyplot()  # a package that the end needs should not be missed behind a search
+    check_file(options.json, "--json")
+    check_plot(options.plot)
     ps = numbers(options.p, "--p", 2, MAX_RANKS)
     ds = numbers(options.d, "--d", 0, max(ps) - 1)
     if options.model is None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from cqil_trt.job import command
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED = int(os.environ.get("CQIL_TEST_SEED", random.SystemRandom().randrange(2**31)))
@@ -153,6 +157,23 @@ def assert_user_error(done: subprocess.CompletedProcess[str], *fragments: str) -
     assert "Traceback" not in done.stderr + done.stdout
     for fragment in fragments:
         assert fragment in lines[0], (fragment, lines[0])
+
+
+@pytest.fixture
+def refused(monkeypatch, capfd):
+    """What a script says to wrong arguments, without a process of its own, which would only import PyTorch again."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.chdir(ROOT)
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def check(name, call, arguments, message):
+        module = importlib.import_module(name)
+        with pytest.raises(SystemExit) as ended, command():
+            call(module, module.parser().parse_args([str(part) for part in arguments]))
+        assert_user_error(subprocess.CompletedProcess(name, ended.value.code, *capfd.readouterr()), message)
+
+    yield check
+    signal.signal(signal.SIGTERM, handler)
 
 
 def write_json(path: Path, value: Any) -> Path:

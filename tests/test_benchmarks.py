@@ -1,12 +1,17 @@
 """The scripts/benchmark*.py: what they refuse; of the one for CPUs, that its parts are the whole."""
 
 import json
+import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import make_model, mpirun, run
 
 import cqil_trt
+from cqil_trt import cuda
+from cqil_trt.commands import RankParser
+from cqil_trt.job import Job
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -27,17 +32,38 @@ def test_the_parts_of_a_step_add_up(ranks, tmp_path):
 @pytest.mark.parametrize(
     "line, said",
     [
-        ("benchmark.py --synthetic", "llama-7b-p2-d0 with 1 ranks: mpirun -n 2, or --alone"),
-        ("benchmark.py --synthetic --alone --preset llama-7b-p2-d1", "--alone takes neither bypassing"),
-        ("benchmark_allreduce.py", "mpirun -n 2"),
-        ("benchmark_linear.py --rows 0", "--rows 0: expected numbers"),
-        ("benchmark_tensorrt.py --preset llama-7b", "--preset llama-7b: unknown"),
-        ("benchmark_build.py --layers 1000", "GB of disk are free"),
-        ("benchmark_cpu.py --engine nowhere", "nowhere: not an engine directory"),
+        ("benchmark --synthetic", "llama-7b-p2-d0 with 1 ranks: mpirun -n 2, or --alone"),
+        ("benchmark --synthetic --alone --preset llama-7b-p2-d1", "--alone takes neither bypassing"),
+        ("benchmark --synthetic --alone --end 40", "--end 40 is beyond the model"),
+        ("benchmark --synthetic --alone --start 12 --end 12", "no layers run concurrently in [12, 12)"),
+        ("benchmark --synthetic --alone --contexts 20,x", "--contexts 20,x: expected numbers"),
+        ("benchmark --synthetic --alone --layers 1", "--layers must be at least 2"),
+        ("benchmark --synthetic --alone --layers 4 --end 4", "it takes neither --start nor --end"),
+        ("benchmark --synthetic --alone --plot p.doc", "--plot p.doc: its ending is none of"),
+        ("benchmark --synthetic --alone --json docs", "--json docs: is a directory"),
+        ("benchmark_allreduce", "mpirun -n 2"),
+        ("benchmark_linear --rows 0", "--rows 0: expected numbers"),
+        ("benchmark_tensorrt --preset llama-7b", "--preset llama-7b: unknown"),
+        ("benchmark_tensorrt --max-seq-len 5000", "llama-7b has 4096 positions"),
+        ("benchmark_tensorrt", "needs 2 GPUs, this host has 0"),
+        ("benchmark_build", "GB of disk are free, 42 are needed"),
+        ("benchmark_cpu --engine nowhere", "nowhere: not an engine directory"),
     ],
 )
-def test_refusals_are_one_line(line, said):
+def test_refusals_are_one_line(line, said, refused, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
+    monkeypatch.setattr(cuda, "device_count", lambda: 0)
     script, *flags = line.split()
-    done = run(sys.executable, f"scripts/{script}", *flags)
-    assert done.returncode == 2
-    assert said in done.stderr and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+    def call(module, options):
+        arguments = [options, Job()] if isinstance(module.parser(), RankParser) else [options]
+        module.run(*arguments)
+
+    refused(script, call, flags, said)
+
+
+def test_an_engine_that_is_too_short_is_refused(tmp_path, refused):
+    make_model(tmp_path / "model")
+    cqil_trt.build(model=tmp_path / "model", output=tmp_path / "engine", max_seq_len=64, probes="never", p=1)
+    flags = ["--engine", tmp_path / "engine", "--context", 20]
+    refused("benchmark_cpu", lambda script, options: script.run(options, Job()), flags, "the engine holds 64")

@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import importlib
 import json
 import math
 import os
@@ -26,7 +25,7 @@ from test_generate import save_byte_tokenizer
 import cqil_trt
 from cqil_trt.config import CqilConfig
 from cqil_trt.errors import UserError
-from cqil_trt.job import Job, command
+from cqil_trt.job import Job
 from cqil_trt.latency import critical_bytes, decode_seconds
 from cqil_trt.quality import corpus, open_tokenizer, perplexity, similarity, text_blocks
 from cqil_trt.quality.distillation import largest_rise
@@ -60,23 +59,6 @@ def tokens(shape, seed=SEED):
 
 def script(name, *arguments, **options):
     return run(sys.executable, f"scripts/{name}.py", *arguments, env=OFFLINE, **options)
-
-
-@pytest.fixture
-def refused(monkeypatch, capfd):
-    """What a script says to wrong arguments, without a process of its own, which would only import PyTorch again."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    monkeypatch.chdir(ROOT)
-    handler = signal.getsignal(signal.SIGTERM)
-
-    def check(name, call, arguments, message):
-        module = importlib.import_module(name)
-        with pytest.raises(SystemExit) as ended, command():
-            call(module, module.parser().parse_args([str(part) for part in arguments]))
-        assert_user_error(subprocess.CompletedProcess(name, ended.value.code, *capfd.readouterr()), message)
-
-    yield check
-    signal.signal(signal.SIGTERM, handler)
 
 
 # Similarity and the choice of layers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -82,7 +83,14 @@ def numbers(text: str, flag: str, low: int, high: int) -> list[int]:
     return found
 
 
-def check_directory(path: Path | None, flag: str) -> None:
+def check_file(path: Path | None, flag: str) -> None:
     """Raises UserError unless a file can be written at `path`, which `flag` gave."""
-    if path is not None and not path.resolve().parent.is_dir():
+    if path is None:
+        return
+    directory = path.resolve().parent
+    if not directory.is_dir():
         raise UserError(f"{flag} {path}: its directory does not exist")
+    if path.is_dir():
+        raise UserError(f"{flag} {path}: is a directory")
+    if not os.access(path if path.exists() else directory, os.W_OK):
+        raise UserError(f"{flag} {path}: cannot be written")
