@@ -395,6 +395,12 @@ def reporter(tokens_per_step: int) -> Any:
     class Reporter(ProgressCallback if sys.stderr.isatty() else TrainerCallback):
         _last: tuple[int, float] | None = None
 
+        def on_step_end(self, args, state, control, **kwargs):
+            super().on_step_end(args, state, control, **kwargs)
+            if state.global_step >= state.max_steps:
+                # `save` follows, and Trainer takes a step more where it resumes from a checkpoint of the last one.
+                control.should_save = False
+
         def on_log(self, args, state, control, logs=None, **kwargs):
             if logs and not math.isfinite(logs.get("loss", 0)):
                 raise diverged(state.global_step, args.learning_rate)

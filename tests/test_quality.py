@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -518,6 +519,21 @@ def test_resumed_behind_a_kill_training_ends_where_it_would_have(model, text, ad
     assert found[-1][1] == pytest.approx(expected[-1][1], abs=1e-3)
     assert not checkpoints.exists()
     assert_user_error(finetune(model, text, output, "--resume"), "no unfinished training")
+
+
+def test_resumed_behind_its_last_step_training_takes_no_step_more(model, text, tmp_path, monkeypatch):
+    flags = ["--model", model, *SHAPE, "--text", text, "--sequence-length", 32, "--batch-size", 4, "--lora-rank", 4]
+    flags += ["--steps", 4, "--save-steps", 2, "--output", tmp_path / "adapter"]
+
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    script = importlib.import_module("finetune")
+    options = script.parser().parse_args([*map(str, flags)])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="killed"):
+        patch.setattr(script, "save", lambda student, output: sys.exit("killed"))
+        script.train(options)
+    script.train(script.parser().parse_args([*map(str, flags), "--resume"]))
+    report = json.loads((tmp_path / "adapter" / "training.json").read_text())
+    assert report["steps"] == 4 and (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
 def test_two_processes_with_checkpointed_gradients_train_as_one_with_twice_the_batch(model, text, adapter, tmp_path):
