@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from cqil_trt.config import Fields, ModelConfig, RopeConfig, read_json
@@ -201,7 +202,6 @@ class GgufReader(WeightReader):
             self._tensors = {self._rename(tensor.name): tensor for tensor in self._reader.tensors}
         except Exception as error:  # the gguf package raises numpy's and its own errors on a damaged file
             raise UserError(f"{path}: corrupt or truncated GGUF file ({error or type(error).__name__})") from None
-        self._cached: tuple[str, torch.Tensor] | None = None
 
     def field(self, key: str, default=None):
         """A metadata value; `{arch}` in `key` stands for the architecture."""
@@ -227,28 +227,34 @@ class GgufReader(WeightReader):
         return torch.float32
 
     def read(self, name: str, rows: Range = None, columns: Range = None) -> torch.Tensor:
-        # Ranks ask for slices of one tensor one after the other; it is dequantized once.
-        if self._cached is None or self._cached[0] != name:
-            self._cached = (name, self._dequantize(name))
-        return cut(self._cached[1], rows, columns).clone()
-
-    def _dequantize(self, name: str) -> torch.Tensor:
-        import numpy as np
-        from gguf import dequantize
+        from gguf import GGML_QUANT_SIZES, dequantize
 
         entry = self._tensors[name]
+        data, first = entry.data, 0
+        wanted = slice(None) if rows is None else slice(*rows)
+        order = self._row_order(name)
+        data = data[wanted if order is None else order[wanted]]
+        if columns is not None:
+            # What is quantized lies in bytes, whole blocks of elements at a time.
+            block, size = GGML_QUANT_SIZES[entry.tensor_type] if data.dtype == np.uint8 else (1, 1)
+            first = columns[0] // block * block
+            data = data[:, first // block * size : -(-columns[1] // block) * size]
         try:
-            values = np.array(dequantize(entry.data, entry.tensor_type), dtype=np.float32)
+            values = np.array(dequantize(np.ascontiguousarray(data), entry.tensor_type), dtype=np.float32)
         except Exception as error:
             raise UserError(f"{self.source}: {entry.name} cannot be dequantized ({error})") from None
-        tensor = torch.from_numpy(values).reshape(self.shapes()[name])
-        if self.architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
-            # llama.cpp rotates neighbouring pairs, Hugging Face the two halves of a head: undo its row order.
-            count = "head_count" if "q_proj" in name else "head_count_kv"
-            heads = self._integer(f"attention.{count}", self._integer("attention.head_count"))
-            rows = tensor.view(heads, tensor.shape[0] // heads // 2, 2, -1)
-            tensor = rows.transpose(1, 2).reshape(tensor.shape)
-        return tensor
+        if columns is not None:
+            values = values[:, columns[0] - first : columns[1] - first]
+        return torch.from_numpy(np.ascontiguousarray(values))
+
+    def _row_order(self, name: str) -> np.ndarray | None:
+        """Where the rows of a tensor lie in the file; None where in order."""
+        if self.architecture != "llama" or not (".q_proj." in name or ".k_proj." in name):
+            return None
+        # llama.cpp rotates neighbouring pairs, Hugging Face the two halves of a head.
+        count = "head_count" if "q_proj" in name else "head_count_kv"
+        heads = self._integer(f"attention.{count}", self._integer("attention.head_count"))
+        return np.arange(self.shapes()[name][0]).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
     def model_config(self) -> ModelConfig:
         """The model that the file's metadata describes. Raises UserError for one we would compute wrongly."""
