@@ -31,6 +31,7 @@ from cqil_trt.commands import (  # noqa: E402
     add_cqil_flags,
     check_at_least,
     check_file,
+    check_texts,
     cqil_flags,
     run_ranks,
 )
@@ -102,9 +103,7 @@ def check(options: argparse.Namespace) -> None:
     check_at_least(options, 1, "text_tokens", "limit", "batch_size")
     check_at_least(options, 0, "num_fewshot")
     check_file(options.json, "--json")
-    for path in options.text or ():
-        if not path.exists():
-            raise UserError(f"{path}: no such file or directory")
+    check_texts(options.text, "--text")
     for path in options.engine:
         limit = Engine.open(path).limits.max_seq_len
         if options.text and options.block - 1 > limit:

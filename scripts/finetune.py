@@ -28,7 +28,7 @@ import numpy as np  # noqa: E402
 from plots import check_plot, pyplot  # noqa: E402
 
 from cqil_trt.builder import choose_cqil  # noqa: E402
-from cqil_trt.commands import RankParser, add_cqil_flags, check_at_least, cqil_flags  # noqa: E402
+from cqil_trt.commands import RankParser, add_cqil_flags, check_at_least, check_texts, cqil_flags  # noqa: E402
 from cqil_trt.config import ADAPTER_FILE, CqilConfig, ModelConfig, read_json  # noqa: E402
 from cqil_trt.errors import UserError  # noqa: E402
 from cqil_trt.job import command  # noqa: E402
@@ -164,9 +164,8 @@ def check(options: argparse.Namespace) -> None:
     if options.learning_rate <= 0 or options.lora_alpha <= 0:
         raise UserError("--learning-rate and --lora-alpha must be above 0")
     check_plot(options.plot)
-    for path in (*(options.text or ()), *(options.eval_text or ())):
-        if not path.exists():
-            raise UserError(f"{path}: no such file or directory")
+    check_texts(options.text, "--text")
+    check_texts(options.eval_text, "--eval-text")
     if not (options.text or options.self_generated):
         raise UserError("what to train on? --text PATH …, or --self-generated N for text the model samples itself")
     if options.resume and options.force:
@@ -398,6 +397,7 @@ def reporter(tokens_per_step: int) -> Any:
         def on_step_end(self, args, state, control, **kwargs):
             super().on_step_end(args, state, control, **kwargs)
             if state.global_step >= state.max_steps:
+                control.should_log = True
                 # `save` follows, and Trainer takes a step more where it resumes from a checkpoint of the last one.
                 control.should_save = False
 

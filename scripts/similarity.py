@@ -23,7 +23,7 @@ import numpy as np  # noqa: E402
 from plots import check_plot, pyplot  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from cqil_trt.commands import Parser, check_at_least, check_file, numbers  # noqa: E402
+from cqil_trt.commands import Parser, check_at_least, check_file, check_texts, numbers  # noqa: E402
 from cqil_trt.config import BYPASSES, DTYPES, MAX_RANKS, CqilConfig, ModelConfig  # noqa: E402
 from cqil_trt.errors import UserError  # noqa: E402
 from cqil_trt.job import command  # noqa: E402
@@ -32,6 +32,7 @@ from cqil_trt.table import size, table  # noqa: E402
 
 # The authors' published ranges begin at 38% of the layers or behind; their last layers differ most from each other.
 FIRST = 0.375
+REPORTED = 10  # configurations searched between two lines, without a terminal
 
 
 def parser() -> Parser:
@@ -41,18 +42,34 @@ def parser() -> Parser:
         "--text", metavar="PATH", type=Path, nargs="+", required=True, help="text files, .jsonl, directories"
     )
     p.add_argument("--column", default="text", help="field of .jsonl and datasets that holds the text")
-    p.add_argument("--text-tokens", metavar="N", type=int, default=8192, help="at most these many tokens of it")
-    p.add_argument("--block", metavar="N", type=int, default=1024, help="tokens the model sees at a time")
-    p.add_argument("--p", metavar="P,P", default="2,4", help="group sizes, and numbers of ranks")
-    p.add_argument("--threshold", type=float, default=0.8, help="lowest similarity of a layer's input to its group's")
+    p.add_argument(
+        "--text-tokens",
+        metavar="N",
+        type=int,
+        default=8192,
+        help="at most these many tokens of it, whole blocks (default %(default)s)",
+    )
+    p.add_argument(
+        "--block", metavar="N", type=int, default=1024, help="tokens the model sees at a time (default %(default)s)"
+    )
+    p.add_argument("--p", metavar="P,P", default="2,4", help="group sizes, and numbers of ranks (default %(default)s)")
+    p.add_argument(
+        "--threshold",
+        type=float,
+        default=0.8,
+        help="lowest similarity of a layer's input to its group's (default %(default)s)",
+    )
     p.add_argument("--first", metavar="LAYER", type=int, help="no range begins before it (default: 3/8 of the layers)")
     p.add_argument("--dtype", choices=DTYPES, default="float16", help="type of weights, for predicted latency")
     search = p.add_argument_group("search")
     search.add_argument("--search", action="store_true", help="measure perplexity with every range from --first on")
-    search.add_argument("--d", metavar="D,D", default="0", help="bypass distances to measure")
+    search.add_argument("--d", metavar="D,D", default="0", help="bypass distances to measure (default %(default)s)")
     search.add_argument("--bypass", choices=BYPASSES, default="mlp", help="where the bypass goes when d > 0")
     search.add_argument(
-        "--tolerance", type=float, default=0.8, help="log-perplexity that a recommended range may cost before training"
+        "--tolerance",
+        type=float,
+        default=0.8,
+        help="log-perplexity that a recommended range may cost before training (default %(default)s)",
     )
     p.add_argument("--plot", metavar="F.png", type=Path, help="heat map of similarities, or the search's frontier")
     p.add_argument("--json", metavar="F", type=Path, help="write everything measured to this file")
@@ -73,6 +90,7 @@ def run(options: argparse.Namespace) -> None:
     check_at_least(options, 2, "block", "text_tokens")
     check_file(options.json, "--json")
     check_plot(options.plot)
+    check_texts(options.text, "--text")
     ps = numbers(options.p, "--p", 2, MAX_RANKS)
     ds = numbers(options.d, "--d", 0, max(ps) - 1)
     if options.model is None:
@@ -179,8 +197,10 @@ def search(
         for start, end in ranges(first, model.num_layers, p)
         if d < p
     ]
+    print(f"\nsearching {len(candidates)} configurations (fewer: a later --first, fewer --text-tokens)")
     points: list[dict[str, Any]] = []
-    for cqil in tqdm(candidates, desc="searching", disable=not sys.stderr.isatty(), leave=False):
+    seen = sys.stderr.isatty()
+    for cqil in tqdm(candidates, desc="searching", disable=not seen, leave=False):
         scores = score_reference(reference.with_cqil(network, cqil), blocks)
         points.append(
             {
@@ -191,7 +211,9 @@ def search(
                 **costs(model, cqil, options.dtype),
             }
         )
-    print(f"\nsearch: {len(points)} configurations; unchanged, the perplexity is {base.perplexity:.3f}")
+        if not seen and len(points) % REPORTED == 0:
+            print(f"{len(points)} of {len(candidates)} searched")
+    print(f"unchanged, the perplexity is {base.perplexity:.3f}")
     fastest = []
     for p in ps:
         for d in sorted({d for d in ds if d < p}):

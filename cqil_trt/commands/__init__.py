@@ -83,6 +83,13 @@ def numbers(text: str, flag: str, low: int, high: int) -> list[int]:
     return found
 
 
+def check_texts(paths: Sequence[Path] | None, flag: str) -> None:
+    """Raises UserError for a file or directory that is not there."""
+    for path in paths or ():
+        if not path.exists():
+            raise UserError(f"{flag} {path}: no such file or directory")
+
+
 def check_file(path: Path | None, flag: str) -> None:
     """Raises UserError unless a file can be written at `path`, which `flag` gave."""
     if path is None:
