@@ -37,7 +37,7 @@ from synthetic import SHAPES, model_config
 from tqdm import tqdm
 
 from cqil_trt import cuda, reference
-from cqil_trt.backends.torch_cuda import TorchCudaSession, device_tensor
+from cqil_trt.backends.torch_cuda import TorchCudaSession, device_tensor, use_device
 from cqil_trt.checkpoint import rank_tensors
 from cqil_trt.commands import RankParser, check_at_least, check_file, numbers, run_ranks
 from cqil_trt.config import CqilConfig, EngineConfig, ModelConfig
@@ -202,8 +202,7 @@ def saying_when_memory_is_full() -> Iterator[None]:
 
 def run(options: argparse.Namespace, job: Job) -> None:
     cqil, model = job.agree(lambda: configure(options, job.size))
-    job.agree(lambda: cuda.use_device(RANK))
-    torch.cuda.set_device(int(cuda.call("GetDevice")))
+    job.agree(lambda: use_device(RANK))
     reader = SyntheticReader(model)
     longest = max(options.contexts + [options.batch_context, *options.prefills]) + 2 * options.steps + 8
     longest = max(longest, max(PARITY_PROMPTS) + STEPS)

@@ -28,7 +28,7 @@ import torch.nn.functional as F  # noqa: E402
 from mpi4py import MPI  # noqa: E402
 from plots import check_plot, pyplot  # noqa: E402
 
-from cqil_trt import cuda  # noqa: E402
+from cqil_trt.backends.torch_cuda import use_device  # noqa: E402
 from cqil_trt.collectives.cuda import CudaCommunicator  # noqa: E402
 from cqil_trt.commands import RankParser, check_file, run_ranks  # noqa: E402
 from cqil_trt.errors import UserError  # noqa: E402
@@ -186,8 +186,7 @@ def run(options: argparse.Namespace, job: Job) -> None:
     job.agree(lambda: check(options, job.size))
     comm = MPI.COMM_WORLD
     rank, ranks = job.rank, job.size
-    job.agree(lambda: cuda.use_device(rank))
-    torch.cuda.set_device(int(cuda.call("GetDevice")))
+    job.agree(lambda: use_device(rank))
     nccl = not options.no_peers and ranks <= torch.cuda.device_count()
     if nccl:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")

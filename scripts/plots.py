@@ -26,6 +26,8 @@ def check_plot(path: Path | None) -> None:
     """Raises what would come up when --plot is drawn at the end, so that it does before the work."""
     check_file(path, "--plot")
     if path is not None:
-        known = pyplot().figure().canvas.get_supported_filetypes()
+        from matplotlib.backend_bases import FigureCanvasBase
+
+        known = FigureCanvasBase.get_supported_filetypes()
         if path.suffix[1:].lower() not in known:
             raise UserError(f"--plot {path}: its ending is none of {', '.join(sorted(known))}")

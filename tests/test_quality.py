@@ -105,10 +105,14 @@ def test_frontier_is_what_no_point_beats(points):
         assert not any((c < costs[i] and v <= losses[i]) or (c <= costs[i] and v < losses[i]) for c, v in points)
 
 
-def placed(p, start, end):
-    """The configuration of each name that the tables of docs/performance.md have."""
+def placed(shapes, p, start, end):
+    """The model of these shapes, and the configuration of each name that the tables of docs/performance.md have."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from synthetic import model_config
+
     grouped = {name: CqilConfig(p, 0, start, end, placement=name) for name in ("leader", "sharded")}
-    return {"sequential": CqilConfig(1), **grouped, "tensor": CqilConfig(p, placement="tensor")}
+    tensor = CqilConfig(p, placement="tensor")
+    return model_config(shapes), {"sequential": CqilConfig(1), **grouped, "tensor": tensor}
 
 
 @pytest.mark.parametrize(
@@ -120,11 +124,8 @@ def placed(p, start, end):
 )
 def test_predicted_latency_is_near_what_one_rank_takes(shapes, p, start, end, measured):
     """docs/performance.md, rank 0's share on one H200; peers add 0.7 us a collective to it."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    from synthetic import model_config
-
-    config = model_config(shapes)
-    for name, cqil in placed(p, start, end).items():
+    config, configurations = placed(shapes, p, start, end)
+    for name, cqil in configurations.items():
         milliseconds = measured[name] + 0.7e-3 * plan(config, cqil)[0].collectives
         assert milliseconds < decode_seconds(config, cqil, "float16") * 1e3 < 1.07 * milliseconds
 
@@ -138,11 +139,8 @@ def test_predicted_latency_is_near_what_one_rank_takes(shapes, p, start, end, me
 )
 def test_predicted_latency_is_near_what_was_measured(shapes, start, end, measured):
     """docs/performance.md, two H200 (NVLink), float16, at 200 tokens."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    from synthetic import model_config
-
-    config = model_config(shapes)
-    for name, cqil in placed(2, start, end).items():
+    config, configurations = placed(shapes, 2, start, end)
+    for name, cqil in configurations.items():
         assert decode_seconds(config, cqil, "float16") * 1e3 == pytest.approx(measured[name], rel=0.03)
     leader = CqilConfig(2, 0, start, end, placement="leader")
     bypassed = CqilConfig(2, 1, start, end, placement="leader")  # an exchange more in every group
@@ -569,7 +567,7 @@ def test_wrong_training_is_refused_in_one_line(flags, message, model, text, tmp_
     assert not (tmp_path / "adapter").exists() and (ROOT / "docs" / "architecture.md").exists()
 
 
-@pytest.mark.parametrize("steps", [5, 12])  # what is logged is every tenth step
+@pytest.mark.parametrize("steps", [5, 12])  # noticed where the last step is logged, and where the tenth is
 def test_a_training_that_diverges_leaves_no_adapter(steps, model, text, tmp_path, refused):
     flags = ["--model", model, *SHAPE, "--text", text, "--sequence-length", 32, "--batch-size", 4, "--steps", steps]
     flags += ["--learning-rate", 1e30, "--precision", "fp32", "--output", tmp_path / "adapter"]

@@ -20,6 +20,12 @@ from cqil_trt.shard import LayerShard
 _MAX_VIEWS = 4096
 
 
+def use_device(number: int) -> None:
+    """`cuda.use_device`, for PyTorch too."""
+    cuda.use_device(number)
+    torch.cuda.set_device(int(cuda.call("GetDevice")))
+
+
 class TorchCudaSession(CudaSession):
     """`device`: which GPU, modulo those there are; it becomes PyTorch's current one in this process.
 
@@ -27,8 +33,7 @@ class TorchCudaSession(CudaSession):
     """
 
     def __init__(self, engine: Engine, comm: Any, device: int):
-        cuda.use_device(device)
-        torch.cuda.set_device(int(cuda.call("GetDevice")))
+        use_device(device)
         super().__init__(engine, comm, plugins.load())
         self._load(engine)
         self._torch_stream = torch.cuda.ExternalStream(int(self._stream))
