@@ -33,7 +33,10 @@ class Checkpoint:
     def __init__(self, path: Path, lora: Path | None):
         self.model, reader = open_checkpoint(path)
         check_shapes(reader, checkpoint_shapes(self.model))
-        self.reader = reader if lora is None else LoraReader(reader, lora, self.model.tie_embeddings)
+        self.reader = reader
+        if lora is not None:
+            self.reader = merged = LoraReader(reader, lora, self.model)
+            self.model = merged.model
         self.source = Source(str(path.resolve()), None if lora is None else str(lora.resolve()))
         self.rotary = tuple(inverse_frequencies(self.model))
 

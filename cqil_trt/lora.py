@@ -1,202 +1,262 @@
 """A reader that wraps a reader and merges a PEFT LoRA adapter into what it reads, slice by slice.
 
-The arithmetic is PEFT's `merge_and_unload` in float32: W + (B @ A) * scaling, scaling = alpha / r, or
-alpha / sqrt(r) with rsLoRA (arXiv 2312.03732).
+The arithmetic is that of PEFT's `merge_and_unload` after the adapter was loaded, in float32: W + (B @ A) * scaling, or
+with DoRA that sum rescaled; `merging` has it.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from cqil_trt.config import Fields, read_json
+from cqil_trt.config import ModelConfig
 from cqil_trt.errors import UserError
-from cqil_trt.weights import Range, SafetensorsReader, TorchReader, WeightReader, cut
+from cqil_trt.merging import Added, Change, Dora, LowRank, MergedTensor, Rows
+from cqil_trt.peft_config import EMBEDDING, HEAD, AdapterConfig
+from cqil_trt.shard import checkpoint_shapes
+from cqil_trt.weights import Range, SafetensorsReader, TorchReader, WeightReader
 
 _PREFIX = "base_model.model."
-# Fields of adapter_config.json that do not change what merging computes. Any other that is set names a kind of
-# adapter that this reader would merge wrongly.
-_HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_type", "task_type", "peft_version",
-    "r", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora", "modules_to_save", "target_modules",
-    "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "init_lora_weights",
-    "megatron_core", "ensure_weight_tying", "eva_config", "corda_config", "loftq_config", "lora_ga_config",
-    "runtime_config", "qalora_group_size",
-}  # fmt: skip
-# Initialisations that leave the base weights alone; the others (PiSSA, OLoRA, LoftQ, CorDA, ...) change them.
-_PLAIN_INIT = (None, True, False, "gaussian", "eva", "orthogonal")
-
-
-@dataclass(frozen=True)
-class _Delta:
-    """A low-rank change of one weight: rows of `b` (out, r), columns of `a` (r, in)."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scaling: float
+_TABLES = _TABLE, _PROJECTION = f"{EMBEDDING}.weight", f"{HEAD}.weight"
+# What PEFT, old and new, calls the tensors of a module. An adapter's own name may stand in the key, the second group.
+_FORMS = {
+    "A": r"(.+)\.lora_A(?:\.([^.]+))?\.weight",
+    "B": r"(.+)\.lora_B(?:\.([^.]+))?\.weight",
+    "bias": r"(.+)\.lora_B(?:\.([^.]+))?\.bias",
+    "embedding_A": r"(.+)\.lora_embedding_A(?:\.([^.]+))?",
+    "embedding_B": r"(.+)\.lora_embedding_B(?:\.([^.]+))?",
+    "magnitude": r"(.+)\.lora_magnitude_vector(?:\.((?!weight$)[^.]+))?(?:\.weight)?",
+    "tokens": r"(.+)\.token_adapter\.trainable_tokens_delta(?:\.([^.]+))?",
+    "unused": r"(.+)\.(?:token_adapter\.trainable_tokens_original|lora_velora_embed)(?:\.([^.]+))?",
+}
+# The field of adapter_config.json that asks for tensors of a kind.
+_FIELDS = {
+    **dict.fromkeys(("A", "B", "embedding_A", "embedding_B"), "target_modules"),
+    "bias": "lora_bias",
+    "magnitude": "use_dora",
+    "tokens": "trainable_token_indices",
+    "saved": "modules_to_save",
+}
+_RESIZE = "resize the embeddings of the base model, save it, and build from that"
 
 
 class LoraReader(WeightReader):
-    """`base` with the adapter in `directory` merged.
+    """`base`, the weights of `model`, with the adapter in `directory` merged.
 
-    Only the adapter's own tensors stay in memory. Raises UserError for an adapter of another model (shapes, missing
-    or extra modules) and for a kind of adapter that is not merged.
+    `model` becomes what the merged weights are: an adapter may bring a vocabulary of another size, and one that trains
+    the embedding or the last projection apart from the other unties them. Only low-rank factors stay in memory; tables
+    that the adapter stores whole are read slice by slice too.
+
+    Raises UserError for an adapter of another model (shapes, missing or extra modules), an incomplete one, and a kind
+    that is not merged.
     """
 
-    def __init__(self, base: WeightReader, directory: Path, tie_embeddings: bool = False):
-        self._base = base
-        self.source = f"{base.source} + {directory}"
+    def __init__(self, base: WeightReader, directory: Path, model: ModelConfig):
         if not directory.is_dir():
             raise UserError(f"--lora {directory}: no such directory")
-        path = directory / "adapter_config.json"
-        self._name = str(path)
-        self._config = Fields(read_json(path), str(path))
-        self._check_kind()
-        reader = _adapter_reader(directory)
-        self._deltas: dict[str, _Delta] = {}
-        self._replaced: dict[str, torch.Tensor] = {}
-        self._load(reader)
-        self._check_modules(reader.source)
-        if not self.merged:
-            raise UserError(f"{reader.source}: holds no tensor to merge")
-        if tie_embeddings and {"model.embed_tokens.weight", "lm_head.weight"} & (
-            self._deltas.keys() | self._replaced.keys()
-        ):
-            raise UserError(f"{reader.source}: changes the embedding of a model that ties it to the last projection")
+        self._base = base
+        self.source = f"{base.source} + {directory}"
+        self._config = AdapterConfig(directory / "adapter_config.json", model.tie_embeddings)
+        self._adapter = _adapter_reader(directory)
+        self._tied = model.tie_embeddings
+        self._names = checkpoint_shapes(replace(model, tie_embeddings=False))
+        self._keys = self._sort_keys()
+        self._scalings: dict[str, float] = {}
+        vocabulary = self._vocabulary(model.vocab_size)
+        self._names.update({name: (vocabulary, model.hidden_size) for name in _TABLES})
+        self._merged = self._merge()
+        self._check_all_taken()
+        if not self._merged:
+            raise self._fail("holds no tensor to merge")
+        if vocabulary > model.vocab_size and (missing := self._not_grown()):
+            raise self._fail(
+                f"made for a vocabulary of {vocabulary} tokens, but without the {missing} of that size: {_RESIZE}"
+            )
+        self.model = replace(
+            model, vocab_size=vocabulary, tie_embeddings=self._tied and _PROJECTION not in self._merged
+        )
+        self._shapes = {**base.shapes(), **{name: tensor.shape for name, tensor in self._merged.items()}}
 
-    def _check_kind(self) -> None:
-        kind = self._config.text("peft_type", "LORA")
-        if kind != "LORA":
-            raise UserError(f"{self._name}: adapters of type {kind[:40]} are not merged (LORA is)")
-        for name, value in self._config.values.items():
-            # An empty object or list, false and null all leave a feature off.
-            if name not in _HARMLESS and value:
-                label = "DoRA" if name == "use_dora" else name
-                raise UserError(f"{self._name}: {label[:60]} is set: such an adapter is not merged (plain LoRA is)")
-        init = self._config.values.get("init_lora_weights")
-        if init not in _PLAIN_INIT:
-            raise UserError(f"{self._name}: init_lora_weights {init!r:.60} changes the base weights and is not merged")
+    def _fail(self, message: str) -> UserError:
+        return UserError(f"{self._adapter.source}: {message}")
 
-    def _load(self, reader: WeightReader) -> None:
-        """Sorts the adapter's tensors into low-rank changes and whole replacements, checking every shape."""
-        shapes, base = reader.shapes(), self._base.shapes()
-        for key, shape in shapes.items():
-            name = key.removeprefix(_PREFIX).replace(".base_layer.", ".")
-            module, _, last = name.rpartition(".lora_")
-            if not module:
-                self._replace(reader, key, name)
+    def _sort_keys(self) -> dict[str, dict[str, str]]:
+        """The adapter's keys: kind (of `_FORMS`, "saved" or "base") → module or tensor → key.
+
+        "saved" tensors are those of modules_to_save; "base" ones stand for the checkpoint's own.
+        """
+        found: dict[str, dict[str, str]] = {kind: {} for kind in (*_FORMS, "saved", "base")}
+        adapters = set()
+        for key in self._adapter.shapes():
+            kind, target, adapter = self._place(key)
+            if kind in _FORMS and f"{target}.weight" not in self._names:
+                raise self._fail(f"adapts {target[:120]}, which the model does not have")
+            if kind not in _FORMS and (target not in self._names or not key.startswith(_PREFIX)):
+                raise self._fail(f"holds {key[:120]}, which the model does not have")
+            # A module of modules_to_save may be there twice: PEFT reads the key without that infix.
+            if target not in found[kind] or ".modules_to_save." not in key:
+                found[kind][target] = key
+            adapters.add(adapter)
+        if len(adapters - {None}) > 1:
+            raise self._fail(f"holds several adapters ({', '.join(sorted(adapters - {None}))[:80]}): save one alone")
+        return found
+
+    def _place(self, key: str) -> tuple[str, str, str | None]:
+        """The kind of a key, what it belongs to, and the adapter's name where the key has it."""
+        name = key.removeprefix(_PREFIX)
+        for kind, form in _FORMS.items():
+            if match := re.fullmatch(form, name):
+                return kind, match[1], match[2]
+        if ".lora_" in name:
+            raise self._fail(f"{key[:120]} is not a LoRA tensor that is merged")
+        module, infix, rest = name.partition(".modules_to_save.")
+        if infix:
+            adapter, _, inner = rest.partition(".")
+            if f"{module}.{rest}" in self._names:
+                return "saved", f"{module}.{rest}", None
+            return "saved", f"{module}.{inner}", adapter
+        plain = re.sub(r"\.(token_adapter\.base_layer|base_layer|original_module)\.", ".", name)
+        return "saved" if plain == name and self._config.saves(name) else "base", plain, None
+
+    def _vocabulary(self, tokens: int) -> int:
+        """The size of the vocabulary: that of the tables the adapter stores, or the checkpoint's."""
+        shapes = self._adapter.shapes()
+        keys = [self._keys[kind].get(name) for kind in ("saved", "base") for name in _TABLES]
+        sizes = {shapes[key][0]: key for key in keys if key and shapes[key]}
+        if len(sizes) > 1:
+            raise self._fail(f"holds tables of different sizes: {', '.join(f'{k} {n}' for n, k in sizes.items())}")
+        return next(iter(sizes), tokens)
+
+    def _take(self, kind: str, name: str, shape: tuple[int, ...], why: str) -> str:
+        """The key of a tensor that must be there, in `shape`."""
+        key = self._keys[kind].pop(name, None)
+        if key is None:
+            raise self._fail(f"lacks {why}")
+        self._check_shape(key, shape)
+        return key
+
+    def _check_shape(self, key: str, shape: tuple[int, ...]) -> None:
+        found = self._adapter.shapes()[key]
+        if found != shape:
+            raise self._fail(f"{key[:120]} has shape {found}, the model's is {shape}: an adapter of another model?")
+
+    def _merge(self) -> dict[str, MergedTensor]:
+        """Every tensor that is not the checkpoint's own."""
+        merged = {}
+        shared = _TABLES if self._tied else ()
+        saved = {
+            name: self._take("saved", name, shape, f"{name}, of a module that modules_to_save names")
+            for name, shape in self._names.items()
+            if self._config.saves(name)
+        }
+        changes = {name: self._changes_of(name) for name in self._names}
+        for name, shape in self._names.items():
+            if name in saved:
+                merged[name] = MergedTensor(self._adapter, saved[name], shape, [])
                 continue
-            if last in ("A.weight", "embedding_A"):
-                partner = key.replace("lora_A.weight", "lora_B.weight").replace("lora_embedding_A", "lora_embedding_B")
-            elif last in ("B.weight", "embedding_B"):
-                partner = key.replace("lora_B.weight", "lora_A.weight").replace("lora_embedding_B", "lora_embedding_A")
-            else:
-                raise UserError(f"{reader.source}: {key[:120]} is not a LoRA tensor that is merged")
-            if partner not in shapes:
-                raise UserError(f"{reader.source}: {key[:120]} has no partner {partner[:120]}")
-            weight = f"{module}.weight"
-            if weight not in base:
-                raise UserError(f"{reader.source}: adapts {module[:120]}, which the model does not have")
-            if last.endswith(("B.weight", "embedding_B")):
-                continue
-            a, b = reader.read(key).float(), reader.read(partner).float()
-            if last == "embedding_A":  # an embedding stores its table as (vocabulary, hidden): B @ A is its transpose
-                a, b = b.T, a.T
-            expected = base[weight]
-            if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or (b.shape[0], a.shape[1]) != expected:
-                raise UserError(
-                    f"{reader.source}: {module[:120]} has A {tuple(shape)} and B {tuple(shapes[partner])}, which do "
-                    f"not fit the model's {expected}: an adapter of another model?"
-                )
-            self._deltas[weight] = _Delta(a, b, self._scaling(module, a.shape[0]))
+            # PEFT loads and merges the modules in this order; those of a tied model work on one and the same tensor.
+            sources = shared if name in shared else (name,)
+            stored = [self._keys["base"][source] for source in sources if source in self._keys["base"]]
+            for key in stored:
+                self._check_shape(key, shape)
+            reader, key = (self._adapter, stored[-1]) if stored else (self._base, sources[0])
+            own = [change for source in sources if source not in saved for change in changes[source]]
+            if own or (reader, key, shape) != (self._base, name, self._base.shapes().get(name)):
+                merged[name] = MergedTensor(reader, key, shape, own)
+        if self._tied and self._config.saves_tied:
+            merged[_TABLE] = merged[_PROJECTION]
+        if self._tied and (self._config.saves_tied or not saved.keys() & set(_TABLES)):
+            del merged[_PROJECTION]
+        return merged
 
-    def _replace(self, reader: WeightReader, key: str, name: str) -> None:
-        base = self._base.shapes()
-        if not key.startswith(_PREFIX) or name not in base:
-            raise UserError(f"{reader.source}: holds {key[:120]}, which the model does not have")
-        if reader.shapes()[key] != base[name]:
-            raise UserError(f"{reader.source}: {name} has shape {reader.shapes()[key]}, the model {base[name]}")
-        self._replaced[name] = reader.read(key)
+    def _changes_of(self, name: str) -> list[Change]:
+        """What the adapter does to the tensor `name`."""
+        module, _, kind = name.rpartition(".")
+        targeted = len(self._names[f"{module}.weight"]) == 2 and self._config.targets(module)
+        indices = self._config.token_indices(module)
+        if kind == "bias":
+            wanted = self._config.bias == "all" or (self._config.bias == "lora_only" and targeted)
+            if wanted and name not in self._keys["base"]:
+                raise self._fail(f"lacks {name}, which bias: {self._config.bias} of adapter_config.json trains")
+            return [self._bias(module)] if targeted and self._config.lora_bias else []
+        if indices is None:
+            return [self._low_rank(module)] if targeted else []
+        if targeted or self._config.saves(name):
+            raise self._fail(f"trains {module} in two ways at once (trainable_token_indices), which PEFT does not load")
+        return [self._rows(module, indices)]
 
-    def _pattern(self, field: str, module: str, default: float) -> float:
-        """PEFT's rule: the first pattern that matches the end of the module's name, else the default."""
-        patterns = self._config.object(field)
-        for pattern in patterns.values:
-            try:
-                matches = re.match(rf"(.*\.)?({pattern})$", module)
-            except (re.error, OverflowError, RecursionError) as error:
-                raise UserError(f"{patterns.source}: {pattern!r:.60} is not a pattern ({error})") from None
-            if matches:
-                return patterns.number(pattern)
-        return default
+    def _low_rank(self, module: str) -> LowRank:
+        embedding, shape = module == EMBEDDING, self._names[f"{module}.weight"]
+        kinds = ("embedding_A", "embedding_B") if embedding else ("A", "B")
+        found = {kind: self._keys[kind].pop(module) for kind in kinds if module in self._keys[kind]}
+        if not found:
+            raise self._fail(f"lacks {module}, which adapter_config.json targets: an adapter of another model?")
+        if len(found) == 1:
+            raise self._fail(f"{next(iter(found.values()))[:120]} has no partner")
+        a, b = (self._adapter.read(found[kind]).float() for kind in kinds)
+        shapes = f"{module[:120]} has A {tuple(a.shape)} and B {tuple(b.shape)}"
+        if embedding:  # its weight is (vocabulary, hidden), so that B @ A is the transpose
+            a, b = b.T, a.T
+        if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or (b.shape[0], a.shape[1]) != shape:
+            raise self._fail(f"{shapes}, which do not fit the model's {shape}: an adapter of another model?")
+        scaling = self._scalings[module] = self._config.scaling(module, a.shape[0])
+        if self._config.lora_bias and f"{module}.bias" not in self._names:
+            raise self._fail(f"lora_bias is set, but {module} has no bias to merge it into (PEFT cannot either)")
+        if not self._config.dora:
+            return LowRank(a, b, scaling)
+        length = shape[1] if embedding else shape[0]
+        key = self._take("magnitude", module, (length,), f"{module}.lora_magnitude_vector, which use_dora asks for")
+        return Dora(a, b, scaling, self._adapter.read(key).float(), by_column=embedding)
 
-    def _scaling(self, module: str, rank: int) -> float:
-        expected = self._pattern("rank_pattern", module, self._config.integer("r", 8))
-        if rank != expected:
-            raise UserError(f"{self._name}: says rank {expected:g} for {module}, whose tensors have rank {rank}")
-        alpha = self._pattern("alpha_pattern", module, self._config.number("lora_alpha", 8))
-        return alpha / (math.sqrt(rank) if self._config.boolean("use_rslora") else rank)
+    def _bias(self, module: str) -> Added:
+        why = f"{module}.lora_B.bias, which lora_bias asks for"
+        key = self._take("bias", module, self._names[f"{module}.bias"], why)
+        return Added(self._adapter.read(key).float() * self._scalings[module])
 
-    def _check_modules(self, source: str) -> None:
-        """Every module that the configuration targets must be there: an adapter of a shallower model is not ours."""
-        targets = self._config.values.get("target_modules")
-        for name, shape in self._base.shapes().items():
-            module, _, kind = name.rpartition(".")
-            if kind != "weight" or len(shape) != 2 or name in self._deltas or name in self._replaced:
-                continue
-            if self._targets(module, targets):
-                raise UserError(f"{source}: lacks {module}, which adapter_config.json targets: of another model?")
+    def _rows(self, module: str, indices: list[int]) -> Rows:
+        rows, width = self._names[f"{module}.weight"]
+        if max(indices, default=0) >= rows:
+            raise self._fail(f"trainable_token_indices names token {max(indices)} of {module}'s {rows}: {_RESIZE}")
+        why = f"the rows of {module} that trainable_token_indices names"
+        values = self._adapter.read(self._take("tokens", module, (len(indices), width), why)).float()
+        last = {token: row for row, token in enumerate(indices)}
+        return Rows(torch.tensor(list(last), dtype=torch.long), values[list(last.values())])
 
-    def _targets(self, module: str, targets: Any) -> bool:
-        """PEFT's rule for whether `module` is adapted: by suffix or full name, or by a pattern for the whole name."""
-        excluded = self._config.values.get("exclude_modules")
-        if excluded and _names(module, excluded):
-            return False
-        if targets == "all-linear":
-            return ".layers." in module
-        if not targets or not _names(module, targets):
-            return False
-        layers = self._config.values.get("layers_to_transform")
-        if layers is None or isinstance(targets, str):
-            return True
-        index = re.match(r"model\.layers\.(\d+)\.", module)
-        return index is not None and int(index.group(1)) in (layers if isinstance(layers, list) else [layers])
+    def _check_all_taken(self) -> None:
+        """Raises UserError for what the adapter holds and its configuration does not name: PEFT would leave it out."""
+        if self._tied and self._config.token_indices(EMBEDDING):
+            self._keys["tokens"].pop(HEAD, None)  # the same rows again
+        for kind, keys in self._keys.items():
+            if keys and kind in _FIELDS:
+                key = next(iter(keys.values()))
+                raise self._fail(f"holds {key[:120]}, which {_FIELDS[kind]} of adapter_config.json does not ask for")
+
+    def _not_grown(self) -> str | None:
+        """A table that the adapter would have to bring in the size of its vocabulary, and does not."""
+        found = (name for name in _TABLES if name in self._merged and self._merged[name].reader is self._base)
+        return next(found, None)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return self._base.shapes()
+        return self._shapes
 
     def dtype(self, name: str) -> torch.dtype:
-        return torch.float32 if name in self._deltas else self._base.dtype(name)
+        tensor = self._merged.get(name)
+        if tensor is None:
+            return self._base.dtype(name)
+        return torch.float32 if tensor.changes else tensor.reader.dtype(tensor.key)
 
     def read(self, name: str, rows: Range = None, columns: Range = None) -> torch.Tensor:
-        replaced = self._replaced.get(name)
-        tensor = self._base.read(name, rows, columns) if replaced is None else cut(replaced, rows, columns)
-        delta = self._deltas.get(name)
-        if delta is None:
-            return tensor
-        return torch.addmm(tensor.float(), cut(delta.b, rows, None), cut(delta.a, None, columns), alpha=delta.scaling)
+        tensor = self._merged.get(name)
+        return self._base.read(name, rows, columns) if tensor is None else tensor.read(rows, columns)
 
     @property
     def merged(self) -> int:
         """How many of the model's tensors the adapter changes."""
-        return len(self._deltas) + len(self._replaced)
-
-
-def _names(module: str, targets: Any) -> bool:
-    if isinstance(targets, str):
-        try:
-            return re.fullmatch(targets, module) is not None
-        except (re.error, OverflowError, RecursionError) as error:
-            raise UserError(f"adapter_config.json: {targets!r:.60} is not a pattern ({error})") from None
-    if not isinstance(targets, list):
-        raise UserError(f"adapter_config.json: expected a list of module names, found {targets!r:.60}")
-    return any(isinstance(t, str) and (module == t or module.endswith(f".{t}")) for t in targets)
+        return len(self._merged)
 
 
 def _adapter_reader(directory: Path) -> WeightReader:

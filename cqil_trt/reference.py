@@ -9,7 +9,9 @@ from __future__ import annotations
 import gc
 import io
 import logging
+import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from functools import cache
@@ -149,12 +151,40 @@ def load_hugging_face(model: str, lora: str | None = None, dtype: torch.dtype = 
                 place, dtype=dtype, trust_remote_code=False, local_files_only=True, **options
             )
         if lora is not None:
-            from peft import PeftModel
-
-            network = PeftModel.from_pretrained(network, lora).merge_and_unload()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"the reference cannot be loaded from {model}: {error}") from None
+            network = _merged_by_peft(network, lora)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        adapter = "" if lora is None else f" with {lora}"
+        raise UserError(f"the reference cannot be loaded from {model}{adapter}: {error}") from None
     return network.eval()
+
+
+# Keys that carry an adapter's name, and how older PEFT wrote modules_to_save: what PEFT expects in their place.
+_PEFT_KEYS = {
+    r"(\.lora_[AB])\.[^.]+(\.(?:weight|bias))$": r"\1\2",
+    r"(\.lora_embedding_[AB]|\.token_adapter\.trainable_tokens_(?:delta|original))\.[^.]+$": r"\1",
+    r"(\.lora_magnitude_vector)(?:\.[^.]+)+$": r"\1",
+    r"\.modules_to_save\.(?:(?!\w+_proj\.)[^.]+\.)?(?=(?:\w+_proj\.)?(?:weight|bias)$)": ".",
+}
+_VOCABULARY_TABLE = re.compile(r"\.(embed_tokens|lm_head)\.(?!lora_)(?:.+\.)?weight$")
+
+
+def _merged_by_peft(network: nn.Module, lora: str) -> nn.Module:
+    """The network with the adapter merged by PEFT, after its embeddings took the size of the adapter's tables."""
+    from peft import PeftModel
+    from peft.utils import load_peft_weights
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns of every tied model
+        weights = load_peft_weights(lora, device="cpu")
+        sizes = {tensor.shape[0] for key, tensor in weights.items() if _VOCABULARY_TABLE.search(key)}
+        modules = {key.partition(".lora_")[0] for key in weights if ".lora_" in key}
+        older = [module.removeprefix("base_model.model.") for module in modules if f"{module}.bias" in weights]
+        del weights
+        if sizes - {network.config.vocab_size}:
+            network.resize_token_embeddings(max(sizes), mean_resizing=False)
+        # Older PEFT wrote an adapted module's own tensors without the infix base_layer.
+        mapping = {**_PEFT_KEYS, **{rf"^({re.escape(m)})\.bias$": r"\1.base_layer.bias" for m in older}}
+        return PeftModel.from_pretrained(network, lora, key_mapping=mapping).merge_and_unload()
 
 
 def with_cqil(network: nn.Module, cqil: CqilConfig) -> nn.Module:

@@ -173,7 +173,7 @@ def references(options: argparse.Namespace, names: list[str], manager: Any) -> I
         yield run(network, Column(CQIL, cqil))
     if adapted is not None:
         del network
-        network = reference.from_reader(model, adapted.reader)
+        network = reference.from_reader(adapted.model, adapted.reader)
         reference.with_cqil(network, cqil)
         yield run(network, Column(ADAPTED if cqil.groups else "adapter", cqil))
     del network

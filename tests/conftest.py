@@ -90,11 +90,15 @@ def load_model(directory: Path):
 
 
 def make_adapter(model_directory: Path, directory: Path, seed: int = SEED, **options: Any) -> Path:
-    """A random LoRA adapter for the model, made and saved by PEFT; returns its directory."""
+    """A random LoRA adapter for the model, made and saved by PEFT; returns its directory.
+
+    `vocabulary` resizes the embeddings before; `save` holds arguments of save_pretrained.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
+    vocabulary, save = options.pop("vocabulary", None), options.pop("save", {})
     values: dict[str, Any] = {
         "r": 4,
         "lora_alpha": 6,
@@ -102,12 +106,17 @@ def make_adapter(model_directory: Path, directory: Path, seed: int = SEED, **opt
         "task_type": "CAUSAL_LM",
         **options,
     }
-    model = get_peft_model(load_model(model_directory), LoraConfig(**values))
+    base = load_model(model_directory)
+    if vocabulary is not None:
+        base.resize_token_embeddings(vocabulary, mean_resizing=False)
+    model = get_peft_model(base, LoraConfig(**values))
     with torch.no_grad():
-        for _, parameter in model.named_parameters():
-            if parameter.requires_grad:
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "magnitude" in name:  # starts as the length of a row
+                parameter.mul_(1 + 0.2 * torch.randn_like(parameter))
+            elif parameter.requires_grad:
                 parameter.copy_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(directory)
+    model.save_pretrained(directory, **save)
     return directory
 
 
