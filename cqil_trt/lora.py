@@ -183,11 +183,9 @@ class LoraReader(WeightReader):
             if wanted and name not in self._keys["base"]:
                 raise self._fail(f"lacks {name}, which bias: {self._config.bias} of adapter_config.json trains")
             return [self._bias(module)] if targeted and self._config.lora_bias else []
-        if indices is None:
-            return [self._low_rank(module)] if targeted else []
-        if targeted or self._config.saves(name):
-            raise self._fail(f"trains {module} in two ways at once (trainable_token_indices), which PEFT does not load")
-        return [self._rows(module, indices)]
+        if targeted:
+            return [self._low_rank(module)]
+        return [self._rows(module, indices)] if indices else []
 
     def _low_rank(self, module: str) -> LowRank:
         embedding, shape = module == EMBEDDING, self._names[f"{module}.weight"]
@@ -217,9 +215,9 @@ class LoraReader(WeightReader):
         key = self._take("bias", module, self._names[f"{module}.bias"], why)
         return Added(self._adapter.read(key).float() * self._scalings[module])
 
-    def _rows(self, module: str, indices: list[int]) -> Rows:
+    def _rows(self, module: str, indices: tuple[int, ...]) -> Rows:
         rows, width = self._names[f"{module}.weight"]
-        if max(indices, default=0) >= rows:
+        if max(indices) >= rows:
             raise self._fail(f"trainable_token_indices names token {max(indices)} of {module}'s {rows}: {_RESIZE}")
         why = f"the rows of {module} that trainable_token_indices names"
         values = self._adapter.read(self._take("tokens", module, (len(indices), width), why)).float()

@@ -161,24 +161,31 @@ class AdapterConfig:
         modules = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
         return any(module.endswith(name) for module in modules for name in self._saved)
 
-    def token_indices(self, module: str) -> list[int] | None:
+    def token_indices(self, module: str) -> tuple[int, ...]:
         """The rows of the module's weight that trainable_token_indices replaces."""
-        return self._tokens.get(module)
+        return self._tokens.get(module, ())
 
-    def _token_indices(self, tied: bool) -> dict[str, list[int]]:
+    def _token_indices(self, tied: bool) -> dict[str, tuple[int, ...]]:
         given = self._fields.get("trainable_token_indices", {})
         named = {EMBEDDING: given} if isinstance(given, list) else given
         if not isinstance(named, dict):
             raise self._fields.fail("trainable_token_indices", "a list of token ids, or one for each module")
-        found: dict[str, list[int]] = {}
+        found: dict[str, tuple[int, ...]] = {}
         for name, indices in named.items():
             tokens = Fields({name: indices}, f"{self.source}: trainable_token_indices").integers(name)
             modules = [module for module in (EMBEDDING, HEAD) if module.endswith(name)]
             if not modules:
                 raise UserError(f"{self.source}: trainable_token_indices names {name!r:.60}, which has no tokens")
-            found.update({module: list(tokens) for module in modules})
+            found.update(dict.fromkeys(modules, tokens))
         if tied and found.get(EMBEDDING) == found.get(HEAD):  # one table: PEFT stores its rows once
             found.pop(HEAD, None)
+        for module in (module for module, tokens in found.items() if tokens):
+            adapted = self.targets(module) or (tied and module == EMBEDDING and self.targets(HEAD))
+            if adapted or self.saves(f"{module}.weight"):
+                raise UserError(
+                    f"{self.source}: trainable_token_indices names {module}, which modules_to_save or target_modules "
+                    "names too: PEFT trains a table in one way only"
+                )
         return found
 
     def _pattern(self, field: str, module: str, default: float) -> float:
@@ -195,10 +202,11 @@ class AdapterConfig:
         Raises UserError unless `rank`, that of the module's tensors, is what the configuration says.
         """
         expected = self._pattern("rank_pattern", module, self._fields.integer("r", 8))
-        if rank != expected:
+        # A projection that is adapted as one with the embedding has the embedding's factors, whatever its own rank.
+        if rank != expected and not (self._targets_tied and module == HEAD):
             raise UserError(f"{self.source}: says rank {expected:g} for {module}, whose tensors have rank {rank}")
         alpha = self._pattern("alpha_pattern", module, self._fields.number("lora_alpha", 8, low=-math.inf))
-        return alpha / (math.sqrt(rank) if self._fields.boolean("use_rslora") else rank)
+        return alpha / (math.sqrt(expected) if self._fields.boolean("use_rslora") else expected)
 
 
 def _is_vocabulary(name: str) -> bool:

@@ -138,7 +138,8 @@ def test_peft_trains_it_and_the_adapter_fits_the_original_names(tmp_path):
     Trainer(tuned, arguments, train_dataset=data).train()
     expected = tuned(tokens()).logits
     tuned.save_pretrained(tmp_path / "adapter")
-    reader = LoraReader(open_checkpoint(tmp_path / "model")[1], tmp_path / "adapter")
+    config, base = open_checkpoint(tmp_path / "model")
+    reader = LoraReader(base, tmp_path / "adapter", config)
     assert reader.merged == 12
     from peft import PeftModel
 
