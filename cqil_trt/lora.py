@@ -91,8 +91,10 @@ class LoraReader(WeightReader):
         """
         found: dict[str, dict[str, str]] = {kind: {} for kind in (*_FORMS, "saved", "base")}
         adapters = set()
-        for key in self._adapter.shapes():
+        for key, shape in self._adapter.shapes().items():
             kind, target, adapter = self._place(key)
+            if 0 in shape:
+                raise self._fail(f"{key[:120]} is empty (a sharded model's weights must be gathered before saving)")
             if kind in _FORMS and f"{target}.weight" not in self._names:
                 raise self._fail(f"adapts {target[:120]}, which the model does not have")
             if kind not in _FORMS and (target not in self._names or not key.startswith(_PREFIX)):
@@ -180,7 +182,7 @@ class LoraReader(WeightReader):
         indices = self._config.token_indices(module)
         if kind == "bias":
             wanted = self._config.bias == "all" or (self._config.bias == "lora_only" and targeted)
-            if wanted and name not in self._keys["base"]:
+            if wanted and name not in self._keys["base"] and not self._config.saves(name):
                 raise self._fail(f"lacks {name}, which bias: {self._config.bias} of adapter_config.json trains")
             return [self._bias(module)] if targeted and self._config.lora_bias else []
         if targeted:

@@ -66,6 +66,11 @@ VARIANTS = {
     "unchanged embeddings": SAVED,
     "biases of adapted layers": {"bias": "lora_only"},
     "all biases": {"bias": "all", "target_modules": ["up_proj", "q_proj"]},
+    "all biases, a layer saved": {
+        "bias": "all",
+        "target_modules": ["up_proj"],
+        "modules_to_save": ["1.self_attn.q_proj"],
+    },
     "lora_bias": {"lora_bias": True, "target_modules": ["q_proj", "k_proj"], "qkv_bias": True, "use_rslora": True},
     "lora_bias and biases": {"lora_bias": True, "target_modules": ["v_proj"], "bias": "lora_only"},
     "DoRA": {"use_dora": True},
@@ -279,6 +284,7 @@ HARMLESS = {
     "eva_config": {"rho": 2.0},
     "loftq_config": {"loftq_bits": 4},
     "layer_replication": None,
+    "trainable_token_indices": [],
     "r": ...,
     "lora_alpha": ...,
     "use_rslora": ...,
@@ -451,6 +457,15 @@ def test_tensors_that_are_not_asked_for_are_refused(key, message, tmp_path):
     rename(adapter, named("default"))
     save_file({**load_file(file), key: torch.ones(1)}, file)
     with pytest.raises(UserError, match=message):
+        opened(model, adapter)
+
+
+def test_an_adapter_saved_from_a_sharded_model_is_refused(tmp_path):
+    """DeepSpeed's ZeRO-3 leaves empty tensors in place of what other processes hold."""
+    model, adapter = made(tmp_path, VARIANTS["saved head"])
+    file = adapter / "adapter_model.safetensors"
+    save_file({**load_file(file), "base_model.model.lm_head.weight": torch.empty(0)}, file)
+    with pytest.raises(UserError, match="lm_head.weight is empty"):
         opened(model, adapter)
 
 
