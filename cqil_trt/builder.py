@@ -22,6 +22,7 @@ from cqil_trt.shard import RankPlan, plan
 
 if TYPE_CHECKING:
     from cqil_trt.checkpoint import Checkpoint
+    from cqil_trt.tokenizer import TokenizerFiles
 
 PROBES = ("auto", "always", "never")
 
@@ -39,7 +40,8 @@ class EngineWeights:
             )
 
     def write_shared(self, directory: Path) -> list[Path]:
-        return [self._take(name, directory / name) for name in self.engine.shared_files if name != probes.FILE]
+        taken = [name for name in self.engine.shared_files if name != probes.FILE]
+        return [self._take(name, directory / name) for name in taken]
 
     def write_rank(self, path: Path, rank: RankPlan, dtype: str, advance: Callable[[int], Any]) -> dict[str, Any]:
         self._take(path.name, path)
@@ -57,6 +59,7 @@ class EngineWeights:
     def _take(self, name: str, target: Path) -> Path:
         """The same file under a second name, or a copy where the file system cannot do that."""
         self.engine.verify(name)
+        target.parent.mkdir(exist_ok=True)
         try:
             os.link(self.engine.path / name, target)
         except OSError:
@@ -162,6 +165,7 @@ def prepare(
     max_seq_len: int | None = None,
     prefill_chunk: int | None = None,
     probes: str = "auto",
+    tokenizer: bool = True,
     output: str | Path | None = None,
     force: bool = False,
     **options: Any,
@@ -174,7 +178,7 @@ def prepare(
     if engine_directory.is_engine(path):
         weights = EngineWeights(path)
         config, cqil = weights.model, weights.engine.cqil
-        decided = {"lora": lora, **flags, "dtype": dtype}
+        decided = {"lora": lora, **flags, "dtype": dtype, "no-tokenizer": None if tokenizer else True}
         dtype = weights.engine.limits.dtype
         if given := [f"--{name}" for name, value in decided.items() if value is not None]:
             raise UserError(f"--model {path}: an engine, which has decided {', '.join(given)} already: leave it out")
@@ -183,7 +187,9 @@ def prepare(
     else:
         from cqil_trt.checkpoint import Checkpoint
 
-        weights = Checkpoint(path, None if lora is None else Path(lora))
+        weights = Checkpoint(path, None if lora is None else Path(lora), tokenizer)
+        if tokenizer:
+            notes += _tokenizer_notes(weights.tokenizer, path)
         config = weights.model
         trained = None if lora is None else CqilConfig.of_adapter(Path(lora))
         cqil = choose_cqil(config, flags, notes, trained)
@@ -228,6 +234,20 @@ def prepare(
         made,
         options,
     )
+
+
+def _tokenizer_notes(tokenizer: TokenizerFiles | None, model: Path) -> list[str]:
+    """What a user should know of the tokenizer that was found."""
+    if tokenizer is None:
+        return ["the model has no tokenizer: the engine takes token ids only"]
+    parts = {"tokenizer": tokenizer.place, "chat template": tokenizer.template}
+    found = [f"the {part} is the adapter's" for part, place in parts.items() if place not in (model, None)]
+    if tokenizer.guesses:
+        found.append(
+            "the GGUF file does not say how text is split (tokenizer.ggml.pre): done as llama.cpp's default does, "
+            "which may not be the model's way"
+        )
+    return found
 
 
 def choose_cqil(
@@ -290,6 +310,7 @@ def build(*, progress: bool = False, job: Job | None = None, **arguments: Any) -
         prefill_chunk: tokens of a prompt that one forward pass takes; default 512.
         probes: whether to store what the float32 reference says to a few prompts, for validation without PyTorch:
             "always", "never", or "auto" (models up to 2 GiB in float32, or that fit a GPU that PyTorch sees).
+        tokenizer: whether the engine gets the tokenizer; without it, it takes token ids only.
         output: the directory to make; default engines/NAME, which replaces an engine of that name.
         force: replace an engine at `output`.
         progress: show a progress bar on standard error.
@@ -345,7 +366,7 @@ def write(build: BuildPlan, progress: bool = False, job: Job | None = None) -> e
 def _write_shared(build: BuildPlan, directory: Path, progress: bool) -> dict[str, dict[str, Any]]:
     paths = build.weights.write_shared(directory)
     paths += build.weights.write_probes(directory, build.cqil, build.limits, build.probes, progress)
-    return {path.name: engine_directory.fingerprint(path) for path in paths}
+    return {path.relative_to(directory).as_posix(): engine_directory.fingerprint(path) for path in paths}
 
 
 def _write_ranks(

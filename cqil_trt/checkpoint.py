@@ -17,7 +17,7 @@ from cqil_trt.engine import Source, tensor_header
 from cqil_trt.lora import LoraReader
 from cqil_trt.network.rotary import inverse_frequencies
 from cqil_trt.shard import Piece, RankPlan, checkpoint_shapes
-from cqil_trt.tokenizer import save_tokenizer
+from cqil_trt.tokenizer import find_tokenizer
 from cqil_trt.weights import WeightReader, check_shapes, open_checkpoint
 
 # Elements handled at a time: small enough that a block and its float32 copy stay in the caches while the adapter is
@@ -28,9 +28,13 @@ _PROBE_BYTES = 2 << 30
 
 
 class Checkpoint:
-    """An opened and checked checkpoint with its adapter. Raises UserError for what cannot be used."""
+    """An opened and checked checkpoint with its adapter. Raises UserError for what cannot be used.
 
-    def __init__(self, path: Path, lora: Path | None):
+    `tokenizer`: the files of its tokenizer; None without one, or where it is not wanted.
+    """
+
+    def __init__(self, path: Path, lora: Path | None, tokenizer: bool = True):
+        self.tokenizer = find_tokenizer(path, lora) if tokenizer else None
         self.model, reader = open_checkpoint(path)
         check_shapes(reader, checkpoint_shapes(self.model))
         self.reader = reader
@@ -42,7 +46,7 @@ class Checkpoint:
 
     def write_shared(self, directory: Path) -> list[Path]:
         """Writes what belongs to no rank (the tokenizer); returns the files."""
-        return save_tokenizer(Path(self.source.model), directory)
+        return [] if self.tokenizer is None else self.tokenizer.write(directory)
 
     def write_rank(self, path: Path, rank: RankPlan, dtype: str, advance: Callable[[int], Any]) -> dict[str, Any]:
         """Writes a rank's tensors; returns the size in bytes and sha256."""

@@ -6,7 +6,7 @@
     rank{r}.onnx           its network, whose weights are in the safetensors file (backend onnx)
     checkpoint/, trtllm/   TensorRT-LLM's checkpoint instead of rank{r}.safetensors, and its engines (its backend)
     reference.npz          what the float32 reference says to a few prompts (see probes.py)
-    tokenizer.json, ...    the tokenizer, in the form the `tokenizers` package reads
+    tokenizer.json, ...    the tokenizer: the checkpoint's own files, or those made of its GGUF metadata
 
 It is written to a temporary sibling and renamed into place, so a killed build leaves nothing that opens.
 """

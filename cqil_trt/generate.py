@@ -39,6 +39,54 @@ class Completion:
     finish_reason: str = ""
 
 
+class _Text:
+    """The text of a sequence as it grows, up to a stop text.
+
+    A stop text may hold the text of tokens that control the model, which is no part of the answer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]):
+        self._stream, self._stops = tokenizer.stream(), stops
+        self._control_text = tokenizer.vocabulary.special_text
+        self._longest = max(map(len, stops), default=0)
+        # What has not been taken yet: each character, and whether it is shown.
+        self._waiting, self._shown = "", ""
+        self._stopped = False
+
+    def add(self, token: int) -> bool:
+        """Takes a token; returns whether a stop text is complete."""
+        control = self._control_text(token) if self._stops else None
+        if control is None:
+            self._append(self._stream.add(token), "+")
+        else:
+            self._append(control, "-")
+        found = [place for stop in self._stops if (place := self._waiting.find(stop)) >= 0]
+        if found:
+            self._stopped = True
+            self._waiting, self._shown = self._waiting[: min(found)], self._shown[: min(found)]
+        return self._stopped
+
+    def _append(self, text: str, mark: str) -> None:
+        self._waiting += text
+        self._shown += mark * len(text)
+
+    def take(self, done: bool) -> str:
+        """The text that is certain and has not been taken; all of it when the sequence is `done`."""
+        if done and not self._stopped:
+            self._append(self._stream.finish(), "+")
+        certain = len(self._waiting) if done else self._before_possible_stop()
+        text = "".join(c for c, mark in zip(self._waiting[:certain], self._shown) if mark == "+")
+        self._waiting, self._shown = self._waiting[certain:], self._shown[certain:]
+        return text
+
+    def _before_possible_stop(self) -> int:
+        """How much of what waits cannot turn out to be the beginning of a stop text."""
+        for start in range(max(0, len(self._waiting) - self._longest + 1), len(self._waiting)):
+            if any(stop.startswith(self._waiting[start:]) for stop in self._stops):
+                return start
+        return len(self._waiting)
+
+
 class _Sequence:
     """One prompt on its way: its own random stream and its own text, so that a batch changes nothing."""
 
@@ -46,8 +94,7 @@ class _Sequence:
         self.completion = Completion(list(prompt))
         self.random = np.random.Generator(np.random.Philox(config.sampling.seed))
         self._config = config
-        self._stream = None if tokenizer is None else tokenizer.stream()
-        self._shown = 0
+        self._text = None if tokenizer is None else _Text(tokenizer, config.stop)
 
     @property
     def done(self) -> bool:
@@ -59,26 +106,15 @@ class _Sequence:
         completion.tokens.append(token)
         if token in config.eos_token_ids:
             completion.finish_reason = "eos"
-        elif self._stream is not None:
-            completion.text += self._stream.add(token)
-            # A stop text may have begun in an earlier token.
-            places = [completion.text.find(stop) for stop in config.stop]
-            if found := [place for place in places if place >= 0]:
-                completion.text = completion.text[: min(found)]
-                completion.finish_reason = "stop"
+        elif self._text is not None and self._text.add(token):
+            completion.finish_reason = "stop"
         if not completion.finish_reason and (len(completion.tokens) == config.max_new_tokens or not room):
             completion.finish_reason = "length"
-        certain = len(completion.text) if self.done else self._before_possible_stop()
-        text, self._shown = completion.text[self._shown : certain], max(self._shown, certain)
+        if self._text is None:
+            return ""
+        text = self._text.take(self.done)
+        completion.text += text
         return text
-
-    def _before_possible_stop(self) -> int:
-        """How much of the text cannot turn out to be the beginning of a stop text."""
-        text = self.completion.text
-        for start in range(max(self._shown, len(text) - max(map(len, self._config.stop), default=0)), len(text)):
-            if any(stop.startswith(text[start:]) for stop in self._config.stop):
-                return start
-        return len(text)
 
 
 def generate(

@@ -15,7 +15,7 @@ from cqil_trt.generate import Completion, GenerationConfig, generate
 from cqil_trt.job import Job
 from cqil_trt.sampling import SamplingConfig
 from cqil_trt.session import Session, check_prompt
-from cqil_trt.tokenizer import Tokenizer
+from cqil_trt.tokenizer import Tokenizer, has_tokenizer
 
 
 class Llm:
@@ -37,15 +37,20 @@ class Llm:
         backend = backends.load(self.engine.limits.backend)
         _share_cores(self.job)
         self.session: Session = self.job.agree(lambda: backend.open_session(self.engine, comm, device, self.job.rank))
-        has_tokenizer = (path / "tokenizer.json").exists()
-        self.tokenizer = Tokenizer(path) if has_tokenizer else None
+        self.tokenizer = Tokenizer(path) if has_tokenizer(path) else None
 
     @property
     def replicas(self) -> int:
         return self.job.size // self.engine.world_size
 
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end a text: those of the model's configuration, and the tokenizer's EOS."""
+        eos = None if self.tokenizer is None else self.tokenizer.special("eos_token")
+        return tuple(sorted({*self.engine.model.eos_token_ids, *([] if eos is None else [eos])}))
+
     def encode(self, prompts: Sequence[str | Sequence[int]], chat: bool = False) -> list[list[int]]:
-        """Token ids of prompts given as text or already as ids.
+        """Token ids of prompts given as text or already as ids; `chat`: each text as a user's message.
 
         Raises UserError for an empty prompt, one the engine cannot hold, or a text without a tokenizer.
         """
@@ -85,7 +90,7 @@ class Llm:
         ids = self.job.agree(lambda: self.encode(prompts, chat))
         config = GenerationConfig(
             max_new_tokens,
-            () if ignore_eos else self.engine.model.eos_token_ids,
+            () if ignore_eos else self.ends,
             tuple(stop),
             SamplingConfig(temperature, top_k, top_p, seed),
         )

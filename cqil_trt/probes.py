@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from cqil_trt.errors import UserError
-from cqil_trt.tokenizer import Tokenizer
+from cqil_trt.tokenizer import Tokenizer, has_tokenizer
 
 FILE = "reference.npz"
 STEPS = 32
@@ -48,7 +48,7 @@ class Probe:
 
 def prompts(directory: Path, vocab_size: int, max_seq_len: int) -> list[list[int]]:
     """Prompts for a user who gave none: known texts, or random tokens where the engine has no tokenizer."""
-    if (directory / "tokenizer.json").exists():
+    if has_tokenizer(directory):
         tokenizer = Tokenizer(directory)
         found = [tokenizer.encode(text) for text in TEXTS]
     else:

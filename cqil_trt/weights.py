@@ -18,6 +18,7 @@ import torch
 
 from cqil_trt.config import Fields, ModelConfig, RopeConfig, read_json
 from cqil_trt.errors import UserError
+from cqil_trt.tokenizer.gguf import GgufTokenizer
 
 Range = tuple[int, int] | None
 
@@ -276,7 +277,6 @@ class GgufReader(WeightReader):
             head_dim = self._integer("attention.key_length", hidden // heads)
             if self._integer("rope.dimension_count", head_dim) != head_dim:
                 raise UserError(f"{self.source}: partial rotary embedding is not supported")
-            eos = self.field("tokenizer.ggml.eos_token_id")
             return ModelConfig(
                 architecture=_GGUF_ARCHITECTURES[self.architecture],
                 num_layers=self._integer("block_count", high=1000),
@@ -296,7 +296,7 @@ class GgufReader(WeightReader):
                 qk_norm="model.layers.0.self_attn.q_norm.weight" in shapes,
                 sliding_window=None,
                 dtype="float32",
-                eos_token_ids=() if eos is None else (int(eos),),
+                eos_token_ids=GgufTokenizer(Path(self.source)).ends(),
             )
         except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
             raise UserError(f"{self.source}: GGUF metadata is incomplete or malformed ({error})") from None

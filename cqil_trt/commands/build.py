@@ -41,6 +41,12 @@ def parser() -> RankParser:
         default="auto",
         help="store the reference's answer to a few prompts, for --validate without PyTorch (auto: small models)",
     )
+    p.add_argument(
+        "--no-tokenizer",
+        dest="tokenizer",
+        action="store_false",
+        help="leave the tokenizer out: the engine takes token ids only",
+    )
     compiled = p.add_argument_group("backends tensorrt and tensorrt-llm")
     compiled.add_argument(
         "--target", metavar="LIST", help='build with TensorRT-RTX, for "portable" or compute capabilities like 8.6,8.9'

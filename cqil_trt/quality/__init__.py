@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from cqil_trt.config import ModelConfig
 from cqil_trt.errors import UserError
 from cqil_trt.quality import corpus
 from cqil_trt.tokenizer import Tokenizer, save_tokenizer
+from cqil_trt.tokenizer.settings import STANDARD_NAMES
 
 
 def open_tokenizer(model: Path) -> Tokenizer:
@@ -22,10 +22,18 @@ def open_tokenizer(model: Path) -> Tokenizer:
 
 
 def transformers_tokenizer(model: Path) -> Any:
-    """The same as transformers has it. Raises UserError when there is none."""
-    from transformers import AutoTokenizer
+    """The same as an object of transformers. Raises UserError when there is none."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    return _from_saved(model, partial(AutoTokenizer.from_pretrained, local_files_only=True))
+    def load(directory: Path) -> Any:
+        tokenizer = Tokenizer(directory)
+        backend = getattr(tokenizer.vocabulary, "backend", None)
+        if backend is None:  # sentencepiece, which transformers has only a class of its own for
+            return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        names = {name: text for name, text in tokenizer.vocabulary.names.items() if name in STANDARD_NAMES}
+        return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+    return _from_saved(model, load)
 
 
 def _from_saved(model: Path, load: Callable[[Path], Any]) -> Any:

@@ -177,7 +177,7 @@ class EngineLM(TemplateLM):
         ]
 
     def complete(self, prompts: Sequence[list[int]], options: Mapping[str, Any]) -> list[str]:
-        # Not the completion's own text, which leaves out a character that is not whole yet: the harness's does not.
+        # Not the completion's own text, which ends before a stop text: the harness cuts there itself.
         return [self._tokens.decode(completion.tokens) for completion in self.llm.generate(prompts, **options)]
 
 

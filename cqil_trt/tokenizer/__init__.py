@@ -1,0 +1,7 @@
+"""Text ↔ token ids: what an engine directory carries and a runtime needs, without transformers."""
+
+from cqil_trt.tokenizer.detokenizer import TextStream
+from cqil_trt.tokenizer.files import TokenizerFiles, find_tokenizer, has_tokenizer, save_tokenizer
+from cqil_trt.tokenizer.tokenizer import Tokenizer
+
+__all__ = ["TextStream", "Tokenizer", "TokenizerFiles", "find_tokenizer", "has_tokenizer", "save_tokenizer"]

@@ -1,0 +1,141 @@
+"""Chat templates, in the environment that transformers' `apply_chat_template` gives them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from jinja2 import TemplateError, nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+from cqil_trt.errors import UserError
+
+# A message's reasoning goes by several names; templates read the first, or gpt-oss' the second.
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+class ChatTemplate:
+    """The chat templates of a model, by name. `names`: its special tokens by name. `source` names them in messages."""
+
+    def __init__(self, templates: Mapping[str, str], names: Mapping[str, str], source: str):
+        self._templates, self._names, self._source = templates, names, source
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """The conversation as text, with the special tokens the model expects.
+
+        Raises UserError when there is no template, or it is malformed, refuses the conversation or fails on it.
+        """
+        try:
+            template = _environment().from_string(self._choose(tools is not None))
+        except TemplateError as error:
+            raise UserError(f"--chat: the chat template of {self._source} is malformed ({error})") from None
+        values = {
+            **self._names,
+            "messages": [_message(message) for message in messages],
+            "tools": None if tools is None else list(tools),
+            "documents": None if documents is None else list(documents),
+            "add_generation_prompt": add_generation_prompt,
+            **variables,
+        }
+        try:
+            return template.render(**values)
+        except _Refused as error:
+            raise UserError(f"--chat: the chat template says: {error}") from None
+        except Exception as error:  # a template can raise whatever its expressions do
+            raise UserError(f"--chat: the chat template of {self._source} failed ({error})") from None
+
+    def _choose(self, with_tools: bool) -> str:
+        if with_tools and "tool_use" in self._templates:
+            return self._templates["tool_use"]
+        if "default" in self._templates:
+            return self._templates["default"]
+        if self._templates:
+            raise UserError(f"--chat: {self._source} has chat templates, but none is named default")
+        raise UserError(f"--chat: {self._source} has no chat template")
+
+
+def _message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Without null fields, as OpenAI's clients leave them in, and with its reasoning under every name."""
+    kept = {name: value for name, value in message.items() if value is not None}
+    reasoning = next((kept[name] for name in _REASONING if name in kept), None)
+    return kept if reasoning is None else {"thinking": reasoning, **kept, "reasoning_content": reasoning}
+
+
+class _Refused(TemplateError):
+    """What a template raises itself."""
+
+
+class _Generation(Extension):
+    """{% generation %} … {% endgeneration %}: what the assistant said, marked for training; here just its text."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        # A call block, as in transformers: what is set inside is not seen outside.
+        return nodes.CallBlock(self.call_method("_text"), [], [], body).set_lineno(line)
+
+    def _text(self, caller: Any) -> str:
+        return caller()
+
+
+class _Namespace(Namespace):
+    """A namespace without attributes that begin with an underscore, which lead into Python."""
+
+    def __init__(*args: Any, **values: Any) -> None:  # noqa: N805  a value may be called self
+        self, *rest = args
+        given = dict(*rest, **values)
+        for name in given:
+            _check_attribute(name)
+        Namespace.__init__(self, given)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_attribute(name)
+        super().__setitem__(name, value)
+
+
+def _check_attribute(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"a namespace cannot hold {name!r}")
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    # The sandbox and the options that transformers renders with: a template is untrusted text.
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": _now, "namespace": _Namespace}
+    return environment
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own escapes what has a meaning in HTML.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _refuse(message: str) -> None:
+    raise _Refused(message)
+
+
+def _now(form: str) -> str:
+    return datetime.now().strftime(form)

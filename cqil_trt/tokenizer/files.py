@@ -1,0 +1,198 @@
+"""Where a model's tokenizer is, and its files in an engine directory.
+
+A file that a runtime can read goes into the engine as it is, byte for byte; only GGUF metadata and the vocab.json and
+merges.txt of older checkpoints are written anew, as tokenizer.json or tokenizer.model.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cqil_trt.config import read_json
+from cqil_trt.errors import UserError
+from cqil_trt.tokenizer.settings import (
+    ADDED_TOKENS,
+    CONFIG,
+    SPECIAL_TOKENS,
+    TEMPLATE,
+    TEMPLATES,
+    Settings,
+    chat_templates,
+)
+from cqil_trt.tokenizer.tokenizer import Tokenizer
+from cqil_trt.tokenizer.vocabulary import JSON, MODEL
+
+_SETTINGS = (CONFIG, SPECIAL_TOKENS, ADDED_TOKENS)
+_BYTE_LEVEL = ("vocab.json", "merges.txt")
+# The pre-tokenizer that goes with vocab.json and merges.txt, by tokenizer_class, in llama.cpp's names.
+_BYTE_LEVEL_CLASSES = {"Qwen2Tokenizer": "qwen2", "GPT2Tokenizer": "gpt-2"}
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """A tokenizer that was found: where its vocabulary is, and where its chat template, None without one.
+
+    `place`: a directory, or a GGUF file. `template`: likewise.
+    """
+
+    place: Path
+    template: Path | None
+
+    def write(self, directory: Path) -> list[Path]:
+        """Writes the files that `Tokenizer(directory)` reads, and returns them.
+
+        Raises UserError for a tokenizer that cannot be read, or that a runtime would read in another way.
+        """
+        if self.place.suffix == ".gguf":
+            from cqil_trt.tokenizer.gguf import GgufTokenizer
+
+            GgufTokenizer(self.place).write(directory)
+        else:
+            self._write_vocabulary(directory)
+        if self.template not in (None, self.place):
+            self._replace_template(directory)
+        tokenizer = Tokenizer(directory)
+        tokenizer.encode("a")
+        return sorted(path for path in directory.rglob("*") if path.is_file() and _is_ours(path, directory))
+
+    @property
+    def guesses(self) -> bool:
+        """Whether the vocabulary is one of a GGUF file that does not say how text is split."""
+        if self.place.suffix != ".gguf":
+            return False
+        from cqil_trt.tokenizer.gguf import GgufTokenizer
+
+        return GgufTokenizer(self.place).guesses
+
+    def _write_vocabulary(self, directory: Path) -> None:
+        for name in _SETTINGS:
+            _copy(self.place / name, directory / name)
+        _copy(self.place / TEMPLATE, directory / TEMPLATE)
+        for path in (self.place / TEMPLATES).glob("*.jinja"):
+            _copy(path, directory / TEMPLATES / path.name)
+        for name in (JSON, MODEL):
+            if (self.place / name).exists():
+                _copy(self.place / name, directory / name)
+                return
+        _write_byte_level(self.place, directory)
+
+    def _replace_template(self, directory: Path) -> None:
+        assert self.template is not None
+        (directory / TEMPLATE).unlink(missing_ok=True)
+        shutil.rmtree(directory / TEMPLATES, ignore_errors=True)
+        for name, text in templates_of(self.template).items():
+            path = directory / TEMPLATE if name == "default" else directory / TEMPLATES / f"{name}.jinja"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+
+    def encoder(self) -> Callable[[str], list[int]]:
+        """Text → token ids by the vocabulary's own library alone, nothing around them: the judge of an engine's.
+
+        What the settings next to the vocabulary add is left out.
+        """
+        if self.place.is_dir() and (self.place / JSON).exists():
+            from tokenizers import Tokenizer as Backend
+
+            backend = Backend.from_file(str(self.place / JSON))
+            backend.no_truncation()
+            return lambda text: backend.encode(text, add_special_tokens=False).ids
+        if self.place.is_dir() and (self.place / MODEL).exists():
+            from sentencepiece import SentencePieceProcessor
+
+            return SentencePieceProcessor(model_file=str(self.place / MODEL)).encode
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as temporary:
+            self.write(Path(temporary))
+            return Tokenizer(Path(temporary)).vocabulary.encode
+
+
+def find_tokenizer(model: Path, lora: Path | None = None) -> TokenizerFiles | None:
+    """The tokenizer of a checkpoint (a directory or a GGUF file), or of the adapter where that brings one.
+
+    Vocabulary and chat template are each the adapter's if it has one. None when there is no vocabulary. Raises
+    UserError for one of a form that is not read.
+    """
+    places = [place for place in (lora, model) if place is not None]
+    found = next((place for place in places if _has_vocabulary(place)), None)
+    if found is None:
+        return None
+    return TokenizerFiles(found, next((place for place in places if templates_of(place)), None))
+
+
+def save_tokenizer(model: Path, directory: Path, lora: Path | None = None) -> list[Path]:
+    """Writes the tokenizer of a checkpoint, or of its adapter, to `directory`; returns the files, none without one."""
+    found = find_tokenizer(model, lora)
+    return [] if found is None else found.write(directory)
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether an engine directory came with a tokenizer."""
+    return any((directory / name).exists() for name in (JSON, MODEL))
+
+
+def templates_of(place: Path) -> dict[str, str]:
+    """The chat templates in a directory or a GGUF file, by name."""
+    if place.suffix == ".gguf":
+        from cqil_trt.tokenizer.gguf import GgufTokenizer
+
+        return GgufTokenizer(place).templates
+    return chat_templates(place)
+
+
+def _has_vocabulary(place: Path) -> bool:
+    if place.suffix == ".gguf":
+        from cqil_trt.tokenizer.gguf import GgufTokenizer
+
+        return GgufTokenizer(place).model is not None
+    if has_tokenizer(place) or all((place / name).exists() for name in _BYTE_LEVEL):
+        return True
+    if (place / "tekken.json").exists():
+        raise UserError(
+            f"{place}: its tokenizer is tekken.json alone, which is not read: take a conversion with tokenizer.json, "
+            "or leave it out with --no-tokenizer"
+        )
+    return False
+
+
+def _is_ours(path: Path, directory: Path) -> bool:
+    names = {JSON, MODEL, TEMPLATE, *_SETTINGS}
+    return path.name in names if path.parent == directory else path.parent == directory / TEMPLATES
+
+
+def _copy(source: Path, target: Path) -> None:
+    if not source.exists():
+        return
+    target.parent.mkdir(exist_ok=True)
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        raise UserError(f"{source}: cannot be read ({error.strerror})") from None
+
+
+def _write_byte_level(place: Path, directory: Path) -> None:
+    """tokenizer.json from vocab.json and merges.txt."""
+    from cqil_trt.tokenizer.gguf import byte_level_tokenizer
+
+    settings = Settings.read(place)
+    kind = (settings.tokenizer_class or "").removesuffix("Fast")
+    if kind not in _BYTE_LEVEL_CLASSES:
+        raise UserError(
+            f"{place}: vocab.json and merges.txt do not say how text is split, and {CONFIG} names the class "
+            f"{settings.tokenizer_class or 'none'} ({', '.join(_BYTE_LEVEL_CLASSES)} are read): give tokenizer.json"
+        )
+    vocabulary: dict[str, Any] = read_json(place / _BYTE_LEVEL[0])
+    try:
+        lines = (place / _BYTE_LEVEL[1]).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{place / _BYTE_LEVEL[1]}: cannot be read ({error})") from None
+    merges = [line.rstrip("\r") for line in lines if line.strip() and not line.startswith("#version")]
+    backend = byte_level_tokenizer(
+        vocabulary, merges, _BYTE_LEVEL_CLASSES[kind], str(place), compose=kind == "Qwen2Tokenizer"
+    )
+    (directory / JSON).write_text(json.dumps(json.loads(backend.to_str()), ensure_ascii=False), encoding="utf-8")

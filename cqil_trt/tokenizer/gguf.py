@@ -1,0 +1,306 @@
+"""The tokenizer in a GGUF file's metadata, as llama.cpp reads it, written as tokenizer.json or tokenizer.model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from cqil_trt.errors import UserError
+from cqil_trt.tokenizer.settings import CONFIG, TEMPLATE, TEMPLATES
+from cqil_trt.tokenizer.vocabulary import JSON, MODEL
+
+# Token types of tokenizer.ggml.token_type, which are sentencepiece's too.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+# Tokens that end a text wherever a vocabulary has them, by their text (llama.cpp, llama-vocab.cpp).
+_ENDS = frozenset((
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
+    "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>",
+    "<end_of_utterance>", "<eos>", "<｜end▁of▁sentence｜>",
+))  # fmt: skip
+# Fill-in-the-middle tokens that do as well: padding, repository and file, by key or, without it, by text.
+_FIM_ENDS = {
+    "fim_pad_token_id": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
+    "fim_rep_token_id": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
+    "fim_sep_token_id": ("<|file_sep|>",),
+}
+_CONTRACTIONS = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# The range holds spaces, which llama.cpp does not take for part of it.
+_CJK = r"(?:(?!\s)[一-龥ࠀ-一가-퟿])+"
+_UPPER, _LOWER = r"(?:(?=[\p{L}])(?:[^a-z]))", r"(?:(?=[\p{L}])(?:[^A-Z]))"
+
+
+@dataclass(frozen=True)
+class PreTokenizer:
+    """How text is split before merges apply: at each pattern in turn. `ignore_merges`: a whole word that is a token
+    becomes it. `add_bos`: whether BOS comes before a text unless the file says otherwise."""
+
+    patterns: tuple[str, ...]
+    ignore_merges: bool = False
+    add_bos: bool = False
+
+
+def _mixed(ending: str, numbers: str) -> PreTokenizer:
+    """Words whose capitals come first, as GPT-4o and Mistral's tekken split them."""
+    word = r"[^\r\n\p{L}\p{N}]?"
+    rest = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    cases = f"{word}{_UPPER}*{_LOWER}+{ending}|{word}{_UPPER}+{_LOWER}*{ending}"
+    return PreTokenizer((f"{cases}|{numbers}|{rest}",))
+
+
+_LLAMA3 = PreTokenizer((rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}",), True, True)
+_QWEN2 = PreTokenizer((rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}",))
+_PLAIN = PreTokenizer((_GPT2,))
+_DIGITS = PreTokenizer((r"\p{N}", _GPT2))
+# By tokenizer.ggml.pre, as llama.cpp has them (llama-vocab.cpp).
+PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
+    **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "midm-2.0"), _LLAMA3),
+    **dict.fromkeys(("dbrx", "smaug-bpe", "glm4", "chatglm-bpe"), PreTokenizer(_LLAMA3.patterns)),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez", "stablelm2", "hunyuan"), _QWEN2),
+    "qwen35": PreTokenizer(
+        (
+            rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*"
+            r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+        )
+    ),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _DIGITS),
+    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4", "mellum", "gigachat"), _PLAIN),
+    "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
+    "falcon": PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, "[0-9][0-9][0-9]")),
+    "deepseek-coder": PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}")),
+    "deepseek-v3": PreTokenizer(
+        (
+            r"\p{N}{1,3}",
+            "[一-龥぀-ゟ゠-ヿ]+",
+            r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+            r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        )
+    ),
+    "seed-coder": PreTokenizer(
+        (rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+",)
+    ),
+    "tekken": replace(_mixed("", r"\p{N}"), ignore_merges=True, add_bos=True),
+    **dict.fromkeys(("gpt-4o", "llama4", "kanana2"), _mixed(f"{_CONTRACTIONS}?", r"\p{N}{1,3}")),
+}
+
+
+class GgufTokenizer:
+    """The tokenizer in the metadata of the GGUF file at `path`. Raises UserError for what llama.cpp would refuse.
+
+    `model`: tokenizer.ggml.model, None for a file without a tokenizer. `templates`: chat templates by name.
+    """
+
+    def __init__(self, path: Path):
+        self.source = str(path)
+        try:
+            state = path.stat()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        self._fields = _fields(str(path), state.st_mtime_ns, state.st_size)
+        model = self._get("model")
+        self.model: str | None = None if model in (None, "none", "no_vocab") else model
+
+    def _get(self, key: str, default: Any = None) -> Any:
+        return self._value(f"tokenizer.ggml.{key}", default)
+
+    def _value(self, key: str, default: Any = None) -> Any:
+        field = self._fields.get(key)
+        try:
+            return default if field is None else field.contents()
+        except UnicodeDecodeError:
+            raise UserError(f"{self.source}: {key} is not UTF-8 text") from None
+
+    @property
+    def templates(self) -> dict[str, str]:
+        prefix = "tokenizer.chat_template"
+        # A list of the names goes by almost the same key.
+        keys = [key for key in self._fields if key.startswith(prefix) and key != f"{prefix}s"]
+        return {key.removeprefix(prefix).lstrip(".") or "default": str(self._value(key)) for key in keys}
+
+    @property
+    def guesses(self) -> bool:
+        """Whether the file leaves open how text is split."""
+        return self.model == "gpt2" and self._get("pre") is None
+
+    @cached_property
+    def tokens(self) -> list[str]:
+        tokens = [token or f"[EMPTY_{number}]" for number, token in enumerate(self._get("tokens", []))]
+        if not tokens:
+            raise UserError(f"{self.source}: tokenizer.ggml.model without tokenizer.ggml.tokens")
+        if len(set(tokens)) < len(tokens):
+            twice = next(token for number, token in enumerate(tokens) if token in tokens[:number])
+            raise UserError(f"{self.source}: two tokens of its vocabulary are {twice!r:.60}")
+        return tokens
+
+    @cached_property
+    def types(self) -> list[int]:
+        """The type of every token, those that end a text being control tokens whatever the file says."""
+        types = list(self._get("token_type", [])) or [_NORMAL] * len(self.tokens)
+        if len(types) != len(self.tokens):
+            raise UserError(f"{self.source}: {len(types)} token types for {len(self.tokens)} tokens")
+        for token in self._ends_by_text():
+            types[token] = _CONTROL
+        return types
+
+    def _ends_by_text(self) -> set[int]:
+        ids = {token: number for number, token in enumerate(self.tokens)}
+        found = {ids[text] for text in _ENDS if text in ids}
+        for key, texts in _FIM_ENDS.items():
+            if self._get(key) is None:
+                # llama.cpp takes one of them; which one, of several, is not defined.
+                found |= {ids[text] for text in texts if text in ids}
+        return found
+
+    def ends(self) -> tuple[int, ...]:
+        """Every token that ends a text, in rising order: by key, and by text as llama.cpp finds them."""
+        keys = ("eos_token_id", "eot_token_id", "eom_token_id", *_FIM_ENDS)
+        given = {int(value) for key in keys if (value := self._get(key)) is not None}
+        if self.model is None:
+            return tuple(sorted(given))
+        found = {number for number in given if number < len(self.tokens)}
+        if self._get("eos_token_id") is None and self.model == "llama" and len(self.tokens) > 2:
+            found.add(2)
+        return tuple(sorted(found | self._ends_by_text()))
+
+    def write(self, directory: Path) -> None:
+        """Writes the vocabulary, the settings and the chat templates."""
+        if self.model == "gpt2":
+            self._write_byte_level(directory)
+            add_bos = self._pre_tokenizer().add_bos
+        elif self.model == "llama":
+            self._write_sentencepiece(directory)
+            add_bos = True
+        else:
+            raise UserError(
+                f"{self.source}: its tokenizer is of the form {self.model!r:.60}, which is not read (llama and gpt2 "
+                "are): leave it out with --no-tokenizer"
+            )
+        self._write_settings(directory, add_bos)
+        for name, text in self.templates.items():
+            path = directory / TEMPLATE if name == "default" else directory / TEMPLATES / f"{name}.jinja"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+
+    def _pre_tokenizer(self) -> PreTokenizer:
+        return pre_tokenizer(str(self._get("pre", "default")), self.source)
+
+    def _write_byte_level(self, directory: Path) -> None:
+        ids = {token: number for number, token in enumerate(self.tokens)}
+        name = str(self._get("pre", "default"))
+        backend = byte_level_tokenizer(ids, list(self._get("merges", [])), name, self.source)
+        (directory / JSON).write_text(backend.to_str(), encoding="utf-8")
+
+    def _write_sentencepiece(self, directory: Path) -> None:
+        """tokenizer.model with the file's pieces: llama.cpp merges them as sentencepiece does, by score."""
+        from sentencepiece import sentencepiece_model_pb2 as format
+
+        scores = list(self._get("scores", []))
+        if len(scores) != len(self.tokens):
+            raise UserError(f"{self.source}: {len(scores)} scores for {len(self.tokens)} tokens")
+        types = list(self.types)
+        unknown = self._get("unknown_token_id", 0)
+        # sentencepiece wants one unknown token, and each byte or none.
+        types = [_CONTROL if kind == _UNKNOWN and number != unknown else kind for number, kind in enumerate(types)]
+        types[unknown] = _UNKNOWN
+        proto = format.ModelProto()
+        kinds = proto.SentencePiece
+        known = {_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE}
+        for token, score, kind in zip(self.tokens, scores, types):
+            proto.pieces.add(piece=token, score=score, type=kind if kind in known else kinds.NORMAL)
+        trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+        trainer.model_type = format.TrainerSpec.BPE
+        trainer.byte_fallback = types.count(_BYTE) == 256
+        trainer.vocab_size = len(self.tokens)
+        trainer.unk_id = unknown
+        for name, fallback in (("bos", 1), ("eos", 2), ("pad", -1)):
+            keys = {"pad": "padding_token_id"}
+            token = int(self._get(keys.get(name, f"{name}_token_id"), fallback))
+            setattr(trainer, f"{name}_id", token if token < len(self.tokens) else -1)
+            if 0 <= token < len(self.tokens):
+                setattr(trainer, f"{name}_piece", self.tokens[token])
+        trainer.unk_piece = self.tokens[unknown]
+        normalizer.name = "identity"
+        normalizer.add_dummy_prefix = bool(self._get("add_space_prefix", True))
+        normalizer.remove_extra_whitespaces = False
+        normalizer.escape_whitespaces = True
+        (directory / MODEL).write_bytes(proto.SerializeToString())
+
+    def _write_settings(self, directory: Path, add_bos: bool) -> None:
+        names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad", "seperator": "sep", "mask": "mask"}
+        found = {f"{name}_token": self._get(f"{key}_token_id") for key, name in names.items()}
+        if self.model == "llama":
+            defaults = {"bos_token": 1, "eos_token": 2, "unk_token": 0}
+            found |= {name: token for name, token in defaults.items() if found[name] is None}
+        named = {n: self.tokens[int(t)] for n, t in found.items() if t is not None and int(t) < len(self.tokens)}
+        own = (_UNKNOWN, _CONTROL, _USER_DEFINED)
+        added = {
+            str(number): {"content": token, "special": kind != _USER_DEFINED}
+            for number, (token, kind) in enumerate(zip(self.tokens, self.types))
+            if kind in own
+        }
+        add_bos = bool(self._get("add_bos_token", add_bos))
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast" if self.model == "gpt2" else "LlamaTokenizer",
+            **named,
+            "add_bos_token": add_bos and "bos_token" in named,
+            "add_eos_token": bool(self._get("add_eos_token", False)) and "eos_token" in named,
+            "split_special_tokens": False,
+            "added_tokens_decoder": added,
+        }
+        (directory / CONFIG).write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@lru_cache(maxsize=2)
+def _fields(path: str, modified: int, size: int) -> Mapping[str, Any]:
+    """The metadata of a GGUF file; kept for as long as the file is the same, as reading a vocabulary takes seconds."""
+    from gguf import GGUFReader
+
+    try:
+        return GGUFReader(path).fields
+    except Exception as error:  # the gguf package raises numpy's and its own errors on a damaged file
+        raise UserError(f"{path}: corrupt or truncated GGUF file ({error or type(error).__name__})") from None
+
+
+def pre_tokenizer(name: str, source: str) -> PreTokenizer:
+    """The pre-tokenizer of llama.cpp's name. Raises UserError, naming `source`, for one that is not known."""
+    if name not in PRE_TOKENIZERS:
+        raise UserError(
+            f"{source}: tokenizer.ggml.pre {name!r:.60} is not known (known: {', '.join(PRE_TOKENIZERS)}): leave the "
+            "tokenizer out with --no-tokenizer"
+        )
+    return PRE_TOKENIZERS[name]
+
+
+def byte_level_tokenizer(
+    ids: Mapping[str, int], merges: Sequence[str], pre: str, source: str, compose: bool = False
+) -> Any:
+    """A byte-level BPE tokenizer of `tokenizers`.
+
+    `ids`: tokens, in the alphabet of GPT-2 that stands for bytes. `merges`: pairs of them, separated by a space, the
+    first to be merged first. `pre`: a pre-tokenizer of llama.cpp's name. `compose`: whether text is put into Unicode's
+    form NFC first. Raises UserError, naming `source`, for a vocabulary that is none.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    how = pre_tokenizer(pre, source)
+    pairs = [merge.split(" ", 1) for merge in merges]
+    # A pair whose result is no token cannot stand in a text.
+    known = [(a, b) for a, b in (pair for pair in pairs if len(pair) == 2) if a + b in ids and a in ids and b in ids]
+    try:
+        backend = Tokenizer(models.BPE(vocab=dict(ids), merges=known, ignore_merges=how.ignore_merges))
+    except Exception as error:  # the library raises bare exceptions
+        raise UserError(f"{source}: not a byte-level vocabulary ({error})") from None
+    if compose:
+        backend.normalizer = normalizers.NFC()
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in how.patterns]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend

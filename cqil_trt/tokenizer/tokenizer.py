@@ -1,0 +1,83 @@
+"""The tokenizer of an engine directory or a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cqil_trt.errors import UserError
+from cqil_trt.tokenizer.chat import ChatTemplate
+from cqil_trt.tokenizer.detokenizer import TextStream, read_all
+from cqil_trt.tokenizer.settings import Settings, chat_templates
+from cqil_trt.tokenizer.vocabulary import open_vocabulary
+
+
+class Tokenizer:
+    """The tokenizer whose files are in `directory`. Raises UserError when there is none or it cannot be read."""
+
+    def __init__(self, directory: Path):
+        settings = Settings.read(directory)
+        vocabulary = open_vocabulary(directory, settings)
+        if vocabulary is None:
+            raise UserError(f"{directory}: the checkpoint came without a tokenizer: use --token-ids")
+        self.vocabulary = vocabulary
+        self._template = ChatTemplate(chat_templates(directory), vocabulary.names, str(directory))
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Token ids of `text`; `special`: with the special tokens the model expects around it."""
+        _check_text(text)
+        ids = self.vocabulary.encode(text)
+        return [*self.vocabulary.prefix, *ids, *self.vocabulary.suffix] if special else ids
+
+    def pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of parts of longer texts: without the special tokens a text begins and ends with."""
+        for text in texts:
+            _check_text(text)
+        return self.vocabulary.encode_batch(texts)
+
+    def special(self, name: str) -> int | None:
+        """The token id of "bos_token", "eos_token", …; None when the tokenizer has none."""
+        content = self.vocabulary.names.get(name)
+        return None if content is None else self.vocabulary.id_of(content)
+
+    def text_of(self, token: int) -> str:
+        """A token as text, one that controls the model too."""
+        special = self.vocabulary.special_text(token)
+        return read_all(self.vocabulary, [token]) if special is None else special
+
+    def plain_tokens(self) -> list[int]:
+        """Every token id that stands for text: those that control the model are left out."""
+        return self.vocabulary.plain_tokens()
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text that `ids` stand for: the UTF-8 reading of their bytes, U+FFFD where they are not UTF-8."""
+        return read_all(self.vocabulary, ids)
+
+    def stream(self) -> TextStream:
+        return TextStream(self.vocabulary)
+
+    def chat(
+        self,
+        messages: str | Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> list[int]:
+        """Token ids of a conversation by the model's chat template, up to where the assistant speaks.
+
+        `messages`: as OpenAI's and transformers' APIs take them, or the text of a single user message. `tools`: JSON
+        schemas of functions. `variables`: what else the template reads. Raises UserError when it cannot be rendered.
+        """
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        text = self._template.render(messages, tools, documents, **variables)
+        _check_text(text)
+        return self.vocabulary.encode(text, control=True)
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # lone surrogates
+        raise UserError(f"{text!r:.60} is not text that can be written as UTF-8") from None

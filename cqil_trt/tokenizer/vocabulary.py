@@ -1,0 +1,319 @@
+"""The two forms a vocabulary comes in: tokenizer.json, read by `tokenizers`, and tokenizer.model, by sentencepiece."""
+
+from __future__ import annotations
+
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cqil_trt.errors import UserError
+from cqil_trt.tokenizer.detokenizer import JsonDecoder, Reader
+from cqil_trt.tokenizer.settings import AddedToken, Settings
+
+JSON, MODEL = "tokenizer.json", "tokenizer.model"
+# Texts for finding out what a post-processor adds: one of them has tokens in any vocabulary.
+_SAMPLES = ("a", "0", ".", " ", "\n", "é", "一")
+
+
+class Vocabulary(ABC):
+    """Ordinary text ↔ token ids, with what the settings next to it add.
+
+    `prefix`, `suffix`: token ids around a whole text. `names`: special tokens by name.
+    """
+
+    prefix: list[int]
+    suffix: list[int]
+    names: dict[str, str]
+
+    @abstractmethod
+    def size(self) -> int:
+        """How many tokens there are, added ones included."""
+
+    @abstractmethod
+    def encode(self, text: str, control: bool = False) -> list[int]:
+        """Token ids of `text`, nothing around it; `control`: special tokens' texts always become these tokens."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
+    @abstractmethod
+    def id_of(self, content: str) -> int | None:
+        """The token spelled `content`."""
+
+    @abstractmethod
+    def special_text(self, token: int) -> str | None:
+        """The text of a token that controls the model and stands for no text; None for any other."""
+
+    @abstractmethod
+    def reader(self) -> Reader:
+        """What gives the bytes of a new text, token by token."""
+
+    def plain_tokens(self) -> list[int]:
+        """Every token id that stands for text."""
+        return [token for token in range(self.size()) if self.special_text(token) is None]
+
+    def _surround(self, settings: Settings, bos: int | None, eos: int | None) -> None:
+        """Puts BOS and EOS around a text, or takes them away, where the settings say so."""
+        if settings.add_bos is not None and bos is not None:
+            self.prefix = [token for token in self.prefix if token != bos]
+            self.prefix = [bos] * settings.add_bos + self.prefix
+        if settings.add_eos is not None and eos is not None:
+            self.suffix = [token for token in self.suffix if token != eos]
+            self.suffix += [eos] * settings.add_eos
+
+    def _named(self, name: str) -> int | None:
+        content = self.names.get(name)
+        return None if content is None else self.id_of(content)
+
+
+class JsonVocabulary(Vocabulary):
+    """A tokenizer of `tokenizers`, as tokenizer.json holds one, with `settings` on top.
+
+    Raises UserError, naming `source`, where they do not fit, or when its decoder is not read.
+    """
+
+    def __init__(self, backend: Any, settings: Settings | None = None, source: str = JSON):
+        settings = settings or Settings()
+        self.backend = backend
+        self._decoder = JsonDecoder(json.loads(backend.decoder.__getstate__()) if backend.decoder else None, source)
+        # A file saved in training may cut or pad every text.
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self._add(settings, source)
+        self.backend.encode_special_tokens = bool(settings.split_special)
+        self._added: dict[int, Any] = self.backend.get_added_tokens_decoder()
+        self.names = dict(settings.names)
+        self.prefix, self.suffix = self._around()
+        self._surround(settings, self._named("bos_token"), self._named("eos_token"))
+
+    @classmethod
+    def open(cls, path: Path, settings: Settings) -> JsonVocabulary:
+        """Reads a file. Raises UserError for one that `tokenizers` cannot read."""
+        from tokenizers import Tokenizer
+
+        try:
+            backend = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        except Exception as error:  # the library raises bare exceptions
+            raise UserError(f"{path}: not a tokenizer that can be read ({error})") from None
+        return cls(backend, settings, str(path))
+
+    def _add(self, settings: Settings, source: str) -> None:
+        from tokenizers import AddedToken as Added
+
+        present = self.backend.get_added_tokens_decoder()
+        for token in settings.added:
+            there = self.backend.token_to_id(token.content)
+            made = _added(Added, token)
+            if there is not None and repr(present.get(there)) == repr(made):
+                continue
+            self.backend.add_tokens([made])
+            found = self.backend.token_to_id(token.content)
+            if there is None and found != token.id:
+                raise UserError(
+                    f"{source}: the settings next to it give {token.content!r:.60} the id {token.id}, but after its "
+                    f"own tokens it would be {found}"
+                )
+        present = self.backend.get_added_tokens_decoder()
+        for content in settings.specials:
+            there = self.backend.token_to_id(content)
+            # One that the vocabulary does not have can neither be read nor written.
+            if there is not None and not (there in present and present[there].special):
+                self.backend.add_special_tokens([content])
+
+    def _around(self) -> tuple[list[int], list[int]]:
+        """What the post-processor puts before and after a text."""
+        for sample in _SAMPLES:
+            whole = self.backend.encode(sample, add_special_tokens=True).ids
+            inner = self.backend.encode(sample, add_special_tokens=False).ids
+            for first in range(len(whole) - len(inner) + 1):
+                if inner and whole[first : first + len(inner)] == inner:
+                    return whole[:first], whole[first + len(inner) :]
+        return self.backend.encode("", add_special_tokens=True).ids, []
+
+    def size(self) -> int:
+        return self.backend.get_vocab_size()
+
+    def encode(self, text: str, control: bool = False) -> list[int]:
+        if not control or not self.backend.encode_special_tokens:
+            return self.backend.encode(text, add_special_tokens=False).ids
+        self.backend.encode_special_tokens = False
+        try:
+            return self.backend.encode(text, add_special_tokens=False).ids
+        finally:
+            self.backend.encode_special_tokens = True
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self.backend.encode_batch(list(texts), add_special_tokens=False)]
+
+    def id_of(self, content: str) -> int | None:
+        return self.backend.token_to_id(content)
+
+    def special_text(self, token: int) -> str | None:
+        added = self._added.get(token)
+        return added.content if added is not None and added.special else None
+
+    def plain_tokens(self) -> list[int]:
+        return [token for token in range(self.size()) if token not in self._added]
+
+    def reader(self) -> Reader:
+        return self._decoder.reader(self._piece, self._added.__contains__)
+
+    def _piece(self, token: int) -> str | None:
+        # A model's table may have more rows than its tokenizer has tokens.
+        return None if self.special_text(token) is not None else self.backend.id_to_token(token)
+
+
+def _added(kind: Any, token: AddedToken) -> Any:
+    return kind(
+        token.content,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        single_word=token.single_word,
+        normalized=token.normalized,
+        special=token.special,
+    )
+
+
+class SentencePieceVocabulary(Vocabulary):
+    """tokenizer.model as sentencepiece reads it; BOS before a text, as LLaMA wants it, unless the settings say not.
+
+    Tokens that the settings add, which sentencepiece does not know, are found first, and what lies between them is
+    tokenized on its own, each part with the space that sentencepiece puts before a text. Its own control tokens are
+    found the same way in chat templates; in other texts their spelling is ordinary text, as sentencepiece has it,
+    unless the settings say otherwise. Raises UserError for a file that is none of sentencepiece's.
+    """
+
+    def __init__(self, path: Path, settings: Settings):
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            self._model = SentencePieceProcessor(model_proto=path.read_bytes())
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        except Exception as error:  # the library raises RuntimeError, and others of its wrapper
+            reason = str(error).split("\n")[0] or type(error).__name__
+            raise UserError(
+                f"{path}: not a sentencepiece model ({reason:.100}); where it is one of tiktoken's, take the "
+                "conversion with tokenizer.json"
+            ) from None
+        model, own = self._model, self._model.get_piece_size()
+        self._control = {model.id_to_piece(t): t for t in range(own) if model.is_control(t) or model.is_unknown(t)}
+        self._added = {t.content: t for t in settings.added if t.id is not None and not self._owns(t.content, t.id)}
+        self._id = {content: token.id for content, token in self._added.items()}
+        self._special = {token.id: content for content, token in self._added.items() if token.special}
+        self._special |= {token: content for content, token in self._control.items() if model.is_control(token)}
+        self._size = max([own, *(token + 1 for token in self._id.values())])
+        if settings.split_special is False:
+            self._id |= self._control
+            self._id |= {t.content: t.id for t in settings.added if t.id is not None}
+        self._plain = _splitter(self._id)
+        self._with_control = _splitter({**self._control, **self._id})
+        defaults = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
+        self.names = {name: model.id_to_piece(token) for name, token in defaults.items() if token >= 0}
+        self.names |= {name: text for name, text in settings.names.items() if self.id_of(text) is not None}
+        bos, eos = self._named("bos_token"), self._named("eos_token")
+        self.prefix, self.suffix = ([] if bos is None else [bos]), []
+        self._surround(settings, bos, eos)
+        self._strips, self._strips_all = _stripping(model)
+
+    def _owns(self, content: str, token: int) -> bool:
+        return token < self._model.get_piece_size() and self._model.id_to_piece(token) == content
+
+    def size(self) -> int:
+        return self._size
+
+    def encode(self, text: str, control: bool = False) -> list[int]:
+        pattern = self._with_control if control else self._plain
+        if pattern is None:
+            return self._model.encode(text)
+        ids: list[int] = []
+        known, start = {**self._control, **self._id}, 0
+        for match in pattern.finditer(text):
+            token = self._added.get(match[0])
+            before = text[start : match.start()]
+            ids += self._model.encode(before.rstrip() if token is not None and token.lstrip else before)
+            ids.append(known[match[0]])
+            start = match.end()
+            if token is not None and token.rstrip:
+                start += len(text[start:]) - len(text[start:].lstrip())
+        return ids + self._model.encode(text[start:])
+
+    def id_of(self, content: str) -> int | None:
+        if content in self._id:
+            return self._id[content]
+        token = self._model.piece_to_id(content)
+        return token if self._owns(content, token) else None
+
+    def special_text(self, token: int) -> str | None:
+        return self._special.get(token)
+
+    def plain_tokens(self) -> list[int]:
+        model, added = self._model, set(self._id.values())
+        others = (model.is_control, model.is_unknown, model.is_unused)
+        return [t for t in range(model.get_piece_size()) if t not in added and not any(kind(t) for kind in others)]
+
+    def reader(self) -> Reader:
+        model, control = self._model, set(self._control.values())
+        texts = {token: content for content, token in self._id.items() if token not in control}
+        # A text's first space, which sentencepiece put there, is taken away again.
+        at_start, written = self._strips, False
+
+        def read(token: int) -> bytes:
+            nonlocal at_start, written
+            if token in self._special or not 0 <= token < self._size:
+                return b""
+            if token in texts:
+                found = texts[token].encode()
+            elif token >= model.get_piece_size():
+                return b""
+            elif model.is_byte(token):
+                found = bytes([int(model.id_to_piece(token)[3:5], 16)])
+            elif model.is_unknown(token):
+                found = model.decode([token]).encode()
+            else:
+                piece = model.id_to_piece(token)
+                if at_start and not written and piece.startswith("▁"):
+                    piece = piece[1:]
+                    at_start = self._strips_all
+                found = piece.replace("▁", " ").encode()
+            written = written or bool(found)
+            return found
+
+        return read
+
+
+def _splitter(tokens: dict[str, int]) -> re.Pattern[str] | None:
+    """Finds the texts of `tokens`, the longest first; None when there are none."""
+    if not tokens:
+        return None
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+
+
+def _stripping(model: Any) -> tuple[bool, bool]:
+    """Whether decoding drops a text's first space, and whether each further one that follows right away too.
+
+    Found by asking the model, as only its serialised form says so.
+    """
+    spaces = model.piece_to_id("▁")
+    if model.is_unknown(spaces):
+        pieces = [t for t in range(model.get_piece_size()) if model.id_to_piece(t).startswith("▁")]
+        if not pieces:
+            return False, False
+        spaces = pieces[0]
+    one, two = model.decode([spaces]), model.decode([spaces, spaces])
+    length = len(model.id_to_piece(spaces))
+    return len(one) < length, len(two) < 2 * length - 1
+
+
+def open_vocabulary(directory: Path, settings: Settings) -> Vocabulary | None:
+    """The vocabulary in `directory`, tokenizer.json where there are both; None when there is none."""
+    if (directory / JSON).exists():
+        return JsonVocabulary.open(directory / JSON, settings)
+    if (directory / MODEL).exists():
+        return SentencePieceVocabulary(directory / MODEL, settings)
+    return None
