@@ -37,12 +37,12 @@ from cqil_trt.weights import WeightReader, open_checkpoint  # noqa: E402
 
 CHECKPOINTS = "checkpoints"
 SETTINGS = "settings.json"
-SAMPLED = "self-generated.npy"
+SAMPLED, CONVERSATIONS = "self-generated.npy", "self-generated-chat.npy"
 REPORT = "training.json"
 # What a resumed run may change: none of it decides what is trained.
 FREE = {"output", "resume", "force", "save_steps", "eval_text", "eval_tokens", "plot", "sampling_batch", "compile"}
 # What decides the text that is sampled. A run that has no checkpoint yet may change all the rest, and keep that text.
-SAMPLING = {"model", "self_generated", "top_p", "sequence_length", "seed"}
+SAMPLING = {"model", "self_generated", "self_generated_chat", "top_p", "sequence_length", "seed"}
 # Bytes of activations kept for the backward pass, for each token, hidden element and layer: measured with bfloat16
 # products over LoRA's float32 parameters.
 ACTIVATION_BYTES = 55
@@ -67,6 +67,12 @@ def parser() -> RankParser:
         "--self-generated", metavar="N", type=int, help="N tokens that the unchanged model samples itself"
     )
     text.add_argument(
+        "--self-generated-chat",
+        metavar="N",
+        type=int,
+        help="N tokens of conversations that it samples, beginning as its chat template begins a user's message",
+    )
+    text.add_argument(
         "--top-p",
         metavar="P",
         type=float,
@@ -83,6 +89,15 @@ def parser() -> RankParser:
     train.add_argument("--learning-rate", type=float, default=1e-3)
     train.add_argument("--lora-rank", metavar="R", type=int, default=32)
     train.add_argument("--lora-alpha", metavar="A", type=float, default=32.0)
+    train.add_argument(
+        "--lora-layers",
+        choices=("all", "concurrent"),
+        default="all",
+        help="which layers are adapted: a smaller adapter with the concurrent ones alone",
+    )
+    train.add_argument(
+        "--adapter-dtype", choices=("float32", "bfloat16"), default="float32", help="type of the adapter's file"
+    )
     train.add_argument("--lora-dropout", metavar="P", type=float, default=0.0)
     train.add_argument("--precision", choices=("bf16", "fp32"), help="default bf16 on GPUs, fp32 on CPUs")
     train.add_argument(
@@ -119,7 +134,7 @@ def train(options: argparse.Namespace) -> None:
         from cqil_trt.demo import demo_model
 
         options.model = str(demo_model())
-    if options.self_generated and options.top_p is None:
+    if (options.self_generated or options.self_generated_chat) and options.top_p is None:
         options.top_p = 0.95
     model, reader = open_checkpoint(Path(options.model))
     notes: list[str] = []
@@ -152,12 +167,21 @@ def train(options: argparse.Namespace) -> None:
 
 def check(options: argparse.Namespace) -> None:
     pyplot()  # a package that the end needs should not be missed behind hours of training
-    counts = ("self_generated", "sampling_batch", "eval_tokens", "batch_size", "accumulate", "steps", "lora_rank")
+    counts = (
+        "self_generated",
+        "self_generated_chat",
+        "sampling_batch",
+        "eval_tokens",
+        "batch_size",
+        "accumulate",
+        "steps",
+        "lora_rank",
+    )
     check_at_least(options, 1, *counts, "save_steps")
     check_at_least(options, 2, "sequence_length")
     if not 0 <= options.lora_dropout < 1:
         raise UserError(f"--lora-dropout must be from 0 to below 1, found {options.lora_dropout:g}")
-    if options.self_generated is None and options.top_p is not None:
+    if not (options.self_generated or options.self_generated_chat) and options.top_p is not None:
         raise UserError("--top-p is about the text of --self-generated, which is not given")
     if options.top_p is not None and not 0 < options.top_p <= 1:
         raise UserError(f"--top-p must be above 0 and at most 1, found {options.top_p:g}")
@@ -166,7 +190,7 @@ def check(options: argparse.Namespace) -> None:
     check_plot(options.plot)
     check_texts(options.text, "--text")
     check_texts(options.eval_text, "--eval-text")
-    if not (options.text or options.self_generated):
+    if not (options.text or options.self_generated or options.self_generated_chat):
         raise UserError("what to train on? --text PATH …, or --self-generated N for text the model samples itself")
     if options.resume and options.force:
         raise UserError("--resume goes on with what --force removes: give one of them")
@@ -262,7 +286,8 @@ def run(
     held_out = options.eval_text and text_blocks(
         options.eval_text, tokenizer, model, length, options.eval_tokens, options.column
     )
-    count = sum(map(len, parts)) + -(-(options.self_generated or 0) // length)
+    sampled = sampled_texts(options, tokenizer)
+    count = sum(map(len, parts)) + sum(-(-tokens // length) for _, tokens, _ in sampled)
     step_blocks = options.batch_size * options.accumulate * settings.world_size
     if count < step_blocks:
         raise UserError(
@@ -272,13 +297,20 @@ def run(
     compiled = choose_compile(options, on_gpu)
     if FIRST:
         begin_output(options, begun)
-    if options.self_generated:
+    for name, tokens, beginnings in sampled:
         with settings.main_process_first(desc="sampling text"):
-            parts.append(generated(options, model, network, np.array(tokenizer.plain_tokens())))
+            parts.append(generated(options, model, network, options.output / name, tokens, beginnings))
     data = np.concatenate(parts)
 
     transformers.set_seed(options.seed)
-    student = Student(network, cqil, options.lora_rank, options.lora_alpha, options.lora_dropout)
+    student = Student(
+        network,
+        cqil,
+        options.lora_rank,
+        options.lora_alpha,
+        options.lora_dropout,
+        concurrent_only=options.lora_layers == "concurrent",
+    )
     if compiled:
         student.compile()
     if recompute:
@@ -303,7 +335,7 @@ def run(
     if not all(weight.isfinite().all() for weight in student.model.parameters() if weight.requires_grad):
         raise diverged(trainer.state.global_step, options.learning_rate)
     if FIRST:
-        save(student, options.output)
+        save(student, options.output, getattr(torch, options.adapter_dtype))
 
     losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     report = {
@@ -370,16 +402,29 @@ def sampling_batch(model: ModelConfig, length: int, network: Any) -> int:
     return max(1, min(1024, room // kept))
 
 
-def generated(options: argparse.Namespace, model: ModelConfig, network: Any, first_tokens: np.ndarray) -> np.ndarray:
-    """The blocks the model samples itself, int32; kept beside the adapter, for a resumed run and for `--text`."""
+def sampled_texts(options: argparse.Namespace, tokenizer: Any) -> list[tuple[str, int, np.ndarray]]:
+    """What the model is to sample: the file each text is kept in, its tokens, and how its blocks may begin [N, K]."""
+    found = []
+    if options.self_generated:
+        found.append((SAMPLED, options.self_generated, np.array(tokenizer.plain_tokens())[:, None]))
+    if options.self_generated_chat:
+        found.append((CONVERSATIONS, options.self_generated_chat, np.array([tokenizer.chat_beginning()])))
+        if found[-1][2].shape[1] >= options.sequence_length:
+            raise UserError(f"--sequence-length {options.sequence_length}: the chat template begins with more tokens")
+    return found
+
+
+def generated(
+    options: argparse.Namespace, model: ModelConfig, network: Any, path: Path, tokens: int, beginnings: np.ndarray
+) -> np.ndarray:
+    """The blocks the model samples itself, int32; kept at `path`, for a resumed run and for `--text`."""
     from cqil_trt.quality.distillation import self_generated
 
-    path = options.output / SAMPLED
     if not path.exists():
         length, progress = options.sequence_length, sys.stderr.isatty()
-        count, batch = -(-options.self_generated // length), options.sampling_batch
+        count, batch = -(-tokens // length), options.sampling_batch
         batch = batch or sampling_batch(model, length, network)
-        blocks = self_generated(network, count, length, first_tokens, batch, options.seed, options.top_p, progress)
+        blocks = self_generated(network, count, length, beginnings, batch, options.seed, options.top_p, progress)
         partial = path.with_suffix(".partial")
         with open(partial, "wb") as file:
             np.save(file, blocks.astype(np.min_scalar_type(model.vocab_size - 1)))
@@ -420,10 +465,10 @@ def reporter(tokens_per_step: int) -> Any:
     return Reporter()
 
 
-def save(student: Any, output: Path) -> None:
+def save(student: Any, output: Path, dtype: Any) -> None:
     """The adapter's files appear whole: the configuration that makes it one comes last."""
     new = output / CHECKPOINTS / "adapter"
-    student.save(new)
+    student.save(new, dtype)
     names = [path.name for path in new.iterdir() if path.suffix in (".json", ".safetensors")]
     for name in sorted(names, key=lambda name: (name == "adapter_config.json", name != ADAPTER_FILE)):
         (new / name).replace(output / name)

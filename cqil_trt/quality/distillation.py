@@ -36,13 +36,27 @@ _GREEDY_TOKENS = 4
 class Student:
     """A Hugging Face model as teacher and student: with CQIL's forward pass and a fresh LoRA adapter.
 
-    `model` is the PEFT model that is trained. Raises UserError when the range does not fit the model.
+    `model` is the PEFT model that is trained. `concurrent_only`: whether only the concurrent layers are adapted.
+    Raises UserError when the range does not fit the model.
     """
 
-    def __init__(self, network: nn.Module, cqil: CqilConfig, rank: int, alpha: float, dropout: float):
+    def __init__(
+        self,
+        network: nn.Module,
+        cqil: CqilConfig,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        concurrent_only: bool = False,
+    ):
         self.cqil = CqilModel(network, cqil.p, cqil.d, cqil.start, cqil.end, cqil.bypass)
         lora = LoraConfig(
-            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=PROJECTIONS, task_type="CAUSAL_LM"
+            r=rank,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
+            target_modules=PROJECTIONS,
+            layers_to_transform=list(range(cqil.start, cqil.end)) if concurrent_only else None,
+            task_type="CAUSAL_LM",
         )
         self.model = get_peft_model(network, lora)
         self.divergence_of_rows = _divergence
@@ -61,9 +75,10 @@ class Student:
             for module in layer.children():
                 module.compile()
 
-    def save(self, directory: Path) -> None:
-        """Writes the adapter as PEFT does, with the CQIL configuration inside."""
-        self.model.save_pretrained(str(directory))
+    def save(self, directory: Path, dtype: torch.dtype = torch.float32) -> None:
+        """Writes the adapter as PEFT does, its weights in `dtype`, with the CQIL configuration inside."""
+        weights = {name: weight.to(dtype) for name, weight in self.model.state_dict().items() if ".lora_" in name}
+        self.model.save_pretrained(str(directory), state_dict=weights)
         self.cqil.cqil.save_with_adapter(directory)
 
 
@@ -137,7 +152,7 @@ def self_generated(
     network: nn.Module,
     count: int,
     length: int,
-    first_tokens: np.ndarray,
+    beginnings: np.ndarray,
     batch: int,
     seed: int,
     top_p: float,
@@ -145,9 +160,9 @@ def self_generated(
 ) -> np.ndarray:
     """Blocks [count, length] of text that the model samples itself, int32.
 
-    Each begins with a random one of `first_tokens`, goes on greedily for a few tokens and then by the model's own
-    distribution, of which the likeliest tokens that reach `top_p` together are left. An end-of-text token does not end
-    a block: the model goes on with another text.
+    Each begins with a random row of `beginnings` (token ids [N, K], K below `length`) and goes on by the model's own
+    distribution, of which the likeliest tokens that reach `top_p` together are left; after a single token, the next
+    few are chosen greedily. An end-of-text token does not end a block: the model goes on with another text.
     """
     from tqdm import tqdm
     from transformers import GenerationConfig
@@ -155,14 +170,15 @@ def self_generated(
     device = device_of(network)
     random = np.random.default_rng(seed)
     torch.manual_seed(seed)
-    greedy = GenerationConfig(max_length=min(1 + _GREEDY_TOKENS, length), do_sample=False, pad_token_id=0)
+    coherent = 1 + _GREEDY_TOKENS if beginnings.shape[1] == 1 else 0
+    greedy = GenerationConfig(max_length=min(coherent, length), do_sample=False, pad_token_id=0)
     free = GenerationConfig(max_length=length, do_sample=True, top_k=0, top_p=top_p, pad_token_id=0)
     found = np.zeros((count, length), np.int32)
     own = network.generation_config
     with tqdm(total=count, unit="block", desc="sampling text", disable=not progress, leave=False) as bar:
         for first in range(0, count, batch):
             rows = min(batch, count - first)
-            tokens = torch.from_numpy(random.choice(first_tokens, (rows, 1)).astype(np.int64)).to(device)
+            tokens = torch.from_numpy(random.choice(beginnings, rows).astype(np.int64)).to(device)
             for network.generation_config in (greedy, free):
                 if tokens.shape[1] < network.generation_config.max_length:
                     tokens = network.generate(tokens, attention_mask=torch.ones_like(tokens))

@@ -75,6 +75,15 @@ class Tokenizer:
         _check_text(text)
         return self.vocabulary.encode(text, control=True)
 
+    def chat_beginning(self) -> list[int]:
+        """How a conversation begins by the chat template, up to where its first user speaks: token ids.
+
+        From there a model trained on conversations writes one itself (Magpie, arXiv 2406.08464).
+        """
+        mark = "\u2060user\u2060"  # of a character that no template has
+        text = self._template.render([{"role": "user", "content": mark}]).partition(mark)[0]
+        return self.vocabulary.encode(text, control=True)
+
 
 def _check_text(text: str) -> None:
     try:
