@@ -5,10 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["CqilConfig", "CqilModel", "EngineConfig", "Llm", "ModelConfig", "UserError", "build", "load"]
+__all__ = [
+    "Conversation",
+    "CqilConfig",
+    "CqilModel",
+    "EngineConfig",
+    "Llm",
+    "ModelConfig",
+    "UserError",
+    "build",
+    "load",
+]
 
 # Imported when first used: torch alone takes seconds, and `cqil-build --help` should not.
 _HOMES = {
+    "Conversation": "tokenizer",
     "CqilConfig": "config",
     "CqilModel": "reference",
     "EngineConfig": "config",

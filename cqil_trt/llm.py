@@ -15,7 +15,7 @@ from cqil_trt.generate import Completion, GenerationConfig, generate
 from cqil_trt.job import Job
 from cqil_trt.sampling import SamplingConfig
 from cqil_trt.session import Session, check_prompt
-from cqil_trt.tokenizer import Tokenizer, has_tokenizer
+from cqil_trt.tokenizer import Conversation, Tokenizer, has_tokenizer
 
 
 class Llm:
@@ -49,8 +49,8 @@ class Llm:
         eos = None if self.tokenizer is None else self.tokenizer.special("eos_token")
         return tuple(sorted({*self.engine.model.eos_token_ids, *([] if eos is None else [eos])}))
 
-    def encode(self, prompts: Sequence[str | Sequence[int]], chat: bool = False) -> list[list[int]]:
-        """Token ids of prompts given as text or already as ids; `chat`: each text as a user's message.
+    def encode(self, prompts: Sequence[str | Conversation | Sequence[int]], chat: bool = False) -> list[list[int]]:
+        """Token ids of prompts given as text, conversations or already ids; `chat`: each text as a user's message.
 
         Raises UserError for an empty prompt, one the engine cannot hold, or a text without a tokenizer.
         """
@@ -59,11 +59,12 @@ class Llm:
         encoded: list[list[int]] = []
         for number, prompt in enumerate(prompts, 1):
             ids = prompt
-            if isinstance(prompt, str):
+            if isinstance(prompt, (str, Conversation)):
                 if not prompt:
                     raise UserError(f"prompt {number} is empty")
                 tokenizer = self.tokenizer or Tokenizer(self.engine.path)
-                ids = tokenizer.chat(prompt) if chat else tokenizer.encode(prompt)
+                spoken = chat or isinstance(prompt, Conversation)
+                ids = tokenizer.chat(prompt) if spoken else tokenizer.encode(prompt)
             model, limits = self.engine.model, self.engine.limits
             check_prompt(ids, f"prompt {number}", model.vocab_size, limits.max_seq_len)
             encoded.append(list(ids))
@@ -71,7 +72,7 @@ class Llm:
 
     def generate(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Sequence[str | Conversation | Sequence[int]],
         max_new_tokens: int = 64,
         temperature: float = 0.0,
         top_k: int = 0,
@@ -82,7 +83,7 @@ class Llm:
         ignore_eos: bool = False,
         on_text: Callable[[int, str], None] | None = None,
     ) -> list[Completion]:
-        """Completes prompts (text, or lists of token ids); greedy unless `temperature` is above 0.
+        """Completes prompts (text, conversations, or lists of token ids); greedy unless `temperature` is above 0.
 
         Every rank gives the same arguments and receives all completions, in the order of the prompts. `on_text(index,
         text)` is called on the first rank of the replica that runs the prompt. Raises UserError on every rank.

@@ -16,6 +16,7 @@ from cqil_trt import probes
 from cqil_trt.errors import UserError
 from cqil_trt.probes import Probe
 from cqil_trt.session import Session
+from cqil_trt.tokenizer import find_tokenizer
 
 if TYPE_CHECKING:
     from cqil_trt.llm import Llm
@@ -84,16 +85,47 @@ def compare(engine_logits: np.ndarray, engine_tokens: Sequence[int], probe: Prob
     return Parity(len(engine_logits), relative, max_abs, top1, equal, steps, gap, passed)
 
 
-@dataclass(frozen=True)
-class Validation:
-    """The verdict on every prompt, and who judged: "live" (the checkpoint, now) or "stored" (at build time)."""
+# Texts whose token ids differ where a tokenizer is not read exactly: spaces, lines, digits, scripts, marks, symbols.
+TEXTS = (
+    "", " ", "  ", "a", " a", "  a", "a ", "a  ", "\n", "\n\n", "a\nb", "a\n\n  b", "\ta\t\tb", "a\r\nb", "Hello, world!",
+    "it's WE'LL I'd", "0 12 345 6789 3.14 1,000,000", "héllo naïve ǅ ß ſ", "e\u0301 \u200d \u00a0 \u3000 \ufeff", "你好，世界",
+    "こんにちは カタカナ", "안녕하세요", "Привет, мир", "مرحبا ٣٤", "नमस्ते", "😀 👩‍👩‍👧 🇫🇷", "½ Ⅷ 𝟘 ™",
+    "def f(x):\n    return x  # ok\n", "<0x41> ▁ ▁a", "https://example.org/?q=a%20b&c=d", "a" * 40, "$$ == != -> … — “quoted”",
+)  # fmt: skip
 
-    results: list[Parity]
-    reference: str
+
+@dataclass(frozen=True)
+class TokenParity:
+    """How many of some texts have the same token ids in the engine's tokenizer and in the checkpoint's own.
+
+    `judge`: the file that said what is right. `first`: the first text that differs.
+    """
+
+    judge: str
+    texts: int
+    equal: int
+    first: str | None
 
     @property
     def passed(self) -> bool:
-        return bool(self.results) and all(result.passed for result in self.results)
+        return self.equal == self.texts
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The verdict on every prompt, and who judged: "live" (the checkpoint, now) or "stored" (at build time).
+
+    `tokens`: the verdict on the tokenizer, None where there is none or the checkpoint's is not at hand.
+    """
+
+    results: list[Parity]
+    reference: str
+    tokens: TokenParity | None
+
+    @property
+    def passed(self) -> bool:
+        right = bool(self.results) and all(result.passed for result in self.results)
+        return right and (self.tokens is None or self.tokens.passed)
 
 
 def validate(llm: Llm, prompts: Sequence[Sequence[int]] | None = None, steps: int = STEPS) -> Validation:
@@ -130,9 +162,27 @@ def validate(llm: Llm, prompts: Sequence[Sequence[int]] | None = None, steps: in
     def judge() -> Validation:
         answers = _live(llm, prompts, lengths) if stored is None else stored
         results = [compare(*pair, answer, limits.dtype) for *pair, answer in zip(engine_logits, engine_tokens, answers)]
-        return Validation(results, "live" if stored is None else "stored")
+        return Validation(results, "live" if stored is None else "stored", compare_tokens(llm))
 
     return llm.job.share(judge)
+
+
+def compare_tokens(llm: Llm) -> TokenParity | None:
+    """Compares token ids with those of the checkpoint the engine was built from; None where there is nothing to."""
+    source = llm.engine.source
+    model, lora = Path(source.model), None if source.lora is None else Path(source.lora)
+    if llm.tokenizer is None or not model.exists() or not (lora is None or lora.exists()):
+        return None
+    found = find_tokenizer(model, lora)
+    if found is None:
+        return None
+    encode, specials = found.judge()
+    texts = [
+        *TEXTS,
+        *(form.replace("{}", special) for special in specials[:32] for form in ("{}", "a {} b", "a{}b\n ")),
+    ]
+    differing = [text for text in texts if llm.tokenizer.encode(text, special=False) != list(encode(text))]
+    return TokenParity(str(found.place), len(texts), len(texts) - len(differing), next(iter(differing), None))
 
 
 def answer(

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from cqil_trt.commands import RankParser, run_ranks
 from cqil_trt.errors import UserError
 from cqil_trt.job import Job
 from cqil_trt.table import table
+from cqil_trt.tokenizer.chat import Conversation
 
 
 def parser() -> RankParser:
@@ -27,6 +29,14 @@ def parser() -> RankParser:
     )
     p.add_argument("--prompt", metavar="TEXT", action="append", help="may be repeated")
     p.add_argument("--prompt-file", metavar="F", help="one prompt a line, or a .json list of texts")
+    p.add_argument(
+        "--messages",
+        metavar="F.json",
+        action="append",
+        default=[],
+        help="a whole conversation, put into the model's chat template: a list of messages, or an object with messages "
+        "and tools; may be repeated",
+    )
     p.add_argument("--token-ids", metavar="F.json", help="a JSON list of token ids, or a list of such lists")
     p.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     p.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
@@ -68,8 +78,10 @@ def run(options: argparse.Namespace, job: Job) -> bool:
     GenerationConfig(options.max_new_tokens, stop=tuple(options.stop), sampling=sampling)
 
     llm = Llm(options.engine, job, options.device)
-    if options.chat and llm.tokenizer is None:
-        raise UserError("--chat needs a tokenizer, which this engine came without")
+    if (options.chat or options.messages) and llm.tokenizer is None:
+        raise UserError(
+            f"{'--chat' if options.chat else '--messages'} needs a tokenizer, which this engine came without"
+        )
     limits, model = llm.engine.limits, llm.engine.model
     prompts = job.agree(
         lambda: (
@@ -102,7 +114,7 @@ def run(options: argparse.Namespace, job: Job) -> bool:
 
 
 def read_prompts(options: argparse.Namespace) -> list[Any]:
-    """The prompts of --prompt, --prompt-file and --token-ids, in that order; empty when none is given."""
+    """The prompts of --prompt, --prompt-file, --messages and --token-ids, in that order; empty when none is given."""
     prompts: list[Any] = list(options.prompt or [])
     if options.prompt_file is not None:
         text = read_file(options.prompt_file)
@@ -112,6 +124,8 @@ def read_prompts(options: argparse.Namespace) -> list[Any]:
         if not isinstance(found, list) or not found or not all(isinstance(item, str) for item in found):
             raise UserError(f"--prompt-file {options.prompt_file}: expected at least one prompt")
         prompts += found
+    for name in options.messages:
+        prompts.append(Conversation.of_json(parse_json(name, read_file(name)), f"--messages {name}"))
     if options.token_ids is not None:
         found = parse_json(options.token_ids, read_file(options.token_ids))
         if isinstance(found, list) and found and all(isinstance(item, int) for item in found):
@@ -189,9 +203,14 @@ def validate(llm: Any, prompts: list[list[int]] | None, say: Callable[[str], Non
         f"threshold for {llm.engine.limits.dtype}: relative L2 <= {threshold.relative_l2:g}, "
         f"greedy tokens equal: {tokens}"
     )
+    if verdict.tokens is not None:
+        t = verdict.tokens
+        differs = "" if t.passed else f"; the first that differs: {t.first!r:.80}"
+        say(f"token ids of {t.texts} texts against {t.judge}: {t.equal} equal{differs}")
     say("validation passed: all ranks hold identical bits" if passed else "validation FAILED")
     report["validation"] = {
         "passed": passed,
+        "tokens": None if verdict.tokens is None else asdict(verdict.tokens),
         "reference": verdict.reference,
         "prompts": [r.to_dict() for r in verdict.results],
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -19,35 +20,66 @@ from cqil_trt.errors import UserError
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
+@dataclass(frozen=True)
+class Conversation:
+    """What a chat template renders: messages as OpenAI's API and transformers take them, tools as JSON schemas.
+
+    `variables`: what else the template reads.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] | None = None
+    documents: Sequence[Mapping[str, Any]] | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of_json(cls, value: Any, source: str) -> Conversation:
+        """From a list of messages, or an object with messages and, if any, tools, documents, chat_template_kwargs.
+
+        Raises UserError, naming `source`, for anything else.
+        """
+        parts = value if isinstance(value, dict) else {"messages": value}
+        known = ("messages", "tools", "documents", "chat_template_kwargs")
+        if unknown := [name for name in parts if name not in known]:
+            raise UserError(f"{source}: {unknown[0]!r:.60} is not one of {', '.join(known)}")
+        messages = parts.get("messages")
+        if not isinstance(messages, list) or not messages:
+            raise UserError(f"{source}: expected a list of messages, or an object that holds one as messages")
+        for number, message in enumerate(messages, 1):
+            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+                raise UserError(f"{source}: message {number} is not an object with a role")
+        for name in ("tools", "documents"):
+            items = parts.get(name)
+            if items is not None and not (isinstance(items, list) and all(isinstance(item, dict) for item in items)):
+                raise UserError(f"{source}: {name} must be a list of objects")
+        variables = parts.get("chat_template_kwargs") or {}
+        if not isinstance(variables, dict):
+            raise UserError(f"{source}: chat_template_kwargs must be an object")
+        return cls(messages, parts.get("tools"), parts.get("documents"), variables)
+
+
 class ChatTemplate:
     """The chat templates of a model, by name. `names`: its special tokens by name. `source` names them in messages."""
 
     def __init__(self, templates: Mapping[str, str], names: Mapping[str, str], source: str):
         self._templates, self._names, self._source = templates, names, source
 
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        documents: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        **variables: Any,
-    ) -> str:
-        """The conversation as text, with the special tokens the model expects.
+    def render(self, conversation: Conversation) -> str:
+        """The conversation as text, up to where the assistant speaks, with the special tokens the model expects.
 
         Raises UserError when there is no template, or it is malformed, refuses the conversation or fails on it.
         """
         try:
-            template = _environment().from_string(self._choose(tools is not None))
+            template = _environment().from_string(self._choose(conversation.tools is not None))
         except TemplateError as error:
             raise UserError(f"--chat: the chat template of {self._source} is malformed ({error})") from None
         values = {
             **self._names,
-            "messages": [_message(message) for message in messages],
-            "tools": None if tools is None else list(tools),
-            "documents": None if documents is None else list(documents),
-            "add_generation_prompt": add_generation_prompt,
-            **variables,
+            "messages": [_message(message) for message in conversation.messages],
+            "tools": conversation.tools,
+            "documents": conversation.documents,
+            "add_generation_prompt": True,
+            **conversation.variables,
         }
         try:
             return template.render(**values)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,26 +91,29 @@ class TokenizerFiles:
             path.parent.mkdir(exist_ok=True)
             path.write_text(text, encoding="utf-8")
 
-    def encoder(self) -> Callable[[str], list[int]]:
-        """Text → token ids by the vocabulary's own library alone, nothing around them: the judge of an engine's.
+    def judge(self) -> tuple[Callable[[str], list[int]], list[str]]:
+        """What says whether an engine's token ids are right: the vocabulary's own library, on the file itself.
 
-        What the settings next to the vocabulary add is left out.
+        Returns text → token ids, nothing around them, and the texts of tokens that control the model. What the settings
+        next to the vocabulary add is left out.
         """
         if self.place.is_dir() and (self.place / JSON).exists():
             from tokenizers import Tokenizer as Backend
 
             backend = Backend.from_file(str(self.place / JSON))
             backend.no_truncation()
-            return lambda text: backend.encode(text, add_special_tokens=False).ids
+            specials = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
+            return lambda text: backend.encode(text, add_special_tokens=False).ids, specials
         if self.place.is_dir() and (self.place / MODEL).exists():
             from sentencepiece import SentencePieceProcessor
 
-            return SentencePieceProcessor(model_file=str(self.place / MODEL)).encode
-        import tempfile
-
+            return SentencePieceProcessor(model_file=str(self.place / MODEL)).encode, []
+        # Of the others the only reader is the one that wrote the engine's: it shows whether the source has changed.
         with tempfile.TemporaryDirectory() as temporary:
             self.write(Path(temporary))
-            return Tokenizer(Path(temporary)).vocabulary.encode
+            vocabulary = Tokenizer(Path(temporary)).vocabulary
+        texts = map(vocabulary.special_text, range(vocabulary.size()))
+        return vocabulary.encode, [text for text in texts if text is not None]
 
 
 def find_tokenizer(model: Path, lora: Path | None = None) -> TokenizerFiles | None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from cqil_trt.errors import UserError
-from cqil_trt.tokenizer.chat import ChatTemplate
+from cqil_trt.tokenizer.chat import ChatTemplate, Conversation
 from cqil_trt.tokenizer.detokenizer import TextStream, read_all
 from cqil_trt.tokenizer.settings import Settings, chat_templates
 from cqil_trt.tokenizer.vocabulary import open_vocabulary
@@ -57,21 +56,14 @@ class Tokenizer:
     def stream(self) -> TextStream:
         return TextStream(self.vocabulary)
 
-    def chat(
-        self,
-        messages: str | Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        documents: Sequence[Mapping[str, Any]] | None = None,
-        **variables: Any,
-    ) -> list[int]:
+    def chat(self, conversation: str | Conversation) -> list[int]:
         """Token ids of a conversation by the model's chat template, up to where the assistant speaks.
 
-        `messages`: as OpenAI's and transformers' APIs take them, or the text of a single user message. `tools`: JSON
-        schemas of functions. `variables`: what else the template reads. Raises UserError when it cannot be rendered.
+        A text is a single user message. Raises UserError when it cannot be rendered.
         """
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-        text = self._template.render(messages, tools, documents, **variables)
+        if isinstance(conversation, str):
+            conversation = Conversation([{"role": "user", "content": conversation}])
+        text = self._template.render(conversation)
         _check_text(text)
         return self.vocabulary.encode(text, control=True)
 
@@ -81,7 +73,7 @@ class Tokenizer:
         From there a model trained on conversations writes one itself (Magpie, arXiv 2406.08464).
         """
         mark = "\u2060user\u2060"  # of a character that no template has
-        text = self._template.render([{"role": "user", "content": mark}]).partition(mark)[0]
+        text = self._template.render(Conversation([{"role": "user", "content": mark}])).partition(mark)[0]
         return self.vocabulary.encode(text, control=True)
 
 
