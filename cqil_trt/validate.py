@@ -87,10 +87,11 @@ def compare(engine_logits: np.ndarray, engine_tokens: Sequence[int], probe: Prob
 
 # Texts whose token ids differ where a tokenizer is not read exactly: spaces, lines, digits, scripts, marks, symbols.
 TEXTS = (
-    "", " ", "  ", "a", " a", "  a", "a ", "a  ", "\n", "\n\n", "a\nb", "a\n\n  b", "\ta\t\tb", "a\r\nb", "Hello, world!",
-    "it's WE'LL I'd", "0 12 345 6789 3.14 1,000,000", "héllo naïve ǅ ß ſ", "e\u0301 \u200d \u00a0 \u3000 \ufeff", "你好，世界",
-    "こんにちは カタカナ", "안녕하세요", "Привет, мир", "مرحبا ٣٤", "नमस्ते", "😀 👩‍👩‍👧 🇫🇷", "½ Ⅷ 𝟘 ™",
-    "def f(x):\n    return x  # ok\n", "<0x41> ▁ ▁a", "https://example.org/?q=a%20b&c=d", "a" * 40, "$$ == != -> … — “quoted”",
+    "", " ", "  ", "a", " a", "  a", "a ", "a  ", "\n", "\n\n", "a\nb", "a\n\n  b", "\ta\t\tb", "a\r\nb",
+    "Hello, world!", "it's WE'LL I'd", "0 12 345 6789 3.14 1,000,000", "héllo naïve ǅ ß ſ",
+    "e\u0301 \u200d \u00a0 \u3000 \ufeff", "你好，世界", "こんにちは カタカナ", "안녕하세요", "Привет, мир",
+    "مرحبا ٣٤", "नमस्ते", "😀 👩‍👩‍👧 🇫🇷", "½ Ⅷ 𝟘 ™", "def f(x):\n    return x  # ok\n",
+    "<0x41> ▁ ▁a", "https://example.org/?q=a%20b&c=d", "a" * 40, "$$ == != -> … — “quoted”",
 )  # fmt: skip
 
 
