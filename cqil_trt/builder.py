@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cqil_trt import backends, probes
 from cqil_trt import engine as engine_directory
 from cqil_trt.config import CqilConfig, EngineConfig, ModelConfig
+from cqil_trt.demo import demo_adapter
 from cqil_trt.errors import UserError
 from cqil_trt.job import Job
 from cqil_trt.presets import preset as find_preset
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from cqil_trt.tokenizer import TokenizerFiles
 
 PROBES = ("auto", "always", "never")
+# What --lora takes instead of an adapter.
+NO_ADAPTER = "none"
 
 
 class EngineWeights:
@@ -187,12 +190,22 @@ def prepare(
     else:
         from cqil_trt.checkpoint import Checkpoint
 
-        weights = Checkpoint(path, None if lora is None else Path(lora), tokenizer)
+        adapter = None if lora in (None, NO_ADAPTER) else Path(lora)
+        weights = Checkpoint(path, adapter, tokenizer)
+        trained = None if adapter is None else CqilConfig.of_adapter(adapter)
+        cqil = choose_cqil(weights.model, flags, notes, trained)
+        if lora is None and (shipped := demo_adapter(path, cqil)) is not None:
+            notes.append(
+                f"the adapter {shipped} is merged, which was trained for this model and these layers "
+                f"(--lora {NO_ADAPTER} leaves it out)"
+            )
+            lora = adapter = shipped
+            weights.merge(shipped)
+        elif adapter is None:
+            lora = None
+        config = weights.model
         if tokenizer:
             notes += _tokenizer_notes(weights.tokenizer, path)
-        config = weights.model
-        trained = None if lora is None else CqilConfig.of_adapter(Path(lora))
-        cqil = choose_cqil(config, flags, notes, trained)
         longest = min(2048, config.max_position, config.sliding_window or config.max_position)
         defaults = EngineConfig(max_seq_len=longest)
         name = None
@@ -302,6 +315,8 @@ def build(*, progress: bool = False, job: Job | None = None, **arguments: Any) -
     Args:
         model: a Hugging Face directory, a .gguf file, or an engine of backend torch to compile for another backend.
         lora: a PEFT adapter directory, merged in float32; one with a CQIL configuration inside decides the next two.
+            By default the one that comes with this package, for its demo model in the configuration it was trained
+            for; "none" for none.
         preset: a published configuration (`presets.PRESETS`); p, d, start, end, bypass and placement override it.
         p, d, start, end, bypass, placement: see `CqilConfig`; start and end default to the middle of the model.
         dtype: float32, float16 or bfloat16; default the checkpoint's (float32 for GGUF).

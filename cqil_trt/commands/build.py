@@ -26,7 +26,8 @@ def parser() -> RankParser:
     p.add_argument(
         "--lora",
         metavar="DIR",
-        help="PEFT LoRA adapter to merge; one that finetune.py made brings its own --p … --bypass",
+        help="PEFT LoRA adapter to merge; one that finetune.py made brings its own --p … --bypass. The demo model gets "
+        "the adapter that comes with it; none leaves it out",
     )
     add_cqil_flags(p)
     p.add_argument("--placement", choices=PLACEMENTS, help="who runs the other layers (default sharded)")
