@@ -1,0 +1,351 @@
+"""Token ids against the libraries that own each form; text against the bytes that tokens stand for."""
+
+import json
+import random
+import shutil
+
+import pytest
+from conftest import SEED
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from made_tokenizers import (
+    JSON_FORMS,
+    byte_level_gguf,
+    byte_level_json,
+    gpt2_alphabet,
+    llama2_json,
+    random_text,
+    save_json,
+    sentencepiece_gguf,
+    sentencepiece_model,
+)
+from sentencepiece import SentencePieceProcessor
+from tokenizers import AddedToken, Regex, decoders, models
+from tokenizers import Tokenizer as Backend
+
+from cqil_trt.errors import UserError
+from cqil_trt.tokenizer import TextStream, Tokenizer, find_tokenizer, save_tokenizer
+
+CHECKED = settings(max_examples=150, deadline=None)
+TEXTS = st.one_of(
+    st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=30),
+    st.lists(
+        st.sampled_from(["hello", " ", "  ", "<s>", "</s>", "<tool>", "<|end|>", "\n", "é", "😀", "12"]), max_size=8
+    ).map("".join),
+)
+SENTENCEPIECE = ("tokenizer.model", "sentencepiece GGUF")
+FORMS = [*JSON_FORMS, "byte-level GGUF", *SENTENCEPIECE]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A function: form → (its tokenizer in an engine, what its own library says)."""
+    found = {}
+
+    def make(form):
+        if form not in found:
+            root = tmp_path_factory.mktemp("tokenizer")
+            source, engine, rng = root / "source", root / "engine", random.Random(SEED)
+            source.mkdir()
+            engine.mkdir()
+            truth = None
+            if form in JSON_FORMS:
+                save_json(JSON_FORMS[form](), source)
+                truth = Backend.from_file(str(source / "tokenizer.json"))
+            elif form == "tokenizer.model":
+                truth = SentencePieceProcessor(model_file=str(sentencepiece_model(source / "tokenizer.model")))
+            elif form == "byte-level GGUF":
+                source = byte_level_gguf(source / "model.gguf", "llama-bpe", rng)
+            else:
+                source = sentencepiece_gguf(source / "model.gguf", rng)
+            save_tokenizer(source, engine)
+            found[form] = Tokenizer(engine), truth
+        return found[form]
+
+    return make
+
+
+def spelling(form, tokenizer, token):
+    """A token as its vocabulary spells it; None for one that controls the model, or that there is not."""
+    vocabulary = tokenizer.vocabulary
+    if token >= vocabulary.size() or vocabulary.special_text(token) is not None:
+        return None
+    return (vocabulary._model.id_to_piece if form in SENTENCEPIECE else vocabulary.backend.id_to_token)(token)
+
+
+def stands_for(form, piece):
+    """The bytes of a token, from its spelling alone."""
+    if form in ("byte level", "byte-level GGUF"):
+        byte_of = {letter: byte for byte, letter in gpt2_alphabet().items()}
+        # What is added to the vocabulary is spelled as it is.
+        return piece.encode() if piece.startswith("<tool>") else bytes(byte_of[letter] for letter in piece)
+    if form in SENTENCEPIECE and piece == "<unk>":
+        return " \u2047 ".encode()
+    if len(piece) == 6 and piece.startswith("<0x") and form != "metaspace decoder":
+        return bytes([int(piece[3:5], 16)])
+    return piece.replace("▁", " ").encode()
+
+
+def opening(form, pieces, parts):
+    """The parts without the space that the vocabulary puts before a text."""
+    if form == "metaspace decoder":
+        return [stands_for(form, piece.replace("▁", "")) for piece in pieces[:1]] + parts[1:]
+    if form in ("llama 2", "metaspace"):
+        text = b"".join(parts)
+        return [text.removeprefix(b" ")]
+    if form in SENTENCEPIECE and pieces and pieces[0].startswith("▁"):
+        return [stands_for(form, pieces[0][1:]), *parts[1:]]
+    return parts
+
+
+@pytest.mark.parametrize("form", FORMS)
+@CHECKED
+@given(data=st.data())
+def test_any_tokens_read_as_the_utf8_of_their_bytes(form, made, data):
+    tokenizer, _ = made(form)
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocabulary.size() + 3), max_size=14))
+    pieces = [piece for token in ids if (piece := spelling(form, tokenizer, token)) is not None]
+    parts = opening(form, pieces, [stands_for(form, piece) for piece in pieces])
+    stream = tokenizer.stream()
+    streamed = [stream.add(token) for token in ids] + [stream.finish()]
+    assert "".join(streamed) == b"".join(parts).decode("utf-8", "replace") == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@CHECKED
+@given(text=TEXTS)
+def test_text_becomes_the_tokens_of_its_own_library_and_comes_back(form, made, text):
+    tokenizer, truth = made(form)
+    ids = tokenizer.encode(text)
+    if form in JSON_FORMS:
+        assert ids == truth.encode(text).ids
+        assert tokenizer.encode(text, special=False) == truth.encode(text, add_special_tokens=False).ids
+        assert tokenizer.decode(ids) == truth.decode(ids)
+    elif form == "tokenizer.model":
+        assert ids == [truth.bos_id(), *truth.encode(text)]
+        assert tokenizer.decode(ids) == truth.decode(truth.encode(text))
+    if form in ("byte level", "llama 2", "tokenizer.model", "byte-level GGUF"):
+        specials = filter(None, map(tokenizer.vocabulary.special_text, range(tokenizer.vocabulary.size())))
+        # "▁" is how sentencepiece writes a space.
+        if not any(mark in text for mark in ("▁", "<unk>", *specials)):
+            assert tokenizer.decode(ids) == text
+
+
+def test_a_backend_of_tokenizers_streams_too():
+    backend = byte_level_json()
+    stream, ids = TextStream(backend), backend.encode("héllo 😀").ids
+    assert "".join([*map(stream.add, ids), stream.finish()]) == "héllo 😀"
+
+
+LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
+@pytest.mark.parametrize(
+    "kind", ["LlamaTokenizer", "LlamaTokenizerFast", "Qwen2Tokenizer", "PreTrainedTokenizerFast", None]
+)
+@pytest.mark.parametrize("legacy", [None, True, False])
+def test_the_class_that_a_configuration_names_changes_nothing(kind, legacy, tmp_path):
+    named = {} if kind is None else {"tokenizer_class": kind}
+    extra = {} if legacy is None else {"legacy": legacy}
+    source = save_json(llama2_json(), tmp_path / "source", **LLAMA, **named, **extra)
+    (tmp_path / "engine").mkdir()
+    save_tokenizer(source, tmp_path / "engine")
+    assert (tmp_path / "engine" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    tokenizer, truth, rng = Tokenizer(tmp_path / "engine"), llama2_json(), random.Random(SEED)
+    for text in ["  hello", "</s> hello", "hello</s>hello <s> hello", "", *(random_text(rng) for _ in range(50))]:
+        assert tokenizer.encode(text) == truth.encode(text).ids
+
+
+@pytest.mark.parametrize("add_bos", [None, True, False])
+@pytest.mark.parametrize("add_eos", [None, True, False])
+@pytest.mark.parametrize("in_file", [True, False])
+def test_bos_and_eos_as_the_configuration_says(add_bos, add_eos, in_file, tmp_path):
+    backend = llama2_json()
+    if not in_file:
+        backend.post_processor = None
+    flags = {"add_bos_token": add_bos, "add_eos_token": add_eos}
+    given = {name: value for name, value in flags.items() if value is not None}
+    tokenizer = Tokenizer(save_json(backend, tmp_path / "source", **LLAMA, **given))
+    inner = backend.encode("hello", add_special_tokens=False).ids
+    bos = in_file if add_bos is None else add_bos
+    assert tokenizer.encode("hello") == [1] * bos + inner + [2] * bool(add_eos)
+    assert tokenizer.encode("") == [1] * bos + [2] * bool(add_eos)
+
+
+def test_tokens_that_the_configuration_adds(tmp_path):
+    backend, count = llama2_json(), llama2_json().get_vocab_size()
+    added = {
+        str(count): {"content": "<pad>", "special": True},
+        str(count + 1): {"content": "<think>", "special": False, "lstrip": True},
+    }
+    tokenizer = Tokenizer(
+        save_json(backend, tmp_path / "source", **LLAMA, pad_token="<pad>", added_tokens_decoder=added)
+    )
+    ids = tokenizer.encode("a <think>b<pad>", special=False)
+    a, b = (backend.encode(text, add_special_tokens=False).ids for text in "ab")
+    assert ids == [*a, count + 1, *b, count]  # with what this form puts before a text, and without the space
+    assert tokenizer.decode(ids) == "a<think> b" and tokenizer.special("pad_token") == count
+    # Before transformers 4.33 they had a file of their own, and their names another.
+    older = save_json(backend, tmp_path / "older")
+    (older / "added_tokens.json").write_text(json.dumps({"<pad>": count}))
+    (older / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<pad>", "eos_token": {"content": "</s>"}}))
+    tokenizer = Tokenizer(older)
+    assert tokenizer.encode("<pad>", special=False) == [count] == [tokenizer.special("pad_token")]
+    assert tokenizer.decode([count, 2]) == "" and tokenizer.special("eos_token") == 2
+
+
+def test_a_named_special_token_stands_for_no_text(tmp_path):
+    backend = byte_level_json()
+    backend.add_tokens([AddedToken("<|stop|>", special=False)])
+    stop = backend.token_to_id("<|stop|>")
+    plain = Tokenizer(save_json(backend, tmp_path / "plain"))
+    named = Tokenizer(save_json(backend, tmp_path / "named", eos_token="<|stop|>"))
+    assert plain.decode([stop]) == "<|stop|>" and named.decode([stop]) == "" and named.text_of(stop) == "<|stop|>"
+
+
+def test_special_tokens_may_be_ordinary_text(tmp_path):
+    tokenizer = Tokenizer(save_json(llama2_json(), tmp_path / "source", **LLAMA, split_special_tokens=True))
+    assert 2 not in tokenizer.encode("a</s>") and tokenizer.decode(tokenizer.encode("a</s>")) == "a</s>"
+
+
+def test_cutting_and_padding_saved_from_training_are_left_out(tmp_path):
+    backend = byte_level_json()
+    backend.enable_truncation(5)
+    backend.enable_padding(length=8)
+    tokenizer = Tokenizer(save_json(backend, tmp_path / "source"))
+    text = "a longer text than five tokens"
+    assert tokenizer.encode(text) == byte_level_json().encode(text).ids
+    assert tokenizer.encode("a") == byte_level_json().encode("a").ids
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        None,
+        {"tokenizer_class": "LlamaTokenizer", **LLAMA, "legacy": False},
+        {"tokenizer_class": "LLaMATokenizer", "bos_token": "", "eos_token": "", "unk_token": ""},
+        {"auto_map": {"AutoTokenizer": ["tokenization_llama.LlamaTokenizer", None]}, **LLAMA, "pad_token": None},
+        {**LLAMA, "add_bos_token": False, "add_eos_token": True},
+    ],
+)
+def test_tokenizer_model_with_any_configuration(config, tmp_path):
+    model = SentencePieceProcessor(model_file=str(sentencepiece_model(tmp_path / "tokenizer.model")))
+    if config is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer, rng = Tokenizer(tmp_path), random.Random(SEED)
+    fixed = [
+        " hello",
+        "  two  spaces",
+        "a\nb\n\n  c",
+        "123 4567",
+        "<tool>x [INST]",
+        "<s>a</s> <ctrl>",
+        "😀 안녕",
+        "",
+        "x ",
+    ]
+    for text in [*fixed, *(random_text(rng) for _ in range(100))]:
+        ids = model.encode(text)
+        before, after = ([], [2]) if config and config.get("add_eos_token") else ([1], [])
+        assert tokenizer.encode(text) == before + ids + after
+        assert tokenizer.decode(tokenizer.encode(text)) == model.decode(ids)
+    assert tokenizer.special("bos_token") == 1 and tokenizer.special("eos_token") == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"add_dummy_prefix": False}, {"remove_extra_whitespaces": True}, {"model_type": "unigram", "vocab_size": 315}],
+)
+def test_sentencepiece_models_decode_as_sentencepiece_does(options, tmp_path):
+    path = sentencepiece_model(tmp_path / "tokenizer.model", **options)
+    model, tokenizer, rng = SentencePieceProcessor(model_file=str(path)), Tokenizer(tmp_path), random.Random(SEED)
+    others = [token for token in range(model.get_piece_size()) if not model.is_byte(token)]
+    for _ in range(300):
+        ids = [rng.choice(others) for _ in range(rng.randrange(8))]
+        assert tokenizer.decode(ids) == model.decode(ids), [model.id_to_piece(token) for token in ids]
+
+
+def test_tokens_added_to_a_tokenizer_model(tmp_path):
+    model = SentencePieceProcessor(model_file=str(sentencepiece_model(tmp_path / "tokenizer.model")))
+    size = model.get_piece_size()
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_end|>": size, "<|im_start|>": size + 1}))
+    tokenizer = Tokenizer(tmp_path)
+    expected = [1, size + 1, *model.encode("user\nhello"), size, *model.encode("\n")]
+    assert tokenizer.encode("<|im_start|>user\nhello<|im_end|>\n") == expected
+    assert tokenizer.decode([size + 1, *model.encode("hello")]) == "<|im_start|> hello"
+
+
+def test_control_tokens_of_a_tokenizer_model_in_a_chat_template(tmp_path):
+    """As Meta's own code builds a conversation: BOS by its id, the text between tokenized on its own."""
+    model = SentencePieceProcessor(model_file=str(sentencepiece_model(tmp_path / "tokenizer.model")))
+    template = "{% for m in messages %}{{ bos_token }}[INST] {{ m.content }} [/INST]{{ eos_token }}{% endfor %}"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    assert Tokenizer(tmp_path).chat("hello") == [1, *model.encode("[INST] hello [/INST]"), 2]
+
+
+def test_vocab_and_merges_files(tmp_path):
+    """Older Qwen2 checkpoints: the pre-tokenizer is that of the class, which Qwen publishes in tokenizer.json too."""
+    from tokenizers import normalizers, pre_tokenizers
+
+    backend = byte_level_json()
+    backend.model.save(str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer"}))
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    pattern = words + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    truth = Backend(models.BPE.from_file(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")))
+    truth.normalizer = normalizers.NFC()
+    truth.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    (tmp_path / "engine").mkdir()
+    save_tokenizer(tmp_path, tmp_path / "engine")
+    tokenizer, rng = Tokenizer(tmp_path / "engine"), random.Random(SEED)
+    for text in (random_text(rng).replace("ſ", "") for _ in range(100)):
+        assert tokenizer.encode(text) == truth.encode(text).ids
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "OtherTokenizer"}))
+    with pytest.raises(UserError, match="do not say how text is split.*OtherTokenizer"):
+        save_tokenizer(tmp_path, tmp_path / "engine")
+
+
+def test_an_adapters_tokenizer_and_template_come_before_the_models(tmp_path):
+    model = save_json(llama2_json(), tmp_path / "model", chat_template="model")
+    plain, template, whole = (tmp_path / name for name in ("plain", "template", "whole"))
+    plain.mkdir()
+    template.mkdir()
+    (template / "chat_template.jinja").write_text("adapter {{ messages[0].content }}")
+    save_json(byte_level_json(), whole)
+    for adapter, places in {plain: (model, model), template: (model, template), whole: (whole, model)}.items():
+        found = find_tokenizer(model, adapter)
+        assert (found.place, found.template) == places
+    (tmp_path / "engine").mkdir()
+    files = save_tokenizer(model, tmp_path / "engine", template)
+    assert {path.name for path in files} == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    tokenizer = Tokenizer(tmp_path / "engine")
+    assert tokenizer.chat("x") == llama2_json().encode("adapter x", add_special_tokens=False).ids
+
+
+def test_unreadable_tokenizers_are_refused(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="tokenizer.json: not a tokenizer that can be read"):
+        Tokenizer(tmp_path)
+    backend = byte_level_json()
+    backend.decoder = decoders.WordPiece()
+    with pytest.raises(UserError, match="WordPiece"):
+        Tokenizer(save_json(backend, tmp_path / "wordpiece"))
+    (tmp_path / "tokenizer.json").rename(tmp_path / "tokenizer.model")
+    with pytest.raises(UserError, match="not a sentencepiece model"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").rename(tmp_path / "tekken.json")
+    with pytest.raises(UserError, match="tekken.json alone"):
+        find_tokenizer(tmp_path)
+    (tmp_path / "tekken.json").unlink()
+    assert find_tokenizer(tmp_path) is None
+    source = save_json(byte_level_json(), tmp_path / "source", added_tokens_decoder={"900": {"content": "<x>"}})
+    with pytest.raises(UserError, match="give '<x>' the id 900, but after its own tokens it would be"):
+        Tokenizer(source)
+    shutil.rmtree(source)
+    with pytest.raises(UserError, match="not text that can be written as UTF-8"):
+        Tokenizer(save_json(byte_level_json(), source)).encode("a\ud800")
