@@ -34,7 +34,9 @@ class Checkpoint:
         self.model, reader = open_checkpoint(path)
         check_shapes(reader, checkpoint_shapes(self.model))
         self.reader = reader if lora is None else LoraReader(reader, lora, self.model.tie_embeddings)
-        self.source = Source(str(path.resolve()), None if lora is None else str(lora.resolve()))
+        # A .gguf file keeps its name where it is a link, as in the hub's cache.
+        place = path.resolve() if path.is_dir() else path.parent.resolve() / path.name
+        self.source = Source(str(place), None if lora is None else str(lora.resolve()))
         self.rotary = tuple(inverse_frequencies(self.model))
 
     def write_shared(self, directory: Path) -> list[Path]:

@@ -53,7 +53,7 @@ class LoraReader(WeightReader):
         self._base = base
         self.source = f"{base.source} + {directory}"
         if not directory.is_dir():
-            raise UserError(f"--lora {directory}: no such directory")
+            raise UserError(f"--lora {directory}: no such directory (an adapter on the hub is named org/name)")
         path = directory / "adapter_config.json"
         self._name = str(path)
         self._config = Fields(read_json(path), str(path))
