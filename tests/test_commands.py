@@ -22,6 +22,8 @@ from conftest import (
 from test_generate import save_byte_tokenizer
 
 import cqil_trt
+from cqil_trt.commands.run import parser as run_parser
+from cqil_trt.commands.run import read_prompts
 from cqil_trt.errors import UserError
 
 
@@ -104,6 +106,28 @@ def test_text_json_logits_and_replicas(engine, model, tmp_path):
         c["tokens"] for c in report["completions"]
     ]
     assert "[2] " in done.stdout
+
+
+def test_prompts_of_a_file_end_at_newlines_only(tmp_path):
+    def prompts(name, content):
+        (tmp_path / name).write_bytes(content)
+        flag = "--token-ids" if name == "ids.json" else "--prompt-file"
+        return read_prompts(run_parser().parse_args([flag, str(tmp_path / name)]))
+
+    separators = "\f\v\x1c\x1d\x1e\x85\u2028\u2029"
+    lines = [f"one{separators}two", "a lone \r stays", " spaces stay ", "último ❤"]
+    for newline in ("\n", "\r\n"):
+        for end in ("", newline, newline * 3):
+            text = newline.join(lines[:2]) + newline * 2 + newline.join(lines[2:]) + end
+            assert prompts("p.txt", text.encode()) == lines
+            assert prompts("p.txt", b"\xef\xbb\xbf" + text.encode()) == lines
+    assert prompts("p.json", b"\xef\xbb\xbf" + json.dumps(lines, ensure_ascii=False).encode()) == lines
+    assert prompts("ids.json", b"\xef\xbb\xbf[3, 4]") == [[3, 4]]
+    for name, content in (("p.txt", b"\xef\xbb\xbf\n\r\n"), ("p.json", b"[]")):
+        with pytest.raises(UserError, match="expected at least one prompt"):
+            prompts(name, content)
+    with pytest.raises(UserError, match="not UTF-8"):
+        prompts("p.txt", "ÿ".encode("latin-1"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
