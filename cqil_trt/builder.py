@@ -224,12 +224,15 @@ def prepare(
     target = Path(output or Path("engines") / (name or _default_name(found, cqil, limits, adapter)))
     if chosen and target.exists() and not force:
         raise UserError(f"--output {target}: exists already (--force replaces it)")
+    old = engine_directory.existing(target)
     # Under a name of our own making, building the same again replaces it; another model of that name does not.
-    if not chosen and target.exists() and not force:
-        if engine_directory.source_of(target) not in (None, weights.source):
-            raise UserError(
-                f"{target}: holds an engine of another model or commit (--force replaces it, or give --output)"
-            )
+    if old is not None and old.source != weights.source and not (chosen or force):
+        raise UserError(f"{target}: holds an engine of another model or commit (--force replaces it, or give --output)")
+    if old is None and engine_directory.is_engine(target):
+        notes.append(f"replaces what is left of an engine in {target}")
+    elif old is not None:
+        built = datetime.fromisoformat(old.created).strftime("%Y-%m-%d, %H:%M UTC")
+        notes.append(f"replaces the engine built on {built} in {target}")
     return BuildPlan(
         config,
         cqil,
