@@ -17,7 +17,6 @@ import os
 import shutil
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -227,18 +226,19 @@ def run(
     from cqil_trt.quality import open_tokenizer, text_blocks
     from cqil_trt.quality.distillation import Blocks, DistillationTrainer, Student, largest_rise, last_checkpoint
 
-    # Which PEFT reads, and nothing here.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
     on_gpu = torch.cuda.is_available()
     bfloat16 = (options.precision or ("bf16" if on_gpu else "fp32")) == "bf16"
     recompute = checkpoint_gradients(options, model, reader)
     if recompute:
         print("gradient checkpointing: layers are computed again for the backward pass")
+    # transformers renamed the option between releases of version 5.
+    fields = transformers.TrainingArguments.__dataclass_fields__
+    recomputing = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
     settings = transformers.TrainingArguments(
         output_dir=str(options.output / CHECKPOINTS),
         per_device_train_batch_size=options.batch_size,
         gradient_accumulation_steps=options.accumulate,
-        **({"gradient_checkpointing": True} if recompute else {}),
+        **({recomputing: True} if recompute else {}),
         ddp_find_unused_parameters=False,
         max_steps=options.steps or -1,
         num_train_epochs=1,

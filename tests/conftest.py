@@ -159,6 +159,11 @@ def assert_user_error(done: subprocess.CompletedProcess[str], *fragments: str) -
         assert fragment in lines[0], (fragment, lines[0])
 
 
+def assert_quiet(done: subprocess.CompletedProcess[str]) -> None:
+    """It succeeded, and nothing is on standard error: no warning of a library that its user can do nothing about."""
+    assert (done.returncode, done.stderr) == (0, ""), (done.returncode, done.stdout, done.stderr)
+
+
 @pytest.fixture
 def refused(monkeypatch, capfd):
     """What a script says to wrong arguments, without a process of its own, which would only import PyTorch again."""
