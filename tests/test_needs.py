@@ -4,7 +4,17 @@ import sys
 
 import pytest
 import torch
-from conftest import make_adapter, make_model, missing, mpirun, need, need_cuda_backend, need_plugins, run
+from conftest import (
+    cannot_start,
+    make_adapter,
+    make_model,
+    missing,
+    mpirun,
+    need,
+    need_cuda_backend,
+    need_plugins,
+    run,
+)
 
 from cqil_trt import plugins
 
@@ -41,7 +51,8 @@ def test_mpirun(monkeypatch, tmp_path):
     """Only one that cannot start anything is a reason to skip: what fails under a good one fails."""
     failing = tmp_path / "failing.py"
     failing.write_text("raise SystemExit(3)")
-    assert mpirun(2, script=failing).returncode
+    for ranks in (1, 2, 3):
+        assert mpirun(ranks, script=failing).returncode and cannot_start(ranks) is None
     for name in ("python", "mpirun"):
         (tmp_path / name).write_text("#!/bin/sh\nexit 9\n")
         (tmp_path / name).chmod(0o755)
