@@ -180,6 +180,8 @@ def _from_cache(name: str, reference: _Reference, choose: _Choose, why: str) -> 
     except UserError as error:
         raise UserError(f"{error} (only a part of it is in the cache {folder}, and {why})") from None
     note = None if constants.HF_HUB_OFFLINE else f"{why}: taken from the cache"
+    if choose is _model_files and main is None and not _TOKENIZER & names:
+        note = f"{why}, and the cache holds no tokenizer of it"  # as tools leave it that took the weights alone
     return Found(name, _place(folder / files[0], files[0], main), folder.name, note)
 
 
@@ -233,9 +235,10 @@ def _weights(reference: _Reference, names: Collection[str], get: Callable[[str],
         index = f"{form}.index.json"
         if index in names:
             weight_map = read_json(get(index)).get("weight_map")
-            shards = set(weight_map.values()) if isinstance(weight_map, dict) else set()
-            # One that is not a file's name is for the reader of the index to refuse.
-            return [index, *_held(reference, sorted(s for s in shards if isinstance(s, str)), names)]
+            named = weight_map.values() if isinstance(weight_map, dict) else ()
+            # What is no name of a file of weights is not fetched, and refused by the reader of the index.
+            shards = {file for file in named if isinstance(file, str) and file.endswith(Path(form).suffix)}
+            return [index, *_held(reference, sorted(shards), names)]
     return []
 
 

@@ -139,6 +139,12 @@ def test_the_old_form_of_weights_only_where_there_is_no_other(hub, checkpoint, a
     hub.add("org/one", one)
     found(find(hub, tmp_path / "cache", "org/one"))
     assert {name for name in hub.files("org/one") if "model" in name} == {"model.safetensors"}
+    # An index may name anything; only files of weights are fetched.
+    (one / "model.safetensors").unlink()
+    write_json(one / "model.safetensors.index.json", {"weight_map": {"a": "modeling_evil.py", "b": ["x"], "c": None}})
+    hub.add("org/evil", one)
+    found(find(hub, tmp_path / "cache", "org/evil"))
+    assert "model.safetensors.index.json" in hub.files("org/evil") and "modeling_evil.py" not in hub.files("org/evil")
     shutil.copytree(adapter, tmp_path / "a", ignore=shutil.ignore_patterns("*.safetensors", "cqil_config.json"))
     hub.add("org/a", tmp_path / "a")
     found(find(hub, tmp_path / "cache", "org/a", flag="--lora"))
@@ -223,8 +229,11 @@ def test_a_download_that_breaks_off_goes_on_later(hub, checkpoint, tmp_path):
     hub.start(hub.port)
     assert found(find(hub, tmp_path / "cache", "org/tiny"))[0]["commit"] == commit
     assert all(hub.fetched[entry] == 1 for entry in before if "model-" not in entry[1])
-    # What another tool left incomplete is no model either.
+    # Another tool may have left no tokenizer, which is said, or not all weights, which is no model.
     snapshot = tmp_path / "cache" / "hub" / "models--org--tiny" / "snapshots" / commit
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (snapshot / file).unlink()
+    assert "no tokenizer" in found(find(hub, tmp_path / "cache", "org/tiny", HF_HUB_OFFLINE="1"))[0]["note"]
     (snapshot / max(shards(checkpoint))).unlink()
     offline = find(hub, tmp_path / "cache", "org/tiny", HF_HUB_OFFLINE="1")
     assert_user_error(offline, "no file " + max(shards(checkpoint)), "only a part of it")
