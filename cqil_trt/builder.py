@@ -16,6 +16,7 @@ from cqil_trt import engine as engine_directory
 from cqil_trt.config import CqilConfig, EngineConfig, ModelConfig
 from cqil_trt.demo import demo_adapter
 from cqil_trt.errors import UserError
+from cqil_trt.hub import Found, find_adapter, find_model
 from cqil_trt.job import Job
 from cqil_trt.presets import preset as find_preset
 from cqil_trt.schedule import Group, Layer
@@ -85,6 +86,8 @@ class BuildPlan:
     probes: str
     made: backends.Description
     options: Mapping[str, Any]
+    found: Found
+    adapter: Found | None
 
     @property
     def source(self) -> engine_directory.Source:
@@ -110,8 +113,10 @@ class BuildPlan:
         # The slowest rank reads the most; in placement leader that is rank 0, which all others wait for.
         critical = max(rank["bytes_per_token"] for rank in ranks)
         return {
-            "model": self.source.model,
-            "lora": self.source.lora,
+            "model": self.source.model if self.found.commit is None else self.found.name,
+            "model_commit": self.found.commit,
+            "lora": self.source.lora if self.adapter is None or self.adapter.commit is None else self.adapter.name,
+            "lora_commit": None if self.adapter is None else self.adapter.commit,
             "architecture": self.model.architecture,
             "layers": self.model.num_layers,
             "cqil": self.cqil.to_dict(),
@@ -152,9 +157,17 @@ def describe_steps(rank: RankPlan) -> str:
     return ", ".join(parts) or "none"
 
 
+def locate(arguments: Mapping[str, Any], job: Job) -> dict[str, Any]:
+    """The arguments of `prepare` with model and adapter found, on every rank: only rank 0 fetches from the hub."""
+    model, lora = arguments["model"], arguments.get("lora")
+    named = lora not in (None, NO_ADAPTER)
+    found = job.share(lambda: (find_model(model), find_adapter(lora) if named else lora))
+    return {**arguments, "model": found[0], "lora": found[1]}
+
+
 def prepare(
-    model: str | Path,
-    lora: str | Path | None = None,
+    model: str | Path | Found,
+    lora: str | Path | Found | None = None,
     preset: str | None = None,
     p: int | None = None,
     d: int | None = None,
@@ -174,8 +187,9 @@ def prepare(
     **options: Any,
 ) -> BuildPlan:
     """Opens and checks everything a build needs without writing anything; arguments as in `build`."""
-    path = Path(model)
-    notes: list[str] = []
+    found, adapter = find_model(model), None if lora in (None, NO_ADAPTER) else find_adapter(lora)
+    path = found.path
+    notes = [f"{place.name}: {place.note}" for place in (found, adapter) if place is not None and place.note]
     flags = {"preset": preset, "p": p, "d": d, "start": start, "end": end, "bypass": bypass, "placement": placement}
     weights: Checkpoint | EngineWeights
     if engine_directory.is_engine(path):
@@ -190,19 +204,15 @@ def prepare(
     else:
         from cqil_trt.checkpoint import Checkpoint
 
-        adapter = None if lora in (None, NO_ADAPTER) else Path(lora)
-        weights = Checkpoint(path, adapter, tokenizer)
-        trained = None if adapter is None else CqilConfig.of_adapter(adapter)
+        weights = Checkpoint(path, None if adapter is None else adapter.path, tokenizer)
+        trained = None if adapter is None else CqilConfig.of_adapter(adapter.path)
         cqil = choose_cqil(weights.model, flags, notes, trained)
         if lora is None and (shipped := demo_adapter(path, cqil)) is not None:
-            notes.append(
-                f"the adapter {shipped} is merged, which was trained for this model and these layers "
-                f"(--lora {NO_ADAPTER} leaves it out)"
-            )
-            lora = adapter = shipped
+            adapter = Found(str(shipped), shipped)
             weights.merge(shipped)
-        elif adapter is None:
-            lora = None
+            notes.append(
+                f"the adapter {shipped} was trained for this model and these layers (--lora {NO_ADAPTER} leaves it out)"
+            )
         config = weights.model
         if tokenizer:
             notes += _tokenizer_notes(weights.tokenizer, path)
@@ -227,13 +237,18 @@ def prepare(
     made = backends.load(backend).describe(limits, options, ranks)
 
     chosen = output is not None
-    target = Path(output or Path("engines") / (name or _default_name(path, cqil, limits, lora)))
+    target = Path(output or Path("engines") / (name or _default_name(found, cqil, limits, adapter)))
     if chosen and target.exists() and not force:
         raise UserError(f"--output {target}: exists already (--force replaces it)")
+    old = engine_directory.existing(target)
     # Under a name of our own making, building the same again replaces it; another model of that name does not.
-    if not chosen and target.exists() and not force:
-        if engine_directory.source_of(target) not in (None, weights.source):
-            raise UserError(f"{target}: holds an engine of another model (--force replaces it, or give --output)")
+    if old is not None and old.source != weights.source and not (chosen or force):
+        raise UserError(f"{target}: holds an engine of another model or commit (--force replaces it, or give --output)")
+    if old is None and engine_directory.is_engine(target):
+        notes.append(f"replaces what is left of an engine in {target}")
+    elif old is not None:
+        built = datetime.fromisoformat(old.created).strftime("%Y-%m-%d, %H:%M UTC")
+        notes.append(f"replaces the engine built on {built} in {target}")
     return BuildPlan(
         config,
         cqil,
@@ -246,6 +261,8 @@ def prepare(
         probes,
         made,
         options,
+        found,
+        adapter,
     )
 
 
@@ -299,10 +316,8 @@ def choose_cqil(
     return config
 
 
-def _default_name(model: Path, cqil: CqilConfig, limits: EngineConfig, lora: str | Path | None) -> str:
-    parts = [model.stem if model.suffix == ".gguf" else model.resolve().name]
-    if lora is not None:
-        parts.append(Path(lora).resolve().name)
+def _default_name(model: Found, cqil: CqilConfig, limits: EngineConfig, adapter: Found | None) -> str:
+    parts = [model.stem] if adapter is None else [model.stem, adapter.stem]
     parts.append(f"p{cqil.p}-d{cqil.d}-{cqil.start}-{cqil.end}")
     if cqil.d:
         parts.append(cqil.bypass)
@@ -313,10 +328,11 @@ def build(*, progress: bool = False, job: Job | None = None, **arguments: Any) -
     """Builds an engine directory and opens it.
 
     Args:
-        model: a Hugging Face directory, a .gguf file, or an engine of backend torch to compile for another backend.
-        lora: a PEFT adapter directory, merged in float32; one with a CQIL configuration inside decides the next two.
-            By default the one that comes with this package, for its demo model in the configuration it was trained
-            for; "none" for none.
+        model: a Hugging Face directory, a .gguf file, a name on the hub (see `hub`), or an engine of backend torch to
+            compile for another backend.
+        lora: a PEFT adapter, a directory or a name on the hub, merged in float32; one with a CQIL configuration inside
+            decides the next two. By default the one that comes with this package, for its demo model in the
+            configuration it was trained for; "none" for none.
         preset: a published configuration (`presets.PRESETS`); p, d, start, end, bypass and placement override it.
         p, d, start, end, bypass, placement: see `CqilConfig`; start and end default to the middle of the model.
         dtype: float32, float16 or bfloat16; default the checkpoint's (float32 for GGUF).
@@ -336,6 +352,7 @@ def build(*, progress: bool = False, job: Job | None = None, **arguments: Any) -
         UserError: a wrong input; nothing is left behind.
     """
     job = job or Job()
+    arguments = locate(arguments, job)
     return write(job.agree(lambda: prepare(**arguments)), progress, job)
 
 

@@ -43,7 +43,9 @@ class Checkpoint:
     def merge(self, lora: Path | None) -> None:
         """Merges an adapter into what is read from now on; None for none."""
         self.tokenizer = find_tokenizer(self._path, lora) if self._with_tokenizer else None
-        self.source = Source(str(self._path.resolve()), None if lora is None else str(lora.resolve()))
+        # A .gguf file keeps its name where it is a link, as in the hub's cache.
+        place = self._path.resolve() if self._path.is_dir() else self._path.parent.resolve() / self._path.name
+        self.source = Source(str(place), None if lora is None else str(lora.resolve()))
         if lora is not None:
             self.reader = merged = LoraReader(self.reader, lora, self.model)
             self.model = merged.model

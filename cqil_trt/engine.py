@@ -245,10 +245,10 @@ def _signals_wait() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def source_of(path: Path) -> Source | None:
-    """What the engine at `path` was built from; None for one that does not open, which nobody will miss."""
+def existing(path: Path) -> Engine | None:
+    """The engine at `path`; None for one that does not open, which nobody will miss."""
     try:
-        return Engine.open(path).source
+        return Engine.open(path)
     except UserError:
         return None
 

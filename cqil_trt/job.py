@@ -19,7 +19,7 @@ T = TypeVar("T")
 # Packages whose absence is the user's to mend, and the extra that brings each (None: a plain dependency).
 _EXTRAS = {
     **dict.fromkeys(("numpy", "tqdm", "tokenizers", "sentencepiece", "jinja2", "safetensors")),
-    **dict.fromkeys(("torch", "gguf", "transformers", "peft"), "torch"),
+    **dict.fromkeys(("torch", "gguf", "transformers", "peft", "huggingface_hub", "google"), "torch"),
     **dict.fromkeys(("tensorrt", "cuda"), "tensorrt"),
     "tensorrt_rtx": "rtx",
     "onnx": "onnx",

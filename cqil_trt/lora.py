@@ -57,7 +57,7 @@ class LoraReader(WeightReader):
 
     def __init__(self, base: WeightReader, directory: Path, model: ModelConfig):
         if not directory.is_dir():
-            raise UserError(f"--lora {directory}: no such directory")
+            raise UserError(f"--lora {directory}: no such directory (an adapter on the hub is named org/name)")
         self._base = base
         self.source = f"{base.source} + {directory}"
         self._config = AdapterConfig(directory / "adapter_config.json", model.tie_embeddings)

@@ -7,6 +7,7 @@ forward loop, masks, cache and generate().
 from __future__ import annotations
 
 import gc
+import inspect
 import io
 import logging
 import re
@@ -71,7 +72,7 @@ class CqilModel(nn.Module):
         labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the Hugging Face model's forward, which takes more: position_ids, past_key_values, inputs_embeds, …"""
+        """As the Hugging Face model's forward, which takes more: position_ids, a cache, inputs_embeds, …"""
         return self._model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -185,6 +186,14 @@ def _merged_by_peft(network: nn.Module, lora: str) -> nn.Module:
         # Older PEFT wrote an adapted module's own tensors without the infix base_layer.
         mapping = {**_PEFT_KEYS, **{rf"^({re.escape(m)})\.bias$": r"\1.base_layer.bias" for m in older}}
         return PeftModel.from_pretrained(network, lora, key_mapping=mapping).merge_and_unload()
+
+
+@contextmanager
+def peft_attributes() -> Iterator[None]:
+    """Inside, an attribute of the model that PEFT reads and transformers has renamed since gives no warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        yield
 
 
 def with_cqil(network: nn.Module, cqil: CqilConfig) -> nn.Module:
@@ -329,17 +338,25 @@ def score(model: nn.Module, prompt: Sequence[int]) -> torch.Tensor:
 @torch.inference_mode()
 def greedy(model: nn.Module, prompt: Sequence[int], steps: int) -> tuple[list[int], torch.Tensor]:
     """`steps` greedy tokens, and the logits each was chosen from, float32 [steps, vocabulary]."""
+    from transformers import DynamicCache
+
     device = device_of(model)
     tokens: list[int] = []
     logits: list[torch.Tensor] = []
-    new, cache = list(prompt), None
+    new = list(prompt)
+    options = {_cache_argument(model): DynamicCache(config=model.config), "use_cache": True}
     for _ in range(steps):
-        out = model(torch.tensor([new], device=device), past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        out = model(torch.tensor([new], device=device), **options)
         logits.append(out.logits[0, -1].float().cpu())
         tokens.append(int(logits[-1].argmax()))
         new = tokens[-1:]
     return tokens, torch.stack(logits)
+
+
+def _cache_argument(model: nn.Module) -> str:
+    """What the model's forward calls its KV cache, which transformers renamed between releases of version 5."""
+    network = model._model if isinstance(model, CqilModel) else model
+    return "cache" if "cache" in inspect.signature(network.forward).parameters else "past_key_values"
 
 
 def device_of(model: nn.Module) -> torch.device:

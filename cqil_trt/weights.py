@@ -316,7 +316,7 @@ def open_checkpoint(path: Path) -> tuple[ModelConfig, WeightReader]:
         reader = GgufReader(path)
         return reader.model_config(), reader
     if not path.is_dir():
-        found = "a file that is not .gguf" if path.exists() else "nothing"
+        found = "a file that is not .gguf" if path.exists() else "nothing (a model on the hub is named org/name)"
         raise UserError(f"--model {path}: expected a Hugging Face directory or a .gguf file, found {found}")
     model = ModelConfig.from_hugging_face(path / "config.json")
     for name, kind in _CHECKPOINTS.items():

@@ -32,11 +32,13 @@ from cqil_trt.commands import (  # noqa: E402
     check_at_least,
     check_file,
     check_texts,
+    chosen_model,
     cqil_flags,
     run_ranks,
 )
 from cqil_trt.config import CqilConfig  # noqa: E402
 from cqil_trt.errors import UserError  # noqa: E402
+from cqil_trt.hub import find_adapter  # noqa: E402
 from cqil_trt.job import Job  # noqa: E402
 from cqil_trt.quality.perplexity import CELLS, WON_BACK, Scores, won_back  # noqa: E402
 from cqil_trt.table import table  # noqa: E402
@@ -47,10 +49,14 @@ UNCHANGED, CQIL, ADAPTED = "unchanged", "CQIL", "CQIL + adapter"
 def parser() -> RankParser:
     p = RankParser(prog="evaluate.py", description=__doc__.split("\n")[0])
     p.add_argument(
-        "--model", metavar="PATH", help="Hugging Face directory or GGUF file (default, without --engine: the demo)"
+        "--model",
+        metavar="PATH",
+        help="Hugging Face directory, GGUF file, or org/name[@revision] (default, without --engine: the demo)",
     )
     p.add_argument(
-        "--lora", metavar="DIR", type=Path, help="PEFT adapter; one that finetune.py made brings its own --p … --bypass"
+        "--lora",
+        metavar="DIR",
+        help="PEFT adapter, or org/name[@revision]; one of finetune.py's has its own --p … --bypass",
     )
     add_cqil_flags(p)
     p.add_argument("--engine", metavar="DIR", type=Path, action="append", default=[], help="an engine; may be repeated")
@@ -135,15 +141,12 @@ def references(options: argparse.Namespace, names: list[str], manager: Any) -> I
     from cqil_trt.quality import open_tokenizer, text_blocks, transformers_tokenizer
     from cqil_trt.quality.perplexity import score_reference
 
-    if options.model is None:
-        from cqil_trt.demo import demo_model
-
-        options.model = str(demo_model())
-    path = Path(options.model)
+    path = chosen_model(options.model).path
+    lora = None if options.lora is None else find_adapter(options.lora).path
     checkpoint = Checkpoint(path, None)
-    adapted = options.lora and Checkpoint(path, options.lora)
+    adapted = None if lora is None else Checkpoint(path, lora)
     model = checkpoint.model
-    trained = None if options.lora is None else CqilConfig.of_adapter(options.lora)
+    trained = None if lora is None else CqilConfig.of_adapter(lora)
     notes: list[str] = []
     cqil = choose_cqil(model, cqil_flags(options), notes, trained)
     for note in notes:

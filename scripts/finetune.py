@@ -17,7 +17,6 @@ import os
 import shutil
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,14 @@ import numpy as np  # noqa: E402
 from plots import check_plot, pyplot  # noqa: E402
 
 from cqil_trt.builder import choose_cqil  # noqa: E402
-from cqil_trt.commands import RankParser, add_cqil_flags, check_at_least, check_texts, cqil_flags  # noqa: E402
+from cqil_trt.commands import (  # noqa: E402
+    RankParser,
+    add_cqil_flags,
+    check_at_least,
+    check_texts,
+    chosen_model,
+    cqil_flags,
+)
 from cqil_trt.config import ADAPTER_FILE, CqilConfig, ModelConfig, read_json  # noqa: E402
 from cqil_trt.errors import UserError  # noqa: E402
 from cqil_trt.job import command  # noqa: E402
@@ -53,7 +59,9 @@ FIRST = int(os.environ.get("RANK", "0")) == 0
 def parser() -> RankParser:
     p = RankParser(prog="finetune.py", description=__doc__.split("\n")[0])
     p.speaks = FIRST
-    p.add_argument("--model", metavar="PATH", help="Hugging Face directory or GGUF file (default: the demo)")
+    p.add_argument(
+        "--model", metavar="PATH", help="Hugging Face directory, GGUF file, or org/name[@revision] (default: the demo)"
+    )
     add_cqil_flags(p)
     p.add_argument("--output", metavar="DIR", type=Path, help="adapter directory to make (default adapters/NAME)")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint under --output")
@@ -130,13 +138,11 @@ def main() -> None:
 
 def train(options: argparse.Namespace) -> None:
     check(options)
-    if options.model is None:
-        from cqil_trt.demo import demo_model
-
-        options.model = str(demo_model())
+    found = chosen_model(options.model)
+    options.model = found.name
     if (options.self_generated or options.self_generated_chat) and options.top_p is None:
         options.top_p = 0.95
-    model, reader = open_checkpoint(Path(options.model))
+    model, reader = open_checkpoint(found.path)
     notes: list[str] = []
     cqil = choose_cqil(model, cqil_flags(options), notes)
     if not cqil.groups:
@@ -144,21 +150,20 @@ def train(options: argparse.Namespace) -> None:
     if options.sequence_length > model.max_position:
         raise UserError(f"--sequence-length {options.sequence_length}: the model has {model.max_position} positions")
     bypass = f" ({cqil.bypass})" if cqil.d else ""
-    print(f"{options.model}: p={cqil.p} d={cqil.d}{bypass}, layers [{cqil.start}, {cqil.end}) of {model.num_layers}")
+    print(f"{found}: p={cqil.p} d={cqil.d}{bypass}, layers [{cqil.start}, {cqil.end}) of {model.num_layers}")
     for note in notes:
         print(f"note: {note}")
     if options.output is None:
-        name = Path(options.model).stem if options.model.endswith(".gguf") else Path(options.model).resolve().name
-        options.output = Path("adapters") / f"{name}-p{cqil.p}-d{cqil.d}-{cqil.start}-{cqil.end}"
-    settings = check_output(options, cqil)
-    report = run(options, model, reader, cqil, settings)
+        options.output = Path("adapters") / f"{found.stem}-p{cqil.p}-d{cqil.d}-{cqil.start}-{cqil.end}"
+    settings = check_output(options, cqil, found.pinned)
+    report = run(options, found.path, model, reader, cqil, settings)
     if not FIRST:
         return
     (options.output / REPORT).write_text(json.dumps(report, indent=1) + "\n")
     plot(
         report["loss"],
         options.plot or options.output / "loss.png",
-        f"{Path(options.model).name}, {options.output.name}",
+        f"{found.stem}, {options.output.name}",
     )
     shutil.rmtree(options.output / CHECKPOINTS, ignore_errors=True)
     print(f"\ntrained {options.output}")
@@ -196,11 +201,11 @@ def check(options: argparse.Namespace) -> None:
         raise UserError("--resume goes on with what --force removes: give one of them")
 
 
-def check_output(options: argparse.Namespace, cqil: CqilConfig) -> dict[str, Any]:
-    """Checks that training can begin, or go on, in the output directory; returns what decides the training."""
+def check_output(options: argparse.Namespace, cqil: CqilConfig, model: str) -> dict[str, Any]:
+    """Checks that training of `model` can begin, or go on, in the output directory; returns what decides it."""
     output, path = options.output, options.output / CHECKPOINTS / SETTINGS
     settings = {name: value for name, value in vars(options).items() if name not in FREE}
-    settings = json.loads(json.dumps({**settings, "cqil": cqil.to_dict()}, default=str))
+    settings = json.loads(json.dumps({**settings, "model": model, "cqil": cqil.to_dict()}, default=str))
     if options.resume:
         if not path.exists():
             raise UserError(f"--resume: no unfinished training in {output}")
@@ -228,7 +233,12 @@ def begin_output(options: argparse.Namespace, settings: dict[str, Any]) -> None:
 
 
 def run(
-    options: argparse.Namespace, model: ModelConfig, reader: WeightReader, cqil: CqilConfig, begun: dict[str, Any]
+    options: argparse.Namespace,
+    path: Path,
+    model: ModelConfig,
+    reader: WeightReader,
+    cqil: CqilConfig,
+    begun: dict[str, Any],
 ) -> dict[str, Any]:
     """Trains and saves the adapter; returns the report. `begun`: what decides the training, to be kept."""
     import torch
@@ -240,18 +250,19 @@ def run(
     from cqil_trt.quality import open_tokenizer, text_blocks
     from cqil_trt.quality.distillation import Blocks, DistillationTrainer, Student, largest_rise, last_checkpoint
 
-    # Which PEFT reads, and nothing here.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
     on_gpu = torch.cuda.is_available()
     bfloat16 = (options.precision or ("bf16" if on_gpu else "fp32")) == "bf16"
     recompute = checkpoint_gradients(options, model, reader)
     if recompute:
         print("gradient checkpointing: layers are computed again for the backward pass")
+    # transformers renamed the option between releases of version 5.
+    fields = transformers.TrainingArguments.__dataclass_fields__
+    recomputing = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
     settings = transformers.TrainingArguments(
         output_dir=str(options.output / CHECKPOINTS),
         per_device_train_batch_size=options.batch_size,
         gradient_accumulation_steps=options.accumulate,
-        **({"gradient_checkpointing": True} if recompute else {}),
+        **({recomputing: True} if recompute else {}),
         ddp_find_unused_parameters=False,
         max_steps=options.steps or -1,
         num_train_epochs=1,
@@ -278,7 +289,7 @@ def run(
     if on_gpu:
         torch.cuda.set_device(settings.device)
     network = reference.from_reader(model, reader, torch.bfloat16 if bfloat16 else torch.float32, pieces=False)
-    tokenizer = open_tokenizer(Path(options.model))
+    tokenizer = open_tokenizer(path)
     length = options.sequence_length
     parts = []
     if options.text:

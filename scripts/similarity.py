@@ -23,7 +23,7 @@ import numpy as np  # noqa: E402
 from plots import check_plot, pyplot  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from cqil_trt.commands import Parser, check_at_least, check_file, check_texts, numbers  # noqa: E402
+from cqil_trt.commands import Parser, check_at_least, check_file, check_texts, chosen_model, numbers  # noqa: E402
 from cqil_trt.config import BYPASSES, DTYPES, MAX_RANKS, CqilConfig, ModelConfig  # noqa: E402
 from cqil_trt.errors import UserError  # noqa: E402
 from cqil_trt.job import command  # noqa: E402
@@ -37,7 +37,9 @@ REPORTED = 10  # configurations searched between two lines, without a terminal
 
 def parser() -> Parser:
     p = Parser(prog="similarity.py", description=__doc__.split("\n")[0])
-    p.add_argument("--model", metavar="PATH", help="Hugging Face directory or GGUF file (default: the demo)")
+    p.add_argument(
+        "--model", metavar="PATH", help="Hugging Face directory, GGUF file, or org/name[@revision] (default: the demo)"
+    )
     p.add_argument(
         "--text", metavar="PATH", type=Path, nargs="+", required=True, help="text files, .jsonl, directories"
     )
@@ -93,11 +95,8 @@ def run(options: argparse.Namespace) -> None:
     check_texts(options.text, "--text")
     ps = numbers(options.p, "--p", 2, MAX_RANKS)
     ds = numbers(options.d, "--d", 0, max(ps) - 1)
-    if options.model is None:
-        from cqil_trt.demo import demo_model
-
-        options.model = str(demo_model())
-    path = Path(options.model)
+    found = chosen_model(options.model)
+    path = found.path
     model, reader = open_checkpoint(path)
     first = math.ceil(FIRST * model.num_layers) if options.first is None else options.first
     if not 0 <= first < model.num_layers:
@@ -106,8 +105,8 @@ def run(options: argparse.Namespace) -> None:
     blocks = text_blocks(options.text, open_tokenizer(path), model, length, options.text_tokens, options.column)
     network = reference.from_reader(model, reader)
     similarity = input_similarity(network, blocks, sys.stderr.isatty())
-    result: dict[str, Any] = {"model": options.model, "tokens": blocks.size, "similarity": similarity.tolist()}
-    print(f"{path.name}, {model.num_layers} layers, {blocks.size} tokens of text\n")
+    result: dict[str, Any] = {"model": found.name, "tokens": blocks.size, "similarity": similarity.tolist()}
+    print(f"{found.stem}, {model.num_layers} layers, {blocks.size} tokens of text\n")
     print(neighbours(similarity))
     result["recommended"] = recommend(similarity, model, ps, first, options)
     if options.search:
@@ -115,9 +114,9 @@ def run(options: argparse.Namespace) -> None:
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     if options.plot is not None and options.search:
-        plot_search(result["search"], options.plot, path.name)
+        plot_search(result["search"], options.plot, found.stem)
     elif options.plot is not None:
-        plot_similarity(similarity, options.plot, path.name)
+        plot_similarity(similarity, options.plot, found.stem)
 
 
 def neighbours(similarity: np.ndarray) -> str:

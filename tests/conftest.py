@@ -6,13 +6,17 @@ import importlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 from cqil_trt.job import command
 
@@ -31,8 +35,79 @@ def seed() -> int:
     return SEED
 
 
+# Packages whose modules have other names.
+MODULES = {"cuda-bindings": "cuda.bindings"}
+
+
+def missing(requirement: str) -> str | None:
+    """Why a package, like "peft" or "transformers>=5", cannot be used here; None when it can."""
+    wanted = Requirement(requirement)
+    try:
+        module = importlib.import_module(MODULES.get(wanted.name, wanted.name))
+    except Exception as error:  # whatever it, or what it imports, raises
+        return f"needs {requirement} ({type(error).__name__}: {error})"
+    if not wanted.specifier:
+        return None
+    try:
+        found = metadata.version(wanted.name)
+    except metadata.PackageNotFoundError:
+        found = module.__version__
+    if not wanted.specifier.contains(found, prereleases=True):
+        return f"needs {requirement}, {found} is installed"
+    return None
+
+
+def need(*requirements: str) -> None:
+    """Skips the test unless all these packages can be used here."""
+    for requirement in requirements:
+        if why := missing(requirement):
+            pytest.skip(why)
+
+
+def need_cuda_backend() -> None:
+    """Skips the test unless the torch backend can compute on a GPU here."""
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip(f"needs a GPU of compute capability 8.0, {torch.cuda.get_device_name()} has less")
+    need("cuda-bindings")
+    need_plugins()
+
+
+def need_plugins() -> None:
+    """Compiles the CUDA kernels where they are not yet. Skips the test when the compilers for that are not here."""
+    from cqil_trt import plugins
+    from cqil_trt.errors import UserError
+
+    try:
+        plugins.load()
+    except UserError as error:
+        for tool in ("cmake", "nvcc"):
+            if shutil.which(tool) is None:
+                pytest.skip(f"needs {tool} to compile the CUDA kernels ({error})")
+        plugins.load(plugins.build())
+
+
+@cache
+def cannot_start(ranks: int) -> str | None:
+    """Why mpirun cannot start so many ranks with mpi4py here; None when it can."""
+    program = f"from mpi4py import MPI; raise SystemExit(MPI.COMM_WORLD.size != {ranks})"
+    command = ("mpirun", "-n", str(ranks), sys.executable, "-c", program)
+    try:
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"needs mpirun ({error})"
+    if done.returncode == 0:
+        return None
+    said = " ".join((done.stderr or done.stdout).split())
+    return f"needs an mpirun that fits mpi4py and starts {ranks} ranks here (exit code {done.returncode}: {said[:300]})"
+
+
 def make_model(directory: Path, architecture: str = "LlamaForCausalLM", seed: int = SEED, **changes: Any) -> Path:
     """A random Hugging Face checkpoint with logits of useful size, saved by transformers; returns its directory."""
+    need("transformers>=5")
     import torch
     import transformers
 
@@ -83,6 +158,7 @@ def rank_weights(rank: Any, reader: Any, dtype: str = "float32") -> dict[str, An
 
 def load_model(directory: Path):
     """The checkpoint as transformers loads it, float32."""
+    need("transformers>=5")
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -94,6 +170,7 @@ def make_adapter(model_directory: Path, directory: Path, seed: int = SEED, **opt
 
     `vocabulary` resizes the embeddings before; `save` holds arguments of save_pretrained.
     """
+    need("peft>=0.18")
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -120,28 +197,40 @@ def make_adapter(model_directory: Path, directory: Path, seed: int = SEED, **opt
     return directory
 
 
-# Open MPI asks before it runs as root or starts more ranks than cores; other MPIs ignore these.
+# Open MPI asks before it runs as root or starts more ranks than cores, and would hold each of a few ranks to one core;
+# other MPIs ignore these.
 OPEN_MPI = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     "OMPI_MCA_rmaps_base_oversubscribe": "1",
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "OMPI_MCA_hwloc_base_binding_policy": "none",
+    "PRTE_MCA_hwloc_default_binding_policy": "none",
 }
 
 
+def environment() -> dict[str, str]:
+    """What commands get: this process's, with this Python first on the PATH."""
+    return {**os.environ, **OPEN_MPI, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
 def run(*command: Any, timeout: float = 300, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Runs a command from the checkout's root with this Python first on the PATH."""
-    environment = {**os.environ, **OPEN_MPI, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    environment.update(options.pop("env", {}))
-    return subprocess.run(
-        [str(part) for part in command],
+    """Runs a command from the checkout's root. Skips the test when it fails by mpirun, which starts nothing here."""
+    arguments = [str(part) for part in command]
+    if arguments[0] == "mpirun" and shutil.which("mpirun", path=environment()["PATH"]) is None:
+        pytest.skip("needs mpirun, which is not on the PATH")
+    done = subprocess.run(
+        arguments,
         cwd=options.pop("cwd", ROOT),
-        env=environment,
+        env={**environment(), **options.pop("env", {})},
         capture_output=True,
         text=True,
         timeout=timeout,
         **options,
     )
+    if arguments[:2] == ["mpirun", "-n"] and done.returncode and (why := cannot_start(int(arguments[2]))):
+        pytest.skip(why)
+    return done
 
 
 def build(*arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -166,6 +255,11 @@ def assert_user_error(done: subprocess.CompletedProcess[str], *fragments: str) -
     assert "Traceback" not in done.stderr + done.stdout
     for fragment in fragments:
         assert fragment in lines[0], (fragment, lines[0])
+
+
+def assert_quiet(done: subprocess.CompletedProcess[str]) -> None:
+    """It succeeded, and nothing is on standard error: no warning of a library that its user can do nothing about."""
+    assert (done.returncode, done.stderr) == (0, ""), (done.returncode, done.stdout, done.stderr)
 
 
 @pytest.fixture

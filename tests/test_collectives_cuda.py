@@ -5,19 +5,14 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, SEED, mpirun
-
-from cqil_trt import plugins
+from conftest import ROOT, SEED, mpirun, need_plugins
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def library():
-    try:
-        return plugins.load()
-    except plugins.UserError:
-        return plugins.load(plugins.build())
+    need_plugins()
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,10 @@ from conftest import (
 )
 from test_generate import save_byte_tokenizer
 
-import cqil_trt
+import cqil_trt.engine
+from cqil_trt.builder import prepare
+from cqil_trt.commands.run import parser as run_parser
+from cqil_trt.commands.run import read_prompts
 from cqil_trt.errors import UserError
 
 
@@ -106,6 +109,28 @@ def test_text_json_logits_and_replicas(engine, model, tmp_path):
     assert "[2] " in done.stdout
 
 
+def test_prompts_of_a_file_end_at_newlines_only(tmp_path):
+    def prompts(name, content):
+        (tmp_path / name).write_bytes(content)
+        flag = "--token-ids" if name == "ids.json" else "--prompt-file"
+        return read_prompts(run_parser().parse_args([flag, str(tmp_path / name)]))
+
+    separators = "\f\v\x1c\x1d\x1e\x85\u2028\u2029"
+    lines = [f"one{separators}two", "a lone \r stays", " spaces stay ", "último ❤"]
+    for newline in ("\n", "\r\n"):
+        for end in ("", newline, newline * 3):
+            text = newline.join(lines[:2]) + newline * 2 + newline.join(lines[2:]) + end
+            assert prompts("p.txt", text.encode()) == lines
+            assert prompts("p.txt", b"\xef\xbb\xbf" + text.encode()) == lines
+    assert prompts("p.json", b"\xef\xbb\xbf" + json.dumps(lines, ensure_ascii=False).encode()) == lines
+    assert prompts("ids.json", b"\xef\xbb\xbf[3, 4]") == [[3, 4]]
+    for name, content in (("p.txt", b"\xef\xbb\xbf\n\r\n"), ("p.json", b"[]")):
+        with pytest.raises(UserError, match="expected at least one prompt"):
+            prompts(name, content)
+    with pytest.raises(UserError, match="not UTF-8"):
+        prompts("p.txt", "ÿ".encode("latin-1"))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_missing_gpu_is_said_in_one_line(engine):
     assert_user_error(mpirun(2, "--engine", engine, "--device", "cuda"), "--device cuda: this PyTorch sees no GPU")
@@ -157,8 +182,14 @@ def test_half_precision_engines_validate(dtype, model, tmp_path):
 def test_the_newest_engine_that_fits_is_found(model, tmp_path):
     command = [sys.executable, ROOT / "builders" / "build.py", "--model", model, "--max-seq-len", 40]
     for p in (4, 2):
-        assert run(*command, "--p", p, cwd=tmp_path).returncode == 0
-    assert run(*command, "--p", 2, cwd=tmp_path).returncode == 0  # a name of our own making is replaced
+        done = run(*command, "--p", p, cwd=tmp_path)
+        assert done.returncode == 0 and "replaces" not in done.stdout
+    [made] = (tmp_path / "engines").glob("*-p2-*")
+    created = cqil_trt.engine.Engine.open(made).created
+    done = run(*command, "--p", 2, cwd=tmp_path)  # a name of our own making is replaced, and that is said
+    built = f"{created[:10]}, {created[11:16]} UTC"
+    assert done.returncode == 0 and f"replaces the engine built on {built} in engines/{made.name}" in done.stdout
+    assert cqil_trt.engine.Engine.open(made).created > created
     arguments = ("--prompt", "x", "--max-new-tokens", 2)
     script = ROOT / "runtime" / "run.py"
     assert "p=2" in mpirun(2, *arguments, script=script, cwd=tmp_path).stdout
@@ -211,6 +242,13 @@ def test_build_errors_about_files(model, tmp_path):
 def test_an_output_directory_that_exists(model, engine, tmp_path):
     arguments = ("--model", model, "--max-seq-len", 40, "--output")
     assert_user_error(build(*arguments, engine), "--output", "--force")
+    plan = prepare(model, max_seq_len=40, output=engine, force=True)
+    assert "replaces the engine built on" in plan.notes[-1]
+    left = tmp_path / "left"
+    left.mkdir()
+    (left / "config.json").write_text((engine / "config.json").read_text().replace('"p": 2', '"p": 4'))
+    assert "what is left of an engine" in prepare(model, max_seq_len=40, output=left, force=True).notes[-1]
+    shutil.rmtree(left)
     (tmp_path / "precious").write_text("mine")
     assert_user_error(build(*arguments, tmp_path, "--force"), "is not an engine")
     assert (tmp_path / "precious").read_text() == "mine"

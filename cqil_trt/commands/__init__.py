@@ -10,6 +10,7 @@ from typing import Any, NoReturn, TypeVar
 
 from cqil_trt.config import BYPASSES
 from cqil_trt.errors import UserError
+from cqil_trt.hub import Found, find_model
 from cqil_trt.job import Job, command
 from cqil_trt.presets import PRESETS
 
@@ -62,6 +63,18 @@ def add_cqil_flags(parser: argparse.ArgumentParser) -> None:
 def cqil_flags(options: argparse.Namespace) -> dict[str, Any]:
     """What was given of the flags that `add_cqil_flags` adds."""
     return {name: getattr(options, name) for name in ("preset", "p", "d", "start", "end", "bypass")}
+
+
+def chosen_model(name: str | None) -> Found:
+    """The model that --model names, or the demo; fetched when it is not here yet. What is worth a note is printed."""
+    if name is None:
+        from cqil_trt.demo import demo_model
+
+        name = str(demo_model())
+    found = find_model(name)
+    if found.note:
+        print(f"note: {name}: {found.note}")
+    return found
 
 
 def check_at_least(options: argparse.Namespace, low: int, *names: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cqil_trt import __version__
-from cqil_trt.builder import PROBES, prepare, write
+from cqil_trt.builder import PROBES, locate, prepare, write
 from cqil_trt.commands import RankParser, add_cqil_flags, run_ranks
 from cqil_trt.config import BACKENDS, COLLECTIVES, DTYPES, PLACEMENTS
 from cqil_trt.job import Job
@@ -21,13 +21,14 @@ def parser() -> RankParser:
     p.add_argument(
         "--model",
         metavar="PATH",
-        help="Hugging Face directory, GGUF file, or an engine of backend torch (default: the demo)",
+        help="Hugging Face directory, GGUF file, org/name[@revision] on the hub, or an engine of backend torch "
+        "(default: the demo)",
     )
     p.add_argument(
         "--lora",
         metavar="DIR",
-        help="PEFT LoRA adapter to merge; one that finetune.py made brings its own --p … --bypass. The demo model gets "
-        "the adapter that comes with it; none leaves it out",
+        help="PEFT LoRA adapter to merge, or org/name[@revision] on the hub; one that finetune.py made brings its own "
+        "--p … --bypass. The demo model gets the adapter that comes with it; none leaves it out",
     )
     add_cqil_flags(p)
     p.add_argument("--placement", choices=PLACEMENTS, help="who runs the other layers (default sharded)")
@@ -75,6 +76,7 @@ def build(arguments: argparse.Namespace, job: Job) -> None:
         from cqil_trt.demo import demo_model
 
         options["model"] = job.share(demo_model)
+    options = locate(options, job)
     plan = job.agree(lambda: prepare(**options))
     description = plan.to_dict()
     if not as_json:
@@ -90,9 +92,11 @@ def build(arguments: argparse.Namespace, job: Job) -> None:
 def describe(plan: dict[str, Any]) -> str:
     """The plan as people read it."""
     cqil, limits = plan["cqil"], plan["limits"]
-    lines = [f"model      {plan['model']} ({plan['architecture']}, {plan['layers']} layers)"]
+    commits = {name: f", commit {plan[f'{name}_commit'][:12]}" for name in ("model", "lora") if plan[f"{name}_commit"]}
+    model, adapter = (f"{plan[name]}{commits.get(name, '')}" for name in ("model", "lora"))
+    lines = [f"model      {model} ({plan['architecture']}, {plan['layers']} layers)"]
     if plan["lora"]:
-        lines.append(f"adapter    {plan['lora']}")
+        lines.append(f"adapter    {adapter}")
     groups = (cqil["end"] - cqil["start"]) // cqil["p"] if cqil["p"] > 1 else 0
     shape = f"{groups} groups of {cqil['p']} layers in [{cqil['start']}, {cqil['end']})" if groups else "no groups"
     bypass = f", d={cqil['d']} ({cqil['bypass']})" if cqil["d"] else ", d=0" if groups else ""

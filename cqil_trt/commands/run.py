@@ -118,7 +118,8 @@ def read_prompts(options: argparse.Namespace) -> list[Any]:
     prompts: list[Any] = list(options.prompt or [])
     if options.prompt_file is not None:
         text = read_file(options.prompt_file)
-        found: Any = [line for line in text.splitlines() if line.strip()]
+        # No other character ends a line: a prompt may hold form feeds and Unicode's separators.
+        found: Any = [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
         if options.prompt_file.endswith(".json"):
             found = parse_json(options.prompt_file, text)
         if not isinstance(found, list) or not found or not all(isinstance(item, str) for item in found):
@@ -137,8 +138,9 @@ def read_prompts(options: argparse.Namespace) -> list[Any]:
 
 
 def read_file(name: str) -> str:
+    """The text of a UTF-8 file as it is, except a byte order mark. Raises UserError when there is none to read."""
     try:
-        return Path(name).read_text(encoding="utf-8")
+        return Path(name).read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{name}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:

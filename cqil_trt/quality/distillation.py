@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Trainer
 
 from cqil_trt.config import CqilConfig
-from cqil_trt.reference import CqilModel, device_of
+from cqil_trt.reference import CqilModel, device_of, peft_attributes
 
 # The projections the authors adapted, of every layer.
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -58,7 +58,8 @@ class Student:
             layers_to_transform=list(range(cqil.start, cqil.end)) if concurrent_only else None,
             task_type="CAUSAL_LM",
         )
-        self.model = get_peft_model(network, lora)
+        with peft_attributes():
+            self.model = get_peft_model(network, lora)
         self.divergence_of_rows = _divergence
 
     @contextmanager
