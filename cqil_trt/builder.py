@@ -187,7 +187,7 @@ def prepare(
         config = weights.model
         trained = None if lora is None else CqilConfig.of_adapter(Path(lora))
         cqil = choose_cqil(config, flags, notes, trained)
-        longest = min(2048, config.max_position, config.sliding_window or config.max_position)
+        longest = min(2048, config.context, config.sliding_window or config.context)
         defaults = EngineConfig(max_seq_len=longest)
         name = None
     limits = EngineConfig(
