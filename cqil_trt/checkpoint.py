@@ -18,7 +18,7 @@ from cqil_trt.lora import LoraReader
 from cqil_trt.network.rotary import inverse_frequencies
 from cqil_trt.shard import Piece, RankPlan, checkpoint_shapes
 from cqil_trt.tokenizer import save_tokenizer
-from cqil_trt.weights import WeightReader, check_shapes, open_checkpoint
+from cqil_trt.weights import WeightReader, check_shapes, gguf_parts, open_checkpoint
 
 # Elements handled at a time: small enough that a block and its float32 copy stay in the caches while the adapter is
 # merged, large enough that a block's matrix product is efficient.
@@ -31,6 +31,7 @@ class Checkpoint:
     """An opened and checked checkpoint with its adapter. Raises UserError for what cannot be used."""
 
     def __init__(self, path: Path, lora: Path | None):
+        path = gguf_parts(path)[0]  # with the metadata and the tokenizer
         self.model, reader = open_checkpoint(path)
         check_shapes(reader, checkpoint_shapes(self.model))
         self.reader = reader if lora is None else LoraReader(reader, lora, self.model.tie_embeddings)

@@ -44,13 +44,13 @@ def open_session(engine: Engine, comm: Any, device: str, number: int) -> Session
 
 def _missing_for_cuda(engine: Engine) -> str | None:
     """Why this process cannot compute the engine on a GPU, None when it can."""
+    if engine.limits.max_seq_len > engine.model.rope.fixed_context:
+        context = engine.model.rope.fixed_context
+        return f"dynamic rope beyond {context} tokens is computed on CPUs only: build with --max-seq-len {context}"
     if not torch.cuda.is_available():
         return "this PyTorch sees no GPU (is it a build for CUDA?)"
     if torch.cuda.get_device_capability() < (8, 0):
         return f"the kernels need compute capability 8.0, {torch.cuda.get_device_name()} has less"
-    if engine.limits.max_seq_len > engine.model.rope.fixed_context:
-        context = engine.model.rope.fixed_context
-        return f"dynamic rope beyond {context} tokens is computed on CPUs only: build with --max-seq-len {context}"
     try:
         import cuda.bindings  # noqa: F401
     except ModuleNotFoundError:
