@@ -22,7 +22,7 @@ from torch import nn
 from cqil_trt.config import CqilConfig, ModelConfig, read_json
 from cqil_trt.errors import UserError
 from cqil_trt.probes import TOP, Probe
-from cqil_trt.weights import GgufReader, WeightReader
+from cqil_trt.weights import GgufReader, WeightReader, gguf_parts
 
 
 class CqilModel(nn.Module):
@@ -172,8 +172,8 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> nn.Module:
     from gguf import GGUFReader
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    file = GGUFReader(path)
-    names = {tensor.name for tensor in file.tensors}
+    files = [GGUFReader(part) for part in gguf_parts(path)]
+    file, tensors = files[0], {tensor.name: tensor.data for each in files for tensor in each.tensors}
     architecture = file.fields["general.architecture"].contents()
 
     def field(name: str, default: Any) -> Any:
@@ -192,18 +192,17 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> nn.Module:
     config.rope_parameters = rope
     config.head_dim = field("attention.key_length", config.hidden_size // config.num_attention_heads)
     if architecture == "llama":
-        config.attention_bias = any(f"blk.0.attn_{part}.bias" in names for part in ("q", "output"))
-        config.mlp_bias = "blk.0.ffn_up.bias" in names
-    if "split.count" in file.fields:
+        config.attention_bias = any(f"blk.0.attn_{part}.bias" in tensors for part in ("q", "output"))
+        config.mlp_bias = "blk.0.ffn_up.bias" in tensors
+    if len(files) > 1:
         reader = GgufReader(path)
         network = from_reader(reader.model_config(), reader, dtype, pieces=False)
     else:
         network = AutoModelForCausalLM.from_pretrained(path.parent, config=config, dtype=dtype, **options)
     device = device_of(network)
     rotary = network.model.rotary_emb = type(network.model.rotary_emb)(config).to(device)
-    for tensor in file.tensors:
-        if tensor.name == "rope_freqs.weight":
-            rotary.inv_freq /= torch.tensor(tensor.data, dtype=torch.float32, device=device)
+    if "rope_freqs.weight" in tensors:
+        rotary.inv_freq /= torch.tensor(tensors["rope_freqs.weight"], dtype=torch.float32, device=device)
     rotary.attention_scaling *= field("rope.scaling.attn_factor", 1.0)
     return network
 

@@ -439,10 +439,21 @@ def open_checkpoint(path: Path) -> tuple[ModelConfig, WeightReader]:
         found = "a file that is not .gguf" if path.exists() else "nothing"
         raise UserError(f"--model {path}: expected a Hugging Face directory or a .gguf file, found {found}")
     model = ModelConfig.from_hugging_face(path / "config.json")
+    file, kind = _weights_file(path)
+    reader = _with_prefix(kind(file))
+    return _tied(model, reader) if model.tie_embeddings else (model, reader)
+
+
+def _weights_file(path: Path) -> tuple[Path, type[WeightReader]]:
+    """The file that holds a directory's weights, or their index, and its reader: the choice of transformers."""
+    named = read_json(path / "config.json").get("transformers_weights")
+    if named is not None:
+        if not isinstance(named, str) or Path(named).name != named or ".safetensors" not in Path(named).suffixes:
+            raise UserError(f"{path}/config.json: transformers_weights {named!r:.80} is not a safetensors file's name")
+        return path / named, ShardedReader if named.endswith(".index.json") else SafetensorsReader
     for name, kind in _CHECKPOINTS.items():
         if (path / name).is_file():
-            reader = _with_prefix(kind(path / name))
-            return _tied(model, reader) if model.tie_embeddings else (model, reader)
+            return path / name, kind
     raise UserError(f"--model {path}: no weights (looked for {', '.join(_CHECKPOINTS)})")
 
 

@@ -157,6 +157,14 @@ LAYOUTS = {
         {},
         both_files(save_bin, lambda t, d: save_in_two(t, d, "bin")),
     ),
+    "a file that config.json names": (
+        {},
+        lambda t, d: (
+            save_file(t, d / "other.safetensors"),
+            keep(random_like(t, 1), d),
+            edit_config(d, transformers_weights="other.safetensors"),
+        ),
+    ),
     "an index of wrong files": ({}, lambda t, d: save_in_two(t, d, index=lambda m: dict(zip(m, reversed(m.values()))))),
     "an index of some tensors": ({}, lambda t, d: save_in_two(t, d, index=lambda m: dict([*m.items()][len(m) // 3 :]))),
     "LLaMAForCausalLM": ({}, lambda t, d: edit_config(d, architectures=["LLaMAForCausalLM"])),
@@ -294,10 +302,15 @@ def assert_converted(path, source):
 
 @pytest.fixture(scope="module")
 def split(tmp_path_factory):
-    """A GGUF file in parts, with frequency factors in one of them, and where it came from."""
+    """A GGUF file in parts, with what scales rope in two of them, and where it came from."""
     root = tmp_path_factory.mktemp("split")
     source = make_model(root / "hf", num_hidden_layers=3)
-    first = write_gguf(root / "model.gguf", source, split_max_tensors=8)
+
+    def add(writer):
+        writer.add_rope_scaling_factor(4.0)
+        writer.add_tensor("rope_freqs.weight", np.full(4, 0.25, np.float32))  # what undoes the factor
+
+    first = write_gguf(root / "model.gguf", source, add=add, split_max_tensors=8)
     parts = sorted(root.glob("*.gguf"))
     assert parts[0] == first and len(parts) == 4
     return source, parts
@@ -496,6 +509,14 @@ def test_an_index_cannot_point_outside_its_directory(tmp_path):
         write_json(index, {"weight_map": {**values["weight_map"], name: file}})
         with pytest.raises(UserError, match="not a file name"):
             open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "model.bin", 7])
+def test_a_configuration_cannot_name_weights_elsewhere(name, tmp_path):
+    make_model(tmp_path)
+    edit_config(tmp_path, transformers_weights=name)
+    with pytest.raises(UserError, match="transformers_weights"):
+        open_checkpoint(tmp_path)
 
 
 def test_a_checkpoint_that_does_not_match_its_configuration_is_refused(tmp_path):
