@@ -183,8 +183,8 @@ class RenamedReader(WeightReader):
         self._base, self._stored = base, stored
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        shapes = self._base.shapes()
-        return {**shapes, **{name: shapes[stored] for name, stored in self._stored.items()}}
+        given = {stored: name for name, stored in self._stored.items()}
+        return {given.get(name, name): shape for name, shape in self._base.shapes().items()}
 
     def dtype(self, name: str) -> torch.dtype:
         return self._base.dtype(self._stored.get(name, name))

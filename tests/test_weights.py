@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import checkpoint_logits, load_model, make_model, write_gguf, write_json
+from conftest import checkpoint_logits, load_model, make_adapter, make_model, write_gguf, write_json
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -195,6 +195,16 @@ def assert_logits_of_transformers(directory):
         reference.score(reference.load_hugging_face(str(directory)), prompt),
     ):
         assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_an_adapter_fits_a_checkpoint_without_the_prefix(tmp_path):
+    model = make_model(tmp_path / "model", num_hidden_layers=2)
+    adapter = make_adapter(model, tmp_path / "adapter")
+    keep(without_prefix(load_file(model / "model.safetensors")), model)
+    checkpoint, prompt = Checkpoint(model, adapter), torch.randint(3, 131, (40,)).tolist()
+    judge = reference.score(reference.load_hugging_face(str(model), str(adapter)), prompt)
+    found = checkpoint_logits(checkpoint, prompt)
+    assert (found - judge).norm() < 1e-5 * judge.norm()
 
 
 def test_a_configuration_without_model_type_goes_by_its_architecture(tmp_path):
