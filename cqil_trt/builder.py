@@ -216,7 +216,7 @@ def prepare(
         config = weights.model
         if tokenizer:
             notes += _tokenizer_notes(weights.tokenizer, path)
-        longest = min(2048, config.max_position, config.sliding_window or config.max_position)
+        longest = min(2048, config.context, config.rope.fixed_context, config.sliding_window or config.context)
         defaults = EngineConfig(max_seq_len=longest)
         name = None
     limits = EngineConfig(
@@ -337,7 +337,8 @@ def build(*, progress: bool = False, job: Job | None = None, **arguments: Any) -
         p, d, start, end, bypass, placement: see `CqilConfig`; start and end default to the middle of the model.
         dtype: float32, float16 or bfloat16; default the checkpoint's (float32 for GGUF).
         backend: which network the ranks execute.
-        max_batch_size, max_seq_len: limits in sequences and tokens; default 8 and min(2048, the model's).
+        max_batch_size, max_seq_len: limits in sequences and tokens; default 8 and min(2048, the model's),
+            where dynamic rope is the model's own context only.
         prefill_chunk: tokens of a prompt that one forward pass takes; default 512.
         probes: whether to store what the float32 reference says to a few prompts, for validation without PyTorch:
             "always", "never", or "auto" (models up to 2 GiB in float32, or that fit a GPU that PyTorch sees).

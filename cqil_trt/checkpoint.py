@@ -14,6 +14,7 @@ import torch
 from cqil_trt import probes
 from cqil_trt.config import CqilConfig, EngineConfig
 from cqil_trt.engine import Source, tensor_header
+from cqil_trt.gguf_files import gguf_parts
 from cqil_trt.lora import LoraReader
 from cqil_trt.network.rotary import inverse_frequencies
 from cqil_trt.shard import Piece, RankPlan, checkpoint_shapes
@@ -34,8 +35,9 @@ class Checkpoint:
     """
 
     def __init__(self, path: Path, lora: Path | None = None, tokenizer: bool = True):
-        self._path, self._with_tokenizer = path, tokenizer
-        self.model, self.reader = open_checkpoint(path)
+        self._path = gguf_parts(path)[0]  # with the metadata and the tokenizer
+        self._with_tokenizer = tokenizer
+        self.model, self.reader = open_checkpoint(self._path)
         check_shapes(self.reader, checkpoint_shapes(self.model))
         self.rotary = tuple(inverse_frequencies(self.model))
         self.merge(lora)

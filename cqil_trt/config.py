@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cqil_trt.errors import UserError
+from cqil_trt.rope import RopeConfig
 
 DTYPES = ("float32", "float16", "bfloat16")
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -57,6 +58,10 @@ class Fields:
         value = self.values.get(name)
         return default if value is None else value
 
+    def with_defaults(self, **values: Any) -> Fields:
+        """The same object with `values` for fields it does not have; one that is null it has."""
+        return Fields({**values, **self.values}, self.source)
+
     def integer(self, name: str, default: int | None = None, low: int = 1, high: int = 2**31 - 1) -> int:
         value = self.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
@@ -102,40 +107,6 @@ class Fields:
         return tuple(value)
 
 
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position embedding: `kind` is default, linear or llama3 (the names Hugging Face uses)."""
-
-    theta: float = 10000.0
-    kind: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position: int = 8192
-
-    @classmethod
-    def from_hugging_face(cls, config: Fields) -> RopeConfig:
-        # transformers 5 writes rope_parameters; before it there were rope_theta and rope_scaling.
-        rope = config.object("rope_parameters" if config.get("rope_parameters") else "rope_scaling")
-        theta = rope.number("rope_theta", config.number("rope_theta", 10000.0))
-        if any(isinstance(value, dict) for value in rope.values.values()):
-            raise UserError(f"{rope.source}: rope parameters that differ by layer are not supported")
-        kind = rope.text("rope_type", rope.text("type", "default"))
-        if kind not in ("default", "linear", "llama3"):
-            raise UserError(f"{rope.source}: rope type '{kind}' is not supported (default, linear, llama3 are)")
-        if rope.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0)) != 1.0:
-            raise UserError(f"{rope.source}: partial rotary embedding (partial_rotary_factor) is not supported")
-        if kind == "default":
-            return cls(theta)
-        factor = rope.number("factor")
-        if kind == "linear":
-            return cls(theta, kind, factor)
-        low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-        if high <= low:
-            raise rope.fail("high_freq_factor", "greater than low_freq_factor")
-        return cls(theta, kind, factor, low, high, rope.integer("original_max_position_embeddings"))
-
-
 # What a config.json that leaves the field out means, by architecture: the defaults of transformers' own classes.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": {},
@@ -149,6 +120,29 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 ARCHITECTURES = tuple(_DEFAULTS)
+# transformers chooses the class by model_type.
+_MODEL_TYPES = dict(zip(("llama", "mistral", "qwen2", "qwen3"), ARCHITECTURES))
+
+
+def _architecture(config: Fields) -> str:
+    """The class that transformers takes for a config.json: by its model_type, whatever `architectures` says.
+
+    A file without model_type, which transformers refuses, goes by its architecture; case does not matter
+    (LLaMAForCausalLM, as in 2023). Raises UserError for one that is not supported.
+    """
+    kind = config.get("model_type")
+    if kind is None:
+        names = config.get("architectures")
+        if not isinstance(names, list) or not names or not isinstance(names[0], str):
+            raise UserError(f"{config.source}: no model_type and no architectures: not a model's configuration")
+        kind = names[0].lower().removesuffix("forcausallm")
+        if kind not in _MODEL_TYPES:
+            raise UserError(
+                f"{config.source}: {names[0][:80]} is not supported (supported: {', '.join(ARCHITECTURES)})"
+            )
+    elif not isinstance(kind, str) or kind not in _MODEL_TYPES:
+        raise UserError(f"{config.source}: model_type {kind!r:.80} is not supported ({', '.join(_MODEL_TYPES)} are)")
+    return _MODEL_TYPES[kind]
 
 
 @dataclass(frozen=True)
@@ -182,6 +176,11 @@ class ModelConfig:
             raise UserError(f"head_dim {self.head_dim} is odd: rotary embedding needs pairs")
 
     @property
+    def context(self) -> int:
+        """The longest sequence, in tokens, that the model's rotary embedding is meant for."""
+        return self.rope.context(self.max_position)
+
+    @property
     def group_size(self) -> int:
         """How many query heads read one key/value head."""
         return self.num_heads // self.num_kv_heads
@@ -193,12 +192,7 @@ class ModelConfig:
         Raises UserError for an architecture, or a feature in use, that would be computed wrongly.
         """
         raw = read_json(path)
-        architectures = raw.get("architectures")
-        if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
-            raise UserError(f"{path}: no architectures field: not a Hugging Face model configuration")
-        architecture = architectures[0]
-        if architecture not in _DEFAULTS:
-            raise UserError(f"{path}: {architecture[:80]} is not supported (supported: {', '.join(ARCHITECTURES)})")
+        architecture = _architecture(Fields(raw, str(path)))
         if raw.get("quantization_config") is not None:
             raise UserError(f"{path}: quantized checkpoints (quantization_config) are not supported")
         config = Fields({**_DEFAULTS[architecture], **raw}, str(path))
@@ -216,6 +210,8 @@ class ModelConfig:
         if generation.exists():
             eos = Fields(read_json(generation), str(generation)).integers("eos_token_id") or eos
         dtype = config.text("dtype", config.text("torch_dtype", "float32"))
+        head_dim = config.integer("head_dim", max(hidden // heads, 1))
+        max_position = config.integer("max_position_embeddings", 2048)
         try:
             return cls(
                 architecture=architecture,
@@ -224,11 +220,11 @@ class ModelConfig:
                 intermediate_size=config.integer("intermediate_size"),
                 num_heads=heads,
                 num_kv_heads=kv_heads,
-                head_dim=config.integer("head_dim", max(hidden // heads, 1)),
+                head_dim=head_dim,
                 vocab_size=config.integer("vocab_size"),
-                max_position=config.integer("max_position_embeddings", 2048),
+                max_position=max_position,
                 rms_norm_eps=config.number("rms_norm_eps", 1e-6),
-                rope=RopeConfig.from_hugging_face(config),
+                rope=RopeConfig.from_hugging_face(config, max_position, head_dim),
                 tie_embeddings=config.boolean("tie_word_embeddings"),
                 qkv_bias=qwen2 or attention_bias,
                 o_bias=attention_bias,
@@ -252,7 +248,7 @@ class ModelConfig:
         return cls(
             **{
                 **values,
-                "rope": RopeConfig(**values["rope"]),
+                "rope": RopeConfig.from_dict(values["rope"]),
                 "eos_token_ids": tuple(values["eos_token_ids"]),
             }
         )
@@ -397,8 +393,14 @@ class EngineConfig:
 
     def check_model(self, model: ModelConfig) -> None:
         """Raises UserError when the model would compute something else at these lengths."""
-        if self.max_seq_len > model.max_position:
-            raise UserError(f"--max-seq-len {self.max_seq_len} is beyond the model's {model.max_position} positions")
+        if self.max_seq_len > model.context:
+            raise UserError(f"--max-seq-len {self.max_seq_len} is beyond the model's {model.context} positions")
+        if self.backend != "torch" and self.max_seq_len > model.rope.fixed_context:
+            raise UserError(
+                f"--backend {self.backend}: the model's dynamic rope rotates a longer prompt than "
+                f"{model.rope.fixed_context} tokens by its length, which only backend torch on CPUs does: "
+                f"--max-seq-len {model.rope.fixed_context} or less keeps it out of use"
+            )
         if model.sliding_window is not None and self.max_seq_len > model.sliding_window:
             raise UserError(
                 f"the model uses sliding-window attention ({model.sliding_window} tokens), which is not supported: "

@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from cqil_trt.config import CqilConfig, ModelConfig
+from cqil_trt.config import CqilConfig, ModelConfig, read_json
 from cqil_trt.errors import UserError
+from cqil_trt.gguf_files import gguf_parts
 from cqil_trt.probes import TOP, Probe
-from cqil_trt.weights import WeightReader
+from cqil_trt.weights import GgufReader, WeightReader
 
 
 class CqilModel(nn.Module):
@@ -135,22 +136,18 @@ def load_hugging_face(model: str, lora: str | None = None, dtype: torch.dtype = 
 
     Raises UserError when transformers or PEFT cannot load it.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     path = Path(model)
-    place, options = (path, {}) if path.suffix != ".gguf" else (path.parent, {"gguf_file": path.name})
     if not path.exists():
         raise UserError(f"the reference needs {path}, which the engine was built from and is gone")
     # transformers shows a progress bar for GGUF that it cannot be told to leave out of a log file.
     quiet = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
     try:
         with quiet:
-            network = AutoModelForCausalLM.from_pretrained(
-                place, dtype=dtype, trust_remote_code=False, local_files_only=True, **options
-            )
+            network = _load_gguf(path, dtype) if path.suffix == ".gguf" else _load_directory(path, dtype)
         if lora is not None:
             network = _merged_by_peft(network, lora)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
@@ -196,6 +193,60 @@ def peft_attributes() -> Iterator[None]:
         yield
 
 
+def _load_directory(path: Path, dtype: torch.dtype) -> nn.Module:
+    import transformers
+
+    kind = transformers.AutoModelForCausalLM
+    if "model_type" not in read_json(path / "config.json"):  # which only a class that is chosen by name can do without
+        kind = getattr(transformers, ModelConfig.from_hugging_face(path / "config.json").architecture)
+    return kind.from_pretrained(path, dtype=dtype, trust_remote_code=False, local_files_only=True)
+
+
+def _load_gguf(path: Path, dtype: torch.dtype) -> nn.Module:
+    """transformers' own reading of the tensors, with the rope and the biases that it passes over in the metadata.
+
+    What llama.cpp does about rope is said here again and not taken from `weights` and `network/rotary`, which this
+    judges: scaling by transformers' own code, frequency factors and the attention factor on its module. The tensors of
+    a file in parts, which transformers does not read, come from our reader.
+    """
+    from gguf import GGUFReader
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    files = [GGUFReader(part) for part in gguf_parts(path)]
+    file, tensors = files[0], {tensor.name: tensor.data for each in files for tensor in each.tensors}
+    architecture = file.fields["general.architecture"].contents()
+
+    def field(name: str, default: Any) -> Any:
+        found = file.fields.get(f"{architecture}.{name}")
+        return default if found is None else found.contents()
+
+    options = {"gguf_file": path.name, "trust_remote_code": False, "local_files_only": True}
+    config = AutoConfig.from_pretrained(path.parent, **options)
+    kind, factor = field("rope.scaling.type", "linear"), field("rope.scaling.factor", field("rope.scale_linear", 0))
+    rope = {"rope_type": "default", "rope_theta": field("rope.freq_base", 10000.0)}
+    if factor and kind != "none":
+        rope |= {"rope_type": kind, "factor": factor}
+    if kind == "yarn":
+        original = field("rope.scaling.original_context_length", config.max_position_embeddings)
+        rope["original_max_position_embeddings"] = original
+    config.rope_parameters = rope
+    config.head_dim = field("attention.key_length", config.hidden_size // config.num_attention_heads)
+    if architecture == "llama":
+        config.attention_bias = any(f"blk.0.attn_{part}.bias" in tensors for part in ("q", "output"))
+        config.mlp_bias = "blk.0.ffn_up.bias" in tensors
+    if len(files) > 1:
+        reader = GgufReader(path)
+        network = from_reader(reader.model_config(), reader, dtype, pieces=False)
+    else:
+        network = AutoModelForCausalLM.from_pretrained(path.parent, config=config, dtype=dtype, **options)
+    device = device_of(network)
+    rotary = network.model.rotary_emb = type(network.model.rotary_emb)(config).to(device)
+    if "rope_freqs.weight" in tensors:
+        rotary.inv_freq /= torch.tensor(tensors["rope_freqs.weight"], dtype=torch.float32, device=device)
+    rotary.attention_scaling *= field("rope.scaling.attn_factor", 1.0)
+    return network
+
+
 def with_cqil(network: nn.Module, cqil: CqilConfig) -> nn.Module:
     """The network that engines of this configuration compute: itself when there are no groups."""
     if not cqil.groups:
@@ -237,7 +288,11 @@ def from_reader(
     sizes = [sum(p.numel() for p in module.parameters(recurse=False)) for module in network.modules()]
     device = "cuda" if fits_gpu(max(sizes), dtype) else "cpu"
     # Buffers are computed, not stored: the module makes its own again, off the meta device.
-    network.model.rotary_emb = type(rotary)(network.config).to(device)
+    rotary = network.model.rotary_emb = type(rotary)(network.config).to(device)
+    # What no transformers rope type has, GGUF files can have.
+    if model.rope.divisors:
+        rotary.inv_freq /= torch.tensor(model.rope.divisors, device=device)
+    rotary.attention_scaling = model.rope.attention_factor
     whole = sum(sizes)
     if pieces is None:
         pieces = not fits_gpu(whole, dtype) if device == "cuda" else dtype.itemsize * whole > _RESIDENT_BYTES
@@ -284,14 +339,14 @@ def _rope_factors(model: ModelConfig) -> dict[str, Any]:
     rope = model.rope
     if rope.kind == "default":
         return {}
-    if rope.kind == "linear":
-        return {"factor": rope.factor}
-    return {
-        "factor": rope.factor,
-        "low_freq_factor": rope.low_freq_factor,
-        "high_freq_factor": rope.high_freq_factor,
-        "original_max_position_embeddings": rope.original_max_position,
-    }
+    factors: dict[str, Any] = {"factor": rope.factor}
+    if rope.kind in ("yarn", "llama3"):
+        factors["original_max_position_embeddings"] = rope.original_max_position
+    if rope.kind == "yarn":
+        factors |= {name: getattr(rope, name) for name in ("attention_factor", "beta_fast", "beta_slow", "truncate")}
+    if rope.kind == "llama3":
+        factors |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+    return factors
 
 
 def _loader(
@@ -331,6 +386,7 @@ def probe(model: nn.Module, prompts: Sequence[Sequence[int]], steps: Sequence[in
 @torch.inference_mode()
 def score(model: nn.Module, prompt: Sequence[int]) -> torch.Tensor:
     """Logits after every token of the prompt, float32 [tokens, vocabulary]."""
+    _forget_lengths(model)
     tokens = torch.tensor([list(prompt)], device=device_of(model))
     return model(tokens, use_cache=False).logits[0].float().cpu()
 
@@ -340,6 +396,7 @@ def greedy(model: nn.Module, prompt: Sequence[int], steps: int) -> tuple[list[in
     """`steps` greedy tokens, and the logits each was chosen from, float32 [steps, vocabulary]."""
     from transformers import DynamicCache
 
+    _forget_lengths(model)
     device = device_of(model)
     tokens: list[int] = []
     logits: list[torch.Tensor] = []
@@ -357,6 +414,14 @@ def _cache_argument(model: nn.Module) -> str:
     """What the model's forward calls its KV cache, which transformers renamed between releases of version 5."""
     network = model._model if isinstance(model, CqilModel) else model
     return "cache" if "cache" in inspect.signature(network.forward).parameters else "past_key_values"
+
+
+def _forget_lengths(model: nn.Module) -> None:
+    """Dynamic rope keeps the frequencies of the longest sequence it has seen; a new one begins without them."""
+    rotary = model.get_submodule("model.rotary_emb")
+    if rotary.rope_type == "dynamic":
+        rotary.inv_freq = rotary.original_inv_freq.clone()
+        rotary.max_seq_len_cached = rotary.original_max_seq_len
 
 
 def device_of(model: nn.Module) -> torch.device:

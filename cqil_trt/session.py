@@ -32,8 +32,8 @@ class Session(ABC):
     # What a backend provides
 
     @abstractmethod
-    def _start(self, batch: int, longest: int) -> None:
-        """A new batch of `batch` sequences begins, with prompts of up to `longest` tokens."""
+    def _start(self, lengths: np.ndarray) -> None:
+        """A new batch begins, of prompts of these lengths, int64 [B]."""
 
     @abstractmethod
     def _forward(self, tokens: np.ndarray, past: np.ndarray, select: np.ndarray) -> None:
@@ -116,7 +116,7 @@ class Session(ABC):
         tokens = np.zeros((len(prompts), longest), np.int64)
         for row, prompt in zip(tokens, prompts):
             row[: len(prompt)] = prompt
-        self._start(len(prompts), longest)
+        self._start(lengths)
         for first in range(0, longest, chunk):
             part = tokens[:, first : first + chunk]
             # A prompt that has ended takes part with padding, behind what it will ever be asked about.
@@ -145,7 +145,7 @@ class Session(ABC):
         """
         self.check([prompt])
         tokens, chunk = np.array([list(prompt)]), self.limits.prefill_chunk
-        self._start(1, len(prompt))
+        self._start(np.array([len(prompt)]))
         parts = []
         for begin in range(0, len(prompt), chunk):
             part = tokens[:, begin : begin + chunk]

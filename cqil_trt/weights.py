@@ -11,13 +11,17 @@ import os
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from cqil_trt.config import Fields, ModelConfig, RopeConfig, read_json
+from cqil_trt.config import Fields, ModelConfig, read_json
 from cqil_trt.errors import UserError
+from cqil_trt.gguf_files import gguf_parts
+from cqil_trt.rope import RopeConfig, yarn_magnitude
 from cqil_trt.tokenizer.gguf import GgufTokenizer
 
 Range = tuple[int, int] | None
@@ -142,24 +146,25 @@ class TorchReader(WeightReader):
 
 
 class ShardedReader(WeightReader):
-    """A checkpoint of several files, found through its index (model.safetensors.index.json and the like)."""
+    """A checkpoint of several files, found through its index (model.safetensors.index.json and the like).
+
+    As in transformers the index says which files there are, and the files what they hold; of two files with a tensor
+    of one name, the last in alphabetical order counts.
+    """
 
     def __init__(self, index: Path):
         self.source = str(index)
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{index}: no weight_map")
-        kind = SafetensorsReader if index.name.endswith(".safetensors.index.json") else TorchReader
-        readers: dict[str, WeightReader] = {}
-        self._readers: dict[str, WeightReader] = {}
         for name, file in weight_map.items():
             if not isinstance(file, str) or Path(file).name != file:
                 raise UserError(f"{index}: {name} is said to be in {file!r:.80}, which is not a file name")
-            if file not in readers:
-                readers[file] = kind(index.parent / file)
-            if name not in readers[file].shapes():
-                raise UserError(f"{index}: {name} is said to be in {file}, which does not hold it")
-            self._readers[name] = readers[file]
+        kind = SafetensorsReader if index.name.endswith(".safetensors.index.json") else TorchReader
+        self._readers: dict[str, WeightReader] = {}
+        for file in sorted(set(weight_map.values())):
+            reader = kind(index.parent / file)
+            self._readers |= dict.fromkeys(reader.shapes(), reader)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {name: reader.shapes()[name] for name, reader in self._readers.items()}
@@ -169,6 +174,24 @@ class ShardedReader(WeightReader):
 
     def read(self, name: str, rows: Range = None, columns: Range = None) -> torch.Tensor:
         return self._readers[name].read(name, rows, columns)
+
+
+class RenamedReader(WeightReader):
+    """`base` with some tensors under other names: `stored` maps a name to the one it has in the file."""
+
+    def __init__(self, base: WeightReader, stored: Mapping[str, str]):
+        self.source = base.source
+        self._base, self._stored = base, stored
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        given = {stored: name for name, stored in self._stored.items()}
+        return {given.get(name, name): shape for name, shape in self._base.shapes().items()}
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._base.dtype(self._stored.get(name, name))
+
+    def read(self, name: str, rows: Range = None, columns: Range = None) -> torch.Tensor:
+        return self._base.read(self._stored.get(name, name), rows, columns)
 
 
 _GGUF_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -188,21 +211,60 @@ _GGUF_LAYER = {
 }
 
 
+# What llama.cpp does not read for these architectures, with the values that change nothing. transformers' yarn has
+# the same parameters, so that a file with other values means one thing here and another there.
+_GGUF_UNREAD = {
+    "rope.scaling.yarn_ext_factor": 1.0,
+    "rope.scaling.yarn_attn_factor": 1.0,
+    "rope.scaling.yarn_beta_fast": 32.0,
+    "rope.scaling.yarn_beta_slow": 1.0,
+    "rope.scaling.yarn_log_multiplier": 0.0,
+    "rope.scaling.alpha": 0.0,
+}
+
+
 class GgufReader(WeightReader):
-    """A GGUF file, any quantization the gguf package knows; tensors come out as float32 under Hugging Face's names."""
+    """A GGUF file, any quantization the gguf package knows; tensors come out as float32 under Hugging Face's names.
+
+    Of a file split into parts, `path` may be any one. The first holds the metadata.
+    """
 
     def __init__(self, path: Path):
         from gguf import GGUFReader
 
         self.source = str(path)
-        if not path.is_file():
-            raise UserError(f"{path}: no such file")
-        try:
-            self._reader = GGUFReader(path)
-            self.architecture = str(self.field("general.architecture"))
-            self._tensors = {self._rename(tensor.name): tensor for tensor in self._reader.tensors}
-        except Exception as error:  # the gguf package raises numpy's and its own errors on a damaged file
-            raise UserError(f"{path}: corrupt or truncated GGUF file ({error or type(error).__name__})") from None
+        paths = gguf_parts(path)
+        for part in paths:
+            if not part.is_file():
+                among = "" if len(paths) == 1 else f" (one of the {len(paths)} parts of a split file)"
+                raise UserError(f"{part}: no such file{among}")
+        self._tensors: dict[str, Any] = {}
+        for number, part in enumerate(paths):
+            try:
+                reader = GGUFReader(part)
+                if number == 0:
+                    self._reader = reader
+                    self.architecture = str(self.field("general.architecture"))
+                tensors = {self._rename(tensor.name): tensor for tensor in reader.tensors}
+                found, count, total = (self._split(reader, key) for key in ("no", "count", "tensors.count"))
+            except Exception as error:  # the gguf package raises numpy's and its own errors on a damaged file
+                raise UserError(f"{part}: corrupt or truncated GGUF file ({error or type(error).__name__})") from None
+            if (found, max(count, 1)) != (number, len(paths)):
+                raise UserError(
+                    f"{part}: holds part {found + 1} of {max(count, 1)} of a GGUF file, its name says {number + 1} of "
+                    f"{len(paths)}: parts keep the names that gguf-split gave them (NAME-00001-of-00003.gguf)"
+                )
+            twice = sorted(tensors.keys() & self._tensors.keys())
+            if twice or total != self._split(self._reader, "tensors.count"):
+                raise UserError(f"{part}: belongs to another file than {paths[0].name}: its tensors do not fit")
+            self._tensors |= tensors
+        if len(paths) > 1 and total != len(self._tensors):
+            raise UserError(f"{path}: its parts hold {len(self._tensors)} tensors, they should hold {total}")
+
+    @staticmethod
+    def _split(reader: Any, key: str) -> int:
+        field = reader.fields.get(f"split.{key}")
+        return 0 if field is None else int(field.contents())
 
     def field(self, key: str, default=None):
         """A metadata value; `{arch}` in `key` stands for the architecture."""
@@ -212,6 +274,11 @@ class GgufReader(WeightReader):
     def _integer(self, key: str, default: int | None = None, high: int = 2**31 - 1) -> int:
         value = self.field(f"{{arch}}.{key}", default)
         return Fields({key: value if value is None else int(value)}, self.source).integer(key, high=high)
+
+    def _number(self, key: str, default: float) -> float:
+        """A metadata value; one of 0 stands for one that is not given, as in llama.cpp."""
+        value = float(self.field(f"{{arch}}.{key}", default) or default)
+        return default if value == default else Fields({key: value}, self.source).number(key)
 
     def _rename(self, name: str) -> str:
         base, _, kind = name.rpartition(".")
@@ -257,22 +324,57 @@ class GgufReader(WeightReader):
         heads = self._integer(f"attention.{count}", self._integer("attention.head_count"))
         return np.arange(self.shapes()[name][0]).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
+    def _rope(self, head_dim: int) -> RopeConfig:
+        """As llama.cpp reads it: a factor without a type is linear scaling, and rope_freqs divide the frequencies."""
+        for key, harmless in _GGUF_UNREAD.items():
+            if self._number(key, harmless) != harmless:
+                raise UserError(f"{self.source}: {key} other than {harmless:g} is not supported")
+        for name in self._tensors:
+            if name.startswith("rope_factors_"):
+                raise UserError(f"{self.source}: {name} (longrope) is not supported")
+        scaling = str(self.field("{arch}.rope.scaling.type", "linear"))
+        if scaling not in ("none", "linear", "yarn"):
+            raise UserError(f"{self.source}: rope scaling {scaling[:80]!r} is not supported (linear and yarn are)")
+        # scale_linear is the key of 2023.
+        old = self.field("{arch}.rope.scaling.factor") is None
+        factor = self._number("rope.scale_linear" if old else "rope.scaling.factor", 1.0)
+        kind = "default" if scaling == "none" or factor == 1 else scaling
+        rope = RopeConfig(
+            theta=self._number("rope.freq_base", 10000.0),
+            kind=kind,
+            factor=1.0 if kind == "default" else factor,
+            attention_factor=self._number("rope.scaling.attn_factor", 1.0),
+            divisors=self._divisors(head_dim),
+        )
+        if kind != "yarn":
+            return rope
+        if rope.theta <= 1:
+            raise UserError(f"{self.source}: rope.freq_base must be above 1 for yarn, found {rope.theta:g}")
+        original = self._integer("rope.scaling.original_context_length", self._integer("context_length"))
+        attention = rope.attention_factor * yarn_magnitude(factor)
+        return replace(rope, original_max_position=original, attention_factor=attention)
+
+    def _divisors(self, head_dim: int) -> tuple[float, ...]:
+        """What rope_freqs.weight says; nothing where it says only ones."""
+        name = "rope_freqs.weight"
+        if name not in self._tensors:
+            return ()
+        if self.architecture != "llama":
+            raise UserError(f"{self.source}: {name} in a file of architecture {self.architecture} is not supported")
+        if self.shapes()[name] != (head_dim // 2,):
+            raise UserError(f"{self.source}: {name} has shape {self.shapes()[name]}, heads of {head_dim} need half")
+        values = self.read(name).tolist()
+        if not all(0 < value < float("inf") for value in values):
+            raise UserError(f"{self.source}: {name} holds a value that is not positive and finite")
+        return () if set(values) == {1.0} else tuple(values)
+
     def model_config(self) -> ModelConfig:
         """The model that the file's metadata describes. Raises UserError for one we would compute wrongly."""
         if self.architecture not in _GGUF_ARCHITECTURES:
             known = ", ".join(_GGUF_ARCHITECTURES)
             raise UserError(f"{self.source}: architecture {self.architecture!r:.80} is not supported ({known} are)")
         shapes = self.shapes()
-        if "rope_freqs.weight" in shapes:
-            raise UserError(f"{self.source}: rope_freqs (llama3 rope) is not supported in GGUF: use the safetensors")
-        scaling = self.field("{arch}.rope.scaling.type", "none")
-        if scaling not in ("none", "linear"):
-            raise UserError(f"{self.source}: rope scaling {scaling!r:.80} is not supported in GGUF")
         try:
-            theta = float(self.field("{arch}.rope.freq_base", 10000.0))
-            rope = RopeConfig(theta)
-            if scaling == "linear":
-                rope = RopeConfig(theta, "linear", float(self.field("{arch}.rope.scaling.factor")))
             heads, hidden = self._integer("attention.head_count"), self._integer("embedding_length")
             head_dim = self._integer("attention.key_length", hidden // heads)
             if self._integer("rope.dimension_count", head_dim) != head_dim:
@@ -288,7 +390,7 @@ class GgufReader(WeightReader):
                 vocab_size=shapes["model.embed_tokens.weight"][0],
                 max_position=self._integer("context_length"),
                 rms_norm_eps=float(self.field("{arch}.attention.layer_norm_rms_epsilon")),
-                rope=rope,
+                rope=self._rope(head_dim),
                 tie_embeddings="lm_head.weight" not in shapes,
                 qkv_bias="model.layers.0.self_attn.q_proj.bias" in shapes,
                 o_bias="model.layers.0.self_attn.o_proj.bias" in shapes,
@@ -302,16 +404,25 @@ class GgufReader(WeightReader):
             raise UserError(f"{self.source}: GGUF metadata is incomplete or malformed ({error})") from None
 
 
+# In the order in which transformers looks for them.
 _CHECKPOINTS = {
-    "model.safetensors.index.json": ShardedReader,
     "model.safetensors": SafetensorsReader,
-    "pytorch_model.bin.index.json": ShardedReader,
+    "model.safetensors.index.json": ShardedReader,
     "pytorch_model.bin": TorchReader,
+    "pytorch_model.bin.index.json": ShardedReader,
 }
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Rows compared at a time, of two tables that ought to be one.
+_COMPARED_ROWS = 4096
 
 
 def open_checkpoint(path: Path) -> tuple[ModelConfig, WeightReader]:
-    """The model and the weights at `path`: a Hugging Face directory or a .gguf file."""
+    """The model and the weights at `path`: a Hugging Face directory or a .gguf file, read as transformers reads it.
+
+    Names may lack the prefix `model.`, as in a checkpoint of the model without its last projection. Where the
+    configuration ties the embedding to that projection, either may be stored alone; two tables that differ are not
+    tied, whatever the configuration says.
+    """
     if path.suffix == ".gguf":
         reader = GgufReader(path)
         return reader.model_config(), reader
@@ -319,10 +430,43 @@ def open_checkpoint(path: Path) -> tuple[ModelConfig, WeightReader]:
         found = "a file that is not .gguf" if path.exists() else "nothing (a model on the hub is named org/name)"
         raise UserError(f"--model {path}: expected a Hugging Face directory or a .gguf file, found {found}")
     model = ModelConfig.from_hugging_face(path / "config.json")
+    file, kind = _weights_file(path)
+    reader = _with_prefix(kind(file))
+    return _tied(model, reader) if model.tie_embeddings else (model, reader)
+
+
+def _weights_file(path: Path) -> tuple[Path, type[WeightReader]]:
+    """The file that holds a directory's weights, or their index, and its reader: the choice of transformers."""
+    named = read_json(path / "config.json").get("transformers_weights")
+    if named is not None:
+        if not isinstance(named, str) or Path(named).name != named or ".safetensors" not in Path(named).suffixes:
+            raise UserError(f"{path}/config.json: transformers_weights {named!r:.80} is not a safetensors file's name")
+        return path / named, ShardedReader if named.endswith(".index.json") else SafetensorsReader
     for name, kind in _CHECKPOINTS.items():
-        if (path / name).exists():
-            return model, kind(path / name)
+        if (path / name).is_file():
+            return path / name, kind
     raise UserError(f"--model {path}: no weights (looked for {', '.join(_CHECKPOINTS)})")
+
+
+def _with_prefix(reader: WeightReader) -> WeightReader:
+    bare = [name for name in reader.shapes() if name.startswith(("embed_tokens.", "layers.", "norm."))]
+    stored = {f"model.{name}": name for name in bare if f"model.{name}" not in reader.shapes()}
+    return RenamedReader(reader, stored) if stored else reader
+
+
+def _tied(model: ModelConfig, reader: WeightReader) -> tuple[ModelConfig, WeightReader]:
+    """What a model that says it ties its embedding really has."""
+    shapes = reader.shapes()
+    if _HEAD not in shapes:
+        return model, reader
+    if _EMBEDDING not in shapes:
+        return model, RenamedReader(reader, {_EMBEDDING: _HEAD})
+    shape = shapes[_HEAD]
+    if shapes[_EMBEDDING] != shape or len(shape) != 2:
+        return replace(model, tie_embeddings=False), reader
+    blocks = ((row, min(row + _COMPARED_ROWS, shape[0])) for row in range(0, shape[0], _COMPARED_ROWS))
+    same = all(torch.equal(reader.read(_EMBEDDING, rows).float(), reader.read(_HEAD, rows).float()) for rows in blocks)
+    return (model if same else replace(model, tie_embeddings=False)), reader
 
 
 def check_shapes(reader: WeightReader, expected: Mapping[str, tuple[int, ...]]) -> None:

@@ -156,6 +156,72 @@ def rank_weights(rank: Any, reader: Any, dtype: str = "float32") -> dict[str, An
     return weights
 
 
+def checkpoint_logits(checkpoint: Any, prompt: list[int]) -> Any:
+    """What an engine of one rank computes after every token of a prompt, float32 [tokens, vocabulary], unbuilt."""
+    import torch
+
+    from cqil_trt.collectives import LocalCommunicator
+    from cqil_trt.config import CqilConfig, EngineConfig
+    from cqil_trt.network.decoder import decode
+    from cqil_trt.network.torch_ops import TorchOps
+    from cqil_trt.shard import plan
+
+    [rank] = plan(checkpoint.model, CqilConfig(1))
+    limits, weights = EngineConfig(1, len(prompt)), rank_weights(rank, checkpoint.reader)
+    ops = TorchOps(rank, weights, LocalCommunicator(), limits, checkpoint.rotary)
+    ops.begin([len(prompt)])
+    tokens = torch.tensor([prompt])
+    with torch.inference_mode():
+        return decode(ops, tokens, torch.zeros(1, dtype=torch.long), torch.arange(len(prompt))[None])[0]
+
+
+def write_gguf(
+    path: Path, source: Path, quantization: str = "F32", add: Any = lambda writer: None, **options: Any
+) -> Path:
+    """The checkpoint in `source` as llama.cpp's converter writes it (q and k rows of llama permuted).
+
+    `add` is called with the GGUFWriter before tensors are written, `options` are the writer's. Returns the first file.
+    """
+    import gguf
+    import numpy as np
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(source)
+    writer = gguf.GGUFWriter(path, config.model_type, **options)
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_key_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    add(writer)
+    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == config.model_type)
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    for name, tensor in load_model(source).state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        values = tensor.numpy()
+        if config.model_type == "llama" and ("q_proj" in name or "k_proj" in name):
+            count = heads if "q_proj" in name else kv_heads
+            values = values.reshape(count, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
+        kind = gguf.GGMLQuantizationType[quantization if values.ndim == 2 else "F32"]
+        data = gguf.quantize(np.ascontiguousarray(values), kind)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), data, raw_dtype=kind)
+    parts = writer.format_shard_names(path)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return parts[0]
+
+
 def load_model(directory: Path):
     """The checkpoint as transformers loads it, float32."""
     need("transformers>=5")

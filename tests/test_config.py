@@ -74,7 +74,8 @@ def test_rope_frequencies_equal_those_of_transformers(kind, old_style, tmp_path)
 REFUSED = {
     "architectures": (["GPT2LMHeadModel"], "GPT2LMHeadModel"),
     "hidden_act": ("gelu", "gelu"),
-    "rope_scaling": ({"rope_type": "yarn", "factor": 2.0}, "yarn"),
+    "rope_scaling": ({"type": "su", "long_factor": [1.0], "short_factor": [1.0]}, "su"),
+    "model_type": ("gpt2", "gpt2"),
     "quantization_config": ({"quant_method": "gptq"}, "quantiz"),
     "partial_rotary_factor": (0.5, "partial_rotary_factor"),
     "num_key_value_heads": (5, "key/value heads"),

@@ -200,7 +200,10 @@ def test_cuda_ops_ask_for_what_the_decoder_means(name, tmp_path, host_memory):
             kernels = HostKernels()
             buffers = {"joined": torch.zeros(BATCH * 16, model.hidden_size)}
             buffers |= dict(
-                zip(("rotary.cos", "rotary.sin"), map(torch.from_numpy, rotary_tables(checkpoint.rotary, CAPACITY)))
+                zip(
+                    ("rotary.cos", "rotary.sin"),
+                    map(torch.from_numpy, rotary_tables(checkpoint.model, checkpoint.rotary, CAPACITY)),
+                )
             )
             buffers |= {f"cache.{index}": torch.zeros(1) for index in rank.layers}
             memory = {key: value.data_ptr() for key, value in (weights | buffers).items()}

@@ -55,6 +55,18 @@ ARCHITECTURES = {
     "mistral": ("MistralForCausalLM", {"sliding_window": 128}),
     "qwen2": ("Qwen2ForCausalLM", {}),
     "qwen3": ("Qwen3ForCausalLM", {"head_dim": 12}),
+    "qwen2-yarn": (
+        "Qwen2ForCausalLM",
+        {
+            "max_position_embeddings": 32,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+        },
+    ),
 }
 SHAPES = [
     {"p": 1},

@@ -166,7 +166,7 @@ def test_classic_networks_compute_what_the_decoder_means(name, tmp_path):
     architecture, changes = ARCHITECTURES[name]
     checkpoint = Checkpoint(make_model(tmp_path, architecture, seed=SEED, rms_norm_eps=1e-2, **changes), None)
     model, limits = checkpoint.model, EngineConfig(BATCH, CAPACITY, "float32", "tensorrt", 8)
-    tables = map(torch.from_numpy, rotary_tables(checkpoint.rotary, CAPACITY))
+    tables = map(torch.from_numpy, rotary_tables(checkpoint.model, checkpoint.rotary, CAPACITY))
     constants = dict(zip(("rotary.cos", "rotary.sin"), tables))
     for shape in SHAPES:
         for rank in plan(model, CqilConfig(**shape)):

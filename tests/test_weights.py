@@ -3,18 +3,22 @@
 import json
 import pickle
 import resource
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import make_model, write_json
+from conftest import checkpoint_logits, load_model, make_adapter, make_model, write_gguf, write_json
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from cqil_trt import reference
+from cqil_trt.checkpoint import Checkpoint
 from cqil_trt.errors import UserError
 from cqil_trt.shard import checkpoint_shapes
 from cqil_trt.weights import SafetensorsReader, TorchReader, check_shapes, open_checkpoint
@@ -64,6 +68,193 @@ def test_pytorch_bin(tmp_path):
     assert_reads(open_checkpoint(tmp_path)[1], tensors)
 
 
+def random_like(tensors, seed):
+    torch.manual_seed(seed)
+    return {name: torch.randn_like(tensor) * tensor.float().std() for name, tensor in tensors.items()}
+
+
+def save_bin(tensors, directory):
+    (directory / "model.safetensors").unlink()
+    torch.save(tensors, directory / "pytorch_model.bin")
+
+
+def save_in_two(tensors, directory, kind="safetensors", index=None):
+    """Two files and their index; `index` is written instead of the right weight_map."""
+    stem, save = ("model", save_file) if kind == "safetensors" else ("pytorch_model", torch.save)
+    suffix = kind if kind == "safetensors" else "bin"
+    (directory / "model.safetensors").unlink(missing_ok=True)
+    names = sorted(tensors)
+    weight_map = {}
+    for number, members in enumerate((names[::2], names[1::2]), 1):
+        file = f"{stem}-{number:05}-of-00002.{suffix}"
+        save({name: tensors[name] for name in members}, directory / file)
+        weight_map |= dict.fromkeys(members, file)
+    entries = {"metadata": {}, "weight_map": weight_map if index is None else index(weight_map)}
+    write_json(directory / f"{stem}.{suffix}.index.json", entries)
+
+
+def edit_config(directory, **changes):
+    values = json.loads((directory / "config.json").read_text())
+    values = {name: value for name, value in {**values, **changes}.items() if value is not ...}
+    write_json(directory / "config.json", values)
+
+
+def other_head(tensors):
+    return {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].flip(0).contiguous()}
+
+
+def same_head(tensors):
+    return {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+
+
+def renamed(tensors, **names):
+    return {names.get(name.split(".")[-2], name): tensor for name, tensor in tensors.items()}
+
+
+def without_prefix(tensors):
+    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+
+
+def with_extras(tensors):
+    extras = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "steps": torch.arange(3)}
+    return {**tensors, **extras}
+
+
+def both_files(save_first, save_second):
+    """Two checkpoints in one directory, of different weights: which one is read?"""
+
+    def arrange(tensors, directory):
+        save_first(tensors, directory)
+        kept = (directory / "model.safetensors").read_bytes() if save_first is keep else None
+        save_second(random_like(tensors, 1), directory)
+        if kept:
+            (directory / "model.safetensors").write_bytes(kept)
+
+    return arrange
+
+
+def keep(tensors, directory):
+    save_file(tensors, directory / "model.safetensors")
+
+
+TIED = {"tie_word_embeddings": True}
+# How a checkpoint lies in its directory: what the model has, and how its tensors and configuration are changed.
+LAYOUTS = {
+    "tied, one table": (TIED, lambda t, d: None),
+    "tied, two equal tables": (TIED, lambda t, d: keep(same_head(t), d)),
+    "tied, two unequal tables": (TIED, lambda t, d: keep(other_head(t), d)),
+    "tied, two unequal tables, bin": (TIED, lambda t, d: save_bin(other_head(t), d)),
+    "tied, only the last projection": (TIED, lambda t, d: keep(renamed(t, embed_tokens="lm_head.weight"), d)),
+    "tied, names of the base model": (TIED, lambda t, d: keep(without_prefix(t), d)),
+    "names of the base model": ({}, lambda t, d: keep(without_prefix(t), d)),
+    "names of the base model, sharded": ({}, lambda t, d: save_in_two(without_prefix(t), d)),
+    "tensors nobody asks for": ({}, lambda t, d: keep(with_extras(t), d)),
+    "tensors nobody asks for, bin": ({}, lambda t, d: save_bin(with_extras(t), d)),
+    "one file beside an index": ({}, both_files(keep, save_in_two)),
+    "one file beside a bin": ({}, both_files(keep, save_bin)),
+    "an index beside a bin": ({}, both_files(save_in_two, lambda t, d: torch.save(t, d / "pytorch_model.bin"))),
+    "a bin beside its index": (
+        {},
+        both_files(save_bin, lambda t, d: save_in_two(t, d, "bin")),
+    ),
+    "a file that config.json names": (
+        {},
+        lambda t, d: (
+            save_file(t, d / "other.safetensors"),
+            keep(random_like(t, 1), d),
+            edit_config(d, transformers_weights="other.safetensors"),
+        ),
+    ),
+    "an index of wrong files": ({}, lambda t, d: save_in_two(t, d, index=lambda m: dict(zip(m, reversed(m.values()))))),
+    "an index of some tensors": ({}, lambda t, d: save_in_two(t, d, index=lambda m: dict([*m.items()][len(m) // 3 :]))),
+    "LLaMAForCausalLM": ({}, lambda t, d: edit_config(d, architectures=["LLaMAForCausalLM"])),
+    "no architectures": ({}, lambda t, d: edit_config(d, architectures=...)),
+    "architectures of another class": ({}, lambda t, d: edit_config(d, architectures=["LlamaModel"])),
+    "mistral as LlamaForCausalLM": (
+        {},
+        lambda t, d: edit_config(d, model_type="mistral", architectures=["LlamaForCausalLM"], sliding_window=None),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_checkpoint_gives_the_logits_that_transformers_gives(name, tmp_path):
+    changes, arrange = LAYOUTS[name]
+    make_model(tmp_path, num_hidden_layers=3, **changes)
+    arrange(load_file(tmp_path / "model.safetensors"), tmp_path)
+    assert_logits_of_transformers(tmp_path)
+
+
+def assert_logits_of_transformers(directory):
+    checkpoint, prompt = Checkpoint(directory, None), torch.randint(3, 131, (40,)).tolist()
+    with torch.inference_mode():
+        expected = load_model(directory)(torch.tensor([prompt]), use_cache=False).logits[0]
+    for found in (
+        checkpoint_logits(checkpoint, prompt),
+        reference.score(reference.from_reader(checkpoint.model, checkpoint.reader), prompt),
+        reference.score(reference.load_hugging_face(str(directory)), prompt),
+    ):
+        assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_an_adapter_fits_a_checkpoint_without_the_prefix(tmp_path):
+    model = make_model(tmp_path / "model", num_hidden_layers=2)
+    adapter = make_adapter(model, tmp_path / "adapter")
+    keep(without_prefix(load_file(model / "model.safetensors")), model)
+    checkpoint, prompt = Checkpoint(model, adapter), torch.randint(3, 131, (40,)).tolist()
+    judge = reference.score(reference.load_hugging_face(str(model), str(adapter)), prompt)
+    found = checkpoint_logits(checkpoint, prompt)
+    assert (found - judge).norm() < 1e-5 * judge.norm()
+
+
+def test_a_configuration_without_model_type_goes_by_its_architecture(tmp_path):
+    make_model(tmp_path, "Qwen2ForCausalLM", num_hidden_layers=2)
+    edit_config(tmp_path, model_type=...)
+    checkpoint, prompt = Checkpoint(tmp_path, None), torch.randint(3, 131, (40,)).tolist()
+    judge = reference.score(reference.load_hugging_face(str(tmp_path)), prompt)
+    found = checkpoint_logits(checkpoint, prompt)
+    assert (found - judge).norm() < 1e-5 * judge.norm()
+
+
+def test_the_first_llama_conversions(tmp_path):
+    """The layout of early 2023: .bin parts, rotary frequencies among the weights, class and lengths under old names."""
+    make_model(tmp_path, num_key_value_heads=6, rms_norm_eps=1e-6, head_dim=8, save_dtype=torch.float16)
+    tensors = load_file(tmp_path / "model.safetensors")
+    extras = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.rand(4) for i in range(6)}
+    save_in_two({**tensors, **extras}, tmp_path, "bin")
+    (tmp_path / "generation_config.json").unlink()
+    sizes = json.loads((tmp_path / "config.json").read_text())
+    kept = (
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "rms_norm_eps",
+        "vocab_size",
+    )
+    write_json(
+        tmp_path / "config.json",
+        {
+            "architectures": ["LLaMAForCausalLM"],
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "hidden_act": "silu",
+            "initializer_range": 0.02,
+            "max_sequence_length": 2048,
+            "model_type": "llama",
+            "pad_token_id": -1,
+            "torch_dtype": "float16",
+            "transformers_version": "4.27.0.dev0",
+            "use_cache": True,
+            **{name: sizes[name] for name in kept},
+        },
+    )
+    checkpoint = Checkpoint(tmp_path, None)
+    assert (checkpoint.model.max_position, checkpoint.model.dtype) == (2048, "float16")
+    assert checkpoint.model.eos_token_ids == (1,)
+    assert_logits_of_transformers(tmp_path)
+
+
 def test_a_pickle_in_a_bin_file_does_not_run(tmp_path):
     class Harmful:
         def __reduce__(self):
@@ -86,33 +277,9 @@ def test_gguf_gives_the_tensors_and_configuration_that_transformers_reads(quanti
     heads, kv_heads, hidden, inner, layers = 4, 2, 64, 96, 2
     source = make_model(
         tmp_path / "hf", num_hidden_layers=layers, hidden_size=hidden, intermediate_size=inner, head_dim=16,
-        num_attention_heads=heads, num_key_value_heads=kv_heads,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, rope_parameters={"rope_theta": 12345.0},
     )  # fmt: skip
-    tensors = load_file(source / "model.safetensors")
-    path = tmp_path / "model.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(layers)
-    writer.add_context_length(128)
-    writer.add_embedding_length(hidden)
-    writer.add_feed_forward_length(inner)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
-    writer.add_rope_freq_base(12345.0)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(131)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
-    for name, tensor in tensors.items():
-        values = tensor.numpy()
-        if "q_proj" in name or "k_proj" in name:
-            count = heads if "q_proj" in name else kv_heads
-            values = values.reshape(count, 2, -1, hidden).swapaxes(1, 2).reshape(values.shape)
-        kind = gguf.GGMLQuantizationType[quantization if values.ndim == 2 else "F32"]
-        data = gguf.quantize(np.ascontiguousarray(values), kind)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), data, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    path = write_gguf(tmp_path / "model.gguf", source, quantization)
 
     model, reader = open_checkpoint(path)
     check_shapes(reader, checkpoint_shapes(model))
@@ -122,6 +289,92 @@ def test_gguf_gives_the_tensors_and_configuration_that_transformers_reads(quanti
     assert model.rope.theta == config.rope_parameters["rope_theta"] == 12345.0
     assert (model.num_heads, model.num_kv_heads, model.head_dim) == (heads, kv_heads, config.head_dim)
     assert model.rms_norm_eps == config.rms_norm_eps and model.num_layers == config.num_hidden_layers
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}])
+def test_gguf_gives_the_logits_of_what_it_was_converted_from(architecture, changes, tmp_path):
+    if "mlp_bias" in changes and architecture != "LlamaForCausalLM":
+        changes = {"rope_parameters": {"rope_theta": 1e6}}
+    head_dim = 16 if architecture != "Qwen2ForCausalLM" else 8
+    source = make_model(tmp_path / "hf", architecture, num_hidden_layers=2, head_dim=head_dim, **changes)
+    assert_converted(write_gguf(tmp_path / "model.gguf", source), source)
+
+
+def assert_converted(path, source):
+    checkpoint, prompt = Checkpoint(path, None), torch.randint(3, 131, (40,)).tolist()
+    expected = reference.score(load_model(source), prompt)
+    judge = reference.score(reference.load_hugging_face(checkpoint.source.model), prompt)
+    for found in (checkpoint_logits(checkpoint, prompt), judge):
+        assert (found - expected).norm() < 1e-5 * expected.norm()
+    return checkpoint
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    """A GGUF file in parts, with what scales rope in two of them, and where it came from."""
+    root = tmp_path_factory.mktemp("split")
+    source = make_model(root / "hf", num_hidden_layers=3)
+
+    def add(writer):
+        writer.add_rope_scaling_factor(4.0)
+        writer.add_tensor("rope_freqs.weight", np.full(4, 0.25, np.float32))  # what undoes the factor
+
+    first = write_gguf(root / "model.gguf", source, add=add, split_max_tensors=8)
+    parts = sorted(root.glob("*.gguf"))
+    assert parts[0] == first and len(parts) == 4
+    return source, parts
+
+
+@pytest.mark.parametrize("given_part", range(4))
+def test_a_gguf_file_in_parts_is_one_whichever_part_is_given(given_part, split):
+    source, parts = split
+    checkpoint = assert_converted(parts[given_part], source)
+    # The part with the metadata, where the tokenizer is, too.
+    assert checkpoint.source.model == str(parts[0])
+
+
+def copied(split, directory):
+    return [shutil.copy(part, directory) for part in split[1]]
+
+
+SPOILED = {
+    "a missing part": (lambda parts: parts[2].unlink(), "00003-of-00004.gguf: no such file .*4 parts"),
+    "the first one missing": (lambda parts: parts[0].unlink(), "00001-of-00004.gguf: no such file"),
+    "parts that changed places": (
+        lambda parts: (parts[1].rename("x"), parts[2].rename(parts[1]), Path("x").rename(parts[2])),
+        "00002-of-00004.gguf: holds part 3 of 4",
+    ),
+    "a part twice": (lambda parts: shutil.copy(parts[1], parts[2]), "00003-of-00004.gguf: holds part 2 of 4"),
+    "a damaged part": (lambda parts: parts[3].write_bytes(b"GGUF"), "00004-of-00004.gguf: corrupt"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_parts_of_a_gguf_file_that_do_not_fit_are_named(name, split, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    spoil, message = SPOILED[name]
+    parts = [Path(part) for part in copied(split, tmp_path)]
+    spoil(parts)
+    with pytest.raises(UserError, match=message):
+        open_checkpoint(parts[1])
+
+
+def test_a_part_of_a_gguf_file_under_another_name_is_refused(split, tmp_path):
+    path = Path(shutil.copy(split[1][0], tmp_path / "model.gguf"))
+    with pytest.raises(UserError, match="model.gguf: holds part 1 of 4"):
+        open_checkpoint(path)
+
+
+def test_parts_of_two_gguf_files_are_refused(split, tmp_path):
+    parts = [Path(part) for part in copied(split, tmp_path)]
+    source = make_model(tmp_path / "hf", num_hidden_layers=4)
+    write_gguf(tmp_path / "other.gguf", source, split_max_tensors=11)
+    others = sorted(tmp_path.glob("other-*.gguf"))
+    assert len(others) == len(parts)
+    shutil.copy(others[3], parts[3])
+    with pytest.raises(UserError, match="00004-of-00004.gguf: belongs to another file"):
+        open_checkpoint(parts[0])
 
 
 def test_gguf_bounds_and_names(tmp_path):
@@ -266,6 +519,14 @@ def test_an_index_cannot_point_outside_its_directory(tmp_path):
         write_json(index, {"weight_map": {**values["weight_map"], name: file}})
         with pytest.raises(UserError, match="not a file name"):
             open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "model.bin", 7])
+def test_a_configuration_cannot_name_weights_elsewhere(name, tmp_path):
+    make_model(tmp_path)
+    edit_config(tmp_path, transformers_weights=name)
+    with pytest.raises(UserError, match="transformers_weights"):
+        open_checkpoint(tmp_path)
 
 
 def test_a_checkpoint_that_does_not_match_its_configuration_is_refused(tmp_path):

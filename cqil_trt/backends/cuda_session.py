@@ -153,7 +153,7 @@ class CudaSession(Session):
 
     def _load_constants(self, engine: Engine) -> None:
         cuda.upload(self._memory["each"], np.arange(self.limits.max_batch_size, dtype=np.int32), self._stream)
-        tables = rotary_tables(engine.rotary, self.limits.max_seq_len)
+        tables = rotary_tables(engine.model, engine.rotary, self.limits.max_seq_len)
         for name, table in zip(("rotary.cos", "rotary.sin"), tables):
             cuda.upload(self._memory[name], table, self._stream)
         for name, size in (*self._caches.items(), ("step", 4)):
@@ -202,8 +202,8 @@ class CudaSession(Session):
         with self._workspace.guard():
             self._synchronize()
 
-    def _start(self, batch: int, longest: int) -> None:
-        self._batch = batch
+    def _start(self, lengths: np.ndarray) -> None:
+        self._batch = len(lengths)
 
     def _forward(self, tokens: np.ndarray, past: np.ndarray, select: np.ndarray) -> None:
         batch, length = tokens.shape

@@ -68,12 +68,12 @@ class OnnxSession(Session):
         self._last = self._kept = np.zeros(0, np.float32)
         self._joined = np.zeros(0, np.float32)
 
-    def _start(self, batch: int, longest: int) -> None:
-        self._kept = np.zeros((batch, self._widths[self._plan.rank]), np.float32)
+    def _start(self, lengths: np.ndarray) -> None:
+        self._kept = np.zeros((len(lengths), self._widths[self._plan.rank]), np.float32)
         length, dim = self.limits.max_seq_len, self._plan.model.head_dim
         dtype = onnx.helper.tensor_dtype_to_np_dtype(TYPES[self.limits.dtype])
         self._cache = {
-            f"cache.{index}.{part}": np.zeros((batch, shard.num_kv_heads, length, dim), dtype)
+            f"cache.{index}.{part}": np.zeros((len(lengths), shard.num_kv_heads, length, dim), dtype)
             for index, shard in self._plan.layers.items()
             if shard.num_heads
             for part in ("key", "value")

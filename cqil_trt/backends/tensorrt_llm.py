@@ -41,6 +41,11 @@ def describe(limits: EngineConfig, options: Mapping[str, Any], ranks: tuple[Rank
         )
     if model.qk_norm:
         raise UserError("--backend tensorrt-llm: head norms (Qwen3) are not supported there: use --backend tensorrt")
+    rope = model.rope
+    # Its attention module has no factor for cosine and sine, and takes no frequencies of ours.
+    if rope.kind == "yarn" or rope.divisors or rope.attention_factor != 1:
+        what = "frequency factors (rope_freqs)" if rope.divisors else f"{rope.kind} rope with an attention factor"
+        raise UserError(f"--backend tensorrt-llm: {what} is not supported there: use --backend tensorrt")
     for name, size in (("query heads", model.num_heads), ("MLP neurons", model.intermediate_size)):
         if size % cqil.p:
             raise UserError(f"--backend tensorrt-llm: {size} {name} cannot be split evenly over {cqil.p} ranks")
@@ -104,7 +109,7 @@ def configuration(ranks: tuple[RankPlan, ...], limits: EngineConfig, collective:
 
 def _rotary_scaling(model: ModelConfig) -> dict[str, Any] | None:
     rope = model.rope
-    if rope.kind == "default":
+    if rope.kind in ("default", "dynamic"):  # the same within the original context, which engines keep to
         return None
     scaling = {"type": rope.kind, "rope_type": rope.kind, "factor": rope.factor}
     if rope.kind == "llama3":

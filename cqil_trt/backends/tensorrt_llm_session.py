@@ -57,8 +57,8 @@ class TensorRtLlmSession(Session):
         self._history, self._kept = [list(prompt) for prompt in prompts], None
         self._past = np.array([len(prompt) for prompt in prompts])
 
-    def _start(self, batch: int, longest: int) -> None:
-        self._history = [[] for _ in range(batch)]
+    def _start(self, lengths: np.ndarray) -> None:
+        self._history = [[] for _ in lengths]
 
     def _forward(self, tokens: np.ndarray, past: np.ndarray, select: np.ndarray) -> None:
         for history, length, new in zip(self._history, past, tokens):

@@ -108,12 +108,12 @@ class TensorRtSession(CudaSession):
         for context in self._contexts:
             context.set_communicator(handle)
 
-    def _start(self, batch: int, longest: int) -> None:
-        super()._start(batch, longest)
+    def _start(self, lengths: np.ndarray) -> None:
+        super()._start(lengths)
         if self._native:
             # The layer attends to the whole cache: what is masked takes part with weight 0, and 0 * NaN is NaN.
             for name, size in self._caches.items():
-                used = size * batch // self.limits.max_batch_size
+                used = size * len(lengths) // self.limits.max_batch_size
                 cuda.call("MemsetAsync", self._memory[name], 0, used, self._stream)
 
     def _execute(self, phase: Phase, batch: int, length: int, rows: int) -> None:

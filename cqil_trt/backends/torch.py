@@ -30,7 +30,7 @@ def compile_rank(job: Compilation) -> None:
 
 
 def open_session(engine: Engine, comm: Any, device: str, number: int) -> Session:
-    missing = None if device == "cpu" else _missing_for_cuda()
+    missing = None if device == "cpu" else _missing_for_cuda(engine)
     if device != "cpu" and missing is None:
         from cqil_trt.backends.torch_cuda import TorchCudaSession
 
@@ -42,8 +42,11 @@ def open_session(engine: Engine, comm: Any, device: str, number: int) -> Session
     return TorchSession(engine, comm)
 
 
-def _missing_for_cuda() -> str | None:
-    """Why this process cannot compute on a GPU, None when it can."""
+def _missing_for_cuda(engine: Engine) -> str | None:
+    """Why this process cannot compute the engine on a GPU, None when it can."""
+    if engine.limits.max_seq_len > engine.model.rope.fixed_context:
+        context = engine.model.rope.fixed_context
+        return f"dynamic rope beyond {context} tokens is computed on CPUs only: build with --max-seq-len {context}"
     if not torch.cuda.is_available():
         return "this PyTorch sees no GPU (is it a build for CUDA?)"
     if torch.cuda.get_device_capability() < (8, 0):
@@ -74,8 +77,9 @@ class TorchSession(Session):
         self._ops = TorchOps(self._plan, weights, self.communicator, engine.limits, engine.rotary)
         self._last = self._kept = torch.empty(0)
 
-    def _start(self, batch: int, longest: int) -> None:
-        self._kept = torch.empty(batch, self._widths[self._plan.rank])
+    def _start(self, lengths: np.ndarray) -> None:
+        self._kept = torch.empty(len(lengths), self._widths[self._plan.rank])
+        self._ops.begin(lengths.tolist())
 
     @torch.inference_mode()
     def _forward(self, tokens: np.ndarray, past: np.ndarray, select: np.ndarray) -> None:
@@ -93,6 +97,7 @@ class TorchSession(Session):
         return self._kept.numpy()
 
     def _step(self, tokens: np.ndarray, past: np.ndarray) -> None:
+        self._ops.begin_decode()
         self._forward(tokens[:, None], past, np.zeros((len(tokens), 1), np.int64))
         self._kept = self._last[:, 0]
 

@@ -58,7 +58,7 @@ class OnnxOps(Ops[str]):
         self._location, self._spans = weights.name, tensor_spans(weights)
         self._shapes = {tensor.name: tensor.shape for tensor in plan.tensors}
         self._limits, self._type = limits, TYPES[limits.dtype]
-        self._cos, self._sin = rotary_tables(rotary, limits.max_seq_len)
+        self._cos, self._sin = rotary_tables(plan.model, rotary, limits.max_seq_len)
 
     # Small words for nodes
 

@@ -292,7 +292,7 @@ class NativeOps(TensorRtOps):
         self._shape_dtype = shape.dtype
         self._batch, self._length = (network.add_slice(shape, (i,), (1,), (1,)).get_output(0) for i in (0, 1))
         # numpy has no bfloat16: the network rounds.
-        tables = (self._constant(table) for table in rotary_tables(rotary, length))
+        tables = (self._constant(table) for table in rotary_tables(self.plan.model, rotary, length))
         self._tables = [self._cast(table, self._dtype) for table in tables]
 
     def positions(self, tokens: Tensor, past: Tensor) -> Positions:

@@ -12,7 +12,7 @@ from cqil_trt.collectives import Communicator
 from cqil_trt.config import EngineConfig
 from cqil_trt.errors import UserError
 from cqil_trt.network.ops import Ops
-from cqil_trt.network.rotary import rotary_tables
+from cqil_trt.network.rotary import Tables, decode_tables, prompt_tables
 from cqil_trt.shard import LayerShard, RankPlan
 
 
@@ -57,8 +57,9 @@ class TorchOps(Ops[torch.Tensor]):
         self.joined: torch.Tensor | None = None
         self._eps = plan.model.rms_norm_eps
         self._epsilon = torch.tensor(self._eps)
-        cos, sin = map(torch.from_numpy, rotary_tables(rotary, max_seq_len))
-        self._cos, self._sin = torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+        self._frequencies = rotary
+        self._decoding = self._rows(decode_tables(plan.model, rotary, max_seq_len))
+        self._cos, self._sin = self._decoding
         # Zeros, not uninitialised memory: a masked position takes part with weight 0, and 0 * NaN is NaN.
         try:
             self._cache = {
@@ -77,6 +78,20 @@ class TorchOps(Ops[torch.Tensor]):
             index: torch.tensor(shard.kv_index) for index, shard in plan.layers.items() if not shard.grouped
         }
 
+    def _rows(self, tables: Tables) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [1 or B, 1, positions, D], for each element of a head."""
+        cos, sin = (torch.from_numpy(table).reshape(-1, 1, *table.shape[-2:]) for table in tables)
+        return torch.cat((cos, cos), -1).to(self._dtype), torch.cat((-sin, sin), -1).to(self._dtype)
+
+    def begin(self, lengths: Sequence[int]) -> None:
+        """The passes that follow take prompts of these lengths, until `begin_decode`."""
+        tables = prompt_tables(self.plan.model, self._frequencies, lengths)
+        self._cos, self._sin = self._decoding if tables is None else self._rows(tables)
+
+    def begin_decode(self) -> None:
+        """The passes that follow take tokens one by one. Before any call of `begin` this is so already."""
+        self._cos, self._sin = self._decoding
+
     def weight(self, name: str) -> torch.Tensor:
         return self._weights[name]
 
@@ -87,12 +102,12 @@ class TorchOps(Ops[torch.Tensor]):
         length = max(pasts) + new
         if common is not None:
             index = torch.arange(common, length)[None, :]
-            cos, sin = self._cos[None, None, common:length], self._sin[None, None, common:length]
+            cos, sin = self._cos[:, :, common:length], self._sin[:, :, common:length]
             causal = common == 0 and new > 1
             masked = new > 1 and not causal
         else:
             index = past[:, None] + torch.arange(new)
-            cos, sin = self._cos[index][:, None], self._sin[index][:, None]
+            cos, sin = self._cos[0, 0, index][:, None], self._sin[0, 0, index][:, None]
             causal, masked = False, True
         mask = (torch.arange(length) <= index[..., None])[:, None] if masked else None
         return Positions(index, common, length, cos, sin, mask, causal)

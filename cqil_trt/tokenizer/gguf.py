@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cqil_trt.errors import UserError
+from cqil_trt.gguf_files import gguf_parts
 from cqil_trt.tokenizer.settings import CONFIG, TEMPLATE, TEMPLATES
 from cqil_trt.tokenizer.vocabulary import JSON, MODEL
 
@@ -97,6 +98,7 @@ class GgufTokenizer:
     """
 
     def __init__(self, path: Path):
+        path = gguf_parts(path)[0]  # with the metadata
         self.source = str(path)
         try:
             state = path.stat()

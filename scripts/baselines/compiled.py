@@ -28,8 +28,9 @@ class TensorParallelDecoder(nn.Module):
         self._plan, self._weights = plan, weights
         some = next(iter(weights.values()))
         angles = torch.arange(length, device=some.device)[:, None] * rotary.to(some.device).float()
-        self.register_buffer("_cos", angles.cos().repeat(1, 2).to(some.dtype))
-        self.register_buffer("_sin", angles.sin().repeat(1, 2).to(some.dtype))
+        scale = plan.model.rope.attention_factor
+        self.register_buffer("_cos", (scale * angles.cos()).repeat(1, 2).to(some.dtype))
+        self.register_buffer("_sin", (scale * angles.sin()).repeat(1, 2).to(some.dtype))
         self.register_buffer("_positions", torch.arange(length, device=some.device))
         dim = plan.model.head_dim
         self._cache = {
