@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import SEED, load_model, make_model, mpirun, write_json
+from made_tokenizers import llama2_json, save_json
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -112,6 +113,66 @@ def test_tokenizer_equals_that_of_transformers(llm):
     assert tokenizer.chat(text) == (chat if isinstance(chat, list) else chat["input_ids"])
     stream = tokenizer.stream()
     assert "".join(stream.add(token) for token in tokenizer.encode(text)) == text
+
+
+def save_chain(directory, ids, vocab_size):
+    """A model that says `ids` one after the other: its next token depends on the last one alone."""
+    network = load_model(make_model(directory, vocab_size=vocab_size, num_hidden_layers=2, hidden_size=96))
+    with torch.no_grad():
+        for layer in network.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        network.model.norm.weight.fill_(1)
+        network.model.embed_tokens.weight.normal_()
+        network.lm_head.weight.zero_()
+        for token, follower in zip(ids, ids[1:]):
+            network.lm_head.weight[follower] += network.model.embed_tokens.weight[token]
+    network.save_pretrained(directory)
+    return directory
+
+
+# Ids of bytes in the tokenizer of llama2_json.
+NEWLINE, BROKEN, EMOJI = 3 + 0x0A, (3 + 0xF0, 3 + 0x9F), (3 + 0xF0, 3 + 0x9F, 3 + 0x98, 3 + 0x80)
+SAYINGS = {
+    "a character that breaks off, and what follows": ((NEWLINE, *BROKEN, "a", "."), (), "\n\ufffda.", "eos"),
+    "a character in bytes": (("a", *EMOJI, "."), (), "a😀.", "eos"),
+    "a character that the end breaks off": (("a", *BROKEN), (), "a\ufffd", "eos"),
+    "a special token's text as a stop": (("a", "<|im_end|>", "."), ("<|im_end|>",), "a", "stop"),
+    "a special token within a stop": (("h", "a", "<|im_end|>", "."), ("a<|im_end|>",), "h", "stop"),
+    "special tokens are no text": (("a", "<|im_end|>", "."), ("nothing",), "a.", "eos"),
+    "a stop over two tokens": (("h", "a", "."), ("a.",), "h", "stop"),
+    "the earlier of two stops": (("h", "a", "."), (".", "a."), "h", "stop"),
+    "what only began like a stop": (("h", "a", "b"), ("a.",), "hab", "eos"),
+}
+
+
+@pytest.mark.parametrize("case", SAYINGS)
+def test_text_as_it_appears(case, tmp_path):
+    said, stops, text, reason = SAYINGS[case]
+    backend = llama2_json()
+    backend.add_special_tokens([AddedToken("<|im_end|>", special=True)])
+    start, size = backend.token_to_id("w"), backend.get_vocab_size()
+    ids = [start, *(token if isinstance(token, int) else backend.token_to_id(token) for token in said), 2]
+    model = save_chain(tmp_path / "model", ids, size + 3)
+    save_json(backend, model, eos_token="</s>")
+    cqil_trt.build(model=model, p=1, output=tmp_path / "engine", max_seq_len=32, probes="never")
+    llm, pieces = cqil_trt.load(tmp_path / "engine"), []
+    completion = llm.generate([[start]], 20, stop=stops, on_text=lambda i, piece: pieces.append(piece))[0]
+    assert (completion.text, completion.finish_reason) == (text, reason)
+    assert "".join(pieces) == text
+    if reason == "stop":
+        assert not any(stop[:1] in piece for stop in stops for piece in pieces)
+
+
+def test_the_tokenizers_end_of_text_ends_too(tmp_path):
+    backend = llama2_json()
+    backend.add_special_tokens([AddedToken("<|im_end|>", special=True)])
+    start, end = backend.token_to_id("w"), backend.token_to_id("<|im_end|>")
+    model = save_chain(tmp_path / "model", [start, end, start], backend.get_vocab_size())
+    save_json(backend, model, eos_token="<|im_end|>")
+    cqil_trt.build(model=model, p=1, output=tmp_path / "engine", max_seq_len=32, probes="never")
+    completion = cqil_trt.load(tmp_path / "engine").generate([[start]], 20)[0]
+    assert (completion.tokens, completion.finish_reason) == ([end], "eos")
 
 
 @pytest.mark.parametrize("config", [{"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.6}, {"top_k": 9, "top_p": 0.8}])

@@ -304,7 +304,9 @@ def complete(
     )
     shown = texts if texts is not None else [None] * len(prompts)
     for number, (text, completion) in enumerate(zip(shown, completions), 1):
-        prompt = text if isinstance(text, str) else llm.tokenizer.decode(completion.prompt) if llm.tokenizer else ""
+        prompt = str(text) if isinstance(text, (str, Conversation)) else ""
+        if not prompt and llm.tokenizer is not None:
+            prompt = llm.tokenizer.decode(completion.prompt)
         answer = completion.text if llm.tokenizer else " ".join(map(str, completion.tokens))
         if options.stream and llm.tokenizer is not None:
             say("" if single else f"[{number}] {lines.get(number - 1, '')}")

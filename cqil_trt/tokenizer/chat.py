@@ -57,6 +57,10 @@ class Conversation:
             raise UserError(f"{source}: chat_template_kwargs must be an object")
         return cls(messages, parts.get("tools"), parts.get("documents"), variables)
 
+    def __str__(self) -> str:
+        last = self.messages[-1]
+        return f"{last['role']}: {last.get('content')}"
+
 
 class ChatTemplate:
     """The chat templates of a model, by name. `names`: its special tokens by name. `source` names them in messages."""

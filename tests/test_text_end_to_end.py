@@ -1,0 +1,149 @@
+"""Checkpoints as people have them, through the commands: text in, text out, and the ids compared."""
+
+import json
+import random
+import re
+
+import pytest
+import torch
+from conftest import SEED, assert_user_error, build, make_adapter, make_model, mpirun, write_json
+from made_tokenizers import byte_level_gguf, byte_level_json, llama2_json, save_json, sentencepiece_model
+from safetensors.torch import load_file
+
+from cqil_trt.tokenizer import Tokenizer
+
+
+def test_the_first_llama(tmp_path):
+    """LLaMA as it was first converted: .bin in parts, tokenizer.model alone, the names and numbers of early 2023."""
+    model = make_model(tmp_path / "llama", num_key_value_heads=6, vocab_size=360, rms_norm_eps=1e-6)
+    tensors = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    (model / "generation_config.json").unlink()
+    names, files = list(tensors), ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
+    parts = dict(zip(files, (names[: len(names) // 2], names[len(names) // 2 :])))
+    for file, part in parts.items():
+        torch.save({name: tensors[name] for name in part}, model / file)
+    index = {name: file for file, part in parts.items() for name in part}
+    write_json(model / "pytorch_model.bin.index.json", {"metadata": {}, "weight_map": index})
+    sizes = json.loads((model / "config.json").read_text())
+    kept = (
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "rms_norm_eps",
+        "vocab_size",
+    )
+    config = {
+        "architectures": ["LLaMAForCausalLM"],
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "hidden_act": "silu",
+        "max_sequence_length": 2048,
+        "model_type": "llama",
+        "pad_token_id": -1,
+        "torch_dtype": "float32",
+        "transformers_version": "4.27.0.dev0",
+    }
+    write_json(model / "config.json", {**config, **{name: sizes[name] for name in kept}})
+    sentencepiece_model(model / "tokenizer.model")
+    template = "{% for m in messages %}USER: {{ m.content }} ASSISTANT:{% endfor %}"
+    named = {"tokenizer_class": "LLaMATokenizer", "bos_token": "", "eos_token": "", "unk_token": ""}
+    write_json(model / "tokenizer_config.json", {**named, "model_max_length": 10**30, "chat_template": template})
+    engine = tmp_path / "engine"
+    done = build("--model", model, "--p", 2, "--start", 2, "--end", 6, "--max-seq-len", 128, "--output", engine)
+    assert done.returncode == 0, done.stderr
+    found = {}
+    for name, flags in {"text": [], "chat": ["--chat"]}.items():
+        report = tmp_path / f"{name}.json"
+        flags = [*flags, "--prompt", "the quick  fox\n12", "--max-new-tokens", 8, "--json", report]
+        done = mpirun(2, "--engine", engine, *flags)
+        assert done.returncode == 0, done.stderr
+        found[name] = json.loads(report.read_text())["completions"][0]
+    from sentencepiece import SentencePieceProcessor
+
+    truth = SentencePieceProcessor(model_file=str(model / "tokenizer.model"))
+    assert found["text"]["prompt_tokens"] == [1, *truth.encode("the quick  fox\n12")]
+    assert found["chat"]["prompt_tokens"] == truth.encode("USER: the quick  fox\n12 ASSISTANT:")
+    ids = [token for token in found["text"]["tokens"] if token != 2]
+    assert found["text"]["text"] == Tokenizer(engine).decode(ids)
+    report = tmp_path / "validation.json"
+    done = mpirun(2, "--engine", engine, "--validate", "--json", report)
+    assert done.returncode == 0, done.stdout + done.stderr
+    tokens = json.loads(report.read_text())["validation"]["tokens"]
+    assert tokens["judge"] == str(model.resolve()) and tokens["equal"] == tokens["texts"] > 30
+    assert f"token ids of {tokens['texts']} texts against {tokens['judge']}: {tokens['equal']} equal" in done.stdout
+
+
+def test_validation_finds_token_ids_that_differ(tmp_path):
+    model = save_json(llama2_json(), make_model(tmp_path / "model", vocab_size=300), bos_token="<s>")
+    engine = tmp_path / "engine"
+    assert build("--model", model, "--p", 1, "--max-seq-len", 64, "--output", engine).returncode == 0
+    # The checkpoint's tokenizer is another one now: it puts no space before a text.
+    backend = llama2_json()
+    backend.normalizer = None
+    save_json(backend, model)
+    done = mpirun(1, "--engine", engine, "--validate")
+    assert done.returncode == 1 and "validation FAILED" in done.stdout
+    assert re.search(r"token ids of (\d+) texts against .*model: \d+ equal; the first that differs: ", done.stdout)
+
+
+def test_an_adapters_tokenizer_is_used_and_named(tmp_path):
+    model = save_json(llama2_json(), make_model(tmp_path / "model", vocab_size=310), chat_template="model")
+    adapter = make_adapter(model, tmp_path / "adapter")
+    save_json(byte_level_json(), adapter)
+    (adapter / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    engine = tmp_path / "engine"
+    done = build("--model", model, "--lora", adapter, "--p", 1, "--max-seq-len", 64, "--output", engine)
+    assert done.returncode == 0, done.stderr
+    assert "note       the tokenizer is the adapter's" in done.stdout
+    assert "note       the chat template is the adapter's" in done.stdout
+    assert Tokenizer(engine).chat("hello") == byte_level_json().encode("hello!", add_special_tokens=False).ids
+    report = tmp_path / "report.json"
+    done = mpirun(1, "--engine", engine, "--validate", "--json", report)
+    assert done.returncode == 0, done.stdout
+    assert json.loads(report.read_text())["validation"]["tokens"]["judge"] == str(adapter.resolve())
+
+
+def test_an_engine_without_the_models_tokenizer(tmp_path):
+    model = save_json(byte_level_json(), make_model(tmp_path / "model", vocab_size=310))
+    (model / "tokenizer.json").write_text("broken")
+    engine = tmp_path / "engine"
+    flags = ["--model", model, "--p", 1, "--max-seq-len", 64, "--output", engine]
+    assert_user_error(build(*flags), "not a tokenizer that can be read")
+    assert not engine.exists()
+    assert build(*flags, "--no-tokenizer").returncode == 0
+    assert not any(path.name.startswith("tokenizer") for path in engine.iterdir())
+    assert_user_error(mpirun(1, "--engine", engine, "--prompt", "x"), "came without a tokenizer")
+    done = mpirun(
+        1, "--engine", engine, "--token-ids", write_json(tmp_path / "ids.json", [1, 2]), "--max-new-tokens", 2
+    )
+    assert done.returncode == 0 and "2 tokens" in done.stdout
+
+
+def test_conversations_from_a_file(tmp_path):
+    template = (
+        "{% if tools %}{{ tools[0].name }}|{% endif %}{% for m in messages %}{{ m.role }}:{{ m.content }}|{% endfor %}"
+    )
+    model = save_json(byte_level_json(), make_model(tmp_path / "model", vocab_size=310), chat_template=template)
+    engine, report = tmp_path / "engine", tmp_path / "report.json"
+    assert build("--model", model, "--p", 1, "--max-seq-len", 64, "--output", engine).returncode == 0
+    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}, {"role": "tool", "content": "T"}]
+    plain = write_json(tmp_path / "plain.json", messages)
+    whole = write_json(tmp_path / "whole.json", {"messages": messages, "tools": [{"name": "F"}]})
+    flags = ["--messages", plain, "--messages", whole, "--max-new-tokens", 2, "--json", report]
+    done = mpirun(1, "--engine", engine, *flags)
+    assert done.returncode == 0 and "--- prompt 2: tool: T" in done.stdout, done.stdout + done.stderr
+    found = [completion["prompt_tokens"] for completion in json.loads(report.read_text())["completions"]]
+    texts = ["system:S|user:U|tool:T|", "F|system:S|user:U|tool:T|"]
+    assert found == [byte_level_json().encode(text, add_special_tokens=False).ids for text in texts]
+    wrong = write_json(tmp_path / "wrong.json", [{"content": "no role"}])
+    assert_user_error(mpirun(1, "--engine", engine, "--messages", wrong), f"--messages {wrong}", "role")
+
+
+@pytest.mark.parametrize("pre", [None, "smollm"])
+def test_a_gguf_that_does_not_say_how_text_is_split_is_named(pre, tmp_path):
+    path = byte_level_gguf(tmp_path / "model.gguf", pre, random.Random(SEED))
+    done = build("--model", path, "--p", 1, "--max-seq-len", 32, "--output", tmp_path / "engine")
+    assert done.returncode == 0, done.stderr
+    assert ("tokenizer.ggml.pre" in done.stdout) == (pre is None)
