@@ -4,8 +4,9 @@ import json
 import subprocess
 
 import pytest
-from conftest import ROOT, build, mpirun, run
+from conftest import ROOT, assert_quiet, build, mpirun, run
 
+from cqil_trt.builder import prepare
 from cqil_trt.demo import demo_model
 from cqil_trt.errors import UserError
 
@@ -25,6 +26,44 @@ def test_the_commands_of_the_readme(p, model):
     done = run("bash", "-c", command)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "validation passed" in done.stdout
+    assert ("--lora none leaves it out" in done.stdout) == (p == 2)
+    assert_quiet(done)
+
+
+def test_the_default_engine_answers_sensibly(model, tmp_path):
+    """With the adapter that comes with the demo model; without it, half of its layers at once lose their sense."""
+    engine = tmp_path / "engine"
+    done = build("--model", model, "--p", 2, "--d", 0, "--output", engine)
+    assert done.returncode == 0 and "adapters/demo" in done.stdout, done.stdout + done.stderr
+    for question, word in {
+        "What is the capital of France?": "Paris",
+        "Explain in one sentence why the sky is blue.": "scattering",
+    }.items():
+        report = tmp_path / "answer.json"
+        flags = ["--chat", "--prompt", question, "--max-new-tokens", 48, "--json", report]
+        done = mpirun(2, "--engine", engine, *flags)
+        assert done.returncode == 0, done.stderr
+        [completion] = json.loads(report.read_text())["completions"]
+        assert word in completion["text"] and completion["finish_reason"] == "eos"
+
+
+@pytest.mark.parametrize(
+    "flags, merged",
+    [
+        ({"p": 2}, True),
+        ({"p": 2, "placement": "leader"}, True),
+        ({"p": 2, "start": 12, "end": 28, "d": 0}, True),
+        ({"p": 2, "lora": "none"}, False),
+        ({"p": 2, "d": 1}, False),
+        ({"p": 2, "start": 14}, False),
+        ({"p": 4}, False),
+        ({"p": 2, "placement": "tensor"}, False),
+    ],
+)
+def test_the_demo_adapter_is_merged_where_it_was_trained_for(flags, merged, model):
+    plan = prepare(model, output="/nowhere/engine", **flags)
+    assert (plan.source.lora is not None) == merged
+    assert any("--lora none leaves it out" in note for note in plan.notes) == merged
 
 
 # Each takes most of a minute; test_parity.py has all combinations, on small models.

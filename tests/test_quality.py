@@ -31,6 +31,7 @@ from cqil_trt.latency import critical_bytes, decode_seconds
 from cqil_trt.quality import corpus, open_tokenizer, perplexity, similarity, text_blocks
 from cqil_trt.quality.distillation import largest_rise
 from cqil_trt.shard import plan
+from cqil_trt.weights import open_checkpoint
 
 TEXT = (ROOT / "README.md").read_text()
 SHAPE = ["--p", 2, "--start", 2, "--end", 6]
@@ -353,7 +354,7 @@ def test_self_generated_text_is_the_models_own(model, top_p):
     network, first = load_model(model), np.array([7, 40, 99])
 
     def sample(seed):
-        return self_generated(network, 40, 24, first, 16, seed, top_p, progress=False)
+        return self_generated(network, 40, 24, first[:, None], 16, seed, top_p, progress=False)
 
     found = sample(SEED)
     assert found.shape == (40, 24) and set(found[:, 0]) <= set(first) and found.max() < 260
@@ -371,6 +372,34 @@ def test_self_generated_text_is_the_models_own(model, top_p):
     assert (chosen > 0).all()
     entropy = torch.special.entr(probability).sum(-1).mean()
     assert -chosen.log().mean() == pytest.approx(entropy.item(), rel=0.1)
+
+
+def test_conversations_begin_as_the_chat_template_begins(model):
+    from cqil_trt.quality.distillation import self_generated
+
+    tokenizer = open_tokenizer(model)
+    beginning = tokenizer.chat_beginning()
+    assert tokenizer.chat("x")[: len(beginning)] == beginning and len(beginning) > 1
+    found = self_generated(load_model(model), 20, 24, np.array([beginning]), 8, SEED, 1.0, progress=False)
+    assert (found[:, : len(beginning)] == beginning).all()
+    # Drawn from there on: a user who says the same every time would teach nothing.
+    assert len({tuple(block) for block in found}) > 15
+
+
+def test_an_adapter_of_the_concurrent_layers_alone_in_bfloat16(tmp_path):
+    from safetensors.torch import load_file
+
+    from cqil_trt.lora import LoraReader
+    from cqil_trt.quality.distillation import Student
+
+    directory = make_model(tmp_path / "model", num_hidden_layers=8)
+    student = Student(load_model(directory), CqilConfig(2, 0, 2, 6), 4, 8, 0.0, concurrent_only=True)
+    student.save(tmp_path / "adapter", torch.bfloat16)
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert {name.split(".layers.")[1].split(".")[0] for name in tensors} == {"2", "3", "4", "5"}
+    config, reader = open_checkpoint(directory)
+    assert LoraReader(reader, tmp_path / "adapter", config).merged == 4 * 7
 
 
 def test_checkpointed_gradients_keep_nothing_of_a_group_but_its_input(model):
@@ -527,7 +556,7 @@ def test_resumed_behind_its_last_step_training_takes_no_step_more(model, text, t
     script = importlib.import_module("finetune")
     options = script.parser().parse_args([*map(str, flags)])
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="killed"):
-        patch.setattr(script, "save", lambda student, output: sys.exit("killed"))
+        patch.setattr(script, "save", lambda student, output, dtype: sys.exit("killed"))
         script.train(options)
     script.train(script.parser().parse_args([*map(str, flags), "--resume"]))
     report = json.loads((tmp_path / "adapter" / "training.json").read_text())
