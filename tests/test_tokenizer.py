@@ -3,6 +3,8 @@
 import json
 import random
 import shutil
+import sys
+from functools import partial
 
 import pytest
 from conftest import SEED
@@ -129,6 +131,28 @@ def test_text_becomes_the_tokens_of_its_own_library_and_comes_back(form, made, t
         # "▁" is how sentencepiece writes a space.
         if not any(mark in text for mark in ("▁", "<unk>", *specials)):
             assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_transformers_is_not_needed(form, tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "transformers", None)  # importing it raises ImportError
+    source, engine = tmp_path / "source", tmp_path / "engine"
+    source.mkdir()
+    engine.mkdir()
+    if form in JSON_FORMS:
+        save_json(JSON_FORMS[form](), source, chat_template="{{ messages[0].content }}")
+    elif form == "tokenizer.model":
+        sentencepiece_model(source / "tokenizer.model")
+    else:
+        make = sentencepiece_gguf if form == "sentencepiece GGUF" else partial(byte_level_gguf, pre="smollm")
+        source = make(source / "model.gguf", rng=random.Random(SEED))
+    save_tokenizer(source, engine)
+    tokenizer = Tokenizer(engine)
+    assert tokenizer.decode(tokenizer.encode("hello")) == "hello"
+    if form in JSON_FORMS:
+        assert tokenizer.chat("hello") == tokenizer.encode("hello", special=False)
 
 
 def test_a_backend_of_tokenizers_streams_too():
