@@ -142,6 +142,50 @@ def make_model(directory: Path, architecture: str = "LlamaForCausalLM", seed: in
     return directory
 
 
+def make_first_llama(directory: Path, **changes: Any) -> Path:
+    """A random LLaMA-1 as it was first converted: .bin in parts, and the config.json and names of early 2023."""
+    import torch
+    from safetensors.torch import load_file
+
+    make_model(directory, num_key_value_heads=6, rms_norm_eps=1e-6, **changes)
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    (directory / "generation_config.json").unlink()
+    sizes = json.loads((directory / "config.json").read_text())
+    layers, half = sizes["num_hidden_layers"], sizes["head_dim"] // 2
+    tensors |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.rand(half) for i in range(layers)}
+    names, weight_map = sorted(tensors), {}
+    for number, members in enumerate((names[::2], names[1::2]), 1):
+        file = f"pytorch_model-{number:05}-of-00002.bin"
+        torch.save({name: tensors[name] for name in members}, directory / file)
+        weight_map |= dict.fromkeys(members, file)
+    write_json(directory / "pytorch_model.bin.index.json", {"metadata": {}, "weight_map": weight_map})
+    kept = (
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "rms_norm_eps",
+        "vocab_size",
+    )
+    config = {
+        "architectures": ["LLaMAForCausalLM"],
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "max_sequence_length": 2048,
+        "model_type": "llama",
+        "pad_token_id": -1,
+        "torch_dtype": sizes["dtype"],
+        "transformers_version": "4.27.0.dev0",
+        "use_cache": True,
+        **{name: sizes[name] for name in (*counts, "rms_norm_eps")},
+    }
+    write_json(directory / "config.json", config)
+    return directory
+
+
 def rank_weights(rank: Any, reader: Any, dtype: str = "float32") -> dict[str, Any]:
     """The rank's tensors by name, put together from the builder's blocks: rounded to `dtype`, held in float32."""
     import torch

@@ -5,47 +5,15 @@ import random
 import re
 
 import pytest
-import torch
-from conftest import SEED, assert_user_error, build, make_adapter, make_model, mpirun, write_json
+from conftest import SEED, assert_user_error, build, make_adapter, make_first_llama, make_model, mpirun, write_json
 from made_tokenizers import byte_level_gguf, byte_level_json, llama2_json, save_json, sentencepiece_model
-from safetensors.torch import load_file
 
 from cqil_trt.tokenizer import Tokenizer
 
 
 def test_the_first_llama(tmp_path):
     """LLaMA as it was first converted: .bin in parts, tokenizer.model alone, the names and numbers of early 2023."""
-    model = make_model(tmp_path / "llama", num_key_value_heads=6, vocab_size=360, rms_norm_eps=1e-6)
-    tensors = load_file(model / "model.safetensors")
-    (model / "model.safetensors").unlink()
-    (model / "generation_config.json").unlink()
-    names, files = list(tensors), ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
-    parts = dict(zip(files, (names[: len(names) // 2], names[len(names) // 2 :])))
-    for file, part in parts.items():
-        torch.save({name: tensors[name] for name in part}, model / file)
-    index = {name: file for file, part in parts.items() for name in part}
-    write_json(model / "pytorch_model.bin.index.json", {"metadata": {}, "weight_map": index})
-    sizes = json.loads((model / "config.json").read_text())
-    kept = (
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_hidden_layers",
-        "rms_norm_eps",
-        "vocab_size",
-    )
-    config = {
-        "architectures": ["LLaMAForCausalLM"],
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "hidden_act": "silu",
-        "max_sequence_length": 2048,
-        "model_type": "llama",
-        "pad_token_id": -1,
-        "torch_dtype": "float32",
-        "transformers_version": "4.27.0.dev0",
-    }
-    write_json(model / "config.json", {**config, **{name: sizes[name] for name in kept}})
+    model = make_first_llama(tmp_path / "llama", vocab_size=360)
     sentencepiece_model(model / "tokenizer.model")
     template = "{% for m in messages %}USER: {{ m.content }} ASSISTANT:{% endfor %}"
     named = {"tokenizer_class": "LLaMATokenizer", "bos_token": "", "eos_token": "", "unk_token": ""}

@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import checkpoint_logits, load_model, make_adapter, make_model, write_gguf, write_json
+from conftest import checkpoint_logits, load_model, make_adapter, make_first_llama, make_model, write_gguf, write_json
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -218,37 +218,7 @@ def test_a_configuration_without_model_type_goes_by_its_architecture(tmp_path):
 
 def test_the_first_llama_conversions(tmp_path):
     """The layout of early 2023: .bin parts, rotary frequencies among the weights, class and lengths under old names."""
-    make_model(tmp_path, num_key_value_heads=6, rms_norm_eps=1e-6, head_dim=8, save_dtype=torch.float16)
-    tensors = load_file(tmp_path / "model.safetensors")
-    extras = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.rand(4) for i in range(6)}
-    save_in_two({**tensors, **extras}, tmp_path, "bin")
-    (tmp_path / "generation_config.json").unlink()
-    sizes = json.loads((tmp_path / "config.json").read_text())
-    kept = (
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_hidden_layers",
-        "rms_norm_eps",
-        "vocab_size",
-    )
-    write_json(
-        tmp_path / "config.json",
-        {
-            "architectures": ["LLaMAForCausalLM"],
-            "bos_token_id": 0,
-            "eos_token_id": 1,
-            "hidden_act": "silu",
-            "initializer_range": 0.02,
-            "max_sequence_length": 2048,
-            "model_type": "llama",
-            "pad_token_id": -1,
-            "torch_dtype": "float16",
-            "transformers_version": "4.27.0.dev0",
-            "use_cache": True,
-            **{name: sizes[name] for name in kept},
-        },
-    )
+    make_first_llama(tmp_path, save_dtype=torch.float16)
     checkpoint = Checkpoint(tmp_path, None)
     assert (checkpoint.model.max_position, checkpoint.model.dtype) == (2048, "float16")
     assert checkpoint.model.eos_token_ids == (1,)
