@@ -160,14 +160,7 @@ def make_first_llama(directory: Path, **changes: Any) -> Path:
         torch.save({name: tensors[name] for name in members}, directory / file)
         weight_map |= dict.fromkeys(members, file)
     write_json(directory / "pytorch_model.bin.index.json", {"metadata": {}, "weight_map": weight_map})
-    kept = (
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_hidden_layers",
-        "rms_norm_eps",
-        "vocab_size",
-    )
+    counts = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
     config = {
         "architectures": ["LLaMAForCausalLM"],
         "bos_token_id": 0,
