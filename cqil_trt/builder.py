@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cqil_trt import backends, probes
 from cqil_trt import engine as engine_directory
 from cqil_trt.config import CqilConfig, EngineConfig, ModelConfig
-from cqil_trt.demo import demo_adapter
+from cqil_trt.demo import demo_adapter, is_demo_model
 from cqil_trt.errors import UserError
 from cqil_trt.hub import Found, find_adapter, find_model
 from cqil_trt.job import Job
@@ -213,9 +213,11 @@ def prepare(
             notes.append(
                 f"the adapter {shipped} was trained for this model and these layers (--lora {NO_ADAPTER} leaves it out)"
             )
+        elif lora is None and cqil.groups and is_demo_model(path):
+            notes.append("the adapter that comes with the demo model was trained for other layers and is not merged")
         config = weights.model
         if tokenizer:
-            notes += _tokenizer_notes(weights.tokenizer, path)
+            notes += _tokenizer_notes(weights.tokenizer, None if adapter is None else adapter.path, config.vocab_size)
         longest = min(2048, config.context, config.rope.fixed_context, config.sliding_window or config.context)
         defaults = EngineConfig(max_seq_len=longest)
         name = None
@@ -266,16 +268,21 @@ def prepare(
     )
 
 
-def _tokenizer_notes(tokenizer: TokenizerFiles | None, model: Path) -> list[str]:
-    """What a user should know of the tokenizer that was found."""
+def _tokenizer_notes(tokenizer: TokenizerFiles | None, adapter: Path | None, vocab_size: int) -> list[str]:
+    """What a user should know of the tokenizer that was found. Raises UserError for one that cannot be read."""
     if tokenizer is None:
         return ["the model has no tokenizer: the engine takes token ids only"]
     parts = {"tokenizer": tokenizer.place, "chat template": tokenizer.template}
-    found = [f"the {part} is the adapter's" for part, place in parts.items() if place not in (model, None)]
+    found = [f"the {part} is the adapter's" for part, place in parts.items() if place is not None and place == adapter]
     if tokenizer.guesses:
         found.append(
             "the GGUF file does not say how text is split (tokenizer.ggml.pre): done as llama.cpp's default does, "
             "which may not be the model's way"
+        )
+    size = tokenizer.open().vocabulary.size()
+    if size > vocab_size:
+        found.append(
+            f"the tokenizer has {size} tokens, the model {vocab_size}: a prompt with one of the others is refused"
         )
     return found
 
@@ -308,8 +315,8 @@ def choose_cqil(
     config = CqilConfig.choose(model.num_layers, **{"p": 2, **given})
     if config.groups and ("start" not in given or "end" not in given):
         notes.append(
-            f"layers [{config.start}, {config.end}) of {model.num_layers} run concurrently: without both --start and "
-            "--end the rest is chosen around the middle of the model"
+            f"layers [{config.start}, {config.end}) of {model.num_layers} run concurrently: a range around the "
+            "middle of the model (--start and --end choose another)"
         )
     elif config.p > 1 and not config.groups:
         notes.append("no layers run concurrently: the range is empty, so this is plain tensor parallelism or one rank")

@@ -47,12 +47,15 @@ def demo_model(directory: Path = Path("models")) -> Path:
 def demo_adapter(model: Path, cqil: CqilConfig) -> Path | None:
     """The adapter that was trained for `model` with these concurrent layers, where `model` is the demo model."""
     found = next((path for path in _ADAPTERS if path.is_dir()), None)
-    if found is None or not model.is_file() or model.stat().st_size != SIZE:
-        return None
-    trained = CqilConfig.of_adapter(found)
+    trained = None if found is None else CqilConfig.of_adapter(found)
     if trained is None or replace(cqil, placement=trained.placement) != trained:
         return None
-    return found if fingerprint(model)["sha256"] == SHA256 else None
+    return found if is_demo_model(model) else None
+
+
+def is_demo_model(path: Path) -> bool:
+    """Whether the file at `path` is the demo model."""
+    return path.is_file() and path.stat().st_size == SIZE and fingerprint(path)["sha256"] == SHA256
 
 
 def packaged(package: str, member: str, sha256: str, target: Path) -> None:

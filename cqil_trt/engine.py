@@ -18,6 +18,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -86,7 +87,7 @@ class Engine:
     @property
     def shared_files(self) -> tuple[str, ...]:
         """The files that belong to no rank: tokenizer, reference."""
-        return tuple(name for name in self.files if not Path(name).name.startswith("rank"))
+        return tuple(name for name in self.files if _rank_of(name) is None)
 
     def verify(self, name: str) -> None:
         """Raises UserError unless file `name` is there with the size and sha256 that config.json gives."""
@@ -104,7 +105,7 @@ class Engine:
     def verify_rank(self, rank: int) -> None:
         """Verifies what rank `rank` loads: its own files, and those of no rank on rank 0."""
         for name in self.files:
-            if Path(name).name.startswith(f"rank{rank}."):
+            if _rank_of(name) == rank:
                 self.verify(name)
         for name in self.shared_files if rank == 0 else ():
             self.verify(name)
@@ -150,6 +151,12 @@ class Engine:
 
 def rank_file(rank: int, suffix: str = "safetensors") -> str:
     return f"rank{rank}.{suffix}"
+
+
+def _rank_of(name: str) -> int | None:
+    """The rank that a file of an engine belongs to; None for those of no rank. Chat templates may have any name."""
+    match = re.fullmatch(r"(?:(?!additional_chat_templates/)[^/]+/)?rank(\d+)\..+", name)
+    return None if match is None else int(match[1])
 
 
 def tensor_header(tensors: Iterable[Any], dtype: str) -> bytes:

@@ -60,7 +60,9 @@ class _Text:
             self._append(self._stream.add(token), "+")
         else:
             self._append(control, "-")
-        found = [place for stop in self._stops if (place := self._waiting.find(stop)) >= 0]
+        found = [
+            places[place] for text, places in self._views() for stop in self._stops if (place := text.find(stop)) >= 0
+        ]
         if found:
             self._stopped = True
             self._waiting, self._shown = self._waiting[: min(found)], self._shown[: min(found)]
@@ -79,12 +81,23 @@ class _Text:
         self._waiting, self._shown = self._waiting[certain:], self._shown[certain:]
         return text
 
+    def _views(self) -> list[tuple[str, Sequence[int]]]:
+        """What waits, whole and as it is shown: text, and where each of its characters stands."""
+        views: list[tuple[str, Sequence[int]]] = [(self._waiting, range(len(self._waiting)))]
+        if "-" in self._shown:
+            places = [place for place, mark in enumerate(self._shown) if mark == "+"]
+            views.append(("".join(self._waiting[place] for place in places), places))
+        return views
+
     def _before_possible_stop(self) -> int:
         """How much of what waits cannot turn out to be the beginning of a stop text."""
-        for start in range(max(0, len(self._waiting) - self._longest + 1), len(self._waiting)):
-            if any(stop.startswith(self._waiting[start:]) for stop in self._stops):
-                return start
-        return len(self._waiting)
+        certain = len(self._waiting)
+        for text, places in self._views():
+            for start in range(max(0, len(text) - self._longest + 1), len(text)):
+                if any(stop.startswith(text[start:]) for stop in self._stops):
+                    certain = min(certain, places[start])
+                    break
+        return certain
 
 
 class _Sequence:

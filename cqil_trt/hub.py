@@ -15,15 +15,15 @@ import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cqil_trt.config import ADAPTER_FILE, read_json
 from cqil_trt.errors import UserError
+from cqil_trt.gguf_files import PART, gguf_parts
 from cqil_trt.table import size
 
 _NAME = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:/(?P<file>[^@]+\.gguf))?(?:@(?P<revision>\w[\w./-]*))?", re.ASCII)
-_SPLIT = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
 _TOKENIZER = {
     "tokenizer.json",
     "tokenizer.model",
@@ -33,7 +33,6 @@ _TOKENIZER = {
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
-    "chat_template.json",
 }
 _TEMPLATES = re.compile(r"additional_chat_templates/[^/]+\.jinja")
 _MODEL = {"config.json", "generation_config.json"}
@@ -59,7 +58,7 @@ class Found:
     def stem(self) -> str:
         """What engines and adapters that are made of it are called after."""
         if self.path.suffix == ".gguf":
-            split = _SPLIT.fullmatch(self.path.name)
+            split = PART.fullmatch(self.path.name)
             return split["stem"] if split else self.path.stem
         match = None if self.commit is None else _NAME.fullmatch(self.name)
         return match["repo"].partition("/")[2] if match else self.path.resolve().name
@@ -243,11 +242,8 @@ def _weights(reference: _Reference, names: Collection[str], get: Callable[[str],
 
 
 def _split_set(file: str) -> list[str]:
-    """The files of the set that a GGUF file of llama.cpp's splitting (NAME-00001-of-00003.gguf) belongs to."""
-    match = _SPLIT.fullmatch(file)
-    if match is None:
-        return [file]
-    return [f"{match['stem']}-{i:05}-of-{match['count']}.gguf" for i in range(1, int(match["count"]) + 1)]
+    """The files of the set that a GGUF file of a repository belongs to."""
+    return [str(part) for part in gguf_parts(PurePosixPath(file))]
 
 
 def _held(reference: _Reference, files: list[str], names: Collection[str]) -> list[str]:

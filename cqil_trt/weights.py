@@ -20,7 +20,7 @@ import torch
 
 from cqil_trt.config import Fields, ModelConfig, read_json
 from cqil_trt.errors import UserError
-from cqil_trt.gguf_files import gguf_parts
+from cqil_trt.gguf_files import gguf_parts, open_gguf
 from cqil_trt.rope import RopeConfig, yarn_magnitude
 from cqil_trt.tokenizer.gguf import GgufTokenizer
 
@@ -230,8 +230,6 @@ class GgufReader(WeightReader):
     """
 
     def __init__(self, path: Path):
-        from gguf import GGUFReader
-
         self.source = str(path)
         paths = gguf_parts(path)
         for part in paths:
@@ -240,8 +238,8 @@ class GgufReader(WeightReader):
                 raise UserError(f"{part}: no such file{among}")
         self._tensors: dict[str, Any] = {}
         for number, part in enumerate(paths):
+            reader = open_gguf(part)
             try:
-                reader = GGUFReader(part)
                 if number == 0:
                     self._reader = reader
                     self.architecture = str(self.field("general.architecture"))

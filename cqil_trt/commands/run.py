@@ -126,7 +126,8 @@ def read_prompts(options: argparse.Namespace) -> list[Any]:
             raise UserError(f"--prompt-file {options.prompt_file}: expected at least one prompt")
         prompts += found
     for name in options.messages:
-        prompts.append(Conversation.of_json(parse_json(name, read_file(name)), f"--messages {name}"))
+        label = f"--messages {name}"
+        prompts.append(Conversation.of_json(parse_json(label, read_file(name)), label))
     if options.token_ids is not None:
         found = parse_json(options.token_ids, read_file(options.token_ids))
         if isinstance(found, list) and found and all(isinstance(item, int) for item in found):

@@ -12,13 +12,16 @@ import numpy as np
 from cqil_trt.config import ModelConfig
 from cqil_trt.errors import UserError
 from cqil_trt.quality import corpus
-from cqil_trt.tokenizer import Tokenizer, save_tokenizer
+from cqil_trt.tokenizer import Tokenizer, find_tokenizer, save_tokenizer
 from cqil_trt.tokenizer.settings import STANDARD_NAMES
 
 
-def open_tokenizer(model: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint (directory or .gguf). Raises UserError when it has none."""
-    return _from_saved(model, Tokenizer)
+def open_tokenizer(model: Path, lora: Path | None = None) -> Tokenizer:
+    """The tokenizer of a checkpoint (directory or .gguf), or of its adapter. Raises UserError when it has none."""
+    found = find_tokenizer(model, lora)
+    if found is None:
+        raise UserError(f"{model}: has no tokenizer, which texts and tasks need")
+    return found.open()
 
 
 def transformers_tokenizer(model: Path) -> Any:

@@ -24,13 +24,14 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 class Conversation:
     """What a chat template renders: messages as OpenAI's API and transformers take them, tools as JSON schemas.
 
-    `variables`: what else the template reads.
+    `variables`: what else the template reads. `source` names the conversation in messages to the user.
     """
 
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Mapping[str, Any]] | None = None
     documents: Sequence[Mapping[str, Any]] | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
+    source: str = "--chat"
 
     @classmethod
     def of_json(cls, value: Any, source: str) -> Conversation:
@@ -55,7 +56,9 @@ class Conversation:
         variables = parts.get("chat_template_kwargs") or {}
         if not isinstance(variables, dict):
             raise UserError(f"{source}: chat_template_kwargs must be an object")
-        return cls(messages, parts.get("tools"), parts.get("documents"), variables)
+        if reserved := [name for name in variables if name in (*known, "continue_final_message")]:
+            raise UserError(f"{source}: {reserved[0]} is not taken among chat_template_kwargs")
+        return cls(messages, parts.get("tools"), parts.get("documents"), variables, source)
 
     def __str__(self) -> str:
         last = self.messages[-1]
@@ -74,9 +77,13 @@ class ChatTemplate:
         Raises UserError when there is no template, or it is malformed, refuses the conversation or fails on it.
         """
         try:
-            template = _environment().from_string(self._choose(conversation.tools is not None))
-        except TemplateError as error:
-            raise UserError(f"--chat: the chat template of {self._source} is malformed ({error})") from None
+            template = _environment().from_string(self._choose(conversation))
+        except UserError:
+            raise
+        except Exception as error:  # Jinja's own errors, and what Python's compiler says to what Jinja makes of it
+            raise UserError(
+                f"{conversation.source}: the chat template of {self._source} is malformed ({error})"
+            ) from None
         values = {
             **self._names,
             "messages": [_message(message) for message in conversation.messages],
@@ -88,18 +95,18 @@ class ChatTemplate:
         try:
             return template.render(**values)
         except _Refused as error:
-            raise UserError(f"--chat: the chat template says: {error}") from None
+            raise UserError(f"{conversation.source}: the chat template says: {error}") from None
         except Exception as error:  # a template can raise whatever its expressions do
-            raise UserError(f"--chat: the chat template of {self._source} failed ({error})") from None
+            raise UserError(f"{conversation.source}: the chat template of {self._source} failed ({error})") from None
 
-    def _choose(self, with_tools: bool) -> str:
-        if with_tools and "tool_use" in self._templates:
+    def _choose(self, conversation: Conversation) -> str:
+        if conversation.tools is not None and "tool_use" in self._templates:
             return self._templates["tool_use"]
         if "default" in self._templates:
             return self._templates["default"]
         if self._templates:
-            raise UserError(f"--chat: {self._source} has chat templates, but none is named default")
-        raise UserError(f"--chat: {self._source} has no chat template")
+            raise UserError(f"{conversation.source}: {self._source} has chat templates, but none is named default")
+        raise UserError(f"{conversation.source}: {self._source} has no chat template")
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from cqil_trt.config import read_json
 from cqil_trt.errors import UserError
+from cqil_trt.tokenizer.gguf import GgufTokenizer, byte_level_tokenizer
 from cqil_trt.tokenizer.settings import (
     ADDED_TOKENS,
     CONFIG,
@@ -24,6 +25,7 @@ from cqil_trt.tokenizer.settings import (
     TEMPLATES,
     Settings,
     chat_templates,
+    write_templates,
 )
 from cqil_trt.tokenizer.tokenizer import Tokenizer
 from cqil_trt.tokenizer.vocabulary import JSON, MODEL
@@ -32,6 +34,8 @@ _SETTINGS = (CONFIG, SPECIAL_TOKENS, ADDED_TOKENS)
 _BYTE_LEVEL = ("vocab.json", "merges.txt")
 # The pre-tokenizer that goes with vocab.json and merges.txt, by tokenizer_class, in llama.cpp's names.
 _BYTE_LEVEL_CLASSES = {"Qwen2Tokenizer": "qwen2", "GPT2Tokenizer": "gpt-2"}
+# Special in both classes, whether a configuration names it or not.
+_END = "<|endoftext|>"
 
 
 @dataclass(frozen=True)
@@ -44,21 +48,28 @@ class TokenizerFiles:
     place: Path
     template: Path | None
 
+    def open(self) -> Tokenizer:
+        """The tokenizer, read where it is. Raises UserError, naming its file, for one that cannot be read."""
+        if self.place.is_dir() and has_tokenizer(self.place):
+            return Tokenizer(self.place)
+        with tempfile.TemporaryDirectory() as temporary:
+            self.write(Path(temporary))
+            return Tokenizer(Path(temporary), str(self.place))
+
     def write(self, directory: Path) -> list[Path]:
         """Writes the files that `Tokenizer(directory)` reads, and returns them.
 
-        Raises UserError for a tokenizer that cannot be read, or that a runtime would read in another way.
+        Raises UserError for a tokenizer that cannot be written in such a form.
         """
         if self.place.suffix == ".gguf":
-            from cqil_trt.tokenizer.gguf import GgufTokenizer
-
             GgufTokenizer(self.place).write(directory)
         else:
             self._write_vocabulary(directory)
         if self.template not in (None, self.place):
-            self._replace_template(directory)
-        tokenizer = Tokenizer(directory)
-        tokenizer.encode("a")
+            (directory / TEMPLATE).unlink(missing_ok=True)
+            shutil.rmtree(directory / TEMPLATES, ignore_errors=True)
+            # The vocabulary's own serve where the others have none of their name.
+            write_templates(directory, {**templates_of(self.place), **templates_of(self.template)}, str(self.template))
         return sorted(path for path in directory.rglob("*") if path.is_file() and _is_ours(path, directory))
 
     @property
@@ -66,8 +77,6 @@ class TokenizerFiles:
         """Whether the vocabulary is one of a GGUF file that does not say how text is split."""
         if self.place.suffix != ".gguf":
             return False
-        from cqil_trt.tokenizer.gguf import GgufTokenizer
-
         return GgufTokenizer(self.place).guesses
 
     def _write_vocabulary(self, directory: Path) -> None:
@@ -82,38 +91,32 @@ class TokenizerFiles:
                 return
         _write_byte_level(self.place, directory)
 
-    def _replace_template(self, directory: Path) -> None:
-        assert self.template is not None
-        (directory / TEMPLATE).unlink(missing_ok=True)
-        shutil.rmtree(directory / TEMPLATES, ignore_errors=True)
-        for name, text in templates_of(self.template).items():
-            path = directory / TEMPLATE if name == "default" else directory / TEMPLATES / f"{name}.jinja"
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-
-    def judge(self) -> tuple[Callable[[str], list[int]], list[str]]:
+    def judge(self) -> tuple[Callable[[str], list[int]], list[str], list[str]]:
         """What says whether an engine's token ids are right: the vocabulary's own library, on the file itself.
 
-        Returns text → token ids, nothing around them, and the texts of tokens that control the model. What the settings
-        next to the vocabulary add is left out.
+        Returns text → token ids, nothing around them; the texts of tokens that control the model; and those that it has
+        no say about, as the settings next to the vocabulary add them or read them in another way.
         """
+        vocabulary = self.open().vocabulary
+        texts = filter(None, map(vocabulary.special_text, range(vocabulary.size())))
         if self.place.is_dir() and (self.place / JSON).exists():
             from tokenizers import Tokenizer as Backend
 
             backend = Backend.from_file(str(self.place / JSON))
             backend.no_truncation()
-            specials = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
-            return lambda text: backend.encode(text, add_special_tokens=False).ids, specials
+            own = {token.content: repr(token) for token in backend.get_added_tokens_decoder().values()}
+            ours = {token.content: repr(token) for token in vocabulary.backend.get_added_tokens_decoder().values()}
+            split = vocabulary.backend.encode_special_tokens
+            changed = [text for text, token in ours.items() if split or own.get(text) != token]
+            specials = [text for text in texts if text not in changed]
+            return lambda text: backend.encode(text, add_special_tokens=False).ids, specials, changed
         if self.place.is_dir() and (self.place / MODEL).exists():
             from sentencepiece import SentencePieceProcessor
 
-            return SentencePieceProcessor(model_file=str(self.place / MODEL)).encode, []
+            model = SentencePieceProcessor(model_file=str(self.place / MODEL))
+            return model.encode, [], list(vocabulary.found_in_text)
         # Of the others the only reader is the one that wrote the engine's: it shows whether the source has changed.
-        with tempfile.TemporaryDirectory() as temporary:
-            self.write(Path(temporary))
-            vocabulary = Tokenizer(Path(temporary)).vocabulary
-        texts = map(vocabulary.special_text, range(vocabulary.size()))
-        return vocabulary.encode, [text for text in texts if text is not None]
+        return vocabulary.encode, list(texts), []
 
 
 def find_tokenizer(model: Path, lora: Path | None = None) -> TokenizerFiles | None:
@@ -143,16 +146,12 @@ def has_tokenizer(directory: Path) -> bool:
 def templates_of(place: Path) -> dict[str, str]:
     """The chat templates in a directory or a GGUF file, by name."""
     if place.suffix == ".gguf":
-        from cqil_trt.tokenizer.gguf import GgufTokenizer
-
         return GgufTokenizer(place).templates
     return chat_templates(place)
 
 
 def _has_vocabulary(place: Path) -> bool:
     if place.suffix == ".gguf":
-        from cqil_trt.tokenizer.gguf import GgufTokenizer
-
         return GgufTokenizer(place).model is not None
     if has_tokenizer(place) or all((place / name).exists() for name in _BYTE_LEVEL):
         return True
@@ -181,8 +180,6 @@ def _copy(source: Path, target: Path) -> None:
 
 def _write_byte_level(place: Path, directory: Path) -> None:
     """tokenizer.json from vocab.json and merges.txt."""
-    from cqil_trt.tokenizer.gguf import byte_level_tokenizer
-
     settings = Settings.read(place)
     kind = (settings.tokenizer_class or "").removesuffix("Fast")
     if kind not in _BYTE_LEVEL_CLASSES:
@@ -199,4 +196,6 @@ def _write_byte_level(place: Path, directory: Path) -> None:
     backend = byte_level_tokenizer(
         vocabulary, merges, _BYTE_LEVEL_CLASSES[kind], str(place), compose=kind == "Qwen2Tokenizer"
     )
+    if _END in vocabulary:
+        backend.add_special_tokens([_END])
     (directory / JSON).write_text(json.dumps(json.loads(backend.to_str()), ensure_ascii=False), encoding="utf-8")

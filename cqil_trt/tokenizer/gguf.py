@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from cqil_trt.errors import UserError
-from cqil_trt.gguf_files import gguf_parts
-from cqil_trt.tokenizer.settings import CONFIG, TEMPLATE, TEMPLATES
+from cqil_trt.gguf_files import gguf_parts, open_gguf
+from cqil_trt.tokenizer.detokenizer import byte_fallback
+from cqil_trt.tokenizer.settings import CONFIG, write_templates
 from cqil_trt.tokenizer.vocabulary import JSON, MODEL
 
 # Token types of tokenizer.ggml.token_type, which are sentencepiece's too.
@@ -24,9 +26,9 @@ _ENDS = frozenset((
 ))  # fmt: skip
 # Fill-in-the-middle tokens that do as well: padding, repository and file, by key or, without it, by text.
 _FIM_ENDS = {
-    "fim_pad_token_id": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
-    "fim_rep_token_id": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
-    "fim_sep_token_id": ("<|file_sep|>",),
+    "fim_pad_token": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
+    "fim_rep_token": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
+    "fim_sep_token": ("<|file_sep|>",),
 }
 _CONTRACTIONS = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
@@ -100,83 +102,101 @@ class GgufTokenizer:
     def __init__(self, path: Path):
         path = gguf_parts(path)[0]  # with the metadata
         self.source = str(path)
-        try:
-            state = path.stat()
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-        self._fields = _fields(str(path), state.st_mtime_ns, state.st_size)
-        model = self._get("model")
+        self._fields = open_gguf(path).fields
+        model = self._get("model", str)
         self.model: str | None = None if model in (None, "none", "no_vocab") else model
 
-    def _get(self, key: str, default: Any = None) -> Any:
-        return self._value(f"tokenizer.ggml.{key}", default)
+    def _get(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
+        return self._value(f"tokenizer.ggml.{key}", kind, default)
 
-    def _value(self, key: str, default: Any = None) -> Any:
+    def _value(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
+        """A metadata value, of a type of `kind` or a list of such. Raises UserError for one of another type."""
         field = self._fields.get(key)
+        if field is None:
+            return default
         try:
-            return default if field is None else field.contents()
+            value = field.contents()
         except UnicodeDecodeError:
             raise UserError(f"{self.source}: {key} is not UTF-8 text") from None
+        items = value if isinstance(default, list) and isinstance(value, list) else [value]
+        if not all(isinstance(item, kind) and (kind is bool or not isinstance(item, bool)) for item in items):
+            raise UserError(f"{self.source}: {key} is {value!r:.60}, which is of another type than it should be")
+        return value
+
+    def _id(self, key: str, default: int | None = None) -> int | None:
+        """A token id; one beyond the vocabulary is as good as none, as in llama.cpp."""
+        value = self._get(f"{key}_id", int)
+        if value is not None and value < 0:
+            raise UserError(f"{self.source}: tokenizer.ggml.{key}_id is {value}, which is no token's id")
+        count = len(self._get("tokens", str, []))
+        known = [token for token in (value, default) if token is not None and (token < count or self.model is None)]
+        return known[0] if known else None
 
     @property
     def templates(self) -> dict[str, str]:
         prefix = "tokenizer.chat_template"
         # A list of the names goes by almost the same key.
         keys = [key for key in self._fields if key.startswith(prefix) and key != f"{prefix}s"]
-        return {key.removeprefix(prefix).lstrip(".") or "default": str(self._value(key)) for key in keys}
+        return {key.removeprefix(prefix).lstrip(".") or "default": self._value(key, str) for key in keys}
 
     @property
     def guesses(self) -> bool:
         """Whether the file leaves open how text is split."""
-        return self.model == "gpt2" and self._get("pre") is None
+        return self.model == "gpt2" and self._get("pre", str) is None
 
     @cached_property
     def tokens(self) -> list[str]:
-        tokens = [token or f"[EMPTY_{number}]" for number, token in enumerate(self._get("tokens", []))]
+        tokens = [token or f"[EMPTY_{number}]" for number, token in enumerate(self._get("tokens", str, []))]
         if not tokens:
             raise UserError(f"{self.source}: tokenizer.ggml.model without tokenizer.ggml.tokens")
-        if len(set(tokens)) < len(tokens):
-            twice = next(token for number, token in enumerate(tokens) if token in tokens[:number])
-            raise UserError(f"{self.source}: two tokens of its vocabulary are {twice!r:.60}")
+        twice = [token for token, count in Counter(tokens).items() if count > 1]
+        if twice:
+            raise UserError(
+                f"{self.source}: two tokens of its vocabulary are {twice[0]!r:.60}: leave the tokenizer out with "
+                "--no-tokenizer"
+            )
         return tokens
 
     @cached_property
     def types(self) -> list[int]:
         """The type of every token, those that end a text being control tokens whatever the file says."""
-        types = list(self._get("token_type", [])) or [_NORMAL] * len(self.tokens)
+        types = list(self._get("token_type", int, [])) or [_NORMAL] * len(self.tokens)
         if len(types) != len(self.tokens):
             raise UserError(f"{self.source}: {len(types)} token types for {len(self.tokens)} tokens")
-        for token in self._ends_by_text():
+        for token in self._ends_by_text(self.tokens):
             types[token] = _CONTROL
         return types
 
-    def _ends_by_text(self) -> set[int]:
-        ids = {token: number for number, token in enumerate(self.tokens)}
+    def _ends_by_text(self, tokens: Sequence[str]) -> set[int]:
+        ids = {token: number for number, token in enumerate(tokens)}
         found = {ids[text] for text in _ENDS if text in ids}
         for key, texts in _FIM_ENDS.items():
-            if self._get(key) is None:
+            if self._get(f"{key}_id", int) is None:
                 # llama.cpp takes one of them; which one, of several, is not defined.
                 found |= {ids[text] for text in texts if text in ids}
         return found
 
     def ends(self) -> tuple[int, ...]:
-        """Every token that ends a text, in rising order: by key, and by text as llama.cpp finds them."""
-        keys = ("eos_token_id", "eot_token_id", "eom_token_id", *_FIM_ENDS)
-        given = {int(value) for key in keys if (value := self._get(key)) is not None}
-        if self.model is None:
-            return tuple(sorted(given))
-        found = {number for number in given if number < len(self.tokens)}
-        if self._get("eos_token_id") is None and self.model == "llama" and len(self.tokens) > 2:
-            found.add(2)
-        return tuple(sorted(found | self._ends_by_text()))
+        """Every token that ends a text, in rising order: by key, and by text as llama.cpp finds them.
+
+        They belong to the model: a vocabulary that cannot be read otherwise does not matter.
+        """
+        keys = {"eos_token": 2 if self.model == "llama" else None, "eot_token": None, "eom_token": None}
+        found = {self._id(key, default) for key, default in (keys | dict.fromkeys(_FIM_ENDS)).items()}
+        if self.model is not None:
+            found |= self._ends_by_text(self._get("tokens", str, []))
+        return tuple(sorted(found - {None}))
 
     def write(self, directory: Path) -> None:
         """Writes the vocabulary, the settings and the chat templates."""
         if self.model == "gpt2":
-            self._write_byte_level(directory)
-            add_bos = self._pre_tokenizer().add_bos
+            pre = self._get("pre", str, "default")
+            ids = {token: number for number, token in enumerate(self.tokens)}
+            backend = byte_level_tokenizer(ids, self._get("merges", str, []), pre, self.source)
+            (directory / JSON).write_text(backend.to_str(), encoding="utf-8")
+            add_bos = pre_tokenizer(pre, self.source).add_bos
         elif self.model == "llama":
-            self._write_sentencepiece(directory)
+            (directory / MODEL).write_bytes(self._sentencepiece())
             add_bos = True
         else:
             raise UserError(
@@ -184,89 +204,59 @@ class GgufTokenizer:
                 "are): leave it out with --no-tokenizer"
             )
         self._write_settings(directory, add_bos)
-        for name, text in self.templates.items():
-            path = directory / TEMPLATE if name == "default" else directory / TEMPLATES / f"{name}.jinja"
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+        write_templates(directory, self.templates, self.source)
 
-    def _pre_tokenizer(self) -> PreTokenizer:
-        return pre_tokenizer(str(self._get("pre", "default")), self.source)
-
-    def _write_byte_level(self, directory: Path) -> None:
-        ids = {token: number for number, token in enumerate(self.tokens)}
-        name = str(self._get("pre", "default"))
-        backend = byte_level_tokenizer(ids, list(self._get("merges", [])), name, self.source)
-        (directory / JSON).write_text(backend.to_str(), encoding="utf-8")
-
-    def _write_sentencepiece(self, directory: Path) -> None:
-        """tokenizer.model with the file's pieces: llama.cpp merges them as sentencepiece does, by score."""
+    def _sentencepiece(self) -> bytes:
+        """A tokenizer.model with the file's pieces: llama.cpp merges them as sentencepiece does, by score."""
         from sentencepiece import sentencepiece_model_pb2 as format
 
-        scores = list(self._get("scores", []))
+        scores = self._get("scores", (int, float), []) or [0.0] * len(self.tokens)
         if len(scores) != len(self.tokens):
             raise UserError(f"{self.source}: {len(scores)} scores for {len(self.tokens)} tokens")
-        types = list(self.types)
-        unknown = self._get("unknown_token_id", 0)
-        # sentencepiece wants one unknown token, and each byte or none.
-        types = [_CONTROL if kind == _UNKNOWN and number != unknown else kind for number, kind in enumerate(types)]
+        unknown = self._id("unknown_token", 0)
+        types = [_NORMAL if kind == _UNUSED else kind for kind in self.types]  # llama.cpp uses them
+        if _BYTE not in types:  # and finds those of bytes by their text
+            types = [_BYTE if byte_fallback(token) else kind for token, kind in zip(self.tokens, types)]
+        # sentencepiece wants one unknown token.
+        types = [_CONTROL if kind == _UNKNOWN else kind for kind in types]
         types[unknown] = _UNKNOWN
         proto = format.ModelProto()
-        kinds = proto.SentencePiece
-        known = {_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE}
         for token, score, kind in zip(self.tokens, scores, types):
-            proto.pieces.add(piece=token, score=score, type=kind if kind in known else kinds.NORMAL)
+            proto.pieces.add(piece=token, score=score, type=kind if kind in range(_NORMAL, _BYTE + 1) else _NORMAL)
         trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
         trainer.model_type = format.TrainerSpec.BPE
         trainer.byte_fallback = types.count(_BYTE) == 256
         trainer.vocab_size = len(self.tokens)
-        trainer.unk_id = unknown
-        for name, fallback in (("bos", 1), ("eos", 2), ("pad", -1)):
-            keys = {"pad": "padding_token_id"}
-            token = int(self._get(keys.get(name, f"{name}_token_id"), fallback))
-            setattr(trainer, f"{name}_id", token if token < len(self.tokens) else -1)
-            if 0 <= token < len(self.tokens):
+        ids = {"unk": unknown, "bos": self._id("bos_token", 1), "eos": self._id("eos_token", 2), "pad": None}
+        for name, token in ids.items():
+            setattr(trainer, f"{name}_id", -1 if token is None else token)
+            if token is not None:
                 setattr(trainer, f"{name}_piece", self.tokens[token])
-        trainer.unk_piece = self.tokens[unknown]
         normalizer.name = "identity"
-        normalizer.add_dummy_prefix = bool(self._get("add_space_prefix", True))
+        normalizer.add_dummy_prefix = self._get("add_space_prefix", bool, True)
         normalizer.remove_extra_whitespaces = False
         normalizer.escape_whitespaces = True
-        (directory / MODEL).write_bytes(proto.SerializeToString())
+        return proto.SerializeToString()
 
     def _write_settings(self, directory: Path, add_bos: bool) -> None:
-        names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad", "seperator": "sep", "mask": "mask"}
-        found = {f"{name}_token": self._get(f"{key}_token_id") for key, name in names.items()}
-        if self.model == "llama":
-            defaults = {"bos_token": 1, "eos_token": 2, "unk_token": 0}
-            found |= {name: token for name, token in defaults.items() if found[name] is None}
-        named = {n: self.tokens[int(t)] for n, t in found.items() if t is not None and int(t) < len(self.tokens)}
-        own = (_UNKNOWN, _CONTROL, _USER_DEFINED)
+        keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep": "seperator", "mask": "mask"}
+        defaults = {"bos": 1, "eos": 2, "unk": 0} if self.model == "llama" else {}
+        found = {name: self._id(f"{key}_token", defaults.get(name)) for name, key in keys.items()}
+        named = {f"{name}_token": self.tokens[token] for name, token in found.items() if token is not None}
         added = {
             str(number): {"content": token, "special": kind != _USER_DEFINED}
             for number, (token, kind) in enumerate(zip(self.tokens, self.types))
-            if kind in own
+            if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
         }
-        add_bos = bool(self._get("add_bos_token", add_bos))
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast" if self.model == "gpt2" else "LlamaTokenizer",
             **named,
-            "add_bos_token": add_bos and "bos_token" in named,
-            "add_eos_token": bool(self._get("add_eos_token", False)) and "eos_token" in named,
+            "add_bos_token": self._get("add_bos_token", bool, add_bos) and "bos_token" in named,
+            "add_eos_token": self._get("add_eos_token", bool, False) and "eos_token" in named,
             "split_special_tokens": False,
             "added_tokens_decoder": added,
         }
         (directory / CONFIG).write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@lru_cache(maxsize=2)
-def _fields(path: str, modified: int, size: int) -> Mapping[str, Any]:
-    """The metadata of a GGUF file; kept for as long as the file is the same, as reading a vocabulary takes seconds."""
-    from gguf import GGUFReader
-
-    try:
-        return GGUFReader(path).fields
-    except Exception as error:  # the gguf package raises numpy's and its own errors on a damaged file
-        raise UserError(f"{path}: corrupt or truncated GGUF file ({error or type(error).__name__})") from None
 
 
 def pre_tokenizer(name: str, source: str) -> PreTokenizer:

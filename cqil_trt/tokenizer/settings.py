@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,19 @@ STANDARD_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token next to the vocabulary. `id`: None where only its text is given; the rest as in `tokenizers`."""
+    """A token next to the vocabulary, with its flags as in `tokenizers`.
+
+    `bare`: whether it came without them, from added_tokens.json, so that those of the vocabulary's file hold.
+    """
 
     content: str
-    id: int | None = None
+    id: int
     special: bool = False
     lstrip: bool = False
     rstrip: bool = False
     single_word: bool = False
     normalized: bool = False
+    bare: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,26 +62,30 @@ class Settings:
     def read(cls, directory: Path) -> Settings:
         """The settings in `directory`; empty ones where it has none of the files. Raises UserError if malformed."""
         config = _fields(directory / CONFIG)
-        named = _fields(directory / SPECIAL_TOKENS)
+        # Since transformers 4.34 everything is in one file, and what lies next to it is not read.
+        whole = config.get("added_tokens_decoder") is not None
+        named = Fields({}, "") if whole else _fields(directory / SPECIAL_TOKENS)
         names: dict[str, str] = {}
-        lists: list[Any] = []
-        for source in (named, config):  # the later one wins
+        lists: list[str] = []
+        for source in (config, named):  # the later one wins
             for name, value in source.values.items():
-                if name.endswith("_token") and (text := _content(value)):
+                if name.endswith("_token") and (text := _content(value, source)):
                     names[name] = text
             for name in ("extra_special_tokens", "model_specific_special_tokens", "additional_special_tokens"):
                 value = source.get(name)
                 if isinstance(value, dict):
-                    names |= {key: text for key, item in value.items() if (text := _content(item))}
+                    names |= {key: text for key, item in value.items() if (text := _content(item, source))}
                 elif isinstance(value, list):
-                    lists += value
-        specials = dict.fromkeys([*names.values(), *filter(None, map(_content, lists))])
+                    lists += [text for item in value if (text := _content(item, source))]
+        older = {} if whole else _fields(directory / ADDED_TOKENS).values
+        added = [*_decoder(config), *_older(older, str(directory / ADDED_TOKENS))]
+        specials = dict.fromkeys([*names.values(), *lists, *(token.content for token in added if token.special)])
         flags = [config.boolean(name) if config.get(name) is not None else None for name in _FLAGS]
         kind = config.get("tokenizer_class")
         return cls(
             names,
             tuple(specials),
-            tuple(_added(config, directory / ADDED_TOKENS, specials)),
+            tuple(replace(token, special=token.content in specials) for token in added),
             *flags,
             kind if isinstance(kind, str) else None,
         )
@@ -89,30 +98,38 @@ def _fields(path: Path) -> Fields:
     return Fields(read_json(path) if path.exists() else {}, str(path))
 
 
-def _content(value: Any) -> str | None:
+def _content(value: Any, source: Fields) -> str | None:
     """The text of a special token, given as text or as an object; None for what is neither, or empty."""
     value = value.get("content") if isinstance(value, dict) else value
-    return value if isinstance(value, str) and value else None
+    if not isinstance(value, str) or not value:
+        return None
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{source.source}: {value!r:.60} is not text that can be written as UTF-8") from None
+    return value
 
 
-def _added(config: Fields, path: Path, specials: Mapping[str, None]) -> Iterator[AddedToken]:
+def _older(ids: Mapping[str, Any], source: str) -> list[AddedToken]:
+    """Before transformers 4.34 added tokens had a file of their own, with ids alone."""
+    for content, number in ids.items():
+        if isinstance(number, bool) or not isinstance(number, int) or not content:
+            raise UserError(f"{source}: {content!r:.60} has the id {number!r:.20}, expected a number")
+    return [AddedToken(content, ids[content], bare=True) for content in sorted(ids, key=ids.__getitem__)]
+
+
+def _decoder(config: Fields) -> list[AddedToken]:
     found: dict[int, AddedToken] = {}
-    # Before transformers 4.33 added tokens had a file of their own, with ids alone.
-    for content, number in _fields(path).values.items():
-        if isinstance(number, bool) or not isinstance(number, int):
-            raise UserError(f"{path}: {content!r:.60} has the id {number!r:.20}, expected a number")
-        found[number] = AddedToken(content, number, content in specials)
     decoder = config.object("added_tokens_decoder")
     for key, value in decoder.values.items():
-        content = _content(value)
-        if not key.isdecimal() or content is None:
+        content = _content(value, config)
+        if not (key.isascii() and key.isdecimal() and len(key) < 10) or content is None:
             raise UserError(f"{decoder.source}: {key!r:.40} is not the id of an added token with a content")
         flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": False}
         if isinstance(value, dict):
             flags = {name: bool(value.get(name, default)) for name, default in flags.items()}
-        flags["special"] |= content in specials
         found[int(key)] = AddedToken(content, int(key), **flags)
-    yield from (found[number] for number in sorted(found))
+    return [found[number] for number in sorted(found)]
 
 
 def chat_templates(directory: Path) -> dict[str, str]:
@@ -126,12 +143,22 @@ def chat_templates(directory: Path) -> dict[str, str]:
     value = _fields(directory / CONFIG).get("chat_template")
     if isinstance(value, str):
         return {"default": value}
-    if value is None:
-        return {}
-    try:
-        return {str(entry["name"]): str(entry["template"]) for entry in value}
-    except (TypeError, KeyError):
-        raise UserError(f"{directory / CONFIG}: chat_template is neither a text nor a list of named texts") from None
+    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        value = {entry.get("name"): entry.get("template") for entry in value}
+    value = {} if value is None else value
+    if not isinstance(value, dict) or not all(isinstance(text, str) for pair in value.items() for text in pair):
+        raise UserError(f"{directory / CONFIG}: chat_template is neither a text nor a list of named texts")
+    return value
+
+
+def write_templates(directory: Path, templates: Mapping[str, str], source: str) -> None:
+    """Writes chat templates by name to files of their own. Raises UserError, naming `source`, for an unsafe name."""
+    for name, text in templates.items():
+        if not re.fullmatch(r"\w[\w-]*", name, re.ASCII):
+            raise UserError(f"{source}: {name!r:.60} is no name for a chat template (letters, digits, - and _ are)")
+        path = directory / TEMPLATE if name == "default" else directory / TEMPLATES / f"{name}.jinja"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(text.encode("utf-8", "replace"))
 
 
 def _text(path: Path) -> str:

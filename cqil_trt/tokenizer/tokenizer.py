@@ -13,15 +13,18 @@ from cqil_trt.tokenizer.vocabulary import open_vocabulary
 
 
 class Tokenizer:
-    """The tokenizer whose files are in `directory`. Raises UserError when there is none or it cannot be read."""
+    """The tokenizer whose files are in `directory`. Raises UserError when there is none or it cannot be read.
 
-    def __init__(self, directory: Path):
+    `source` names it in messages about its chat template; by default the directory.
+    """
+
+    def __init__(self, directory: Path, source: str | None = None):
         settings = Settings.read(directory)
         vocabulary = open_vocabulary(directory, settings)
         if vocabulary is None:
             raise UserError(f"{directory}: the checkpoint came without a tokenizer: use --token-ids")
         self.vocabulary = vocabulary
-        self._template = ChatTemplate(chat_templates(directory), vocabulary.names, str(directory))
+        self._template = ChatTemplate(chat_templates(directory), vocabulary.names, source or str(directory))
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of `text`; `special`: with the special tokens the model expects around it."""
@@ -37,8 +40,7 @@ class Tokenizer:
 
     def special(self, name: str) -> int | None:
         """The token id of "bos_token", "eos_token", …; None when the tokenizer has none."""
-        content = self.vocabulary.names.get(name)
-        return None if content is None else self.vocabulary.id_of(content)
+        return self.vocabulary.named(name)
 
     def text_of(self, token: int) -> str:
         """A token as text, one that controls the model too."""
@@ -70,11 +72,16 @@ class Tokenizer:
     def chat_beginning(self) -> list[int]:
         """How a conversation begins by the chat template, up to where its first user speaks: token ids.
 
-        From there a model trained on conversations writes one itself (Magpie, arXiv 2406.08464).
+        From there a model trained on conversations writes one itself (Magpie, arXiv 2406.08464). Raises UserError for a
+        template that puts nothing before the user.
         """
-        mark = "\u2060user\u2060"  # of a character that no template has
-        text = self._template.render(Conversation([{"role": "user", "content": mark}])).partition(mark)[0]
-        return self.vocabulary.encode(text, control=True)
+        mark, source = "\u2060user\u2060", "--self-generated-chat"  # a character that no template has
+        rendered = self._template.render(Conversation([{"role": "user", "content": mark}], source=source))
+        text, found, _ = rendered.partition(mark)
+        ids = self.vocabulary.encode(text, control=True)
+        if not found or not ids:
+            raise UserError(f"{source}: the chat template puts nothing before what a user says, or does not show it")
+        return ids
 
 
 def _check_text(text: str) -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from cqil_trt.errors import UserError
 from cqil_trt.tokenizer.detokenizer import JsonDecoder, Reader
-from cqil_trt.tokenizer.settings import AddedToken, Settings
+from cqil_trt.tokenizer.settings import Settings
 
 JSON, MODEL = "tokenizer.json", "tokenizer.model"
+# Fields of a tokenizer.json's model.
+_AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
+_SPACES = re.compile(r"\s+")
 # Texts for finding out what a post-processor adds: one of them has tokens in any vocabulary.
 _SAMPLES = ("a", "0", ".", " ", "\n", "é", "一")
 
@@ -55,16 +58,16 @@ class Vocabulary(ABC):
         """Every token id that stands for text."""
         return [token for token in range(self.size()) if self.special_text(token) is None]
 
-    def _surround(self, settings: Settings, bos: int | None, eos: int | None) -> None:
-        """Puts BOS and EOS around a text, or takes them away, where the settings say so."""
-        if settings.add_bos is not None and bos is not None:
-            self.prefix = [token for token in self.prefix if token != bos]
-            self.prefix = [bos] * settings.add_bos + self.prefix
-        if settings.add_eos is not None and eos is not None:
-            self.suffix = [token for token in self.suffix if token != eos]
-            self.suffix += [eos] * settings.add_eos
+    def _surround(self, settings: Settings) -> None:
+        """Puts BOS and EOS around a text, or nothing, where the settings say so."""
+        bos, eos = self.named("bos_token"), self.named("eos_token")
+        if settings.add_bos is not None and (bos is not None or not settings.add_bos):
+            self.prefix = [bos] if settings.add_bos else []
+        if settings.add_eos is not None and (eos is not None or not settings.add_eos):
+            self.suffix = [eos] if settings.add_eos else []
 
-    def _named(self, name: str) -> int | None:
+    def named(self, name: str) -> int | None:
+        """The token id of "bos_token", "eos_token", …; None when there is none of the name."""
         content = self.names.get(name)
         return None if content is None else self.id_of(content)
 
@@ -87,7 +90,7 @@ class JsonVocabulary(Vocabulary):
         self._added: dict[int, Any] = self.backend.get_added_tokens_decoder()
         self.names = dict(settings.names)
         self.prefix, self.suffix = self._around()
-        self._surround(settings, self._named("bos_token"), self._named("eos_token"))
+        self._surround(settings)
 
     @classmethod
     def open(cls, path: Path, settings: Settings) -> JsonVocabulary:
@@ -95,35 +98,44 @@ class JsonVocabulary(Vocabulary):
         from tokenizers import Tokenizer
 
         try:
-            backend = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            model = json.loads(text).get("model", {})
+            # With affixes of pieces the library ends the process at some texts.
+            if affixes := [name for name in _AFFIXES if model.get(name)]:
+                raise UserError(f"{path}: has {affixes[0]} set, which no LLaMA-family tokenizer has")
+            return cls(Tokenizer.from_str(text), settings, str(path))
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-        except Exception as error:  # the library raises bare exceptions
+        except (UserError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # bare exceptions, and panics of the library, which are not even those
             raise UserError(f"{path}: not a tokenizer that can be read ({error})") from None
-        return cls(backend, settings, str(path))
 
     def _add(self, settings: Settings, source: str) -> None:
         from tokenizers import AddedToken as Added
 
         present = self.backend.get_added_tokens_decoder()
         for token in settings.added:
-            there = self.backend.token_to_id(token.content)
-            made = _added(Added, token)
-            if there is not None and repr(present.get(there)) == repr(made):
+            known = self.backend.token_to_id(token.content)
+            added = _added(Added, token)
+            if known is not None and (token.bare or repr(present.get(known)) == repr(added)):
                 continue
-            self.backend.add_tokens([made])
-            found = self.backend.token_to_id(token.content)
-            if there is None and found != token.id:
+            self.backend.add_tokens([added])
+            given = self.backend.token_to_id(token.content)
+            if known is None and given != token.id:
                 raise UserError(
                     f"{source}: the settings next to it give {token.content!r:.60} the id {token.id}, but after its "
-                    f"own tokens it would be {found}"
+                    f"own tokens it would be {given}"
                 )
         present = self.backend.get_added_tokens_decoder()
         for content in settings.specials:
-            there = self.backend.token_to_id(content)
-            # One that the vocabulary does not have can neither be read nor written.
-            if there is not None and not (there in present and present[there].special):
+            known = self.backend.token_to_id(content)
+            if known is None:
+                continue  # a name for a token that there is not
+            if known not in present:
                 self.backend.add_special_tokens([content])
+            elif not present[known].special:
+                self.backend.add_tokens([_added(Added, present[known], special=True)])
 
     def _around(self) -> tuple[list[int], list[int]]:
         """What the post-processor puts before and after a text."""
@@ -139,13 +151,14 @@ class JsonVocabulary(Vocabulary):
         return self.backend.get_vocab_size()
 
     def encode(self, text: str, control: bool = False) -> list[int]:
-        if not control or not self.backend.encode_special_tokens:
-            return self.backend.encode(text, add_special_tokens=False).ids
-        self.backend.encode_special_tokens = False
+        split = self.backend.encode_special_tokens
+        self.backend.encode_special_tokens = split and not control
         try:
             return self.backend.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # a vocabulary without a token for what it does not know
+            raise UserError(f"{text!r:.60} cannot be tokenized ({error})") from None
         finally:
-            self.backend.encode_special_tokens = True
+            self.backend.encode_special_tokens = split
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.backend.encode_batch(list(texts), add_special_tokens=False)]
@@ -158,7 +171,8 @@ class JsonVocabulary(Vocabulary):
         return added.content if added is not None and added.special else None
 
     def plain_tokens(self) -> list[int]:
-        return [token for token in range(self.size()) if token not in self._added]
+        own = set(self.backend.get_vocab(with_added_tokens=False).values())
+        return sorted(own - self._added.keys())
 
     def reader(self) -> Reader:
         return self._decoder.reader(self._piece, self._added.__contains__)
@@ -168,14 +182,15 @@ class JsonVocabulary(Vocabulary):
         return None if self.special_text(token) is not None else self.backend.id_to_token(token)
 
 
-def _added(kind: Any, token: AddedToken) -> Any:
+def _added(kind: Any, token: Any, special: bool | None = None) -> Any:
+    """`token`, one of ours or of the library, as one of the library's `kind`."""
     return kind(
         token.content,
         lstrip=token.lstrip,
         rstrip=token.rstrip,
         single_word=token.single_word,
         normalized=token.normalized,
-        special=token.special,
+        special=token.special if special is None else special,
     )
 
 
@@ -192,21 +207,22 @@ class SentencePieceVocabulary(Vocabulary):
         from sentencepiece import SentencePieceProcessor
 
         try:
-            self._model = SentencePieceProcessor(model_proto=path.read_bytes())
+            data = path.read_bytes()
+            if not data:
+                raise ValueError("an empty file")
+            self._model = SentencePieceProcessor(model_proto=data)
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-        except Exception as error:  # the library raises RuntimeError, and others of its wrapper
-            reason = str(error).split("\n")[0] or type(error).__name__
+        except Exception:  # the library raises RuntimeError, and others of its wrapper, with text from its C++ code
             raise UserError(
-                f"{path}: not a sentencepiece model ({reason:.100}); where it is one of tiktoken's, take the "
-                "conversion with tokenizer.json"
+                f"{path}: not a sentencepiece model; one of tiktoken's form has a tokenizer.json in the Hugging Face "
+                "conversion"
             ) from None
         model, own = self._model, self._model.get_piece_size()
         self._control = {model.id_to_piece(t): t for t in range(own) if model.is_control(t) or model.is_unknown(t)}
         self._added = {t.content: t for t in settings.added if t.id is not None and not self._owns(t.content, t.id)}
         self._id = {content: token.id for content, token in self._added.items()}
-        self._special = {token.id: content for content, token in self._added.items() if token.special}
-        self._special |= {token: content for content, token in self._control.items() if model.is_control(token)}
+        self._special = {token: content for content, token in self._control.items() if model.is_control(token)}
         self._size = max([own, *(token + 1 for token in self._id.values())])
         if settings.split_special is False:
             self._id |= self._control
@@ -216,9 +232,13 @@ class SentencePieceVocabulary(Vocabulary):
         defaults = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
         self.names = {name: model.id_to_piece(token) for name, token in defaults.items() if token >= 0}
         self.names |= {name: text for name, text in settings.names.items() if self.id_of(text) is not None}
-        bos, eos = self._named("bos_token"), self._named("eos_token")
+        for content in settings.specials:
+            token = self.id_of(content)
+            if token is not None and not (token < own and model.is_unknown(token)):
+                self._special[token] = content
+        bos = self.named("bos_token")
         self.prefix, self.suffix = ([] if bos is None else [bos]), []
-        self._surround(settings, bos, eos)
+        self._surround(settings)
         self._strips, self._strips_all = _stripping(model)
 
     def _owns(self, content: str, token: int) -> bool:
@@ -239,9 +259,14 @@ class SentencePieceVocabulary(Vocabulary):
             ids += self._model.encode(before.rstrip() if token is not None and token.lstrip else before)
             ids.append(known[match[0]])
             start = match.end()
-            if token is not None and token.rstrip:
-                start += len(text[start:]) - len(text[start:].lstrip())
+            if token is not None and token.rstrip and (spaces := _SPACES.match(text, start)):
+                start = spaces.end()
         return ids + self._model.encode(text[start:])
+
+    @property
+    def found_in_text(self) -> Collection[str]:
+        """The texts that become tokens before sentencepiece sees what lies between them."""
+        return self._id.keys()
 
     def id_of(self, content: str) -> int | None:
         if content in self._id:
