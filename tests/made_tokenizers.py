@@ -159,11 +159,15 @@ def _writer(path: Path, tokens: list[str]) -> gguf.GGUFWriter:
     return writer
 
 
-def _close(writer: gguf.GGUFWriter) -> None:
+def finish(writer: gguf.GGUFWriter) -> None:
+    """Writes the file."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+_close = finish
 
 
 # What GGUF vocabularies hold next to text: tokens that control the model, one the user defined, and an end of text that

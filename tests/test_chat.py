@@ -108,6 +108,9 @@ def test_where_a_template_is(form, tools, tmp_path):
     [
         ("{{ raise_exception('no system') }}", "the chat template says: no system"),
         ("{% if %}", "is malformed"),
+        ("{% break %}", "is malformed"),
+        ("{{ f(a=1, a=2) }}", "is malformed"),
+        ("(" * 3000 + "{{" + "(" * 3000, "is malformed"),
         ("{{ messages[9].content }}", "failed"),
         ("{{ ''.__class__.__mro__ }}", "failed"),
         ("{% set ns = namespace() %}{% set ns.__class__ = 1 %}", "failed|malformed"),
@@ -131,6 +134,7 @@ def test_templates_that_fail_say_so(template, message, tmp_path):
         ([{"role": "user", "content": "a"}, {"content": "b"}], "message 2"),
         ({"messages": [{"role": "user"}], "tools": {}}, "tools must be a list"),
         ({"messages": [{"role": "user"}], "chat_template_kwargs": [1]}, "chat_template_kwargs"),
+        ({"messages": [{"role": "user"}], "chat_template_kwargs": {"continue_final_message": True}}, "is not taken"),
     ],
 )
 def test_files_of_messages_that_are_wrong(value, message):

@@ -142,6 +142,7 @@ SAYINGS = {
     "special tokens are no text": (("a", "<|im_end|>", "."), ("nothing",), "a.", "eos"),
     "a stop over two tokens": (("h", "a", "."), ("a.",), "h", "stop"),
     "the earlier of two stops": (("h", "a", "."), (".", "a."), "h", "stop"),
+    "a stop around a special token": (("h", "a", "<|im_end|>", "b"), ("ab",), "h", "stop"),
     "what only began like a stop": (("h", "a", "b"), ("a.",), "hab", "eos"),
 }
 

@@ -78,7 +78,9 @@ def test_an_engine_without_the_models_tokenizer(tmp_path):
     (model / "tokenizer.json").write_text("broken")
     engine = tmp_path / "engine"
     flags = ["--model", model, "--p", 1, "--max-seq-len", 64, "--output", engine]
-    assert_user_error(build(*flags), "not a tokenizer that can be read")
+    done = build(*flags)
+    assert_user_error(done, f"{model / 'tokenizer.json'}: not a tokenizer that can be read")
+    assert not done.stdout  # found before the plan is printed
     assert not engine.exists()
     assert build(*flags, "--no-tokenizer").returncode == 0
     assert not any(path.name.startswith("tokenizer") for path in engine.iterdir())

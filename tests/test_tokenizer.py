@@ -26,7 +26,7 @@ from tokenizers import AddedToken, Regex, decoders, models
 from tokenizers import Tokenizer as Backend
 
 from cqil_trt.errors import UserError
-from cqil_trt.tokenizer import TextStream, Tokenizer, find_tokenizer, save_tokenizer
+from cqil_trt.tokenizer import Conversation, TextStream, Tokenizer, find_tokenizer, save_tokenizer
 
 CHECKED = settings(max_examples=150, deadline=None)
 TEXTS = st.one_of(
@@ -218,6 +218,38 @@ def test_tokens_that_the_configuration_adds(tmp_path):
     assert tokenizer.decode([count, 2]) == "" and tokenizer.special("eos_token") == 2
 
 
+def test_what_lies_next_to_a_whole_configuration_is_not_read(tmp_path):
+    """transformers reads special_tokens_map.json and added_tokens.json only where the decoder is missing."""
+    backend, count = llama2_json(), llama2_json().get_vocab_size()
+    older = save_json(backend, tmp_path / "older", eos_token="<unk>")
+    whole = save_json(backend, tmp_path / "whole", eos_token="</s>", added_tokens_decoder={})
+    for directory in (older, whole):
+        (directory / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<s>", "pad_token": "</s>"}))
+        # The file's own flags of a token hold where this one gives its id alone.
+        ids = {"<tool>": backend.token_to_id("<tool>"), "</s>": 2} | ({} if directory == older else {"<x>": count + 9})
+        (directory / "added_tokens.json").write_text(json.dumps(ids))
+    assert Tokenizer(older).special("eos_token") == 1 and Tokenizer(older).special("pad_token") == 2
+    assert Tokenizer(whole).special("eos_token") == 2 and Tokenizer(whole).special("pad_token") is None
+    for directory in (older, whole):
+        tokenizer = Tokenizer(directory)
+        for text in ("hello <tool> hello", "a</s> b"):
+            assert tokenizer.encode(text) == backend.encode(text).ids
+            assert tokenizer.decode(tokenizer.encode(text)) == backend.decode(backend.encode(text).ids)
+
+
+def test_naming_a_token_special_leaves_its_other_flags(tmp_path):
+    tokenizer = Tokenizer(save_json(llama2_json(), tmp_path / "source", extra_special_tokens=["<tool>"]))
+    ids = llama2_json().encode("hello <tool> hello").ids
+    assert tokenizer.encode("hello <tool> hello") == ids and tokenizer.decode(ids) == "hello  hello"
+
+
+def test_bos_of_the_configuration_takes_the_place_of_the_files(tmp_path):
+    for add, expected in ((True, [0]), (False, [])):
+        source = save_json(llama2_json(), tmp_path / str(add), bos_token="<unk>", add_bos_token=add)
+        inner = llama2_json().encode("hello", add_special_tokens=False).ids
+        assert Tokenizer(source).encode("hello") == expected + inner
+
+
 def test_a_named_special_token_stands_for_no_text(tmp_path):
     backend = byte_level_json()
     backend.add_tokens([AddedToken("<|stop|>", special=False)])
@@ -299,6 +331,16 @@ def test_tokens_added_to_a_tokenizer_model(tmp_path):
     assert tokenizer.decode([size + 1, *model.encode("hello")]) == "<|im_start|> hello"
 
 
+def test_user_defined_pieces_that_are_named_special(tmp_path):
+    model = SentencePieceProcessor(model_file=str(sentencepiece_model(tmp_path / "tokenizer.model")))
+    ids = model.encode("a<tool>b[INST]")
+    assert Tokenizer(tmp_path).decode(ids) == "a<tool>b[INST]"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<tool>"}))
+    tokenizer, token = Tokenizer(tmp_path), model.piece_to_id("<tool>")
+    assert tokenizer.encode("a<tool>b[INST]")[1:] == ids and tokenizer.decode(ids) == "ab[INST]"
+    assert tokenizer.vocabulary.special_text(token) == "<tool>" and token not in tokenizer.plain_tokens()
+
+
 def test_control_tokens_of_a_tokenizer_model_in_a_chat_template(tmp_path):
     """As Meta's own code builds a conversation: BOS by its id, the text between tokenized on its own."""
     model = SentencePieceProcessor(model_file=str(sentencepiece_model(tmp_path / "tokenizer.model")))
@@ -351,6 +393,35 @@ def test_an_adapters_tokenizer_and_template_come_before_the_models(tmp_path):
     assert tokenizer.chat("x") == llama2_json().encode("adapter x", add_special_tokens=False).ids
 
 
+@pytest.mark.parametrize("name", ["../../../escaped", "/tmp/escaped", "a/b", "x\0", "", ".hidden"])
+def test_chat_templates_are_written_nowhere_else(name, tmp_path):
+    named = [{"name": "default", "template": "a"}, {"name": name, "template": "b"}]
+    model = save_json(llama2_json(), tmp_path / "model")
+    adapter = save_json(llama2_json(), tmp_path / "adapter", chat_template=named)
+    (adapter / "tokenizer.json").unlink()
+    (tmp_path / "deep" / "engine").mkdir(parents=True)
+    before = {*tmp_path.rglob("*")}
+    with pytest.raises(UserError, match="is no name for a chat template"):
+        save_tokenizer(model, tmp_path / "deep" / "engine", adapter)
+    written = {*tmp_path.rglob("*")} - before
+    assert all(path.is_relative_to(tmp_path / "deep" / "engine") for path in written)
+
+
+def test_an_adapters_template_leaves_the_models_others(tmp_path):
+    named = [{"name": "default", "template": "model"}, {"name": "rank0", "template": "r"}]
+    model = save_json(llama2_json(), tmp_path / "model", chat_template=named)
+    adapter = save_json(
+        llama2_json(), tmp_path / "adapter", chat_template=[{"name": "tool_use", "template": "adapter"}]
+    )
+    (adapter / "tokenizer.json").unlink()
+    (tmp_path / "engine").mkdir()
+    save_tokenizer(model, tmp_path / "engine", adapter)
+    tokenizer = Tokenizer(tmp_path / "engine")
+    encode = partial(llama2_json().encode, add_special_tokens=False)
+    assert tokenizer.chat("x") == encode("model").ids
+    assert tokenizer.chat(Conversation([{"role": "user"}], tools=[{}])) == encode("adapter").ids
+
+
 def test_unreadable_tokenizers_are_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="tokenizer.json: not a tokenizer that can be read"):
@@ -362,6 +433,22 @@ def test_unreadable_tokenizers_are_refused(tmp_path):
     (tmp_path / "tokenizer.json").rename(tmp_path / "tokenizer.model")
     with pytest.raises(UserError, match="not a sentencepiece model"):
         Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(UserError, match="not a sentencepiece model"):
+        Tokenizer(tmp_path)
+    for part, value in {
+        "post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<no>", "type_id": 0}}]},
+        "model": {"type": "BPE", "vocab": {"a": 0}, "merges": [], "continuing_subword_prefix": "a"},
+    }.items():
+        value = {"pair": [], "special_tokens": {}, **value} if part == "post_processor" else value
+        broken = save_json(byte_level_json(), tmp_path / part)
+        values = json.loads((broken / "tokenizer.json").read_text())
+        (broken / "tokenizer.json").write_text(json.dumps({**values, part: value}))
+        with pytest.raises(UserError, match="tokenizer.json: (not a tokenizer that can be read|has continuing)"):
+            Tokenizer(broken).encode("a")
+    for names in ({"pad_token": "\ud800"}, {"added_tokens_decoder": {"9" * 5000: {"content": "x"}}}):
+        with pytest.raises(UserError, match="tokenizer_config.json"):
+            Tokenizer(save_json(byte_level_json(), tmp_path / "names", **names))
     (tmp_path / "tokenizer.model").rename(tmp_path / "tekken.json")
     with pytest.raises(UserError, match="tekken.json alone"):
         find_tokenizer(tmp_path)

@@ -110,7 +110,10 @@ class GgufTokenizer:
         return self._value(f"tokenizer.ggml.{key}", kind, default)
 
     def _value(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
-        """A metadata value, of a type of `kind` or a list of such. Raises UserError for one of another type."""
+        """A metadata value of a type of `kind`, or a list of such where the default is one.
+
+        Raises UserError for one of another type.
+        """
         field = self._fields.get(key)
         if field is None:
             return default
@@ -118,8 +121,10 @@ class GgufTokenizer:
             value = field.contents()
         except UnicodeDecodeError:
             raise UserError(f"{self.source}: {key} is not UTF-8 text") from None
-        items = value if isinstance(default, list) and isinstance(value, list) else [value]
-        if not all(isinstance(item, kind) and (kind is bool or not isinstance(item, bool)) for item in items):
+        items = value if isinstance(default, list) else [value]
+        if not isinstance(items, list) or not all(
+            isinstance(item, kind) and (kind is bool or not isinstance(item, bool)) for item in items
+        ):
             raise UserError(f"{self.source}: {key} is {value!r:.60}, which is of another type than it should be")
         return value
 

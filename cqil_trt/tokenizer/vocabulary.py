@@ -278,9 +278,9 @@ class SentencePieceVocabulary(Vocabulary):
         return self._special.get(token)
 
     def plain_tokens(self) -> list[int]:
-        model, added = self._model, set(self._id.values())
-        others = (model.is_control, model.is_unknown, model.is_unused)
-        return [t for t in range(model.get_piece_size()) if t not in added and not any(kind(t) for kind in others)]
+        model, others = self._model, {*self._id.values(), *self._special}
+        kinds = (model.is_unknown, model.is_unused)
+        return [t for t in range(model.get_piece_size()) if t not in others and not any(kind(t) for kind in kinds)]
 
     def reader(self) -> Reader:
         model, control = self._model, set(self._control.values())
