@@ -156,7 +156,7 @@ def references(options: argparse.Namespace, names: list[str], manager: Any) -> I
         length = min(options.block, model.max_position)
         blocks = text_blocks(options.text, open_tokenizer(path), model, length, options.text_tokens, options.column)
 
-    tokenizer = transformers_tokenizer(path) if names else None
+    tokenizers = (transformers_tokenizer(path), open_tokenizer(path)) if names else ()
 
     def run(network: Any, column: Column) -> Column:
         if blocks is not None:
@@ -165,7 +165,7 @@ def references(options: argparse.Namespace, names: list[str], manager: Any) -> I
             from cqil_trt.quality.harness import reference_lm, run_tasks
 
             longest = min(options.max_length, model.max_position)
-            lm = reference_lm(network, tokenizer, longest, options.batch_size)
+            lm = reference_lm(network, *tokenizers, longest, options.batch_size)
             column.tasks = run_tasks(lm, manager, names, options.num_fewshot, options.limit)
         return column
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
@@ -53,9 +54,7 @@ class EngineLM(TemplateLM):
         return self.eot_token_id if token is None else token
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        if add_special_tokens is None:
-            add_special_tokens = not string.startswith(self._tokens.text_of(self.prefix_token_id))
-        return self._tokens.encode(string, add_special_tokens)
+        return _encode(self._tokens, string, self.prefix_token_id, add_special_tokens)
 
     # What the harness asks, on rank 0
 
@@ -181,12 +180,55 @@ class EngineLM(TemplateLM):
         return [self._tokens.decode(completion.tokens) for completion in self.llm.generate(prompts, **options)]
 
 
-def reference_lm(network: Any, tokenizer: Any, max_length: int, batch_size: int) -> HFLM:
+def _encode(tokenizer: Tokenizer, text: str, prefix: int, special: bool | None) -> list[int]:
+    """As the harness's own models do it: nothing is put around a text that begins with the prefix already."""
+    if special is None:
+        special = not text.startswith(tokenizer.text_of(prefix))
+    return tokenizer.encode(text, special)
+
+
+class _ReferenceLM(HFLM):
+    """The harness's model of transformers with the token ids that engines have: classes of transformers' tokenizers
+    read some files in other ways."""
+
+    def __init__(self, tokens: Tokenizer, **options: Any):
+        self._tokens = tokens
+        super().__init__(**options)
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_: Any
+    ) -> list[int]:
+        return _encode(self._tokens, string, self.prefix_token_id, add_special_tokens)[-(left_truncate_len or 0) :]
+
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = [self.tok_encode(string, left_truncate_len=left_truncate_len) for string in strings]
+        width, left = max(map(len, rows)), padding_side == "left"
+        ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, tokens in enumerate(rows):
+            place = slice(width - len(tokens), width) if left else slice(len(tokens))
+            ids[row, place], mask[row, place] = torch.tensor(tokens), 1
+        return ids, mask
+
+    def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
+        tokens = [tokens] if isinstance(tokens, int) else list(map(int, tokens))
+        return self._tokens.decode(tokens) if skip_special_tokens else "".join(map(self._tokens.text_of, tokens))
+
+
+def reference_lm(network: Any, tokenizer: Any, tokens: Tokenizer, max_length: int, batch_size: int) -> HFLM:
     """A Hugging Face model (or one with CQIL's forward pass) as the harness's own model of that kind.
 
-    `tokenizer`: transformers' tokenizer of the checkpoint.
+    `tokenizer`: the checkpoint's as transformers has it, for what the harness asks besides token ids; `tokens`: ours.
     """
-    lm = HFLM(pretrained=network, tokenizer=tokenizer, max_length=max_length, batch_size=batch_size)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it has remarks on a model that is already loaded
+    options = {"max_length": max_length, "batch_size": batch_size}
+    lm = _ReferenceLM(tokens, pretrained=network, tokenizer=tokenizer, **options)
     lm._device = device_of(network)  # it asks the weights, which a model in pieces has nowhere
     return lm
 
