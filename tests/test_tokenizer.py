@@ -376,6 +376,18 @@ def test_vocab_and_merges_files(tmp_path):
         save_tokenizer(tmp_path, tmp_path / "engine")
 
 
+def test_a_tokenizer_that_is_larger_than_the_model(tmp_path):
+    from conftest import make_model
+
+    from cqil_trt.builder import prepare
+
+    size = byte_level_json().get_vocab_size()
+    for vocab_size, noted in ((size, False), (size - 2, True)):
+        model = save_json(byte_level_json(), make_model(tmp_path / str(vocab_size), vocab_size=vocab_size))
+        notes = prepare(model, p=1, output=tmp_path / "engine").notes
+        assert any(f"the tokenizer has {size} tokens" in note for note in notes) == noted
+
+
 def test_an_adapters_tokenizer_and_template_come_before_the_models(tmp_path):
     model = save_json(llama2_json(), tmp_path / "model", chat_template="model")
     plain, template, whole = (tmp_path / name for name in ("plain", "template", "whole"))
