@@ -281,7 +281,7 @@ def byte_level_tokenizer(
 
     `ids`: tokens, in the alphabet of GPT-2 that stands for bytes. `merges`: pairs of them, separated by a space, the
     first to be merged first. `pre`: a pre-tokenizer of llama.cpp's name. `compose`: whether text is put into Unicode's
-    form NFC first. Raises UserError, naming `source`, for a vocabulary that is none.
+    form NFC first. Raises UserError, naming `source`, for a vocabulary that cannot be used.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 

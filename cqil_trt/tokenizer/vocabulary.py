@@ -200,7 +200,7 @@ class SentencePieceVocabulary(Vocabulary):
     Tokens that the settings add, which sentencepiece does not know, are found first, and what lies between them is
     tokenized on its own, each part with the space that sentencepiece puts before a text. Its own control tokens are
     found the same way in chat templates; in other texts their spelling is ordinary text, as sentencepiece has it,
-    unless the settings say otherwise. Raises UserError for a file that is none of sentencepiece's.
+    unless the settings say otherwise. Raises UserError for a file that sentencepiece cannot read.
     """
 
     def __init__(self, path: Path, settings: Settings):
@@ -220,15 +220,15 @@ class SentencePieceVocabulary(Vocabulary):
             ) from None
         model, own = self._model, self._model.get_piece_size()
         self._control = {model.id_to_piece(t): t for t in range(own) if model.is_control(t) or model.is_unknown(t)}
-        self._added = {t.content: t for t in settings.added if t.id is not None and not self._owns(t.content, t.id)}
+        self._added = {t.content: t for t in settings.added if not self._owns(t.content, t.id)}
         self._id = {content: token.id for content, token in self._added.items()}
         self._special = {token: content for content, token in self._control.items() if model.is_control(token)}
         self._size = max([own, *(token + 1 for token in self._id.values())])
         if settings.split_special is False:
             self._id |= self._control
-            self._id |= {t.content: t.id for t in settings.added if t.id is not None}
-        self._plain = _splitter(self._id)
-        self._with_control = _splitter({**self._control, **self._id})
+            self._id |= {token.content: token.id for token in settings.added}
+        self._known = {**self._control, **self._id}
+        self._plain, self._with_control = _splitter(self._id), _splitter(self._known)
         defaults = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
         self.names = {name: model.id_to_piece(token) for name, token in defaults.items() if token >= 0}
         self.names |= {name: text for name, text in settings.names.items() if self.id_of(text) is not None}
@@ -252,12 +252,12 @@ class SentencePieceVocabulary(Vocabulary):
         if pattern is None:
             return self._model.encode(text)
         ids: list[int] = []
-        known, start = {**self._control, **self._id}, 0
+        start = 0
         for match in pattern.finditer(text):
             token = self._added.get(match[0])
             before = text[start : match.start()]
             ids += self._model.encode(before.rstrip() if token is not None and token.lstrip else before)
-            ids.append(known[match[0]])
+            ids.append(self._known[match[0]])
             start = match.end()
             if token is not None and token.rstrip and (spaces := _SPACES.match(text, start)):
                 start = spaces.end()
