@@ -54,7 +54,10 @@ class TokenizerFiles:
             return Tokenizer(self.place)
         with tempfile.TemporaryDirectory() as temporary:
             self.write(Path(temporary))
-            return Tokenizer(Path(temporary), str(self.place))
+            try:
+                return Tokenizer(Path(temporary), str(self.place))
+            except UserError as error:  # about a file that is gone when it is read
+                raise UserError(str(error).replace(f"{temporary}/", f"{self.place}, written as ")) from None
 
     def write(self, directory: Path) -> list[Path]:
         """Writes the files that `Tokenizer(directory)` reads, and returns them.
