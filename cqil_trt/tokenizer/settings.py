@@ -152,7 +152,7 @@ def chat_templates(directory: Path) -> dict[str, str]:
 
 
 def write_templates(directory: Path, templates: Mapping[str, str], source: str) -> None:
-    """Writes chat templates by name to files of their own. Raises UserError, naming `source`, for a name that is not one."""
+    """Writes chat templates to files of their own. Raises UserError, naming `source`, for a name that is not one."""
     for name, text in templates.items():
         if not re.fullmatch(r"\w[\w-]{,63}", name, re.ASCII):
             raise UserError(f"{source}: {name!r:.60} is no name for a chat template (letters, digits, - and _ are)")
