@@ -6,6 +6,7 @@ import io
 import json
 import random
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -167,16 +168,22 @@ def finish(writer: gguf.GGUFWriter) -> None:
     writer.close()
 
 
-_close = finish
-
-
 # What GGUF vocabularies hold next to text: tokens that control the model, one the user defined, and an end of text that
 # the file does not mark.
 GGUF_SPECIALS = {"<|bos|>": 3, "<|im_end|>": 3, "<tool>": 4, "<|endoftext|>": 1}
 
 
-def byte_level_gguf(path: Path, pre: str | None, rng: random.Random, **more: object) -> Path:
-    """A byte-level vocabulary whose merges reach over any pre-tokenizer's borders, so that its splits show."""
+def byte_level_gguf(
+    path: Path,
+    pre: str | None,
+    rng: random.Random,
+    edit: Callable[[gguf.GGUFWriter], object] = lambda writer: None,
+    **more: object,
+) -> Path:
+    """A byte-level vocabulary whose merges reach over any pre-tokenizer's borders, so that its splits show.
+
+    `more`: methods of the writer and what they are called with; `edit` has the last word.
+    """
     letters = gpt2_alphabet()
     tokens, merges = [letters[byte] for byte in range(256)], []
     words = [[letters[byte] for byte in random_text(rng, 60).encode()] for _ in range(300)]
@@ -200,7 +207,8 @@ def byte_level_gguf(path: Path, pre: str | None, rng: random.Random, **more: obj
     writer.add_eos_token_id(tokens.index("<|im_end|>"))
     for name, value in more.items():
         getattr(writer, name)(value)
-    _close(writer)
+    edit(writer)
+    finish(writer)
     return path
 
 
@@ -259,7 +267,7 @@ def sentencepiece_gguf(path: Path, rng: random.Random, prefix: bool = True) -> P
     writer.add_unk_token_id(0)
     if not prefix:
         writer.add_add_space_prefix(False)
-    _close(writer)
+    finish(writer)
     return path
 
 

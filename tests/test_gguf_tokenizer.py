@@ -6,10 +6,9 @@ import socket
 import time
 import urllib.request
 
-import made_tokenizers
 import pytest
 from conftest import SEED
-from made_tokenizers import GGUF_SPECIALS, byte_level_gguf, random_text, sentencepiece_gguf
+from made_tokenizers import GGUF_SPECIALS, byte_level_gguf, finish, random_text, sentencepiece_gguf
 
 from cqil_trt.errors import UserError
 from cqil_trt.tokenizer import Tokenizer, find_tokenizer, save_tokenizer
@@ -138,35 +137,23 @@ def test_chat_templates_by_name(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "more, message",
+    "method, key, value, message",
     [
-        ({"add_eot_token_id": -1}, "eot_token_id is -1"),
-        ({"add_string": ("tokenizer.ggml.eot_token_id", "2")}, "another type"),
-        ({"add_string": ("tokenizer.ggml.add_bos_token", "no")}, "another type"),
-        ({"add_array": ("tokenizer.ggml.merges", [1, 2])}, "another type"),
-        ({"add_uint32": ("tokenizer.ggml.token_type", 1)}, "another type"),
-        ({"add_string": ("tokenizer.chat_template./tmp/escaped", "x")}, "is no name for a chat template"),
+        ("add_int32", "tokenizer.ggml.eot_token_id", -1, "eot_token_id is -1"),
+        ("add_string", "tokenizer.ggml.eot_token_id", "2", "another type"),
+        ("add_string", "tokenizer.ggml.add_bos_token", "no", "another type"),
+        ("add_array", "tokenizer.ggml.merges", [1, 2], "another type"),
+        ("add_uint32", "tokenizer.ggml.token_type", 1, "another type"),
+        ("add_string", "tokenizer.chat_template./tmp/escaped", "x", "is no name for a chat template"),
     ],
 )
-def test_metadata_of_other_types_is_refused(more, message, tmp_path, monkeypatch):
-    import gguf
+def test_metadata_of_other_types_is_refused(method, key, value, message, tmp_path):
+    def edit(writer):
+        for part in writer.kv_data:
+            part.pop(key, None)
+        getattr(writer, method)(key, value)
 
-    [(name, value)] = more.items()
-    written = getattr(gguf.GGUFWriter, name)
-
-    def close(writer):
-        # The last word counts: what was written before under the key goes.
-        if isinstance(value, tuple):
-            for part in writer.kv_data:
-                part.pop(value[0], None)
-            written(writer, *value)
-        else:
-            writer.kv_data[0].pop("tokenizer.ggml.eot_token_id", None)
-            writer.add_int32("tokenizer.ggml.eot_token_id", value)
-        made_tokenizers.finish(writer)
-
-    monkeypatch.setattr(made_tokenizers, "_close", close)
-    path = byte_level_gguf(tmp_path / "model.gguf", "qwen2", random.Random(SEED))
+    path = byte_level_gguf(tmp_path / "model.gguf", "qwen2", random.Random(SEED), edit)
     with pytest.raises(UserError, match=message):
         engine_tokenizer(path, tmp_path / "engine")
         GgufTokenizer(path).ends()
@@ -181,7 +168,7 @@ def test_a_vocabulary_that_names_a_token_twice(tmp_path):
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([*(f"t{number}" for number in range(60_000)), "t59999"])
     writer.add_eos_token_id(7)
-    made_tokenizers.finish(writer)
+    finish(writer)
     tokenizer, began = GgufTokenizer(tmp_path / "model.gguf"), time.perf_counter()
     with pytest.raises(UserError, match="two tokens of its vocabulary are 't59999'.*--no-tokenizer"):
         tokenizer.write(tmp_path)
