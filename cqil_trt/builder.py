@@ -44,8 +44,7 @@ class EngineWeights:
             )
 
     def write_shared(self, directory: Path) -> list[Path]:
-        taken = [name for name in self.engine.shared_files if name != probes.FILE]
-        return [self._take(name, directory / name) for name in taken]
+        return [self._take(name, directory / name) for name in self.engine.shared_files if name != probes.FILE]
 
     def write_rank(self, path: Path, rank: RankPlan, dtype: str, advance: Callable[[int], Any]) -> dict[str, Any]:
         self._take(path.name, path)

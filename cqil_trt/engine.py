@@ -155,7 +155,7 @@ def rank_file(rank: int, suffix: str = "safetensors") -> str:
 
 def _rank_of(name: str) -> int | None:
     """The rank that a file of an engine belongs to; None for those of no rank. Chat templates may have any name."""
-    match = re.fullmatch(r"(?:(?!additional_chat_templates/)[^/]+/)?rank(\d+)\..+", name)
+    match = re.fullmatch(r"(?:(?:checkpoint|trtllm)/)?rank(\d+)\..+", name)
     return None if match is None else int(match[1])
 
 

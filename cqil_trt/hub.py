@@ -22,19 +22,11 @@ from cqil_trt.config import ADAPTER_FILE, read_json
 from cqil_trt.errors import UserError
 from cqil_trt.gguf_files import PART, gguf_parts
 from cqil_trt.table import size
+from cqil_trt.tokenizer.files import FILES
+from cqil_trt.tokenizer.settings import TEMPLATES
 
 _NAME = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:/(?P<file>[^@]+\.gguf))?(?:@(?P<revision>\w[\w./-]*))?", re.ASCII)
-_TOKENIZER = {
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-}
-_TEMPLATES = re.compile(r"additional_chat_templates/[^/]+\.jinja")
+_TEMPLATES = re.compile(rf"{TEMPLATES}/[^/]+\.jinja")
 _MODEL = {"config.json", "generation_config.json"}
 _ADAPTER = {"adapter_config.json", ADAPTER_FILE}
 _TOKEN = "(HF_TOKEN, or hf auth login)"
@@ -179,7 +171,7 @@ def _from_cache(name: str, reference: _Reference, choose: _Choose, why: str) -> 
     except UserError as error:
         raise UserError(f"{error} (only a part of it is in the cache {folder}, and {why})") from None
     note = None if constants.HF_HUB_OFFLINE else f"{why}: taken from the cache"
-    if choose is _model_files and main is None and not _TOKENIZER & names:
+    if choose is _model_files and main is None and not FILES & names:
         note = f"{why}, and the cache holds no tokenizer of it"  # as tools leave it that took the weights alone
     return Found(name, _place(folder / files[0], files[0], main), folder.name, note)
 
@@ -223,7 +215,7 @@ def _adapter_files(reference: _Reference, names: Collection[str], get: Callable[
 
 def _small(names: Collection[str], wanted: set[str]) -> list[str]:
     """Of the repository's files, those `wanted` and the tokenizer's."""
-    return sorted(name for name in names if name in wanted | _TOKENIZER or _TEMPLATES.fullmatch(name))
+    return sorted(name for name in names if name in wanted | FILES or _TEMPLATES.fullmatch(name))
 
 
 def _weights(reference: _Reference, names: Collection[str], get: Callable[[str], Path], *forms: str) -> list[str]:

@@ -24,7 +24,7 @@ from torch import nn
 
 from cqil_trt.config import CqilConfig, ModelConfig, read_json
 from cqil_trt.errors import UserError
-from cqil_trt.gguf_files import gguf_parts
+from cqil_trt.gguf_files import gguf_parts, open_gguf
 from cqil_trt.probes import TOP, Probe
 from cqil_trt.weights import GgufReader, WeightReader
 
@@ -209,10 +209,9 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> nn.Module:
     judges: scaling by transformers' own code, frequency factors and the attention factor on its module. The tensors of
     a file in parts, which transformers does not read, come from our reader.
     """
-    from gguf import GGUFReader
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    files = [GGUFReader(part) for part in gguf_parts(path)]
+    files = [open_gguf(part) for part in gguf_parts(path)]
     file, tensors = files[0], {tensor.name: tensor.data for each in files for tensor in each.tensors}
     architecture = file.fields["general.architecture"].contents()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ from cqil_trt.tokenizer import Tokenizer, find_tokenizer, save_tokenizer
 from cqil_trt.tokenizer.settings import STANDARD_NAMES
 
 
-def open_tokenizer(model: Path, lora: Path | None = None) -> Tokenizer:
-    """The tokenizer of a checkpoint (directory or .gguf), or of its adapter. Raises UserError when it has none."""
-    found = find_tokenizer(model, lora)
+def open_tokenizer(model: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint (directory or .gguf). Raises UserError when it has none."""
+    found = find_tokenizer(model)
     if found is None:
         raise UserError(f"{model}: has no tokenizer, which texts and tasks need")
     return found.open()
@@ -28,23 +28,14 @@ def transformers_tokenizer(model: Path) -> Any:
     """The same as an object of transformers. Raises UserError when there is none."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    def load(directory: Path) -> Any:
-        tokenizer = Tokenizer(directory)
-        backend = getattr(tokenizer.vocabulary, "backend", None)
-        if backend is None:  # sentencepiece, which transformers has only a class of its own for
+    vocabulary = open_tokenizer(model).vocabulary
+    backend = getattr(vocabulary, "backend", None)
+    if backend is None:  # sentencepiece, which transformers has only a class of its own for
+        with tempfile.TemporaryDirectory() as directory:
+            save_tokenizer(model, Path(directory))
             return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        names = {name: text for name, text in tokenizer.vocabulary.names.items() if name in STANDARD_NAMES}
-        return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
-
-    return _from_saved(model, load)
-
-
-def _from_saved(model: Path, load: Callable[[Path], Any]) -> Any:
-    """What `load` makes of the directory that the checkpoint's tokenizer is saved in, which is gone behind it."""
-    with tempfile.TemporaryDirectory() as directory:
-        if not save_tokenizer(model, Path(directory)):
-            raise UserError(f"{model}: has no tokenizer, which texts and tasks need")
-        return load(Path(directory))
+    names = {name: text for name, text in vocabulary.names.items() if name in STANDARD_NAMES}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
 
 
 def text_blocks(

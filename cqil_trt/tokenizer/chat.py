@@ -76,10 +76,9 @@ class ChatTemplate:
 
         Raises UserError when there is no template, or it is malformed, refuses the conversation or fails on it.
         """
+        source = self._choose(conversation)
         try:
-            template = _environment().from_string(self._choose(conversation))
-        except UserError:
-            raise
+            template = _environment().from_string(source)
         except Exception as error:  # Jinja's own errors, and what Python's compiler says to what Jinja makes of it
             raise UserError(
                 f"{conversation.source}: the chat template of {self._source} is malformed ({error})"

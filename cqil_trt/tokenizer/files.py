@@ -32,6 +32,8 @@ from cqil_trt.tokenizer.vocabulary import JSON, MODEL
 
 _SETTINGS = (CONFIG, SPECIAL_TOKENS, ADDED_TOKENS)
 _BYTE_LEVEL = ("vocab.json", "merges.txt")
+# Every file of a checkpoint that its tokenizer may be read from, next to the templates in additional_chat_templates/.
+FILES = frozenset((JSON, MODEL, TEMPLATE, *_SETTINGS, *_BYTE_LEVEL))
 # The pre-tokenizer that goes with vocab.json and merges.txt, by tokenizer_class, in llama.cpp's names.
 _BYTE_LEVEL_CLASSES = {"Qwen2Tokenizer": "qwen2", "GPT2Tokenizer": "gpt-2"}
 # Special in both classes, whether a configuration names it or not.
