@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cqil_trt import backends, probes
 from cqil_trt import engine as engine_directory
-from cqil_trt.config import CqilConfig, EngineConfig, ModelConfig
+from cqil_trt.config import CqilConfig, EngineLimits
 from cqil_trt.demo import demo_adapter, is_demo_model
 from cqil_trt.errors import UserError
 from cqil_trt.hub import Found, find_adapter, find_model
 from cqil_trt.job import Job
+from cqil_trt.model import ModelConfig
 from cqil_trt.presets import preset as find_preset
 from cqil_trt.schedule import Group, Layer
 from cqil_trt.shard import RankPlan, plan
@@ -32,28 +34,28 @@ NO_ADAPTER = "none"
 
 
 class EngineWeights:
-    """A torch engine as what another is written from: its files hold merged, sharded weights. Needs no PyTorch."""
+    """A plain engine as what another is written from: its files hold merged, sharded weights. Needs no PyTorch."""
 
     def __init__(self, path: Path):
         self.engine = engine_directory.Engine.open(path)
         self.model, self.source, self.rotary = self.engine.model, self.engine.source, self.engine.rotary
-        if self.engine.limits.backend != "torch":
-            backend = self.engine.limits.backend
+        if self.engine.backend != backends.PLAIN:
             raise UserError(
-                f"--model {path}: an engine of backend {backend}; only one of backend torch can be compiled"
+                f"--model {path}: an engine of backend {self.engine.backend}; only one of backend {backends.PLAIN} can "
+                "be compiled"
             )
 
     def write_shared(self, directory: Path) -> list[Path]:
         return [self._take(name, directory / name) for name in self.engine.shared_files if name != probes.FILE]
 
-    def write_rank(self, path: Path, rank: RankPlan, dtype: str, advance: Callable[[int], Any]) -> dict[str, Any]:
+    def write_rank(self, path: Path, rank: RankPlan, advance: Callable[[int], Any]) -> dict[str, Any]:
         self._take(path.name, path)
-        entry = dict(self.engine.files[path.name])
+        entry = self.engine.files[path.name]
         advance(entry["size"])
-        return entry
+        return {"size": entry["size"], "sha256": entry["sha256"]}
 
     def write_probes(
-        self, directory: Path, cqil: CqilConfig, limits: EngineConfig, wanted: str, progress: bool
+        self, directory: Path, cqil: CqilConfig, limits: EngineLimits, wanted: str, progress: bool
     ) -> list[Path]:
         if probes.FILE not in self.engine.files:
             return []
@@ -70,21 +72,93 @@ class EngineWeights:
         return target
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class BuildRequest:
+    """What is asked of a build.
+
+    Attributes:
+        model: a Hugging Face directory, a .gguf file, a name on the hub (see `hub`), or an engine of the plain backend
+            to compile for another backend.
+        lora: a PEFT adapter, a directory or a name on the hub, merged in float32; one with a CQIL configuration inside
+            decides the next two. By default the one that comes with this package, for its demo model in the
+            configuration it was trained for; "none" for none.
+        preset: a published configuration (`presets.PRESETS`); p, d, start, end, bypass and placement override it.
+        p, d, start, end, bypass, placement: see `CqilConfig`; start and end default to the middle of the model.
+        dtype: float32, float16 or bfloat16; default the checkpoint's (float32 for GGUF).
+        backend: which network the ranks execute: one of `backends.names()`.
+        max_batch_size, max_seq_len: limits in sequences and tokens; default 8 and min(2048, the model's),
+            where dynamic rope is the model's own context only.
+        prefill_chunk: tokens of a prompt that one forward pass takes; default 512.
+        probes: whether to store what the float32 reference says to a few prompts, for validation without PyTorch:
+            "always", "never", or "auto" (models up to 2 GiB in float32, or that fit a GPU that PyTorch sees).
+        tokenizer: whether the engine gets the tokenizer; without it, it takes token ids only.
+        output: the directory to make; default engines/NAME, which replaces an engine of that name.
+        force: replace an engine at `output`.
+        options: of the backend (`Backend.options`), by name.
+    """
+
+    model: str | Path | Found
+    lora: str | Path | Found | None = None
+    preset: str | None = None
+    p: int | None = None
+    d: int | None = None
+    start: int | None = None
+    end: int | None = None
+    bypass: str | None = None
+    placement: str | None = None
+    dtype: str | None = None
+    backend: str = backends.PLAIN
+    max_batch_size: int | None = None
+    max_seq_len: int | None = None
+    prefill_chunk: int | None = None
+    probes: str = "auto"
+    tokenizer: bool = True
+    output: str | Path | None = None
+    force: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, **arguments: Any) -> BuildRequest:
+        """The request whose fields and backend options are given side by side, as the command's flags are."""
+        known = {f.name for f in fields(cls)}
+        return cls(
+            **{name: value for name, value in arguments.items() if name in known},
+            options={name: value for name, value in arguments.items() if name not in known and value},
+        )
+
+    @property
+    def cqil_flags(self) -> dict[str, Any]:
+        """What `choose_cqil` takes."""
+        names = ("preset", "p", "d", "start", "end", "bypass", "placement")
+        return {name: getattr(self, name) for name in names}
+
+    def locate(self, job: Job) -> BuildRequest:
+        """The same with model and adapter found, on every rank: only rank 0 fetches from the hub."""
+        named = self.lora not in (None, NO_ADAPTER)
+        model, lora = job.share(lambda: (find_model(self.model), find_adapter(self.lora) if named else self.lora))
+        return replace(self, model=model, lora=lora)
+
+
+@dataclass(frozen=True, kw_only=True)
 class BuildPlan:
-    """A build that has been checked and only needs writing."""
+    """A build that has been checked and only needs writing.
+
+    `description`, `options`: as in `Compilation`. `replace`: whether an engine at `output` is replaced. `notes`: what
+    the user should know before it is written. `found`, `adapter`: where model and adapter came from.
+    """
 
     model: ModelConfig
     cqil: CqilConfig
-    limits: EngineConfig
+    limits: EngineLimits
+    backend: str
+    description: backends.Description
+    options: Mapping[str, Any]
     ranks: tuple[RankPlan, ...]
     weights: Checkpoint | EngineWeights
     output: Path
     replace: bool
     notes: tuple[str, ...]
     probes: str
-    made: backends.Description
-    options: Mapping[str, Any]
     found: Found
     adapter: Found | None
 
@@ -94,15 +168,14 @@ class BuildPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """What the build will do, for people and machines: placement of layers, bytes, collectives."""
-        dtype = self.limits.dtype
-        alone = plan(self.model, CqilConfig(1))[0].bytes_per_token(dtype)
+        alone = plan(self.model, CqilConfig(1), self.limits.dtype)[0].bytes_per_token
         ranks = [
             {
                 "rank": rank.rank,
                 "steps": describe_steps(rank),
-                "weight_bytes": rank.stored_bytes(dtype),
-                "bytes_per_token": rank.bytes_per_token(dtype),
-                "kv_cache_bytes_per_token": rank.cache_bytes_per_token(dtype),
+                "weight_bytes": rank.stored_bytes,
+                "bytes_per_token": rank.bytes_per_token,
+                "kv_cache_bytes_per_token": rank.cache_bytes_per_token,
                 "all_reduces_per_token": rank.schedule.all_reduces,
                 "broadcasts_per_token": rank.schedule.broadcasts,
                 "bypasses_per_token": rank.bypasses,
@@ -120,8 +193,9 @@ class BuildPlan:
             "layers": self.model.num_layers,
             "cqil": self.cqil.to_dict(),
             "limits": self.limits.to_dict(),
-            "backend_version": self.made.version,
-            "gpus": self.made.architecture,
+            "backend": self.backend,
+            "backend_version": self.description.version,
+            "gpus": self.description.architecture,
             "output": str(self.output),
             "ranks": ranks,
             "bytes_per_token_one_rank": alone,
@@ -156,115 +230,138 @@ def describe_steps(rank: RankPlan) -> str:
     return ", ".join(parts) or "none"
 
 
-def locate(arguments: Mapping[str, Any], job: Job) -> dict[str, Any]:
-    """The arguments of `prepare` with model and adapter found, on every rank: only rank 0 fetches from the hub."""
-    model, lora = arguments["model"], arguments.get("lora")
-    named = lora not in (None, NO_ADAPTER)
-    found = job.share(lambda: (find_model(model), find_adapter(lora) if named else lora))
-    return {**arguments, "model": found[0], "lora": found[1]}
-
-
-def prepare(
-    model: str | Path | Found,
-    lora: str | Path | Found | None = None,
-    preset: str | None = None,
-    p: int | None = None,
-    d: int | None = None,
-    start: int | None = None,
-    end: int | None = None,
-    bypass: str | None = None,
-    placement: str | None = None,
-    dtype: str | None = None,
-    backend: str = "torch",
-    max_batch_size: int | None = None,
-    max_seq_len: int | None = None,
-    prefill_chunk: int | None = None,
-    probes: str = "auto",
-    tokenizer: bool = True,
-    output: str | Path | None = None,
-    force: bool = False,
-    **options: Any,
-) -> BuildPlan:
-    """Opens and checks everything a build needs without writing anything; arguments as in `build`."""
-    found, adapter = find_model(model), None if lora in (None, NO_ADAPTER) else find_adapter(lora)
-    path = found.path
+def prepare(request: BuildRequest) -> BuildPlan:
+    """Opens and checks everything a build needs, and writes nothing. Raises UserError for what is wrong."""
+    backend = backends.load(request.backend)
+    found = find_model(request.model)
+    adapter = None if request.lora in (None, NO_ADAPTER) else find_adapter(request.lora)
     notes = [f"{place.name}: {place.note}" for place in (found, adapter) if place is not None and place.note]
-    flags = {"preset": preset, "p": p, "d": d, "start": start, "end": end, "bypass": bypass, "placement": placement}
-    weights: Checkpoint | EngineWeights
-    if engine_directory.is_engine(path):
-        weights = EngineWeights(path)
-        config, cqil = weights.model, weights.engine.cqil
-        decided = {"lora": lora, **flags, "dtype": dtype, "no-tokenizer": None if tokenizer else True}
-        dtype = weights.engine.limits.dtype
-        if given := [f"--{name}" for name, value in decided.items() if value is not None]:
-            raise UserError(f"--model {path}: an engine, which has decided {', '.join(given)} already: leave it out")
-        name = path.name.replace("-torch-", f"-{backend}-") if "-torch-" in path.name else f"{path.name}-{backend}"
-        defaults = weights.engine.limits
+    if engine_directory.is_engine(found.path):
+        opened = _open_engine(request, found.path)
     else:
-        from cqil_trt.checkpoint import Checkpoint
-
-        weights = Checkpoint(path, None if adapter is None else adapter.path, tokenizer)
-        trained = None if adapter is None else CqilConfig.of_adapter(adapter.path)
-        cqil = choose_cqil(weights.model, flags, notes, trained)
-        if lora is None and (shipped := demo_adapter(path, cqil)) is not None:
-            adapter = Found(str(shipped), shipped)
-            weights.merge(shipped)
-            notes.append(
-                f"the adapter {shipped} was trained for this model and these layers (--lora {NO_ADAPTER} leaves it out)"
-            )
-        elif lora is None and cqil.groups and is_demo_model(path):
-            notes.append("the adapter that comes with the demo model was trained for other layers and is not merged")
-        config = weights.model
-        if tokenizer:
-            notes += _tokenizer_notes(weights.tokenizer, None if adapter is None else adapter.path, config.vocab_size)
-        longest = min(2048, config.context, config.rope.fixed_context, config.sliding_window or config.context)
-        defaults = EngineConfig(max_seq_len=longest)
-        name = None
-    limits = EngineConfig(
-        defaults.max_batch_size if max_batch_size is None else max_batch_size,
-        defaults.max_seq_len if max_seq_len is None else max_seq_len,
-        dtype or config.dtype,
-        backend,
-        defaults.prefill_chunk if prefill_chunk is None else prefill_chunk,
+        opened, adapter = _open_checkpoint(request, found, adapter, notes)
+    limits = _choose_limits(request, opened)
+    backend.check_model(opened.weights.model, limits)
+    options = _backend_options(request)
+    ranks = plan(opened.weights.model, opened.cqil, limits.dtype)
+    description = backend.describe(limits, options, ranks)
+    name = opened.name or _default_name(request.backend, found, opened.cqil, limits, adapter)
+    target, may_replace = _choose_output(request, name, opened.weights.source, notes)
+    return BuildPlan(
+        model=opened.weights.model,
+        cqil=opened.cqil,
+        limits=limits,
+        backend=request.backend,
+        description=description,
+        options=options,
+        ranks=ranks,
+        weights=opened.weights,
+        output=target,
+        replace=may_replace,
+        notes=(*notes, *description.notes),
+        probes=request.probes,
+        found=found,
+        adapter=adapter,
     )
-    limits.check_model(config)
-    options = {name: value for name, value in options.items() if value}
-    for name in options:
-        takers = ("tensorrt", "tensorrt-llm") if name == "collective" else ("tensorrt",)
-        if backend not in takers:
-            only = f"backend {takers[0]} takes" if len(takers) == 1 else f"backends {' and '.join(takers)} take"
-            raise UserError(f"--{name.replace('_', '-')}: only {only} it, found backend {backend}")
-    ranks = plan(config, cqil)
-    made = backends.load(backend).describe(limits, options, ranks)
 
-    chosen = output is not None
-    target = Path(output or Path("engines") / (name or _default_name(found, cqil, limits, adapter)))
-    if chosen and target.exists() and not force:
+
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """What a build starts from. `dtype`, `defaults`: the engine's where the request says nothing.
+
+    `name`: what the new engine is called; None: after the model.
+    """
+
+    weights: Checkpoint | EngineWeights
+    cqil: CqilConfig
+    dtype: str
+    defaults: EngineLimits
+    name: str | None = None
+
+
+def _open_engine(request: BuildRequest, path: Path) -> _Opened:
+    weights = EngineWeights(path)
+    decided = {
+        "lora": request.lora,
+        **request.cqil_flags,
+        "dtype": request.dtype,
+        "no-tokenizer": None if request.tokenizer else True,
+    }
+    if given := [f"--{name}" for name, value in decided.items() if value is not None]:
+        raise UserError(f"--model {path}: an engine, which has decided {', '.join(given)} already: leave it out")
+    plain = f"-{backends.PLAIN}-"
+    name = f"{path.name}-{request.backend}"
+    if plain in path.name:
+        name = path.name.replace(plain, f"-{request.backend}-")
+    limits = weights.engine.limits
+    return _Opened(weights=weights, cqil=weights.engine.cqil, dtype=limits.dtype, defaults=limits, name=name)
+
+
+def _open_checkpoint(
+    request: BuildRequest, found: Found, adapter: Found | None, notes: list[str]
+) -> tuple[_Opened, Found | None]:
+    """The checkpoint with its adapter, and the adapter that was merged."""
+    from cqil_trt.checkpoint import Checkpoint
+
+    path = found.path
+    weights = Checkpoint(path, None if adapter is None else adapter.path, request.tokenizer)
+    trained = None if adapter is None else CqilConfig.of_adapter(adapter.path)
+    cqil = choose_cqil(weights.model, request.cqil_flags, notes, trained)
+    if request.lora is None and (shipped := demo_adapter(path, cqil)) is not None:
+        adapter = Found(str(shipped), shipped)
+        weights.merge(shipped)
+        notes.append(
+            f"the adapter {shipped} was trained for this model and these layers (--lora {NO_ADAPTER} leaves it out)"
+        )
+    elif request.lora is None and cqil.groups and is_demo_model(path):
+        notes.append("the adapter that comes with the demo model was trained for other layers and is not merged")
+    model = weights.model
+    if request.tokenizer:
+        notes += _tokenizer_notes(weights.tokenizer, None if adapter is None else adapter.path, model.vocab_size)
+    longest = min(2048, model.context, model.rope.fixed_context, model.sliding_window or model.context)
+    return _Opened(weights=weights, cqil=cqil, dtype=model.dtype, defaults=EngineLimits(max_seq_len=longest)), adapter
+
+
+def _choose_limits(request: BuildRequest, opened: _Opened) -> EngineLimits:
+    names = ("max_batch_size", "max_seq_len", "prefill_chunk")
+    given = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
+    limits = replace(opened.defaults, dtype=request.dtype or opened.dtype, **given)
+    limits.check_model(opened.weights.model)
+    return limits
+
+
+def _backend_options(request: BuildRequest) -> dict[str, Any]:
+    """The options of the backend that were given. Raises UserError for one that the backend does not have."""
+    options = {name: value for name, value in request.options.items() if value}
+    known = backends.all_options()
+    for name in options:
+        if name not in known:
+            raise TypeError(f"build() has no argument {name}")
+        _, takers = known[name]
+        if request.backend not in takers:
+            only = f"backend {takers[0]} takes" if len(takers) == 1 else f"backends {' and '.join(takers)} take"
+            raise UserError(f"--{name.replace('_', '-')}: only {only} it, found backend {request.backend}")
+    return options
+
+
+def _choose_output(
+    request: BuildRequest, name: str, source: engine_directory.Source, notes: list[str]
+) -> tuple[Path, bool]:
+    """Where the engine goes, and whether it may replace one that is there."""
+    chosen = request.output is not None
+    target = Path(request.output or Path("engines") / name)
+    if chosen and target.exists() and not request.force:
         raise UserError(f"--output {target}: exists already (--force replaces it)")
     old = engine_directory.existing(target)
     # Under a name of our own making, building the same again replaces it; another model of that name does not.
-    if old is not None and old.source != weights.source and not (chosen or force):
+    if old is not None and old.source != source and not (chosen or request.force):
         raise UserError(f"{target}: holds an engine of another model or commit (--force replaces it, or give --output)")
     if old is None and engine_directory.is_engine(target):
         notes.append(f"replaces what is left of an engine in {target}")
     elif old is not None:
         built = datetime.fromisoformat(old.created).strftime("%Y-%m-%d, %H:%M UTC")
         notes.append(f"replaces the engine built on {built} in {target}")
-    return BuildPlan(
-        config,
-        cqil,
-        limits,
-        ranks,
-        weights,
-        target,
-        force or not chosen,
-        (*notes, *made.notes),
-        probes,
-        made,
-        options,
-        found,
-        adapter,
-    )
+    return target, request.force or not chosen
 
 
 def _tokenizer_notes(tokenizer: TokenizerFiles | None, adapter: Path | None, vocab_size: int) -> list[str]:
@@ -322,78 +419,66 @@ def choose_cqil(
     return config
 
 
-def _default_name(model: Found, cqil: CqilConfig, limits: EngineConfig, adapter: Found | None) -> str:
+def _default_name(backend: str, model: Found, cqil: CqilConfig, limits: EngineLimits, adapter: Found | None) -> str:
     parts = [model.stem] if adapter is None else [model.stem, adapter.stem]
     parts.append(f"p{cqil.p}-d{cqil.d}-{cqil.start}-{cqil.end}")
     if cqil.d:
         parts.append(cqil.bypass)
-    return "-".join([*parts, cqil.placement, limits.backend, limits.dtype])
+    return "-".join([*parts, cqil.placement, backend, limits.dtype])
 
 
 def build(*, progress: bool = False, job: Job | None = None, **arguments: Any) -> engine_directory.Engine:
     """Builds an engine directory and opens it.
 
     Args:
-        model: a Hugging Face directory, a .gguf file, a name on the hub (see `hub`), or an engine of backend torch to
-            compile for another backend.
-        lora: a PEFT adapter, a directory or a name on the hub, merged in float32; one with a CQIL configuration inside
-            decides the next two. By default the one that comes with this package, for its demo model in the
-            configuration it was trained for; "none" for none.
-        preset: a published configuration (`presets.PRESETS`); p, d, start, end, bypass and placement override it.
-        p, d, start, end, bypass, placement: see `CqilConfig`; start and end default to the middle of the model.
-        dtype: float32, float16 or bfloat16; default the checkpoint's (float32 for GGUF).
-        backend: which network the ranks execute.
-        max_batch_size, max_seq_len: limits in sequences and tokens; default 8 and min(2048, the model's),
-            where dynamic rope is the model's own context only.
-        prefill_chunk: tokens of a prompt that one forward pass takes; default 512.
-        probes: whether to store what the float32 reference says to a few prompts, for validation without PyTorch:
-            "always", "never", or "auto" (models up to 2 GiB in float32, or that fit a GPU that PyTorch sees).
-        tokenizer: whether the engine gets the tokenizer; without it, it takes token ids only.
-        output: the directory to make; default engines/NAME, which replaces an engine of that name.
-        force: replace an engine at `output`.
         progress: show a progress bar on standard error.
         job: in an MPI job every process makes the same call and builds its share of the ranks.
-        target, collective, save_network_json, timing_cache: see `backends.tensorrt`.
+        arguments: the fields of `BuildRequest`, and the backend's options side by side with them.
 
     Raises:
         UserError: a wrong input; nothing is left behind.
     """
     job = job or Job()
-    arguments = locate(arguments, job)
-    return write(job.agree(lambda: prepare(**arguments)), progress, job)
+    request = BuildRequest.of(**arguments).locate(job)
+    return write(job.agree(lambda: prepare(request)), progress, job)
 
 
 def write(build: BuildPlan, progress: bool = False, job: Job | None = None) -> engine_directory.Engine:
     """Writes the engine of a checked plan: every rank's weights and network, what is shared, config.json last."""
-    job = job or Job()
+    job, backend = job or Job(), backends.load(build.backend)
     with ExitStack() as cleanup:
         new = engine_directory.new_directory(build.output, build.replace)
         directory = job.share(lambda: cleanup.enter_context(new))
         # The tokenizer first: what is wrong with it should not come out after gigabytes of weights.
         shared = job.share(lambda: _write_shared(build, directory, progress))
-        mine = job.agree(lambda: _write_ranks(build, directory, build.ranks[job.rank :: job.size], progress))
-        files = {name: entry for part in (shared, *job.gather(mine)) for name, entry in part.items()}
+        mine = build.ranks[job.rank :: job.size]
+        own = job.agree(lambda: _write_ranks(build, directory, mine, shared, progress))
+        files = {name: entry for part in (shared, *job.gather(own)) for name, entry in part.items()}
 
         def finish() -> None:
-            backend = backends.load(build.limits.backend)
-            if hasattr(backend, "finish"):
-                backend.finish(directory, build.ranks, build.limits, build.made, progress)
-                made = [path for path in sorted(directory.rglob("*")) if path.is_file() and path.parent != directory]
-                names = [path.relative_to(directory).as_posix() for path in made]
-                files.update({n: engine_directory.fingerprint(p) for n, p in zip(names, made) if n not in files})
+            backend.finish(
+                backends.Completion(
+                    directory=directory,
+                    ranks=build.ranks,
+                    limits=build.limits,
+                    description=build.description,
+                    progress=progress,
+                )
+            )
             engine_directory.write_config(
                 directory,
                 {
                     "model": build.model.to_dict(),
                     "cqil": build.cqil.to_dict(),
                     "limits": build.limits.to_dict(),
+                    "backend": build.backend,
                     "rotary": build.weights.rotary,
                     "source": {"model": build.source.model, "lora": build.source.lora},
-                    "backend_version": build.made.version,
-                    "architecture": build.made.architecture,
-                    "build": dict(build.made.build),
+                    "backend_version": build.description.version,
+                    "architecture": build.description.architecture,
+                    "build": dict(build.description.build),
                     "created": datetime.now(timezone.utc).isoformat(),
-                    "files": dict(sorted(files.items())),
+                    "files": dict(sorted(_with_backend_files(directory, files).items())),
                 },
             )
             cleanup.close()
@@ -409,25 +494,46 @@ def _write_shared(build: BuildPlan, directory: Path, progress: bool) -> dict[str
 
 
 def _write_ranks(
-    build: BuildPlan, directory: Path, ranks: tuple[RankPlan, ...], progress: bool
+    build: BuildPlan, directory: Path, ranks: tuple[RankPlan, ...], shared: Collection[str], progress: bool
 ) -> dict[str, dict[str, Any]]:
+    """Writes and compiles these ranks; returns their files, as config.json lists them."""
     from tqdm import tqdm
 
     files: dict[str, dict[str, Any]] = {}
-    total = sum(rank.stored_bytes(build.limits.dtype) for rank in ranks)
+    total = sum(rank.stored_bytes for rank in ranks)
     with tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=not progress, leave=False) as bar:
         for rank in ranks:
             name = engine_directory.rank_file(rank.rank)
-            files[name] = build.weights.write_rank(directory / name, rank, build.limits.dtype, bar.update)
-    backend = backends.load(build.limits.backend)
+            entry = build.weights.write_rank(directory / name, rank, bar.update)
+            files[name] = {**entry, "rank": rank.rank}
+    backend = backends.load(build.backend)
     for rank in ranks:
-        backend.compile_rank(
+        backend.compile(
             backends.Compilation(
-                directory, rank, build.limits, build.weights.rotary, build.made, build.options, progress
+                directory=directory,
+                plan=rank,
+                limits=build.limits,
+                rotary=build.weights.rotary,
+                description=build.description,
+                options=build.options,
+                progress=progress,
             )
         )
         for path in sorted(directory.rglob(f"rank{rank.rank}.*")):
             name = path.relative_to(directory).as_posix()
-            if name not in files:
-                files[name] = engine_directory.fingerprint(path)
-    return {name: entry for name, entry in files.items() if (directory / name).exists()}
+            if name not in files and name not in shared:  # a chat template may have such a name
+                files[name] = {**engine_directory.fingerprint(path), "rank": rank.rank}
+    return files
+
+
+def _with_backend_files(directory: Path, files: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The files of an engine: those known already, where they are still there, and what `Backend.finish` has added."""
+    found = {}
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if not path.is_file() or name == engine_directory.LOCK:
+            continue
+        rank = re.fullmatch(r"rank(\d+)\..+", path.name)
+        owner = {"rank": int(rank[1])} if rank else {}
+        found[name] = files.get(name) or {**engine_directory.fingerprint(path), **owner}
+    return found

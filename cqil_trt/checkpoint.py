@@ -5,25 +5,23 @@ from __future__ import annotations
 import hashlib
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cqil_trt import probes
-from cqil_trt.config import CqilConfig, EngineConfig
+from cqil_trt import families, probes
+from cqil_trt.config import CqilConfig, EngineLimits
 from cqil_trt.engine import Source, tensor_header
+from cqil_trt.families.layout import checkpoint_shapes
 from cqil_trt.gguf_files import gguf_parts
 from cqil_trt.lora import LoraReader
 from cqil_trt.network.rotary import inverse_frequencies
-from cqil_trt.shard import Piece, RankPlan, checkpoint_shapes
+from cqil_trt.shard import RankPlan
 from cqil_trt.tokenizer import find_tokenizer
 from cqil_trt.weights import WeightReader, check_shapes, open_checkpoint
 
-# Elements handled at a time: small enough that a block and its float32 copy stay in the caches while the adapter is
-# merged, large enough that a block's matrix product is efficient.
-_BLOCK_ELEMENTS = 1 << 20
 # Float32 bytes of a model up to which the reference is computed at build time without being asked for.
 _PROBE_BYTES = 2 << 30
 
@@ -56,12 +54,12 @@ class Checkpoint:
         """Writes what belongs to no rank (the tokenizer); returns the files."""
         return [] if self.tokenizer is None else self.tokenizer.write(directory)
 
-    def write_rank(self, path: Path, rank: RankPlan, dtype: str, advance: Callable[[int], Any]) -> dict[str, Any]:
+    def write_rank(self, path: Path, rank: RankPlan, advance: Callable[[int], Any]) -> dict[str, Any]:
         """Writes a rank's tensors; returns the size in bytes and sha256."""
-        return write_rank(path, rank, self.reader, dtype, advance)
+        return write_rank(path, rank, self.reader, advance)
 
     def write_probes(
-        self, directory: Path, cqil: CqilConfig, limits: EngineConfig, wanted: str, progress: bool
+        self, directory: Path, cqil: CqilConfig, limits: EngineLimits, wanted: str, progress: bool
     ) -> list[Path]:
         """Writes what the reference says to a few prompts; none with "never", or "auto" and a large model."""
         from cqil_trt import reference
@@ -69,8 +67,8 @@ class Checkpoint:
         elements = sum(torch.Size(shape).numel() for shape in checkpoint_shapes(self.model).values())
         if wanted == "never" or (wanted == "auto" and 4 * elements > _PROBE_BYTES and not reference.fits_gpu(elements)):
             return []
-        if self.model.architecture == "LlamaForCausalLM" and self.model.qkv_bias != self.model.o_bias:
-            return []  # llama.cpp can hold such a model, Hugging Face's modules cannot
+        if not families.of(self.model).in_transformers(self.model):
+            return []
         prompts = probes.prompts(directory, self.model.vocab_size, limits.max_seq_len)
         network = reference.with_cqil(reference.from_reader(self.model, self.reader), cqil)
         steps = [min(probes.STEPS, limits.max_seq_len - len(prompt) + 1) for prompt in prompts]
@@ -78,33 +76,15 @@ class Checkpoint:
         return [probes.save(directory, found)]
 
 
-def rank_tensors(rank: RankPlan, reader: WeightReader, dtype: str) -> Iterator[torch.Tensor]:
-    """The elements of the rank's tensors, in the order of `rank.tensors`, in blocks of bounded size."""
-    target = getattr(torch, dtype)
-    for tensor in rank.tensors:
-        for piece in tensor.pieces:
-            for block in _blocks(reader, piece):
-                yield block.to(target).contiguous()
-
-
-def _blocks(reader: WeightReader, piece: Piece) -> Iterator[torch.Tensor]:
-    shape = reader.shapes()[piece.source]
-    first, last = piece.rows or (0, shape[0])
-    width = shape[1] if len(shape) > 1 else 1
-    step = max(1, _BLOCK_ELEMENTS // width)
-    for row in range(first, last, step):
-        yield reader.read(piece.source, (row, min(row + step, last)), piece.columns)
-
-
 def write_rank(
-    path: Path, rank: RankPlan, reader: WeightReader, dtype: str, advance: Callable[[int], Any] = lambda count: None
+    path: Path, rank: RankPlan, reader: WeightReader, advance: Callable[[int], Any] = lambda count: None
 ) -> dict[str, Any]:
     """Writes a rank's tensors as one safetensors file; returns its size in bytes and sha256.
 
     The layout is known before the first weight is read, so blocks go straight to disk and memory stays bounded.
     A second thread hashes and writes while this one reads and merges.
     """
-    header, digest = tensor_header(rank.tensors, dtype), hashlib.sha256()
+    header, digest = tensor_header(rank.tensors), hashlib.sha256()
     blocks: queue.Queue[memoryview | bytes | None] = queue.Queue(maxsize=8)
     failure: list[BaseException] = []
 
@@ -126,7 +106,7 @@ def write_rank(
     writer.start()
     try:
         blocks.put(header)
-        for block in rank_tensors(rank, reader, dtype):
+        for block in rank.blocks(reader):
             if failure:
                 break
             blocks.put(memoryview(block.view(torch.uint8).numpy()).cast("B"))
@@ -137,4 +117,4 @@ def write_rank(
         file.close()
     if failure:
         raise failure[0]
-    return {"size": len(header) + rank.stored_bytes(dtype), "sha256": digest.hexdigest()}
+    return {"size": len(header) + rank.stored_bytes, "sha256": digest.hexdigest()}

@@ -2,9 +2,7 @@
 
     config.json            what the engine is; sha256 and size of every other file; a digest of itself
     rank{r}.safetensors    the tensors of rank r
-    rank{r}.engine         its compiled network (backend tensorrt)
-    rank{r}.onnx           its network, whose weights are in the safetensors file (backend onnx)
-    checkpoint/, trtllm/   TensorRT-LLM's checkpoint instead of rank{r}.safetensors, and its engines (its backend)
+    rank{r}.*              what the backend compiled of them, here or in a directory of its own
     reference.npz          what the float32 reference says to a few prompts (see probes.py)
     tokenizer.json, ...    the tokenizer: the checkpoint's own files, or those made of its GGUF metadata
 
@@ -18,31 +16,25 @@ import glob
 import hashlib
 import json
 import os
-import re
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from cqil_trt.config import DTYPE_BYTES, CqilConfig, EngineConfig, ModelConfig, read_json
+from cqil_trt.config import CqilConfig, EngineLimits
 from cqil_trt.errors import UserError
+from cqil_trt.json_fields import read_json
+from cqil_trt.model import ModelConfig
 from cqil_trt.shard import RankPlan, plan
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _TEMPORARY = ".building-"
-_LOCK = ".lock"
+LOCK = ".lock"
 _SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-# The files every rank has, by backend.
-_RANK_FILES = {
-    "torch": ("rank{}.safetensors",),
-    "tensorrt": ("rank{}.safetensors", "rank{}.engine"),
-    "tensorrt-llm": ("checkpoint/rank{}.safetensors",),
-    "onnx": ("rank{}.safetensors", "rank{}.onnx"),
-}
 
 
 @dataclass(frozen=True)
@@ -53,19 +45,21 @@ class Source:
     lora: str | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Engine:
     """An engine directory whose configuration has been verified; `verify_rank` verifies the files of a rank.
 
     `rotary`: the inverse frequencies of rotary embedding, float32 values [head_dim / 2], radians per position.
-    `backend_version`, `architecture`: what built it, and the GPUs it runs on ("any", "9.0", "8.0, 8.9").
-    `build`: what else the backend's runtime must know.
+    `backend`: what executes it. `backend_version`, `architecture`: what built it, and the GPUs it runs on ("any",
+    "9.0", "8.0, 8.9"). `build`: what else the backend's runtime must know. `files`: by name, the size in bytes, the
+    sha256, and the rank of a file that belongs to one.
     """
 
     path: Path
     model: ModelConfig
     cqil: CqilConfig
-    limits: EngineConfig
+    limits: EngineLimits
+    backend: str
     rotary: tuple[float, ...]
     source: Source
     backend_version: str
@@ -79,7 +73,7 @@ class Engine:
         return self.cqil.p
 
     def plan(self, rank: int) -> RankPlan:
-        return plan(self.model, self.cqil)[rank]
+        return plan(self.model, self.cqil, self.limits.dtype)[rank]
 
     def rank_file(self, rank: int, suffix: str = "safetensors") -> Path:
         return self.path / rank_file(rank, suffix)
@@ -87,7 +81,7 @@ class Engine:
     @property
     def shared_files(self) -> tuple[str, ...]:
         """The files that belong to no rank: tokenizer, reference."""
-        return tuple(name for name in self.files if _rank_of(name) is None)
+        return tuple(name for name, entry in self.files.items() if "rank" not in entry)
 
     def verify(self, name: str) -> None:
         """Raises UserError unless file `name` is there with the size and sha256 that config.json gives."""
@@ -99,15 +93,15 @@ class Engine:
             found = fingerprint(path)
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}): rebuild the engine") from None
-        if found != entry:
+        if found["sha256"] != entry["sha256"]:
             raise UserError(f"{path}: the sha256 differs from config.json: the file is damaged, rebuild the engine")
 
-    def verify_rank(self, rank: int) -> None:
-        """Verifies what rank `rank` loads: its own files, and those of no rank on rank 0."""
-        for name in self.files:
-            if _rank_of(name) == rank:
-                self.verify(name)
-        for name in self.shared_files if rank == 0 else ():
+    def verify_rank(self, rank: int, needed: Sequence[str] = ()) -> None:
+        """Verifies what rank `rank` loads: its own files, `needed` among them, and those of no rank on rank 0."""
+        own = [name for name, entry in self.files.items() if entry.get("rank") == rank]
+        if not {*needed} <= {*own}:
+            raise _foreign(self.path)
+        for name in (*own, *(self.shared_files if rank == 0 else ())):
             self.verify(name)
 
     @classmethod
@@ -125,47 +119,57 @@ class Engine:
             raise UserError(f"{path}/config.json: its digest does not match: the file is damaged, rebuild the engine")
         try:
             engine = cls(
-                path,
-                ModelConfig.from_dict(raw["model"]),
-                CqilConfig(**raw["cqil"]),
-                EngineConfig(**raw["limits"]),
-                tuple(map(float, raw["rotary"])),
-                Source(**raw["source"]),
-                raw["backend_version"],
-                raw["architecture"],
-                raw["build"],
-                raw["created"],
-                raw["files"],
+                path=path,
+                model=ModelConfig.from_dict(raw["model"]),
+                cqil=CqilConfig(**raw["cqil"]),
+                limits=EngineLimits(**raw["limits"]),
+                backend=raw["backend"],
+                rotary=tuple(map(float, raw["rotary"])),
+                source=Source(**raw["source"]),
+                backend_version=raw["backend_version"],
+                architecture=raw["architecture"],
+                build=raw["build"],
+                created=raw["created"],
+                files=raw["files"],
             )
             complete = len(engine.rotary) == engine.model.head_dim // 2 and all(
-                {"size", "sha256"} <= engine.files[name.format(rank)].keys()
-                for rank in range(engine.cqil.p)
-                for name in _RANK_FILES[engine.limits.backend]
+                {"size", "sha256"} <= entry.keys() for entry in engine.files.values()
             )
         except (KeyError, TypeError, ValueError, AttributeError):
             complete = False
         if not complete:
-            raise UserError(f"{path}/config.json: not what this release writes: rebuild the engine")
+            raise _foreign(path)
         return engine
+
+
+def _foreign(path: Path) -> UserError:
+    return UserError(f"{path}/config.json: not what this release writes: rebuild the engine")
 
 
 def rank_file(rank: int, suffix: str = "safetensors") -> str:
     return f"rank{rank}.{suffix}"
 
 
-def _rank_of(name: str) -> int | None:
-    """The rank that a file of an engine belongs to; None for those of no rank. Chat templates may have any name."""
-    match = re.fullmatch(r"(?:(?:checkpoint|trtllm)/)?rank(\d+)\..+", name)
-    return None if match is None else int(match[1])
+class _Tensor(Protocol):
+    """A tensor of a safetensors file. `dtype`: as in `RankTensor`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
 
 
-def tensor_header(tensors: Iterable[Any], dtype: str) -> bytes:
-    """How a safetensors file begins that holds tensors (with `name`, `shape`, `elements`) one behind the other."""
+def tensor_header(tensors: Iterable[_Tensor]) -> bytes:
+    """How a safetensors file begins that holds these tensors one after the other."""
     header, end = {}, 0
     for tensor in tensors:
-        begin, end = end, end + tensor.elements * DTYPE_BYTES[dtype]
+        begin, end = end, end + tensor.nbytes
         header[tensor.name] = {
-            "dtype": _SAFETENSORS_NAMES[dtype],
+            "dtype": _SAFETENSORS_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }
@@ -224,7 +228,7 @@ def new_directory(path: Path, force: bool) -> Iterator[Path]:
             temporary = _hidden_sibling(path)
             lock = _lock(temporary)
         yield temporary
-        (temporary / _LOCK).unlink()
+        (temporary / LOCK).unlink()
         if path.exists():
             # Moved aside whole: at no moment does half an engine stand under the name.
             old = _hidden_sibling(path)
@@ -271,7 +275,7 @@ def _hidden_sibling(path: Path) -> Path:
 
 def _lock(directory: Path) -> int:
     """Marks a build's directory as in use, for as long as the process lives; raises OSError when another's is."""
-    descriptor = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

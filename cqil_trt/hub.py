@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from cqil_trt.config import ADAPTER_FILE, read_json
+from cqil_trt.config import ADAPTER_FILE
 from cqil_trt.errors import UserError
 from cqil_trt.gguf_files import PART, gguf_parts
+from cqil_trt.json_fields import read_json
 from cqil_trt.table import size
 from cqil_trt.tokenizer.files import FILES
 from cqil_trt.tokenizer.settings import TEMPLATES

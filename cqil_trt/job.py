@@ -13,18 +13,9 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from cqil_trt.errors import CollectiveError, UserError
+from cqil_trt.packages import missing
 
 T = TypeVar("T")
-
-# Packages whose absence is the user's to mend, and the extra that brings each (None: a plain dependency).
-_EXTRAS = {
-    **dict.fromkeys(("numpy", "tqdm", "tokenizers", "sentencepiece", "jinja2", "safetensors")),
-    **dict.fromkeys(("torch", "gguf", "transformers", "peft", "huggingface_hub", "google"), "torch"),
-    **dict.fromkeys(("tensorrt", "cuda"), "tensorrt"),
-    "tensorrt_rtx": "rtx",
-    "onnx": "onnx",
-    **dict.fromkeys(("datasets", "lm_eval", "matplotlib", "nltk"), "quality"),
-}
 
 # Variables that mpirun of MPICH, Open MPI and PMIx launchers give the number of ranks in, or just a rank.
 _SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
@@ -73,7 +64,7 @@ class Job:
                 raise
             failure = f"{error.filename}: {error.strerror}"
         except ModuleNotFoundError as error:
-            failure = _missing(error)
+            failure = missing(error)
             if failure is None:
                 raise
         self.wait()
@@ -111,17 +102,7 @@ class Job:
             )
         if size == 1:
             return None, 0, self.rank
-        assert self.comm is not None
         return self.comm.Split(self.rank // size, self.rank), self.rank % size, self.rank // size
-
-
-def _missing(error: ModuleNotFoundError) -> str | None:
-    """What to tell a user who lacks one of our packages; None for any other package."""
-    package = (error.name or "").partition(".")[0]
-    if package not in _EXTRAS:
-        return None
-    extra = f"[{_EXTRAS[package]}]" if _EXTRAS[package] else ""
-    return f"{package} is needed and not installed here: source .venv/bin/activate, or pip install 'cqil-trt{extra}'"
 
 
 def _interrupt(number: int, frame: Any) -> None:
@@ -154,9 +135,9 @@ def command(job: Job | None = None) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and (missing := _missing(error)):
+        if isinstance(error, ModuleNotFoundError) and (lacking := missing(error)):
             if job is None or job.rank == 0:
-                print(f"error: {missing}", file=sys.stderr)
+                print(f"error: {lacking}", file=sys.stderr)
             sys.exit(2)
         if isinstance(error, OSError) and error.filename and (job is None or job.comm is None):
             print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)

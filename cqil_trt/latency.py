@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cqil_trt.config import CqilConfig, ModelConfig
+from cqil_trt.config import CqilConfig
+from cqil_trt.model import ModelConfig
 from cqil_trt.shard import RankPlan, plan
 
 
@@ -27,17 +28,17 @@ H200 = Machine()
 
 def decode_seconds(model: ModelConfig, cqil: CqilConfig, dtype: str, machine: Machine = H200) -> float:
     """Predicted seconds per token at batch 1: the slowest rank's weights, its layers, its collectives."""
-    return max(_rank_seconds(rank, dtype, machine) for rank in plan(model, cqil))
+    return max(_rank_seconds(rank, machine) for rank in plan(model, cqil, dtype))
 
 
 def critical_bytes(model: ModelConfig, cqil: CqilConfig, dtype: str) -> int:
     """Bytes of weights that the rank which reads most reads per token."""
-    return max(rank.bytes_per_token(dtype) for rank in plan(model, cqil))
+    return max(rank.bytes_per_token for rank in plan(model, cqil, dtype))
 
 
-def _rank_seconds(rank: RankPlan, dtype: str, machine: Machine) -> float:
+def _rank_seconds(rank: RankPlan, machine: Machine) -> float:
     return (
-        rank.bytes_per_token(dtype) / machine.bandwidth
+        rank.bytes_per_token / machine.bandwidth
         + len(rank.schedule.layers) * machine.layer
         + rank.collectives * machine.collective
     )

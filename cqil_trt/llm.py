@@ -33,8 +33,8 @@ class Llm:
         path = self.job.share(lambda: directory or find_engine(Path("engines"), self.job.size))
         self.engine = self.job.agree(lambda: Engine.open(path))
         comm, self.rank, self.replica = self.job.group(self.engine.world_size)
-        self.job.agree(lambda: self.engine.verify_rank(self.rank))
-        backend = backends.load(self.engine.limits.backend)
+        backend = backends.load(self.engine.backend)
+        self.job.agree(lambda: self.engine.verify_rank(self.rank, backend.rank_files(self.rank)))
         _share_cores(self.job)
         self.session: Session = self.job.agree(lambda: backend.open_session(self.engine, comm, device, self.job.rank))
         self.tokenizer = Tokenizer(path) if has_tokenizer(path) else None

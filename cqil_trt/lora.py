@@ -13,11 +13,14 @@ from pathlib import Path
 
 import torch
 
-from cqil_trt.config import ModelConfig
+from cqil_trt import families
 from cqil_trt.errors import UserError
+from cqil_trt.families.family import EMBEDDING
+from cqil_trt.families.family import LM_HEAD as HEAD
+from cqil_trt.families.layout import checkpoint_shapes
 from cqil_trt.merging import Added, Change, Dora, LowRank, MergedTensor, Rows
-from cqil_trt.peft_config import EMBEDDING, HEAD, AdapterConfig
-from cqil_trt.shard import checkpoint_shapes
+from cqil_trt.model import ModelConfig
+from cqil_trt.peft_config import AdapterConfig
 from cqil_trt.weights import Range, SafetensorsReader, TorchReader, WeightReader
 
 _PREFIX = "base_model.model."
@@ -60,7 +63,8 @@ class LoraReader(WeightReader):
             raise UserError(f"--lora {directory}: no such directory (an adapter on the hub is named org/name)")
         self._base = base
         self.source = f"{base.source} + {directory}"
-        self._config = AdapterConfig(directory / "adapter_config.json", model.tie_embeddings)
+        targets = families.of(model).lora_targets
+        self._config = AdapterConfig(directory / "adapter_config.json", model.tie_embeddings, targets)
         self._adapter = _adapter_reader(directory)
         self._tied = model.tie_embeddings
         self._names = checkpoint_shapes(replace(model, tie_embeddings=False))

@@ -8,15 +8,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cqil_trt.config import Fields, read_json
 from cqil_trt.errors import UserError
+from cqil_trt.families.family import EMBEDDING
+from cqil_trt.families.family import LM_HEAD as HEAD
+from cqil_trt.json_fields import Fields, read_json
 
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
-# What PEFT targets in models of the LLaMA family when the configuration does not say.
-_DEFAULT_TARGETS = ["q_proj", "v_proj"]
 # Fields that this module reads, or that do not change what merging computes.
 _KNOWN = {
     "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_type", "task_type", "peft_version",
@@ -44,11 +44,13 @@ _CHANGING_INIT = ("pissa", "olora", "corda", "loftq", "lora_ga")
 class AdapterConfig:
     """The configuration of a LoRA adapter for a model whose embedding and last projection are `tied` or not.
 
+    `default_targets`: the modules that PEFT adapts in such a model when the configuration does not say.
+
     Modules are named as in the checkpoint, e.g. `model.layers.0.self_attn.q_proj`. Raises UserError for a kind of
     adapter that is not merged, with the reason.
     """
 
-    def __init__(self, path: Path, tied: bool):
+    def __init__(self, path: Path, tied: bool, default_targets: Sequence[str]):
         self.source = str(path)
         self._fields = fields = Fields(read_json(path), str(path))
         self._check_kind()
@@ -57,7 +59,7 @@ class AdapterConfig:
         self.bias = fields.text("bias", "none")
         if self.bias not in ("none", "all", "lora_only"):
             raise fields.fail("bias", "none, all or lora_only")
-        self._targets = fields.get("target_modules", _DEFAULT_TARGETS)
+        self._targets = fields.get("target_modules", list(default_targets))
         self._excluded = fields.get("exclude_modules")
         self._saved = self._list("modules_to_save")
         for names in (self._targets, self._excluded or []):

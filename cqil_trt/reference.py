@@ -22,9 +22,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from cqil_trt.config import CqilConfig, ModelConfig, read_json
+from cqil_trt import families
+from cqil_trt.config import CqilConfig
 from cqil_trt.errors import UserError
 from cqil_trt.gguf_files import gguf_parts, open_gguf
+from cqil_trt.json_fields import read_json
+from cqil_trt.model import ModelConfig
 from cqil_trt.probes import TOP, Probe
 from cqil_trt.weights import GgufReader, WeightReader
 
@@ -198,7 +201,7 @@ def _load_directory(path: Path, dtype: torch.dtype) -> nn.Module:
 
     kind = transformers.AutoModelForCausalLM
     if "model_type" not in read_json(path / "config.json"):  # which only a class that is chosen by name can do without
-        kind = getattr(transformers, ModelConfig.from_hugging_face(path / "config.json").architecture)
+        kind = getattr(transformers, families.read_config(path / "config.json").architecture)
     return kind.from_pretrained(path, dtype=dtype, trust_remote_code=False, local_files_only=True)
 
 
@@ -230,8 +233,9 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> nn.Module:
         rope["original_max_position_embeddings"] = original
     config.rope_parameters = rope
     config.head_dim = field("attention.key_length", config.hidden_size // config.num_attention_heads)
-    if architecture == "llama":
+    if hasattr(config, "attention_bias"):
         config.attention_bias = any(f"blk.0.attn_{part}.bias" in tensors for part in ("q", "output"))
+    if hasattr(config, "mlp_bias"):
         config.mlp_bias = "blk.0.ffn_up.bias" in tensors
     if len(files) > 1:
         reader = GgufReader(path)
@@ -327,6 +331,7 @@ def hugging_face_config(model: ModelConfig) -> tuple[Any, Any]:
         "mlp_bias": model.mlp_bias,
         "sliding_window": None,
         "eos_token_id": list(model.eos_token_ids) or None,
+        **families.of(model).reference,
         "rope_theta": model.rope.theta,
         "rope_parameters": {"rope_type": model.rope.kind, "rope_theta": model.rope.theta, **_rope_factors(model)},
     }

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cqil_trt.errors import UserError
 
 if TYPE_CHECKING:
-    from cqil_trt.config import Fields
+    from cqil_trt.json_fields import Fields
 
 KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
 _MOST_POSITIONS = 2**31 - 1

@@ -1,16 +1,27 @@
-"""Which slices of which tensors a rank stores, and what they weigh. Pure Python: no tensor, no backend.
+"""Which slices of which tensors a rank stores, and how large they are. Pure Python: no tensor, no backend.
 
-Checkpoint tensors are named as Hugging Face names them; engine tensors have the shorter names below. The q, k and v
-projections are stored as one matrix `qkv`, gate and up as one matrix `gate_up`, so that each is one product.
+A checkpoint's tensors have the names that the model's family gives them; an engine's have the shorter names below. The
+q, k and v projections are stored as one matrix `qkv`, gate and up as one matrix `gate_up`: each is one product.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-from cqil_trt.config import DTYPE_BYTES, CqilConfig, ModelConfig
-from cqil_trt.schedule import Layer, RankSchedule, Step, schedule
+from cqil_trt.config import DTYPE_BYTES, CqilConfig
+from cqil_trt.families.family import EMBEDDING, FINAL_NORM, LM_HEAD
+from cqil_trt.families.layout import LayerLayout
+from cqil_trt.formats import Dense, Piece, Projection, RankTensor, WeightFormat
+from cqil_trt.model import ModelConfig
+from cqil_trt.schedule import Group, Layer, RankSchedule, schedule
+
+if TYPE_CHECKING:
+    import torch
+
+    from cqil_trt.weights import WeightReader
 
 
 def even_split(size: int, parts: int, index: int) -> tuple[int, int]:
@@ -18,32 +29,7 @@ def even_split(size: int, parts: int, index: int) -> tuple[int, int]:
     return size * index // parts, size * (index + 1) // parts
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Rows and columns of a checkpoint tensor; None means all of them."""
-
-    source: str
-    rows: tuple[int, int] | None = None
-    columns: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True)
-class RankTensor:
-    """A tensor of a rank's engine: its pieces stacked along the first axis."""
-
-    name: str
-    shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
-
-    @property
-    def elements(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LayerShard:
     """A rank's share of one decoder layer.
 
@@ -68,7 +54,7 @@ class LayerShard:
         return self.kv_heads[1] - self.kv_heads[0]
 
     def first_in_group(self, group_size: int) -> int:
-        """Where its first query head stands among those that read the same key/value head."""
+        """The position of its first query head among those that read the same key/value head."""
         return self.heads[0] - self.kv_heads[0] * group_size
 
     @property
@@ -109,18 +95,28 @@ class LayerShard:
         kv_heads = (first // group, (last - 1) // group + 1) if last > first else (0, 0)
         kv_index = tuple(head // group - kv_heads[0] for head in range(first, last))
         return cls(
-            index, heads, kv_heads, even_split(model.intermediate_size, parts, part), kv_index, part == parts - 1
+            index=index,
+            heads=heads,
+            kv_heads=kv_heads,
+            neurons=even_split(model.intermediate_size, parts, part),
+            kv_index=kv_index,
+            adds_bias=part == parts - 1,
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RankPlan:
-    """Everything that decides one rank's network: the model, the rank's schedule and its share of each layer."""
+    """Everything that decides one rank's network: the model, the rank's schedule and its share of each layer.
+
+    `dtype`: of activations, of the KV cache, and of what `format` does not store in a type of its own.
+    """
 
     model: ModelConfig
     cqil: CqilConfig
     schedule: RankSchedule
     layers: dict[int, LayerShard] = field(compare=False)
+    dtype: str
+    format: WeightFormat
 
     @property
     def rank(self) -> int:
@@ -137,7 +133,7 @@ class RankPlan:
 
     @property
     def collectives(self) -> int:
-        """How often this rank meets others in each forward pass, but for the choice of a token."""
+        """How often this rank meets others in each forward pass; the choice of a token is not counted."""
         return self.schedule.all_reduces + self.schedule.broadcasts + self.bypasses
 
     @property
@@ -149,7 +145,7 @@ class RankPlan:
             return 0, self.model.vocab_size
         return even_split(self.model.vocab_size, self.world_size, self.rank)
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor that the network reads, by name: a shared last projection has a name of its own."""
         shapes = {tensor.name: tensor.shape for tensor in self.tensors}
@@ -166,120 +162,110 @@ class RankPlan:
     @cached_property
     def tensors(self) -> tuple[RankTensor, ...]:
         """What the rank stores, in the order the network reads it."""
-        model, hidden = self.model, self.model.hidden_size
+        model, hidden, plain = self.model, self.model.hidden_size, Dense(self.dtype)
         tensors: list[RankTensor] = []
         if self.schedule.embeds:
-            source = "model.embed_tokens.weight"
-            tensors.append(RankTensor("embedding.weight", (model.vocab_size, hidden), (Piece(source),)))
+            shape = (model.vocab_size, hidden)
+            tensors.append(plain.tensor("embedding.weight", shape, (Piece(f"{EMBEDDING}.weight"),)))
         for step in self.schedule.layers:
             tensors += self._layer_tensors(self.layers[step.index])
         if self.schedule.predicts:
-            tensors.append(RankTensor("final_norm.weight", (hidden,), (Piece("model.norm.weight"),)))
+            tensors.append(plain.tensor("final_norm.weight", (hidden,), (Piece(f"{FINAL_NORM}.weight"),)))
             if not self.shares_embedding:
+                source = f"{EMBEDDING if model.tie_embeddings else LM_HEAD}.weight"
                 first, last = self.vocabulary
-                source = "model.embed_tokens.weight" if model.tie_embeddings else "lm_head.weight"
-                tensors.append(RankTensor("lm_head.weight", (last - first, hidden), (Piece(source, (first, last)),)))
+                head = Projection(
+                    name="lm_head", outputs=last - first, inputs=hidden, weight=(Piece(source, (first, last)),)
+                )
+                tensors += plain.tensors(head)
         return tuple(tensors)
 
     def _layer_tensors(self, shard: LayerShard) -> list[RankTensor]:
+        layout, ours, plain = LayerLayout(self.model, shard.index), f"layers.{shard.index}", Dense(self.dtype)
         model, hidden, dim = self.model, self.model.hidden_size, self.model.head_dim
-        ours, theirs = f"layers.{shard.index}", f"model.layers.{shard.index}"
         q_rows = (shard.heads[0] * dim, shard.heads[1] * dim)
         kv_rows = (shard.kv_heads[0] * dim, shard.kv_heads[1] * dim)
-        qkv_sources = (("q_proj", q_rows), ("k_proj", kv_rows), ("v_proj", kv_rows))
-        qkv_size = q_rows[1] - q_rows[0] + 2 * (kv_rows[1] - kv_rows[0])
 
-        def norm(name: str, source: str, size: int) -> RankTensor:
-            return RankTensor(f"{ours}.{name}.weight", (size,), (Piece(f"{theirs}.{source}.weight"),))
+        def norm(name: str, size: int) -> RankTensor:
+            return plain.tensor(f"{ours}.{name}.weight", (size,), (layout.piece(name, "weight"),))
 
-        def stacked(name: str, kind: str, shape: tuple[int, ...], sources) -> RankTensor:
-            pieces = tuple(Piece(f"{theirs}.{source}.{kind}", rows) for source, rows in sources)
-            return RankTensor(f"{ours}.{name}.{kind}", shape, pieces)
+        def by_rows(name: str, bias: bool, **rows: tuple[int, int]) -> tuple[RankTensor, ...]:
+            """A projection whose outputs are spread over the ranks, of parts one after the other."""
+            return self.format.tensors(
+                Projection(
+                    name=f"{ours}.{name}",
+                    outputs=sum(last - first for first, last in rows.values()),
+                    inputs=hidden,
+                    weight=tuple(layout.piece(part, "weight", own) for part, own in rows.items()),
+                    bias=tuple(layout.piece(part, "bias", own) for part, own in rows.items() if bias),
+                )
+            )
 
-        def columns(name: str, source: str, span: tuple[int, int]) -> RankTensor:
-            piece = Piece(f"{theirs}.{source}.weight", None, span)
-            return RankTensor(f"{ours}.{name}.weight", (hidden, span[1] - span[0]), (piece,))
+        def by_columns(name: str, bias: bool, span: tuple[int, int]) -> tuple[RankTensor, ...]:
+            """A projection whose inputs are spread over the ranks; only one of them adds the bias."""
+            return self.format.tensors(
+                Projection(
+                    name=f"{ours}.{name}",
+                    outputs=hidden,
+                    inputs=span[1] - span[0],
+                    weight=(layout.piece(name, "weight", columns=span),),
+                    bias=(layout.piece(name, "bias"),) if bias and shard.adds_bias else (),
+                )
+            )
 
-        tensors = [norm("attention_norm", "input_layernorm", hidden)]
+        tensors = [norm("attention_norm", hidden)]
         if shard.num_heads:
-            qkv = [(f"self_attn.{source}", rows) for source, rows in qkv_sources]
-            tensors.append(stacked("qkv", "weight", (qkv_size, hidden), qkv))
-            if model.qkv_bias:
-                tensors.append(stacked("qkv", "bias", (qkv_size,), qkv))
+            tensors += by_rows("qkv", model.qkv_bias, q=q_rows, k=kv_rows, v=kv_rows)
             if model.qk_norm:
-                tensors.append(norm("q_norm", "self_attn.q_norm", dim))
-                tensors.append(norm("k_norm", "self_attn.k_norm", dim))
-            tensors.append(columns("o", "self_attn.o_proj", q_rows))
-            if model.o_bias and shard.adds_bias:
-                tensors.append(stacked("o", "bias", (hidden,), [("self_attn.o_proj", None)]))
-        tensors.append(norm("mlp_norm", "post_attention_layernorm", hidden))
+                tensors += [norm("q_norm", dim), norm("k_norm", dim)]
+            tensors += by_columns("o", model.o_bias, q_rows)
+        tensors.append(norm("mlp_norm", hidden))
         if shard.num_neurons:
-            gate_up = [("mlp.gate_proj", shard.neurons), ("mlp.up_proj", shard.neurons)]
-            tensors.append(stacked("gate_up", "weight", (2 * shard.num_neurons, hidden), gate_up))
-            if model.mlp_bias:
-                tensors.append(stacked("gate_up", "bias", (2 * shard.num_neurons,), gate_up))
-            tensors.append(columns("down", "mlp.down_proj", shard.neurons))
-            if model.mlp_bias and shard.adds_bias:
-                tensors.append(stacked("down", "bias", (hidden,), [("mlp.down_proj", None)]))
+            tensors += by_rows("gate_up", model.mlp_bias, gate=shard.neurons, up=shard.neurons)
+            tensors += by_columns("down", model.mlp_bias, shard.neurons)
         return tensors
 
-    def stored_bytes(self, dtype: str) -> int:
-        return sum(t.elements for t in self.tensors) * DTYPE_BYTES[dtype]
+    def blocks(self, reader: WeightReader) -> Iterator[torch.Tensor]:
+        """The elements of the rank's tensors, in the order of `tensors`, in contiguous blocks of bounded size."""
+        for tensor in self.tensors:
+            yield from self.format.blocks(tensor, reader)
 
-    def bytes_per_token(self, dtype: str) -> int:
+    @property
+    def stored_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def bytes_per_token(self) -> int:
         """Weight bytes a decode step reads: all but the embedding table, of which one row is read."""
-        elements = sum(t.elements for t in self.tensors if t.name != "embedding.weight")
+        read = sum(tensor.nbytes for tensor in self.tensors if tensor.name != "embedding.weight")
         if self.shares_embedding:
             first, last = self.vocabulary
-            elements += (last - first) * self.model.hidden_size
-        return elements * DTYPE_BYTES[dtype]
+            read += (last - first) * self.model.hidden_size * DTYPE_BYTES[self.dtype]
+        return read
 
-    def cache_bytes_per_token(self, dtype: str) -> int:
+    @property
+    def cache_bytes_per_token(self) -> int:
         """KV cache bytes one token takes on this rank."""
         heads = sum(shard.num_kv_heads for shard in self.layers.values())
-        return 2 * heads * self.model.head_dim * DTYPE_BYTES[dtype]
+        return 2 * heads * self.model.head_dim * DTYPE_BYTES[self.dtype]
 
 
-def plan(model: ModelConfig, cqil: CqilConfig) -> tuple[RankPlan, ...]:
-    """The plan of every rank. Raises UserError when the groups reach beyond the model."""
+def plan(model: ModelConfig, cqil: CqilConfig, dtype: str = "float32") -> tuple[RankPlan, ...]:
+    """The plan of every rank of an engine in `dtype`. Raises UserError when the groups reach beyond the model."""
 
-    def shard(step: Step, rank: RankSchedule) -> LayerShard:
+    def shard(step: Layer | Group, rank: RankSchedule) -> LayerShard:
         if isinstance(step, Layer) and step.split:
             return LayerShard.of(model, step.index, rank.rank, rank.world_size)
         return LayerShard.of(model, step.index, 0, 1)
 
     return tuple(
-        RankPlan(model, cqil, rank, {step.index: shard(step, rank) for step in rank.layers})
+        RankPlan(
+            model=model,
+            cqil=cqil,
+            schedule=rank,
+            layers={step.index: shard(step, rank) for step in rank.layers},
+            dtype=dtype,
+            format=Dense(dtype),
+        )
         for rank in schedule(cqil, model.num_layers)
     )
-
-
-def checkpoint_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor a checkpoint of this model must hold, and its shape."""
-    hidden, dim = model.hidden_size, model.head_dim
-    q, kv, inner = model.num_heads * dim, model.num_kv_heads * dim, model.intermediate_size
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (model.vocab_size, hidden)}
-    projections = {
-        "self_attn.q_proj": (q, hidden, model.qkv_bias),
-        "self_attn.k_proj": (kv, hidden, model.qkv_bias),
-        "self_attn.v_proj": (kv, hidden, model.qkv_bias),
-        "self_attn.o_proj": (hidden, q, model.o_bias),
-        "mlp.gate_proj": (inner, hidden, model.mlp_bias),
-        "mlp.up_proj": (inner, hidden, model.mlp_bias),
-        "mlp.down_proj": (hidden, inner, model.mlp_bias),
-    }
-    norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
-    if model.qk_norm:
-        norms |= {"self_attn.q_norm": dim, "self_attn.k_norm": dim}
-    for index in range(model.num_layers):
-        prefix = f"model.layers.{index}"
-        for name, (rows, columns, bias) in projections.items():
-            shapes[f"{prefix}.{name}.weight"] = (rows, columns)
-            if bias:
-                shapes[f"{prefix}.{name}.bias"] = (rows,)
-        for name, size in norms.items():
-            shapes[f"{prefix}.{name}.weight"] = (size,)
-    shapes["model.norm.weight"] = (hidden,)
-    if not model.tie_embeddings:
-        shapes["lm_head.weight"] = (model.vocab_size, hidden)
-    return shapes

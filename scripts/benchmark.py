@@ -36,16 +36,19 @@ from plots import check_plot, pyplot
 from synthetic import SHAPES, model_config
 from tqdm import tqdm
 
-from cqil_trt import cuda, reference
-from cqil_trt.backends.torch_cuda import TorchCudaSession, device_tensor, use_device
-from cqil_trt.checkpoint import rank_tensors
+from cqil_trt import reference
+from cqil_trt.backends.torch.gpu_session import TorchCudaSession, device_tensor, use_device
 from cqil_trt.commands import RankParser, check_at_least, check_file, numbers, run_ranks
-from cqil_trt.config import CqilConfig, EngineConfig, ModelConfig
+from cqil_trt.config import CqilConfig, EngineLimits
 from cqil_trt.errors import UserError
+from cqil_trt.families.layout import checkpoint_shapes
+from cqil_trt.formats import RankTensor
+from cqil_trt.gpu import cuda
 from cqil_trt.job import Job
+from cqil_trt.model import ModelConfig
 from cqil_trt.network.rotary import inverse_frequencies
 from cqil_trt.presets import PRESETS, preset
-from cqil_trt.shard import RankPlan, RankTensor, checkpoint_shapes, plan
+from cqil_trt.shard import RankPlan, plan
 from cqil_trt.table import table
 from cqil_trt.validate import answer, compare
 from cqil_trt.weights import WeightReader, cut
@@ -99,15 +102,13 @@ class SyntheticSession(TorchCudaSession):
             self._memory[tensor.name] = arena.take(tensor.elements * dtype.itemsize)
             return device_tensor(self._memory[tensor.name], (tensor.elements,), dtype)
 
-        fill(self._plan, self._reader, engine.limits.dtype, place)
+        fill(self._plan, self._reader, place)
         torch.cuda.synchronize()
 
 
-def fill(
-    rank: RankPlan, reader: WeightReader, dtype: str, place: Callable[[RankTensor], torch.Tensor]
-) -> dict[str, torch.Tensor]:
+def fill(rank: RankPlan, reader: WeightReader, place: Callable[[RankTensor], torch.Tensor]) -> dict[str, torch.Tensor]:
     """The rank's tensors by name, each in the flat memory that `place` gives for it."""
-    blocks = rank_tensors(rank, reader, dtype)
+    blocks = rank.blocks(reader)
     found = {}
     for tensor in rank.tensors:
         flat, at = place(tensor), 0
@@ -206,7 +207,12 @@ def run(options: argparse.Namespace, job: Job) -> None:
     reader = SyntheticReader(model)
     longest = max(options.contexts + [options.batch_context, *options.prefills]) + 2 * options.steps + 8
     longest = max(longest, max(PARITY_PROMPTS) + STEPS)
-    limits = EngineConfig(max(options.batches + [1]), max(longest, options.soak + 64), "float16", "torch", 1024)
+    limits = EngineLimits(
+        max_batch_size=max(options.batches + [1]),
+        max_seq_len=max(longest, options.soak + 64),
+        dtype="float16",
+        prefill_chunk=1024,
+    )
 
     placements: dict[str, CqilConfig] = {"sequential": CqilConfig(1)}
     grouped = {"p": cqil.p, "d": cqil.d, "start": cqil.start, "end": cqil.end, "bypass": cqil.bypass}
@@ -227,7 +233,7 @@ def run(options: argparse.Namespace, job: Job) -> None:
             limits=limits,
             rotary=tuple(inverse_frequencies(model)),
             world_size=shape.p,
-            plan=lambda rank, shape=shape: plan(model, shape)[rank],
+            plan=lambda rank, shape=shape: plan(model, shape, limits.dtype)[rank],
         )
         comm = None if shape.p == 1 else MPI.COMM_SELF if options.alone else COMM
         session = job.agree(
@@ -238,8 +244,8 @@ def run(options: argparse.Namespace, job: Job) -> None:
             continue
         found = measure(session, model, options, name)
         found["parity"] = parity(session, prompts, probes.get(name)) if name in judged else []
-        ranks = plan(model, shape)
-        found["bytes"] = max(rank.bytes_per_token(limits.dtype) for rank in ranks)
+        ranks = plan(model, shape, limits.dtype)
+        found["bytes"] = max(rank.bytes_per_token for rank in ranks)
         found["collectives"] = ranks[0].collectives
         if options.soak and name == "sharded":
             found["soak"] = soak(session, prompts[0], options.soak)
@@ -448,7 +454,7 @@ def measure_peers(
         if RANK and placements[shape].p == 1:
             COMM.Barrier()
             continue
-        mine = plan(model, placements[shape])[RANK]
+        mine = plan(model, placements[shape], "float16")[RANK]
         weights = fill(mine, reader, "float16", lambda t: torch.empty(t.elements, dtype=torch.float16, device="cuda"))
         rotary = torch.tensor(inverse_frequencies(model))
         decoder = TensorParallelDecoder(mine, weights, rotary, max(contexts) + steps)

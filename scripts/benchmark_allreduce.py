@@ -28,10 +28,10 @@ import torch.nn.functional as F  # noqa: E402
 from mpi4py import MPI  # noqa: E402
 from plots import check_plot, pyplot  # noqa: E402
 
-from cqil_trt.backends.torch_cuda import use_device  # noqa: E402
-from cqil_trt.collectives.cuda import CudaCommunicator  # noqa: E402
+from cqil_trt.backends.torch.gpu_session import use_device  # noqa: E402
 from cqil_trt.commands import RankParser, check_file, run_ranks  # noqa: E402
 from cqil_trt.errors import UserError  # noqa: E402
+from cqil_trt.gpu.workspace import CudaCommunicator  # noqa: E402
 from cqil_trt.job import Job  # noqa: E402
 from cqil_trt.table import table  # noqa: E402
 

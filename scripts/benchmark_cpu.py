@@ -84,8 +84,8 @@ def run(options: argparse.Namespace, job: Job) -> None:
 
 
 def check_engine(options: argparse.Namespace, engine: Engine) -> None:
-    if engine.limits.backend != "torch":
-        raise UserError(f"--engine {options.engine}: of backend {engine.limits.backend}, only torch can be measured")
+    if engine.backend != "torch":
+        raise UserError(f"--engine {options.engine}: of backend {engine.backend}, only torch can be measured")
     tokens = options.context + options.steps
     if tokens > engine.limits.max_seq_len:
         raise UserError(f"--context and --steps: {tokens} tokens, the engine holds {engine.limits.max_seq_len}")

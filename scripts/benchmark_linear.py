@@ -21,9 +21,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cqil_trt import cuda, plugins  # noqa: E402
-from cqil_trt.collectives.cuda import DTYPES  # noqa: E402
 from cqil_trt.commands import Parser, check_file, numbers  # noqa: E402
+from cqil_trt.gpu import cuda, kernel_library  # noqa: E402
+from cqil_trt.gpu.workspace import DTYPES  # noqa: E402
 from cqil_trt.job import command  # noqa: E402
 from cqil_trt.table import table  # noqa: E402
 
@@ -44,11 +44,11 @@ SHAPES = {
 
 class Kernels:
     def __init__(self) -> None:
-        self._library = plugins.load()
+        self._library = kernel_library.load()
         self._scratch = torch.empty(0, dtype=torch.uint8, device="cuda")
 
     def linear(self, x, weight, out, gated=False, norm=None, residual=None) -> None:
-        shape = plugins.LinearShape(len(x), out.shape[1], x.shape[1], gated, DTYPES["float16"], 1e-5)
+        shape = kernel_library.LinearShape(len(x), out.shape[1], x.shape[1], gated, DTYPES["float16"], 1e-5)
         size = self._library.cqil_linear_scratch_bytes(shape)
         if size > len(self._scratch):
             self._scratch = torch.empty(size, dtype=torch.uint8, device="cuda")

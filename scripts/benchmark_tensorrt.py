@@ -23,9 +23,9 @@ from typing import Any
 
 from synthetic import ROOT, SHAPES, check_space, make_checkpoint, model_config
 
-from cqil_trt import cuda
 from cqil_trt.commands import Parser, check_at_least, check_file, numbers
 from cqil_trt.errors import UserError
+from cqil_trt.gpu import cuda
 from cqil_trt.job import command
 from cqil_trt.presets import preset
 from cqil_trt.table import table

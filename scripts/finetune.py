@@ -35,9 +35,11 @@ from cqil_trt.commands import (  # noqa: E402
     chosen_model,
     cqil_flags,
 )
-from cqil_trt.config import ADAPTER_FILE, CqilConfig, ModelConfig, read_json  # noqa: E402
+from cqil_trt.config import ADAPTER_FILE, CqilConfig  # noqa: E402
 from cqil_trt.errors import UserError  # noqa: E402
 from cqil_trt.job import command  # noqa: E402
+from cqil_trt.json_fields import read_json  # noqa: E402
+from cqil_trt.model import ModelConfig  # noqa: E402
 from cqil_trt.table import table  # noqa: E402
 from cqil_trt.weights import WeightReader, open_checkpoint  # noqa: E402
 

@@ -16,9 +16,10 @@ import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from cqil_trt.config import ModelConfig  # noqa: E402
+from cqil_trt import families  # noqa: E402
 from cqil_trt.errors import UserError  # noqa: E402
-from cqil_trt.shard import checkpoint_shapes  # noqa: E402
+from cqil_trt.families.layout import checkpoint_shapes  # noqa: E402
+from cqil_trt.model import ModelConfig  # noqa: E402
 
 # The config.json of the published checkpoints, as far as it decides shapes.
 SHAPES = {
@@ -70,7 +71,7 @@ def model_config(name: str, layers: int | None = None) -> ModelConfig:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "config.json"
         path.write_text(json.dumps({**SHAPES[name], "num_hidden_layers": layers or SHAPES[name]["num_hidden_layers"]}))
-        return ModelConfig.from_hugging_face(path)
+        return families.read_config(path)
 
 
 def make_checkpoint(directory: Path, name: str, layers: int | None = None) -> dict[str, tuple[int, ...]]:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -78,16 +79,16 @@ def need_cuda_backend() -> None:
 
 def need_plugins() -> None:
     """Compiles the CUDA kernels where they are not yet. Skips the test when the compilers for that are not here."""
-    from cqil_trt import plugins
     from cqil_trt.errors import UserError
+    from cqil_trt.gpu import kernel_library
 
     try:
-        plugins.load()
+        kernel_library.load()
     except UserError as error:
         for tool in ("cmake", "nvcc"):
             if shutil.which(tool) is None:
                 pytest.skip(f"needs {tool} to compile the CUDA kernels ({error})")
-        plugins.load(plugins.build())
+        kernel_library.load(kernel_library.build())
 
 
 @cache
@@ -183,9 +184,9 @@ def rank_weights(rank: Any, reader: Any, dtype: str = "float32") -> dict[str, An
     """The rank's tensors by name, put together from the builder's blocks: rounded to `dtype`, held in float32."""
     import torch
 
-    from cqil_trt.checkpoint import rank_tensors
+    from cqil_trt.formats import Dense
 
-    blocks = [block.reshape(-1).float() for block in rank_tensors(rank, reader, dtype)]
+    blocks = [block.reshape(-1).float() for block in replace(rank, dtype=dtype, format=Dense(dtype)).blocks(reader)]
     parts = torch.cat([torch.empty(0), *blocks]).split([tensor.elements for tensor in rank.tensors])
     weights = {tensor.name: part.view(tensor.shape) for tensor, part in zip(rank.tensors, parts)}
     if rank.shares_embedding:
@@ -197,14 +198,14 @@ def checkpoint_logits(checkpoint: Any, prompt: list[int]) -> Any:
     """What an engine of one rank computes after every token of a prompt, float32 [tokens, vocabulary], unbuilt."""
     import torch
 
+    from cqil_trt.backends.torch.ops import TorchOps
     from cqil_trt.collectives import LocalCommunicator
-    from cqil_trt.config import CqilConfig, EngineConfig
+    from cqil_trt.config import CqilConfig, EngineLimits
     from cqil_trt.network.decoder import decode
-    from cqil_trt.network.torch_ops import TorchOps
     from cqil_trt.shard import plan
 
     [rank] = plan(checkpoint.model, CqilConfig(1))
-    limits, weights = EngineConfig(1, len(prompt)), rank_weights(rank, checkpoint.reader)
+    limits, weights = EngineLimits(max_batch_size=1, max_seq_len=len(prompt)), rank_weights(rank, checkpoint.reader)
     ops = TorchOps(rank, weights, LocalCommunicator(), limits, checkpoint.rotary)
     ops.begin([len(prompt)])
     tokens = torch.tensor([prompt])

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from cqil_trt.collectives.cuda import CollectiveError, CudaCommunicator
+from cqil_trt.gpu.workspace import CollectiveError, CudaCommunicator
 
 
 class FileComm:

@@ -11,11 +11,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from cqil_trt import plugins
-from cqil_trt.collectives.cuda import DTYPES
+from cqil_trt.gpu import kernel_library
+from cqil_trt.gpu.workspace import DTYPES
 from cqil_trt.sampling import SamplingConfig, sample
 
-library = plugins.load()
+library = kernel_library.load()
 # Rounding of inputs is the same on both sides; what is left is that of results and of the rotated queries and keys.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -100,7 +100,7 @@ def check_sample(pick, dtype):
     logits = (2.5 * torch.randn(rows, width, device="cuda")).half().to(dtype)  # many equal values
     top_k, top_p = (0, pick(1, width))[pick(0, 1)], (1.0, pick(1, 999) / 1000)[pick(0, 1)]
     config = SamplingConfig(temperature=pick(1, 30) / 10, top_k=top_k, top_p=top_p)
-    settings = torch.frombuffer(plugins.Sampling(config.temperature, top_p, top_k), dtype=torch.uint8).cuda()
+    settings = torch.frombuffer(kernel_library.Sampling(config.temperature, top_p, top_k), dtype=torch.uint8).cuda()
     uniforms = torch.rand(steps, rows, dtype=torch.double, device="cuda")
     index = torch.empty(rows, dtype=torch.int32, device="cuda")
     parts, whole = torch.empty_like(logits), torch.empty_like(logits)
@@ -135,7 +135,7 @@ def check_linear(pick, dtype):
     norm = (1 + 0.2 * torch.randn(inputs, device="cuda")).to(dtype)
     residual = torch.randn(rows, outputs, device="cuda").to(dtype)
     out = torch.empty_like(residual)
-    shape = plugins.LinearShape(rows, outputs, inputs, gated, code(dtype), 1e-5)
+    shape = kernel_library.LinearShape(rows, outputs, inputs, gated, code(dtype), 1e-5)
     scratch = torch.empty(library.cqil_linear_scratch_bytes(shape), dtype=torch.uint8, device="cuda")
     given = [x, delta if normed == 2 else None, weight, bias if biased else None, norm if normed else None]
     call("linear", ctypes.byref(shape), *given, residual if added else None, out, scratch)
@@ -158,7 +158,7 @@ def check_attention(pick, dtype):
         first, heads = 0, kv_heads * group
     capacity, max_batch = pick(40, 700), pick(1, 5)
     batch, norms, eps = pick(1, max_batch), bool(pick(0, 1)), 1e-6
-    shape = plugins.AttentionShape(
+    shape = kernel_library.AttentionShape(
         heads=heads,
         kv_heads=kv_heads,
         head_dim=dim,

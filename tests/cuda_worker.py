@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from mpi4py import MPI
 
-from cqil_trt.collectives.cuda import CudaCommunicator
+from cqil_trt.gpu.workspace import CudaCommunicator
 
 EPS = 1e-5
 comm = MPI.COMM_WORLD

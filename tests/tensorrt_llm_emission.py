@@ -167,9 +167,9 @@ def main():
     functional = importlib.import_module("tensorrt_llm.functional")
     functional.Tensor.location = property(lambda tensor: None, lambda tensor, value: None)
     # Our plugin library is a compiled part, too.
-    versions = importlib.import_module("cqil_trt.backends.tensorrt_llm_versions")
+    versions = importlib.import_module("cqil_trt.backends.tensorrt_llm.versions")
     versions.load_plugins = lambda: None
-    model_module = importlib.import_module("cqil_trt.network.tensorrt_llm_model")
+    model_module = importlib.import_module("cqil_trt.backends.tensorrt_llm.model")
 
     llama = importlib.import_module("tensorrt_llm.models.llama.config")
     values = json.loads((CHECKPOINT / "config.json").read_text())

@@ -17,8 +17,8 @@ import tensorrt as trt
 from cuda.bindings import runtime as cuda
 from mpi4py import MPI
 
-from cqil_trt import plugins
-from cqil_trt.collectives.cuda import Workspace
+from cqil_trt.gpu import kernel_library
+from cqil_trt.gpu.workspace import Workspace
 
 HIDDEN, EPS, DISTANCE = 576, 1e-5, 1
 comm = MPI.COMM_WORLD
@@ -172,7 +172,7 @@ check(cuda.cudaSetDevice(rank % devices))
 # The plugins look TensorRT up in the process.
 for path in Path(trt.__file__).parent.glob("libnvinfer.so*"):
     ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-library = plugins.load()
+library = kernel_library.load()
 assert library.cqil_register_plugins() == 0
 workspace = Workspace(comm, timeout=20)
 main(int(sys.argv[1]))

@@ -9,8 +9,8 @@ import pytest
 from conftest import make_model, mpirun, run
 
 import cqil_trt
-from cqil_trt import cuda
 from cqil_trt.commands import RankParser
+from cqil_trt.gpu import cuda
 from cqil_trt.job import Job
 
 

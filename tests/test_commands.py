@@ -22,7 +22,7 @@ from conftest import (
 from test_generate import save_byte_tokenizer
 
 import cqil_trt.engine
-from cqil_trt.builder import prepare
+from cqil_trt.builder import BuildRequest, prepare
 from cqil_trt.commands.run import parser as run_parser
 from cqil_trt.commands.run import read_prompts
 from cqil_trt.errors import UserError
@@ -242,12 +242,15 @@ def test_build_errors_about_files(model, tmp_path):
 def test_an_output_directory_that_exists(model, engine, tmp_path):
     arguments = ("--model", model, "--max-seq-len", 40, "--output")
     assert_user_error(build(*arguments, engine), "--output", "--force")
-    plan = prepare(model, max_seq_len=40, output=engine, force=True)
+    plan = prepare(BuildRequest(model=model, max_seq_len=40, output=engine, force=True))
     assert "replaces the engine built on" in plan.notes[-1]
     left = tmp_path / "left"
     left.mkdir()
     (left / "config.json").write_text((engine / "config.json").read_text().replace('"p": 2', '"p": 4'))
-    assert "what is left of an engine" in prepare(model, max_seq_len=40, output=left, force=True).notes[-1]
+    assert (
+        "what is left of an engine"
+        in prepare(BuildRequest(model=model, max_seq_len=40, output=left, force=True)).notes[-1]
+    )
     shutil.rmtree(left)
     (tmp_path / "precious").write_text("mine")
     assert_user_error(build(*arguments, tmp_path, "--force"), "is not an engine")

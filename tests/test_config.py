@@ -8,8 +8,10 @@ import transformers
 from conftest import write_json
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from cqil_trt.config import ARCHITECTURES, CqilConfig, EngineConfig, ModelConfig
+from cqil_trt import families
+from cqil_trt.config import CqilConfig, EngineLimits
 from cqil_trt.errors import UserError
+from cqil_trt.model import ModelConfig
 from cqil_trt.network.rotary import inverse_frequencies
 from cqil_trt.presets import PRESETS
 
@@ -22,11 +24,11 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [family.architecture for family in families.all_families()])
 def test_fields_left_out_mean_what_transformers_takes_them_for(architecture, tmp_path):
     expected = getattr(transformers, architecture).config_class(**SMALL)
     path = write_json(tmp_path / "config.json", {"architectures": [architecture], **SMALL})
-    model = ModelConfig.from_hugging_face(path)
+    model = families.read_config(path)
     assert model.num_kv_heads == expected.num_key_value_heads
     assert model.head_dim == (getattr(expected, "head_dim", None) or 2)
     assert model.max_position == expected.max_position_embeddings
@@ -67,7 +69,7 @@ def test_rope_frequencies_equal_those_of_transformers(kind, old_style, tmp_path)
         written["rope_scaling"] = None if kind == "default" else rope
     else:
         written["rope_parameters"] = rope
-    model = ModelConfig.from_hugging_face(write_json(tmp_path / "config.json", written))
+    model = families.read_config(write_json(tmp_path / "config.json", written))
     assert torch.equal(torch.tensor(inverse_frequencies(model)), expected)
 
 
@@ -91,19 +93,19 @@ def test_what_would_be_computed_wrongly_is_refused_by_name(field, tmp_path):
     value, name = REFUSED[field]
     path = write_json(tmp_path / "config.json", {"architectures": ["LlamaForCausalLM"], **SMALL, field: value})
     with pytest.raises(UserError) as caught:
-        ModelConfig.from_hugging_face(path)
+        families.read_config(path)
     assert name in str(caught.value) and str(path) in str(caught.value)
 
 
 def test_a_sliding_window_is_refused_only_where_it_is_in_use(tmp_path):
     values = {"architectures": ["MistralForCausalLM"], **SMALL, "num_key_value_heads": 8, "sliding_window": 512}
-    model = ModelConfig.from_hugging_face(write_json(tmp_path / "config.json", values))
-    EngineConfig(max_seq_len=512).check_model(model)
+    model = families.read_config(write_json(tmp_path / "config.json", values))
+    EngineLimits(max_seq_len=512).check_model(model)
     with pytest.raises(UserError, match="sliding-window"):
-        EngineConfig(max_seq_len=513).check_model(model)
+        EngineLimits(max_seq_len=513).check_model(model)
     for off in ({"sliding_window": None}, {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False}):
         path = write_json(tmp_path / "config.json", {**values, **off})
-        assert ModelConfig.from_hugging_face(path).sliding_window is None
+        assert families.read_config(path).sliding_window is None
 
 
 @pytest.mark.parametrize(
@@ -153,6 +155,6 @@ def test_model_config_survives_json(tmp_path):
         tmp_path / "config.json",
         {"architectures": ["LlamaForCausalLM"], **SMALL, "rope_parameters": rope, "eos_token_id": [1, 2]},
     )
-    model = ModelConfig.from_hugging_face(path)
+    model = families.read_config(path)
     assert ModelConfig.from_dict(json.loads(json.dumps(model.to_dict()))) == model
     assert model.eos_token_ids == (1, 2)

@@ -14,14 +14,14 @@ from conftest import SEED, make_model, rank_weights
 from test_fused_ops import SHAPES, Alone
 from test_parity import ARCHITECTURES
 
-from cqil_trt import cuda
+from cqil_trt.backends.torch import gpu_ops as cuda_ops
+from cqil_trt.backends.torch.gpu_ops import CudaOps, Matrix
+from cqil_trt.backends.torch.ops import TorchOps
 from cqil_trt.checkpoint import Checkpoint
-from cqil_trt.config import CqilConfig, EngineConfig
-from cqil_trt.network import cuda_ops
-from cqil_trt.network.cuda_ops import CudaOps, Matrix
+from cqil_trt.config import CqilConfig, EngineLimits
+from cqil_trt.gpu import cuda
 from cqil_trt.network.decoder import decode
 from cqil_trt.network.rotary import rotary_tables
-from cqil_trt.network.torch_ops import TorchOps
 from cqil_trt.shard import plan
 
 BATCH, CAPACITY = 2, 32
@@ -191,7 +191,7 @@ def test_cuda_ops_ask_for_what_the_decoder_means(name, tmp_path, host_memory):
     architecture, changes = ARCHITECTURES[name]
     directory = make_model(tmp_path, architecture, seed=SEED, rms_norm_eps=1e-2, **changes)
     checkpoint = Checkpoint(directory, None)
-    model, limits = checkpoint.model, EngineConfig(BATCH, CAPACITY, "float32")
+    model, limits = checkpoint.model, EngineLimits(max_batch_size=BATCH, max_seq_len=CAPACITY)
     for shape in SHAPES:
         for rank in plan(model, CqilConfig(**shape)):
             weights = rank_weights(rank, checkpoint.reader)

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 from conftest import ROOT, assert_quiet, build, mpirun, run
 
-from cqil_trt.builder import prepare
+from cqil_trt.builder import BuildRequest, prepare
 from cqil_trt.demo import demo_model
 from cqil_trt.errors import UserError
 
@@ -61,7 +61,7 @@ def test_the_default_engine_answers_sensibly(model, tmp_path):
     ],
 )
 def test_the_demo_adapter_is_merged_where_it_was_trained_for(flags, merged, model):
-    plan = prepare(model, output="/nowhere/engine", **flags)
+    plan = prepare(BuildRequest.of(model=model, output="/nowhere/engine", **flags))
     assert (plan.source.lora is not None) == merged
     assert any("--lora none leaves it out" in note for note in plan.notes) == merged
 

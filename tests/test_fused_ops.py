@@ -5,12 +5,12 @@ import torch
 from conftest import SEED, make_model, rank_weights
 from test_parity import ARCHITECTURES
 
+from cqil_trt.backends.torch.ops import TorchOps
 from cqil_trt.checkpoint import Checkpoint
 from cqil_trt.collectives import LocalCommunicator
-from cqil_trt.config import CqilConfig, EngineConfig
+from cqil_trt.config import CqilConfig, EngineLimits
+from cqil_trt.gpu.fused_ops import FusedOps
 from cqil_trt.network.decoder import decode
-from cqil_trt.network.fused_ops import FusedOps
-from cqil_trt.network.torch_ops import TorchOps
 from cqil_trt.shard import plan
 
 SHAPES = [
@@ -40,18 +40,18 @@ class FusedTorchOps(FusedOps, TorchOps):
 
     calls = 0
 
-    def fused_linear(self, x, weight, bias=None, norm=None, delta=None, residual=None, gated=False):
+    def fused_project(self, x, name, norm=None, delta=None, residual=None, gated=False):
         self.calls += 1
         if norm is not None:
             x = TorchOps.rms_norm(self, x if delta is None else x + delta, norm)
-        out = TorchOps.linear(self, x, weight, bias)
+        out = TorchOps.project(self, x, name)
         if gated:
             out = TorchOps.swiglu(self, out)
         return out if residual is None else out + residual
 
-    def fused_norm(self, x, delta, weight):
+    def fused_norm(self, x, delta, name):
         self.calls += 1
-        return TorchOps.rms_norm(self, x if delta is None else x + delta, weight)
+        return TorchOps.rms_norm(self, x if delta is None else x + delta, name)
 
     def fused_add(self, x, y):
         self.calls += 1
@@ -80,7 +80,7 @@ def test_fused_operations_compute_the_same(name, tmp_path):
     architecture, changes = ARCHITECTURES[name]
     directory = make_model(tmp_path, architecture, seed=SEED, rms_norm_eps=1e-2, **changes)
     checkpoint = Checkpoint(directory, None)
-    limits = EngineConfig(2, 32, "float32")
+    limits = EngineLimits(max_batch_size=2, max_seq_len=32)
     for shape in SHAPES:
         for rank in plan(checkpoint.model, CqilConfig(**shape)):
             weights = rank_weights(rank, checkpoint.reader)
@@ -101,7 +101,9 @@ def test_a_sequential_layer_takes_four_products_and_nothing_else(tmp_path):
     checkpoint = Checkpoint(make_model(tmp_path, seed=SEED), None)
     [rank] = plan(checkpoint.model, CqilConfig(1))
     weights = rank_weights(rank, checkpoint.reader)
-    ops = FusedTorchOps(rank, weights, LocalCommunicator(), EngineConfig(1, 32, "float32"), checkpoint.rotary)
+    ops = FusedTorchOps(
+        rank, weights, LocalCommunicator(), EngineLimits(max_batch_size=1, max_seq_len=32), checkpoint.rotary
+    )
     decode(
         ops, torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long)
     )

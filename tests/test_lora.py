@@ -14,9 +14,10 @@ from cqil_trt import peft_config
 from cqil_trt.checkpoint import Checkpoint
 from cqil_trt.config import CqilConfig
 from cqil_trt.errors import UserError
+from cqil_trt.families.layout import checkpoint_shapes
 from cqil_trt.lora import LoraReader
 from cqil_trt.reference import from_reader, load_hugging_face
-from cqil_trt.shard import checkpoint_shapes, plan
+from cqil_trt.shard import plan
 from cqil_trt.weights import open_checkpoint
 
 FULL_NAMES = [f"model.layers.{i}.{m}" for i in (0, 3) for m in ("self_attn.q_proj", "mlp.down_proj")]

@@ -16,7 +16,7 @@ from conftest import (
     run,
 )
 
-from cqil_trt import plugins
+from cqil_trt.gpu import kernel_library
 
 skipped = pytest.raises(pytest.skip.Exception, match="needs (peft|transformers|cmake|cuda-bindings|.*mpirun)")
 
@@ -34,7 +34,7 @@ def test_packages(monkeypatch, tmp_path):
 
 
 def test_compilers_and_gpus(monkeypatch, tmp_path):
-    plugins.load.cache_clear()
+    kernel_library.load.cache_clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("CQIL_TRT_PLUGINS", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -8,8 +8,8 @@ import sys
 import pytest
 from conftest import ROOT, run
 
-from cqil_trt import plugins
 from cqil_trt.errors import UserError
+from cqil_trt.gpu import kernel_library
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
 HEADERS = ROOT / "third_party" / "tensorrt_headers"
@@ -19,22 +19,22 @@ HEADERS = ROOT / "third_party" / "tensorrt_headers"
 def built(request, tmp_path_factory):
     """The library for one architecture with the headers of one TensorRT; warnings are errors."""
     headers, architecture = request.param
-    path = tmp_path_factory.mktemp(headers) / plugins.LIBRARY
-    return headers, plugins.build(HEADERS / headers, architecture, path)
+    path = tmp_path_factory.mktemp(headers) / kernel_library.LIBRARY
+    return headers, kernel_library.build(HEADERS / headers, architecture, path)
 
 
 @needs_nvcc
 def test_it_compiles_and_loads_without_a_gpu_or_tensorrt(built):
     _, path = built
-    library = plugins.load(path)
-    assert library.cqil_version().decode() == plugins.source_version()
+    library = kernel_library.load(path)
+    assert library.cqil_version().decode() == kernel_library.source_version()
     assert library.cqil_register_plugins() == -1  # there is no TensorRT in this process
 
 
 @needs_nvcc
 def test_without_tensorrt_the_c_interface_alone_is_built(tmp_path):
-    path = tmp_path / plugins.LIBRARY
-    done = run(sys.executable, "-m", "cqil_trt.plugins", "build", "--architectures", "90", "--output", path)
+    path = tmp_path / kernel_library.LIBRARY
+    done = run(sys.executable, "-m", "cqil_trt.kernels", "build", "--architectures", "90", "--output", path)
     assert done.returncode == 0, done.stderr
     names = subprocess.run(["nm", "-D", "--defined-only", path], capture_output=True, text=True).stdout
     assert "cqil_all_reduce" in names and "cqil_register_plugins" not in names
@@ -109,33 +109,33 @@ def test_tensorrt_registers_creates_and_serialises_the_plugins(built):
 def test_a_library_of_other_sources_is_refused(built, tmp_path, monkeypatch):
     _, path = built
     copy = shutil.copy(path, tmp_path / "other.so")
-    monkeypatch.setattr(plugins, "source_version", lambda: "0.0.0+other")
+    monkeypatch.setattr(kernel_library, "source_version", lambda: "0.0.0+other")
     with pytest.raises(UserError, match="built from other sources"):
-        plugins.load(copy)
+        kernel_library.load(copy)
 
 
 def test_missing_and_foreign_libraries_are_named(tmp_path, monkeypatch):
     monkeypatch.setenv("CQIL_TRT_PLUGINS", str(tmp_path / "none.so"))
-    with pytest.raises(UserError, match="cqil_trt.plugins build"):
-        plugins.library_path()
+    with pytest.raises(UserError, match="cqil_trt.kernels build"):
+        kernel_library.library_path()
     (tmp_path / "broken.so").write_text("not a library")
     with pytest.raises(UserError, match="cannot be loaded"):
-        plugins.load(tmp_path / "broken.so")
+        kernel_library.load(tmp_path / "broken.so")
     foreign = next(p for p in (ctypes.util.find_library("m"), "libm.so.6") if p)
     with pytest.raises(UserError, match="not a cqil-trt plugin library"):
-        plugins.load(foreign)
+        kernel_library.load(foreign)
 
 
 def test_tools_that_are_missing_are_named(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match="cmake is needed"):
-        plugins.build()
+        kernel_library.build()
 
 
 @needs_nvcc
 def test_a_compiler_error_is_one_line(tmp_path):
     done = run(
-        sys.executable, "-m", "cqil_trt.plugins", "build", "--tensorrt-root", tmp_path, "--output", tmp_path / "x.so"
+        sys.executable, "-m", "cqil_trt.kernels", "build", "--tensorrt-root", tmp_path, "--output", tmp_path / "x.so"
     )
     assert done.returncode == 2
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -149,10 +149,10 @@ def test_without_a_gpu_a_workspace_says_so(built):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     code = (
-        "import sys; from cqil_trt import plugins; from cqil_trt.collectives.cuda import Workspace\n"
+        "import sys; from cqil_trt.gpu import kernel_library; from cqil_trt.gpu.workspace import Workspace\n"
         "from mpi4py import MPI; from pathlib import Path\n"
         "from cqil_trt.errors import UserError\n"
-        "try:\n    Workspace(MPI.COMM_SELF, library=plugins.load(Path(sys.argv[1])))\n"
+        "try:\n    Workspace(MPI.COMM_SELF, library=kernel_library.load(Path(sys.argv[1])))\n"
         "except UserError as error:\n    print('refused:', error)"
     )
     done = run(sys.executable, "-c", code, built[1])

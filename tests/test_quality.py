@@ -24,6 +24,7 @@ from peft import PeftModel
 from test_generate import save_byte_tokenizer
 
 import cqil_trt
+from cqil_trt import families
 from cqil_trt.config import CqilConfig
 from cqil_trt.errors import UserError
 from cqil_trt.job import Job
@@ -180,7 +181,7 @@ def test_similarity_command(model, text, tmp_path):
 def test_texts_come_from_files_directories_json_lines_and_datasets(model, tmp_path):
     import datasets
 
-    tokenizer, config = open_tokenizer(model), cqil_trt.ModelConfig.from_hugging_face(model / "config.json")
+    tokenizer, config = open_tokenizer(model), families.read_config(model / "config.json")
     texts = [TEXT[i * 500 : i * 500 + 300 + i] for i in range(4)]
     (tmp_path / "dir").mkdir()
     (tmp_path / "dir" / "a.txt").write_text(texts[0])
@@ -205,7 +206,7 @@ def test_texts_come_from_files_directories_json_lines_and_datasets(model, tmp_pa
 def test_what_is_no_text_is_an_error(model, tmp_path):
     import datasets
 
-    tokenizer, config = open_tokenizer(model), cqil_trt.ModelConfig.from_hugging_face(model / "config.json")
+    tokenizer, config = open_tokenizer(model), families.read_config(model / "config.json")
     (tmp_path / "empty").mkdir()
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "short.txt").write_text("short")

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import cqil_trt
-from cqil_trt import reference
-from cqil_trt.backends.torch import TorchSession, open_session
+from cqil_trt import backends, families, reference
+from cqil_trt.backends.torch.session import TorchSession, open_session
 from cqil_trt.checkpoint import Checkpoint
-from cqil_trt.config import CqilConfig, EngineConfig, ModelConfig
+from cqil_trt.config import CqilConfig, EngineLimits
 from cqil_trt.errors import UserError
+from cqil_trt.model import ModelConfig
 from cqil_trt.network.rotary import decode_tables, dynamic_frequencies, inverse_frequencies
 from cqil_trt.rope import RopeConfig
 from cqil_trt.shard import plan
@@ -96,7 +97,7 @@ def test_any_spelling_means_what_transformers_takes_it_for(scaling, standard, th
     values |= {name: value for name, value in given_fields.items() if value is not ...}
     expected = transformers_rotary(values)
     try:
-        model = ModelConfig.from_hugging_face(write_json(tmp_path / "config.json", values))
+        model = families.read_config(write_json(tmp_path / "config.json", values))
     except UserError as error:
         # What transformers can compute is refused only for its type.
         unsupported = expected is not None and expected.rope_type in ("longrope", "proportional")
@@ -168,10 +169,10 @@ def test_scaled_rope_equals_transformers_over_the_whole_stretched_context(name, 
         session.decode(np.array([prompt[position]]))
         assert relative(session.logits()[0], expected[position]) < 1e-5
     # Without --max-seq-len an engine takes what it can, and never more.
-    model = ModelConfig.from_hugging_face(directory / "config.json")
+    model = families.read_config(directory / "config.json")
     assert session_of(directory, tmp_path / "default").limits.max_seq_len == model.context >= 128
     with pytest.raises(UserError, match=f"the model's {model.context} positions"):
-        EngineConfig(max_seq_len=model.context + 1).check_model(model)
+        EngineLimits(max_seq_len=model.context + 1).check_model(model)
 
 
 ORIGINAL = 48
@@ -253,9 +254,9 @@ def test_rows_for_decoding_have_the_bits_of_transformers_frequencies(dynamic):
 @pytest.mark.parametrize("backend", ["onnx", "tensorrt", "tensorrt-llm"])
 def test_other_backends_refuse_dynamic_rope_beyond_the_context(backend, dynamic):
     model = dynamic[1].model
-    EngineConfig(max_seq_len=ORIGINAL, backend=backend).check_model(model)
+    backends.load(backend).check_model(model, EngineLimits(max_seq_len=ORIGINAL))
     with pytest.raises(UserError, match=f"dynamic rope .* --max-seq-len {ORIGINAL}"):
-        EngineConfig(max_seq_len=ORIGINAL + 1, backend=backend).check_model(model)
+        backends.load(backend).check_model(model, EngineLimits(max_seq_len=ORIGINAL + 1))
 
 
 def test_a_gpu_is_not_given_dynamic_rope_beyond_the_context(dynamic):
@@ -264,12 +265,12 @@ def test_a_gpu_is_not_given_dynamic_rope_beyond_the_context(dynamic):
 
 
 def test_tensorrt_llm_refuses_what_its_attention_has_no_parameters_for(tmp_path):
-    from cqil_trt.backends.tensorrt_llm import describe
+    from cqil_trt.backends.tensorrt_llm.checkpoint import describe
 
     directory = make_model(tmp_path, rope_parameters=complete("yarn", 4.0), vocab_size=132)
-    ranks = plan(ModelConfig.from_hugging_face(directory / "config.json"), CqilConfig(2, placement="tensor"))
+    ranks = plan(families.read_config(directory / "config.json"), CqilConfig(2, placement="tensor"))
     with pytest.raises(UserError, match="yarn rope"):
-        describe(EngineConfig(), {}, ranks)
+        describe({}, ranks)
 
 
 # GGUF: what llama.cpp computes
@@ -330,7 +331,7 @@ def test_gguf_scaling_is_what_llama_cpp_makes_of_it(name, tmp_path):
     source, path = scaled_gguf(tmp_path, add_keys(keys))
     model = judged(path, source, rope)
     # The length rules are those of a config.json.
-    assert model.context == ModelConfig.from_hugging_face(source / "config.json").context
+    assert model.context == families.read_config(source / "config.json").context
 
 
 def test_gguf_attention_factor_scales_what_the_type_gives(tmp_path):

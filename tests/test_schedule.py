@@ -3,7 +3,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cqil_trt.config import CqilConfig, ModelConfig, RopeConfig
+from cqil_trt.config import CqilConfig
+from cqil_trt.model import ModelConfig
+from cqil_trt.rope import RopeConfig
 from cqil_trt.schedule import Group, Layer, Receive, schedule
 from cqil_trt.shard import plan
 
@@ -47,9 +49,25 @@ def test_every_layer_runs_where_it_should_and_collectives_line_up(configuration)
 def test_shards_of_a_layer_cover_it_exactly_once(configuration, kv_heads, group, neurons, tied):
     cqil, layers = configuration
     model = ModelConfig(
-        "LlamaForCausalLM", layers, 16, neurons, kv_heads * group, kv_heads, 4, 37, 64, 1e-6, RopeConfig(), tied,
-        True, True, True, False, None, "float32",
-    )  # fmt: skip
+        architecture="LlamaForCausalLM",
+        num_layers=layers,
+        hidden_size=16,
+        intermediate_size=neurons,
+        num_heads=kv_heads * group,
+        num_kv_heads=kv_heads,
+        head_dim=4,
+        vocab_size=37,
+        max_position=64,
+        rms_norm_eps=1e-6,
+        rope=RopeConfig(),
+        tie_embeddings=tied,
+        qkv_bias=True,
+        o_bias=True,
+        mlp_bias=True,
+        qk_norm=False,
+        sliding_window=None,
+        dtype="float32",
+    )
     ranks = plan(model, cqil)
     assert sum(b - a for a, b in (rank.vocabulary for rank in ranks)) == model.vocab_size
     for layer in range(layers):

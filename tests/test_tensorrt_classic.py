@@ -12,12 +12,12 @@ from test_cuda_ops import HostKernels, norm
 from test_fused_ops import SHAPES, Alone
 from test_parity import ARCHITECTURES
 
+from cqil_trt.backends.tensorrt.network import Lowering, define_network
+from cqil_trt.backends.torch.ops import TorchOps
 from cqil_trt.checkpoint import Checkpoint
-from cqil_trt.config import CqilConfig, EngineConfig
+from cqil_trt.config import CqilConfig, EngineLimits
 from cqil_trt.network.decoder import decode
 from cqil_trt.network.rotary import rotary_tables
-from cqil_trt.network.tensorrt_ops import Lowering, define_network
-from cqil_trt.network.torch_ops import TorchOps
 from cqil_trt.shard import plan
 
 BATCH, CAPACITY = 2, 32
@@ -165,7 +165,10 @@ def package():
 def test_classic_networks_compute_what_the_decoder_means(name, tmp_path):
     architecture, changes = ARCHITECTURES[name]
     checkpoint = Checkpoint(make_model(tmp_path, architecture, seed=SEED, rms_norm_eps=1e-2, **changes), None)
-    model, limits = checkpoint.model, EngineConfig(BATCH, CAPACITY, "float32", "tensorrt", 8)
+    model, limits = (
+        checkpoint.model,
+        EngineLimits(max_batch_size=BATCH, max_seq_len=CAPACITY, dtype="float32", prefill_chunk=8),
+    )
     tables = map(torch.from_numpy, rotary_tables(checkpoint.model, checkpoint.rotary, CAPACITY))
     constants = dict(zip(("rotary.cos", "rotary.sin"), tables))
     for shape in SHAPES:

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from trtllm_contract import API, Contract, Value, load_model_file
 
 import cqil_trt
-from cqil_trt.backends.tensorrt_llm import COLLECTIVES, MODEL_FILE, build_command
-from cqil_trt.backends.tensorrt_llm_versions import check
-from cqil_trt.config import EngineConfig
+from cqil_trt.backends.tensorrt_llm.checkpoint import COLLECTIVES, MODEL_FILE, build_command
+from cqil_trt.backends.tensorrt_llm.versions import check
+from cqil_trt.config import EngineLimits
 from cqil_trt.errors import UserError
 
 SIZES = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 132, "num_hidden_layers": 9}
@@ -272,7 +272,7 @@ class Runner:
 
 
 def test_the_session_asks_the_runner_for_what_generation_and_validation_need(models, tmp_path, monkeypatch):
-    from cqil_trt import cuda
+    from cqil_trt.gpu import cuda
     from cqil_trt.validate import answer
 
     engine = tmp_path / "engine"
@@ -293,7 +293,7 @@ def test_the_session_asks_the_runner_for_what_generation_and_validation_need(mod
     monkeypatch.setitem(sys.modules, "tensorrt_llm", types.ModuleType("tensorrt_llm"))
     monkeypatch.setitem(sys.modules, "tensorrt_llm.runtime", runtime)
     monkeypatch.setattr(cuda, "use_device", lambda number: None)
-    monkeypatch.setattr("cqil_trt.backends.tensorrt_llm_versions.installed", lambda: "1.2.1")
+    monkeypatch.setattr("cqil_trt.backends.tensorrt_llm.versions.installed", lambda: "1.2.1")
     llm = cqil_trt.load(engine, device="cuda")
     assert loaded["directory"] == str(engine / "trtllm")
 
@@ -347,5 +347,5 @@ def test_what_the_model_calls_is_what_each_version_takes(version, collective, mo
     assert {"Attention.__init__", "Attention.forward", "GatedMLP.forward", "Linear.__init__"} <= contract.called
     assert ("allreduce" in contract.called) == (collective == "trtllm")
 
-    flags = {flag for flag in build_command(tmp_path, tmp_path, EngineConfig(dtype="float16")) if flag.startswith("--")}
+    flags = {flag for flag in build_command(tmp_path, tmp_path, EngineLimits(dtype="float16")) if flag.startswith("--")}
     assert flags <= set(contract.symbols["trtllm-build"]["flags"])

@@ -12,12 +12,12 @@ from tensorrt_evaluator import NetworkEvaluator, Recorder, evaluate
 from test_parity import ARCHITECTURES, identifier, relative
 
 import cqil_trt
+from cqil_trt.backends.tensorrt.network import Lowering, add_profiles, define_network
 from cqil_trt.checkpoint import Checkpoint
-from cqil_trt.config import DTYPES, PLACEMENTS, CqilConfig, EngineConfig
+from cqil_trt.config import DTYPES, PLACEMENTS, CqilConfig, EngineLimits
 from cqil_trt.demo import demo_model
 from cqil_trt.engine import fingerprint
 from cqil_trt.errors import UserError
-from cqil_trt.network.tensorrt_ops import Lowering, add_profiles, define_network
 from cqil_trt.reference import CqilModel
 from cqil_trt.shard import plan
 from cqil_trt.validate import THRESHOLDS
@@ -87,7 +87,7 @@ class Definition:
 
 def define(directory, shape, limits):
     checkpoint = Checkpoint(directory, None)
-    ranks = plan(checkpoint.model, CqilConfig(**shape))
+    ranks = plan(checkpoint.model, CqilConfig(**shape), limits.dtype)
     return checkpoint, [Definition(rank, limits, checkpoint.rotary) for rank in ranks]
 
 
@@ -100,7 +100,7 @@ class Ranks:
     """All ranks of a model in one process. A pass is given what backends/tensorrt_session.py binds to the engine."""
 
     def __init__(self, directory, shape, dtype):
-        limits = EngineConfig(BATCH, LENGTH, dtype, "tensorrt", CHUNK)
+        limits = EngineLimits(max_batch_size=BATCH, max_seq_len=LENGTH, dtype=dtype, prefill_chunk=CHUNK)
         checkpoint, self.definitions = define(directory, shape, limits)
         self.plans = [definition.plan for definition in self.definitions]
         self.evaluators = [NetworkEvaluator(trt, definition.network) for definition in self.definitions]
@@ -194,7 +194,9 @@ def test_it_computes_what_the_reference_does(number, models):
 def test_inputs_outputs_and_collectives(number, models):
     name, shape = CASES[number]
     dtype = DTYPES[number % 3]
-    _, definitions = define(models[name], shape, EngineConfig(BATCH, LENGTH, dtype, "tensorrt", CHUNK))
+    _, definitions = define(
+        models[name], shape, EngineLimits(max_batch_size=BATCH, max_seq_len=LENGTH, dtype=dtype, prefill_chunk=CHUNK)
+    )
     for definition in definitions:
         rank, network = definition.plan, definition.network
         model, predicts = rank.model, rank.schedule.predicts
@@ -238,7 +240,7 @@ def expected_collectives(rank):
 
 @pytest.mark.parametrize("chunk", [CHUNK, 10 * LENGTH])
 def test_two_profiles_have_room_for_every_pass(chunk, models):
-    limits = EngineConfig(BATCH, LENGTH, "float16", "tensorrt", chunk)
+    limits = EngineLimits(max_batch_size=BATCH, max_seq_len=LENGTH, dtype="float16", prefill_chunk=chunk)
     _, definitions = define(models["llama-odd-heads"], {"p": 2, "d": 1, "start": 1, "end": 5}, limits)
     for definition in definitions:
         made = []

@@ -379,12 +379,12 @@ def test_vocab_and_merges_files(tmp_path):
 def test_a_tokenizer_that_is_larger_than_the_model(tmp_path):
     from conftest import make_model
 
-    from cqil_trt.builder import prepare
+    from cqil_trt.builder import BuildRequest, prepare
 
     size = byte_level_json().get_vocab_size()
     for vocab_size, noted in ((size, False), (size - 2, True)):
         model = save_json(byte_level_json(), make_model(tmp_path / str(vocab_size), vocab_size=vocab_size))
-        notes = prepare(model, p=1, output=tmp_path / "engine").notes
+        notes = prepare(BuildRequest(model=model, p=1, output=tmp_path / "engine")).notes
         assert any(f"the tokenizer has {size} tokens" in note for note in notes) == noted
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from cqil_trt import reference
 from cqil_trt.checkpoint import Checkpoint
 from cqil_trt.errors import UserError
-from cqil_trt.shard import checkpoint_shapes
+from cqil_trt.families.layout import checkpoint_shapes
 from cqil_trt.weights import SafetensorsReader, TorchReader, check_shapes, open_checkpoint
 
 
@@ -451,11 +451,11 @@ def test_fuzzed_configurations_are_read_or_refused(data, tmp_path_factory, fuzz_
     directory = tmp_path_factory.mktemp("fuzz")
     write_json(directory / "config.json", values)
     (directory / "model.safetensors").symlink_to(fuzz_model / "model.safetensors")
-    from cqil_trt.builder import prepare
+    from cqil_trt.builder import BuildRequest, prepare
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
-        prepare(directory, p=2)
+        prepare(BuildRequest(model=directory, p=2))
     except UserError as error:
         assert "\n" not in str(error)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # kilobytes

@@ -151,7 +151,7 @@ def load_model_file(path, contract, monkeypatch):
 
     for name, module in contract.modules().items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr("cqil_trt.backends.tensorrt_llm_versions.load_plugins", lambda: None)
+    monkeypatch.setattr("cqil_trt.backends.tensorrt_llm.versions.load_plugins", lambda: None)
     spec = importlib.util.spec_from_file_location("models", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

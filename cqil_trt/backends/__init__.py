@@ -1,34 +1,52 @@
-"""What compiles and executes a rank's network, one module a backend; each imports its packages when it is loaded.
+"""What compiles and executes a rank's network: a folder a backend, behind the protocol `Backend`.
 
-A backend module provides
-
-    compile_rank(job: Compilation) -> None     turns the rank's weights into what its session needs
-    finish(directory, ranks, limits, made, progress)   where needed: once, behind all ranks
-    describe(limits, options, ranks)           checks what is asked of it, and says what it will make: Description
-    open_session(engine, comm, device, number) executes it on one rank: a Session; `comm` is an mpi4py communicator or
-                                               None, `device` one of DEVICES, `number` which GPU, modulo those there are
+A folder put here is found by itself; nothing else lists the backends. Its `__init__` defines `BACKEND` and imports the
+packages that the backend needs only when they are used, as `build.py --help` asks every backend for its options.
 """
 
 from __future__ import annotations
 
-import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any
 
-from cqil_trt.config import EngineConfig
-from cqil_trt.engine import rank_file
+from cqil_trt.config import EngineLimits
+from cqil_trt.errors import UserError
+from cqil_trt.model import ModelConfig
 from cqil_trt.shard import RankPlan
+
+if TYPE_CHECKING:
+    from cqil_trt.engine import Engine
+    from cqil_trt.session import Session
 
 # Where a session computes; "auto": on a GPU where there is one and the backend can.
 DEVICES = ("auto", "cpu", "cuda")
+# The backend whose engines are the weights and nothing else: the default, and what the others are compiled from.
+PLAIN = "torch"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """A build option of a backend: `timing_cache` is the flag `--timing-cache`.
+
+    Several backends may have an option of one name. `choices`: what each takes. `keywords`: what else argparse's
+    `add_argument` needs to know.
+    """
+
+    name: str
+    help: str
+    choices: tuple[str, ...] | None = None
+    keywords: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Description:
-    """What `Engine` says of a backend's engines: `backend_version`, `architecture` and `build`.
+    """What a backend is about to build. `version`, `architecture`, `build`: as in `Engine`.
 
     `notes`: what else the user should know before the engine is written.
     """
@@ -39,26 +57,107 @@ class Description:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Compilation:
     """One rank's network to compile into `directory`, where its weights lie already.
 
-    `rotary`: as in `Engine`. `made`: what `describe` said. `options`: the command's flags for this backend.
+    `rotary`: as in `Engine`. `description`: what `describe` said. `options`: the backend's options that were given.
     `progress`: show it on standard error.
     """
 
     directory: Path
     plan: RankPlan
-    limits: EngineConfig
+    limits: EngineLimits
     rotary: tuple[float, ...]
-    made: Description
+    description: Description
     options: Mapping[str, Any]
     progress: bool
 
     def file(self, suffix: str) -> Path:
-        return self.directory / rank_file(self.plan.rank, suffix)
+        return self.directory / f"rank{self.plan.rank}.{suffix}"
 
 
-def load(name: str) -> ModuleType:
-    """The module of a backend. Raises ModuleNotFoundError when a package it needs is not installed."""
-    return importlib.import_module(f"cqil_trt.backends.{name.replace('-', '_')}")
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """An engine directory whose ranks have all been compiled; fields as in `Compilation`."""
+
+    directory: Path
+    ranks: tuple[RankPlan, ...]
+    limits: EngineLimits
+    description: Description
+    progress: bool
+
+
+class Backend(ABC):
+    """What the builder and the runtime ask of a backend. `name`: as `--backend` takes it.
+
+    `packages`: import names of packages that it needs, and the extra of this project that brings each. `options`: what
+    it takes of build.py's flags. `dynamic_rope`: whether it computes sequences beyond the context of dynamic rope.
+    """
+
+    name: str
+    packages: Mapping[str, str] = {}
+    options: tuple[Option, ...] = ()
+    dynamic_rope = False
+
+    def rank_files(self, rank: int) -> tuple[str, ...]:
+        """The files that a rank cannot do without, relative to the engine directory."""
+        return (f"rank{rank}.safetensors",)
+
+    def check_model(self, model: ModelConfig, limits: EngineLimits) -> None:
+        """Raises UserError for a model that the backend does not compute at these lengths."""
+        context = model.rope.fixed_context
+        if limits.max_seq_len > context and not self.dynamic_rope:
+            able = " and ".join(name for name in names() if load(name).dynamic_rope)
+            raise UserError(
+                f"--backend {self.name}: the model's dynamic rope rotates a longer prompt than {context} tokens by its "
+                f"length, which only backend {able} on CPUs does: --max-seq-len {context} or less keeps it out of use"
+            )
+
+    @abstractmethod
+    def describe(self, limits: EngineLimits, options: Mapping[str, Any], ranks: tuple[RankPlan, ...]) -> Description:
+        """Checks what is asked of it, and says what it will build. Raises UserError for what it cannot do."""
+
+    def compile(self, compilation: Compilation) -> None:  # noqa: B027 (nothing, unless a backend has something to do)
+        """Turns a rank's weights into what its session needs: files named `rank{r}.*`, anywhere in the directory."""
+
+    def finish(self, completion: Completion) -> None:  # noqa: B027
+        """Called once, when all ranks are compiled."""
+
+    @abstractmethod
+    def open_session(self, engine: Engine, comm: Any, device: str, number: int) -> Session:
+        """The session that executes the engine on this rank.
+
+        Args:
+            comm: an mpi4py communicator of the engine's ranks; None for one rank.
+            device: one of DEVICES.
+            number: which GPU, modulo the number of GPUs.
+        """
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """The backends' names, the plain one first."""
+    found = [info.name.replace("_", "-") for info in iter_modules(__path__) if info.ispkg]
+    return tuple(sorted(found, key=lambda name: (name != PLAIN, name)))
+
+
+def load(name: str) -> Backend:
+    """The backend of that name. Raises UserError for one that does not exist."""
+    if name not in names():
+        raise UserError(f"--backend must be one of {', '.join(names())}, found {name}")
+    return import_module(f"{__name__}.{name.replace('-', '_')}").BACKEND
+
+
+def all_options() -> dict[str, tuple[Option, tuple[str, ...]]]:
+    """Every option by name, with the choices of all backends that have it, and these backends' names."""
+    found: dict[str, tuple[Option, tuple[str, ...]]] = {}
+    for name in names():
+        for option in load(name).options:
+            known, takers = found.get(option.name, (option, ()))
+            choices = None
+            if option.choices is not None:
+                choices = tuple(dict.fromkeys((*(known.choices or ()), *option.choices)))
+            merged = Option(name=option.name, help=known.help, choices=choices, keywords=known.keywords)
+            found[option.name] = merged, (*takers, name)
+    return found

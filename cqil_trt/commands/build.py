@@ -8,10 +8,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cqil_trt import __version__
-from cqil_trt.builder import PROBES, locate, prepare, write
+from cqil_trt import __version__, backends
+from cqil_trt.builder import PROBES, BuildRequest, prepare, write
 from cqil_trt.commands import RankParser, add_cqil_flags, run_ranks
-from cqil_trt.config import BACKENDS, COLLECTIVES, DTYPES, PLACEMENTS
+from cqil_trt.config import DTYPES, PLACEMENTS
 from cqil_trt.job import Job
 from cqil_trt.table import size, table
 
@@ -33,7 +33,7 @@ def parser() -> RankParser:
     add_cqil_flags(p)
     p.add_argument("--placement", choices=PLACEMENTS, help="who runs the other layers (default sharded)")
     p.add_argument("--dtype", choices=DTYPES, help="type of weights and cache (default: the checkpoint's)")
-    p.add_argument("--backend", choices=BACKENDS, default="torch")
+    p.add_argument("--backend", choices=backends.names(), default=backends.PLAIN)
     p.add_argument("--max-batch-size", type=int, metavar="N", help="sequences at a time (default 8)")
     p.add_argument("--max-seq-len", type=int, metavar="N", help="prompt and generated tokens (default up to 2048)")
     p.add_argument("--prefill-chunk", type=int, metavar="N", help="tokens of a prompt per forward pass (default 512)")
@@ -49,14 +49,10 @@ def parser() -> RankParser:
         action="store_false",
         help="leave the tokenizer out: the engine takes token ids only",
     )
-    compiled = p.add_argument_group("backends tensorrt and tensorrt-llm")
-    compiled.add_argument(
-        "--target", metavar="LIST", help='build with TensorRT-RTX, for "portable" or compute capabilities like 8.6,8.9'
-    )
-    compiled.add_argument("--collective", choices=COLLECTIVES, help="what joins ranks (default plugin where possible)")
-    compiled.add_argument("--timing-cache", metavar="NAME", help="where timings are kept (default: beside the engine)")
-    compiled.add_argument("--save-network-json", action="store_true", help="write every layer's names, shapes, types")
-    compiled.add_argument("--verbose", action="store_true", help="show TensorRT's own warnings and errors")
+    own = p.add_argument_group("options of single backends")
+    for option, takers in backends.all_options().values():
+        keywords = dict(option.keywords) if option.choices is None else {**option.keywords, "choices": option.choices}
+        own.add_argument(f"--{option.name.replace('_', '-')}", help=f"{', '.join(takers)}: {option.help}", **keywords)
     p.add_argument("--output", metavar="DIR", help="engine directory to make (default engines/NAME)")
     p.add_argument("--force", action="store_true", help="replace the engine at --output")
     p.add_argument("--version", action="version", version=f"cqil-trt {__version__}")
@@ -76,8 +72,8 @@ def build(arguments: argparse.Namespace, job: Job) -> None:
         from cqil_trt.demo import demo_model
 
         options["model"] = job.share(demo_model)
-    options = locate(options, job)
-    plan = job.agree(lambda: prepare(**options))
+    request = BuildRequest.of(**options).locate(job)
+    plan = job.agree(lambda: prepare(request))
     description = plan.to_dict()
     if not as_json:
         say(describe(description))
@@ -103,7 +99,7 @@ def describe(plan: dict[str, Any]) -> str:
     lines.append(f"CQIL       p={cqil['p']}{bypass}: {shape}, placement {cqil['placement']}")
     lines.append(
         f"limits     batch {limits['max_batch_size']}, {limits['max_seq_len']} tokens, {limits['dtype']}, "
-        f"backend {limits['backend']}"
+        f"backend {plan['backend']}"
     )
     if plan["gpus"] != "any":
         lines.append(f"compiler   {plan['backend_version']}, for GPUs of compute capability {plan['gpus']}")

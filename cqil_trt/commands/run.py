@@ -96,7 +96,7 @@ def run(options: argparse.Namespace, job: Job) -> bool:
     cqil = llm.engine.cqil
     say(
         f"{llm.engine.path}: p={cqil.p} d={cqil.d} [{cqil.start}, {cqil.end}) {cqil.placement}, {limits.dtype}, "
-        f"{limits.backend}, {job.size} ranks" + (f", {llm.replicas} replicas" if llm.replicas > 1 else "")
+        f"{llm.engine.backend}, {job.size} ranks" + (f", {llm.replicas} replicas" if llm.replicas > 1 else "")
     )
 
     passed = True

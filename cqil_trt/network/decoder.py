@@ -1,7 +1,8 @@
-"""The decoder, written once against `Ops`: this is the network definition of every backend.
+"""The decoder, written once against `Ops`: the network definition of every backend that has an `Ops`.
 
 Between steps it carries the residual stream x and its normalised form, because a layer's last addition and the next
-layer's RMSNorm are one kernel where a backend has it.
+layer's RMSNorm are one kernel where a backend has it. Weights are named, never held: how a projection is stored is the
+backend's matter.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 from cqil_trt.network.ops import Ops
-from cqil_trt.schedule import Group, Layer, Receive
+from cqil_trt.schedule import Layer, Receive
 from cqil_trt.shard import LayerShard
 
 V = TypeVar("V")
@@ -32,13 +33,13 @@ def decode(ops: Ops[V], tokens: V, past: V, select: V) -> V:
     norms = _input_norms(ops)
     x = normed = None
     if plan.schedule.embeds:
-        x = ops.embedding(tokens, ops.weight("embedding.weight"))
+        x = ops.embedding(tokens)
         normed = ops.rms_norm(x, norms[0])
 
     for step, norm in zip(plan.schedule.steps, norms[1:]):
         if isinstance(step, Receive):
             x = ops.broadcast(x, tokens)
-            # On rank 0 too, which has it: what comes behind must depend on the broadcast, or a compiler may reorder
+            # On rank 0 too, which has it: what follows must depend on the broadcast, or a compiler may reorder
             # collectives on that rank alone.
             normed = ops.rms_norm(x, norm)
             continue
@@ -46,60 +47,55 @@ def decode(ops: Ops[V], tokens: V, past: V, select: V) -> V:
         if isinstance(step, Layer):
             x, normed = _layer(ops, step, shard, x, normed, norm, positions)
         else:
-            x, normed = _group(ops, step, shard, x, normed, norm, positions)
+            x, normed = _group(ops, shard, x, normed, norm, positions)
 
     if not plan.schedule.predicts:
         return ops.keep(x) if x is not None else tokens
-    return ops.keep(ops.linear(ops.select(normed, select), ops.weight("lm_head.weight")))
+    return ops.keep(ops.project(ops.select(normed, select), "lm_head"))
 
 
-def _input_norms(ops: Ops[V]) -> list[V | None]:
-    """The RMSNorm weight of each step's input, then that of the last projection (None where there is none)."""
+def _input_norms(ops: Ops[V]) -> list[str]:
+    """The RMSNorm of each step's input, then that of the last projection.
+
+    A rank that predicts nothing needs none after its last step, but all ranks must call the same collective there: it
+    takes the norm that it has at hand.
+    """
     schedule = ops.plan.schedule
-    names: list[str | None] = ["final_norm.weight" if schedule.predicts else None]
+    last = schedule.layers[-1].index if schedule.layers else 0
+    names = ["final_norm" if schedule.predicts else f"layers.{last}.mlp_norm"]
     for step in reversed(schedule.steps):
-        # What is received is what the layer behind it starts from.
-        names.append(names[-1] if isinstance(step, Receive) else f"layers.{step.index}.attention_norm.weight")
-    return [None if name is None else ops.weight(name) for name in reversed(names)]
+        # What is received is the input of the layer that follows.
+        names.append(names[-1] if isinstance(step, Receive) else f"layers.{step.index}.attention_norm")
+    return names[::-1]
 
 
-def _layer(ops: Ops[V], step: Layer, shard: LayerShard, x: V, normed: V, norm: V, positions: V) -> tuple[V, V]:
+def _layer(ops: Ops[V], step: Layer, shard: LayerShard, x: V, normed: V, norm: str, positions: V) -> tuple[V, V]:
     """An ordinary decoder layer: attention then MLP, alone or split over the ranks."""
     join = ops.all_reduce_residual_norm if step.split else ops.residual_norm
-    mlp_norm = ops.weight(f"layers.{shard.index}.mlp_norm.weight")
-    x, normed = join(_attention(ops, shard, normed, positions), x, mlp_norm)
+    x, normed = join(_attention(ops, shard, normed, positions), x, f"layers.{shard.index}.mlp_norm")
     return join(_mlp(ops, shard, normed), x, norm)
 
 
-def _group(ops: Ops[V], step: Group, shard: LayerShard, x: V, normed: V, norm: V | None, positions: V):
+def _group(ops: Ops[V], shard: LayerShard, x: V, normed: V, norm: str, positions: V) -> tuple[V, V]:
     """This rank's layer of a concurrent group; one all-reduce joins the group."""
     cqil = ops.plan.cqil
     a = ops.keep(_attention(ops, shard, normed, positions))
     b = ops.bypass(a, cqil.d) if cqil.d else None
     attended = a if b is None else ops.add(a, b)
-    _, normed = ops.residual_norm(attended, x, ops.weight(f"layers.{shard.index}.mlp_norm.weight"))
+    _, normed = ops.residual_norm(attended, x, f"layers.{shard.index}.mlp_norm")
     delta = ops.add(attended if cqil.bypass == "residual" else a, _mlp(ops, shard, normed))
-    if norm is None:
-        # The last thing this rank does: it needs no norm, but all ranks must call the same collective.
-        norm = ops.weight(f"layers.{shard.index}.mlp_norm.weight")
     return ops.all_reduce_residual_norm(delta, x, norm)
 
 
 def _attention(ops: Ops[V], shard: LayerShard, normed: V, positions: V) -> V:
     if not shard.num_heads:
         return ops.zeros_like(normed)
-    model, name = ops.plan.model, f"layers.{shard.index}"
-    qkv_bias = ops.weight(f"{name}.qkv.bias") if model.qkv_bias else None
-    o_bias = ops.weight(f"{name}.o.bias") if model.o_bias and shard.adds_bias else None
-    qkv = ops.linear(normed, ops.weight(f"{name}.qkv.weight"), qkv_bias)
-    return ops.linear(ops.attention(qkv, positions, shard), ops.weight(f"{name}.o.weight"), o_bias)
+    qkv = ops.project(normed, f"layers.{shard.index}.qkv")
+    return ops.project(ops.attention(qkv, positions, shard), f"layers.{shard.index}.o")
 
 
 def _mlp(ops: Ops[V], shard: LayerShard, normed: V) -> V:
     if not shard.num_neurons:
         return ops.zeros_like(normed)
-    model, name = ops.plan.model, f"layers.{shard.index}"
-    gate_up_bias = ops.weight(f"{name}.gate_up.bias") if model.mlp_bias else None
-    down_bias = ops.weight(f"{name}.down.bias") if model.mlp_bias and shard.adds_bias else None
-    gate_up = ops.linear(normed, ops.weight(f"{name}.gate_up.weight"), gate_up_bias)
-    return ops.linear(ops.swiglu(gate_up), ops.weight(f"{name}.down.weight"), down_bias)
+    gate_up = ops.project(normed, f"layers.{shard.index}.gate_up")
+    return ops.project(ops.swiglu(gate_up), f"layers.{shard.index}.down")

@@ -1,8 +1,10 @@
 """What the decoder needs of a backend.
 
 A value is whatever the backend computes with (a torch tensor, a TensorRT ITensor, an ONNX name); the decoder never
-looks inside one. Sizes in comments: B sequences, T new tokens each, H hidden, V vocabulary of this rank. The methods
-with a body are spelled in smaller operations; a backend with a fused kernel overrides them.
+looks inside one. Weights are named as in `shard`: a projection `layers.3.qkv` has the tensors `layers.3.qkv.weight`,
+`layers.3.qkv.bias` where there is one, and whatever else its format stores. Sizes: B sequences, T new tokens each, H
+hidden, V vocabulary of this rank. The methods with a body are spelled in smaller operations; a backend with a fused
+kernel overrides them.
 """
 
 from __future__ import annotations
@@ -20,11 +22,7 @@ class Ops(ABC, Generic[V]):
 
     plan: RankPlan
 
-    # Parameters and inputs
-
-    @abstractmethod
-    def weight(self, name: str) -> V:
-        """The rank's tensor `name` (see shard.py)."""
+    # Inputs
 
     @abstractmethod
     def positions(self, tokens: V, past: V) -> V:
@@ -40,16 +38,16 @@ class Ops(ABC, Generic[V]):
     # Arithmetic
 
     @abstractmethod
-    def embedding(self, tokens: V, table: V) -> V:
-        """Rows of `table` [vocabulary, H] by `tokens` [B, T] → [B, T, H]."""
+    def embedding(self, tokens: V) -> V:
+        """The embedding table's rows [B, T, H] of `tokens` [B, T]."""
 
     @abstractmethod
-    def linear(self, x: V, weight: V, bias: V | None = None) -> V:
-        """x [..., in] @ weightᵀ [in, out] + bias → [..., out]."""
+    def project(self, x: V, name: str) -> V:
+        """The projection `name`: x [..., in] @ weightᵀ [in, out] + bias → [..., out]."""
 
     @abstractmethod
-    def rms_norm(self, x: V, weight: V) -> V:
-        """x / sqrt(mean(x²) + eps) over the last axis, in float32, rounded to x's type, times weight."""
+    def rms_norm(self, x: V, name: str) -> V:
+        """The RMSNorm `name` over the last axis: x / sqrt(mean(x²) + eps) in float32, rounded, times its weight."""
 
     @abstractmethod
     def add(self, x: V, y: V) -> V:
@@ -82,15 +80,15 @@ class Ops(ABC, Generic[V]):
         """Appends k and v to the layer's KV cache and attends: → [B, T, heads * D].
 
         A query at position i sees the cached keys at positions 0 … i. Right-padded sequences need no mask: a padding
-        token stands behind every real one, and the next real token overwrites what it left in the cache.
+        token comes after every real one, and the next real token overwrites what it left in the cache.
         """
 
     def attention(self, qkv: V, positions: V, shard: LayerShard) -> V:
         """From the projected q, k, v to the input of the output projection: [B, T, heads * D]."""
         q, k, v = self.split_heads(qkv, shard)
         if self.plan.model.qk_norm:
-            q = self.rms_norm(q, self.weight(f"layers.{shard.index}.q_norm.weight"))
-            k = self.rms_norm(k, self.weight(f"layers.{shard.index}.k_norm.weight"))
+            q = self.rms_norm(q, f"layers.{shard.index}.q_norm")
+            k = self.rms_norm(k, f"layers.{shard.index}.k_norm")
         return self.cached_attention(self.rotary(q, positions), self.rotary(k, positions), v, positions, shard)
 
     # Collectives: sums run in rank order and in float32, so every rank holds the same bits
@@ -109,12 +107,12 @@ class Ops(ABC, Generic[V]):
 
     # Fused forms
 
-    def residual_norm(self, delta: V, residual: V, weight: V) -> tuple[V, V]:
-        """residual + delta, and its RMSNorm."""
+    def residual_norm(self, delta: V, residual: V, norm: str) -> tuple[V, V]:
+        """residual + delta, and its RMSNorm `norm`."""
         residual = self.add(residual, delta)
-        return residual, self.rms_norm(residual, weight)
+        return residual, self.rms_norm(residual, norm)
 
-    def all_reduce_residual_norm(self, delta: V, residual: V, weight: V) -> tuple[V, V]:
-        """`all_reduce_residual`, and its RMSNorm."""
+    def all_reduce_residual_norm(self, delta: V, residual: V, norm: str) -> tuple[V, V]:
+        """`all_reduce_residual`, and its RMSNorm `norm`."""
         residual = self.all_reduce_residual(delta, residual)
-        return residual, self.rms_norm(residual, weight)
+        return residual, self.rms_norm(residual, norm)

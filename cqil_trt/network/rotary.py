@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cqil_trt.config import ModelConfig
+from cqil_trt.model import ModelConfig
 from cqil_trt.rope import RopeConfig
 
 if TYPE_CHECKING:

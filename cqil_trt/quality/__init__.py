@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from cqil_trt.config import ModelConfig
 from cqil_trt.errors import UserError
+from cqil_trt.model import ModelConfig
 from cqil_trt.quality import corpus
 from cqil_trt.tokenizer import Tokenizer, find_tokenizer, save_tokenizer
 from cqil_trt.tokenizer.settings import STANDARD_NAMES

@@ -21,11 +21,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer
 
+from cqil_trt import families
 from cqil_trt.config import CqilConfig
 from cqil_trt.reference import CqilModel, device_of, peft_attributes
 
-# The projections the authors adapted, of every layer.
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Rows of logits whose probabilities are held in float32 at a time.
 _ROWS = 4096
 # Tokens behind the first, random one that are chosen greedily: LLM-QAT's way to sample from a model without data
@@ -54,7 +53,8 @@ class Student:
             r=rank,
             lora_alpha=alpha,
             lora_dropout=dropout,
-            target_modules=PROJECTIONS,
+            # Every projection, as the authors of CQIL adapted them.
+            target_modules=list(families.of_type(network.config.model_type).linear_modules),
             layers_to_transform=list(range(cqil.start, cqil.end)) if concurrent_only else None,
             task_type="CAUSAL_LM",
         )

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cqil_trt.config import read_json
 from cqil_trt.errors import UserError
+from cqil_trt.json_fields import read_json
 from cqil_trt.tokenizer.gguf import GgufTokenizer, byte_level_tokenizer
 from cqil_trt.tokenizer.settings import (
     ADDED_TOKENS,

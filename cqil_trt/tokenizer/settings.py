@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cqil_trt.config import Fields, read_json
 from cqil_trt.errors import UserError
+from cqil_trt.json_fields import Fields, read_json
 
 CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"

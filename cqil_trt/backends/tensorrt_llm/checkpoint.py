@@ -1,10 +1,7 @@
-"""The tensorrt-llm backend: a TensorRT-LLM checkpoint and, where tensorrt_llm is installed, engines built from it.
+"""Writes a TensorRT-LLM checkpoint and, where tensorrt_llm is installed, has it build engines.
 
-    checkpoint/config.json, checkpoint/rank{r}.safetensors   what trtllm-build takes
-    trtllm/config.json, trtllm/rank{r}.engine                what it made
-
-Build option `collective`: "plugin" (ours; the runtime's process must share a workspace) or "trtllm" (TensorRT-LLM's
-own).
+checkpoint/config.json, checkpoint/rank{r}.safetensors   what trtllm-build takes
+trtllm/config.json, trtllm/rank{r}.engine                what it made
 """
 
 from __future__ import annotations
@@ -16,22 +13,21 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cqil_trt.backends import Compilation, Description, tensorrt_llm_versions
-from cqil_trt.config import DTYPE_BYTES, EngineConfig, ModelConfig
+from cqil_trt.backends import Compilation, Completion, Description
+from cqil_trt.backends.tensorrt_llm import COLLECTIVES, names, versions
+from cqil_trt.config import EngineLimits
 from cqil_trt.engine import Engine, tensor_header, tensor_spans
 from cqil_trt.errors import UserError
-from cqil_trt.network import tensorrt_llm_names
+from cqil_trt.model import ModelConfig
 from cqil_trt.schedule import Group
-from cqil_trt.session import Session
 from cqil_trt.shard import RankPlan
 
 CHECKPOINT, ENGINES = "checkpoint", "trtllm"
-COLLECTIVES = ("plugin", "trtllm")
-MODEL_FILE = Path(__file__).parent.parent / "network" / "tensorrt_llm_model.py"
+MODEL_FILE = Path(__file__).parent / "model.py"
 _COPY_BYTES = 16 << 20
 
 
-def describe(limits: EngineConfig, options: Mapping[str, Any], ranks: tuple[RankPlan, ...]) -> Description:
+def describe(options: Mapping[str, Any], ranks: tuple[RankPlan, ...]) -> Description:
     """Raises UserError for what TensorRT-LLM cannot express."""
     model, cqil = ranks[0].model, ranks[0].cqil
     if cqil.placement == "leader":
@@ -58,14 +54,14 @@ def describe(limits: EngineConfig, options: Mapping[str, Any], ranks: tuple[Rank
         raise UserError(f"--collective must be one of {', '.join(COLLECTIVES)} here, found {collective}")
     if cqil.d and collective != "plugin":
         raise UserError(f"--collective {collective}: TensorRT-LLM has nothing for a bypass (d > 0): use plugin")
-    version = tensorrt_llm_versions.installed()
+    version = versions.installed()
     if version is None:
         note = "tensorrt_llm is not installed here: only its checkpoint is written (docs/tensorrt-llm.md goes on)"
-        return Description("a checkpoint", build={"collective": collective}, notes=(note,))
-    return Description(f"tensorrt_llm {version}", build={"collective": collective})
+        return Description(version="a checkpoint", build={"collective": collective}, notes=(note,))
+    return Description(version=f"tensorrt_llm {version}", build={"collective": collective})
 
 
-def configuration(ranks: tuple[RankPlan, ...], limits: EngineConfig, collective: str) -> dict[str, Any]:
+def configuration(ranks: tuple[RankPlan, ...], limits: EngineLimits, collective: str) -> dict[str, Any]:
     """The checkpoint's config.json: TensorRT-LLM's keys, and ours under `cqil`."""
     model, cqil = ranks[0].model, ranks[0].cqil
     grouped = [isinstance(step, Group) for step in ranks[0].schedule.layers]
@@ -121,31 +117,29 @@ def _rotary_scaling(model: ModelConfig) -> dict[str, Any] | None:
     return scaling
 
 
-def compile_rank(job: Compilation) -> None:
+def write_rank(compilation: Compilation) -> None:
     """Writes the rank's checkpoint from its weights, which it replaces."""
-    source, directory = job.file("safetensors"), job.directory / CHECKPOINT
+    source, directory = compilation.file("safetensors"), compilation.directory / CHECKPOINT
     directory.mkdir(exist_ok=True)
-    _write(job.plan, job.limits.dtype, source, directory / source.name)
+    _write(compilation.plan, source, directory / source.name)
     source.unlink()
 
 
-def _write(plan: RankPlan, dtype: str, source: Path, target: Path) -> None:
+def _write(plan: RankPlan, source: Path, target: Path) -> None:
     """Copies tensors from one safetensors file to another under their names there, or parts of them."""
-    parts = list(tensorrt_llm_names.parts(plan))
+    parts = list(names.parts(plan))
     spans = tensor_spans(source)
     with open(source, "rb") as read, open(target, "wb") as write:
-        write.write(tensor_header(parts, dtype))
+        write.write(tensor_header(parts))
         for part in parts:
-            for block in _blocks(read, part, spans, DTYPE_BYTES[dtype]):
+            for block in _blocks(read, part, spans):
                 write.write(block)
 
 
-def _blocks(
-    file: Any, part: tensorrt_llm_names.Part, spans: Mapping[str, tuple[int, int]], size: int
-) -> Iterator[bytes]:
-    left = part.elements * size
+def _blocks(file: Any, part: names.Part, spans: Mapping[str, tuple[int, int]]) -> Iterator[bytes]:
+    left = part.nbytes
     if part.source is not None:
-        file.seek(spans[part.source][0] + part.first * size)
+        file.seek(spans[part.source][0] + part.first * part.nbytes // part.elements)
     while left:
         length = min(left, _COPY_BYTES)
         block = bytes(length) if part.source is None else file.read(length)
@@ -155,13 +149,12 @@ def _blocks(
         left -= length
 
 
-def finish(
-    directory: Path, ranks: tuple[RankPlan, ...], limits: EngineConfig, made: Description, progress: bool
-) -> None:
+def finish(completion: Completion) -> None:
     """When every rank's checkpoint is there: its configuration, and the engines where TensorRT-LLM is installed."""
-    config = configuration(ranks, limits, made.build["collective"])
+    directory, limits = completion.directory, completion.limits
+    config = configuration(completion.ranks, limits, completion.description.build["collective"])
     (directory / CHECKPOINT / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    if tensorrt_llm_versions.installed() is None:
+    if versions.installed() is None:
         return
     done = subprocess.run(
         build_command(directory / CHECKPOINT, directory / ENGINES, limits), capture_output=True, text=True
@@ -171,7 +164,7 @@ def finish(
         raise UserError(f"trtllm-build failed: {lines[-1]}")
 
 
-def build_command(checkpoint: Path, engines: Path, limits: EngineConfig) -> list[str]:
+def build_command(checkpoint: Path, engines: Path, limits: EngineLimits) -> list[str]:
     """trtllm-build as this process's Python runs it; `max_input_len` is a prompt that leaves room for a token."""
     plugin = limits.dtype
     return [
@@ -188,7 +181,8 @@ def build_command(checkpoint: Path, engines: Path, limits: EngineConfig) -> list
     ]
 
 
-def open_session(engine: Engine, comm: Any, device: str, number: int) -> Session:
+def check_runnable(engine: Engine, device: str) -> None:
+    """Raises UserError for an engine that cannot run on this host."""
     if device == "cpu":
         raise UserError("--device cpu: a TensorRT-LLM engine runs on a GPU")
     if not (engine.path / ENGINES / "config.json").exists():
@@ -196,8 +190,5 @@ def open_session(engine: Engine, comm: Any, device: str, number: int) -> Session
         raise UserError(
             f"{engine.path}: a checkpoint without engines: build it where tensorrt_llm is installed (python {command})"
         )
-    if tensorrt_llm_versions.installed() is None:
+    if versions.installed() is None:
         raise UserError("tensorrt_llm is not installed here: docs/tensorrt-llm.md says which and how")
-    from cqil_trt.backends.tensorrt_llm_session import TensorRtLlmSession
-
-    return TensorRtLlmSession(engine, comm, number)

@@ -1,14 +1,10 @@
-"""The onnx backend: each rank's network as an ONNX file, for inspection and as the input of other compilers.
+"""Executes a rank's ONNX file with ONNX's reference evaluator, in numpy, with collectives over MPI.
 
-Its session executes the file with ONNX's reference evaluator in numpy and with collectives over MPI: it shows that the
-file computes what it should, slowly, a node at a time and over the whole KV cache.
+It shows that the file computes what it should, slowly: a node at a time, and over the whole KV cache.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,38 +13,10 @@ from onnx.model_container import ModelContainer
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from cqil_trt.backends import Compilation, Description
-from cqil_trt.config import EngineConfig
+from cqil_trt.backends.onnx.network import DOMAIN, TYPES
 from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
-from cqil_trt.network.onnx_ops import DOMAIN, TYPES, define_network
 from cqil_trt.session import Session
-from cqil_trt.shard import RankPlan
-
-
-def describe(limits: EngineConfig, options: Mapping[str, Any], ranks: tuple[RankPlan, ...]) -> Description:
-    return Description(f"onnx {onnx.__version__}")
-
-
-def compile_rank(job: Compilation) -> None:
-    weights, path = job.file("safetensors"), job.file("onnx")
-    _make_sole(weights)
-    path.write_bytes(define_network(job.plan, weights, job.rotary, job.limits).SerializeToString())
-    onnx.checker.check_model(path, full_check=True)
-
-
-def _make_sole(path: Path) -> None:
-    """Replaces a file with several names (hard links) by a copy: ONNX does not open one as external data."""
-    if path.stat().st_nlink > 1:
-        copy = path.with_suffix(".copy")
-        shutil.copyfile(path, copy)
-        copy.replace(path)
-
-
-def open_session(engine: Engine, comm: Any, device: str, number: int) -> Session:
-    if device == "cuda":
-        raise UserError("--device cuda: this backend computes on the CPU")
-    return OnnxSession(engine, comm)
 
 
 class OnnxSession(Session):

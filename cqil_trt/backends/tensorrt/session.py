@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from cqil_trt import cuda, plugins
-from cqil_trt.backends.cuda_session import BUFFERS, CudaSession, Phase
-from cqil_trt.backends.tensorrt import import_package, load_plugins, logger, version
+from cqil_trt.backends.tensorrt.compiler import import_package, logger, version
 from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
+from cqil_trt.gpu import cuda, kernel_library
+from cqil_trt.gpu.session import BUFFERS, CudaSession, Phase
 
 
 class TensorRtSession(CudaSession):
@@ -27,11 +27,9 @@ class TensorRtSession(CudaSession):
                 f"{engine.path}: compiled by {engine.backend_version}, here is {version(trt)}: compile it here "
                 "(build.py --model with the engine of backend torch that it came from)"
             )
-        if engine.build.get("plugins") not in (None, plugins.source_version()):
-            raise UserError(
-                f"{engine.path}: made with plugins {engine.build['plugins']}, these are {plugins.source_version()}: "
-                "compile the engine again"
-            )
+        made, here = engine.build.get("plugins"), kernel_library.source_version()
+        if made not in (None, here):
+            raise UserError(f"{engine.path}: made with plugins {made}, these are {here}: compile the engine again")
         cuda.use_device(device)
         found = cuda.compute_capability()
         if found not in engine.architecture.split(", "):
@@ -39,7 +37,9 @@ class TensorRtSession(CudaSession):
                 f"{engine.path}: compiled for compute capability {engine.architecture}, {cuda.device_name()} has "
                 f"{found}: compile it for this GPU" + (" (--target)" if package == "tensorrt_rtx" else "")
             )
-        super().__init__(engine, comm, load_plugins(trt) if package == "tensorrt" else plugins.load())
+        super().__init__(
+            engine, comm, kernel_library.register_plugins(trt) if package == "tensorrt" else kernel_library.load()
+        )
         log, path = logger(trt), engine.rank_file(self._plan.rank, "engine")
         self._engine = trt.Runtime(log).deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
@@ -102,7 +102,7 @@ class TensorRtSession(CudaSession):
     def _join_nccl(self, engine: Engine) -> None:
         if self._comm is None or engine.build["collective"] != "nccl":
             return
-        from cqil_trt.collectives.nccl import communicator
+        from cqil_trt.backends.tensorrt.nccl import communicator
 
         handle = communicator(self._comm)
         for context in self._contexts:

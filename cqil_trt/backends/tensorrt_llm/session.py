@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from cqil_trt import cuda
-from cqil_trt.backends.tensorrt_llm import ENGINES
-from cqil_trt.backends.tensorrt_llm_versions import load_plugins
-from cqil_trt.collectives.cuda import Workspace
+from cqil_trt.backends.tensorrt_llm.checkpoint import ENGINES
+from cqil_trt.backends.tensorrt_llm.versions import load_plugins
 from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
+from cqil_trt.gpu import cuda
+from cqil_trt.gpu.workspace import Workspace
 from cqil_trt.sampling import SamplingConfig
 from cqil_trt.session import Session
 

@@ -26,7 +26,7 @@ from tensorrt_llm.layers import Attention, ColumnLinear, Embedding, GatedMLP, Rm
 from tensorrt_llm.models.modeling_utils import DecoderLayerList, DecoderModelForCausalLM
 from tensorrt_llm.module import Module
 
-from cqil_trt.backends.tensorrt_llm_versions import attention_arguments, load_plugins
+from cqil_trt.backends.tensorrt_llm.versions import attention_arguments, load_plugins
 
 _DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}  # cqil_dtype
 
@@ -144,7 +144,7 @@ def _plugin(name: str, inputs: list[Tensor], fields: dict[str, int | float]) -> 
     return [_create_tensor(layer.get_output(i), layer) for i in range(layer.num_outputs)]
 
 
-class CqilModel(Module):
+class CqilTransformer(Module):
     """Embedding, layers and the last norm."""
 
     def __init__(self, config: Any):
@@ -200,7 +200,7 @@ class CqilForCausalLM(DecoderModelForCausalLM):
             tp_size=mapping.tp_size,
             gather_output=True,
         )
-        super().__init__(config, CqilModel(config), lm_head)
+        super().__init__(config, CqilTransformer(config), lm_head)
 
     def prepare_attention_inputs(self, *arguments: Any, **keywords: Any) -> Any:
         """A place in the list where ranks have whole layers has more key/value heads than one where they share one."""

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from cqil_trt import cuda, plugins
-from cqil_trt.collectives.cuda import DTYPES, Workspace, fuses_norm
-from cqil_trt.config import DTYPE_BYTES, EngineConfig
+from cqil_trt.config import DTYPE_BYTES, EngineLimits
 from cqil_trt.errors import UserError
-from cqil_trt.network.fused_ops import FusedOps
+from cqil_trt.gpu import cuda, kernel_library
+from cqil_trt.gpu.fused_ops import FusedOps
+from cqil_trt.gpu.workspace import DTYPES, Workspace, fuses_norm
 from cqil_trt.network.ops import Ops
 from cqil_trt.shard import LayerShard, RankPlan
 
@@ -87,7 +87,8 @@ class _Collectives(Ops[Matrix]):
     """Joins ranks by the kernels of collectives.cu."""
 
     _workspace: Workspace | None
-    _limits: EngineConfig
+    _weights: dict[str, Matrix]
+    _limits: EngineLimits
     _dtype: int  # cqil_dtype
     _stream: int
 
@@ -104,10 +105,11 @@ class _Collectives(Ops[Matrix]):
         self._join("all_reduce", delta.address, residual.address, out.address, count, self._dtype)
         return out
 
-    def all_reduce_residual_norm(self, delta: Matrix, residual: Matrix, weight: Matrix) -> tuple[Matrix, Matrix]:
+    def all_reduce_residual_norm(self, delta: Matrix, residual: Matrix, norm: str) -> tuple[Matrix, Matrix]:
         if not fuses_norm(delta.width, self._limits.dtype):
-            return super().all_reduce_residual_norm(delta, residual, weight)
+            return super().all_reduce_residual_norm(delta, residual, norm)
         out, normed = self._joined(delta), self._new(delta.rows, delta.width)
+        weight = self._weights[f"{norm}.weight"]
         addresses = [matrix.address for matrix in (delta, residual, weight, out, normed)]
         shape = delta.rows, delta.width, self.plan.model.rms_norm_eps, self._dtype
         self._join("all_reduce_residual_norm", *addresses, *shape)
@@ -148,7 +150,7 @@ class CudaOps(FusedOps[Matrix], _Collectives):
     def __init__(
         self,
         plan: RankPlan,
-        limits: EngineConfig,
+        limits: EngineLimits,
         memory: Mapping[str, int],
         workspace: Workspace | None,
         kernels: ctypes.CDLL,
@@ -187,11 +189,8 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         if getattr(self._kernels, f"cqil_{name}")(*given, self._stream):
             raise RuntimeError(f"{name}: {self._kernels.cqil_last_error().decode()}")
 
-    def weight(self, name: str) -> Matrix:
-        return self._weights[name]
-
-    def embedding(self, tokens: Matrix, table: Matrix) -> Matrix:
-        return self.rows(table, tokens)
+    def embedding(self, tokens: Matrix) -> Matrix:
+        return self.rows(self._weights["embedding.weight"], tokens)
 
     def select(self, x, indices):
         # Of one token a sequence there is nothing to choose.
@@ -202,10 +201,10 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         self._call("gather_rows", x, indices, out, out.rows, out.width, self._dtype)
         return out
 
-    def fused_linear(self, x, weight, bias=None, norm=None, delta=None, residual=None, gated=False) -> Matrix:
+    def fused_project(self, x, name, norm=None, delta=None, residual=None, gated=False) -> Matrix:
+        weight, bias = self._weights[f"{name}.weight"], self._weights.get(f"{name}.bias")
         outputs = weight.rows // 2 if gated else weight.rows
-        is_head = weight is self._weights.get("lm_head.weight")
-        out = Matrix(self._logits, x.rows, outputs) if is_head else self._new(x.rows, outputs)
+        out = Matrix(self._logits, x.rows, outputs) if name == "lm_head" else self._new(x.rows, outputs)
         if x.rows > _OWN_ROWS:
             if norm is not None:
                 x = self.fused_norm(x, delta, norm)
@@ -214,15 +213,17 @@ class CudaOps(FusedOps[Matrix], _Collectives):
             if gated:
                 self._call("swiglu", product, out, x.rows, outputs, self._dtype)
             return out if bias is None or residual is None else self.fused_add(out, residual)
-        shape = plugins.LinearShape(x.rows, outputs, x.width, gated, self._dtype, self.plan.model.rms_norm_eps)
+        norm_weight = None if norm is None else self._weights[f"{norm}.weight"]
+        shape = kernel_library.LinearShape(x.rows, outputs, x.width, gated, self._dtype, self.plan.model.rms_norm_eps)
         scratch = self._scratch(self._kernels.cqil_linear_scratch_bytes(shape))
-        self._call("linear", ctypes.byref(shape), x, delta, weight, bias, norm, residual, out, scratch)
+        self._call("linear", ctypes.byref(shape), x, delta, weight, bias, norm_weight, residual, out, scratch)
         return out
 
     def _scratch(self, size: int) -> Matrix:
         return Matrix(self._pool.take(size), 1, size, size, self._pool)
 
-    def fused_norm(self, x: Matrix, delta: Matrix | None, weight: Matrix) -> Matrix:
+    def fused_norm(self, x: Matrix, delta: Matrix | None, name: str) -> Matrix:
+        weight = self._weights[f"{name}.weight"]
         out, total = self._new(x.rows, x.width), None if delta is None else self._new(x.rows, x.width)
         shape = x.rows, x.width, self.plan.model.rms_norm_eps, self._dtype
         self._call("residual_norm", delta, x, weight, total, out, *shape)
@@ -240,9 +241,9 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         return out
 
     def attention(self, qkv: Matrix, positions: None, shard: LayerShard) -> Matrix:
-        qkv, fields = self.keep(qkv), plugins.attention_fields(self.plan.model, shard, self._limits)
-        shape = plugins.AttentionShape(batch=self._batch, length=self._length, **fields, dtype=self._dtype)
-        norms = self.head_norms(shard) or [None, None]
+        qkv, fields = self.keep(qkv), kernel_library.attention_fields(self.plan.model, shard, self._limits)
+        shape = kernel_library.AttentionShape(batch=self._batch, length=self._length, **fields, dtype=self._dtype)
+        norms = [self._weights[name] for name in self.head_norms(shard)] or [None, None]
         tables = [self._memory[name] for name in ("rotary.cos", "rotary.sin")]
         cache = self._memory[f"cache.{shard.index}"]
         out = self._new(qkv.rows, shard.num_heads * self.plan.model.head_dim)

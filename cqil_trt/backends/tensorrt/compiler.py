@@ -1,12 +1,11 @@
-"""The TensorRT backend: compiles a rank's network with TensorRT or TensorRT-RTX; `tensorrt_session` executes it.
+"""Compiles a rank's network with TensorRT or TensorRT-RTX.
 
 Build options: `target` (compute capabilities for TensorRT-RTX, which needs no GPU to build), `collective` ("plugin" or
-"nccl"), `timing_cache` (a file name prefix, beside the engine unless absolute), `save_network_json`, `verbose`.
+"nccl"), `timing_cache` (a file name prefix, next to the engine unless absolute), `save_network_json`, `verbose`.
 """
 
 from __future__ import annotations
 
-import ctypes
 import glob
 import importlib
 import json
@@ -16,28 +15,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cqil_trt import plugins
 from cqil_trt.backends import Compilation, Description
-from cqil_trt.config import EngineConfig
-from cqil_trt.engine import Engine
+from cqil_trt.backends.tensorrt import BACKEND
+from cqil_trt.backends.tensorrt.network import Lowering, add_profiles, define_network, describe_network
+from cqil_trt.config import EngineLimits
 from cqil_trt.errors import UserError
-from cqil_trt.network.tensorrt_ops import Lowering, add_profiles, define_network, describe_network
-from cqil_trt.session import Session
-from cqil_trt.shard import RankPlan
+from cqil_trt.gpu import kernel_library
 
 # What TensorRT-RTX builds for, by compute capability, and its names for them.
 TARGETS = {"7.5": "SM75", "8.0": "SM80", "8.6": "SM86", "8.9": "SM89", "12.0": "SM120", "12.1": "SM121"}
 _PORTABLE = "8.0,8.6,8.9,12.0"
 _PACKAGES = ("tensorrt", "tensorrt_rtx")
-_COLLECTIVES = ("plugin", "nccl")
-
-
-def open_session(engine: Engine, comm: Any, device: str, number: int) -> Session:
-    if device == "cpu":
-        raise UserError("--device cpu: a TensorRT engine runs on a GPU")
-    from cqil_trt.backends.tensorrt_session import TensorRtSession
-
-    return TensorRtSession(engine, comm, number)
+_COLLECTIVES = next(option.choices for option in BACKEND.options if option.name == "collective")
 
 
 def import_package(names: tuple[str, ...] = _PACKAGES) -> Any:
@@ -51,26 +40,11 @@ def import_package(names: tuple[str, ...] = _PACKAGES) -> Any:
     return importlib.import_module(names[-1])
 
 
-def load_plugins(trt: Any) -> ctypes.CDLL:
-    """The plugin library, registered with this process's TensorRT. Raises UserError when it cannot be."""
-    # The library looks TensorRT up in the process, and Python loads it out of sight.
-    for package in ("tensorrt", "tensorrt_libs"):
-        directory = Path(getattr(sys.modules.get(package), "__file__", None) or os.devnull).parent
-        for path in sorted(directory.glob("libnvinfer.so*")):
-            ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-    library, path = plugins.load(), plugins.library_path()
-    if not hasattr(library, "cqil_register_plugins"):
-        raise UserError(f"{path}: built without TensorRT plugins: build it with --tensorrt-root (docs/tensorrt.md)")
-    if library.cqil_register_plugins():
-        raise UserError(f"{path}: does not fit TensorRT {trt.__version__}: build it with that version's headers")
-    return library
-
-
 def version(trt: Any) -> str:
     return f"{trt.__name__} {trt.__version__}"
 
 
-def describe(limits: EngineConfig, options: Mapping[str, Any], ranks: tuple[RankPlan, ...]) -> Description:
+def describe(limits: EngineLimits, options: Mapping[str, Any]) -> Description:
     """Chooses the package and the collective. Raises UserError for what they cannot do."""
     target = options.get("target")
     trt = import_package(("tensorrt_rtx",) if target else _PACKAGES)
@@ -86,14 +60,14 @@ def describe(limits: EngineConfig, options: Mapping[str, Any], ranks: tuple[Rank
         raise UserError(f"--collective nccl: {version(trt)} has no collective layer: use plugin")
     built = {"collective": collective}
     if lowering.plugins:
-        built["plugins"] = plugins.source_version()
-    return Description(version(trt), _architecture(trt, target), built)
+        built["plugins"] = kernel_library.source_version()
+    return Description(version=version(trt), architecture=_architecture(trt, target), build=built)
 
 
 def _architecture(trt: Any, target: str | None) -> str:
     """The compute capabilities an engine will run on, like "8.6, 8.9"."""
     if trt.__name__ == "tensorrt":
-        from cqil_trt import cuda
+        from cqil_trt.gpu import cuda
 
         if not cuda.device_count():
             raise UserError(
@@ -129,35 +103,35 @@ def logger(trt: Any, verbose: bool = False) -> Any:
     return Log()
 
 
-def compile_rank(job: Compilation) -> None:
+def compile_rank(compilation: Compilation) -> None:
     """Builds rank{r}.engine. Raises UserError with TensorRT's first error."""
-    package = job.made.version.split()[0]
+    package = compilation.description.version.split()[0]
     trt = import_package((package,))
     library = None
     if package == "tensorrt":
-        from cqil_trt import cuda
+        from cqil_trt.gpu import cuda
 
         # Processes that build at the same time take a GPU each.
-        cuda.use_device(job.plan.rank)
-        library = load_plugins(trt)
-    log, lowering = logger(trt, bool(job.options.get("verbose"))), Lowering.of(trt)
+        cuda.use_device(compilation.plan.rank)
+        library = kernel_library.register_plugins(trt)
+    log, lowering = logger(trt, bool(compilation.options.get("verbose"))), Lowering.of(trt)
     builder = trt.Builder(log)
     flags = trt.NetworkDefinitionCreationFlag
     network = builder.create_network(1 << int(flags.STRONGLY_TYPED if lowering.typed else flags.EXPLICIT_BATCH))
-    nccl = job.made.build["collective"] == "nccl"
+    nccl = compilation.description.build["collective"] == "nccl"
     # Held until the engine is built: the network's constants live in it.
-    ops = define_network(trt, network, lowering, job.plan, job.limits, job.rotary, nccl)
-    if job.options.get("save_network_json"):
-        job.file("network.json").write_text(json.dumps(describe_network(network), indent=1) + "\n")
+    ops = define_network(trt, network, lowering, compilation.plan, compilation.limits, compilation.rotary, nccl)
+    if compilation.options.get("save_network_json"):
+        compilation.file("network.json").write_text(json.dumps(describe_network(network), indent=1) + "\n")
 
     config = builder.create_builder_config()
-    _set_flags(trt, config, lowering, job)
-    add_profiles(trt, builder, config, network, job.limits)
-    _show_progress(trt, config, job)
+    _set_flags(trt, config, lowering, compilation)
+    add_profiles(trt, builder, config, network, compilation.limits)
+    _show_progress(trt, config, compilation)
     if library is not None:
         library.cqil_set_building(1)
     # Plugins are not timed: classic networks have nothing for a cache.
-    timings = _use_timing_cache(config, job) if lowering.native else None
+    timings = _use_timing_cache(config, compilation) if lowering.native else None
     log.first_error = ""  # what a cache that does not fit is refused with
     try:
         serialized = builder.build_serialized_network(network, config)
@@ -168,15 +142,15 @@ def compile_rank(job: Compilation) -> None:
         raise UserError(f"TensorRT could not build rank {ops.plan.rank}: {log.first_error or 'it gave no reason'}")
     if timings is not None:
         _save_timing_cache(config, timings)
-    with open(job.file("engine"), "wb") as file:
+    with open(compilation.file("engine"), "wb") as file:
         file.write(serialized)
 
 
-def _set_flags(trt: Any, config: Any, lowering: Lowering, job: Compilation) -> None:
+def _set_flags(trt: Any, config: Any, lowering: Lowering, compilation: Compilation) -> None:
     # Validation compares float32 engines with a float32 reference.
     config.clear_flag(trt.BuilderFlag.TF32)
     if not lowering.typed:
-        if job.limits.dtype == "float16":
+        if compilation.limits.dtype == "float16":
             config.set_flag(trt.BuilderFlag.FP16)
         config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
         # With plugins in the network it would ask for cuBLAS and cuDNN, which it has no use for.
@@ -185,17 +159,17 @@ def _set_flags(trt: Any, config: Any, lowering: Lowering, job: Compilation) -> N
         if hasattr(features, "DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805"):
             config.set_preview_feature(features.DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805, True)
     if trt.__name__ == "tensorrt_rtx":
-        targets = job.made.architecture.split(", ")
+        targets = compilation.description.architecture.split(", ")
         config.num_compute_capabilities = len(targets)
         for i, target in enumerate(targets):
             config.set_compute_capability(getattr(trt.ComputeCapability, TARGETS[target]), i)
 
 
-def _show_progress(trt: Any, config: Any, job: Compilation) -> None:
-    if not job.progress:
+def _show_progress(trt: Any, config: Any, compilation: Compilation) -> None:
+    if not compilation.progress:
         return
     if not hasattr(trt, "IProgressMonitor"):
-        print(f"compiling rank {job.plan.rank} with {version(trt)} ...", file=sys.stderr)
+        print(f"compiling rank {compilation.plan.rank} with {version(trt)} ...", file=sys.stderr)
         return
     from tqdm import tqdm
 
@@ -208,7 +182,7 @@ def _show_progress(trt: Any, config: Any, job: Compilation) -> None:
 
         def phase_start(self, name: str, parent: str | None, steps: int) -> None:
             if parent is None:
-                self._bars[name] = tqdm(total=steps, desc=f"rank {job.plan.rank}: {name}", leave=False)
+                self._bars[name] = tqdm(total=steps, desc=f"rank {compilation.plan.rank}: {name}", leave=False)
             for bar in self._bars.values():
                 bar.set_postfix_str(name if parent else "")
 
@@ -224,14 +198,16 @@ def _show_progress(trt: Any, config: Any, job: Compilation) -> None:
     config.progress_monitor = Progress()
 
 
-def _use_timing_cache(config: Any, job: Compilation) -> Path:
+def _use_timing_cache(config: Any, compilation: Compilation) -> Path:
     """Gives the builder the timings that earlier builds measured; returns the file for those of this one.
 
     A file a rank, as ranks are built by processes of their own, and what one lacks another may have.
     """
-    tag = f"{job.made.version}-{job.made.architecture}".replace(", ", "-").replace(" ", "")
-    name = job.options.get("timing_cache") or f".timing-{tag}"
-    path = job.directory.parent / f"{name}.rank{job.plan.rank}"
+    tag = f"{compilation.description.version}-{compilation.description.architecture}".replace(", ", "-").replace(
+        " ", ""
+    )
+    name = compilation.options.get("timing_cache") or f".timing-{tag}"
+    path = compilation.directory.parent / f"{name}.rank{compilation.plan.rank}"
     path.parent.mkdir(parents=True, exist_ok=True)
     others = sorted(path.parent.glob(f"{glob.escape(path.stem)}.rank*"))
     known = next((file for file in (path, *others) if file.exists()), None)

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from cqil_trt import plugins
 from cqil_trt.collectives.base import Communicator
 from cqil_trt.config import DTYPE_BYTES
 from cqil_trt.errors import CollectiveError, UserError
+from cqil_trt.gpu import kernel_library
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,7 @@ class Workspace:
         create = (self.rank, self.world_size, one_shot_bytes, max_bytes, timeout, ctypes.byref(self._workspace))
 
         def prepare() -> int:
-            self.library = library or plugins.load()
+            self.library = library or kernel_library.load()
             failed = self.library.cqil_workspace_create(*create)
             return failed or self.library.cqil_workspace_handle(self._workspace, handle)
 
@@ -92,7 +92,7 @@ class Workspace:
 
     def failure(self) -> CollectiveError | None:
         """Why a kernel gave up, if one did; call it when CUDA reports an error."""
-        record = plugins.Failure()
+        record = kernel_library.Failure()
         self.library.cqil_workspace_failure(self._workspace, ctypes.byref(record))
         if not record.code:
             return None

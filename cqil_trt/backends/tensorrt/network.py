@@ -21,14 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from cqil_trt.collectives.cuda import DTYPES as PLUGIN_DTYPES
-from cqil_trt.collectives.cuda import fuses_norm
-from cqil_trt.config import EngineConfig
+from cqil_trt.config import EngineLimits
+from cqil_trt.gpu.fused_ops import FusedOps
+from cqil_trt.gpu.kernel_library import attention_fields
+from cqil_trt.gpu.workspace import DTYPES as PLUGIN_DTYPES
+from cqil_trt.gpu.workspace import fuses_norm
 from cqil_trt.network.decoder import decode
-from cqil_trt.network.fused_ops import FusedOps
 from cqil_trt.network.ops import Ops
 from cqil_trt.network.rotary import rotary_tables
-from cqil_trt.plugins import attention_fields
 from cqil_trt.shard import LayerShard, RankPlan
 
 Tensor = Any  # an ITensor of whichever package provides TensorRT
@@ -59,7 +59,7 @@ class Lowering:
 
 
 @dataclass(frozen=True)
-class Positions:
+class TensorRtPositions:
     """Native: positions of the new tokens, int64 [B, T], and what they see, bool [B, 1, T, S]."""
 
     index: Tensor
@@ -83,7 +83,7 @@ class TensorRtOps(Ops[Tensor]):
         network: Any,
         lowering: Lowering,
         plan: RankPlan,
-        limits: EngineConfig,
+        limits: EngineLimits,
         rotary: Sequence[float],
         nccl: bool,
     ):
@@ -95,7 +95,7 @@ class TensorRtOps(Ops[Tensor]):
         self._types: dict[str, Any] = {}
         self._kept: list[Any] = []
         self._weights: dict[str, Tensor] = {}
-        self._shapes = plan.shapes
+        self._dtypes = {tensor.name: getattr(trt, tensor.dtype) for tensor in plan.tensors}
 
         self.tokens = self._input("tokens", trt.int32, (-1, -1))
         self.past = self._input("past", trt.int32, (-1,))
@@ -197,10 +197,14 @@ class TensorRtOps(Ops[Tensor]):
 
     # Parameters and inputs
 
-    def weight(self, name: str) -> Tensor:
+    def _weight(self, name: str) -> Tensor:
         if name not in self._weights:
-            self._weights[name] = self._input(name, self._dtype, self._shapes[name])
+            self._weights[name] = self._input(name, self._dtypes.get(name, self._dtype), self.plan.shapes[name])
         return self._weights[name]
+
+    def _bias(self, name: str) -> Tensor | None:
+        """The bias of the projection `name`; None without one."""
+        return self._weight(f"{name}.bias") if f"{name}.bias" in self.plan.shapes else None
 
     # Collectives
 
@@ -240,10 +244,10 @@ class TensorRtOps(Ops[Tensor]):
         self.outputs["joined"] = out
         return out
 
-    def all_reduce_residual_norm(self, delta: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def all_reduce_residual_norm(self, delta: Tensor, residual: Tensor, norm: str) -> tuple[Tensor, Tensor]:
         if self._workspace is None or not fuses_norm(self.plan.model.hidden_size, self._limits.dtype):
-            return super().all_reduce_residual_norm(delta, residual, weight)
-        inputs, eps = [delta, residual, weight, self._workspace], self.plan.model.rms_norm_eps
+            return super().all_reduce_residual_norm(delta, residual, norm)
+        inputs, eps = [delta, residual, self._weight(f"{norm}.weight"), self._workspace], self.plan.model.rms_norm_eps
         out, normed = self._plugin("CqilAllReduce", inputs, 2, mode=2, eps=eps)
         self.outputs["joined"] = out
         return out, normed
@@ -295,22 +299,23 @@ class NativeOps(TensorRtOps):
         tables = (self._constant(table) for table in rotary_tables(self.plan.model, rotary, length))
         self._tables = [self._cast(table, self._dtype) for table in tables]
 
-    def positions(self, tokens: Tensor, past: Tensor) -> Positions:
+    def positions(self, tokens: Tensor, past: Tensor) -> TensorRtPositions:
         trt = self._trt
         keys = self._constant(np.arange(self._limits.max_seq_len, dtype=np.int32).reshape(1, 1, 1, -1))
         queries = self._reshape(self._positions, self._dims(self._batch, 1, self._length, 1))
         hidden = self._elementwise("GREATER", keys, queries)
-        return Positions(self._cast(self._positions, trt.int64), self._unary("NOT", hidden))
+        return TensorRtPositions(self._cast(self._positions, trt.int64), self._unary("NOT", hidden))
 
-    def embedding(self, tokens: Tensor, table: Tensor) -> Tensor:
-        return self._gather(table, self._reshape(tokens, (-1,)), 0)
+    def embedding(self, tokens: Tensor) -> Tensor:
+        return self._gather(self._weight("embedding.weight"), self._reshape(tokens, (-1,)), 0)
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        kind = self._trt.MatrixOperation
+    def project(self, x: Tensor, name: str) -> Tensor:
+        kind, weight, bias = self._trt.MatrixOperation, self._weight(f"{name}.weight"), self._bias(name)
         out = self._out(self._network.add_matrix_multiply(x, kind.NONE, weight, kind.TRANSPOSE), self.type_of(x))
         return out if bias is None else self.add(out, self._reshape(bias, (1, -1)))
 
-    def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
+    def rms_norm(self, x: Tensor, name: str) -> Tensor:
+        weight = self._weight(f"{name}.weight")
         rank, dtype, eps = len(x.shape), self.type_of(x), self.plan.model.rms_norm_eps
         wide = self._cast(x, self._trt.float32)
         square = self._elementwise("PROD", wide, wide)
@@ -344,12 +349,14 @@ class NativeOps(TensorRtOps):
         q, k, v = (self._span(heads, 1, first, last) for first, last in zip(ends, ends[1:]))
         return q, k, v
 
-    def rotary(self, x: Tensor, positions: Positions) -> Tensor:
+    def rotary(self, x: Tensor, positions: TensorRtPositions) -> Tensor:
         layer = self._network.add_rotary_embedding(x, *self._tables, False, 0)
         layer.set_input(3, positions.index)
         return self._out(layer, self.type_of(x))
 
-    def cached_attention(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, shard: LayerShard) -> Tensor:
+    def cached_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: TensorRtPositions, shard: LayerShard
+    ) -> Tensor:
         trt, index = self._trt, shard.index
         cached = []
         for part, new in (("key", k), ("value", v)):
@@ -380,20 +387,23 @@ class ClassicOps(FusedOps[Tensor], TensorRtOps):
         names = ("rotary.cos", "rotary.sin") if self._with_heads else ()
         self._tables = [self._input(name, trt.float32, table) for name in names]
 
-    def embedding(self, tokens: Tensor, table: Tensor) -> Tensor:
-        return self.rows(table, self._reshape(tokens, (-1,)))
+    def embedding(self, tokens: Tensor) -> Tensor:
+        return self.rows(self._weight("embedding.weight"), self._reshape(tokens, (-1,)))
 
     def rows(self, x: Tensor, indices: Tensor) -> Tensor:
         """`indices` as those of `select_rows`: rows of the matrix."""
         return self._plugin("CqilGather", [x, indices], 1)[0]
 
-    def fused_linear(self, x, weight, bias=None, norm=None, delta=None, residual=None, gated=False) -> Tensor:
+    def fused_project(self, x, name, norm=None, delta=None, residual=None, gated=False) -> Tensor:
+        weight, bias = self._weight(f"{name}.weight"), self._bias(name)
+        norm = None if norm is None else self._weight(f"{norm}.weight")
         inputs = [tensor for tensor in (x, delta, weight, bias, norm, residual) if tensor is not None]
         given = {"delta": delta, "bias": bias, "norm": norm, "residual": residual}
         fields = {name: int(tensor is not None) for name, tensor in given.items()}
         return self._plugin("CqilLinear", inputs, 1, **fields, gated=int(gated), eps=self.plan.model.rms_norm_eps)[0]
 
-    def fused_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor) -> Tensor:
+    def fused_norm(self, x: Tensor, delta: Tensor | None, name: str) -> Tensor:
+        weight = self._weight(f"{name}.weight")
         inputs = [tensor for tensor in (x, delta, weight) if tensor is not None]
         return self._plugin("CqilNorm", inputs, 1, delta=int(delta is not None), eps=self.plan.model.rms_norm_eps)[0]
 
@@ -405,7 +415,8 @@ class ClassicOps(FusedOps[Tensor], TensorRtOps):
 
     def attention(self, qkv: Tensor, positions: None, shard: LayerShard) -> Tensor:
         model = self.plan.model
-        inputs = [self.keep(qkv), *self._tables, *self.head_norms(shard), self.past, self._caches[shard.index]]
+        norms = [self._weight(name) for name in self.head_norms(shard)]
+        inputs = [self.keep(qkv), *self._tables, *norms, self.past, self._caches[shard.index]]
         fields = attention_fields(model, shard, self._limits)
         return self._plugin("CqilAttention", inputs, 1, **fields, head_norms=int(model.qk_norm))[0]
 
@@ -415,7 +426,7 @@ def define_network(
     network: Any,
     lowering: Lowering,
     plan: RankPlan,
-    limits: EngineConfig,
+    limits: EngineLimits,
     rotary: Sequence[float],
     nccl: bool,
 ) -> TensorRtOps:
@@ -444,7 +455,7 @@ def define_network(
     return ops
 
 
-def add_profiles(trt: Any, builder: Any, config: Any, network: Any, limits: EngineConfig) -> None:
+def add_profiles(trt: Any, builder: Any, config: Any, network: Any, limits: EngineLimits) -> None:
     """Two optimization profiles of one engine: 0 for prefill (up to prefill_chunk tokens), 1 for decode (one token)."""
     batch, chunk = limits.max_batch_size, min(limits.prefill_chunk, limits.max_seq_len)
     for longest in (chunk, 1):

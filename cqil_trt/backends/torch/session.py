@@ -1,38 +1,27 @@
-"""The torch backend: the weights are the engine, and PyTorch executes the decoder operation by operation."""
+"""Executes the decoder on the CPU with PyTorch; decides whether a GPU can do it."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
-from cqil_trt import plugins
-from cqil_trt.backends import Compilation, Description
+from cqil_trt.backends.torch.ops import TorchOps
 from cqil_trt.collectives import HostCommunicator, LocalCommunicator
-from cqil_trt.config import EngineConfig
 from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
+from cqil_trt.gpu import kernel_library
 from cqil_trt.network.decoder import decode
-from cqil_trt.network.torch_ops import TorchOps
 from cqil_trt.session import Session
-from cqil_trt.shard import RankPlan
-
-
-def describe(limits: EngineConfig, options: Mapping[str, Any], ranks: tuple[RankPlan, ...]) -> Description:
-    return Description(f"torch {torch.__version__}")
-
-
-def compile_rank(job: Compilation) -> None:
-    """Nothing is compiled."""
 
 
 def open_session(engine: Engine, comm: Any, device: str, number: int) -> Session:
+    """As `Backend.open_session`."""
     missing = None if device == "cpu" else _missing_for_cuda(engine)
     if device != "cpu" and missing is None:
-        from cqil_trt.backends.torch_cuda import TorchCudaSession
+        from cqil_trt.backends.torch.gpu_session import TorchCudaSession
 
         return TorchCudaSession(engine, comm, number)
     if device == "cuda":
@@ -56,7 +45,7 @@ def _missing_for_cuda(engine: Engine) -> str | None:
     except ModuleNotFoundError:
         return "cuda-bindings is not installed: pip install cuda-bindings"
     try:
-        plugins.library_path()
+        kernel_library.library_path()
     except UserError as error:
         return str(error)
     return None

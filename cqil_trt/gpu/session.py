@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from cqil_trt import cuda, plugins
-from cqil_trt.collectives.cuda import DTYPES, Workspace
 from cqil_trt.config import DTYPE_BYTES
 from cqil_trt.engine import Engine, tensor_spans
 from cqil_trt.errors import UserError
+from cqil_trt.gpu import cuda, kernel_library
+from cqil_trt.gpu.workspace import DTYPES, Workspace
 from cqil_trt.network.rotary import rotary_tables
 from cqil_trt.sampling import SamplingConfig
 from cqil_trt.session import Session
@@ -109,8 +109,8 @@ class CudaSession(Session):
         for index, shard in self._plan.layers.items():
             if not shard.num_heads:
                 continue
-            fields = plugins.attention_fields(self._plan.model, shard, self.limits)
-            shape = plugins.AttentionShape(**fields, dtype=DTYPES[self.limits.dtype])
+            fields = kernel_library.attention_fields(self._plan.model, shard, self.limits)
+            shape = kernel_library.AttentionShape(**fields, dtype=DTYPES[self.limits.dtype])
             sizes[f"cache.{index}"] = self._library.cqil_attention_cache_bytes(shape)
         return sizes
 
@@ -138,7 +138,7 @@ class CudaSession(Session):
             "best_value": 4 * batch,
             "best": 4 * batch,
             "step": 4,
-            "sampling": ctypes.sizeof(plugins.Sampling),
+            "sampling": ctypes.sizeof(kernel_library.Sampling),
             "uniforms": 8 * batch * limits.max_seq_len,
             "all_logits": self._bytes * batch * model.vocab_size,
             **self._extra_sizes(),
@@ -352,7 +352,9 @@ class CudaSession(Session):
         """Chooses the first token from the prediction, and makes it the input of the next step."""
         uploads, sampled = {"past": (self._past - 1).astype(np.int32)}, sampling.temperature > 0
         if sampled:
-            settings = plugins.Sampling(sampling.temperature, sampling.top_p, min(sampling.top_k, sum(self._widths)))
+            settings = kernel_library.Sampling(
+                sampling.temperature, sampling.top_p, min(sampling.top_k, sum(self._widths))
+            )
             uploads |= {"sampling": np.frombuffer(settings, np.uint8), "uniforms": uniforms}
         self._finish()
         self._history[:] = 0  # steps are counted anew

@@ -1,8 +1,8 @@
 """Joins the decoder's operations into the fused kernels of plugins/linear.cu, whatever calls them.
 
-A matrix product can take the RMSNorm of its input with it, and the gating, or an addition, of its result; the decoder
-calls these one by one. So `linear`, `rms_norm` and `residual_norm` only write down what is wanted, and the kernel is
-called when something else needs the value: by then it is known what can go with it.
+A matrix product can include the RMSNorm of its input, and the gating of its result or an addition to it; the decoder
+calls these one by one. So `project`, `rms_norm` and `residual_norm` only record what is wanted. The kernel is called
+when something else needs the value: by then it is known what can be fused.
 """
 
 from __future__ import annotations
@@ -36,14 +36,13 @@ class _Norm(_Deferred[V]):
 
     x: V | None = None
     delta: V | None = None
-    weight: V | None = None
+    name: str = ""
 
 
 @dataclass(eq=False)
 class _Product(_Deferred[V]):
     x: V | _Norm[V] | None = None
-    weight: V | None = None
-    bias: V | None = None
+    name: str = ""
 
 
 class FusedOps(Ops[V]):
@@ -53,21 +52,20 @@ class FusedOps(Ops[V]):
     """
 
     @abstractmethod
-    def fused_linear(
+    def fused_project(
         self,
         x: V,
-        weight: V,
-        bias: V | None = None,
-        norm: V | None = None,
+        name: str,
+        norm: str | None = None,
         delta: V | None = None,
         residual: V | None = None,
         gated: bool = False,
     ) -> V:
-        """activation(RMSNorm(x + delta) * norm @ weightᵀ + bias) + residual, as cqil_linear."""
+        """The projection `name` of RMSNorm(x + delta), gated, + residual, as cqil_linear; without `norm`, of x."""
 
     @abstractmethod
-    def fused_norm(self, x: V, delta: V | None, weight: V) -> V:
-        """RMSNorm(x + delta) * weight."""
+    def fused_norm(self, x: V, delta: V | None, name: str) -> V:
+        """The RMSNorm `name` of x + delta."""
 
     @abstractmethod
     def fused_add(self, x: V, y: V) -> V:
@@ -89,10 +87,10 @@ class FusedOps(Ops[V]):
 
     rotary = cached_attention = split_heads
 
-    def head_norms(self, shard: LayerShard) -> list[V]:
-        """The weights of the layer's query and key norms; none in a model that has no such norms."""
+    def head_norms(self, shard: LayerShard) -> list[str]:
+        """The tensors of the layer's query and key norms; none in a model that has no such norms."""
         names = ("q_norm", "k_norm") if self.plan.model.qk_norm else ()
-        return [self.weight(f"layers.{shard.index}.{name}.weight") for name in names]
+        return [f"layers.{shard.index}.{name}.weight" for name in names]
 
     def keep(self, x):
         if not isinstance(x, _Deferred):
@@ -101,7 +99,7 @@ class FusedOps(Ops[V]):
             if isinstance(x, _Sum):
                 x.value = self.fused_add(x.x, x.y)
             elif isinstance(x, _Norm):
-                x.value = self.fused_norm(x.x, x.delta, x.weight)
+                x.value = self.fused_norm(x.x, x.delta, x.name)
             else:
                 x.value = self._multiply(x)
         return x.value
@@ -109,15 +107,15 @@ class FusedOps(Ops[V]):
     def _multiply(self, product: _Product[V], **fused) -> V:
         x = product.x
         if isinstance(x, _Norm) and x.value is None:
-            return self.fused_linear(x.x, product.weight, product.bias, norm=x.weight, delta=x.delta, **fused)
-        return self.fused_linear(self.keep(x), product.weight, product.bias, **fused)
+            return self.fused_project(x.x, product.name, norm=x.name, delta=x.delta, **fused)
+        return self.fused_project(self.keep(x), product.name, **fused)
 
-    def linear(self, x, weight, bias=None):
-        return _Product(x=x if isinstance(x, _Norm) else self.keep(x), weight=weight, bias=bias)
+    def project(self, x, name):
+        return _Product(x=x if isinstance(x, _Norm) else self.keep(x), name=name)
 
     def swiglu(self, gate_up):
-        # The decoder gates what it has just multiplied, and uses the product for nothing else.
-        assert isinstance(gate_up, _Product) and gate_up.value is None
+        if not isinstance(gate_up, _Product) or gate_up.value is not None:
+            raise TypeError("only a projection that nothing else uses can be gated")
         return self._multiply(gate_up, gated=True)
 
     def add(self, x, y):
@@ -126,20 +124,20 @@ class FusedOps(Ops[V]):
                 return self._multiply(product, residual=self.keep(other))
         return self.fused_add(self.keep(x), self.keep(y))
 
-    def rms_norm(self, x, weight):
-        return _Norm(x=self.keep(x), weight=weight)
+    def rms_norm(self, x, name):
+        return _Norm(x=self.keep(x), name=name)
 
-    def residual_norm(self, delta, residual, weight):
+    def residual_norm(self, delta, residual, norm):
         if isinstance(delta, _Product) and delta.value is None:
             total = self.add(delta, residual)
-            return total, _Norm(x=total, weight=weight)
+            return total, _Norm(x=total, name=norm)
         # The sum may never be asked for.
         total = _Sum(x=self.keep(residual), y=self.keep(delta))
-        return total, _Norm(x=total.x, delta=total.y, weight=weight)
+        return total, _Norm(x=total.x, delta=total.y, name=norm)
 
     def select(self, x, indices):
         if isinstance(x, _Norm) and x.value is None and x.delta is None:
-            return _Norm(x=self.rows(x.x, indices), weight=x.weight)
+            return _Norm(x=self.rows(x.x, indices), name=x.name)
         return self.rows(self.keep(x), indices)
 
     # Collectives take values, not deferred ones
@@ -147,8 +145,8 @@ class FusedOps(Ops[V]):
     def all_reduce_residual(self, delta, residual):
         return super().all_reduce_residual(self.keep(delta), self.keep(residual))
 
-    def all_reduce_residual_norm(self, delta, residual, weight):
-        return super().all_reduce_residual_norm(self.keep(delta), self.keep(residual), weight)
+    def all_reduce_residual_norm(self, delta, residual, norm):
+        return super().all_reduce_residual_norm(self.keep(delta), self.keep(residual), norm)
 
     def broadcast(self, x, tokens):
         return super().broadcast(None if x is None else self.keep(x), tokens)

@@ -7,17 +7,20 @@ are external data: they stay in the rank's safetensors file.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from cqil_trt.collectives.cuda import DTYPES as PLUGIN_DTYPES
-from cqil_trt.config import EngineConfig
+from cqil_trt.backends import Compilation
+from cqil_trt.config import EngineLimits
 from cqil_trt.engine import tensor_spans
+from cqil_trt.gpu.workspace import DTYPES as PLUGIN_DTYPES
 from cqil_trt.network.decoder import decode
 from cqil_trt.network.ops import Ops
 from cqil_trt.network.rotary import rotary_tables
@@ -29,7 +32,7 @@ TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16
 
 
 @dataclass(frozen=True)
-class Positions:
+class OnnxPositions:
     """Positions of the new tokens, int64 [B, T]; where they begin, int64 [B]; which keys they see, [B, 1, T, S]."""
 
     index: str
@@ -45,7 +48,7 @@ class OnnxOps(Ops[str]):
         rotary: as in `Engine`.
     """
 
-    def __init__(self, plan: RankPlan, weights: Path, rotary: Sequence[float], limits: EngineConfig):
+    def __init__(self, plan: RankPlan, weights: Path, rotary: Sequence[float], limits: EngineLimits):
         self.plan = plan
         self.nodes: list[Any] = []
         self.initializers: dict[str, TensorProto] = {}
@@ -56,7 +59,7 @@ class OnnxOps(Ops[str]):
         # The last value that all ranks hold.
         self.joined: str | None = None
         self._location, self._spans = weights.name, tensor_spans(weights)
-        self._shapes = {tensor.name: tensor.shape for tensor in plan.tensors}
+        self._tensors = {tensor.name: tensor for tensor in plan.tensors}
         self._limits, self._type = limits, TYPES[limits.dtype]
         self._cos, self._sin = rotary_tables(plan.model, rotary, limits.max_seq_len)
 
@@ -91,13 +94,17 @@ class OnnxOps(Ops[str]):
 
     # Parameters and inputs
 
-    def weight(self, name: str) -> str:
+    def _weight(self, name: str) -> str:
         if name == "lm_head.weight" and self.plan.shares_embedding:
             return self._lm_head()
         if name not in self.initializers:
             offset, length = self._spans[name]
+            stored = self._tensors[name]
             tensor = TensorProto(
-                name=name, data_type=self._type, dims=self._shapes[name], data_location=TensorProto.EXTERNAL
+                name=name,
+                data_type=TYPES[stored.dtype],
+                dims=stored.shape,
+                data_location=TensorProto.EXTERNAL,
             )
             for key, value in (("location", self._location), ("offset", offset), ("length", length)):
                 tensor.external_data.add(key=key, value=str(value))
@@ -106,14 +113,14 @@ class OnnxOps(Ops[str]):
 
     def _lm_head(self) -> str:
         """The rank's rows of the embedding table."""
-        table, (first, last) = self.weight("embedding.weight"), self.plan.vocabulary
+        table, (first, last) = self._weight("embedding.weight"), self.plan.vocabulary
         if last - first == self.plan.model.vocab_size:
             return table
         # Not an initializer over the same bytes: TensorRT refuses two that begin at one address and differ in size.
         ends = (self._constant("vocabulary.first", [first]), self._constant("vocabulary.last", [last]))
         return self._node("Slice", table, *ends, self._constant("axes.0", [0]))
 
-    def positions(self, tokens: str, past: str) -> Positions:
+    def positions(self, tokens: str, past: str) -> OnnxPositions:
         past = self._node("Cast", past, to=TensorProto.INT64)
         length = self._node("Gather", self._node("Shape", tokens), self._constant("one", 1))
         steps = self._node("Range", self._constant("zero", 0), length, self._constant("one", 1))
@@ -121,18 +128,19 @@ class OnnxOps(Ops[str]):
         keys = self._constant("positions", np.arange(self._limits.max_seq_len))
         # A mask of our own: TensorRT takes no nonpad_kv_seqlen, and what Attention's is_causal means with it changed.
         mask = self._node("LessOrEqual", keys, self._node("Unsqueeze", index, self._constant("axes.1.3", [1, 3])))
-        return Positions(index, past, mask)
+        return OnnxPositions(index, past, mask)
 
     # Arithmetic
 
-    def embedding(self, tokens: str, table: str) -> str:
-        return self._node("Gather", table, tokens, axis=0)
+    def embedding(self, tokens: str) -> str:
+        return self._node("Gather", self._weight("embedding.weight"), tokens, axis=0)
 
-    def linear(self, x: str, weight: str, bias: str | None = None) -> str:
-        out = self._node("MatMul", x, self._node("Transpose", weight, perm=[1, 0]))
-        return out if bias is None else self.add(out, bias)
+    def project(self, x: str, name: str) -> str:
+        out = self._node("MatMul", x, self._node("Transpose", self._weight(f"{name}.weight"), perm=[1, 0]))
+        return self.add(out, self._weight(f"{name}.bias")) if f"{name}.bias" in self.plan.shapes else out
 
-    def rms_norm(self, x: str, weight: str) -> str:
+    def rms_norm(self, x: str, name: str) -> str:
+        weight = self._weight(f"{name}.weight")
         # stash_type 1 is what the definition asks: in float32 and rounded to x's type before it is scaled.
         epsilon = self.plan.model.rms_norm_eps
         return self._node("RMSNormalization", x, weight, axis=-1, epsilon=epsilon, stash_type=1)
@@ -163,11 +171,11 @@ class OnnxOps(Ops[str]):
         q, k, v = self._nodes("Split", [heads, sizes], 3, axis=1)
         return q, k, v
 
-    def rotary(self, x: str, positions: Positions) -> str:
+    def rotary(self, x: str, positions: OnnxPositions) -> str:
         cos, sin = self._constant("cos", self._cos, self._type), self._constant("sin", self._sin, self._type)
         return self._node("RotaryEmbedding", x, cos, sin, positions.index, interleaved=0)
 
-    def cached_attention(self, q: str, k: str, v: str, positions: Positions, shard: LayerShard) -> str:
+    def cached_attention(self, q: str, k: str, v: str, positions: OnnxPositions, shard: LayerShard) -> str:
         cached = []
         shape = ("batch", shard.num_kv_heads, self._limits.max_seq_len, self.plan.model.head_dim)
         for part, new in (("key", k), ("value", v)):
@@ -207,8 +215,8 @@ class OnnxOps(Ops[str]):
         [self.joined] = self._collective("CqilAllReduce", delta, residual, mode=1, eps=0.0)
         return self.joined
 
-    def all_reduce_residual_norm(self, delta: str, residual: str, weight: str) -> tuple[str, str]:
-        eps = self.plan.model.rms_norm_eps
+    def all_reduce_residual_norm(self, delta: str, residual: str, norm: str) -> tuple[str, str]:
+        eps, weight = self.plan.model.rms_norm_eps, self._weight(f"{norm}.weight")
         self.joined, normed = self._collective("CqilAllReduce", delta, residual, weight, outputs=2, mode=2, eps=eps)
         return self.joined, normed
 
@@ -222,7 +230,7 @@ class OnnxOps(Ops[str]):
         return self._collective("CqilBypass", x, distance=d)[0]
 
 
-def define_network(plan: RankPlan, weights: Path, rotary: Sequence[float], limits: EngineConfig) -> ModelProto:
+def define_network(plan: RankPlan, weights: Path, rotary: Sequence[float], limits: EngineLimits) -> ModelProto:
     """A rank's whole network; arguments as for `OnnxOps`. The file belongs beside `weights`.
 
     Inputs: tokens int32 [B, T]; past int32 [B]; select int32 [B, K] on a rank that predicts; cache.N.key and
@@ -257,3 +265,20 @@ def define_network(plan: RankPlan, weights: Path, rotary: Sequence[float], limit
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
     version = helper.find_min_ir_version_for(opsets, ignore_unknown=True)
     return helper.make_model(graph, opset_imports=opsets, ir_version=version, producer_name="cqil-trt")
+
+
+def write_network(compilation: Compilation) -> None:
+    """Writes the rank's ONNX file next to its weights, and has onnx check it."""
+    weights, path = compilation.file("safetensors"), compilation.file("onnx")
+    _make_sole(weights)
+    network = define_network(compilation.plan, weights, compilation.rotary, compilation.limits)
+    path.write_bytes(network.SerializeToString())
+    onnx.checker.check_model(path, full_check=True)
+
+
+def _make_sole(path: Path) -> None:
+    """Replaces a file with several names (hard links) by a copy: ONNX does not open one as external data."""
+    if path.stat().st_nlink > 1:
+        copy = path.with_suffix(".copy")
+        shutil.copyfile(path, copy)
+        copy.replace(path)

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
-from cqil_trt import cuda, plugins
-from cqil_trt.backends.cuda_session import BUFFERS, CudaSession, Phase
+from cqil_trt.backends.torch.gpu_ops import CudaOps, Matrix
 from cqil_trt.engine import Engine
-from cqil_trt.network.cuda_ops import CudaOps, Matrix
+from cqil_trt.gpu import cuda, kernel_library
+from cqil_trt.gpu.session import BUFFERS, CudaSession, Phase
 from cqil_trt.network.decoder import decode
 from cqil_trt.shard import LayerShard
 
@@ -34,7 +34,7 @@ class TorchCudaSession(CudaSession):
 
     def __init__(self, engine: Engine, comm: Any, device: int):
         use_device(device)
-        super().__init__(engine, comm, plugins.load())
+        super().__init__(engine, comm, kernel_library.load())
         self._load(engine)
         self._torch_stream = torch.cuda.ExternalStream(int(self._stream))
         kernels = self._memory, self._workspace, self._library, int(self._stream)

@@ -1,4 +1,4 @@
-"""The backend that executes: each operation is computed by PyTorch as the decoder calls it."""
+"""Executes the decoder on the CPU: PyTorch computes each operation as the decoder calls it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from cqil_trt.collectives import Communicator
-from cqil_trt.config import EngineConfig
+from cqil_trt.config import EngineLimits
 from cqil_trt.errors import UserError
 from cqil_trt.network.ops import Ops
 from cqil_trt.network.rotary import Tables, decode_tables, prompt_tables
@@ -17,7 +17,7 @@ from cqil_trt.shard import LayerShard, RankPlan
 
 
 @dataclass(frozen=True)
-class Positions:
+class TorchPositions:
     """Where the new tokens stand, shared by all layers of a forward pass.
 
     `past` is the common number of cached tokens, or None when sequences differ; `length` how many cached positions
@@ -44,7 +44,7 @@ class TorchOps(Ops[torch.Tensor]):
         plan: RankPlan,
         weights: Mapping[str, torch.Tensor],
         communicator: Communicator,
-        limits: EngineConfig,
+        limits: EngineLimits,
         rotary: Sequence[float],
     ):
         batch_size, max_seq_len = limits.max_batch_size, limits.max_seq_len
@@ -92,10 +92,7 @@ class TorchOps(Ops[torch.Tensor]):
         """The passes that follow take tokens one by one. Before any call of `begin` this is so already."""
         self._cos, self._sin = self._decoding
 
-    def weight(self, name: str) -> torch.Tensor:
-        return self._weights[name]
-
-    def positions(self, tokens: torch.Tensor, past: torch.Tensor) -> Positions:
+    def positions(self, tokens: torch.Tensor, past: torch.Tensor) -> TorchPositions:
         new = tokens.shape[1]
         pasts = past.tolist()
         common = pasts[0] if len(set(pasts)) == 1 else None
@@ -110,15 +107,16 @@ class TorchOps(Ops[torch.Tensor]):
             cos, sin = self._cos[0, 0, index][:, None], self._sin[0, 0, index][:, None]
             causal, masked = False, True
         mask = (torch.arange(length) <= index[..., None])[:, None] if masked else None
-        return Positions(index, common, length, cos, sin, mask, causal)
+        return TorchPositions(index, common, length, cos, sin, mask, causal)
 
-    def embedding(self, tokens: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        return F.embedding(tokens, table)
+    def embedding(self, tokens: torch.Tensor) -> torch.Tensor:
+        return F.embedding(tokens, self._weights["embedding.weight"])
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return F.linear(x, weight, bias)
+    def project(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.linear(x, self._weights[f"{name}.weight"], self._weights.get(f"{name}.bias"))
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def rms_norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        weight = self._weights[f"{name}.weight"]
         if x.dtype == torch.float32:
             squares = (x * x).sum(-1, keepdim=True)
             return x.mul(torch.add(self._epsilon, squares, alpha=1 / x.shape[-1]).rsqrt_()).mul_(weight)
@@ -145,11 +143,11 @@ class TorchOps(Ops[torch.Tensor]):
         heads = qkv.view(batch, new, -1, self.plan.model.head_dim).transpose(1, 2)
         return heads.split([shard.num_heads, shard.num_kv_heads, shard.num_kv_heads], dim=1)
 
-    def rotary(self, x: torch.Tensor, positions: Positions) -> torch.Tensor:
+    def rotary(self, x: torch.Tensor, positions: TorchPositions) -> torch.Tensor:
         turned = torch.roll(x, x.shape[-1] // 2, -1)
         return torch.addcmul(x * positions.cos, turned, positions.sin)
 
-    def attention(self, qkv: torch.Tensor, positions: Positions, shard: LayerShard) -> torch.Tensor:
+    def attention(self, qkv: torch.Tensor, positions: TorchPositions, shard: LayerShard) -> torch.Tensor:
         if self.plan.model.qk_norm:
             return super().attention(qkv, positions, shard)
         # Queries and keys lie side by side and turn together: in a decode step every operation counts.
@@ -159,7 +157,7 @@ class TorchOps(Ops[torch.Tensor]):
         q, k = self.rotary(turning, positions).split([shard.num_heads, shard.num_kv_heads], dim=1)
         return self.cached_attention(q, k, v, positions, shard)
 
-    def cached_attention(self, q, k, v, positions: Positions, shard: LayerShard) -> torch.Tensor:
+    def cached_attention(self, q, k, v, positions: TorchPositions, shard: LayerShard) -> torch.Tensor:
         batch, heads, new, dim = q.shape
         keys, values = (part.narrow(0, 0, batch) for part in self._cache[shard.index])
         if positions.past is not None:

@@ -1,4 +1,4 @@
-"""Finds, builds and loads libcqil_trt_plugins.so: `python -m cqil_trt.plugins build`.
+"""Builds, finds and loads libcqil_trt_plugins.so, the compiled form of `plugins/`.
 
 A library is kept in a cache directory under the version of its sources; building again (for another TensorRT, say)
 replaces it.
@@ -6,7 +6,6 @@ replaces it.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import hashlib
 import os
@@ -14,13 +13,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from cqil_trt import __version__
-from cqil_trt.config import EngineConfig, ModelConfig
+from cqil_trt.config import EngineLimits
 from cqil_trt.errors import UserError
+from cqil_trt.model import ModelConfig
 from cqil_trt.shard import LayerShard
 
 LIBRARY = "libcqil_trt_plugins.so"
@@ -32,7 +32,7 @@ class Failure(ctypes.Structure):
     _fields_ = [(name, ctypes.c_uint32) for name in ("code", "rank", "peer", "operation", "sequence")]
 
 
-def attention_fields(model: ModelConfig, shard: LayerShard, limits: EngineConfig) -> dict[str, int | float]:
+def attention_fields(model: ModelConfig, shard: LayerShard, limits: EngineLimits) -> dict[str, int | float]:
     """What cqil_attention_shape and the plugin CqilAttention say of a rank's share of a layer, type and pass aside."""
     return {
         "heads": shard.num_heads,
@@ -75,7 +75,7 @@ class LinearShape(ctypes.Structure):
 
 def source_directory() -> Path:
     """The CUDA sources: beside the package in a checkout, inside it when installed."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parent.parent
     for candidate in (package.parent / "plugins", package / "_plugins"):
         if (candidate / "CMakeLists.txt").is_file():
             return candidate
@@ -135,7 +135,7 @@ def library_path() -> Path:
     named = os.environ.get("CQIL_TRT_PLUGINS")
     path = Path(named) if named else cache_directory() / LIBRARY
     if not path.is_file():
-        raise UserError(f"{path}: no such plugin library: build it with python -m cqil_trt.plugins build")
+        raise UserError(f"{path}: no such plugin library: build it with python -m cqil_trt.kernels build")
     return path
 
 
@@ -193,25 +193,16 @@ def load(path: Path | None = None) -> ctypes.CDLL:
     return library
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    from cqil_trt.job import command
-
-    parser = argparse.ArgumentParser(prog="python -m cqil_trt.plugins", description="Build the CUDA kernels.")
-    actions = parser.add_subparsers(dest="action", required=True)
-    make = actions.add_parser("build", help="compile the library (needs cmake and nvcc)")
-    make.add_argument("--tensorrt-root", type=Path, metavar="DIR", help="with TensorRT plugins, from headers in DIR")
-    make.add_argument("--architectures", metavar="LIST", help='e.g. "80;90" (default: all that apply)')
-    make.add_argument("--output", type=Path, metavar="FILE", help=f"default: the cache ({LIBRARY})")
-    actions.add_parser("path", help="print where the library is")
-    options = parser.parse_args(arguments)
-    with command():
-        if options.action == "build":
-            print("compiling (about two minutes) ...", file=sys.stderr)
-            root = options.tensorrt_root or os.environ.get("TENSORRT_ROOT")
-            print(build(Path(root) if root else None, options.architectures, options.output))
-        else:
-            print(library_path())
-
-
-if __name__ == "__main__":
-    main()
+def register_plugins(trt: Any) -> ctypes.CDLL:
+    """The library, its plugins registered with this process's TensorRT `trt`. Raises UserError when they cannot be."""
+    # The library looks TensorRT up in the process, and Python loads it out of sight.
+    for package in ("tensorrt", "tensorrt_libs"):
+        directory = Path(getattr(sys.modules.get(package), "__file__", None) or os.devnull).parent
+        for path in sorted(directory.glob("libnvinfer.so*")):
+            ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    library, path = load(), library_path()
+    if not hasattr(library, "cqil_register_plugins"):
+        raise UserError(f"{path}: built without TensorRT plugins: build it with --tensorrt-root (docs/tensorrt.md)")
+    if library.cqil_register_plugins():
+        raise UserError(f"{path}: does not fit TensorRT {trt.__version__}: build it with that version's headers")
+    return library

@@ -31,7 +31,7 @@ def check(version: str) -> None:
         raise UserError(f"tensorrt_llm {version}: too old, 0.20 to 1.2 are supported")
     if number > LAST:
         raise UserError(
-            f"tensorrt_llm {version}: its TensorRT backend was removed behind 1.2: install 1.2.1, or use "
+            f"tensorrt_llm {version}: its TensorRT backend was removed after 1.2: install 1.2.1, or use "
             "--backend tensorrt"
         )
 
@@ -40,9 +40,9 @@ def load_plugins() -> ctypes.CDLL:
     """Our plugin library, registered with this process's TensorRT. Raises UserError when it cannot be."""
     import tensorrt
 
-    from cqil_trt.backends.tensorrt import load_plugins as register
+    from cqil_trt.gpu.kernel_library import register_plugins
 
-    return register(tensorrt)
+    return register_plugins(tensorrt)
 
 
 def attention_arguments(attention: Any, config: Any, place: int) -> dict[str, Any]:

@@ -1,0 +1,33 @@
+"""Backend torch: the weights are the engine. PyTorch executes it on CPUs, our kernels on GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from cqil_trt.backends import Backend, Description
+from cqil_trt.config import EngineLimits
+from cqil_trt.shard import RankPlan
+
+if TYPE_CHECKING:
+    from cqil_trt.engine import Engine
+    from cqil_trt.session import Session
+
+
+class TorchBackend(Backend):
+    name = "torch"
+    packages = {"torch": "torch"}
+    dynamic_rope = True
+
+    def describe(self, limits: EngineLimits, options: Mapping[str, Any], ranks: tuple[RankPlan, ...]) -> Description:
+        import torch
+
+        return Description(version=f"torch {torch.__version__}")
+
+    def open_session(self, engine: Engine, comm: Any, device: str, number: int) -> Session:
+        from cqil_trt.backends.torch.session import open_session
+
+        return open_session(engine, comm, device, number)
+
+
+BACKEND = TorchBackend()

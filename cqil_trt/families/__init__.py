@@ -1,0 +1,76 @@
+"""The model families, one file each: `FAMILY` in it is all that the rest of the program knows of the family.
+
+A file put into this folder is found by itself; nothing else lists the families.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+
+from cqil_trt.errors import UserError
+from cqil_trt.families.family import Family
+from cqil_trt.families.hugging_face import read_model
+from cqil_trt.json_fields import Fields, read_json
+from cqil_trt.model import ModelConfig
+
+
+@cache
+def all_families() -> tuple[Family, ...]:
+    """Every family, in the order of its file's name."""
+    modules = (import_module(f"{__name__}.{found.name}") for found in iter_modules(__path__))
+    return tuple(module.FAMILY for module in modules if hasattr(module, "FAMILY"))
+
+
+def of(model: ModelConfig) -> Family:
+    """The family that the model belongs to."""
+    return next(family for family in all_families() if family.architecture == model.architecture)
+
+
+def of_type(model_type: str) -> Family:
+    """The family that transformers calls `model_type`."""
+    return next(family for family in all_families() if family.model_type == model_type)
+
+
+def of_gguf(architecture: str) -> Family | None:
+    """The family of a GGUF file whose metadata says `general.architecture`; None for one that is not supported.
+
+    llama.cpp stores a family that computes as another one does under the other's name: the family is that one then.
+    """
+    return next((family for family in all_families() if family.gguf and family.gguf.architecture == architecture), None)
+
+
+def gguf_architectures() -> tuple[str, ...]:
+    return tuple(family.gguf.architecture for family in all_families() if family.gguf)
+
+
+def read_config(path: Path) -> ModelConfig:
+    """The model that a Hugging Face config.json describes, with the stop tokens of a generation_config.json next to it.
+
+    Raises UserError for a family that is not supported, and for a feature in use that would be computed wrongly.
+    """
+    config = Fields(read_json(path), str(path))
+    return read_model(config, _of_config(config))
+
+
+def _of_config(config: Fields) -> Family:
+    """The family of a config.json, found as transformers finds its class: by model_type, whatever `architectures` says.
+
+    A file without model_type, which transformers refuses, goes by its architecture; case does not matter
+    (LLaMAForCausalLM, as in 2023).
+    """
+    families = {family.model_type: family for family in all_families()}
+    kind = config.get("model_type")
+    if kind is None:
+        names = config.get("architectures")
+        if not isinstance(names, list) or not names or not isinstance(names[0], str):
+            raise UserError(f"{config.source}: no model_type and no architectures: not a model's configuration")
+        kind = names[0].lower().removesuffix("forcausallm")
+        if kind not in families:
+            known = ", ".join(family.architecture for family in families.values())
+            raise UserError(f"{config.source}: {names[0][:80]} is not supported (supported: {known})")
+    elif not isinstance(kind, str) or kind not in families:
+        raise UserError(f"{config.source}: model_type {kind!r:.80} is not supported ({', '.join(families)} are)")
+    return families[kind]

@@ -1,0 +1,129 @@
+"""What sets one family of decoders apart from the next, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+from cqil_trt.model import ModelConfig
+
+# Where transformers' decoders keep the parts that our engines are made of: modules within `model.layers.N`.
+HUGGING_FACE_LAYER: Mapping[str, str] = MappingProxyType(
+    {
+        "attention_norm": "input_layernorm",
+        "q": "self_attn.q_proj",
+        "k": "self_attn.k_proj",
+        "v": "self_attn.v_proj",
+        "q_norm": "self_attn.q_norm",
+        "k_norm": "self_attn.k_norm",
+        "o": "self_attn.o_proj",
+        "mlp_norm": "post_attention_layernorm",
+        "gate": "mlp.gate_proj",
+        "up": "mlp.up_proj",
+        "down": "mlp.down_proj",
+    }
+)
+# The same parts in a GGUF file: tensors within `blk.N`.
+GGUF_LAYER: Mapping[str, str] = MappingProxyType(
+    {
+        "attention_norm": "attn_norm",
+        "q": "attn_q",
+        "k": "attn_k",
+        "v": "attn_v",
+        "q_norm": "attn_q_norm",
+        "k_norm": "attn_k_norm",
+        "o": "attn_output",
+        "mlp_norm": "ffn_norm",
+        "gate": "ffn_gate",
+        "up": "ffn_up",
+        "down": "ffn_down",
+    }
+)
+# Parts that stand once in a model: our name → the module in a checkpoint, and the tensor in a GGUF file.
+EMBEDDING, FINAL_NORM, LM_HEAD = "model.embed_tokens", "model.norm", "lm_head"
+GGUF_TOP = MappingProxyType({"token_embd": EMBEDDING, "output_norm": FINAL_NORM, "output": LM_HEAD})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gguf:
+    """How llama.cpp stores a family.
+
+    Attributes:
+        architecture: `general.architecture` of the metadata.
+        layer: part → tensor within `blk.N`, as `Family.layer`.
+        interleaved: whether the rows of q and k are reordered for a rotary embedding that turns neighbouring pairs,
+            where transformers turns the two halves of a head.
+        frequency_factors: whether `rope_freqs.weight` counts.
+    """
+
+    architecture: str
+    layer: Mapping[str, str] = field(default_factory=lambda: GGUF_LAYER)
+    interleaved: bool = False
+    frequency_factors: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A family of decoders. Everything that differs between families is here, and is asked for here.
+
+    Attributes:
+        architecture: the class in transformers; `model_type`: its name in config.json.
+        defaults: what a config.json that leaves a field out means, where that is not the same in all families: the
+            defaults of transformers' configuration class.
+        layer: part of a layer → its module in a checkpoint, within `model.layers.N`. Parts that name the same module
+            are stored in it one after the other, in the order of this mapping (a fused projection).
+        activations: values of `hidden_act` that mean SiLU, which is what is computed.
+        qkv_bias, o_bias, mlp_bias: whether those projections have a bias; a text names the field of config.json that
+            decides.
+        qk_norm: whether queries and keys get an RMSNorm of each head.
+        sliding_window: whether layers attend to `sliding_window` tokens only: never, always (where the field is not
+            null), or where `use_sliding_window` says so.
+        lora_targets: the modules that PEFT adapts when an adapter's configuration does not say.
+        gguf: how llama.cpp stores the family; None when it stores it as another one, or not at all.
+        reference: further arguments of transformers' configuration class, for a model that the reference makes of
+            sizes alone.
+    """
+
+    architecture: str
+    model_type: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    layer: Mapping[str, str] = field(default_factory=lambda: HUGGING_FACE_LAYER)
+    activations: tuple[str, ...] = ("silu", "swish")
+    qkv_bias: bool | str = False
+    o_bias: bool | str = False
+    mlp_bias: bool | str = False
+    qk_norm: bool = False
+    sliding_window: Literal["never", "always", "switched"] = "never"
+    lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
+    gguf: Gguf | None = None
+    reference: Mapping[str, Any] = field(default_factory=dict)
+
+    def place(self, part: str, sizes: Mapping[str, int]) -> tuple[str, int]:
+        """The module that holds a part of a layer, and the part's first row in it; `sizes`: the rows of each part."""
+        module, first = self.layer[part], 0
+        for other, found in self.layer.items():
+            if other == part:
+                break
+            first += sizes[other] if found == module else 0
+        return module, first
+
+    @property
+    def linear_modules(self) -> tuple[str, ...]:
+        """The last names of a layer's matrices in a checkpoint, as LoRA's `target_modules` lists them."""
+        parts = ("q", "k", "v", "o", "gate", "up", "down")
+        return tuple(dict.fromkeys(self.layer[part].rpartition(".")[2] for part in parts))
+
+    def gguf_names(self) -> Iterator[tuple[str, str]]:
+        """Names of a layer's tensors: in a GGUF file, within `blk.N`, and in a checkpoint, within `model.layers.N`."""
+        if self.gguf is not None:
+            yield from {self.gguf.layer[part]: module for part, module in self.layer.items()}.items()
+
+    def in_transformers(self, model: ModelConfig) -> bool:
+        """Whether transformers' class can hold the model: of two biases that one field decides, a GGUF may have one."""
+        decided = {}
+        for switch, bias in ((self.qkv_bias, model.qkv_bias), (self.o_bias, model.o_bias)):
+            if isinstance(switch, str) and decided.setdefault(switch, bias) != bias:
+                return False
+        return True

@@ -1,0 +1,12 @@
+"""Qwen1.5, Qwen2 and Qwen2.5: LLaMA with biases on q, k and v."""
+
+from cqil_trt.families.family import Family, Gguf
+
+FAMILY = Family(
+    architecture="Qwen2ForCausalLM",
+    model_type="qwen2",
+    defaults={"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096},
+    qkv_bias=True,
+    sliding_window="switched",
+    gguf=Gguf(architecture="qwen2"),
+)

@@ -1,0 +1,24 @@
+"""Which of our packages is missing, and what brings it."""
+
+from __future__ import annotations
+
+from cqil_trt import backends
+
+# Import names of packages that are not a backend's own, and the extra that brings each (None: a plain dependency).
+_EXTRAS: dict[str, str | None] = {
+    **dict.fromkeys(("numpy", "tqdm", "tokenizers", "sentencepiece", "jinja2", "safetensors")),
+    **dict.fromkeys(("gguf", "transformers", "peft", "huggingface_hub", "google"), "torch"),
+    **dict.fromkeys(("datasets", "lm_eval", "matplotlib", "nltk"), "quality"),
+}
+
+
+def missing(error: ModuleNotFoundError) -> str | None:
+    """What to tell a user who lacks one of our packages; None for any other package."""
+    package = (error.name or "").partition(".")[0]
+    extras = dict(_EXTRAS)
+    for name in backends.names():
+        extras = {**backends.load(name).packages, **extras}
+    if package not in extras:
+        return None
+    extra = f"[{extras[package]}]" if extras[package] else ""
+    return f"{package} is needed and not installed here: source .venv/bin/activate, or pip install 'cqil-trt{extra}'"

@@ -1,0 +1,93 @@
+"""Opening a checkpoint as transformers does: which files, under which names, tied or not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from cqil_trt import families
+from cqil_trt.errors import UserError
+from cqil_trt.families.family import EMBEDDING, LM_HEAD
+from cqil_trt.json_fields import read_json
+from cqil_trt.model import ModelConfig
+from cqil_trt.weights.files import SafetensorsReader, ShardedReader, TorchReader
+from cqil_trt.weights.gguf import GgufReader
+from cqil_trt.weights.reader import RenamedReader, WeightReader
+
+# In the order in which transformers looks for them.
+_CHECKPOINTS = {
+    "model.safetensors": SafetensorsReader,
+    "model.safetensors.index.json": ShardedReader,
+    "pytorch_model.bin": TorchReader,
+    "pytorch_model.bin.index.json": ShardedReader,
+}
+_EMBEDDING, _HEAD = f"{EMBEDDING}.weight", f"{LM_HEAD}.weight"
+# Rows compared at a time, of two tables that ought to be one.
+_COMPARED_ROWS = 4096
+
+
+def open_checkpoint(path: Path) -> tuple[ModelConfig, WeightReader]:
+    """The model and the weights at `path`: a Hugging Face directory or a .gguf file, read as transformers reads it.
+
+    Names may lack the prefix `model.`, as in a checkpoint of the model without its last projection. Where the
+    configuration ties the embedding to that projection, either may be stored alone; two tables that differ are not
+    tied, whatever the configuration says.
+    """
+    if path.suffix == ".gguf":
+        reader = GgufReader(path)
+        return reader.model_config(), reader
+    if not path.is_dir():
+        found = "a file that is not .gguf" if path.exists() else "nothing (a model on the hub is named org/name)"
+        raise UserError(f"--model {path}: expected a Hugging Face directory or a .gguf file, found {found}")
+    model = families.read_config(path / "config.json")
+    file, kind = _weights_file(path)
+    reader = _with_prefix(kind(file))
+    return _tied(model, reader) if model.tie_embeddings else (model, reader)
+
+
+def _weights_file(path: Path) -> tuple[Path, type[WeightReader]]:
+    """The file that holds a directory's weights, or their index, and its reader: the choice of transformers."""
+    named = read_json(path / "config.json").get("transformers_weights")
+    if named is not None:
+        if not isinstance(named, str) or Path(named).name != named or ".safetensors" not in Path(named).suffixes:
+            raise UserError(f"{path}/config.json: transformers_weights {named!r:.80} is not a safetensors file's name")
+        return path / named, ShardedReader if named.endswith(".index.json") else SafetensorsReader
+    for name, kind in _CHECKPOINTS.items():
+        if (path / name).is_file():
+            return path / name, kind
+    raise UserError(f"--model {path}: no weights (looked for {', '.join(_CHECKPOINTS)})")
+
+
+def _with_prefix(reader: WeightReader) -> WeightReader:
+    bare = [name for name in reader.shapes() if name.startswith(("embed_tokens.", "layers.", "norm."))]
+    stored = {f"model.{name}": name for name in bare if f"model.{name}" not in reader.shapes()}
+    return RenamedReader(reader, stored) if stored else reader
+
+
+def _tied(model: ModelConfig, reader: WeightReader) -> tuple[ModelConfig, WeightReader]:
+    """What a model that says it ties its embedding really has."""
+    shapes = reader.shapes()
+    if _HEAD not in shapes:
+        return model, reader
+    if _EMBEDDING not in shapes:
+        return model, RenamedReader(reader, {_EMBEDDING: _HEAD})
+    shape = shapes[_HEAD]
+    if shapes[_EMBEDDING] != shape or len(shape) != 2:
+        return replace(model, tie_embeddings=False), reader
+    blocks = ((row, min(row + _COMPARED_ROWS, shape[0])) for row in range(0, shape[0], _COMPARED_ROWS))
+    same = all(torch.equal(reader.read(_EMBEDDING, rows).float(), reader.read(_HEAD, rows).float()) for rows in blocks)
+    return (model if same else replace(model, tie_embeddings=False)), reader
+
+
+def check_shapes(reader: WeightReader, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises UserError unless the checkpoint holds every expected tensor in its shape and a float type."""
+    found = reader.shapes()
+    for name, shape in expected.items():
+        if name not in found:
+            raise UserError(f"{reader.source}: no tensor {name}, which config.json asks for")
+        if found[name] != shape:
+            raise UserError(f"{reader.source}: {name} has shape {found[name]}, config.json asks for {shape}")
+        reader.dtype(name)

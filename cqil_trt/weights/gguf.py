@@ -1,0 +1,226 @@
+"""Reader of GGUF files: their tensors under the names of a Hugging Face checkpoint, and the model they describe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cqil_trt import families
+from cqil_trt.errors import UserError
+from cqil_trt.families.family import GGUF_TOP, Gguf
+from cqil_trt.gguf_files import gguf_parts, open_gguf
+from cqil_trt.json_fields import Fields
+from cqil_trt.model import ModelConfig
+from cqil_trt.rope import RopeConfig, yarn_magnitude
+from cqil_trt.tokenizer.gguf import GgufTokenizer
+from cqil_trt.weights.reader import Range, WeightReader
+
+# What llama.cpp does not read for these architectures, with the values that change nothing. transformers' yarn has
+# the same parameters, so that a file with other values means one thing here and another there.
+_GGUF_UNREAD = {
+    "rope.scaling.yarn_ext_factor": 1.0,
+    "rope.scaling.yarn_attn_factor": 1.0,
+    "rope.scaling.yarn_beta_fast": 32.0,
+    "rope.scaling.yarn_beta_slow": 1.0,
+    "rope.scaling.yarn_log_multiplier": 0.0,
+    "rope.scaling.alpha": 0.0,
+}
+
+
+class GgufReader(WeightReader):
+    """A GGUF file, any quantization the gguf package knows; tensors come out as float32 under Hugging Face's names.
+
+    Of a file split into parts, `path` may be any one. The first holds the metadata.
+    """
+
+    def __init__(self, path: Path):
+        self.source = str(path)
+        paths = gguf_parts(path)
+        for part in paths:
+            if not part.is_file():
+                among = "" if len(paths) == 1 else f" (one of the {len(paths)} parts of a split file)"
+                raise UserError(f"{part}: no such file{among}")
+        self._tensors: dict[str, Any] = {}
+        for number, part in enumerate(paths):
+            reader = open_gguf(part)
+            try:
+                if number == 0:
+                    self._reader = reader
+                    self.architecture = str(self.field("general.architecture"))
+                    self._family = families.of_gguf(self.architecture)
+                    self._names = {} if self._family is None else dict(self._family.gguf_names())
+                tensors = {self._rename(tensor.name): tensor for tensor in reader.tensors}
+                found, count, total = (self._split(reader, key) for key in ("no", "count", "tensors.count"))
+            except Exception as error:  # the gguf package raises numpy's and its own errors on a damaged file
+                raise UserError(f"{part}: corrupt or truncated GGUF file ({error or type(error).__name__})") from None
+            if (found, max(count, 1)) != (number, len(paths)):
+                raise UserError(
+                    f"{part}: holds part {found + 1} of {max(count, 1)} of a GGUF file, its name says {number + 1} of "
+                    f"{len(paths)}: parts keep the names that gguf-split gave them (NAME-00001-of-00003.gguf)"
+                )
+            twice = sorted(tensors.keys() & self._tensors.keys())
+            if twice or total != self._split(self._reader, "tensors.count"):
+                raise UserError(f"{part}: belongs to another file than {paths[0].name}: its tensors do not fit")
+            self._tensors |= tensors
+        if len(paths) > 1 and total != len(self._tensors):
+            raise UserError(f"{path}: its parts hold {len(self._tensors)} tensors, they should hold {total}")
+
+    @staticmethod
+    def _split(reader: Any, key: str) -> int:
+        field = reader.fields.get(f"split.{key}")
+        return 0 if field is None else int(field.contents())
+
+    @property
+    def _gguf(self) -> Gguf | None:
+        return None if self._family is None else self._family.gguf
+
+    def field(self, key: str, default=None):
+        """A metadata value; `{arch}` in `key` stands for the architecture."""
+        field = self._reader.fields.get(key.replace("{arch}", str(getattr(self, "architecture", ""))))
+        return default if field is None else field.contents()
+
+    def _integer(self, key: str, default: int | None = None, low: int = 1, high: int = 2**31 - 1) -> int:
+        value = self.field(f"{{arch}}.{key}", default)
+        return Fields({key: value if value is None else int(value)}, self.source).integer(key, low=low, high=high)
+
+    def _number(self, key: str, default: float) -> float:
+        """A metadata value; one of 0 stands for one that is not given, as in llama.cpp."""
+        value = float(self.field(f"{{arch}}.{key}", default) or default)
+        return default if value == default else Fields({key: value}, self.source).number(key)
+
+    def _rename(self, name: str) -> str:
+        base, _, kind = name.rpartition(".")
+        if base.startswith("blk."):
+            _, index, part = base.split(".", 2)
+            if part in self._names:
+                return f"model.layers.{index}.{self._names[part]}.{kind}"
+        return f"{GGUF_TOP[base]}.{kind}" if base in GGUF_TOP else name
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()}
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32
+
+    def read(self, name: str, rows: Range = None, columns: Range = None) -> torch.Tensor:
+        from gguf import GGML_QUANT_SIZES, dequantize
+
+        entry = self._tensors[name]
+        data, first = entry.data, 0
+        wanted = slice(None) if rows is None else slice(*rows)
+        order = self._row_order(name)
+        data = data[wanted if order is None else order[wanted]]
+        if columns is not None:
+            # What is quantized lies in bytes, whole blocks of elements at a time.
+            block, size = GGML_QUANT_SIZES[entry.tensor_type] if data.dtype == np.uint8 else (1, 1)
+            first = columns[0] // block * block
+            data = data[:, first // block * size : -(-columns[1] // block) * size]
+        try:
+            values = np.array(dequantize(np.ascontiguousarray(data), entry.tensor_type), dtype=np.float32)
+        except Exception as error:
+            raise UserError(f"{self.source}: {entry.name} cannot be dequantized ({error})") from None
+        if columns is not None:
+            values = values[:, columns[0] - first : columns[1] - first]
+        return torch.from_numpy(np.ascontiguousarray(values))
+
+    def _row_order(self, name: str) -> np.ndarray | None:
+        """Where the rows of a tensor lie in the file; None where in order."""
+        if self._family is None or self._gguf is None or not self._gguf.interleaved:
+            return None
+        part = next((part for part in ("q", "k") if f".{self._family.layer[part]}." in name), None)
+        if part is None:
+            return None
+        # llama.cpp rotates neighbouring pairs, Hugging Face the two halves of a head.
+        count = "head_count" if part == "q" else "head_count_kv"
+        heads = self._integer(f"attention.{count}", self._integer("attention.head_count"))
+        return np.arange(self.shapes()[name][0]).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+
+    def _rope(self, head_dim: int) -> RopeConfig:
+        """As llama.cpp reads it: a factor without a type is linear scaling, and rope_freqs divide the frequencies."""
+        for key, harmless in _GGUF_UNREAD.items():
+            if self._number(key, harmless) != harmless:
+                raise UserError(f"{self.source}: {key} other than {harmless:g} is not supported")
+        for name in self._tensors:
+            if name.startswith("rope_factors_"):
+                raise UserError(f"{self.source}: {name} (longrope) is not supported")
+        scaling = str(self.field("{arch}.rope.scaling.type", "linear"))
+        if scaling not in ("none", "linear", "yarn"):
+            raise UserError(f"{self.source}: rope scaling {scaling[:80]!r} is not supported (linear and yarn are)")
+        # scale_linear is the key of 2023.
+        old = self.field("{arch}.rope.scaling.factor") is None
+        factor = self._number("rope.scale_linear" if old else "rope.scaling.factor", 1.0)
+        kind = "default" if scaling == "none" or factor == 1 else scaling
+        rope = RopeConfig(
+            theta=self._number("rope.freq_base", 10000.0),
+            kind=kind,
+            factor=1.0 if kind == "default" else factor,
+            attention_factor=self._number("rope.scaling.attn_factor", 1.0),
+            divisors=self._divisors(head_dim),
+        )
+        if kind != "yarn":
+            return rope
+        if rope.theta <= 1:
+            raise UserError(f"{self.source}: rope.freq_base must be above 1 for yarn, found {rope.theta:g}")
+        original = self._integer("rope.scaling.original_context_length", self._integer("context_length"))
+        attention = rope.attention_factor * yarn_magnitude(factor)
+        return replace(rope, original_max_position=original, attention_factor=attention)
+
+    def _divisors(self, head_dim: int) -> tuple[float, ...]:
+        """What rope_freqs.weight says; nothing where it says only ones."""
+        name = "rope_freqs.weight"
+        if name not in self._tensors:
+            return ()
+        if self._gguf is None or not self._gguf.frequency_factors:
+            raise UserError(f"{self.source}: {name} in a file of architecture {self.architecture} is not supported")
+        if self.shapes()[name] != (head_dim // 2,):
+            raise UserError(f"{self.source}: {name} has shape {self.shapes()[name]}, heads of {head_dim} need half")
+        values = self.read(name).tolist()
+        if not all(0 < value < float("inf") for value in values):
+            raise UserError(f"{self.source}: {name} holds a value that is not positive and finite")
+        return () if set(values) == {1.0} else tuple(values)
+
+    def _sliding_window(self) -> int | None:
+        """llama.cpp ignores some windows that transformers heeds; in sequences as short as the window both agree."""
+        if self._family is None or self._family.sliding_window != "always":
+            return None
+        return self._integer("attention.sliding_window", 0, low=0) or None
+
+    def model_config(self) -> ModelConfig:
+        """The model that the file's metadata describes. Raises UserError for one we would compute wrongly."""
+        if self._family is None:
+            known = ", ".join(families.gguf_architectures())
+            raise UserError(f"{self.source}: architecture {self.architecture!r:.80} is not supported ({known} are)")
+        shapes, layer = self.shapes(), self._family.layer
+        try:
+            heads, hidden = self._integer("attention.head_count"), self._integer("embedding_length")
+            head_dim = self._integer("attention.key_length", hidden // heads)
+            if self._integer("rope.dimension_count", head_dim) != head_dim:
+                raise UserError(f"{self.source}: partial rotary embedding is not supported")
+            return ModelConfig(
+                architecture=self._family.architecture,
+                num_layers=self._integer("block_count", high=1000),
+                hidden_size=hidden,
+                intermediate_size=self._integer("feed_forward_length"),
+                num_heads=heads,
+                num_kv_heads=self._integer("attention.head_count_kv", heads),
+                head_dim=head_dim,
+                vocab_size=shapes["model.embed_tokens.weight"][0],
+                max_position=self._integer("context_length"),
+                rms_norm_eps=float(self.field("{arch}.attention.layer_norm_rms_epsilon")),
+                rope=self._rope(head_dim),
+                tie_embeddings="lm_head.weight" not in shapes,
+                qkv_bias=f"model.layers.0.{layer['q']}.bias" in shapes,
+                o_bias=f"model.layers.0.{layer['o']}.bias" in shapes,
+                mlp_bias=f"model.layers.0.{layer['gate']}.bias" in shapes,
+                qk_norm=f"model.layers.0.{layer['q_norm']}.weight" in shapes,
+                sliding_window=self._sliding_window(),
+                dtype="float32",
+                eos_token_ids=GgufTokenizer(Path(self.source)).ends(),
+            )
+        except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
+            raise UserError(f"{self.source}: GGUF metadata is incomplete or malformed ({error})") from None

@@ -1,0 +1,56 @@
+"""A checkpoint's tensors by name, read slice by slice, whatever files they are in."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch
+
+Range = tuple[int, int] | None
+
+
+class WeightReader(ABC):
+    """Tensors by name; only what is asked for is read. `source` names the files in messages."""
+
+    source: str
+
+    @abstractmethod
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The shape of every tensor there is."""
+
+    @abstractmethod
+    def dtype(self, name: str) -> torch.dtype:
+        """The type `read` returns for `name`."""
+
+    @abstractmethod
+    def read(self, name: str, rows: Range = None, columns: Range = None) -> torch.Tensor:
+        """`tensor[rows, columns]` as a tensor of its own; half-open ranges, None for all.
+
+        `columns` needs a matrix. Raises UserError when the file cannot be read.
+        """
+
+
+def cut(tensor: torch.Tensor, rows: Range, columns: Range) -> torch.Tensor:
+    """`tensor[rows, columns]`, a view."""
+    if rows is not None:
+        tensor = tensor[rows[0] : rows[1]]
+    return tensor if columns is None else tensor[:, columns[0] : columns[1]]
+
+
+class RenamedReader(WeightReader):
+    """`base` with some tensors under other names: `stored` maps a name to the one it has in the file."""
+
+    def __init__(self, base: WeightReader, stored: Mapping[str, str]):
+        self.source = base.source
+        self._base, self._stored = base, stored
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        given = {stored: name for name, stored in self._stored.items()}
+        return {given.get(name, name): shape for name, shape in self._base.shapes().items()}
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._base.dtype(self._stored.get(name, name))
+
+    def read(self, name: str, rows: Range = None, columns: Range = None) -> torch.Tensor:
+        return self._base.read(self._stored.get(name, name), rows, columns)
