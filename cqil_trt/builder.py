@@ -52,7 +52,7 @@ class EngineWeights:
         self._take(path.name, path)
         entry = self.engine.files[path.name]
         advance(entry["size"])
-        return {"size": entry["size"], "sha256": entry["sha256"]}
+        return dict(entry)
 
     def write_probes(
         self, directory: Path, cqil: CqilConfig, limits: EngineLimits, wanted: str, progress: bool
@@ -478,7 +478,8 @@ def write(build: BuildPlan, progress: bool = False, job: Job | None = None) -> e
                     "architecture": build.description.architecture,
                     "build": dict(build.description.build),
                     "created": datetime.now(timezone.utc).isoformat(),
-                    "files": dict(sorted(_with_backend_files(directory, files).items())),
+                    "files": (found := _all_files(directory, files)),
+                    "owners": _owners(found.keys() - shared.keys()),
                 },
             )
             cleanup.close()
@@ -505,7 +506,7 @@ def _write_ranks(
         for rank in ranks:
             name = engine_directory.rank_file(rank.rank)
             entry = build.weights.write_rank(directory / name, rank, bar.update)
-            files[name] = {**entry, "rank": rank.rank}
+            files[name] = entry
     backend = backends.load(build.backend)
     for rank in ranks:
         backend.compile(
@@ -522,18 +523,21 @@ def _write_ranks(
         for path in sorted(directory.rglob(f"rank{rank.rank}.*")):
             name = path.relative_to(directory).as_posix()
             if name not in files and name not in shared:  # a chat template may have such a name
-                files[name] = {**engine_directory.fingerprint(path), "rank": rank.rank}
+                files[name] = engine_directory.fingerprint(path)
     return files
 
 
-def _with_backend_files(directory: Path, files: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _all_files(directory: Path, known: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The files of an engine: those known already, where they are still there, and what `Backend.finish` has added."""
     found = {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
-        if not path.is_file() or name == engine_directory.LOCK:
-            continue
-        rank = re.fullmatch(r"rank(\d+)\..+", path.name)
-        owner = {"rank": int(rank[1])} if rank else {}
-        found[name] = files.get(name) or {**engine_directory.fingerprint(path), **owner}
+        if path.is_file() and name != engine_directory.LOCK:
+            found[name] = known.get(name) or engine_directory.fingerprint(path)
     return found
+
+
+def _owners(names: Collection[str]) -> dict[str, int]:
+    """The rank of each file that is named after one."""
+    matches = ((name, re.fullmatch(r"(?:.+/)?rank(\d+)\..+", name)) for name in sorted(names))
+    return {name: int(match[1]) for name, match in matches if match}

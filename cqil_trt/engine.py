@@ -51,8 +51,8 @@ class Engine:
 
     `rotary`: the inverse frequencies of rotary embedding, float32 values [head_dim / 2], radians per position.
     `backend`: what executes it. `backend_version`, `architecture`: what built it, and the GPUs it runs on ("any",
-    "9.0", "8.0, 8.9"). `build`: what else the backend's runtime must know. `files`: by name, the size in bytes, the
-    sha256, and the rank of a file that belongs to one.
+    "9.0", "8.0, 8.9"). `build`: what else the backend's runtime must know. `files`: size in bytes and sha256
+    by name. `owners`: the rank of each file that belongs to one.
     """
 
     path: Path
@@ -67,6 +67,7 @@ class Engine:
     build: Mapping[str, Any]
     created: str
     files: Mapping[str, Mapping[str, Any]]
+    owners: Mapping[str, int]
 
     @property
     def world_size(self) -> int:
@@ -81,7 +82,7 @@ class Engine:
     @property
     def shared_files(self) -> tuple[str, ...]:
         """The files that belong to no rank: tokenizer, reference."""
-        return tuple(name for name, entry in self.files.items() if "rank" not in entry)
+        return tuple(name for name in self.files if name not in self.owners)
 
     def verify(self, name: str) -> None:
         """Raises UserError unless file `name` is there with the size and sha256 that config.json gives."""
@@ -93,12 +94,12 @@ class Engine:
             found = fingerprint(path)
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}): rebuild the engine") from None
-        if found["sha256"] != entry["sha256"]:
+        if found != entry:
             raise UserError(f"{path}: the sha256 differs from config.json: the file is damaged, rebuild the engine")
 
     def verify_rank(self, rank: int, needed: Sequence[str] = ()) -> None:
         """Verifies what rank `rank` loads: its own files, `needed` among them, and those of no rank on rank 0."""
-        own = [name for name, entry in self.files.items() if entry.get("rank") == rank]
+        own = [name for name, owner in self.owners.items() if owner == rank]
         if not {*needed} <= {*own}:
             raise _foreign(self.path)
         for name in (*own, *(self.shared_files if rank == 0 else ())):
@@ -131,10 +132,12 @@ class Engine:
                 build=raw["build"],
                 created=raw["created"],
                 files=raw["files"],
+                owners=raw["owners"],
             )
             complete = len(engine.rotary) == engine.model.head_dim // 2 and all(
                 {"size", "sha256"} <= entry.keys() for entry in engine.files.values()
             )
+            complete = complete and engine.owners.keys() <= engine.files.keys()
         except (KeyError, TypeError, ValueError, AttributeError):
             complete = False
         if not complete:

@@ -78,7 +78,8 @@ class Arena:
         """The address of the next `size` bytes."""
         address = self.address + self._used
         self._used += aligned(size)
-        assert self._used <= self.size
+        if self._used > self.size:
+            raise MemoryError(f"{self._used} bytes taken of an arena of {self.size}")
         return address
 
     def free(self) -> None:

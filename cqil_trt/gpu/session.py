@@ -176,7 +176,7 @@ class CudaSession(Session):
                 address = self._memory[name] = arena.take(length)
                 file.seek(begin)
                 for offset in range(0, length, len(staging)):
-                    part = memoryview(staging)[: min(len(staging), length - offset)]
+                    part = staging.data[: min(len(staging), length - offset)]
                     if file.readinto(part) != len(part):
                         raise UserError(f"{path}: truncated while reading {name}")
                     cuda.upload(address + offset, np.frombuffer(part, np.uint8), self._stream)
@@ -303,7 +303,8 @@ class CudaSession(Session):
                 words = self._history[number % _SLOTS, : self._batch].copy()
                 if (words >> 32 == number + 1).all():
                     return words & 0xFFFFFFFF
-                assert not done, f"no tokens of advance {number}"
+                if done:
+                    raise RuntimeError(f"the GPU is done, and there are no tokens of advance {number}")
 
     def _choose(self, sampled: bool) -> None:
         """A token for every sequence, over the vocabulary of all ranks, into `best`."""
@@ -311,7 +312,7 @@ class CudaSession(Session):
         batch, logits, together = self._batch, memory["prediction"], self._workspace is not None
         if sampled:
             everything = sum(self._widths)
-            if together:
+            if self._workspace is not None:
                 whole, count = memory["all_logits"], batch * everything
                 self._call("spread", logits, whole, batch, width, self._offset, everything, dtype)
                 self._workspace.call("all_reduce", whole, None, whole, count, dtype, int(self._stream))
@@ -321,7 +322,7 @@ class CudaSession(Session):
             return
         value, index = memory["value"], memory["index"] if together else memory["best"]
         self._call("row_argmax", logits, batch, width, self._offset, dtype, value, index)
-        if together:
+        if self._workspace is not None:
             best = memory["best_value"], memory["best"]
             self._workspace.call("argmax", value, index, *best, batch, int(self._stream))
 

@@ -10,6 +10,7 @@ The checkpoint's config.json says under `cqil` which is which; backends/tensorrt
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -131,7 +132,7 @@ class CqilDecoderLayer(Module):
         return _plugin("CqilBypass", [x], fields)[0]
 
 
-def _plugin(name: str, inputs: list[Tensor], fields: dict[str, int | float]) -> list[Tensor]:
+def _plugin(name: str, inputs: list[Tensor], fields: Mapping[str, int | float]) -> list[Tensor]:
     """The outputs of one of our plugins, which finds the workspace in its process: `shared`."""
     creator = trt.get_plugin_registry().get_plugin_creator(name, "1", "cqil_trt")
     types = {int: (np.int32, trt.PluginFieldType.INT32), float: (np.float32, trt.PluginFieldType.FLOAT32)}
@@ -179,7 +180,7 @@ class CqilTransformer(Module):
             position_ids=position_ids,
         )
         (_, normed), presents = found if use_cache else (found, None)
-        return (normed, tuple(presents)) if use_cache else normed
+        return (normed, tuple(presents or ())) if use_cache else normed
 
 
 class CqilForCausalLM(DecoderModelForCausalLM):

@@ -7,6 +7,7 @@ run in the order in which they are called, on one stream.
 from __future__ import annotations
 
 import ctypes
+from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -88,16 +89,15 @@ class _Collectives(Ops[Matrix]):
 
     _workspace: Workspace | None
     _weights: dict[str, Matrix]
+    _memory: Mapping[str, int]
     _limits: EngineLimits
     _dtype: int  # cqil_dtype
     _stream: int
+    _left: int  # all-reduces that are still to come in this pass
 
-    def close(self) -> None:
-        """Gives back the memory of activations."""
-        self._pool.free()
-
+    @abstractmethod
     def _new(self, rows: int, width: int) -> Matrix:
-        raise NotImplementedError
+        """Memory for a result."""
 
     def all_reduce_residual(self, delta: Matrix, residual: Matrix) -> Matrix:
         out = self._joined(delta)
@@ -123,9 +123,8 @@ class _Collectives(Ops[Matrix]):
         return Matrix(self._memory["joined"], like.rows, like.width)
 
     def broadcast(self, x: Matrix | None, tokens: Matrix) -> Matrix:
-        root = self.plan.rank == 0
-        out = x if root else self._new(tokens.rows, self.plan.model.hidden_size)
-        given, received = (x.address, None) if root else (None, out.address)
+        out = self._new(tokens.rows, self.plan.model.hidden_size) if x is None else x
+        given, received = (None, out.address) if x is None else (out.address, None)
         self._join("broadcast", given, received, out.rows * out.width, self._dtype)
         return out
 
@@ -136,6 +135,8 @@ class _Collectives(Ops[Matrix]):
         return out
 
     def _join(self, name: str, *arguments: Any) -> None:
+        if self._workspace is None:
+            raise RuntimeError("a rank without peers has nobody to join")
         self._workspace.call(name, *arguments, self._stream)
 
 
@@ -240,17 +241,20 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         cuda.call("MemsetAsync", out.address, 0, out.size, self._stream)
         return out
 
-    def attention(self, qkv: Matrix, positions: None, shard: LayerShard) -> Matrix:
+    def attention(self, qkv: Matrix, positions: Any, shard: LayerShard) -> Matrix:
         qkv, fields = self.keep(qkv), kernel_library.attention_fields(self.plan.model, shard, self._limits)
         shape = kernel_library.AttentionShape(batch=self._batch, length=self._length, **fields, dtype=self._dtype)
-        norms = [self._weights[name] for name in self.head_norms(shard)] or [None, None]
+        norms: list[Matrix | None] = [self._weights[name] for name in self.head_norms(shard)]
+        norms = norms or [None, None]
         tables = [self._memory[name] for name in ("rotary.cos", "rotary.sin")]
         cache = self._memory[f"cache.{shard.index}"]
         out = self._new(qkv.rows, shard.num_heads * self.plan.model.head_dim)
         scratch = self._scratch(self._kernels.cqil_attention_scratch_bytes(shape))
         delegated = self._length > 1 and shard.grouped
         result = None if delegated else out
-        self._call("attention", ctypes.byref(shape), qkv, self._past, *tables, *norms, cache, result, scratch)
+        self._call(
+            "attention", ctypes.byref(shape), qkv, self._past, *tables, *(norms or [None, None]), cache, result, scratch
+        )
         if delegated:
             queries = Matrix(scratch.address, out.rows, out.width)
             self._library.attend(queries, cache, self._common_past, self._batch, shard, out)

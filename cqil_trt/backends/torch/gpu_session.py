@@ -48,7 +48,8 @@ class TorchCudaSession(CudaSession):
         tokens, select = Matrix(address["tokens"], batch * length, 1), Matrix(address["select"], rows, 1)
         guard = nullcontext() if self._workspace is None else self._workspace.guard()
         with guard, torch.inference_mode(), torch.cuda.stream(self._torch_stream):
-            decode(self._ops, tokens, None, select)
+            # `CudaOps` has the positions from `begin`.
+            decode(self._ops, tokens, Matrix(address["past"], batch, 1), select)
 
     def close(self) -> None:
         super().close()
