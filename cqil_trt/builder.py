@@ -457,7 +457,7 @@ def write(build: BuildPlan, progress: bool = False, job: Job | None = None) -> e
 
         def finish() -> None:
             backend.finish(
-                backends.Completion(
+                backends.CompiledEngine(
                     directory=directory,
                     ranks=build.ranks,
                     limits=build.limits,

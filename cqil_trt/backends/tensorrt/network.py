@@ -36,7 +36,7 @@ Tensor = Any  # an ITensor of whichever package provides TensorRT
 _PLUGIN_NAMESPACE, _PLUGIN_VERSION = "cqil_trt", "1"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Lowering:
     """Which layers a network may have. `native`, `typed`: see above; `plugins`: whether it takes plugins."""
 
