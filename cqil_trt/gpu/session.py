@@ -1,7 +1,8 @@
 """Executes a rank's network on a GPU, whatever launches its kernels: numpy, mpi4py, cuda-bindings, our plugin library.
 
-Weights, caches and buffers are allocated when the session begins. Decode steps are CUDA graphs for each batch size: the
-network, the choice of a token over all ranks, and the input of the next step. The host reads tokens a step behind.
+Weights, caches and buffers are allocated when the session begins. Decode steps are CUDA graphs, one for each batch
+size: the network, the choice of a token over all ranks, and the input of the next step. The host reads a step's tokens
+while the next step runs.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ from cqil_trt.sampling import SamplingConfig
 from cqil_trt.session import Session
 
 _STAGING_BYTES = 64 << 20
-# Steps in one graph, where so many are wanted: the GPU pauses between two graphs. Behind the last token that somebody
-# wants so many more may be computed for nothing.
+# Steps in one graph, when that many are left: the GPU pauses between two graphs. After the last token that is wanted, up
+# to this many more may be computed for nothing.
 _STEPS = 4
-# Tokens that the host has not read yet lie in so many rows of page-locked memory.
+# Rows of page-locked memory for tokens that the host has not read yet.
 _SLOTS = 2 * _STEPS
 
 
 def _portions(steps: int) -> list[int]:
-    """The steps of each graph that is launched to make so many."""
+    """The steps of each graph that is launched, to make `steps` in all."""
     return [_STEPS] * (steps // _STEPS) + [1] * (steps % _STEPS)
 
 
@@ -42,7 +43,7 @@ class Phase(IntEnum):
     DECODE = 1
 
 
-# What a pass reads and writes, by the names of the decoder's inputs and outputs, lies in buffers of these names.
+# The buffers that a pass reads and writes, by the names of the decoder's inputs and outputs.
 BUFFERS: dict[Phase, dict[str, str]] = {
     Phase.PREFILL: {"past": "prefill.past"},
     # The decode step runs on what it wrote itself.
@@ -161,7 +162,7 @@ class CudaSession(Session):
         self._synchronize()
 
     def _load_weights(self, engine: Engine) -> None:
-        """Copies the rank's tensors to the GPU, each to an address of its own, through page-locked memory."""
+        """Copies the rank's tensors to the GPU, through page-locked memory."""
         path = engine.rank_file(self._plan.rank)
         spans = tensor_spans(path)
         first, last = self._plan.vocabulary
@@ -250,7 +251,7 @@ class CudaSession(Session):
 
     def _prepare(self, tokens: np.ndarray, past: np.ndarray) -> None:
         """Makes the step's inputs what the caller says, where the step before has not left them so."""
-        if self._on_device is None:  # behind a prefill
+        if self._on_device is None:  # after a prefill
             cuda.upload(self._memory["past"], past.astype(np.int32), self._stream)
         if self._on_device is None or not np.array_equal(tokens, self._on_device):
             cuda.upload(self._memory["next"], tokens.astype(np.int32), self._stream)
@@ -264,8 +265,9 @@ class CudaSession(Session):
     def _graph(self, steps: int, sampled: bool) -> cuda.Graph:
         key = self._batch, steps, sampled
         if key not in self._graphs:
-            # What a shape needs is set up when it first runs, not while it is captured; the step writes the same again.
-            # It begins behind all that was enqueued, as a step reads positions early (cqil_attention).
+            # Some things are set up when a shape first runs, which must not be during capture. The step runs once, then
+            # is captured and writes the same again. It starts after everything that was enqueued, because a step reads
+            # positions early (cqil_attention).
             self._finish()
             self._execute(Phase.DECODE, self._batch, 1, self._batch)
             self._finish()
@@ -290,7 +292,7 @@ class CudaSession(Session):
         self._call("advance", *state, self._history.ctypes.data, _SLOTS, limits.max_batch_size)
 
     def _advanced(self, steps: int, sampled: bool) -> None:
-        """Behind `steps` of `_advance` that were enqueued."""
+        """Called after `steps` calls of `_advance` were enqueued."""
         self._advances += steps
         # What the device has chosen is known when it is read; anything but that is uploaded again.
         self._chosen, self._on_device = not sampled, np.full(self._batch, -1)
@@ -368,7 +370,7 @@ class CudaSession(Session):
         self._advanced(1, sampled)
 
     def _go_on(self, steps: int, sampled: bool) -> None:
-        """Launches steps behind the last, as one graph."""
+        """Launches the next steps as one graph."""
         self._launch(steps, sampled)
         self._past = np.minimum(self._past + steps, self.limits.max_seq_len - 1)
 

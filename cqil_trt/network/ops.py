@@ -28,7 +28,7 @@ class Ops(ABC, Generic[V]):
     def positions(self, tokens: V, past: V) -> Any:
         """A handle on the positions of the new tokens, for `rotary` and `cached_attention`.
 
-        Token t of sequence b (tokens: integers [B, T]) stands at position past[b] + t (past: integers [B]).
+        Token t of sequence b (tokens: integers [B, T]) is at position past[b] + t (past: integers [B]).
         """
 
     def keep(self, x: V) -> V:

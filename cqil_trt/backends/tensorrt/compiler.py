@@ -84,7 +84,7 @@ def _architecture(trt: Any, target: str | None) -> str:
 
 
 def logger(trt: Any, verbose: bool = False) -> Any:
-    """A logger of that package that keeps the first error: what comes behind it only follows from it.
+    """A logger of that package that keeps the first error, as later ones only follow from it.
 
     `verbose`: warnings and errors go to standard error as well.
     """

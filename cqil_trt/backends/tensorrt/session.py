@@ -114,7 +114,7 @@ class TensorRtSession(CudaSession):
     def _start(self, lengths: np.ndarray) -> None:
         super()._start(lengths)
         if self._native:
-            # The layer attends to the whole cache: what is masked takes part with weight 0, and 0 * NaN is NaN.
+            # The layer attends to the whole cache: what is masked has weight 0, and 0 * NaN is NaN.
             for name, size in self._caches.items():
                 used = size * len(lengths) // self.limits.max_batch_size
                 cuda.call("MemsetAsync", self._memory[name], 0, used, self._stream)

@@ -1,4 +1,4 @@
-"""A rank's tensors under the names that TensorRT-LLM's layers expect, and where each lies in ours.
+"""A rank's tensors under the names that TensorRT-LLM's layers expect, and where each is in ours.
 
 Names: models/llama in TensorRT-LLM 0.17 and its `LLaMAForCausalLM` since. Its gated MLP calls the matrix that the
 activation follows `fc` (gate_proj in checkpoints) and the other one `gate` (up_proj).

@@ -1,7 +1,7 @@
 """Executes the decoder on a GPU by our own kernels, as it calls them; inside a CUDA graph's capture it records them.
 
-Values are matrices [rows, width] in device memory. Memory of one that nobody holds any more serves the next: kernels
-run in the order in which they are called, on one stream.
+Values are matrices [rows, width] in device memory. A matrix that is no longer referenced gives its memory to the next:
+kernels run in the order in which they are called, on one stream.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from cqil_trt.gpu.workspace import DTYPES, Workspace, fuses_norm
 from cqil_trt.network.ops import Ops
 from cqil_trt.shard import LayerShard, RankPlan
 
-# Up to so many rows our own products are used: docs/performance.md has them beside cuBLAS.
+# Up to this many rows our own products are used (docs/performance.md compares them with cuBLAS).
 _OWN_ROWS = 1
 
 
 class Pool:
-    """Device memory by size; allocates when there is none of a size to reuse."""
+    """Device memory by size: reuses what was given back, and allocates what is missing."""
 
     def __init__(self) -> None:
         self._free: dict[int, list[int]] = defaultdict(list)
@@ -51,7 +51,7 @@ class Pool:
         self._bucket(size)[0].append(address)
 
     def _bucket(self, size: int) -> tuple[list[int], int]:
-        """Powers of two, so that prompts of all lengths do not each leave memory of their own behind."""
+        """Powers of two, so that prompts of many lengths share the same memory."""
         size = max(cuda.ALIGNMENT, 1 << (size - 1).bit_length())
         return self._free[size], size
 
@@ -136,7 +136,7 @@ class _Collectives(Ops[Matrix]):
 
     def _join(self, name: str, *arguments: Any) -> None:
         if self._workspace is None:
-            raise RuntimeError("a rank without peers has nobody to join")
+            raise RuntimeError("a collective on a rank without peers")
         self._workspace.call(name, *arguments, self._stream)
 
 

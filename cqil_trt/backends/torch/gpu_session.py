@@ -57,7 +57,7 @@ class TorchCudaSession(CudaSession):
 
 
 class TorchLibrary:
-    """`cuda_ops.Library` by cuBLAS and PyTorch's attention (flash where it applies), on PyTorch's current stream.
+    """`gpu_ops.Library` by cuBLAS and PyTorch's attention (flash where it applies), on PyTorch's current stream.
 
     For an engine in float32 it switches TF32 off, in the whole process: validation compares with float32.
     """
@@ -98,7 +98,7 @@ class TorchLibrary:
 
 
 def device_tensor(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Device memory that somebody else owns, as a tensor."""
+    """Device memory as a tensor that does not own it."""
     # The interface has no bfloat16: bits of the same size.
     kind, bits = ("<i4", torch.int32) if dtype.itemsize == 4 else ("<i2", torch.int16)
     described = {"version": 3, "shape": shape, "typestr": kind, "data": (address, False)}
