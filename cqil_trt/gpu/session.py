@@ -26,8 +26,8 @@ from cqil_trt.sampling import SamplingConfig
 from cqil_trt.session import Session
 
 _STAGING_BYTES = 64 << 20
-# Steps in one graph, when that many are left: the GPU pauses between two graphs. After the last token that is wanted, up
-# to this many more may be computed for nothing.
+# Steps in one graph, when that many are left: the GPU pauses between two graphs. After the last token that is wanted,
+# up to this many more may be computed for nothing.
 _STEPS = 4
 # Rows of page-locked memory for tokens that the host has not read yet.
 _SLOTS = 2 * _STEPS

@@ -58,8 +58,8 @@ def decode(ops: Ops[V], tokens: V, past: V, select: V) -> V:
 def _input_norms(ops: Ops[V]) -> list[str]:
     """The RMSNorm of each step's input, then that of the last projection.
 
-    A rank that predicts nothing needs no norm after its last step, but all ranks must call the same collective there, so
-    it passes one of its own.
+    A rank that predicts nothing needs no norm after its last step, but all ranks must call the same collective there,
+    so it passes one of its own.
     """
     schedule = ops.plan.schedule
     last = schedule.layers[-1].index if schedule.layers else 0
