@@ -413,3 +413,16 @@ int cqil_ping(cqil_workspace* w, int rounds, double* nanoseconds, void* stream) 
     *nanoseconds = double(milliseconds) * 1e6 / rounds;
     return 0;
 }
+
+#ifdef CQIL_TEST_DELAYS
+int cqil_test_delays(int place, const uint32_t* nanoseconds, int count) {
+    static Delays now = {};
+    if (place < 0 || place >= kDelayPlaces || count < 0 || count > kMaxDelays)
+        return fail("%d delays at place %d", count, place);
+    now.count[place] = uint32_t(count);
+    std::copy_n(nanoseconds, count, now.nanoseconds[place]);
+    for (DelaySetter set : delay_setters()) CQIL_CUDA(set(now));
+    CQIL_CUDA(cudaDeviceSynchronize());
+    return 0;
+}
+#endif

@@ -186,6 +186,12 @@ int cqil_attention(const cqil_attention_shape* shape, const void* qkv, const int
                    const float* sin, const void* q_norm, const void* k_norm, void* cache, void* out, void* scratch,
                    void* stream);
 
+#ifdef CQIL_TEST_DELAYS
+// For tests, only in a build with CQIL_TEST_DELAYS: block i of every kernel, counted with x fastest, sleeps nanoseconds[i %
+// count] (host) at its start (place 0) or after its predecessor has ended (place 1). A count of 0 ends the delays of a place.
+int cqil_test_delays(int place, const uint32_t* nanoseconds, int count);
+#endif
+
 // TensorRT plugins (only in a build with TensorRT). Registers those of tensorrt_plugins.cpp in namespace
 // cqil_trt with the TensorRT that this process has loaded. Loading the library does the same where it finds TensorRT.
 int cqil_register_plugins(void);

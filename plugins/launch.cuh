@@ -4,6 +4,9 @@
 
 #include <cuda_runtime.h>
 
+#ifdef CQIL_TEST_DELAYS
+#include "delays.cuh"
+#endif
 #include "errors.h"
 
 namespace cqil_trt {
@@ -15,11 +18,17 @@ __device__ inline void wait_for_predecessor() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+#ifdef CQIL_TEST_DELAYS
+    delay(kDelayWork);
+#endif
 }
 
 __device__ inline void release_successor() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+#ifdef CQIL_TEST_DELAYS
+    delay(kDelayStart);
 #endif
 }
 
