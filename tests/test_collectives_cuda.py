@@ -108,7 +108,7 @@ def test_a_plugin_that_fails_prints_its_own_reason_once(tmp_path):
     done = subprocess.run([program, path], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     said = {}
-    for part in done.stderr.split("== ")[1:]:
+    for part in re.split("^== ", done.stderr, flags=re.MULTILINE)[1:]:
         name, *lines = part.splitlines()
         said[name] = lines
     reasons = {
