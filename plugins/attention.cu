@@ -1,8 +1,8 @@
-// Causal attention over a KV cache of our own layout, with head norms, rotary embedding and the cache's update inside.
+// Causal attention over a KV cache with its own layout. Head norms, rotary embedding and the cache update are fused in.
 //
-// A decode step is one kernel: every block rotates the query (and the new key) itself, covers a span of the cache, and the
-// last block of a head to finish puts the spans together. A prefill rotates and appends first, then attends, on tensor cores
-// where type and head dimension allow.
+// A decode step is one kernel. Every block rotates the query and the new key itself and covers a span of the cache. The
+// block of a head's last span combines the spans. A prefill rotates and appends first, then attends, on tensor cores
+// where the type and head dimension allow it.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -10,11 +10,18 @@
 #include <mma.h>
 
 #include <algorithm>
+#include <atomic>
+#include <cstdio>
+#include <map>
+#include <mutex>
+#include <set>
 #include <type_traits>
+#include <utility>
 
 #include "cqil_trt.h"
 #include "errors.h"
 #include "launch.cuh"
+#include "patience.cuh"
 #include "types.cuh"
 
 using namespace cqil_trt;
@@ -22,11 +29,11 @@ using namespace cqil_trt;
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kLanes = 16;  // that share one key
+constexpr int kLanes = 16;  // per key
 constexpr int kGroups = kThreads / kLanes;
 constexpr int kAttendThreads = 256;
 constexpr int kAttendGroups = kAttendThreads / kLanes;
-constexpr int kMaxSpans = kAttendThreads / 32;  // of a head's keys, a block each; a warp reads one when they are joined
+constexpr int kMaxSpans = kAttendThreads / 32;  // per head, one block each
 constexpr int kMinSpan = 2 * kAttendGroups;
 constexpr int kMaxHeadDim = 256;
 constexpr float kLog2e = 1.4426950408889634f;
@@ -35,8 +42,8 @@ __host__ __device__ size_t cache_elements(const cqil_attention_shape& s) {
     return size_t(s.max_batch) * s.kv_heads * s.capacity * s.head_dim;
 }
 
-// Blocks for one head of one sequence: together about one a multiprocessor, so that the kernel behind this one finds room
-// for what it fetches ahead.
+// Blocks for one head of one sequence. In total about one per multiprocessor, so the next kernel finds room for its
+// prefetches.
 int span_count(const cqil_attention_shape& s, int processors) {
     return std::clamp(processors / (s.heads * s.batch), 1, kMaxSpans);
 }
@@ -51,6 +58,19 @@ __device__ T narrow(float x) {
     return T(x);
 }
 
+// What a block records, in host memory, before it gives up waiting for another block.
+struct GaveUp {
+    uint32_t code;  // 0: no failure
+    uint32_t sequence, head, span, join;
+};
+
+struct Limit {
+    uint64_t timeout_ns;  // 0: no limit
+    GaveUp* record;
+};
+
+__device__ uint32_t gave_up;  // 1 once a thread has
+
 struct Inputs {
     const void* qkv;
     const int32_t* past;
@@ -61,8 +81,8 @@ struct Inputs {
     void* cache;
 };
 
-// What one of `kLanes` lanes holds of a head: kElements of the first half or of the second, so that the elements that are
-// rotated with its own are those of one other lane.
+// The part of a head that one of kLanes lanes holds: kElements of the first half or of the second. Each element's
+// rotation partner is held by exactly one other lane.
 template <int kElements>
 struct Lane {
     int number, dim, begin, count;
@@ -74,13 +94,13 @@ struct Lane {
     }
 };
 
-// Whether every lane has kElements elements of a head, at an aligned place, or none.
+// Whether every lane holds either no elements of a head or kElements aligned ones.
 template <int kElements>
 bool is_packed(int dim) {
     return dim / 2 % kElements == 0;
 }
 
-// One head of one token. Queries and keys are rounded, as a separate rotation would have them.
+// One head of one token. Queries and keys are rounded to T, as if the rotation were a separate kernel.
 template <typename T, int kElements, bool kPacked>
 struct Head {
     static constexpr int kBytes = kElements * int(sizeof(T));
@@ -114,8 +134,8 @@ struct Head {
         }
     }
 
-    // RMSNorm with `norm` where it is given, rounding to T before the weight as the definition does. All lanes of a warp
-    // call this together.
+    // RMSNorm, if `norm` is not null; rounds to T before the multiplication by the weight. All lanes of a warp call
+    // this together.
     __device__ void normalise(const T* norm, float eps, const Lane<kElements>& lane) {
         float sum = 0;
 #pragma unroll
@@ -125,11 +145,12 @@ struct Head {
         const float scale = rsqrtf(sum / float(lane.dim) + eps);
 #pragma unroll
         for (int i = 0; i < kElements; ++i)
-            if (i < lane.count) value[i] = narrow<T>(wide(narrow<T>(wide(value[i]) * scale)) * wide(norm[lane.begin + i]));
+            if (i < lane.count)
+                value[i] = narrow<T>(wide(narrow<T>(wide(value[i]) * scale)) * wide(norm[lane.begin + i]));
     }
 };
 
-// Cosines and sines that a lane's elements are rotated by.
+// The cosines and sines for a lane's elements.
 template <typename T, int kElements, bool kPacked>
 struct Rotation {
     float cos[kElements], sin[kElements];
@@ -143,7 +164,7 @@ struct Rotation {
         }
     }
 
-    // All lanes of a warp call this together; only heads that are `wanted` turn.
+    // All lanes of a warp call this together; only `wanted` heads are rotated.
     __device__ void apply(Head<T, kElements, kPacked>& x, bool wanted, const Lane<kElements>& lane) const {
         const float sign = lane.number < kLanes / 2 ? -1 : 1;
 #pragma unroll
@@ -154,8 +175,8 @@ struct Rotation {
     }
 };
 
-// Rotates queries into `queries` [rows, heads, head_dim] and appends keys and values to the cache. Grid: rows, heads of all
-// kinds / groups of a block.
+// Rotates queries into `queries` [rows, heads, head_dim] and appends keys and values to the cache. Grid: rows, heads of
+// all kinds / kGroups.
 template <typename T, int kElements, bool kPacked>
 __global__ void __launch_bounds__(kThreads) append_kernel(cqil_attention_shape s, Inputs in, T* queries) {
     release_successor();
@@ -163,7 +184,7 @@ __global__ void __launch_bounds__(kThreads) append_kernel(cqil_attention_shape s
     const int head = blockIdx.y * kGroups + threadIdx.x / kLanes, row = blockIdx.x, sequence = row / s.length;
     const Lane<kElements> lane(threadIdx.x % kLanes, s.head_dim);
     const int heads = s.heads + 2 * s.kv_heads;
-    // Lanes of a warp belong to two heads and exchange sums: those beyond the last head do its work again.
+    // A warp covers two heads and shuffles between its lanes, so lanes past the last head repeat its work.
     const int h = min(head, heads - 1);
     const int position = in.past[sequence] + row % s.length;
     Head<T, kElements, kPacked> x;
@@ -179,7 +200,7 @@ __global__ void __launch_bounds__(kThreads) append_kernel(cqil_attention_shape s
     x.write(cache + ((size_t(sequence) * s.kv_heads + kv) * s.capacity + position) * s.head_dim, lane);
 }
 
-// A lane's own copies of keys and values on their way, in shared memory: only the lane that asks for one reads it.
+// Keys and values in flight, in shared memory. Each lane reads only what it requested itself.
 template <typename T, int kElements, bool kPacked>
 struct Ring {
     using H = Head<T, kElements, kPacked>;
@@ -193,8 +214,8 @@ struct Ring {
             constexpr int kSize = int(sizeof(typename H::Packet));
 #pragma unroll
             for (int i = 0; i < H::kPackets; ++i)
-                asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(
-                                 static_cast<unsigned>(__cvta_generic_to_shared(&ring.data[slot][which][i][threadIdx.x]))),
+                asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(static_cast<unsigned>(
+                                 __cvta_generic_to_shared(&ring.data[slot][which][i][threadIdx.x]))),
                              "l"(row + lane.begin + i * (kSize / int(sizeof(T)))), "n"(kSize)
                              : "memory");
         } else {
@@ -217,9 +238,10 @@ struct Ring {
     }
 };
 
-// Behind a layer's cache: how blocks of one head send their spans' results to the block of its last span. Each number is
-// written together with the count of the head's joins, which says that it is this step's. That block was the last of them to
-// start, so it waits for none that waits for room.
+// How the blocks of one head send their spans' results to the block of its last span, in memory after the layer's
+// cache. Each value carries the number of the join, one more than the head's counter, so a stale value is recognised.
+// The receiving block was the last of them to start, so it never waits for a block that waits for room. It advances the
+// counter only after it has received everything: every sender has read the counter by then.
 struct Joint {
     static constexpr int kAhead = 2;
     unsigned* counter;
@@ -238,7 +260,8 @@ struct Joint {
         const size_t index = size_t(sequence) * s.heads + head;
         counter = reinterpret_cast<unsigned*>(memory) + index;
         words = reinterpret_cast<uint64_t*>(memory + counter_bytes(s)) + index * kMaxSpans * width;
-        number = __ldcg(counter) + 1;
+        asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(number) : "l"(counter) : "memory");
+        ++number;
     }
 
     __device__ void send(int span, int i, float value) const {
@@ -247,16 +270,18 @@ struct Joint {
                      : "memory");
     }
 
-    // put(span, i, numbers i and i + 1) for what spans before `own` send; the threads of a block share this.
+    // Calls put(span, i, values i and i + 1) for everything that the spans before `own` send. The block's threads share
+    // the work.
     template <typename Put>
-    __device__ void receive(int own, Put&& put) const {
+    __device__ void receive(int own, const Limit& limit, Put&& put) const {
+        Deadline deadline;
         const int pairs = own * width / 2;
 #pragma unroll 1
         for (int begin = threadIdx.x; begin < pairs; begin += kAhead * kAttendThreads) {
             uint64_t word[kAhead][2];
-            bool here;
+            bool here[kAhead], all;
             do {
-                here = true;
+                all = true;
 #pragma unroll
                 for (int i = 0; i < kAhead; ++i)
                     asm volatile("ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];"
@@ -264,27 +289,52 @@ struct Joint {
                                  : "l"(words + 2 * min(begin + i * kAttendThreads, pairs - 1))
                                  : "memory");
 #pragma unroll
-                for (int i = 0; i < kAhead; ++i)
-                    here &= unsigned(word[i][0] >> 32) == number && unsigned(word[i][1] >> 32) == number;
-            } while (!here);
+                for (int i = 0; i < kAhead; ++i) {
+                    here[i] = unsigned(word[i][0] >> 32) == number && unsigned(word[i][1] >> 32) == number;
+                    all &= here[i];
+                }
+            } while (!all && !deadline.passed(limit.timeout_ns));
+            if (!all) give_up(limit.record, 2 * min(begin + (here[0] ? kAttendThreads : 0), pairs - 1) / width);
 #pragma unroll
             for (int i = 0; i < kAhead; ++i) {
                 const int at = 2 * (begin + i * kAttendThreads);
                 if (at < 2 * pairs)
-                    put(at / width, at % width, __uint_as_float(unsigned(word[i][0])), __uint_as_float(unsigned(word[i][1])));
+                    put(at / width, at % width, __uint_as_float(unsigned(word[i][0])),
+                        __uint_as_float(unsigned(word[i][1])));
             }
         }
     }
 
     __device__ void end() const { *counter = number; }
+
+private:
+    __device__ void give_up(volatile GaveUp* record, int span) const {
+        be_first_to_give_up(&gave_up);
+        record->sequence = blockIdx.z;
+        record->head = blockIdx.x;
+        record->span = span;
+        record->join = number;
+        __threadfence_system();
+        record->code = 1;
+        __threadfence_system();
+        __trap();
+    }
 };
 
-// One query against a span of the keys. Decode: rotates query and new key itself, and reads what was in the cache before
-// this step while the kernel ahead still computes them; grid: heads, spans, sequences. Prefill (kDecode false): `queries`
-// are rotated and keys appended; grid: heads, tokens, sequences, and a span is everything. Small code, as in linear.cu.
+// Blocks per multiprocessor that registers must leave room for when decoding. Without it nvcc aims higher and spills.
+template <typename T, int kElements, bool kDecode>
+constexpr int attend_blocks() {
+    if (!kDecode) return 0;  // no constraint
+    return kElements <= 4 ? 4 : kElements <= 8 ? 3 : std::is_same_v<T, float> ? 1 : 2;
+}
+
+// One query against a span of the keys. Decoding: rotates the query and the new key itself, and reads the older part of
+// the cache while the previous kernel still computes them; grid: heads, spans, sequences. Prefill (kDecode false):
+// `queries` are rotated and the keys are in the cache; grid: heads, tokens, sequences, and a span is the whole cache.
+// The code is kept small, as in linear.cu.
 template <typename T, int kElements, bool kPacked, bool kDecode>
-__global__ void __launch_bounds__(kAttendThreads) attend_kernel(cqil_attention_shape s, Inputs in, const T* queries,
-                                                                T* out) {
+__global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kDecode>())
+    attend_kernel(cqil_attention_shape s, Inputs in, const T* queries, T* out, Limit limit) {
     using R = Ring<T, kElements, kPacked>;
     using H = Head<T, kElements, kPacked>;
     __shared__ union {
@@ -297,7 +347,7 @@ __global__ void __launch_bounds__(kAttendThreads) attend_kernel(cqil_attention_s
     const Lane<kElements> lane(threadIdx.x % kLanes, dim);
     const int token = kDecode ? 0 : blockIdx.y, row = sequence * s.length + token;
     const int kv = (head + s.first) / s.group, heads = s.heads + 2 * s.kv_heads;
-    // Past the L1 cache: a decode step reads this before it has waited for anything.
+    // Bypasses L1: a decode step reads this before it has waited (launch.cuh).
     const int position = __ldcg(in.past + sequence) + token, count = min(position + 1, s.capacity);
     const int share = (count + int(gridDim.y) - 1) / int(gridDim.y), span = kDecode ? max(share, kMinSpan) : count;
     const int spans = kDecode ? (count + span - 1) / span : 1;
@@ -308,9 +358,9 @@ __global__ void __launch_bounds__(kAttendThreads) attend_kernel(cqil_attention_s
     T* keys = static_cast<T*>(in.cache) + line * dim;
     const size_t to_values = cache_elements(s);
     const Joint joint(static_cast<char*>(in.cache) + align(2 * to_values * sizeof(T)), s, sequence, head);
-    const int fresh = kDecode ? position : INT32_MAX;  // the one key that is not in the cache yet
+    const int fresh = kDecode ? position : INT32_MAX;  // the key that is not in the cache yet
     int asked = first + group;
-    auto ask = [&](int slot) {  // for this group's next key; a group of copies, though there be none, for each slot
+    auto ask = [&](int slot) {  // requests the group's next key; commits a group even if it is empty
         if (asked < last && asked != fresh && lane.count > 0) {
             R::ask(memory.ring, slot, 0, keys + size_t(asked) * dim, lane);
             R::ask(memory.ring, slot, 1, keys + to_values + size_t(asked) * dim, lane);
@@ -335,7 +385,7 @@ __global__ void __launch_bounds__(kAttendThreads) attend_kernel(cqil_attention_s
         }
         rotation.apply(q, true, lane);
         rotation.apply(fresh_key, true, lane);
-        // Of the query heads that read this key, the first appends it.
+        // The first of the query heads that share this key appends it.
         if (group == 0 && fresh >= first && fresh < last && (head == 0 || (head - 1 + s.first) / s.group != kv)) {
             fresh_key.write(keys + size_t(fresh) * dim, lane);
             fresh_value.write(keys + to_values + size_t(fresh) * dim, lane);
@@ -344,8 +394,8 @@ __global__ void __launch_bounds__(kAttendThreads) attend_kernel(cqil_attention_s
         q.read(queries + (size_t(row) * s.heads + head) * dim, lane);
     }
 
-    // A running softmax over keys: maximum (times log2 e), sum of weights, weighted values. All lanes of a warp stay in the
-    // loop together: they exchange sums.
+    // An online softmax: maximum (times log2 e), sum of weights, weighted values. All lanes of a warp stay in the loop
+    // together because they shuffle.
     float most = -INFINITY, sum = 0, value[kElements] = {};
     const float scale = rsqrtf(float(dim)) * kLog2e;
     int slot = 0;
@@ -375,9 +425,9 @@ __global__ void __launch_bounds__(kAttendThreads) attend_kernel(cqil_attention_s
         for (int i = 0; i < kElements; ++i) value[i] = value[i] * before + weight * wide(v.value[i]);
     }
 
-    // All threads put the groups' results together, then the block of a head's last span those of its spans.
+    // First all threads combine the groups, then the block of the head's last span combines the spans.
     __shared__ float mosts[kAttendGroups], sums[kAttendGroups], factors[kAttendGroups];
-    __syncthreads();  // the ring's memory is used again
+    __syncthreads();  // the ring's memory is reused
     if (lane.number == 0) {
         mosts[group] = most;
         sums[group] = sum;
@@ -411,7 +461,10 @@ __global__ void __launch_bounds__(kAttendThreads) attend_kernel(cqil_attention_s
             else
                 joint.send(own, 2 + j, x);
         }
-        if (final) return;
+        if (final) {
+            if (spans > 1 && threadIdx.x == 0) joint.end();
+            return;
+        }
         if (own < spans - 1) {
             if (threadIdx.x < 2) joint.send(own, threadIdx.x, threadIdx.x == 0 ? top : total);
             return;
@@ -420,9 +473,8 @@ __global__ void __launch_bounds__(kAttendThreads) attend_kernel(cqil_attention_s
         if (threadIdx.x == 0) {
             mosts[own] = top;
             sums[own] = total;
-            joint.end();
         }
-        joint.receive(own, [&](int span, int i, float first, float second) {
+        joint.receive(own, limit, [&](int span, int i, float first, float second) {
             (i == 0 ? mosts[span] : memory.part[span][i - 2]) = first;
             (i == 0 ? sums[span] : memory.part[span][i - 1]) = second;
         });
@@ -430,8 +482,9 @@ __global__ void __launch_bounds__(kAttendThreads) attend_kernel(cqil_attention_s
     }
 }
 
-// Prefill on tensor cores: a block takes kTile queries of one head against tiles of kTile keys, a warp 16 of the queries.
-// Scores are computed twice, first for each row's maximum and sum, then for the weights, so that nothing is rescaled.
+// Prefill on tensor cores. A block takes kTile queries of one head against tiles of kTile keys; a warp takes 16 of the
+// queries. Scores are computed twice, first for each row's maximum and sum, then for the weights, so nothing is
+// rescaled.
 constexpr int kTile = 64;
 constexpr int kPad = 8;  // spreads rows over shared memory's banks
 
@@ -440,12 +493,13 @@ struct PrefillMemory {
     static constexpr int kRow = kDim + kPad, kScoreRow = kTile + 4, kWeightRow = kTile + kPad;
     alignas(128) T query[kTile][kRow];
     alignas(128) T key[kTile][kRow];
-    alignas(128) T value[kTile][kRow];  // directly behind key: the results go where both were
+    alignas(128) T value[kTile][kRow];  // directly after key: the results overwrite both
     alignas(128) float score[kTile][kScoreRow];
     alignas(128) T weight[kTile][kWeightRow];
 };
 
-// Copies rows first … first + kTile - 1 of [rows, kDim], zeros beyond the last: a weight of 0 times NaN would be NaN.
+// Copies rows first to first + kTile - 1 of [rows, kDim], with zeros after the last row: a zero weight times NaN would
+// be NaN.
 template <typename T, int kDim>
 __device__ void load_tile(T (*to)[kDim + kPad], const T* from, size_t stride, int first, int rows) {
     constexpr int kPackets = kDim * int(sizeof(T)) / 16;
@@ -459,7 +513,8 @@ __device__ void load_tile(T (*to)[kDim + kPad], const T* from, size_t stride, in
 
 // Grid: tiles of queries, heads, sequences.
 template <typename T, int kDim>
-__global__ void __launch_bounds__(kThreads) prefill_kernel(cqil_attention_shape s, Inputs in, const T* queries, T* out) {
+__global__ void __launch_bounds__(kThreads)
+    prefill_kernel(cqil_attention_shape s, Inputs in, const T* queries, T* out) {
     using namespace nvcuda::wmma;
     release_successor();
     wait_for_predecessor();
@@ -476,7 +531,7 @@ __global__ void __launch_bounds__(kThreads) prefill_kernel(cqil_attention_shape 
     const T* values = keys + cache_elements(s);
     load_tile<T, kDim>(m.query, source, stride, first, s.length);
 
-    // Two lanes share a row of the warp's scores, each has half of its columns.
+    // Two lanes share a row of the warp's scores; each takes half of the columns.
     const int row = top + lane / 2, column = lane % 2 * (kTile / 2), position = past + first + row;
     const float scale = rsqrtf(float(kDim)) * kLog2e;
     float most = -INFINITY, sum = 0;
@@ -502,7 +557,7 @@ __global__ void __launch_bounds__(kThreads) prefill_kernel(cqil_attention_shape 
         load_tile<T, kDim>(m.key, keys, kDim, tile, count);
         __syncthreads();
         scores();
-        const int seen = min(min(position + 1, count) - tile - column, kTile / 2);  // columns of this lane that count
+        const int seen = min(min(position + 1, count) - tile - column, kTile / 2);  // of this lane's columns
         float larger = most;
         for (int i = 0; i < seen; ++i) larger = fmaxf(larger, m.score[row][column + i] * scale);
         float added = 0;
@@ -566,14 +621,97 @@ int prefill(const cqil_attention_shape& s, const Inputs& in, const T* queries, T
     return launch(prefill_kernel<T, kDim>, {grid, kThreads, stream, true, kBytes}, s, in, queries, out);
 }
 
+// The caches that attention has used on a stream since the last point that no later kernel can overtake. Only these can
+// be read too early.
+class Touched {
+public:
+    // Records the use of a cache on a stream. *overlap: whether a kernel that reads the cache early may overlap its
+    // predecessors; if not, it must be launched without overlap.
+    int note(cudaStream_t stream, const void* cache, bool early, bool* overlap) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        Caches* caches = nullptr;
+        if (find(stream, &caches)) return -1;
+        // This handle means a different stream in every thread.
+        *overlap = stream != cudaStreamPerThread && caches->used.count(cache) == 0;
+        if (early && !*overlap) caches->used.clear();
+        caches->used.insert(cache);
+        return 0;
+    }
+
+    int clear(cudaStream_t stream) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        Caches* caches = nullptr;
+        if (find(stream, &caches)) return -1;
+        caches->used.clear();
+        return 0;
+    }
+
+private:
+    struct Caches {
+        unsigned long long capture = 0;  // 0: none
+        std::set<const void*> used;
+    };
+
+    // A graph starts after everything before it has ended, and ends before anything after it starts.
+    int find(cudaStream_t stream, Caches** caches) {
+        int device = 0;
+        CQIL_CUDA(cudaGetDevice(&device));
+        cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+        unsigned long long capture = 0;
+        CQIL_CUDA(cudaStreamGetCaptureInfo(stream, &status, &capture));
+        if (status != cudaStreamCaptureStatusActive) capture = 0;
+        *caches = &caches_[{device, stream}];
+        if ((*caches)->capture != capture) **caches = {capture, {}};
+        return 0;
+    }
+
+    std::mutex mutex_;
+    std::map<std::pair<int, cudaStream_t>, Caches> caches_;
+};
+
+Touched& touched() {
+    static auto* all = new Touched;
+    return *all;
+}
+
+std::atomic<uint64_t> timeout_ns{uint64_t(kDefaultTimeoutSeconds * 1e9)};
+std::mutex record_mutex;
+std::atomic<GaveUp*> record{nullptr};
+
+// Page-locked memory stays readable after the device is lost. It is never freed because graphs hold its address.
+int find_limit(Limit* limit) {
+    if (record == nullptr) {
+        std::lock_guard<std::mutex> lock(record_mutex);
+        void* memory = record;
+        if (memory == nullptr) {
+            // The default mode forbids allocation during this thread's capture, but this one does not affect it.
+            cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+            CQIL_CUDA(cudaThreadExchangeStreamCaptureMode(&mode));
+            const cudaError_t error =
+                cudaHostAlloc(&memory, sizeof(GaveUp), cudaHostAllocMapped | cudaHostAllocPortable);
+            CQIL_CUDA(cudaThreadExchangeStreamCaptureMode(&mode));
+            CQIL_CUDA(error);
+            *static_cast<GaveUp*>(memory) = {};
+            record = static_cast<GaveUp*>(memory);
+        }
+    }
+    *limit = {timeout_ns, record};
+    return 0;
+}
+
 template <typename T, int kElements, bool kPacked>
 int attend(const cqil_attention_shape& s, const Inputs& in, void* out, void* scratch, cudaStream_t stream) {
+    bool overlap = true;
+    if (touched().note(stream, in.cache, s.length == 1, &overlap)) return -1;
     T* result = static_cast<T*>(out);
     if (s.length == 1) {
         int processors = 0;
         if (device_attribute(cudaDevAttrMultiProcessorCount, &processors)) return -1;
         const dim3 grid(s.heads, span_count(s, processors), s.batch);
-        return launch(attend_kernel<T, kElements, kPacked, true>, {grid, kAttendThreads, stream}, s, in, nullptr, result);
+        Limit limit = {};
+        if (find_limit(&limit)) return -1;
+        return launch(attend_kernel<T, kElements, kPacked, true>, {grid, kAttendThreads, stream, overlap}, s, in,
+                      nullptr, result, limit);
     }
     T* queries = static_cast<T*>(scratch);
     const int heads = s.heads + 2 * s.kv_heads;
@@ -584,8 +722,8 @@ int attend(const cqil_attention_shape& s, const Inputs& in, void* out, void* scr
         if (s.head_dim == 64) return prefill<T, 64>(s, in, queries, result, stream);
         if (s.head_dim == 128) return prefill<T, 128>(s, in, queries, result, stream);
     }
-    return launch(attend_kernel<T, kElements, kPacked, false>, {dim3(s.heads, s.length, s.batch), kAttendThreads, stream}, s,
-                  in, queries, result);
+    return launch(attend_kernel<T, kElements, kPacked, false>,
+                  {dim3(s.heads, s.length, s.batch), kAttendThreads, stream}, s, in, queries, result, Limit{});
 }
 
 template <typename T, int kElements>
@@ -608,14 +746,16 @@ int check(const cqil_attention_shape& s) {
     if (s.head_dim < 2 || s.head_dim % 2 || s.head_dim > kMaxHeadDim)
         return fail("head dimension %d is not an even number up to %d", s.head_dim, kMaxHeadDim);
     if (s.group < 1 || s.first < 0 || (s.heads - 1 + s.first) / s.group >= s.kv_heads)
-        return fail("%d query heads from %d in groups of %d need more than %d key/value heads", s.heads, s.first, s.group,
-                    s.kv_heads);
+        return fail("%d query heads from %d in groups of %d need more than %d key/value heads", s.heads, s.first,
+                    s.group, s.kv_heads);
     if (s.dtype < CQIL_FLOAT32 || s.dtype > CQIL_BFLOAT16) return fail("type %d is not known", s.dtype);
     if (s.batch > 65535 || s.length > 65535) return fail("%d sequences or %d tokens are too many", s.batch, s.length);
     return 0;
 }
 
 }  // namespace
+
+int cqil_trt::note_full_wait(cudaStream_t stream) { return touched().clear(stream); }
 
 extern "C" {
 
@@ -627,17 +767,36 @@ size_t cqil_attention_scratch_bytes(const cqil_attention_shape* s) {
     return align(size_t(s->batch) * s->length * s->heads * s->head_dim * element_bytes(s->dtype));
 }
 
-int cqil_attention(const cqil_attention_shape* s, const void* qkv, const int32_t* past, const float* cos, const float* sin,
-                   const void* q_norm, const void* k_norm, void* cache, void* out, void* scratch, void* stream) {
+int cqil_attention_timeout(double seconds) {
+    uint64_t nanoseconds = 0;
+    if (to_nanoseconds(seconds, &nanoseconds)) return -1;
+    timeout_ns = nanoseconds;
+    return 0;
+}
+
+const char* cqil_attention_failure(void) {
+    const volatile GaveUp* r = record;
+    if (r == nullptr || r->code == 0) return nullptr;
+    thread_local char text[256];
+    snprintf(
+        text, sizeof(text),
+        "attention gave up waiting for part %u of head %u of sequence %u, in the head's join number %u: another block "
+        "of the same kernel did not deliver it within the time limit",
+        r->span, r->head, r->sequence, r->join);
+    return text;
+}
+
+int cqil_attention(const cqil_attention_shape* s, const void* qkv, const int32_t* past, const float* cos,
+                   const float* sin, const void* q_norm, const void* k_norm, void* cache, void* out, void* scratch,
+                   void* stream) {
     if (check(*s)) return -1;
     if ((q_norm == nullptr) != (k_norm == nullptr)) return fail("one head norm of two is given");
     if (s->length == 1 && out == nullptr) return fail("one new token attends at once");
     if (s->batch == 0 || s->length == 0) return 0;
     const Inputs in = {qkv, past, cos, sin, q_norm, k_norm, cache};
     auto st = static_cast<cudaStream_t>(stream);
-    return by_type(s->dtype, [&](auto* type) {
-        return attend<std::remove_pointer_t<decltype(type)>>(*s, in, out, scratch, st);
-    });
+    return by_type(s->dtype,
+                   [&](auto* type) { return attend<std::remove_pointer_t<decltype(type)>>(*s, in, out, scratch, st); });
 }
 
 }  // extern "C"

@@ -1,4 +1,4 @@
-// Host side: the workspace, the choice of kernel and grid, the C interface.
+// Host side of the collectives: the workspace, the choice of kernel and grid, and the C interface.
 
 #include <algorithm>
 #include <atomic>
@@ -21,7 +21,7 @@
 using namespace cqil_trt;
 
 struct cqil_workspace {
-    State host;            // as last written to the device
+    State host;  // copy of what the device has
     State* device = nullptr;
     char* memory = nullptr;
     cqil_failure* failure = nullptr;
@@ -49,6 +49,12 @@ int cqil_trt::fail(const char* format, ...) {
     return -1;
 }
 
+int cqil_trt::fail_cuda(const char* call, cudaError_t error) {
+    cudaGetLastError();  // cleared, so that no later call reports this error again
+    const char* reason = cqil_attention_failure();
+    return fail("%s: %s%s%s", call, cudaGetErrorString(error), reason ? ": " : "", reason ? reason : "");
+}
+
 namespace {
 
 std::mutex registry_mutex;
@@ -59,19 +65,22 @@ std::unordered_map<const void*, cqil_workspace*>& registry() {
 
 std::atomic<cqil_workspace*> shared_workspace{nullptr};
 
-// Messages up to this size go whole to every peer; above, each rank adds up its share and returns it. Measured for two
-// ranks on H200s (docs/allreduce.md); scaled down, not measured, for more, where one-shot sends world - 1 times the data.
+// Messages up to this size go whole to every peer. Above it, each rank sums its share and returns the result. Measured
+// for two ranks on H200s (docs/allreduce.md); scaled down for more ranks, where one-shot sends world - 1 times the
+// data, but not measured.
 size_t default_one_shot_bytes(int world) { return world <= 2 ? 2 << 20 : world <= 4 ? 512 << 10 : 256 << 10; }
 constexpr size_t kDefaultMaxBytes = 16 << 20;
-// A row of the fused kernel: 1,024 threads of two packets.
+// A row of the fused kernel: at most 1,024 threads of two packets each.
 constexpr size_t kMaxRowBytes = 32 << 10;
 
 using AllReduceKernel = void (*)(State*, AllReduce);
 
 template <typename T, int kWorld>
 AllReduceKernel pick(int vectors, bool norm, bool two_shot) {
-    if (!norm) return two_shot ? all_reduce_kernel<T, kWorld, 1, false, true> : all_reduce_kernel<T, kWorld, 1, false, false>;
-    if (vectors == 1) return two_shot ? all_reduce_kernel<T, kWorld, 1, true, true> : all_reduce_kernel<T, kWorld, 1, true, false>;
+    if (!norm)
+        return two_shot ? all_reduce_kernel<T, kWorld, 1, false, true> : all_reduce_kernel<T, kWorld, 1, false, false>;
+    if (vectors == 1)
+        return two_shot ? all_reduce_kernel<T, kWorld, 1, true, true> : all_reduce_kernel<T, kWorld, 1, true, false>;
     return two_shot ? all_reduce_kernel<T, kWorld, 2, true, true> : all_reduce_kernel<T, kWorld, 2, true, false>;
 }
 
@@ -100,15 +109,16 @@ DirectedKernel pick_directed(cqil_dtype dtype) {
     }
 }
 
-// A kernel that is loaded when it is first launched may wait for the device, on which a kernel may be waiting for a peer
-// that loads the same kernel: all are loaded before the first collective.
+// All kernels are loaded before the first collective. Lazy loading may wait for the device, where a kernel may be
+// waiting for a peer that is loading the same kernel.
 int load_kernels(int world) {
     cudaFuncAttributes attributes;
     for (cqil_dtype dtype : {CQIL_FLOAT32, CQIL_FLOAT16, CQIL_BFLOAT16}) {
         for (int vectors : {1, 2})
             for (bool norm : {false, true})
                 for (bool two_shot : {false, true})
-                    CQIL_CUDA(cudaFuncGetAttributes(&attributes, (const void*)pick(dtype, world, vectors, norm, two_shot)));
+                    CQIL_CUDA(
+                        cudaFuncGetAttributes(&attributes, (const void*)pick(dtype, world, vectors, norm, two_shot)));
         CQIL_CUDA(cudaFuncGetAttributes(&attributes, (const void*)pick_directed(dtype)));
     }
     CQIL_CUDA(cudaFuncGetAttributes(&attributes, (const void*)argmax_kernel));
@@ -137,11 +147,12 @@ int launch_all_reduce(cqil_workspace* w, AllReduce a, cqil_dtype dtype, int vect
                       cudaStream_t stream) {
     const size_t bytes = size_t(a.packets) * sizeof(Packet);
     const bool two_shot = bytes > w->one_shot_bytes;
-    // A block waits for the blocks of its own index on the peers, which send before they wait; so grids need not fit on
-    // the GPU at once, but a block that is not running yet keeps its peers waiting: no more than about fit.
+    // A block waits only for the blocks of its own index on the peers, which send before they wait. So the grid need
+    // not fit on the GPU at once. But a block that has not started keeps its peers waiting, so the grid is no larger
+    // than what roughly fits.
     const int resident = w->multiprocessors * std::max(1, std::min(2, 1536 / threads));
     int blocks = std::min<int>(a.rows, w->blocks ? w->blocks : resident);
-    // With a multiple of the ranks, a block's rows would all belong to one rank.
+    // If the number of blocks were a multiple of the ranks, all rows of a block would belong to one rank.
     if (two_shot && blocks > 1 && blocks < int(a.rows) && blocks % w->host.world == 0) --blocks;
     return launch(pick(dtype, w->host.world, vectors, norm, two_shot),
                   {dim3(blocks), dim3(threads), stream, w->overlap}, w->device, a);
@@ -177,9 +188,11 @@ const char* cqil_version(void) { return CQIL_VERSION; }
 
 int cqil_workspace_create(int rank, int world_size, size_t one_shot_bytes, size_t max_bytes, double timeout_seconds,
                           cqil_workspace** workspace) {
-    if (world_size < 1 || world_size > kMaxRanks) return fail("world size %d is not from 1 to %d", world_size, kMaxRanks);
+    if (world_size < 1 || world_size > kMaxRanks)
+        return fail("world size %d is not from 1 to %d", world_size, kMaxRanks);
     if (rank < 0 || rank >= world_size) return fail("rank %d is not from 0 to %d", rank, world_size - 1);
-    if (timeout_seconds < 0) return fail("the time limit is negative");
+    uint64_t timeout_ns = 0;
+    if (to_nanoseconds(timeout_seconds, &timeout_ns)) return -1;
     auto* w = new (std::nothrow) cqil_workspace();
     if (w == nullptr) return fail("out of host memory");
     auto create = [&]() -> int {
@@ -192,21 +205,21 @@ int cqil_workspace_create(int rank, int world_size, size_t one_shot_bytes, size_
         s = State{};
         s.rank = rank;
         s.world = world_size;
-        s.timeout_ns = uint64_t(timeout_seconds * 1e9);
+        s.timeout_ns = timeout_ns;
         s.layout.world = world_size;
         s.layout.one_shot_stride = w->one_shot_capacity;
-        // The rows of a message are dealt to ranks, so one rank may get up to a row more than its share.
+        // Rows are dealt out to ranks, so one rank may get up to a row more than its share.
         s.layout.chunk_stride = align(w->max_bytes / world_size + kMaxRowBytes);
         CQIL_CUDA(cudaHostAlloc(&w->failure, sizeof(cqil_failure), cudaHostAllocMapped | cudaHostAllocPortable));
         *w->failure = {};
         CQIL_CUDA(cudaHostGetDevicePointer(&s.failure, w->failure, 0));
         CQIL_CUDA(cudaMalloc(&w->memory, s.layout.total()));
         CQIL_CUDA(cudaMalloc(&w->device, sizeof(State)));
-        // Everything but the data buffers starts at zero: no message has number 0.
+        // Everything except the data buffers starts at zero. No message has number 0.
         CQIL_CUDA(cudaMemset(w->memory, 0, s.layout.total()));
         const size_t first = s.layout.one_shot(0, 0), last = s.layout.channel(0, 0);
-        fill_kernel<<<256, 256>>>(reinterpret_cast<Packet*>(w->memory + first), (last - first) / sizeof(Packet));
-        CQIL_CUDA(cudaGetLastError());
+        auto* packets = reinterpret_cast<Packet*>(w->memory + first);
+        if (launch(fill_kernel, {256, 256, nullptr, false}, packets, (last - first) / sizeof(Packet))) return -1;
         if (load_kernels(world_size)) return -1;
         s.memory[rank] = w->memory;
         CQIL_CUDA(cudaMemcpy(w->device, &s, sizeof(State), cudaMemcpyHostToDevice));
@@ -238,8 +251,9 @@ int cqil_workspace_open(cqil_workspace* w, const void* handles) {
         void* mapped = nullptr;
         cudaError_t error = cudaIpcOpenMemHandle(&mapped, handle, cudaIpcMemLazyEnablePeerAccess);
         if (error != cudaSuccess)
-            return fail("rank %d cannot map the memory of rank %d (%s): peer-to-peer access between their GPUs is needed",
-                        w->host.rank, peer, cudaGetErrorString(error));
+            return fail(
+                "rank %d cannot map the memory of rank %d (%s): peer-to-peer access between their GPUs is needed",
+                w->host.rank, peer, cudaGetErrorString(error));
         w->host.memory[peer] = static_cast<char*>(mapped);
     }
     CQIL_CUDA(cudaMemcpy(w->device, &w->host, sizeof(State), cudaMemcpyHostToDevice));
@@ -250,7 +264,7 @@ int cqil_workspace_open(cqil_workspace* w, const void* handles) {
 
 int cqil_workspace_close(cqil_workspace* w) {
     w->open = false;
-    // After a failed kernel every call fails; the process's end releases the rest.
+    // After a failed kernel every call fails; the end of the process releases the rest.
     cudaDeviceSynchronize();
     for (int peer = 0; peer < w->host.world; ++peer)
         if (peer != w->host.rank && w->host.memory[peer]) {
@@ -298,7 +312,8 @@ int cqil_workspace_failure(cqil_workspace* w, cqil_failure* failure) {
 }
 
 int cqil_workspace_tune(cqil_workspace* w, int threads, int blocks, size_t one_shot_bytes, int overlap) {
-    if (threads < 0 || threads > 1024 || threads % 32) return fail("%d threads are not a multiple of 32 up to 1024", threads);
+    if (threads < 0 || threads > 1024 || threads % 32)
+        return fail("%d threads are not a multiple of 32 up to 1024", threads);
     if (blocks < 0 || blocks > w->multiprocessors) return fail("%d blocks are more than the multiprocessors", blocks);
     w->threads = threads;
     w->blocks = blocks;
@@ -320,7 +335,7 @@ int cqil_all_reduce(cqil_workspace* w, const void* in, const void* residual, voi
         a.out = static_cast<char*>(out) + done;
         a.packets = uint32_t((part + sizeof(Packet) - 1) / sizeof(Packet));
         a.tail = uint32_t(part % sizeof(Packet) / element);
-        // Small messages are spread over many small blocks, large ones fill the multiprocessors.
+        // Small messages are spread over many small blocks; large ones fill the multiprocessors.
         const int threads = w->threads ? w->threads : part <= (64 << 10) ? 128 : 512;
         a.width = threads;
         a.rows = (a.packets + a.width - 1) / a.width;
@@ -337,7 +352,8 @@ int cqil_all_reduce_residual_norm(cqil_workspace* w, const void* in, const void*
     const size_t row_bytes = size_t(hidden) * element_bytes(dtype);
     if (row_bytes % sizeof(Packet) || row_bytes > kMaxRowBytes)
         return fail("a row of %zu bytes is not a multiple of 16 up to %zu", row_bytes, kMaxRowBytes);
-    for (const void* p : {in, residual, weight, static_cast<const void*>(residual_out), static_cast<const void*>(normed)})
+    for (const void* p :
+         {in, residual, weight, static_cast<const void*>(residual_out), static_cast<const void*>(normed)})
         if (p == nullptr || !aligned(p)) return fail("pointers must be given and 16-byte aligned");
     const int step = int(w->max_bytes / row_bytes);
     for (int row = 0; row < rows; row += step) {
@@ -354,7 +370,7 @@ int cqil_all_reduce_residual_norm(cqil_workspace* w, const void* in, const void*
         a.eps = eps;
         a.inverse_hidden = 1.0f / float(hidden);
         const int width = int(a.width);
-        // Blocks of so few threads fit beside those of two products (linear.cu).
+        // Blocks this small fit next to those of two products (linear.cu).
         const int vectors = width > 512 || (w->threads && width > w->threads) ? 2 : 1;
         const int threads = ceil_to((width + vectors - 1) / vectors, 32);
         if (launch_all_reduce(w, a, dtype, vectors, threads, true, static_cast<cudaStream_t>(stream))) return -1;
@@ -371,9 +387,11 @@ int cqil_broadcast(cqil_workspace* w, const void* in, void* out, size_t count, c
                     static_cast<cudaStream_t>(stream));
 }
 
-int cqil_bypass(cqil_workspace* w, const void* in, void* out, size_t count, int distance, cqil_dtype dtype, void* stream) {
+int cqil_bypass(cqil_workspace* w, const void* in, void* out, size_t count, int distance, cqil_dtype dtype,
+                void* stream) {
     if (check(w, dtype)) return -1;
-    if (distance < 0 || distance >= w->host.world) return fail("distance %d is not from 0 to %d", distance, w->host.world - 1);
+    if (distance < 0 || distance >= w->host.world)
+        return fail("distance %d is not from 0 to %d", distance, w->host.world - 1);
     uint32_t targets = 0, sources = 0;
     for (int i = 1; i <= distance; ++i) {
         if (w->host.rank + i < w->host.world) targets |= 1u << (w->host.rank + i);
@@ -388,9 +406,10 @@ int cqil_argmax(cqil_workspace* w, const float* values, const int32_t* indices, 
     const int most = int(w->one_shot_capacity / sizeof(Packet));
     if (rows < 0 || rows > most) return fail("%d rows, the workspace takes %d", rows, most);
     if (rows == 0) return 0;
-    const int threads = std::min(ceil_to(rows, 32), 256), blocks = std::min((rows + threads - 1) / threads, w->multiprocessors);
-    return launch(argmax_kernel, {dim3(blocks), dim3(threads), static_cast<cudaStream_t>(stream), w->overlap}, w->device,
-                  values, indices, best_value, best_index, uint32_t(rows));
+    const int threads = std::min(ceil_to(rows, 32), 256),
+              blocks = std::min((rows + threads - 1) / threads, w->multiprocessors);
+    return launch(argmax_kernel, {dim3(blocks), dim3(threads), static_cast<cudaStream_t>(stream), w->overlap},
+                  w->device, values, indices, best_value, best_index, uint32_t(rows));
 }
 
 int cqil_ping(cqil_workspace* w, int rounds, double* nanoseconds, void* stream) {
@@ -401,9 +420,10 @@ int cqil_ping(cqil_workspace* w, int rounds, double* nanoseconds, void* stream) 
     cudaEvent_t began, ended;
     CQIL_CUDA(cudaEventCreate(&began));
     CQIL_CUDA(cudaEventCreate(&ended));
-    ping_kernel<<<1, 1, 0, s>>>(w->device, 100);  // the ranks meet here, so the launch is not measured
+    // The ranks meet in this kernel, so launch skew is not measured.
+    if (launch(ping_kernel, {1, 1, s, false}, w->device, 100)) return -1;
     CQIL_CUDA(cudaEventRecord(began, s));
-    ping_kernel<<<1, 1, 0, s>>>(w->device, uint32_t(rounds));
+    if (launch(ping_kernel, {1, 1, s, false}, w->device, rounds)) return -1;
     CQIL_CUDA(cudaEventRecord(ended, s));
     CQIL_CUDA(cudaEventSynchronize(ended));
     float milliseconds = 0;
@@ -413,3 +433,16 @@ int cqil_ping(cqil_workspace* w, int rounds, double* nanoseconds, void* stream) 
     *nanoseconds = double(milliseconds) * 1e6 / rounds;
     return 0;
 }
+
+#ifdef CQIL_TEST_DELAYS
+int cqil_test_delays(int place, const uint32_t* nanoseconds, int count) {
+    static Delays now = {};
+    if (place < 0 || place >= kDelayPlaces || count < 0 || count > kMaxDelays)
+        return fail("%d delays at place %d", count, place);
+    now.count[place] = uint32_t(count);
+    std::copy_n(nanoseconds, count, now.nanoseconds[place]);
+    for (DelaySetter set : delay_setters()) CQIL_CUDA(set(now));
+    CQIL_CUDA(cudaDeviceSynchronize());
+    return 0;
+}
+#endif

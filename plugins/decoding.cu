@@ -1,5 +1,4 @@
-// Small kernels of a decode step, on one GPU: RMSNorm, sums, the gated MLP's product, rows of a table, the choice of the next
-// token.
+// Small single-GPU kernels of a decode step: RMSNorm, sums, SwiGLU, rows of a table, the choice of the next token.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -11,6 +10,7 @@
 #include "cqil_trt.h"
 #include "errors.h"
 #include "launch.cuh"
+#include "swiglu.cuh"
 #include "types.cuh"
 
 using namespace cqil_trt;
@@ -19,10 +19,10 @@ namespace {
 
 constexpr int kThreads = 1024;
 
-// One block a row. Two passes over elements that a thread wrote or read itself a moment before.
+// One block per row. Two passes; in the second each thread revisits its own elements.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) norm_kernel(const T* delta, const T* residual, const T* weight, T* sum_out,
-                                                        T* normed, int hidden, float eps) {
+__global__ void __launch_bounds__(kThreads)
+    norm_kernel(const T* delta, const T* residual, const T* weight, T* sum_out, T* normed, int hidden, float eps) {
     release_successor();
     wait_for_predecessor();
     const size_t row = size_t(blockIdx.x) * hidden;
@@ -63,13 +63,13 @@ __global__ void swiglu_kernel(const T* gate_up, T* out, int inner) {
     const int i = blockIdx.y * blockDim.x + threadIdx.x;
     if (i >= inner) return;
     const size_t row = blockIdx.x;
-    const float gate = float(gate_up[row * 2 * inner + i]), up = float(gate_up[(row * 2 + 1) * inner + i]);
-    out[row * inner + i] = T(gate / (1 + expf(-gate)) * up);
+    out[row * inner + i] = swiglu(gate_up[row * 2 * inner + i], gate_up[(row * 2 + 1) * inner + i]);
 }
 
-// One block a row of `width` elements, or packets of them.
+// One block per row of `width` elements or packets.
 template <typename T>
-__global__ void gather_rows_kernel(const T* __restrict__ table, const int32_t* indices, T* __restrict__ out, int width) {
+__global__ void gather_rows_kernel(const T* __restrict__ table, const int32_t* indices, T* __restrict__ out,
+                                   int width) {
     release_successor();
     wait_for_predecessor();
     const T* from = table + size_t(indices[blockIdx.x]) * width;
@@ -79,14 +79,14 @@ __global__ void gather_rows_kernel(const T* __restrict__ table, const int32_t* i
 
 template <typename T>
 int gather_rows(const void* table, const int32_t* indices, void* out, int rows, int width, void* stream) {
-    return launch(gather_rows_kernel<T>, {dim3(rows), 512, static_cast<cudaStream_t>(stream)}, static_cast<const T*>(table),
-                  indices, static_cast<T*>(out), width);
+    return launch(gather_rows_kernel<T>, {dim3(rows), 512, static_cast<cudaStream_t>(stream)},
+                  static_cast<const T*>(table), indices, static_cast<T*>(out), width);
 }
 
-// One block a row.
+// One block per row.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) row_argmax_kernel(const T* logits, int width, int offset, float* value,
-                                                              int32_t* index) {
+__global__ void __launch_bounds__(kThreads)
+    row_argmax_kernel(const T* logits, int width, int offset, float* value, int32_t* index) {
     release_successor();
     wait_for_predecessor();
     const T* row = logits + size_t(blockIdx.x) * width;
@@ -132,15 +132,16 @@ __global__ void __launch_bounds__(kThreads) row_argmax_kernel(const T* logits, i
     reduce();
     if (threadIdx.x == 0) {
         value[blockIdx.x] = best;
-        // A rank without a part of the vocabulary offers what loses to every other.
+        // A rank without a share of the vocabulary offers a value that loses to every other.
         index[blockIdx.x] = width ? where + offset : 0;
     }
 }
 
-// Ends a decode step; one block. It lets no kernel start early, so that the next step's may read positions and caches at once.
-__global__ void __launch_bounds__(kThreads) advance_kernel(const int32_t* next, int32_t* tokens, int32_t* past, int rows,
-                                                           int last, int32_t* step, volatile uint64_t* history, int slots,
-                                                           int stride) {
+// Ends a decode step; one block. It does not release its successor, so the next step may read positions and caches
+// early (launch.cuh).
+__global__ void __launch_bounds__(kThreads)
+    advance_kernel(const int32_t* next, int32_t* tokens, int32_t* past, int rows, int last, int32_t* step,
+                   volatile uint64_t* history, int slots, int stride) {
     wait_for_predecessor();
     const int now = *step;
     for (int row = threadIdx.x; row < rows; row += blockDim.x) {
@@ -148,7 +149,7 @@ __global__ void __launch_bounds__(kThreads) advance_kernel(const int32_t* next, 
         past[row] = min(past[row] + 1, last);
         history[size_t(now % slots) * stride + row] = uint64_t(now + 1) << 32 | uint32_t(next[row]);
     }
-    __threadfence();  // the next step's attention does not wait for this kernel before it reads `past`
+    __threadfence();  // the next step's attention reads `past` before it waits for this kernel
     __syncthreads();
     if (threadIdx.x == 0) *step = now + 1;
 }
@@ -214,12 +215,15 @@ int cqil_row_argmax(const void* logits, int rows, int width, int offset, cqil_dt
     });
 }
 
-int cqil_advance(const int32_t* next, int32_t* tokens, int32_t* past, int rows, int last, int32_t* step, uint64_t* history,
-                 int slots, int stride, void* stream) {
+int cqil_advance(const int32_t* next, int32_t* tokens, int32_t* past, int rows, int last, int32_t* step,
+                 uint64_t* history, int slots, int stride, void* stream) {
     if (rows < 0 || slots < 1 || stride < rows) return fail("%d rows, %d slots of %d", rows, slots, stride);
     if (rows == 0) return 0;
-    return launch(advance_kernel, {1, rows > 32 ? kThreads : 32, static_cast<cudaStream_t>(stream)}, next, tokens, past, rows,
-                  last, step, history, slots, stride);
+    auto st = static_cast<cudaStream_t>(stream);
+    if (launch(advance_kernel, {1, rows > 32 ? kThreads : 32, st}, next, tokens, past, rows, last, step, history, slots,
+               stride))
+        return -1;
+    return note_full_wait(st);
 }
 
 }  // extern "C"

@@ -1,22 +1,30 @@
-// The collectives and the fused operations of a decoder layer as TensorRT plugins, on the interface that TensorRT 8.5 to 11 share (IPluginV2DynamicExt).
+// The collectives and the fused operations of a decoder layer as TensorRT plugins. They use IPluginV2DynamicExt, the
+// interface that TensorRT 8.5 to 11 share.
 //
-// Collectives take a last input `workspace`: an int32 tensor bound to cqil_workspace_address(), so that an engine holds
-// no pointers; where a runtime binds no inputs of ours (field shared = 1, which may be left out), they use the process's
-// cqil_workspace_shared() instead. Data tensors are linear and of the type that the field dtype names (a cqil_dtype; bfloat16 from TensorRT 10
-// on): a weakly typed network would otherwise choose one by its speed.
+// Collectives take a last input `workspace`: an int32 tensor bound to cqil_workspace_address(), so an engine holds no
+// pointers. Where a runtime cannot bind it, they use the process's cqil_workspace_shared() (field shared = 1; optional,
+// 0 by default). Data tensors are linear and of the type that the field dtype names (a cqil_dtype; bfloat16 from
+// TensorRT 10 on). Without it a weakly typed network would choose a type by its speed.
 //
 //   CqilAllReduce   mode 0: delta                   -> sum over ranks
 //                   mode 1: delta, residual         -> residual + sum
-//                   mode 2: delta, residual, weight -> residual + sum, RMSNorm of it * weight        fields mode, eps, dtype, shared
-//   CqilBroadcast   rank 0: x -> x; others: tokens int32 [B, T] -> rank 0's x [B, T, hidden]          fields rank, hidden, dtype
-//   CqilBypass      x -> sum of the x of the `distance` ranks before this one (zeros on rank 0)       fields distance, dtype, shared
-//   CqilNorm        x, (delta,) weight -> RMSNorm(x + delta) * weight                                 fields delta, eps, dtype
+//                   mode 2: delta, residual, weight -> residual + sum, RMSNorm(residual + sum) * weight
+//                   fields mode, eps, dtype, shared
+//   CqilBroadcast   rank 0: x -> x; other ranks: tokens int32 [B, T] -> rank 0's x [B, T, hidden]
+//                   fields rank, hidden, dtype
+//   CqilBypass      x -> sum of the x of the `distance` ranks before this one (zeros on rank 0)
+//                   fields distance, dtype, shared
+//   CqilNorm        x, (delta,) weight -> RMSNorm(x + delta) * weight
+//                   fields delta (1 if present), eps, dtype
 //   CqilLinear      x, (delta,) weight, (bias,) (norm,) (residual) -> as cqil_linear
-//                   fields delta, bias, norm, residual, gated (1 where it is given), eps, dtype
-//   CqilAdd         x, (y) -> x + y (terms 2), zeros (terms 0)                                        fields terms, dtype
-//   CqilGather      table [M, H], indices int32 [N] -> table[indices] [N, H]                          field dtype
+//                   fields delta, bias, norm, residual (1 if present), gated, eps, dtype
+//   CqilAdd         x, (y) -> x + y (terms 2) or zeros (terms 0)
+//                   fields terms, dtype
+//   CqilGather      table [M, H], indices int32 [N] -> table[indices] [N, H]
+//                   field dtype
 //   CqilAttention   qkv, cos, sin, (q_norm, k_norm,) past int32 [B], cache -> [N, heads * head_dim]
-//                   as cqil_attention; cache is an int32 tensor bound to a layer's cache; fields as in cqil_attention_shape
+//                   as cqil_attention; cache is an int32 tensor bound to a layer's cache
+//                   fields as in cqil_attention_shape
 
 #include <NvInfer.h>
 #include <cuda_runtime.h>
@@ -32,10 +40,12 @@
 #include <vector>
 
 #include "cqil_trt.h"
+#include "errors.h"
 
 namespace {
 
 using namespace nvinfer1;
+using cqil_trt::fail;
 
 constexpr char kNamespace[] = "cqil_trt";
 constexpr char kVersion[] = "1";
@@ -66,10 +76,10 @@ int32_t report(const char* plugin, const char* reason) {
     return -1;
 }
 
-// What the plugins share. Derived gives kName, kFieldNames, kFieldTypes (in the order of Fields' members, 4 bytes each),
-// Fields with a member dtype, and the member functions inputs(), outputs() and run(); it may replace output_dimensions()
-// and supports(), which say here that outputs are like the first input and all data is of that type. kIntegers: how many
-// inputs, the last ones, are int32.
+// Base class of the plugins. Derived provides kName, kFieldNames, kFieldTypes (in the order of Fields' members, 4 bytes
+// each), Fields with a member dtype, and inputs(), outputs() and run(). run() fails through fail(); enqueue() prints
+// the reason. Derived may replace output_dimensions() and supports(): by default outputs are shaped like the first
+// input, and all data is of its type. The last kIntegers inputs are int32.
 template <typename Derived, typename FieldsT>
 class Plugin : public IPluginV2DynamicExt {
 public:
@@ -125,15 +135,15 @@ protected:
     bool supports(int32_t position, PluginTensorDesc const* io, int32_t) const { return io[position].type == type(); }
     DataType type() const { return to_tensorrt(fields_.dtype); }
     cqil_dtype dtype() const { return static_cast<cqil_dtype>(fields_.dtype); }
+    // Null after fail().
     cqil_workspace* workspace(void const* const* in) const {
         if (self().integers() == 0) {
             cqil_workspace* shared = cqil_workspace_shared();
-            if (shared == nullptr) report(Derived::kName, "this process shares no workspace (cqil_workspace_share)");
+            if (shared == nullptr) fail("this process shares no workspace (cqil_workspace_share)");
             return shared;
         }
         cqil_workspace* found = cqil_workspace_find(in[self().inputs() - 1]);
-        if (found == nullptr)
-            report(Derived::kName, "its input `workspace` is not bound to the address of an open workspace");
+        if (found == nullptr) fail("its input `workspace` is not bound to the address of an open workspace");
         return found;
     }
 
@@ -158,8 +168,8 @@ class AllReducePlugin final : public Plugin<AllReducePlugin, AllReduceFields> {
 public:
     static constexpr char kName[] = "CqilAllReduce";
     static constexpr std::array kFieldNames = {"mode", "eps", "dtype", "shared"};
-    static constexpr std::array kFieldTypes = {PluginFieldType::kINT32, PluginFieldType::kFLOAT32, PluginFieldType::kINT32,
-                                               PluginFieldType::kINT32};
+    static constexpr std::array kFieldTypes = {PluginFieldType::kINT32, PluginFieldType::kFLOAT32,
+                                               PluginFieldType::kINT32, PluginFieldType::kINT32};
     static constexpr size_t kOptional = 1;
     using Plugin::Plugin;
 
@@ -169,14 +179,16 @@ public:
     int integers() const { return 1 - fields_.shared; }
     int32_t inputs() const { return fields_.mode + 1 + integers(); }
     int32_t outputs() const { return fields_.mode == 2 ? 2 : 1; }
-    int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in,
-            void* const* out, void*, cudaStream_t stream) const {
+    int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in, void* const* out, void*,
+            cudaStream_t stream) const {
         const Dims& dims = input[0].dims;
         const size_t count = elements(dims);
+        cqil_workspace* space = workspace(in);
+        if (space == nullptr) return -1;
         if (fields_.mode < 2)
-            return cqil_all_reduce(workspace(in), in[0], fields_.mode ? in[1] : nullptr, out[0], count, dtype(), stream);
+            return cqil_all_reduce(space, in[0], fields_.mode ? in[1] : nullptr, out[0], count, dtype(), stream);
         const int hidden = static_cast<int>(dims.d[dims.nbDims - 1]);
-        return cqil_all_reduce_residual_norm(workspace(in), in[0], in[1], in[2], out[0], out[1],
+        return cqil_all_reduce_residual_norm(space, in[0], in[1], in[2], out[0], out[1],
                                              static_cast<int>(count / hidden), hidden, fields_.eps, dtype(), stream);
     }
 };
@@ -192,7 +204,7 @@ public:
     static constexpr char kName[] = "CqilBroadcast";
     static constexpr std::array kFieldNames = {"rank", "hidden", "dtype"};
     static constexpr std::array kFieldTypes = {PluginFieldType::kINT32, PluginFieldType::kINT32,
-                                                      PluginFieldType::kINT32};
+                                               PluginFieldType::kINT32};
     using Plugin::Plugin;
 
     static bool valid(const Fields& f) {
@@ -209,22 +221,18 @@ public:
         const bool tokens = position < inputs && fields_.rank != 0;
         return io[position].type == (tokens ? DataType::kINT32 : type());
     }
-    int run(PluginTensorDesc const*, PluginTensorDesc const* output, void const* const* in,
-            void* const* out, void*, cudaStream_t stream) const {
+    int run(PluginTensorDesc const*, PluginTensorDesc const* output, void const* const* in, void* const* out, void*,
+            cudaStream_t stream) const {
         const size_t count = elements(output[0].dims);
         cqil_workspace* space = workspace(in);
-        if (space == nullptr || cqil_workspace_rank(space) != fields_.rank) return wrong_rank();
+        if (space == nullptr) return -1;
+        if (const int rank = cqil_workspace_rank(space); rank != fields_.rank)
+            return fail("the engine was built for rank %d, the workspace is that of rank %d", fields_.rank, rank);
         if (fields_.rank == 0) {
             const size_t bytes = count * (fields_.dtype == CQIL_FLOAT32 ? 4 : 2);
-            if (cudaMemcpyAsync(out[0], in[0], bytes, cudaMemcpyDeviceToDevice, stream) != cudaSuccess) return -1;
+            CQIL_CUDA(cudaMemcpyAsync(out[0], in[0], bytes, cudaMemcpyDeviceToDevice, stream));
         }
         return cqil_broadcast(space, in[0], out[0], count, dtype(), stream);
-    }
-
-private:
-    int wrong_rank() const {
-        report(kName, "the engine was built for another rank than the workspace's");
-        return -1;
     }
 };
 
@@ -238,20 +246,23 @@ class BypassPlugin final : public Plugin<BypassPlugin, BypassFields> {
 public:
     static constexpr char kName[] = "CqilBypass";
     static constexpr std::array kFieldNames = {"distance", "dtype", "shared"};
-    static constexpr std::array kFieldTypes = {PluginFieldType::kINT32, PluginFieldType::kINT32, PluginFieldType::kINT32};
+    static constexpr std::array kFieldTypes = {PluginFieldType::kINT32, PluginFieldType::kINT32,
+                                               PluginFieldType::kINT32};
     static constexpr size_t kOptional = 1;
     using Plugin::Plugin;
 
     static bool valid(const Fields& f) {
-        return f.distance >= 1 && f.distance < CQIL_MAX_RANKS && valid_dtype(f.dtype) && (f.shared == 0 || f.shared == 1);
+        return f.distance >= 1 && f.distance < CQIL_MAX_RANKS && valid_dtype(f.dtype) &&
+               (f.shared == 0 || f.shared == 1);
     }
     int integers() const { return 1 - fields_.shared; }
     int32_t inputs() const { return 1 + integers(); }
     int32_t outputs() const { return 1; }
-    int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in,
-            void* const* out, void*, cudaStream_t stream) const {
-        return cqil_bypass(workspace(in), in[0], out[0], elements(input[0].dims), fields_.distance,
-                           dtype(), stream);
+    int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in, void* const* out, void*,
+            cudaStream_t stream) const {
+        cqil_workspace* space = workspace(in);
+        if (space == nullptr) return -1;
+        return cqil_bypass(space, in[0], out[0], elements(input[0].dims), fields_.distance, dtype(), stream);
     }
 };
 
@@ -265,20 +276,23 @@ class NormPlugin final : public Plugin<NormPlugin, NormFields> {
 public:
     static constexpr char kName[] = "CqilNorm";
     static constexpr std::array kFieldNames = {"delta", "eps", "dtype"};
-    static constexpr std::array kFieldTypes = {PluginFieldType::kINT32, PluginFieldType::kFLOAT32, PluginFieldType::kINT32};
+    static constexpr std::array kFieldTypes = {PluginFieldType::kINT32, PluginFieldType::kFLOAT32,
+                                               PluginFieldType::kINT32};
     static constexpr int kIntegers = 0;
     using Plugin::Plugin;
 
     static bool valid(const Fields& f) { return (f.delta == 0 || f.delta == 1) && f.eps >= 0 && valid_dtype(f.dtype); }
     int32_t inputs() const { return 2 + fields_.delta; }
     int32_t outputs() const { return 1; }
-    size_t scratch_bytes(PluginTensorDesc const* input) const { return fields_.delta ? elements(input[0].dims) * 4 : 0; }
-    int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in, void* const* out, void* scratch,
-            cudaStream_t stream) const {
+    size_t scratch_bytes(PluginTensorDesc const* input) const {
+        return fields_.delta ? elements(input[0].dims) * 4 : 0;
+    }
+    int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in, void* const* out,
+            void* scratch, cudaStream_t stream) const {
         const Dims& dims = input[0].dims;
         const int hidden = static_cast<int>(dims.d[dims.nbDims - 1]), rows = static_cast<int>(elements(dims) / hidden);
-        return cqil_residual_norm(fields_.delta ? in[1] : nullptr, in[0], in[1 + fields_.delta], scratch, out[0], rows, hidden,
-                                  fields_.eps, dtype(), stream);
+        return cqil_residual_norm(fields_.delta ? in[1] : nullptr, in[0], in[1 + fields_.delta], scratch, out[0], rows,
+                                  hidden, fields_.eps, dtype(), stream);
     }
 };
 
@@ -308,15 +322,16 @@ public:
     DimsExprs output_dimensions(DimsExprs const* in, IExprBuilder& builder) const {
         DimsExprs dims = in[0];
         const auto* outputs = in[weight()].d[0];
-        dims.d[1] = fields_.gated ? builder.operation(DimensionOperation::kFLOOR_DIV, *outputs, *builder.constant(2)) : outputs;
+        dims.d[1] =
+            fields_.gated ? builder.operation(DimensionOperation::kFLOOR_DIV, *outputs, *builder.constant(2)) : outputs;
         return dims;
     }
     size_t scratch_bytes(PluginTensorDesc const* input) const {
         const cqil_linear_shape s = shape(input);
         return cqil_linear_scratch_bytes(&s);
     }
-    int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in, void* const* out, void* scratch,
-            cudaStream_t stream) const {
+    int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in, void* const* out,
+            void* scratch, cudaStream_t stream) const {
         const cqil_linear_shape s = shape(input);
         int at = 0;
         auto next = [&](int32_t given) { return given ? in[at++] : nullptr; };
@@ -329,8 +344,9 @@ private:
     int weight() const { return 1 + fields_.delta; }
     cqil_linear_shape shape(PluginTensorDesc const* input) const {
         const auto *x = input[0].dims.d, *w = input[weight()].dims.d;
-        return {static_cast<int>(x[0]), static_cast<int>(w[0]) / (1 + fields_.gated), static_cast<int>(x[1]),
-                fields_.gated, fields_.dtype, fields_.eps};
+        return {static_cast<int>(x[0]), static_cast<int>(w[0]) / (1 + fields_.gated),
+                static_cast<int>(x[1]), fields_.gated,
+                fields_.dtype,          fields_.eps};
     }
 };
 
@@ -353,7 +369,8 @@ public:
             cudaStream_t stream) const {
         const size_t count = elements(input[0].dims);
         if (fields_.terms) return cqil_add(in[0], in[1], out[0], count, dtype(), stream);
-        return cudaMemsetAsync(out[0], 0, count * (fields_.dtype == CQIL_FLOAT32 ? 4 : 2), stream) != cudaSuccess;
+        CQIL_CUDA(cudaMemsetAsync(out[0], 0, count * (fields_.dtype == CQIL_FLOAT32 ? 4 : 2), stream));
+        return 0;
     }
 };
 
@@ -396,8 +413,8 @@ public:
     static constexpr std::array kFieldNames = {"heads", "kv_heads", "head_dim",   "capacity", "max_batch",
                                                "group", "first",    "head_norms", "eps",      "dtype"};
     static constexpr std::array kFieldTypes = {
-        PluginFieldType::kINT32, PluginFieldType::kINT32, PluginFieldType::kINT32, PluginFieldType::kINT32,
-        PluginFieldType::kINT32, PluginFieldType::kINT32, PluginFieldType::kINT32, PluginFieldType::kINT32,
+        PluginFieldType::kINT32,   PluginFieldType::kINT32, PluginFieldType::kINT32, PluginFieldType::kINT32,
+        PluginFieldType::kINT32,   PluginFieldType::kINT32, PluginFieldType::kINT32, PluginFieldType::kINT32,
         PluginFieldType::kFLOAT32, PluginFieldType::kINT32};
     static constexpr int kIntegers = 2;
     using Plugin::Plugin;
@@ -420,13 +437,14 @@ public:
         const cqil_attention_shape s = shape(input);
         return cqil_attention_scratch_bytes(&s);
     }
-    int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in, void* const* out, void* scratch,
-            cudaStream_t stream) const {
+    int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in, void* const* out,
+            void* scratch, cudaStream_t stream) const {
         const cqil_attention_shape s = shape(input);
         const int past = inputs() - 2;
         return cqil_attention(&s, in[0], static_cast<const int32_t*>(in[past]), static_cast<const float*>(in[1]),
                               static_cast<const float*>(in[2]), fields_.head_norms ? in[3] : nullptr,
-                              fields_.head_norms ? in[4] : nullptr, const_cast<void*>(in[past + 1]), out[0], scratch, stream);
+                              fields_.head_norms ? in[4] : nullptr, const_cast<void*>(in[past + 1]), out[0], scratch,
+                              stream);
     }
 
 private:
@@ -434,7 +452,8 @@ private:
         const int batch = std::max(1, static_cast<int>(input[inputs() - 2].dims.d[0]));
         const int length = static_cast<int>(input[0].dims.d[0]) / batch;
         const Fields& f = fields_;
-        return {batch, length, f.heads, f.kv_heads, f.head_dim, f.capacity, f.max_batch, f.group, f.first, f.dtype, f.eps};
+        return {batch,       length,  f.heads, f.kv_heads, f.head_dim, f.capacity,
+                f.max_batch, f.group, f.first, f.dtype,    f.eps};
     }
 };
 
