@@ -247,7 +247,7 @@ def check_one_swiglu(pick, dtype):
     for rows in (1, 3):
         x = torch.zeros(rows, 8, dtype=dtype, device="cuda")
         x[:, 0] = 1
-        shape = plugins.LinearShape(rows, count, 8, 1, code(dtype), 1e-5)
+        shape = kernel_library.LinearShape(rows, count, 8, 1, code(dtype), 1e-5)
         scratch = torch.empty(library.cqil_linear_scratch_bytes(shape), dtype=torch.uint8, device="cuda")
         out = torch.empty(rows, count, dtype=dtype, device="cuda")
         call("linear", ctypes.byref(shape), x, None, weight, None, None, None, out, scratch)
@@ -283,7 +283,7 @@ class Attention:
 
     def __init__(self, dtype, batch, heads, kv_heads, dim, capacity, filled):
         self.dtype, self.batch, self.heads, self.kv_heads, self.dim = dtype, batch, heads, kv_heads, dim
-        self.shape = plugins.AttentionShape(
+        self.shape = kernel_library.AttentionShape(
             batch=batch,
             length=1,
             heads=heads,
@@ -408,7 +408,7 @@ class Decoder:
         torch.cuda.synchronize()
 
     def linear(self, x, weight, out, norm=None, residual=None, gated=0):
-        shape = plugins.LinearShape(1, weight.shape[0] // (1 + gated), weight.shape[1], gated, code(self.dtype), 1e-5)
+        shape = kernel_library.LinearShape(1, weight.shape[0] // (1 + gated), weight.shape[1], gated, code(self.dtype), 1e-5)
         assert library.cqil_linear_scratch_bytes(shape) <= self.scratch.numel()
         call("linear", ctypes.byref(shape), x, None, weight, None, norm, residual, out, self.scratch)
 
