@@ -408,7 +408,9 @@ class Decoder:
         torch.cuda.synchronize()
 
     def linear(self, x, weight, out, norm=None, residual=None, gated=0):
-        shape = kernel_library.LinearShape(1, weight.shape[0] // (1 + gated), weight.shape[1], gated, code(self.dtype), 1e-5)
+        shape = kernel_library.LinearShape(
+            1, weight.shape[0] // (1 + gated), weight.shape[1], gated, code(self.dtype), 1e-5
+        )
         assert library.cqil_linear_scratch_bytes(shape) <= self.scratch.numel()
         call("linear", ctypes.byref(shape), x, None, weight, None, norm, residual, out, self.scratch)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, SEED, mpirun, need_plugins
 
-from cqil_trt import plugins
+from cqil_trt.gpu import kernel_library
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
