@@ -171,6 +171,8 @@ int directed(cqil_workspace* w, const void* in, void* out, size_t count, uint32_
 
 }  // namespace
 
+extern "C" {
+
 const char* cqil_last_error(void) { return last_error; }
 
 const char* cqil_version(void) { return CQIL_VERSION; }
@@ -413,3 +415,5 @@ int cqil_ping(cqil_workspace* w, int rounds, double* nanoseconds, void* stream) 
     *nanoseconds = double(milliseconds) * 1e6 / rounds;
     return 0;
 }
+
+}  // extern "C"
