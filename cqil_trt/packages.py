@@ -6,7 +6,7 @@ from cqil_trt import backends
 
 # Import names of packages that are not a backend's own, and the extra that brings each (None: a plain dependency).
 _EXTRAS: dict[str, str | None] = {
-    **dict.fromkeys(("numpy", "tqdm", "tokenizers", "sentencepiece", "jinja2", "safetensors")),
+    **dict.fromkeys(("numpy", "tqdm", "tokenizers", "sentencepiece", "jinja2", "safetensors", "pycparser")),
     **dict.fromkeys(("gguf", "transformers", "peft", "huggingface_hub", "google"), "torch"),
     **dict.fromkeys(("datasets", "lm_eval", "matplotlib", "nltk"), "quality"),
 }

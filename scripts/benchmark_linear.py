@@ -9,7 +9,6 @@ LLaMA-7B shapes, float16. Matrices take turns, so that the L2 cache holds none; 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import sys
 from collections.abc import Callable
@@ -22,8 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cqil_trt.commands import Parser, check_file, numbers  # noqa: E402
-from cqil_trt.gpu import cuda, kernel_library  # noqa: E402
-from cqil_trt.gpu.workspace import DTYPES  # noqa: E402
+from cqil_trt.gpu import abi, cuda, kernel_library  # noqa: E402
 from cqil_trt.job import command  # noqa: E402
 from cqil_trt.table import table  # noqa: E402
 
@@ -48,13 +46,20 @@ class Kernels:
         self._scratch = torch.empty(0, dtype=torch.uint8, device="cuda")
 
     def linear(self, x, weight, out, gated=False, norm=None, residual=None) -> None:
-        shape = kernel_library.LinearShape(len(x), out.shape[1], x.shape[1], gated, DTYPES["float16"], 1e-5)
+        shape = abi.cqil_linear_shape(
+            rows=len(x),
+            outputs=out.shape[1],
+            inputs=x.shape[1],
+            gated=gated,
+            dtype=abi.dtype_code("float16"),
+            eps=1e-5,
+        )
         size = self._library.cqil_linear_scratch_bytes(shape)
         if size > len(self._scratch):
             self._scratch = torch.empty(size, dtype=torch.uint8, device="cuda")
         given = [x, None, weight, None, norm, residual, out, self._scratch]
         pointers = [None if tensor is None else tensor.data_ptr() for tensor in given]
-        if self._library.cqil_linear(ctypes.byref(shape), *pointers, torch.cuda.current_stream().cuda_stream):
+        if self._library.cqil_linear(shape, *pointers, torch.cuda.current_stream().cuda_stream):
             raise RuntimeError(self._library.cqil_last_error().decode())
 
 

@@ -3,7 +3,6 @@
 usage: cuda_kernels_worker.py SEED CASES
 """
 
-import ctypes
 import sys
 from pathlib import Path
 
@@ -11,8 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from cqil_trt.gpu import kernel_library
-from cqil_trt.gpu.workspace import DTYPES
+from cqil_trt.gpu import abi, kernel_library
 from cqil_trt.sampling import SamplingConfig, sample
 
 library = kernel_library.load()
@@ -28,7 +26,7 @@ def call(name, *arguments):
 
 
 def code(dtype):
-    return DTYPES[str(dtype).removeprefix("torch.")]
+    return abi.dtype_code(str(dtype).removeprefix("torch."))
 
 
 def relative(found, expected):
@@ -100,7 +98,8 @@ def check_sample(pick, dtype):
     logits = (2.5 * torch.randn(rows, width, device="cuda")).half().to(dtype)  # many equal values
     top_k, top_p = (0, pick(1, width))[pick(0, 1)], (1.0, pick(1, 999) / 1000)[pick(0, 1)]
     config = SamplingConfig(temperature=pick(1, 30) / 10, top_k=top_k, top_p=top_p)
-    settings = torch.frombuffer(kernel_library.Sampling(config.temperature, top_p, top_k), dtype=torch.uint8).cuda()
+    chosen = abi.cqil_sampling(temperature=config.temperature, top_p=top_p, top_k=top_k)
+    settings = torch.frombuffer(chosen, dtype=torch.uint8).cuda()
     uniforms = torch.rand(steps, rows, dtype=torch.double, device="cuda")
     index = torch.empty(rows, dtype=torch.int32, device="cuda")
     parts, whole = torch.empty_like(logits), torch.empty_like(logits)
@@ -135,10 +134,10 @@ def check_linear(pick, dtype):
     norm = (1 + 0.2 * torch.randn(inputs, device="cuda")).to(dtype)
     residual = torch.randn(rows, outputs, device="cuda").to(dtype)
     out = torch.empty_like(residual)
-    shape = kernel_library.LinearShape(rows, outputs, inputs, gated, code(dtype), 1e-5)
+    shape = abi.cqil_linear_shape(rows=rows, outputs=outputs, inputs=inputs, gated=gated, dtype=code(dtype), eps=1e-5)
     scratch = torch.empty(library.cqil_linear_scratch_bytes(shape), dtype=torch.uint8, device="cuda")
     given = [x, delta if normed == 2 else None, weight, bias if biased else None, norm if normed else None]
-    call("linear", ctypes.byref(shape), *given, residual if added else None, out, scratch)
+    call("linear", shape, *given, residual if added else None, out, scratch)
     wide = x.double() if normed < 2 else (x.double() + delta.double()).to(dtype).double()
     if normed:
         wide = rms_norm(wide, norm.double(), 1e-5)
@@ -158,7 +157,7 @@ def check_attention(pick, dtype):
         first, heads = 0, kv_heads * group
     capacity, max_batch = pick(40, 700), pick(1, 5)
     batch, norms, eps = pick(1, max_batch), bool(pick(0, 1)), 1e-6
-    shape = kernel_library.AttentionShape(
+    shape = abi.cqil_attention_shape(
         heads=heads,
         kv_heads=kv_heads,
         head_dim=dim,
@@ -192,7 +191,7 @@ def check_attention(pick, dtype):
         scratch = torch.empty(library.cqil_attention_scratch_bytes(shape), dtype=torch.uint8, device="cuda")
         out = torch.empty(batch, length, heads, dim, dtype=dtype, device="cuda")
         weights = (q_norm, k_norm) if norms else (None, None)
-        call("attention", ctypes.byref(shape), qkv, past, cos, sin, *weights, cache, out, scratch)
+        call("attention", shape, qkv, past, cos, sin, *weights, cache, out, scratch)
         expected = torch.empty(batch, length, heads, dim, dtype=torch.double, device="cuda")
         for b in range(batch):
             for t in range(length):

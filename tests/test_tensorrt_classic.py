@@ -130,8 +130,7 @@ class Network:
         q_norm, k_norm = (t.data_ptr() for t in addresses[4:]) if norms else (None, None)
         out = torch.full((len(qkv), f.heads * f.head_dim), torch.nan)
         pointers = [t.data_ptr() for t in addresses[:4]]
-        shape = SimpleNamespace(_obj=s)
-        self._caches.cqil_attention(shape, *pointers, q_norm, k_norm, inputs[-1].name, out.data_ptr(), None, None)
+        self._caches.cqil_attention(s, *pointers, q_norm, k_norm, inputs[-1].name, out.data_ptr(), None, None)
         return [out]
 
     def CqilAllReduce(self, f, x, _):

@@ -18,8 +18,9 @@ import numpy as np
 from cqil_trt.config import DTYPE_BYTES
 from cqil_trt.engine import Engine, tensor_spans
 from cqil_trt.errors import UserError
-from cqil_trt.gpu import cuda, kernel_library
-from cqil_trt.gpu.workspace import DTYPES, Workspace
+from cqil_trt.gpu import abi, cuda
+from cqil_trt.gpu.fused_ops import attention_fields
+from cqil_trt.gpu.workspace import Workspace
 from cqil_trt.network.rotary import rotary_tables
 from cqil_trt.sampling import SamplingConfig
 from cqil_trt.session import Session
@@ -63,7 +64,7 @@ class CudaSession(Session):
         self._comm, self._library = comm, library
         self._stream = cuda.call("StreamCreate")
         self._workspace = None if comm is None else Workspace(comm)
-        self._bytes = DTYPE_BYTES[engine.limits.dtype]
+        self._bytes, self._dtype_code = DTYPE_BYTES[engine.limits.dtype], abi.dtype_code(engine.limits.dtype)
         self._memory: dict[str, int] = {}
         self._batch = 0
         self._rows = 0  # tokens of the last pass
@@ -109,8 +110,8 @@ class CudaSession(Session):
         for index, shard in self._plan.layers.items():
             if not shard.num_heads:
                 continue
-            fields = kernel_library.attention_fields(self._plan.model, shard, self.limits)
-            shape = kernel_library.AttentionShape(**fields, dtype=DTYPES[self.limits.dtype])
+            fields = attention_fields(self._plan.model, shard, self.limits)
+            shape = abi.cqil_attention_shape(**fields, dtype=self._dtype_code)
             sizes[f"cache.{index}"] = self._library.cqil_attention_cache_bytes(shape)
         return sizes
 
@@ -138,7 +139,7 @@ class CudaSession(Session):
             "best_value": 4 * batch,
             "best": 4 * batch,
             "step": 4,
-            "sampling": ctypes.sizeof(kernel_library.Sampling),
+            "sampling": ctypes.sizeof(abi.cqil_sampling),
             "uniforms": 8 * batch * limits.max_seq_len,
             "all_logits": self._bytes * batch * model.vocab_size,
             **self._extra_sizes(),
@@ -307,7 +308,7 @@ class CudaSession(Session):
 
     def _choose(self, sampled: bool) -> None:
         """A token for every sequence, over the vocabulary of all ranks, into `best`."""
-        memory, width, dtype = self._memory, self._widths[self._plan.rank], DTYPES[self.limits.dtype]
+        memory, width, dtype = self._memory, self._widths[self._plan.rank], self._dtype_code
         batch, logits, together = self._batch, memory["prediction"], self._workspace is not None
         if sampled:
             everything = sum(self._widths)
@@ -352,8 +353,8 @@ class CudaSession(Session):
         """Chooses the first token from the prediction, and makes it the input of the next step."""
         uploads, sampled = {"past": (self._past - 1).astype(np.int32)}, sampling.temperature > 0
         if sampled:
-            settings = kernel_library.Sampling(
-                sampling.temperature, sampling.top_p, min(sampling.top_k, sum(self._widths))
+            settings = abi.cqil_sampling(
+                temperature=sampling.temperature, top_p=sampling.top_p, top_k=min(sampling.top_k, sum(self._widths))
             )
             uploads |= {"sampling": np.frombuffer(settings, np.uint8), "uniforms": uniforms}
         self._finish()

@@ -10,15 +10,12 @@ from typing import TYPE_CHECKING, Any
 from cqil_trt.collectives.base import Communicator
 from cqil_trt.config import DTYPE_BYTES
 from cqil_trt.errors import CollectiveError, UserError
-from cqil_trt.gpu import kernel_library
+from cqil_trt.gpu import abi, kernel_library
 
 if TYPE_CHECKING:
     import torch
 
-DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}  # cqil_dtype
 _MAX_ROW_BYTES = 32 << 10
-_OPERATIONS = {1: "all_reduce", 2: "argmax", 3: "broadcast or bypass"}
-_HANDLE_BYTES = 64
 TIMEOUT_SECONDS = 30.0
 
 
@@ -46,7 +43,7 @@ class Workspace:
         self.rank, self.world_size = comm.Get_rank(), comm.Get_size()
         self._comm = comm
         self._workspace = ctypes.c_void_p()
-        handle = ctypes.create_string_buffer(_HANDLE_BYTES)
+        handle = ctypes.create_string_buffer(abi.CQIL_HANDLE_BYTES)
         create = (self.rank, self.world_size, one_shot_bytes, max_bytes, timeout, ctypes.byref(self._workspace))
 
         def prepare() -> int:
@@ -92,11 +89,11 @@ class Workspace:
 
     def failure(self) -> CollectiveError | None:
         """Why a kernel gave up, if one did; call it when CUDA reports an error."""
-        record = kernel_library.Failure()
-        self.library.cqil_workspace_failure(self._workspace, ctypes.byref(record))
+        record = abi.cqil_failure()
+        self.library.cqil_workspace_failure(self._workspace, record)
         if not record.code:
             return None
-        what = _OPERATIONS.get(record.operation, "an operation")
+        what = _describe(record.operation)
         missing = "its data" if record.code == 1 else "its acknowledgement"
         return CollectiveError(
             f"rank {record.rank} gave up waiting for rank {record.peer} in {what} number {record.sequence}: {missing} "
@@ -122,6 +119,14 @@ class Workspace:
         if self._workspace:
             self.library.cqil_workspace_destroy(self._workspace)
         self._workspace = ctypes.c_void_p()
+
+
+def _describe(operation: int) -> str:
+    """A cqil_operation in words."""
+    if operation == abi.cqil_operation.CQIL_DIRECTED:
+        return "broadcast or bypass"
+    names = {known.value: known.name for known in abi.cqil_operation}
+    return names.get(operation, "an operation").removeprefix("CQIL_").lower()
 
 
 class CudaCommunicator(Communicator):
@@ -192,4 +197,4 @@ def _pointer(tensor: torch.Tensor | None) -> int | None:
 
 
 def _dtype(tensor: torch.Tensor) -> int:
-    return DTYPES[str(tensor.dtype).removeprefix("torch.")]
+    return abi.dtype_code(str(tensor.dtype).removeprefix("torch."))
