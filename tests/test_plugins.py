@@ -224,7 +224,7 @@ def test_python_passes_what_another_header_says(tmp_path):
     """Nothing but the header says how a function is called: with another signature there Python calls it by that."""
     text = HEADER.read_text()
     changes = {
-        "int cqil_workspace_rank(cqil_workspace* workspace)": "double cqil_workspace_rank(float a, int64_t b, double c)",
+        "int cqil_workspace_rank(cqil_workspace* workspace)": "double cqil_workspace_rank(float a, int64_t b, double)",
         "float temperature, top_p;": "double before;\n    float temperature, top_p;",
     }
     for old, new in changes.items():
