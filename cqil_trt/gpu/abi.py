@@ -112,8 +112,8 @@ class Interface:
         names = getattr(target.type, "names", [])  # a pointer to a pointer has none
         if names == ["char"]:
             return ctypes.c_char_p
-        structure = self.names.get(" ".join(names))
-        return ctypes.c_void_p if structure is None else _structure_pointer(structure)
+        found = self.names.get(" ".join(names), int)
+        return _structure_pointer(found) if issubclass(found, ctypes.Structure) else ctypes.c_void_p
 
     def declare(self, library: ctypes.CDLL) -> None:
         """Gives the functions that a library exports their types."""

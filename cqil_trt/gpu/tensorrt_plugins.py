@@ -31,9 +31,10 @@ def register(trt: Any) -> ctypes.CDLL:
 
 def create(trt: Any, name: str, fields: dict[str, int | float]) -> Any:
     """A plugin, for a network. Raises TypeError for a field that cqil_trt.h does not declare, or not with that type."""
+    fields = abi.interface().plugin_fields(name, fields)
     kinds = {int: (np.int32, trt.PluginFieldType.INT32), float: (np.float32, trt.PluginFieldType.FLOAT32)}
     given = []
-    for field, value in abi.interface().plugin_fields(name, fields).items():
+    for field, value in fields.items():
         dtype, kind = kinds[type(value)]
         given.append(trt.PluginField(field, np.array([value], dtype), kind))
     registry = trt.get_plugin_registry()
