@@ -148,8 +148,8 @@ def _plugins(text: str) -> dict[str, dict[str, Field]]:
     return plugins
 
 
-def _enumeration(name: str, node: Any) -> type[IntEnum]:
-    """Raises ValueError unless every enumerator has a value: which one it is must not depend on its place."""
+def _enumeration(name: str, node: Any) -> Any:
+    """An IntEnum. Raises ValueError unless each enumerator has a value, so that it does not depend on their order."""
     values = {}
     for enumerator in node.values.enumerators:
         if enumerator.value is None:
