@@ -10,11 +10,18 @@
 #include <mma.h>
 
 #include <algorithm>
+#include <atomic>
+#include <cstdio>
+#include <map>
+#include <mutex>
+#include <set>
 #include <type_traits>
+#include <utility>
 
 #include "cqil_trt.h"
 #include "errors.h"
 #include "launch.cuh"
+#include "patience.cuh"
 #include "types.cuh"
 
 using namespace cqil_trt;
@@ -50,6 +57,19 @@ template <typename T>
 __device__ T narrow(float x) {
     return T(x);
 }
+
+// What a block that gave up waiting for another leaves, in host memory.
+struct GaveUp {
+    uint32_t code;  // 0: nothing happened
+    uint32_t sequence, head, span, join;
+};
+
+struct Limit {
+    uint64_t timeout_ns;  // 0: wait for ever
+    GaveUp* record;
+};
+
+__device__ uint32_t gave_up;  // whether a thread has
 
 struct Inputs {
     const void* qkv;
@@ -219,7 +239,8 @@ struct Ring {
 
 // Behind a layer's cache: how blocks of one head send their spans' results to the block of its last span. Each number is
 // written together with the count of the head's joins, which says that it is this step's. That block was the last of them to
-// start, so it waits for none that waits for room.
+// start, so it waits for none that waits for room. It counts the join when it has received everything: what was sent bears
+// the number that its sender had read, so none reads the counter any more.
 struct Joint {
     static constexpr int kAhead = 2;
     unsigned* counter;
@@ -238,7 +259,8 @@ struct Joint {
         const size_t index = size_t(sequence) * s.heads + head;
         counter = reinterpret_cast<unsigned*>(memory) + index;
         words = reinterpret_cast<uint64_t*>(memory + counter_bytes(s)) + index * kMaxSpans * width;
-        number = __ldcg(counter) + 1;
+        asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(number) : "l"(counter) : "memory");
+        ++number;
     }
 
     __device__ void send(int span, int i, float value) const {
@@ -249,14 +271,15 @@ struct Joint {
 
     // put(span, i, numbers i and i + 1) for what spans before `own` send; the threads of a block share this.
     template <typename Put>
-    __device__ void receive(int own, Put&& put) const {
+    __device__ void receive(int own, const Limit& limit, Put&& put) const {
+        Deadline deadline;
         const int pairs = own * width / 2;
 #pragma unroll 1
         for (int begin = threadIdx.x; begin < pairs; begin += kAhead * kAttendThreads) {
             uint64_t word[kAhead][2];
-            bool here;
+            bool here[kAhead], all;
             do {
-                here = true;
+                all = true;
 #pragma unroll
                 for (int i = 0; i < kAhead; ++i)
                     asm volatile("ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];"
@@ -264,9 +287,12 @@ struct Joint {
                                  : "l"(words + 2 * min(begin + i * kAttendThreads, pairs - 1))
                                  : "memory");
 #pragma unroll
-                for (int i = 0; i < kAhead; ++i)
-                    here &= unsigned(word[i][0] >> 32) == number && unsigned(word[i][1] >> 32) == number;
-            } while (!here);
+                for (int i = 0; i < kAhead; ++i) {
+                    here[i] = unsigned(word[i][0] >> 32) == number && unsigned(word[i][1] >> 32) == number;
+                    all &= here[i];
+                }
+            } while (!all && !deadline.passed(limit.timeout_ns));
+            if (!all) give_up(limit.record, 2 * min(begin + (here[0] ? kAttendThreads : 0), pairs - 1) / width);
 #pragma unroll
             for (int i = 0; i < kAhead; ++i) {
                 const int at = 2 * (begin + i * kAttendThreads);
@@ -277,14 +303,34 @@ struct Joint {
     }
 
     __device__ void end() const { *counter = number; }
+
+private:
+    __device__ void give_up(volatile GaveUp* record, int span) const {
+        be_first_to_give_up(&gave_up);
+        record->sequence = blockIdx.z;
+        record->head = blockIdx.x;
+        record->span = span;
+        record->join = number;
+        __threadfence_system();
+        record->code = 1;
+        __threadfence_system();
+        __trap();
+    }
 };
+
+// Blocks that registers leave room for on a multiprocessor in decoding: left to itself nvcc makes room for more by spilling.
+template <typename T, int kElements, bool kDecode>
+constexpr int attend_blocks() {
+    if (!kDecode) return 0;  // as nvcc likes
+    return kElements <= 4 ? 4 : kElements <= 8 ? 3 : std::is_same_v<T, float> ? 1 : 2;
+}
 
 // One query against a span of the keys. Decode: rotates query and new key itself, and reads what was in the cache before
 // this step while the kernel ahead still computes them; grid: heads, spans, sequences. Prefill (kDecode false): `queries`
 // are rotated and keys appended; grid: heads, tokens, sequences, and a span is everything. Small code, as in linear.cu.
 template <typename T, int kElements, bool kPacked, bool kDecode>
-__global__ void __launch_bounds__(kAttendThreads) attend_kernel(cqil_attention_shape s, Inputs in, const T* queries,
-                                                                T* out) {
+__global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kDecode>())
+    attend_kernel(cqil_attention_shape s, Inputs in, const T* queries, T* out, Limit limit) {
     using R = Ring<T, kElements, kPacked>;
     using H = Head<T, kElements, kPacked>;
     __shared__ union {
@@ -411,7 +457,10 @@ __global__ void __launch_bounds__(kAttendThreads) attend_kernel(cqil_attention_s
             else
                 joint.send(own, 2 + j, x);
         }
-        if (final) return;
+        if (final) {
+            if (spans > 1 && threadIdx.x == 0) joint.end();
+            return;
+        }
         if (own < spans - 1) {
             if (threadIdx.x < 2) joint.send(own, threadIdx.x, threadIdx.x == 0 ? top : total);
             return;
@@ -420,9 +469,8 @@ __global__ void __launch_bounds__(kAttendThreads) attend_kernel(cqil_attention_s
         if (threadIdx.x == 0) {
             mosts[own] = top;
             sums[own] = total;
-            joint.end();
         }
-        joint.receive(own, [&](int span, int i, float first, float second) {
+        joint.receive(own, limit, [&](int span, int i, float first, float second) {
             (i == 0 ? mosts[span] : memory.part[span][i - 2]) = first;
             (i == 0 ? sums[span] : memory.part[span][i - 1]) = second;
         });
@@ -566,14 +614,95 @@ int prefill(const cqil_attention_shape& s, const Inputs& in, const T* queries, T
     return launch(prefill_kernel<T, kDim>, {grid, kThreads, stream, true, kBytes}, s, in, queries, out);
 }
 
+// Which caches attention has used on a stream since kernels last started there after all before them had ended. What starts
+// early would read them too early.
+class Touched {
+public:
+    // Notes that a cache is used on a stream; *overlap: whether a kernel that reads it early may start early.
+    int note(cudaStream_t stream, const void* cache, bool early, bool* overlap) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        Caches* caches = nullptr;
+        if (find(stream, &caches)) return -1;
+        // Threads share the name of this stream, not the stream.
+        *overlap = stream != cudaStreamPerThread && caches->used.count(cache) == 0;
+        if (early && !*overlap) caches->used.clear();
+        caches->used.insert(cache);
+        return 0;
+    }
+
+    int clear(cudaStream_t stream) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        Caches* caches = nullptr;
+        if (find(stream, &caches)) return -1;
+        caches->used.clear();
+        return 0;
+    }
+
+private:
+    struct Caches {
+        unsigned long long capture = 0;  // 0: none
+        std::set<const void*> used;
+    };
+
+    // A graph begins when all before it has ended, and ends before what follows it begins.
+    int find(cudaStream_t stream, Caches** caches) {
+        int device = 0;
+        CQIL_CUDA(cudaGetDevice(&device));
+        cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+        unsigned long long capture = 0;
+        CQIL_CUDA(cudaStreamGetCaptureInfo(stream, &status, &capture));
+        if (status != cudaStreamCaptureStatusActive) capture = 0;
+        *caches = &caches_[{device, stream}];
+        if ((*caches)->capture != capture) **caches = {capture, {}};
+        return 0;
+    }
+
+    std::mutex mutex_;
+    std::map<std::pair<int, cudaStream_t>, Caches> caches_;
+};
+
+Touched& touched() {
+    static auto* all = new Touched;
+    return *all;
+}
+
+std::atomic<uint64_t> timeout_ns{uint64_t(kDefaultTimeoutSeconds * 1e9)};
+std::mutex record_mutex;
+std::atomic<GaveUp*> record{nullptr};
+
+// Page-locked memory can be read after the device is lost. It is never freed: graphs hold its address.
+int find_limit(Limit* limit) {
+    if (record == nullptr) {
+        std::lock_guard<std::mutex> lock(record_mutex);
+        void* memory = record;
+        if (memory == nullptr) {
+            // Allocating does not disturb a capture that this thread has begun, but the default mode forbids it.
+            cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+            CQIL_CUDA(cudaThreadExchangeStreamCaptureMode(&mode));
+            const cudaError_t error = cudaHostAlloc(&memory, sizeof(GaveUp), cudaHostAllocMapped | cudaHostAllocPortable);
+            CQIL_CUDA(cudaThreadExchangeStreamCaptureMode(&mode));
+            CQIL_CUDA(error);
+            *static_cast<GaveUp*>(memory) = {};
+            record = static_cast<GaveUp*>(memory);
+        }
+    }
+    *limit = {timeout_ns, record};
+    return 0;
+}
+
 template <typename T, int kElements, bool kPacked>
 int attend(const cqil_attention_shape& s, const Inputs& in, void* out, void* scratch, cudaStream_t stream) {
+    bool overlap = true;
+    if (touched().note(stream, in.cache, s.length == 1, &overlap)) return -1;
     T* result = static_cast<T*>(out);
     if (s.length == 1) {
         int processors = 0;
         if (device_attribute(cudaDevAttrMultiProcessorCount, &processors)) return -1;
         const dim3 grid(s.heads, span_count(s, processors), s.batch);
-        return launch(attend_kernel<T, kElements, kPacked, true>, {grid, kAttendThreads, stream}, s, in, nullptr, result);
+        Limit limit = {};
+        if (find_limit(&limit)) return -1;
+        return launch(attend_kernel<T, kElements, kPacked, true>, {grid, kAttendThreads, stream, overlap}, s, in, nullptr,
+                      result, limit);
     }
     T* queries = static_cast<T*>(scratch);
     const int heads = s.heads + 2 * s.kv_heads;
@@ -585,7 +714,7 @@ int attend(const cqil_attention_shape& s, const Inputs& in, void* out, void* scr
         if (s.head_dim == 128) return prefill<T, 128>(s, in, queries, result, stream);
     }
     return launch(attend_kernel<T, kElements, kPacked, false>, {dim3(s.heads, s.length, s.batch), kAttendThreads, stream}, s,
-                  in, queries, result);
+                  in, queries, result, Limit{});
 }
 
 template <typename T, int kElements>
@@ -617,6 +746,8 @@ int check(const cqil_attention_shape& s) {
 
 }  // namespace
 
+int cqil_trt::note_full_wait(cudaStream_t stream) { return touched().clear(stream); }
+
 extern "C" {
 
 size_t cqil_attention_cache_bytes(const cqil_attention_shape* s) {
@@ -625,6 +756,24 @@ size_t cqil_attention_cache_bytes(const cqil_attention_shape* s) {
 
 size_t cqil_attention_scratch_bytes(const cqil_attention_shape* s) {
     return align(size_t(s->batch) * s->length * s->heads * s->head_dim * element_bytes(s->dtype));
+}
+
+int cqil_attention_timeout(double seconds) {
+    uint64_t nanoseconds = 0;
+    if (to_nanoseconds(seconds, &nanoseconds)) return -1;
+    timeout_ns = nanoseconds;
+    return 0;
+}
+
+const char* cqil_attention_failure(void) {
+    const volatile GaveUp* r = record;
+    if (r == nullptr || r->code == 0) return nullptr;
+    thread_local char text[256];
+    snprintf(text, sizeof(text),
+             "attention gave up waiting for part %u of head %u of sequence %u, in the head's join number %u: another block "
+             "of the same kernel did not deliver it within the time limit",
+             r->span, r->head, r->sequence, r->join);
+    return text;
 }
 
 int cqil_attention(const cqil_attention_shape* s, const void* qkv, const int32_t* past, const float* cos, const float* sin,

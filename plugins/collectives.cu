@@ -49,6 +49,12 @@ int cqil_trt::fail(const char* format, ...) {
     return -1;
 }
 
+int cqil_trt::fail_cuda(const char* call, cudaError_t error) {
+    cudaGetLastError();  // reported here, so not again by whoever asks next
+    const char* reason = cqil_attention_failure();
+    return fail("%s: %s%s%s", call, cudaGetErrorString(error), reason ? ": " : "", reason ? reason : "");
+}
+
 namespace {
 
 std::mutex registry_mutex;
@@ -181,7 +187,8 @@ int cqil_workspace_create(int rank, int world_size, size_t one_shot_bytes, size_
                           cqil_workspace** workspace) {
     if (world_size < 1 || world_size > kMaxRanks) return fail("world size %d is not from 1 to %d", world_size, kMaxRanks);
     if (rank < 0 || rank >= world_size) return fail("rank %d is not from 0 to %d", rank, world_size - 1);
-    if (timeout_seconds < 0) return fail("the time limit is negative");
+    uint64_t timeout_ns = 0;
+    if (to_nanoseconds(timeout_seconds, &timeout_ns)) return -1;
     auto* w = new (std::nothrow) cqil_workspace();
     if (w == nullptr) return fail("out of host memory");
     auto create = [&]() -> int {
@@ -194,7 +201,7 @@ int cqil_workspace_create(int rank, int world_size, size_t one_shot_bytes, size_
         s = State{};
         s.rank = rank;
         s.world = world_size;
-        s.timeout_ns = uint64_t(timeout_seconds * 1e9);
+        s.timeout_ns = timeout_ns;
         s.layout.world = world_size;
         s.layout.one_shot_stride = w->one_shot_capacity;
         // The rows of a message are dealt to ranks, so one rank may get up to a row more than its share.
@@ -207,8 +214,8 @@ int cqil_workspace_create(int rank, int world_size, size_t one_shot_bytes, size_
         // Everything but the data buffers starts at zero: no message has number 0.
         CQIL_CUDA(cudaMemset(w->memory, 0, s.layout.total()));
         const size_t first = s.layout.one_shot(0, 0), last = s.layout.channel(0, 0);
-        fill_kernel<<<256, 256>>>(reinterpret_cast<Packet*>(w->memory + first), (last - first) / sizeof(Packet));
-        CQIL_CUDA(cudaGetLastError());
+        auto* packets = reinterpret_cast<Packet*>(w->memory + first);
+        if (launch(fill_kernel, {256, 256, nullptr, false}, packets, (last - first) / sizeof(Packet))) return -1;
         if (load_kernels(world_size)) return -1;
         s.memory[rank] = w->memory;
         CQIL_CUDA(cudaMemcpy(w->device, &s, sizeof(State), cudaMemcpyHostToDevice));
@@ -403,9 +410,10 @@ int cqil_ping(cqil_workspace* w, int rounds, double* nanoseconds, void* stream) 
     cudaEvent_t began, ended;
     CQIL_CUDA(cudaEventCreate(&began));
     CQIL_CUDA(cudaEventCreate(&ended));
-    ping_kernel<<<1, 1, 0, s>>>(w->device, 100);  // the ranks meet here, so the launch is not measured
+    // The ranks meet here, so the launch is not measured.
+    if (launch(ping_kernel, {1, 1, s, false}, w->device, 100)) return -1;
     CQIL_CUDA(cudaEventRecord(began, s));
-    ping_kernel<<<1, 1, 0, s>>>(w->device, uint32_t(rounds));
+    if (launch(ping_kernel, {1, 1, s, false}, w->device, rounds)) return -1;
     CQIL_CUDA(cudaEventRecord(ended, s));
     CQIL_CUDA(cudaEventSynchronize(ended));
     float milliseconds = 0;
@@ -415,5 +423,18 @@ int cqil_ping(cqil_workspace* w, int rounds, double* nanoseconds, void* stream) 
     *nanoseconds = double(milliseconds) * 1e6 / rounds;
     return 0;
 }
+
+#ifdef CQIL_TEST_DELAYS
+int cqil_test_delays(int place, const uint32_t* nanoseconds, int count) {
+    static Delays now = {};
+    if (place < 0 || place >= kDelayPlaces || count < 0 || count > kMaxDelays)
+        return fail("%d delays at place %d", count, place);
+    now.count[place] = uint32_t(count);
+    std::copy_n(nanoseconds, count, now.nanoseconds[place]);
+    for (DelaySetter set : delay_setters()) CQIL_CUDA(set(now));
+    CQIL_CUDA(cudaDeviceSynchronize());
+    return 0;
+}
+#endif
 
 }  // extern "C"

@@ -181,12 +181,28 @@ size_t cqil_attention_scratch_bytes(const cqil_attention_shape* shape);
 // Causal attention: rotates queries and keys (halves, as Hugging Face does; cos and sin [capacity, head_dim / 2]), after
 // head norms with weights [head_dim] unless they are NULL, appends keys and values to the cache, attends.
 // qkv [batch * length, heads + 2 * kv_heads, head_dim] -> out [batch * length, heads, head_dim]. With several new tokens out
-// may be NULL: then it rotates and appends only, and leaves the queries in scratch in the shape of out. With one new token
-// `past` and the cache may be read before earlier work on the stream is done: between two such calls on one cache there
-// must be a cqil_advance, or any kernel or copy that is not of this library.
+// may be NULL: then it rotates and appends only, and leaves the queries in scratch in the shape of out.
+//
+// With one new token `past`, cos, sin and the cache may be read before earlier work on the stream is done. cos and sin must
+// not be that work's result. `past` may be the result of cqil_advance, of a copy, or of a kernel of the caller's that is not
+// the work directly before this library's. What this library wrote to the cache is waited for: after a cqil_advance the
+// kernel starts early, and without one since the last call on the cache it does not.
 int cqil_attention(const cqil_attention_shape* shape, const void* qkv, const int32_t* past, const float* cos,
                    const float* sin, const void* q_norm, const void* k_norm, void* cache, void* out, void* scratch,
                    void* stream);
+
+// Bounds the wait of attention's blocks for each other, in calls from now on in this process: 30 s by default, 0 for ever.
+int cqil_attention_timeout(double seconds);
+
+// Why attention gave up waiting and ended itself, in words, or NULL when it did not. Ask when CUDA reports an error, which
+// such an end is (an illegal instruction or a launch failure). Works after the device is lost.
+const char* cqil_attention_failure(void);
+
+#ifdef CQIL_TEST_DELAYS
+// For tests, only in a build with CQIL_TEST_DELAYS: block i of every kernel, counted with x fastest, sleeps nanoseconds[i %
+// count] (host) at its start (place 0) or after its predecessor has ended (place 1). A count of 0 ends the delays of a place.
+int cqil_test_delays(int place, const uint32_t* nanoseconds, int count);
+#endif
 
 // The TensorRT plugins of tensorrt_plugins.cpp, and their fields in the order in which engines store them, 4 bytes each.
 // An OPTIONAL_INT that is left out is 0. `dtype` is a cqil_dtype.

@@ -11,6 +11,7 @@
 #include "cqil_trt.h"
 #include "errors.h"
 #include "launch.cuh"
+#include "swiglu.cuh"
 #include "types.cuh"
 
 using namespace cqil_trt;
@@ -63,8 +64,7 @@ __global__ void swiglu_kernel(const T* gate_up, T* out, int inner) {
     const int i = blockIdx.y * blockDim.x + threadIdx.x;
     if (i >= inner) return;
     const size_t row = blockIdx.x;
-    const float gate = float(gate_up[row * 2 * inner + i]), up = float(gate_up[(row * 2 + 1) * inner + i]);
-    out[row * inner + i] = T(gate / (1 + expf(-gate)) * up);
+    out[row * inner + i] = swiglu(gate_up[row * 2 * inner + i], gate_up[(row * 2 + 1) * inner + i]);
 }
 
 // One block a row of `width` elements, or packets of them.
@@ -218,8 +218,10 @@ int cqil_advance(const int32_t* next, int32_t* tokens, int32_t* past, int rows, 
                  int slots, int stride, void* stream) {
     if (rows < 0 || slots < 1 || stride < rows) return fail("%d rows, %d slots of %d", rows, slots, stride);
     if (rows == 0) return 0;
-    return launch(advance_kernel, {1, rows > 32 ? kThreads : 32, static_cast<cudaStream_t>(stream)}, next, tokens, past, rows,
-                  last, step, history, slots, stride);
+    auto st = static_cast<cudaStream_t>(stream);
+    if (launch(advance_kernel, {1, rows > 32 ? kThreads : 32, st}, next, tokens, past, rows, last, step, history, slots, stride))
+        return -1;
+    return note_full_wait(st);
 }
 
 }  // extern "C"

@@ -412,7 +412,8 @@ __global__ void __launch_bounds__(1024) directed_kernel(State* state, Directed d
         // The slot is free once the message that lay in it has been taken. Differences survive the counters' wrap.
         if (threadIdx.x == 0) {
             Patience patience(state, CQIL_DIRECTED, number);
-            while (int32_t(load_system(&acknowledged[target]) - (number - kChannelSlots)) < 0) patience.turn(2, target);
+            while (int32_t(load_acquire_system(&acknowledged[target]) - (number - kChannelSlots)) < 0)
+                patience.turn(2, target);
         }
         __syncthreads();
         char* slot = state->memory[target] + layout.channel(rank, number % kChannelSlots);

@@ -14,6 +14,7 @@
 #include "cqil_trt.h"
 #include "errors.h"
 #include "launch.cuh"
+#include "swiglu.cuh"
 #include "types.cuh"
 
 using namespace cqil_trt;
@@ -70,8 +71,6 @@ __device__ float warp_sum(float x) {
     for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
     return x;
 }
-
-__device__ float gated(float gate, float up) { return __fdividef(gate, 1 + __expf(-gate)) * up; }
 
 // One row: streaming W through shared memory.
 
@@ -254,7 +253,7 @@ __global__ void __launch_bounds__(kThreads, 4) stream_kernel(Operands o) {
             if constexpr (kGated) gate += float(bias[row]);
             sum += float(bias[kGated ? o.outputs + row : row]);
         }
-        static_cast<T*>(o.out)[row] = T((kGated ? gated(gate, sum) : sum) + added);
+        static_cast<T*>(o.out)[row] = kGated ? swiglu(T(gate), T(sum)) : T(sum + added);
     };
     Sums sums;
     float gate = 0, added = 0;
@@ -489,9 +488,8 @@ __global__ void __launch_bounds__(kThreads) plain_kernel(Operands o) {
         }
         if (lane != 0 || n >= rows) continue;
         const size_t to = size_t(first + n) * o.outputs + row;
-        float result = kGated ? gated(y[0], y[kHalves - 1]) : y[0];
-        if (residual != nullptr) result += float(residual[to]);
-        static_cast<T*>(o.out)[to] = T(result);
+        if (residual != nullptr) y[0] += float(residual[to]);
+        static_cast<T*>(o.out)[to] = kGated ? swiglu(T(y[0]), T(y[kHalves - 1])) : T(y[0]);
     }
 }
 

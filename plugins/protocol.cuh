@@ -17,8 +17,10 @@
 // GPU. Words (symmetric) or halves (directed) are checked one by one and need no order among each other. Orders that matter:
 //  (1) our clear of a buffer before a peer's next write to it: the clear is done when our kernel ends; the peer writes
 //      only after it has seen our data of the following operation, which is a later kernel of the same stream.
-//  (2) our reads of a channel slot before the sender's overwrite: the acknowledgement follows a block barrier and a
-//      __threadfence of every block, and a fence.acq_rel.sys in the last one. It is off the path of the data.
+//  (2) our reads of a channel slot before the sender's overwrite. Release: the acknowledgement follows a block barrier and a
+//      __threadfence of every block, and a fence.acq_rel.sys in the last one. Acquire: in each of the sender's blocks one
+//      thread reads the acknowledgement by ld.acquire.sys, and a block barrier passes the order on to the threads that
+//      overwrite the slot. Both are off the path of the data.
 //  (3) counters of this rank (epoch, messages): written by the last block after all blocks have read them, read by the
 //      next kernel of the stream.
 #pragma once
@@ -27,6 +29,7 @@
 #include <stdint.h>
 
 #include "cqil_trt.h"
+#include "patience.cuh"
 
 namespace cqil_trt {
 
@@ -113,6 +116,12 @@ __device__ inline uint32_t load_system(const uint32_t* address) {
     return value;
 }
 
+// Orders what this thread, and after a barrier its block, does later after what the writer of the value did before a fence.
+__device__ inline uint32_t load_acquire_system(const uint32_t* address) {
+    uint32_t value;
+    asm volatile("ld.acquire.sys.global.b32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+    return value;
+}
 
 // The same as two accesses of 8 bytes, each whole.
 __device__ inline void store_halves(void* address, uint64_t first, uint64_t second) {
@@ -149,9 +158,7 @@ public:
         asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
         if (began_ == 0) began_ = now;
         if (state_->timeout_ns == 0 || now - began_ < state_->timeout_ns) return;
-        // The first to give up says why and ends the kernel; the others wait for that, so that it can finish saying it.
-        if (atomicCAS(&state_->gave_up, 0u, 1u) != 0)
-            while (true) __nanosleep(1000);
+        be_first_to_give_up(&state_->gave_up);
         volatile cqil_failure* record = state_->failure;
         record->rank = state_->rank;
         record->peer = peer;

@@ -31,10 +31,12 @@
 #include <vector>
 
 #include "cqil_trt.h"
+#include "errors.h"
 
 namespace {
 
 using namespace nvinfer1;
+using cqil_trt::fail;
 
 constexpr char kNamespace[] = CQIL_PLUGIN_NAMESPACE;
 constexpr char kVersion[] = CQIL_PLUGIN_VERSION;
@@ -92,7 +94,7 @@ int32_t report(const char* plugin, const char* reason) {
 }
 
 // What the plugins share. Derived, named as in CQIL_PLUGINS, gives the member functions valid(), inputs(), outputs() and
-// run(); it may replace output_dimensions() and supports(), which say here that outputs are like the first input and all
+// run(), which fails by fail(); it may replace output_dimensions() and supports(), which say here that outputs are like the first input and all
 // data is of that type. kIntegers: how many inputs, the last ones, are int32.
 template <typename Derived, typename FieldsT>
 class Plugin : public IPluginV2DynamicExt, public Declaration<FieldsT> {
@@ -149,15 +151,15 @@ protected:
     bool supports(int32_t position, PluginTensorDesc const* io, int32_t) const { return io[position].type == type(); }
     DataType type() const { return to_tensorrt(fields_.dtype); }
     cqil_dtype dtype() const { return static_cast<cqil_dtype>(fields_.dtype); }
+    // Null after fail().
     cqil_workspace* workspace(void const* const* in) const {
         if (self().integers() == 0) {
             cqil_workspace* shared = cqil_workspace_shared();
-            if (shared == nullptr) report(Derived::kName, "this process shares no workspace (cqil_workspace_share)");
+            if (shared == nullptr) fail("this process shares no workspace (cqil_workspace_share)");
             return shared;
         }
         cqil_workspace* found = cqil_workspace_find(in[self().inputs() - 1]);
-        if (found == nullptr)
-            report(Derived::kName, "its input `workspace` is not bound to the address of an open workspace");
+        if (found == nullptr) fail("its input `workspace` is not bound to the address of an open workspace");
         return found;
     }
 
@@ -182,10 +184,12 @@ public:
             void* const* out, void*, cudaStream_t stream) const {
         const Dims& dims = input[0].dims;
         const size_t count = elements(dims);
+        cqil_workspace* space = workspace(in);
+        if (space == nullptr) return -1;
         if (fields_.mode < 2)
-            return cqil_all_reduce(workspace(in), in[0], fields_.mode ? in[1] : nullptr, out[0], count, dtype(), stream);
+            return cqil_all_reduce(space, in[0], fields_.mode ? in[1] : nullptr, out[0], count, dtype(), stream);
         const int hidden = static_cast<int>(dims.d[dims.nbDims - 1]);
-        return cqil_all_reduce_residual_norm(workspace(in), in[0], in[1], in[2], out[0], out[1],
+        return cqil_all_reduce_residual_norm(space, in[0], in[1], in[2], out[0], out[1],
                                              static_cast<int>(count / hidden), hidden, fields_.eps, dtype(), stream);
     }
 };
@@ -212,18 +216,14 @@ public:
             void* const* out, void*, cudaStream_t stream) const {
         const size_t count = elements(output[0].dims);
         cqil_workspace* space = workspace(in);
-        if (space == nullptr || cqil_workspace_rank(space) != fields_.rank) return wrong_rank();
+        if (space == nullptr) return -1;
+        if (const int rank = cqil_workspace_rank(space); rank != fields_.rank)
+            return fail("the engine was built for rank %d, the workspace is that of rank %d", fields_.rank, rank);
         if (fields_.rank == 0) {
             const size_t bytes = count * (fields_.dtype == CQIL_FLOAT32 ? 4 : 2);
-            if (cudaMemcpyAsync(out[0], in[0], bytes, cudaMemcpyDeviceToDevice, stream) != cudaSuccess) return -1;
+            CQIL_CUDA(cudaMemcpyAsync(out[0], in[0], bytes, cudaMemcpyDeviceToDevice, stream));
         }
         return cqil_broadcast(space, in[0], out[0], count, dtype(), stream);
-    }
-
-private:
-    int wrong_rank() const {
-        report(kName, "the engine was built for another rank than the workspace's");
-        return -1;
     }
 };
 
@@ -239,8 +239,9 @@ public:
     int32_t outputs() const { return 1; }
     int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in,
             void* const* out, void*, cudaStream_t stream) const {
-        return cqil_bypass(workspace(in), in[0], out[0], elements(input[0].dims), fields_.distance,
-                           dtype(), stream);
+        cqil_workspace* space = workspace(in);
+        if (space == nullptr) return -1;
+        return cqil_bypass(space, in[0], out[0], elements(input[0].dims), fields_.distance, dtype(), stream);
     }
 };
 
@@ -315,7 +316,8 @@ public:
             cudaStream_t stream) const {
         const size_t count = elements(input[0].dims);
         if (fields_.terms) return cqil_add(in[0], in[1], out[0], count, dtype(), stream);
-        return cudaMemsetAsync(out[0], 0, count * (fields_.dtype == CQIL_FLOAT32 ? 4 : 2), stream) != cudaSuccess;
+        CQIL_CUDA(cudaMemsetAsync(out[0], 0, count * (fields_.dtype == CQIL_FLOAT32 ? 4 : 2), stream));
+        return 0;
     }
 };
 

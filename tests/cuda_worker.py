@@ -2,10 +2,12 @@
 
 usage: cuda_worker.py SEED OPERATIONS REPLAYS
 
+With a library built with CQIL_TEST_DELAYS=ON, named by CQIL_TRT_PLUGINS, each rank also delays some blocks at random.
 Sums must equal, bit for bit but for the sign of zero, the float32 sum in rank order rounded once, and be within a
 rounding of the float64 sum. Prints one line on rank 0 and exits 0 when everything was right.
 """
 
+import ctypes
 import random
 import sys
 import zlib
@@ -147,6 +149,28 @@ def float64_bound(inputs, found, dtype):
     )
 
 
+def delay_blocks(library, chance):
+    """Delays some blocks of the kernels to come, or none; only in a library that can."""
+    if not hasattr(library, "cqil_test_delays"):
+        return
+    torch.cuda.synchronize()
+    for place in range(2):
+        delays = [chance.choice([0, 0, 0, 5_000, 100_000]) for _ in range(chance.choice([0, 1, 7, 64]))]
+        assert library.cqil_test_delays(place, (ctypes.c_uint32 * len(delays))(*delays), len(delays)) == 0
+
+
+def flood(communicator, check, chance, seed):
+    """Messages whose sender is soon as far ahead as it may be, each checked."""
+    size = chance.choice([1, 1000, 100_000])
+    rounds = [random_inputs(torch.float32, size, seed, "flood", number) for number in range(12)]
+    bypassed = [communicator.bypass(inputs[rank], world - 1) for inputs in rounds]
+    sent = [communicator.broadcast(inputs[rank]) for inputs in rounds]
+    for inputs, one, other in zip(rounds, bypassed, sent):
+        check.equal(other, inputs[0])
+        if rank:
+            check.equal(one, ordered_sum(inputs[:rank]))
+
+
 def main(seed, operations, replays):
     chance = random.Random(seed)  # the same on every rank
     lag = random.Random(seed * 31 + rank)  # each rank's own delays
@@ -170,10 +194,14 @@ def main(seed, operations, replays):
             chance.choice([0, 0, 16, 4096]),
             chance.randint(0, 1),
         )
+        if number % 4 == 0:
+            delay_blocks(communicator.workspace.library, lag)
         torch.cuda._sleep(lag.choice([0, 0, 1000, 200_000]))
         operation(kind, dtype, rows, hidden, d, communicator, inputs, residual, weight, check, special)
         if kind == "all_reduce" and not special:
             wrong64 += float64_bound(inputs, communicator.all_reduce(inputs[rank]), dtype)
+        if number % 20 == 0:
+            flood(communicator, check, chance, (seed, number))
     eager = check.wrong.item()
 
     # Graphs: inputs change on the device at every replay, and results are checked there.

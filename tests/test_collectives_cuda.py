@@ -1,5 +1,8 @@
-"""The CUDA collectives on GPUs: cuda_worker.py and cuda_failure.py under mpirun. Skipped where there is no GPU."""
+"""The CUDA kernels on GPUs: the workers in this directory. Most are skipped where there is no GPU."""
 
+import os
+import re
+import shutil
 import subprocess
 import sys
 
@@ -7,14 +10,32 @@ import pytest
 import torch
 from conftest import ROOT, SEED, mpirun, need_plugins
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+from cqil_trt import plugins
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
+HEADERS = ROOT / "third_party" / "tensorrt_headers"
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def library():
     need_plugins()
 
 
+@pytest.fixture(scope="module")
+def delays(tmp_path_factory):
+    """The environment in which the kernels are those of a library whose blocks can be delayed."""
+    if shutil.which("nvcc") is None or shutil.which("cmake") is None:
+        pytest.skip("needs cmake and nvcc to build the kernels with delays")
+    path = tmp_path_factory.mktemp("delays") / plugins.LIBRARY
+    capability = "".join(map(str, torch.cuda.get_device_capability()))
+    build = [sys.executable, "-m", "cqil_trt.plugins", "build", "--architectures", capability, "--output", path]
+    subprocess.run(build, cwd=ROOT, env={**os.environ, "CQIL_TEST_DELAYS": "ON"}, check=True)
+    return {"CQIL_TRT_PLUGINS": str(path)}
+
+
+@needs_gpu
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize(
     "ranks, operations, replays", [(1, 100, 100), (2, 400, 10_000), (3, 60, 50), (4, 60, 50), (8, 20, 10)]
 )
@@ -26,6 +47,92 @@ def test_sums_order_and_bits(ranks, operations, replays):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@needs_gpu
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_delayed_blocks_change_no_sum(ranks, delays):
+    done = mpirun(ranks, SEED % 100_000, 60, 20, script="tests/cuda_worker.py", env=delays)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def kernels(*arguments, env=None, timeout=300):
+    """Runs cuda_kernels_worker.py. A kernel that spins for ever ends with its process, after the time limit."""
+    command = [sys.executable, "tests/cuda_kernels_worker.py", *map(str, arguments)]
+    environment = {**os.environ, **(env or {})}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@needs_gpu
+@pytest.mark.usefixtures("library")
+def test_kernels_agree_with_float64():
+    assert "agree with float64" in kernels(SEED % 100_000, 5)
+
+
+@needs_gpu
+@pytest.mark.usefixtures("library")
+def test_swiglu_is_one_function():
+    assert "agree with float64" in kernels(SEED % 100_000, 1, "swiglu")
+
+
+@needs_gpu
+@pytest.mark.parametrize("check", ["joins", "overlap", "repeat"])
+def test_kernels_that_overlap(check, delays):
+    assert "agree with float64" in kernels(SEED % 100_000, 5, check, env=delays, timeout=120)
+
+
+@needs_gpu
+def test_attention_gives_up_with_a_reason(delays):
+    assert "the limit ends the wait and is named" in kernels(SEED % 100_000, 1, "limit", env=delays, timeout=60)
+
+
+@needs_nvcc
+def test_the_directed_sender_acquires_a_slot(tmp_path):
+    """The loads of an acknowledgement are acquires: nothing on a GPU at hand would show that they are not."""
+    ptx = tmp_path / "collectives.ptx"
+    command = ["nvcc", "-std=c++17", "-ptx", "-arch=sm_90", "-o", ptx, ROOT / "plugins" / "collectives.cu"]
+    subprocess.run(command, check=True)
+    directed = [part for part in re.split(r"\.entry", ptx.read_text()) if "directed_kernel" in part.split("(")[0]]
+    assert len(directed) == 3
+    assert all("ld.acquire.sys.global" in part for part in directed)
+
+
+@needs_nvcc
+def test_a_plugin_that_fails_prints_its_own_reason_once(tmp_path):
+    headers = HEADERS / "11.1"
+    path = plugins.build(headers, "90", tmp_path / plugins.LIBRARY)
+    program = tmp_path / "plugin_failures"
+    options = ["-std=c++17", "-Xcompiler=-Wno-deprecated-declarations", f"-I{headers}", f"-I{ROOT / 'plugins'}"]
+    source = ROOT / "tests" / "plugin_failures.cpp"
+    subprocess.run(["nvcc", *options, "-o", program, source, "-ldl"], check=True)
+    done = subprocess.run([program, path], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    said = {}
+    for part in re.split("^== ", done.stderr, flags=re.MULTILINE)[1:]:
+        name, *lines = part.splitlines()
+        said[name] = lines
+    reasons = {
+        "memset": "CqilAdd: cudaMemsetAsync",
+        "unbound broadcast": "CqilBroadcast: its input `workspace` is not bound",
+        "unbound bypass": "CqilBypass: its input `workspace` is not bound",
+        "unshared bypass": "CqilBypass: this process shares no workspace",
+    }
+    if torch.cuda.is_available():
+        reasons |= {
+            "wrong rank": "CqilBroadcast: the engine was built for rank 1, the workspace is that of rank 0",
+            "memcpy": "CqilBroadcast: cudaMemcpyAsync",
+            "distance": "CqilBypass: distance 1 is not from 0 to 0",
+        }
+    else:
+        assert said.pop("no GPU") == []
+    assert said.keys() == reasons.keys()
+    for name, reason in reasons.items():
+        assert len(said[name]) == 2 and said[name][1] == "status -1", (name, said[name])
+        assert said[name][0].startswith(f"error: {reason}"), (name, said[name])
+
+
+@needs_gpu
+@pytest.mark.usefixtures("library")
 def test_a_killed_rank_is_named(tmp_path):
     command = [sys.executable, "tests/cuda_failure.py"]
     ranks = [
