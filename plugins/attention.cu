@@ -1,8 +1,8 @@
 // Causal attention over a KV cache of our own layout, with head norms, rotary embedding and the cache's update inside.
 //
-// A decode step is one kernel: every block rotates the query (and the new key) itself, covers a span of the cache, and the
-// last block of a head to finish puts the spans together. A prefill rotates and appends first, then attends, on tensor cores
-// where type and head dimension allow.
+// A decode step is one kernel: every block rotates the query (and the new key) itself, covers a span of the cache, and
+// the last block of a head to finish puts the spans together. A prefill rotates and appends first, then attends, on
+// tensor cores where type and head dimension allow.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -42,8 +42,8 @@ __host__ __device__ size_t cache_elements(const cqil_attention_shape& s) {
     return size_t(s.max_batch) * s.kv_heads * s.capacity * s.head_dim;
 }
 
-// Blocks for one head of one sequence: together about one a multiprocessor, so that the kernel behind this one finds room
-// for what it fetches ahead.
+// Blocks for one head of one sequence: together about one a multiprocessor, so that the kernel behind this one finds
+// room for what it fetches ahead.
 int span_count(const cqil_attention_shape& s, int processors) {
     return std::clamp(processors / (s.heads * s.batch), 1, kMaxSpans);
 }
@@ -81,8 +81,8 @@ struct Inputs {
     void* cache;
 };
 
-// What one of `kLanes` lanes holds of a head: kElements of the first half or of the second, so that the elements that are
-// rotated with its own are those of one other lane.
+// What one of `kLanes` lanes holds of a head: kElements of the first half or of the second, so that the elements that
+// are rotated with its own are those of one other lane.
 template <int kElements>
 struct Lane {
     int number, dim, begin, count;
@@ -134,8 +134,8 @@ struct Head {
         }
     }
 
-    // RMSNorm with `norm` where it is given, rounding to T before the weight as the definition does. All lanes of a warp
-    // call this together.
+    // RMSNorm with `norm` where it is given, rounding to T before the weight as the definition does. All lanes of a
+    // warp call this together.
     __device__ void normalise(const T* norm, float eps, const Lane<kElements>& lane) {
         float sum = 0;
 #pragma unroll
@@ -145,7 +145,8 @@ struct Head {
         const float scale = rsqrtf(sum / float(lane.dim) + eps);
 #pragma unroll
         for (int i = 0; i < kElements; ++i)
-            if (i < lane.count) value[i] = narrow<T>(wide(narrow<T>(wide(value[i]) * scale)) * wide(norm[lane.begin + i]));
+            if (i < lane.count)
+                value[i] = narrow<T>(wide(narrow<T>(wide(value[i]) * scale)) * wide(norm[lane.begin + i]));
     }
 };
 
@@ -174,8 +175,8 @@ struct Rotation {
     }
 };
 
-// Rotates queries into `queries` [rows, heads, head_dim] and appends keys and values to the cache. Grid: rows, heads of all
-// kinds / groups of a block.
+// Rotates queries into `queries` [rows, heads, head_dim] and appends keys and values to the cache. Grid: rows, heads of
+// all kinds / groups of a block.
 template <typename T, int kElements, bool kPacked>
 __global__ void __launch_bounds__(kThreads) append_kernel(cqil_attention_shape s, Inputs in, T* queries) {
     release_successor();
@@ -213,8 +214,8 @@ struct Ring {
             constexpr int kSize = int(sizeof(typename H::Packet));
 #pragma unroll
             for (int i = 0; i < H::kPackets; ++i)
-                asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(
-                                 static_cast<unsigned>(__cvta_generic_to_shared(&ring.data[slot][which][i][threadIdx.x]))),
+                asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(static_cast<unsigned>(
+                                 __cvta_generic_to_shared(&ring.data[slot][which][i][threadIdx.x]))),
                              "l"(row + lane.begin + i * (kSize / int(sizeof(T)))), "n"(kSize)
                              : "memory");
         } else {
@@ -237,10 +238,10 @@ struct Ring {
     }
 };
 
-// Behind a layer's cache: how blocks of one head send their spans' results to the block of its last span. Each number is
-// written together with the count of the head's joins, which says that it is this step's. That block was the last of them to
-// start, so it waits for none that waits for room. It counts the join when it has received everything: what was sent bears
-// the number that its sender had read, so none reads the counter any more.
+// Behind a layer's cache: how blocks of one head send their spans' results to the block of its last span. Each number
+// is written together with the count of the head's joins, which says that it is this step's. That block was the last of
+// them to start, so it waits for none that waits for room. It counts the join when it has received everything: what was
+// sent bears the number that its sender had read, so none reads the counter any more.
 struct Joint {
     static constexpr int kAhead = 2;
     unsigned* counter;
@@ -297,7 +298,8 @@ struct Joint {
             for (int i = 0; i < kAhead; ++i) {
                 const int at = 2 * (begin + i * kAttendThreads);
                 if (at < 2 * pairs)
-                    put(at / width, at % width, __uint_as_float(unsigned(word[i][0])), __uint_as_float(unsigned(word[i][1])));
+                    put(at / width, at % width, __uint_as_float(unsigned(word[i][0])),
+                        __uint_as_float(unsigned(word[i][1])));
             }
         }
     }
@@ -318,16 +320,18 @@ private:
     }
 };
 
-// Blocks that registers leave room for on a multiprocessor in decoding: left to itself nvcc makes room for more by spilling.
+// Blocks that registers leave room for on a multiprocessor in decoding: left to itself nvcc makes room for more by
+// spilling.
 template <typename T, int kElements, bool kDecode>
 constexpr int attend_blocks() {
     if (!kDecode) return 0;  // as nvcc likes
     return kElements <= 4 ? 4 : kElements <= 8 ? 3 : std::is_same_v<T, float> ? 1 : 2;
 }
 
-// One query against a span of the keys. Decode: rotates query and new key itself, and reads what was in the cache before
-// this step while the kernel ahead still computes them; grid: heads, spans, sequences. Prefill (kDecode false): `queries`
-// are rotated and keys appended; grid: heads, tokens, sequences, and a span is everything. Small code, as in linear.cu.
+// One query against a span of the keys. Decode: rotates query and new key itself, and reads what was in the cache
+// before this step while the kernel ahead still computes them; grid: heads, spans, sequences. Prefill (kDecode false):
+// `queries` are rotated and keys appended; grid: heads, tokens, sequences, and a span is everything. Small code, as in
+// linear.cu.
 template <typename T, int kElements, bool kPacked, bool kDecode>
 __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kDecode>())
     attend_kernel(cqil_attention_shape s, Inputs in, const T* queries, T* out, Limit limit) {
@@ -390,8 +394,8 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kD
         q.read(queries + (size_t(row) * s.heads + head) * dim, lane);
     }
 
-    // A running softmax over keys: maximum (times log2 e), sum of weights, weighted values. All lanes of a warp stay in the
-    // loop together: they exchange sums.
+    // A running softmax over keys: maximum (times log2 e), sum of weights, weighted values. All lanes of a warp stay in
+    // the loop together: they exchange sums.
     float most = -INFINITY, sum = 0, value[kElements] = {};
     const float scale = rsqrtf(float(dim)) * kLog2e;
     int slot = 0;
@@ -478,8 +482,9 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kD
     }
 }
 
-// Prefill on tensor cores: a block takes kTile queries of one head against tiles of kTile keys, a warp 16 of the queries.
-// Scores are computed twice, first for each row's maximum and sum, then for the weights, so that nothing is rescaled.
+// Prefill on tensor cores: a block takes kTile queries of one head against tiles of kTile keys, a warp 16 of the
+// queries. Scores are computed twice, first for each row's maximum and sum, then for the weights, so that nothing is
+// rescaled.
 constexpr int kTile = 64;
 constexpr int kPad = 8;  // spreads rows over shared memory's banks
 
@@ -507,7 +512,8 @@ __device__ void load_tile(T (*to)[kDim + kPad], const T* from, size_t stride, in
 
 // Grid: tiles of queries, heads, sequences.
 template <typename T, int kDim>
-__global__ void __launch_bounds__(kThreads) prefill_kernel(cqil_attention_shape s, Inputs in, const T* queries, T* out) {
+__global__ void __launch_bounds__(kThreads)
+    prefill_kernel(cqil_attention_shape s, Inputs in, const T* queries, T* out) {
     using namespace nvcuda::wmma;
     release_successor();
     wait_for_predecessor();
@@ -614,8 +620,8 @@ int prefill(const cqil_attention_shape& s, const Inputs& in, const T* queries, T
     return launch(prefill_kernel<T, kDim>, {grid, kThreads, stream, true, kBytes}, s, in, queries, out);
 }
 
-// Which caches attention has used on a stream since kernels last started there after all before them had ended. What starts
-// early would read them too early.
+// Which caches attention has used on a stream since kernels last started there after all before them had ended. What
+// starts early would read them too early.
 class Touched {
 public:
     // Notes that a cache is used on a stream; *overlap: whether a kernel that reads it early may start early.
@@ -679,7 +685,8 @@ int find_limit(Limit* limit) {
             // Allocating does not disturb a capture that this thread has begun, but the default mode forbids it.
             cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
             CQIL_CUDA(cudaThreadExchangeStreamCaptureMode(&mode));
-            const cudaError_t error = cudaHostAlloc(&memory, sizeof(GaveUp), cudaHostAllocMapped | cudaHostAllocPortable);
+            const cudaError_t error =
+                cudaHostAlloc(&memory, sizeof(GaveUp), cudaHostAllocMapped | cudaHostAllocPortable);
             CQIL_CUDA(cudaThreadExchangeStreamCaptureMode(&mode));
             CQIL_CUDA(error);
             *static_cast<GaveUp*>(memory) = {};
@@ -701,8 +708,8 @@ int attend(const cqil_attention_shape& s, const Inputs& in, void* out, void* scr
         const dim3 grid(s.heads, span_count(s, processors), s.batch);
         Limit limit = {};
         if (find_limit(&limit)) return -1;
-        return launch(attend_kernel<T, kElements, kPacked, true>, {grid, kAttendThreads, stream, overlap}, s, in, nullptr,
-                      result, limit);
+        return launch(attend_kernel<T, kElements, kPacked, true>, {grid, kAttendThreads, stream, overlap}, s, in,
+                      nullptr, result, limit);
     }
     T* queries = static_cast<T*>(scratch);
     const int heads = s.heads + 2 * s.kv_heads;
@@ -713,8 +720,8 @@ int attend(const cqil_attention_shape& s, const Inputs& in, void* out, void* scr
         if (s.head_dim == 64) return prefill<T, 64>(s, in, queries, result, stream);
         if (s.head_dim == 128) return prefill<T, 128>(s, in, queries, result, stream);
     }
-    return launch(attend_kernel<T, kElements, kPacked, false>, {dim3(s.heads, s.length, s.batch), kAttendThreads, stream}, s,
-                  in, queries, result, Limit{});
+    return launch(attend_kernel<T, kElements, kPacked, false>,
+                  {dim3(s.heads, s.length, s.batch), kAttendThreads, stream}, s, in, queries, result, Limit{});
 }
 
 template <typename T, int kElements>
@@ -737,8 +744,8 @@ int check(const cqil_attention_shape& s) {
     if (s.head_dim < 2 || s.head_dim % 2 || s.head_dim > kMaxHeadDim)
         return fail("head dimension %d is not an even number up to %d", s.head_dim, kMaxHeadDim);
     if (s.group < 1 || s.first < 0 || (s.heads - 1 + s.first) / s.group >= s.kv_heads)
-        return fail("%d query heads from %d in groups of %d need more than %d key/value heads", s.heads, s.first, s.group,
-                    s.kv_heads);
+        return fail("%d query heads from %d in groups of %d need more than %d key/value heads", s.heads, s.first,
+                    s.group, s.kv_heads);
     if (s.dtype < CQIL_FLOAT32 || s.dtype > CQIL_BFLOAT16) return fail("type %d is not known", s.dtype);
     if (s.batch > 65535 || s.length > 65535) return fail("%d sequences or %d tokens are too many", s.batch, s.length);
     return 0;
@@ -769,24 +776,25 @@ const char* cqil_attention_failure(void) {
     const volatile GaveUp* r = record;
     if (r == nullptr || r->code == 0) return nullptr;
     thread_local char text[256];
-    snprintf(text, sizeof(text),
-             "attention gave up waiting for part %u of head %u of sequence %u, in the head's join number %u: another block "
-             "of the same kernel did not deliver it within the time limit",
-             r->span, r->head, r->sequence, r->join);
+    snprintf(
+        text, sizeof(text),
+        "attention gave up waiting for part %u of head %u of sequence %u, in the head's join number %u: another block "
+        "of the same kernel did not deliver it within the time limit",
+        r->span, r->head, r->sequence, r->join);
     return text;
 }
 
-int cqil_attention(const cqil_attention_shape* s, const void* qkv, const int32_t* past, const float* cos, const float* sin,
-                   const void* q_norm, const void* k_norm, void* cache, void* out, void* scratch, void* stream) {
+int cqil_attention(const cqil_attention_shape* s, const void* qkv, const int32_t* past, const float* cos,
+                   const float* sin, const void* q_norm, const void* k_norm, void* cache, void* out, void* scratch,
+                   void* stream) {
     if (check(*s)) return -1;
     if ((q_norm == nullptr) != (k_norm == nullptr)) return fail("one head norm of two is given");
     if (s->length == 1 && out == nullptr) return fail("one new token attends at once");
     if (s->batch == 0 || s->length == 0) return 0;
     const Inputs in = {qkv, past, cos, sin, q_norm, k_norm, cache};
     auto st = static_cast<cudaStream_t>(stream);
-    return by_type(s->dtype, [&](auto* type) {
-        return attend<std::remove_pointer_t<decltype(type)>>(*s, in, out, scratch, st);
-    });
+    return by_type(s->dtype,
+                   [&](auto* type) { return attend<std::remove_pointer_t<decltype(type)>>(*s, in, out, scratch, st); });
 }
 
 }  // extern "C"

@@ -21,7 +21,7 @@
 using namespace cqil_trt;
 
 struct cqil_workspace {
-    State host;            // as last written to the device
+    State host;  // as last written to the device
     State* device = nullptr;
     char* memory = nullptr;
     cqil_failure* failure = nullptr;
@@ -66,7 +66,8 @@ std::unordered_map<const void*, cqil_workspace*>& registry() {
 std::atomic<cqil_workspace*> shared_workspace{nullptr};
 
 // Messages up to this size go whole to every peer; above, each rank adds up its share and returns it. Measured for two
-// ranks on H200s (docs/allreduce.md); scaled down, not measured, for more, where one-shot sends world - 1 times the data.
+// ranks on H200s (docs/allreduce.md); scaled down, not measured, for more, where one-shot sends world - 1 times the
+// data.
 size_t default_one_shot_bytes(int world) { return world <= 2 ? 2 << 20 : world <= 4 ? 512 << 10 : 256 << 10; }
 constexpr size_t kDefaultMaxBytes = 16 << 20;
 // A row of the fused kernel: 1,024 threads of two packets.
@@ -76,8 +77,10 @@ using AllReduceKernel = void (*)(State*, AllReduce);
 
 template <typename T, int kWorld>
 AllReduceKernel pick(int vectors, bool norm, bool two_shot) {
-    if (!norm) return two_shot ? all_reduce_kernel<T, kWorld, 1, false, true> : all_reduce_kernel<T, kWorld, 1, false, false>;
-    if (vectors == 1) return two_shot ? all_reduce_kernel<T, kWorld, 1, true, true> : all_reduce_kernel<T, kWorld, 1, true, false>;
+    if (!norm)
+        return two_shot ? all_reduce_kernel<T, kWorld, 1, false, true> : all_reduce_kernel<T, kWorld, 1, false, false>;
+    if (vectors == 1)
+        return two_shot ? all_reduce_kernel<T, kWorld, 1, true, true> : all_reduce_kernel<T, kWorld, 1, true, false>;
     return two_shot ? all_reduce_kernel<T, kWorld, 2, true, true> : all_reduce_kernel<T, kWorld, 2, true, false>;
 }
 
@@ -106,15 +109,16 @@ DirectedKernel pick_directed(cqil_dtype dtype) {
     }
 }
 
-// A kernel that is loaded when it is first launched may wait for the device, on which a kernel may be waiting for a peer
-// that loads the same kernel: all are loaded before the first collective.
+// A kernel that is loaded when it is first launched may wait for the device, on which a kernel may be waiting for a
+// peer that loads the same kernel: all are loaded before the first collective.
 int load_kernels(int world) {
     cudaFuncAttributes attributes;
     for (cqil_dtype dtype : {CQIL_FLOAT32, CQIL_FLOAT16, CQIL_BFLOAT16}) {
         for (int vectors : {1, 2})
             for (bool norm : {false, true})
                 for (bool two_shot : {false, true})
-                    CQIL_CUDA(cudaFuncGetAttributes(&attributes, (const void*)pick(dtype, world, vectors, norm, two_shot)));
+                    CQIL_CUDA(
+                        cudaFuncGetAttributes(&attributes, (const void*)pick(dtype, world, vectors, norm, two_shot)));
         CQIL_CUDA(cudaFuncGetAttributes(&attributes, (const void*)pick_directed(dtype)));
     }
     CQIL_CUDA(cudaFuncGetAttributes(&attributes, (const void*)argmax_kernel));
@@ -185,7 +189,8 @@ const char* cqil_version(void) { return CQIL_VERSION; }
 
 int cqil_workspace_create(int rank, int world_size, size_t one_shot_bytes, size_t max_bytes, double timeout_seconds,
                           cqil_workspace** workspace) {
-    if (world_size < 1 || world_size > kMaxRanks) return fail("world size %d is not from 1 to %d", world_size, kMaxRanks);
+    if (world_size < 1 || world_size > kMaxRanks)
+        return fail("world size %d is not from 1 to %d", world_size, kMaxRanks);
     if (rank < 0 || rank >= world_size) return fail("rank %d is not from 0 to %d", rank, world_size - 1);
     uint64_t timeout_ns = 0;
     if (to_nanoseconds(timeout_seconds, &timeout_ns)) return -1;
@@ -247,8 +252,9 @@ int cqil_workspace_open(cqil_workspace* w, const void* handles) {
         void* mapped = nullptr;
         cudaError_t error = cudaIpcOpenMemHandle(&mapped, handle, cudaIpcMemLazyEnablePeerAccess);
         if (error != cudaSuccess)
-            return fail("rank %d cannot map the memory of rank %d (%s): peer-to-peer access between their GPUs is needed",
-                        w->host.rank, peer, cudaGetErrorString(error));
+            return fail(
+                "rank %d cannot map the memory of rank %d (%s): peer-to-peer access between their GPUs is needed",
+                w->host.rank, peer, cudaGetErrorString(error));
         w->host.memory[peer] = static_cast<char*>(mapped);
     }
     CQIL_CUDA(cudaMemcpy(w->device, &w->host, sizeof(State), cudaMemcpyHostToDevice));
@@ -307,7 +313,8 @@ int cqil_workspace_failure(cqil_workspace* w, cqil_failure* failure) {
 }
 
 int cqil_workspace_tune(cqil_workspace* w, int threads, int blocks, size_t one_shot_bytes, int overlap) {
-    if (threads < 0 || threads > 1024 || threads % 32) return fail("%d threads are not a multiple of 32 up to 1024", threads);
+    if (threads < 0 || threads > 1024 || threads % 32)
+        return fail("%d threads are not a multiple of 32 up to 1024", threads);
     if (blocks < 0 || blocks > w->multiprocessors) return fail("%d blocks are more than the multiprocessors", blocks);
     w->threads = threads;
     w->blocks = blocks;
@@ -346,7 +353,8 @@ int cqil_all_reduce_residual_norm(cqil_workspace* w, const void* in, const void*
     const size_t row_bytes = size_t(hidden) * element_bytes(dtype);
     if (row_bytes % sizeof(Packet) || row_bytes > kMaxRowBytes)
         return fail("a row of %zu bytes is not a multiple of 16 up to %zu", row_bytes, kMaxRowBytes);
-    for (const void* p : {in, residual, weight, static_cast<const void*>(residual_out), static_cast<const void*>(normed)})
+    for (const void* p :
+         {in, residual, weight, static_cast<const void*>(residual_out), static_cast<const void*>(normed)})
         if (p == nullptr || !aligned(p)) return fail("pointers must be given and 16-byte aligned");
     const int step = int(w->max_bytes / row_bytes);
     for (int row = 0; row < rows; row += step) {
@@ -380,9 +388,11 @@ int cqil_broadcast(cqil_workspace* w, const void* in, void* out, size_t count, c
                     static_cast<cudaStream_t>(stream));
 }
 
-int cqil_bypass(cqil_workspace* w, const void* in, void* out, size_t count, int distance, cqil_dtype dtype, void* stream) {
+int cqil_bypass(cqil_workspace* w, const void* in, void* out, size_t count, int distance, cqil_dtype dtype,
+                void* stream) {
     if (check(w, dtype)) return -1;
-    if (distance < 0 || distance >= w->host.world) return fail("distance %d is not from 0 to %d", distance, w->host.world - 1);
+    if (distance < 0 || distance >= w->host.world)
+        return fail("distance %d is not from 0 to %d", distance, w->host.world - 1);
     uint32_t targets = 0, sources = 0;
     for (int i = 1; i <= distance; ++i) {
         if (w->host.rank + i < w->host.world) targets |= 1u << (w->host.rank + i);
@@ -397,9 +407,10 @@ int cqil_argmax(cqil_workspace* w, const float* values, const int32_t* indices, 
     const int most = int(w->one_shot_capacity / sizeof(Packet));
     if (rows < 0 || rows > most) return fail("%d rows, the workspace takes %d", rows, most);
     if (rows == 0) return 0;
-    const int threads = std::min(ceil_to(rows, 32), 256), blocks = std::min((rows + threads - 1) / threads, w->multiprocessors);
-    return launch(argmax_kernel, {dim3(blocks), dim3(threads), static_cast<cudaStream_t>(stream), w->overlap}, w->device,
-                  values, indices, best_value, best_index, uint32_t(rows));
+    const int threads = std::min(ceil_to(rows, 32), 256),
+              blocks = std::min((rows + threads - 1) / threads, w->multiprocessors);
+    return launch(argmax_kernel, {dim3(blocks), dim3(threads), static_cast<cudaStream_t>(stream), w->overlap},
+                  w->device, values, indices, best_value, best_index, uint32_t(rows));
 }
 
 int cqil_ping(cqil_workspace* w, int rounds, double* nanoseconds, void* stream) {

@@ -38,9 +38,9 @@ const char* cqil_last_error(void);
 // The build this library is, e.g. "0.1.0+<hash of its sources>": an engine names the one it needs.
 const char* cqil_version(void);
 
-// Allocates the workspace of `rank` on the current device. `one_shot_bytes` bounds a message that is sent whole to every
-// peer, `max_bytes` any all-reduce (larger ones are split); 0 takes the defaults. `timeout_seconds` bounds every wait,
-// 0 for ever.
+// Allocates the workspace of `rank` on the current device. `one_shot_bytes` bounds a message that is sent whole to
+// every peer, `max_bytes` any all-reduce (larger ones are split); 0 takes the defaults. `timeout_seconds` bounds every
+// wait, 0 for ever.
 int cqil_workspace_create(int rank, int world_size, size_t one_shot_bytes, size_t max_bytes, double timeout_seconds,
                           cqil_workspace** workspace);
 
@@ -82,8 +82,8 @@ int cqil_all_reduce(cqil_workspace* workspace, const void* in, const void* resid
                     cqil_dtype dtype, void* stream);
 
 // residual_out = residual + sum over ranks of in; normed = RMSNorm(residual_out) * weight, for `rows` rows of `hidden`
-// elements. hidden * element size must be a multiple of 16 and at most 32 KiB. residual_out may be residual. `weight` may
-// be read before earlier work on the stream is done: it must not be that work's result.
+// elements. hidden * element size must be a multiple of 16 and at most 32 KiB. residual_out may be residual. `weight`
+// may be read before earlier work on the stream is done: it must not be that work's result.
 int cqil_all_reduce_residual_norm(cqil_workspace* workspace, const void* in, const void* residual, const void* weight,
                                   void* residual_out, void* normed, int rows, int hidden, float eps, cqil_dtype dtype,
                                   void* stream);
@@ -91,14 +91,15 @@ int cqil_all_reduce_residual_norm(cqil_workspace* workspace, const void* in, con
 // Rank 0's `in` on every other rank's `out`; ranks other than 0 may give NULL as `in`, rank 0 as `out`.
 int cqil_broadcast(cqil_workspace* workspace, const void* in, void* out, size_t count, cqil_dtype dtype, void* stream);
 
-// out = sum of the `in` of the min(distance, rank) ranks just before this one; zeros on rank 0. A rank waits for those it
-// receives from, and for those it sends to only when it is more than four messages (of 1 MiB) ahead of them. out must not
-// be in.
+// out = sum of the `in` of the min(distance, rank) ranks just before this one; zeros on rank 0. A rank waits for those
+// it receives from, and for those it sends to only when it is more than four messages (of 1 MiB) ahead of them. out
+// must not be in.
 int cqil_bypass(cqil_workspace* workspace, const void* in, void* out, size_t count, int distance, cqil_dtype dtype,
                 void* stream);
 
-// For each of `rows` rows: of all ranks' (values[row], indices[row]) the largest value, the smallest index among equals,
-// into best_value and best_index on every rank. A rank with no candidate gives -infinity. NaN counts as largest.
+// For each of `rows` rows: of all ranks' (values[row], indices[row]) the largest value, the smallest index among
+// equals, into best_value and best_index on every rank. A rank with no candidate gives -infinity. NaN counts as
+// largest.
 int cqil_argmax(cqil_workspace* workspace, const float* values, const int32_t* indices, float* best_value,
                 int32_t* best_index, int rows, void* stream);
 
@@ -112,8 +113,8 @@ int cqil_ping(cqil_workspace* workspace, int rounds, double* nanoseconds, void* 
 int cqil_gather_rows(const void* table, const int32_t* indices, void* out, int rows, int hidden, cqil_dtype dtype,
                      void* stream);
 
-// For each of `rows` rows of `width` logits the largest value, and its index + offset: the smallest among equals, NaN as
-// largest. What cqil_argmax takes; a rank with width 0 offers -infinity.
+// For each of `rows` rows of `width` logits the largest value, and its index + offset: the smallest among equals, NaN
+// as largest. What cqil_argmax takes; a rank with width 0 offers -infinity.
 int cqil_row_argmax(const void* logits, int rows, int width, int offset, cqil_dtype dtype, float* value, int32_t* index,
                     void* stream);
 
@@ -123,23 +124,24 @@ typedef struct {
     int32_t top_k;
 } cqil_sampling;
 
-// index[row]: a token by temperature, then top-k, then top-p, of `rows` rows of `width` logits; equal ones in the order of
-// their ids. Draws with uniforms[*step * stride + row], which are in [0, 1). `sampling` is in device memory.
+// index[row]: a token by temperature, then top-k, then top-p, of `rows` rows of `width` logits; equal ones in the order
+// of their ids. Draws with uniforms[*step * stride + row], which are in [0, 1). `sampling` is in device memory.
 int cqil_sample(const void* logits, int rows, int width, cqil_dtype dtype, const cqil_sampling* sampling,
                 const double* uniforms, const int32_t* step, int stride, int32_t* index, void* stream);
 
-// out [rows, all]: part [rows, width] in the columns from `first` on, zeros elsewhere. Its sum over ranks is what every rank
-// has side by side.
+// out [rows, all]: part [rows, width] in the columns from `first` on, zeros elsewhere. Its sum over ranks is what every
+// rank has side by side.
 int cqil_spread(const void* part, void* out, int rows, int width, int first, int all, cqil_dtype dtype, void* stream);
 
-// Makes the chosen tokens the input of the next step: tokens[row] = next[row], past[row] = min(past[row] + 1, last); then
-// *step += 1. history[*step % slots * stride + row] gets, in one write, next[row] in its lower half and *step + 1 in its
-// upper one: in page-locked host memory it tells the host that the token is there, before the stream's work is done.
-int cqil_advance(const int32_t* next, int32_t* tokens, int32_t* past, int rows, int last, int32_t* step, uint64_t* history,
-                 int slots, int stride, void* stream);
+// Makes the chosen tokens the input of the next step: tokens[row] = next[row], past[row] = min(past[row] + 1, last);
+// then *step += 1. history[*step % slots * stride + row] gets, in one write, next[row] in its lower half and *step + 1
+// in its upper one: in page-locked host memory it tells the host that the token is there, before the stream's work is
+// done.
+int cqil_advance(const int32_t* next, int32_t* tokens, int32_t* past, int rows, int last, int32_t* step,
+                 uint64_t* history, int slots, int stride, void* stream);
 
-// sum = residual + delta, normed = RMSNorm(sum) * weight, for `rows` rows of `hidden` elements; without delta (NULL) the
-// norm of residual alone, and sum is not written. sum may be residual.
+// sum = residual + delta, normed = RMSNorm(sum) * weight, for `rows` rows of `hidden` elements; without delta (NULL)
+// the norm of residual alone, and sum is not written. sum may be residual.
 int cqil_residual_norm(const void* delta, const void* residual, const void* weight, void* sum, void* normed, int rows,
                        int hidden, float eps, cqil_dtype dtype, void* stream);
 
@@ -159,10 +161,10 @@ typedef struct {
 // Bytes of scratch memory one call needs.
 size_t cqil_linear_scratch_bytes(const cqil_linear_shape* shape);
 
-// out [rows, outputs] = activation(RMSNorm(x + delta) * norm · Wᵀ + bias) + residual, for x [rows, inputs] and W [outputs
-// (twice that when gated), inputs]. Without norm (NULL) x is taken as it is, and delta must be NULL too; delta, bias and
-// residual may be NULL. Sums are kept in float32. W and norm may be read before earlier work on the stream is done: they
-// must not be that work's result. out may be residual, not x. A gated product takes no residual.
+// out [rows, outputs] = activation(RMSNorm(x + delta) * norm · Wᵀ + bias) + residual, for x [rows, inputs] and W
+// [outputs (twice that when gated), inputs]. Without norm (NULL) x is taken as it is, and delta must be NULL too;
+// delta, bias and residual may be NULL. Sums are kept in float32. W and norm may be read before earlier work on the
+// stream is done: they must not be that work's result. out may be residual, not x. A gated product takes no residual.
 int cqil_linear(const cqil_linear_shape* shape, const void* x, const void* delta, const void* weight, const void* bias,
                 const void* norm, const void* residual, void* out, void* scratch, void* stream);
 
@@ -173,58 +175,60 @@ typedef struct {
     float eps;
 } cqil_attention_shape;
 
-// Bytes of one layer's cache: keys, values, each [max_batch, kv_heads, capacity, head_dim], and behind them what the blocks
-// of a head say to each other, which must be zero before the first use. Bytes of scratch memory one call needs.
+// Bytes of one layer's cache: keys, values, each [max_batch, kv_heads, capacity, head_dim], and behind them what the
+// blocks of a head say to each other, which must be zero before the first use. Bytes of scratch memory one call needs.
 size_t cqil_attention_cache_bytes(const cqil_attention_shape* shape);
 size_t cqil_attention_scratch_bytes(const cqil_attention_shape* shape);
 
-// Causal attention: rotates queries and keys (halves, as Hugging Face does; cos and sin [capacity, head_dim / 2]), after
-// head norms with weights [head_dim] unless they are NULL, appends keys and values to the cache, attends.
-// qkv [batch * length, heads + 2 * kv_heads, head_dim] -> out [batch * length, heads, head_dim]. With several new tokens out
-// may be NULL: then it rotates and appends only, and leaves the queries in scratch in the shape of out.
+// Causal attention: rotates queries and keys (halves, as Hugging Face does; cos and sin [capacity, head_dim / 2]),
+// after head norms with weights [head_dim] unless they are NULL, appends keys and values to the cache, attends. qkv
+// [batch * length, heads + 2 * kv_heads, head_dim] -> out [batch * length, heads, head_dim]. With several new tokens
+// out may be NULL: then it rotates and appends only, and leaves the queries in scratch in the shape of out.
 //
-// With one new token `past`, cos, sin and the cache may be read before earlier work on the stream is done. cos and sin must
-// not be that work's result. `past` may be the result of cqil_advance, of a copy, or of a kernel of the caller's that is not
-// the work directly before this library's. What this library wrote to the cache is waited for: after a cqil_advance the
-// kernel starts early, and without one since the last call on the cache it does not.
+// With one new token `past`, cos, sin and the cache may be read before earlier work on the stream is done. cos and sin
+// must not be that work's result. `past` may be the result of cqil_advance, of a copy, or of a kernel of the caller's
+// that is not the work directly before this library's. What this library wrote to the cache is waited for: after a
+// cqil_advance the kernel starts early, and without one since the last call on the cache it does not.
 int cqil_attention(const cqil_attention_shape* shape, const void* qkv, const int32_t* past, const float* cos,
                    const float* sin, const void* q_norm, const void* k_norm, void* cache, void* out, void* scratch,
                    void* stream);
 
-// Bounds the wait of attention's blocks for each other, in calls from now on in this process: 30 s by default, 0 for ever.
+// Bounds the wait of attention's blocks for each other, in calls from now on in this process: 30 s by default, 0 for
+// ever.
 int cqil_attention_timeout(double seconds);
 
-// Why attention gave up waiting and ended itself, in words, or NULL when it did not. Ask when CUDA reports an error, which
-// such an end is (an illegal instruction or a launch failure). Works after the device is lost.
+// Why attention gave up waiting and ended itself, in words, or NULL when it did not. Ask when CUDA reports an error,
+// which such an end is (an illegal instruction or a launch failure). Works after the device is lost.
 const char* cqil_attention_failure(void);
 
 #ifdef CQIL_TEST_DELAYS
-// For tests, only in a build with CQIL_TEST_DELAYS: block i of every kernel, counted with x fastest, sleeps nanoseconds[i %
-// count] (host) at its start (place 0) or after its predecessor has ended (place 1). A count of 0 ends the delays of a place.
+// For tests, only in a build with CQIL_TEST_DELAYS: block i of every kernel, counted with x fastest, sleeps
+// nanoseconds[i % count] (host) at its start (place 0) or after its predecessor has ended (place 1). A count of 0 ends
+// the delays of a place.
 int cqil_test_delays(int place, const uint32_t* nanoseconds, int count);
 #endif
 
-// The TensorRT plugins of tensorrt_plugins.cpp, and their fields in the order in which engines store them, 4 bytes each.
-// An OPTIONAL_INT that is left out is 0. `dtype` is a cqil_dtype.
+// The TensorRT plugins of tensorrt_plugins.cpp, and their fields in the order in which engines store them, 4 bytes
+// each. An OPTIONAL_INT that is left out is 0. `dtype` is a cqil_dtype.
 #define CQIL_PLUGIN_NAMESPACE "cqil_trt"
 #define CQIL_PLUGIN_VERSION "1"
-#define CQIL_PLUGINS(PLUGIN, INT, FLOAT, OPTIONAL_INT)                                                \
-    PLUGIN(CqilAllReduce, INT(mode) FLOAT(eps) INT(dtype) OPTIONAL_INT(shared))                       \
-    PLUGIN(CqilBroadcast, INT(rank) INT(hidden) INT(dtype))                                           \
-    PLUGIN(CqilBypass, INT(distance) INT(dtype) OPTIONAL_INT(shared))                                 \
-    PLUGIN(CqilNorm, INT(delta) FLOAT(eps) INT(dtype))                                                \
-    PLUGIN(CqilLinear, INT(delta) INT(bias) INT(norm) INT(residual) INT(gated) FLOAT(eps) INT(dtype)) \
-    PLUGIN(CqilAdd, INT(terms) INT(dtype))                                                            \
-    PLUGIN(CqilGather, INT(dtype))                                                                    \
-    PLUGIN(CqilAttention, INT(heads) INT(kv_heads) INT(head_dim) INT(capacity) INT(max_batch)         \
-           INT(group) INT(first) INT(head_norms) FLOAT(eps) INT(dtype))
+#define CQIL_PLUGINS(PLUGIN, INT, FLOAT, OPTIONAL_INT)                                                              \
+    PLUGIN(CqilAllReduce, INT(mode) FLOAT(eps) INT(dtype) OPTIONAL_INT(shared))                                     \
+    PLUGIN(CqilBroadcast, INT(rank) INT(hidden) INT(dtype))                                                         \
+    PLUGIN(CqilBypass, INT(distance) INT(dtype) OPTIONAL_INT(shared))                                               \
+    PLUGIN(CqilNorm, INT(delta) FLOAT(eps) INT(dtype))                                                              \
+    PLUGIN(CqilLinear, INT(delta) INT(bias) INT(norm) INT(residual) INT(gated) FLOAT(eps) INT(dtype))               \
+    PLUGIN(CqilAdd, INT(terms) INT(dtype))                                                                          \
+    PLUGIN(CqilGather, INT(dtype))                                                                                  \
+    PLUGIN(CqilAttention, INT(heads) INT(kv_heads) INT(head_dim) INT(capacity) INT(max_batch) INT(group) INT(first) \
+                              INT(head_norms) FLOAT(eps) INT(dtype))
 
-// Only in a build with TensorRT. Registers the plugins with the TensorRT that this process has loaded. Loading the library
-// does the same where it finds TensorRT.
+// Only in a build with TensorRT. Registers the plugins with the TensorRT that this process has loaded. Loading the
+// library does the same where it finds TensorRT.
 int cqil_register_plugins(void);
 
-// Between cqil_set_building(1) and cqil_set_building(0) plugins do nothing when TensorRT runs them: a builder that timed a
-// collective would wait for ranks that are not there.
+// Between cqil_set_building(1) and cqil_set_building(0) plugins do nothing when TensorRT runs them: a builder that
+// timed a collective would wait for ranks that are not there.
 void cqil_set_building(int building);
 
 #ifdef __cplusplus

@@ -1,5 +1,5 @@
-// Small kernels of a decode step, on one GPU: RMSNorm, sums, the gated MLP's product, rows of a table, the choice of the next
-// token.
+// Small kernels of a decode step, on one GPU: RMSNorm, sums, the gated MLP's product, rows of a table, the choice of
+// the next token.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -22,8 +22,8 @@ constexpr int kThreads = 1024;
 
 // One block a row. Two passes over elements that a thread wrote or read itself a moment before.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) norm_kernel(const T* delta, const T* residual, const T* weight, T* sum_out,
-                                                        T* normed, int hidden, float eps) {
+__global__ void __launch_bounds__(kThreads)
+    norm_kernel(const T* delta, const T* residual, const T* weight, T* sum_out, T* normed, int hidden, float eps) {
     release_successor();
     wait_for_predecessor();
     const size_t row = size_t(blockIdx.x) * hidden;
@@ -69,7 +69,8 @@ __global__ void swiglu_kernel(const T* gate_up, T* out, int inner) {
 
 // One block a row of `width` elements, or packets of them.
 template <typename T>
-__global__ void gather_rows_kernel(const T* __restrict__ table, const int32_t* indices, T* __restrict__ out, int width) {
+__global__ void gather_rows_kernel(const T* __restrict__ table, const int32_t* indices, T* __restrict__ out,
+                                   int width) {
     release_successor();
     wait_for_predecessor();
     const T* from = table + size_t(indices[blockIdx.x]) * width;
@@ -79,14 +80,14 @@ __global__ void gather_rows_kernel(const T* __restrict__ table, const int32_t* i
 
 template <typename T>
 int gather_rows(const void* table, const int32_t* indices, void* out, int rows, int width, void* stream) {
-    return launch(gather_rows_kernel<T>, {dim3(rows), 512, static_cast<cudaStream_t>(stream)}, static_cast<const T*>(table),
-                  indices, static_cast<T*>(out), width);
+    return launch(gather_rows_kernel<T>, {dim3(rows), 512, static_cast<cudaStream_t>(stream)},
+                  static_cast<const T*>(table), indices, static_cast<T*>(out), width);
 }
 
 // One block a row.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) row_argmax_kernel(const T* logits, int width, int offset, float* value,
-                                                              int32_t* index) {
+__global__ void __launch_bounds__(kThreads)
+    row_argmax_kernel(const T* logits, int width, int offset, float* value, int32_t* index) {
     release_successor();
     wait_for_predecessor();
     const T* row = logits + size_t(blockIdx.x) * width;
@@ -137,10 +138,11 @@ __global__ void __launch_bounds__(kThreads) row_argmax_kernel(const T* logits, i
     }
 }
 
-// Ends a decode step; one block. It lets no kernel start early, so that the next step's may read positions and caches at once.
-__global__ void __launch_bounds__(kThreads) advance_kernel(const int32_t* next, int32_t* tokens, int32_t* past, int rows,
-                                                           int last, int32_t* step, volatile uint64_t* history, int slots,
-                                                           int stride) {
+// Ends a decode step; one block. It lets no kernel start early, so that the next step's may read positions and caches
+// at once.
+__global__ void __launch_bounds__(kThreads)
+    advance_kernel(const int32_t* next, int32_t* tokens, int32_t* past, int rows, int last, int32_t* step,
+                   volatile uint64_t* history, int slots, int stride) {
     wait_for_predecessor();
     const int now = *step;
     for (int row = threadIdx.x; row < rows; row += blockDim.x) {
@@ -214,12 +216,13 @@ int cqil_row_argmax(const void* logits, int rows, int width, int offset, cqil_dt
     });
 }
 
-int cqil_advance(const int32_t* next, int32_t* tokens, int32_t* past, int rows, int last, int32_t* step, uint64_t* history,
-                 int slots, int stride, void* stream) {
+int cqil_advance(const int32_t* next, int32_t* tokens, int32_t* past, int rows, int last, int32_t* step,
+                 uint64_t* history, int slots, int stride, void* stream) {
     if (rows < 0 || slots < 1 || stride < rows) return fail("%d rows, %d slots of %d", rows, slots, stride);
     if (rows == 0) return 0;
     auto st = static_cast<cudaStream_t>(stream);
-    if (launch(advance_kernel, {1, rows > 32 ? kThreads : 32, st}, next, tokens, past, rows, last, step, history, slots, stride))
+    if (launch(advance_kernel, {1, rows > 32 ? kThreads : 32, st}, next, tokens, past, rows, last, step, history, slots,
+               stride))
         return -1;
     return note_full_wait(st);
 }

@@ -1,5 +1,5 @@
-// Delays that tests inject into blocks; only in a library built with CQIL_TEST_DELAYS. They make races that need an unlucky
-// order of blocks happen every time.
+// Delays that tests inject into blocks; only in a library built with CQIL_TEST_DELAYS. They make races that need an
+// unlucky order of blocks happen every time.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -15,8 +15,8 @@ namespace cqil_trt {
 template <typename T>
 constexpr int kElements = sizeof(Packet) / sizeof(T);
 
-// Element i of a packet, by arithmetic on its words: an address taken of a packet would put it into local memory. i is a
-// constant after unrolling.
+// Element i of a packet, by arithmetic on its words: an address taken of a packet would put it into local memory. i is
+// a constant after unrolling.
 template <typename T>
 __device__ inline float element(const Packet& p, int i) {
     if constexpr (sizeof(T) == 4) {
@@ -182,8 +182,8 @@ __device__ void gather_sum(State* state, const Packet& own, float (&sum)[kElemen
     }
 }
 
-// The sum of x over the block, on every thread. `half` alternates from call to call: a block that is one row ahead of its
-// slowest warp must not write where that warp still reads.
+// The sum of x over the block, on every thread. `half` alternates from call to call: a block that is one row ahead of
+// its slowest warp must not write where that warp still reads.
 __device__ inline float block_sum(float x, uint32_t half) {
     __shared__ float partial[2][32];
 #pragma unroll
@@ -199,8 +199,8 @@ __device__ inline float block_sum(float x, uint32_t half) {
 // out = residual + sum over ranks of in, and with kNorm its RMSNorm. A block takes whole rows; a thread up to kVectors
 // packets of a row.
 //
-// One-shot: every rank sends its rows to all and adds up everything. Two-shot: row r belongs to rank r % world, who adds
-// up what it is sent and returns the result to all.
+// One-shot: every rank sends its rows to all and adds up everything. Two-shot: row r belongs to rank r % world, who
+// adds up what it is sent and returns the result to all.
 template <typename T, int kWorld, int kVectors, bool kNorm, bool kTwoShot>
 __global__ void __launch_bounds__(1024) all_reduce_kernel(State* state, AllReduce a) {
     release_successor();
@@ -229,7 +229,9 @@ __global__ void __launch_bounds__(1024) all_reduce_kernel(State* state, AllReduc
         return column < a.width && index < a.packets;
     };
     // Where the packet at `column` of `row` lies in a source's part of a two-shot buffer.
-    auto chunk = [&](uint32_t row, uint32_t column) { return (size_t(row / world) * a.width + column) * sizeof(Packet); };
+    auto chunk = [&](uint32_t row, uint32_t column) {
+        return (size_t(row / world) * a.width + column) * sizeof(Packet);
+    };
 
     // The block's first row is loaded before the epoch, so that the two wait for memory together.
     Packet own[kVectors];
@@ -257,7 +259,8 @@ __global__ void __launch_bounds__(1024) all_reduce_kernel(State* state, AllReduc
 #pragma unroll
                 for (uint32_t i = 1; i < kWorld; ++i)
                     if (i < world)
-                        store_system(peer[i] + my_slot + buffer * buffer_stride + size_t(index) * sizeof(Packet), own[k]);
+                        store_system(peer[i] + my_slot + buffer * buffer_stride + size_t(index) * sizeof(Packet),
+                                     own[k]);
             }
         }
     }
@@ -266,7 +269,8 @@ __global__ void __launch_bounds__(1024) all_reduce_kernel(State* state, AllReduc
         uint32_t column, index;
 #pragma unroll
         for (int k = 0; k < kVectors; ++k)
-            if (place(row, k, column, index) && (kNorm || a.residual)) residual[k] = load_packet<T>(a.residual, index, a);
+            if (place(row, k, column, index) && (kNorm || a.residual))
+                residual[k] = load_packet<T>(a.residual, index, a);
     };
     // Blocks of one row, the usual case in decoding, have what they need before the first packet arrives.
     const bool one_row = gridDim.x >= a.rows;
@@ -277,7 +281,7 @@ __global__ void __launch_bounds__(1024) all_reduce_kernel(State* state, AllReduc
     Patience patience(state, CQIL_ALL_REDUCE, turn.epoch);
 
     uint32_t half = 0;
-    auto finish_row = [&](uint32_t row, const Packet (&value)[kVectors]) {
+    auto finish_row = [&](uint32_t row, const Packet(&value)[kVectors]) {
         float squares = 0;
         uint32_t column, index;
 #pragma unroll
@@ -369,8 +373,8 @@ __global__ void __launch_bounds__(1024) argmax_kernel(State* state, const float*
         for (int source = 0; source < world; ++source) {
             Packet p = packet(row);
             if (source != rank)
-                while (!complete(p = load_system(state->memory[rank] + layout.one_shot(turn.buffer, source) +
-                                                 row * sizeof(Packet))))
+                while (!complete(
+                    p = load_system(state->memory[rank] + layout.one_shot(turn.buffer, source) + row * sizeof(Packet))))
                     patience.turn(1, source);
             float value = __uint_as_float(p.word[0]);
             if (source == 0 || better(value, int32_t(p.word[1]), best, index)) {
@@ -383,8 +387,8 @@ __global__ void __launch_bounds__(1024) argmax_kernel(State* state, const float*
     }
 }
 
-// Sends `in` to the ranks in `targets` and writes the sum, in rank order, of what the ranks in `sources` sent: zeros when
-// there are none and out is not null. `units` are 8 bytes; the last may hold `tail` bytes (0: all 8).
+// Sends `in` to the ranks in `targets` and writes the sum, in rank order, of what the ranks in `sources` sent: zeros
+// when there are none and out is not null. `units` are 8 bytes; the last may hold `tail` bytes (0: all 8).
 struct Directed {
     const void* in;
     void* out;

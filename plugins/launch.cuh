@@ -11,20 +11,24 @@
 
 namespace cqil_trt {
 
-// Nothing that an earlier kernel wrote, or that one may still read, is touched before wait_for_predecessor(); the "memory"
-// clobbers keep loads from moving above it. Every kernel waits, so one that has ended knows that all before it have.
-// Letting the next kernel start early is safe because it waits in the same way, or was launched to start after this one.
-// A kernel may start while several before it still run, as each releases its successor at once.
+// Nothing that an earlier kernel wrote, or that one may still read, is touched before wait_for_predecessor(); the
+// "memory" clobbers keep loads from moving above it. Every kernel waits, so one that has ended knows that all before it
+// have. Letting the next kernel start early is safe because it waits in the same way, or was launched to start after
+// this one. A kernel may start while several before it still run, as each releases its successor at once.
 //
 // Reads before the wait, all of them, and why each is safe:
-//  - all_reduce_kernel: `world`, `rank`, `layout` and `memory` of State, written by cqil_workspace_open, which synchronises
+//  - all_reduce_kernel: `world`, `rank`, `layout` and `memory` of State, written by cqil_workspace_open, which
+//  synchronises
 //    the device. Its counters share cache lines with them; they are read later, past the L1 cache (load_system).
-//  - all_reduce_kernel: the norm's weight. stream_kernel: W and the norm's weight. attend_kernel in decoding: cos and sin.
+//  - all_reduce_kernel: the norm's weight. stream_kernel: W and the norm's weight. attend_kernel in decoding: cos and
+//  sin.
 //    The header demands that they are no result of work still on the stream.
-//  - attend_kernel in decoding: `past`, the cache and its joints' counters. Earlier kernels write all three, so one that ends
-//    before any later one starts must lie between. cqil_advance is one: it waits, writes `past`, fences, and releases no
-//    successor. Where none lies between two calls on a cache, cqil_attention launches the second without overlap (Touched).
-//    `past` and the counters are read past the L1 cache; the cache's lines in L1 are dropped when a kernel starts.
+//  - attend_kernel in decoding: `past`, the cache and its joints' counters. Earlier kernels write all three, so one
+//  that ends
+//    before any later one starts must lie between. cqil_advance is one: it waits, writes `past`, fences, and releases
+//    no successor. Where none lies between two calls on a cache, cqil_attention launches the second without overlap
+//    (Touched). `past` and the counters are read past the L1 cache; the cache's lines in L1 are dropped when a kernel
+//    starts.
 __device__ inline void wait_for_predecessor() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -61,7 +65,8 @@ inline int device_attribute(cudaDeviceAttr attribute, int* value) {
     return 0;
 }
 
-// Whether the code that runs of a kernel is that for compute capability 9.0 on: a library may lack it for the GPU at hand.
+// Whether the code that runs of a kernel is that for compute capability 9.0 on: a library may lack it for the GPU at
+// hand.
 template <typename Kernel>
 int is_modern(Kernel* kernel, bool* modern) {
     cudaFuncAttributes attributes;
@@ -76,7 +81,8 @@ template <typename... Parameters, typename... Arguments>
 int launch(void (*kernel)(Parameters...), const Launch& l, Arguments... arguments) {
     bool modern = false;
     if (is_modern(kernel, &modern)) return -1;
-    CQIL_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+    CQIL_CUDA(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
     if (l.shared_bytes > 48 << 10)
         CQIL_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(l.shared_bytes)));
     cudaLaunchConfig_t config = {};

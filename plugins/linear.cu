@@ -1,8 +1,8 @@
 // Matrix products of a decoder layer: out = activation(norm(x + delta) · Wᵀ + bias) + residual.
 //
-// One row (a decode step) is bound by reading W: a warp takes whole rows of W through a ring in shared memory, filled by
-// bulk copies that begin before the kernel ahead has finished (weights are nobody's result), so that memory hardly idles
-// between kernels. More rows are a product on tensor cores. What neither takes goes to a plain kernel.
+// One row (a decode step) is bound by reading W: a warp takes whole rows of W through a ring in shared memory, filled
+// by bulk copies that begin before the kernel ahead has finished (weights are nobody's result), so that memory hardly
+// idles between kernels. More rows are a product on tensor cores. What neither takes goes to a plain kernel.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -77,14 +77,16 @@ __device__ float warp_sum(float x) {
 constexpr int kWarps = 12;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kChunk = 2048;  // bytes of a row of W in one stage of a warp's ring
-// Two products and an attention share a multiprocessor of compute capability 9.0: what needs more beside x takes a shorter ring.
+// Two products and an attention share a multiprocessor of compute capability 9.0: what needs more beside x takes a
+// shorter ring.
 constexpr int kManyStages = 3, kFewStages = 2;
 constexpr size_t kRoom = 100 << 10;
 
 // The ring, x and the norm's weight, and the parts of results that warps share.
 size_t stream_bytes(int stages, int inputs, bool norm, bool gated) {
     const size_t row = size_t(inputs) * 2, chunks = (row + kChunk - 1) / kChunk;
-    return size_t(kWarps) * stages * kChunk + row * (norm ? 2 : 1) + (kWarps - 1) * chunks * (gated ? 2 : 1) * sizeof(float);
+    return size_t(kWarps) * stages * kChunk + row * (norm ? 2 : 1) +
+           (kWarps - 1) * chunks * (gated ? 2 : 1) * sizeof(float);
 }
 
 int stages_of(int inputs, bool norm, bool gated) {
@@ -129,8 +131,8 @@ __device__ void bulk_copy(void* to, const void* from, int bytes, uint64_t* barri
     const unsigned b = shared_address(barrier);
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(b), "r"(bytes) : "memory");
     asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-            shared_address(to)),
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+            "r"(shared_address(to)),
         "l"(from), "r"(bytes), "r"(b), "l"(policy)
         : "memory");
 }
@@ -148,10 +150,11 @@ __device__ void barrier_wait(uint64_t* barrier, unsigned phase) {
 }
 #endif
 
-// Registers for four blocks, so that two of them fit a multiprocessor beside attention or a collective: a block that has to
-// wait there would be given to a multiprocessor that already has one, and that one would take twice as long. Small code
-// matters here: between two runs of a kernel its instructions fall out of the caches that W streams through. How far the
-// short loops around the stream are unrolled was measured: a step of LLaMA-7B differs by up to 4% (docs/performance.md).
+// Registers for four blocks, so that two of them fit a multiprocessor beside attention or a collective: a block that
+// has to wait there would be given to a multiprocessor that already has one, and that one would take twice as long.
+// Small code matters here: between two runs of a kernel its instructions fall out of the caches that W streams through.
+// How far the short loops around the stream are unrolled was measured: a step of LLaMA-7B differs by up to 4%
+// (docs/performance.md).
 template <typename T, bool kGated, int kStages>
 __global__ void __launch_bounds__(kThreads, 4) stream_kernel(Operands o) {
 #if __CUDA_ARCH__ >= 900
@@ -164,16 +167,18 @@ __global__ void __launch_bounds__(kThreads, 4) stream_kernel(Operands o) {
     auto* x = reinterpret_cast<uint4*>(memory + kRingBytes);
     auto* part = reinterpret_cast<float*>(memory + kRingBytes + size_t(o.inputs) * 2 * (o.norm == nullptr ? 1 : 2));
     const int packets = o.inputs / 8, row_bytes = o.inputs * 2;
-    const int chunks = (row_bytes + kChunk - 1) / kChunk, pieces = (kGated ? 2 : 1) * chunks;  // of what one result needs
-    // Neighbouring rows go to different multiprocessors, so that each reads as much as the others. Of a block's rows a warp
-    // takes whole ones; those that do not go round are shared piece by piece, or most warps would wait for a few.
+    const int chunks = (row_bytes + kChunk - 1) / kChunk,
+              pieces = (kGated ? 2 : 1) * chunks;  // of what one result needs
+    // Neighbouring rows go to different multiprocessors, so that each reads as much as the others. Of a block's rows a
+    // warp takes whole ones; those that do not go round are shared piece by piece, or most warps would wait for a few.
     const int rows = (o.outputs - 1 - int(blockIdx.x)) / int(gridDim.x) + 1, whole = rows / kWarps * kWarps;
     const int shared = (rows - whole) * pieces, alone = whole / kWarps * pieces;
     const int total = alone + (shared - warp + kWarps - 1) / kWarps;
     auto row_of = [&](int i) { return int(blockIdx.x) + i * int(gridDim.x); };
     auto begin_of = [&](int i) { return static_cast<const char*>(o.weight) + size_t(row_of(i)) * row_bytes; };
 
-    // Lane 0 asks for the next piece into the stage whose turn it is. What this takes delays every piece: no division here.
+    // Lane 0 asks for the next piece into the stage whose turn it is. What this takes delays every piece: no division
+    // here.
     int fetched = 0, fetch_piece = alone > 0 ? 0 : warp, fetch_stage = 0;
     const char* from = begin_of(alone > 0 ? warp : whole);
     const uint64_t policy = streaming_policy();
@@ -247,7 +252,9 @@ __global__ void __launch_bounds__(kThreads, 4) stream_kernel(Operands o) {
     }
     __syncthreads();
 
-    auto residual_of = [&](int row) { return o.residual == nullptr ? 0.0f : float(static_cast<const T*>(o.residual)[row]); };
+    auto residual_of = [&](int row) {
+        return o.residual == nullptr ? 0.0f : float(static_cast<const T*>(o.residual)[row]);
+    };
     auto write = [&](int row, float gate, float sum, float added) {
         if (const auto* bias = static_cast<const T*>(o.bias); bias != nullptr) {
             if constexpr (kGated) gate += float(bias[row]);
@@ -306,7 +313,8 @@ __global__ void __launch_bounds__(kThreads, 4) stream_kernel(Operands o) {
 #pragma unroll
     for (int half = 0; half < (kGated ? 2 : 1); ++half)
 #pragma unroll 4
-        for (int chunk = 0; chunk < chunks; ++chunk) of_half[half] += part[int(threadIdx.x) * pieces + half * chunks + chunk];
+        for (int chunk = 0; chunk < chunks; ++chunk)
+            of_half[half] += part[int(threadIdx.x) * pieces + half * chunks + chunk];
     write(row_of(mine), of_half[0], of_half[kGated ? 1 : 0], added);
 #endif
 }
@@ -340,11 +348,12 @@ __device__ void copy_async(unsigned to, const void* from, bool valid) {
 
 constexpr int kDepth = 64;  // of a tile along `inputs`: rows of 128 bytes, whose packets are swizzled
 
-// A tile of kW rows of W times kX rows of x. kAcrossW * kAcrossX warps share it, and as many more times kAcrossK the depth
-// of each step: with few rows of x there is little to do otherwise, and a warp would wait for itself.
+// A tile of kW rows of W times kX rows of x. kAcrossW * kAcrossX warps share it, and as many more times kAcrossK the
+// depth of each step: with few rows of x there is little to do otherwise, and a warp would wait for itself.
 template <typename T, int kW, int kX, int kAcrossW, int kAcrossX, int kAcrossK, int kBuffers>
-__global__ void __launch_bounds__(32 * kAcrossW* kAcrossX* kAcrossK) product_kernel(Operands o) {
-    constexpr int kPart = 32 * kAcrossW * kAcrossX * kAcrossK, kMine = kW / kAcrossW / 16, kPairs = (kX / kAcrossX + 15) / 16;
+__global__ void __launch_bounds__(32 * kAcrossW * kAcrossX * kAcrossK) product_kernel(Operands o) {
+    constexpr int kPart = 32 * kAcrossW * kAcrossX * kAcrossK, kMine = kW / kAcrossW / 16,
+                  kPairs = (kX / kAcrossX + 15) / 16;
     constexpr int kTiles = kX / kAcrossX / 8, kBufferBytes = (kW + kX) * kDepth * 2;
     extern __shared__ __align__(128) char memory[];
     const unsigned base = shared_address(memory);
@@ -364,7 +373,8 @@ __global__ void __launch_bounds__(32 * kAcrossW* kAcrossX* kAcrossK) product_ker
                 const int at = weight ? first_w + row : first_x + row - kW;
                 const bool valid = k < o.inputs && at < (weight ? o.outputs : o.rows);
                 const T* from = static_cast<const T*>(weight ? o.weight : o.x);
-                copy_async(to + row * 128 + ((packet ^ (row % 8)) * 16), valid ? from + size_t(at) * o.inputs + k : from, valid);
+                copy_async(to + row * 128 + ((packet ^ (row % 8)) * 16),
+                           valid ? from + size_t(at) * o.inputs + k : from, valid);
             }
         }
         asm volatile("cp.async.commit_group;" ::: "memory");
@@ -388,7 +398,8 @@ __global__ void __launch_bounds__(32 * kAcrossW* kAcrossX* kAcrossK) product_ker
 #pragma unroll
             for (int j = 0; j < kPairs; ++j) {
                 // With 8 columns alone the second pair of matrices is the first again.
-                const int row = warp_x + (kTiles > 1 ? j * 16 + lane / 16 * 8 : 0) + lane % 8, packet = k * 2 + lane / 8 % 2;
+                const int row = warp_x + (kTiles > 1 ? j * 16 + lane / 16 * 8 : 0) + lane % 8,
+                          packet = k * 2 + lane / 8 % 2;
                 load_matrices(b[j], x + row * 128 + ((packet ^ (row % 8)) * 16));
             }
 #pragma unroll
@@ -400,7 +411,8 @@ __global__ void __launch_bounds__(32 * kAcrossW* kAcrossX* kAcrossK) product_ker
 
     if constexpr (kAcrossK > 1) {
         constexpr int kValues = kMine * kTiles * 4;
-        static_assert((kAcrossK - 1) * kAcrossW * kAcrossX * 32 * kValues * 4 <= kBuffers * kBufferBytes, "the sums fit");
+        static_assert((kAcrossK - 1) * kAcrossW * kAcrossX * 32 * kValues * 4 <= kBuffers * kBufferBytes,
+                      "the sums fit");
         asm volatile("cp.async.wait_group 0;" ::: "memory");
         __syncthreads();
         auto* sums = reinterpret_cast<float*>(memory);
@@ -434,8 +446,8 @@ __global__ void __launch_bounds__(32 * kAcrossW* kAcrossX* kAcrossK) product_ker
             }
 }
 
-// Everything else: a warp computes one output for up to kRows rows of x. Packets are 16 bytes, or one element where rows
-// are not aligned to that.
+// Everything else: a warp computes one output for up to kRows rows of x. Packets are 16 bytes, or one element where
+// rows are not aligned to that.
 template <typename T, bool kGated, bool kAligned, int kRows>
 __global__ void __launch_bounds__(kThreads) plain_kernel(Operands o) {
     constexpr int kHalves = kGated ? 2 : 1, kWidth = kAligned ? 16 / int(sizeof(T)) : 1, kUnroll = kRows == 1 ? 4 : 1;
@@ -553,8 +565,7 @@ int linear(const cqil_linear_shape& s, Operands o, char* scratch, cudaStream_t s
         const bool fits = bytes + 1024 <= size_t(device.shared_bytes);
         bool modern = false;
         if (s.rows == 1 && aligned && fits && is_modern(stream_kernel<T, false, kManyStages>, &modern)) return -1;
-        if (modern)
-            return s.gated ? stream<T, true>(o, device, st) : stream<T, false>(o, device, st);
+        if (modern) return s.gated ? stream<T, true>(o, device, st) : stream<T, false>(o, device, st);
     }
     if (o.norm != nullptr) {
         void* sum = o.delta != nullptr ? scratch + normed_bytes(s) : nullptr;
@@ -593,7 +604,8 @@ int cqil_linear(const cqil_linear_shape* s, const void* x, const void* delta, co
     const Operands o = {x, delta, weight, bias, norm, residual, out, s->rows, s->outputs, s->inputs, s->eps};
     auto st = static_cast<cudaStream_t>(stream);
     auto* space = static_cast<char*>(scratch);
-    return by_type(s->dtype, [&](auto* type) { return linear<std::remove_pointer_t<decltype(type)>>(*s, o, space, st); });
+    return by_type(s->dtype,
+                   [&](auto* type) { return linear<std::remove_pointer_t<decltype(type)>>(*s, o, space, st); });
 }
 
 }  // extern "C"

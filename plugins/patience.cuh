@@ -25,7 +25,8 @@ private:
     uint64_t began_ = 0;
 };
 
-// Returns on the first thread to give up, which then leaves its record and ends the kernel. The others wait for that end.
+// Returns on the first thread to give up, which then leaves its record and ends the kernel. The others wait for that
+// end.
 __device__ inline void be_first_to_give_up(uint32_t* gave_up) {
     if (atomicCAS(gave_up, 0u, 1u) != 0)
         while (true) __nanosleep(1000);

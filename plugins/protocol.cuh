@@ -2,25 +2,27 @@
 //
 // Two protocols, each with its own memory and its own counters:
 //
-// Symmetric (all_reduce, argmax): every rank sends to every rank. Data is its own flag: a receive buffer holds a pattern
-// that is never sent (kEmpty in every 32-bit word), and a word has arrived when it differs. Buffers take turns: operation
-// g uses buffer g % 3 and meanwhile clears buffer (g + 2) % 3, which operation g - 1 used. A rank can be at most one
-// operation ahead of any other, as it needs everyone's data of g to finish g; so while we are in g a peer may already
-// write to buffer (g + 1) % 3, and nobody touches buffer (g + 2) % 3 but its owner.
+// Symmetric (all_reduce, argmax): every rank sends to every rank. Data is its own flag: a receive buffer holds a
+// pattern that is never sent (kEmpty in every 32-bit word), and a word has arrived when it differs. Buffers take turns:
+// operation g uses buffer g % 3 and meanwhile clears buffer (g + 2) % 3, which operation g - 1 used. A rank can be at
+// most one operation ahead of any other, as it needs everyone's data of g to finish g; so while we are in g a peer may
+// already write to buffer (g + 1) % 3, and nobody touches buffer (g + 2) % 3 but its owner.
 //
 // Directed (broadcast, bypass): one rank sends, some receive, and a sender that hears nothing could run ahead without
-// bound. So each pair has a channel of kChannelSlots slots. A 16-byte packet is two 8-byte halves, each 4 bytes of data and
-// the message's number, stored and loaded as one access, so that a half that bears the number has its data. The receiver
-// returns an acknowledgement; the sender waits when it is kChannelSlots messages ahead.
+// bound. So each pair has a channel of kChannelSlots slots. A 16-byte packet is two 8-byte halves, each 4 bytes of data
+// and the message's number, stored and loaded as one access, so that a half that bears the number has its data. The
+// receiver returns an acknowledgement; the sender waits when it is kChannelSlots messages ahead.
 //
-// Fences. All accesses to memory that another GPU reads or writes are .relaxed.sys: the scope makes them reach the other
-// GPU. Words (symmetric) or halves (directed) are checked one by one and need no order among each other. Orders that matter:
+// Fences. All accesses to memory that another GPU reads or writes are .relaxed.sys: the scope makes them reach the
+// other GPU. Words (symmetric) or halves (directed) are checked one by one and need no order among each other. Orders
+// that matter:
 //  (1) our clear of a buffer before a peer's next write to it: the clear is done when our kernel ends; the peer writes
 //      only after it has seen our data of the following operation, which is a later kernel of the same stream.
-//  (2) our reads of a channel slot before the sender's overwrite. Release: the acknowledgement follows a block barrier and a
-//      __threadfence of every block, and a fence.acq_rel.sys in the last one. Acquire: in each of the sender's blocks one
-//      thread reads the acknowledgement by ld.acquire.sys, and a block barrier passes the order on to the threads that
-//      overwrite the slot. Both are off the path of the data.
+//  (2) our reads of a channel slot before the sender's overwrite. Release: the acknowledgement follows a block barrier
+//  and a
+//      __threadfence of every block, and a fence.acq_rel.sys in the last one. Acquire: in each of the sender's blocks
+//      one thread reads the acknowledgement by ld.acquire.sys, and a block barrier passes the order on to the threads
+//      that overwrite the slot. Both are off the path of the data.
 //  (3) counters of this rank (epoch, messages): written by the last block after all blocks have read them, read by the
 //      next kernel of the stream.
 #pragma once
@@ -75,12 +77,12 @@ struct State {
     Layout layout;
     int rank;
     int world;
-    uint64_t timeout_ns;  // 0: wait for ever
+    uint64_t timeout_ns;    // 0: wait for ever
     cqil_failure* failure;  // in host memory
 
     // Counters of the symmetric operations, read as packets at the start of each: operations done, then how many bytes
-    // of each source's part the last use of each of the kBuffers one-shot buffers filled; blocks of the running operation
-    // that have read all this, then the same of the two-shot buffers.
+    // of each source's part the last use of each of the kBuffers one-shot buffers filled; blocks of the running
+    // operation that have read all this, then the same of the two-shot buffers.
     Packet epoch_and_one_shot;
     Packet arrived_and_chunk;
 
@@ -116,7 +118,8 @@ __device__ inline uint32_t load_system(const uint32_t* address) {
     return value;
 }
 
-// Orders what this thread, and after a barrier its block, does later after what the writer of the value did before a fence.
+// Orders what this thread, and after a barrier its block, does later after what the writer of the value did before a
+// fence.
 __device__ inline uint32_t load_acquire_system(const uint32_t* address) {
     uint32_t value;
     asm volatile("ld.acquire.sys.global.b32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");

@@ -1,5 +1,5 @@
-// The choice of a next token by temperature, top-k and top-p, as cqil_trt/sampling.py defines it. All sums are of integers,
-// so every rank chooses the same token from the same logits.
+// The choice of a next token by temperature, top-k and top-p, as cqil_trt/sampling.py defines it. All sums are of
+// integers, so every rank chooses the same token from the same logits.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -19,7 +19,7 @@ namespace {
 
 constexpr int kThreads = 1024;
 constexpr int kBins = 256;
-constexpr int kCopies = 8;  // of a histogram: neighbouring lanes rarely wait for each other
+constexpr int kCopies = 8;     // of a histogram: neighbouring lanes rarely wait for each other
 constexpr int kMassBits = 40;  // of the likeliest token's weight; 2^18 such tokens fit 64 bits with room
 
 // Bits that order as the values do.
@@ -41,7 +41,7 @@ struct Count {
 
 // Tokens in the order of falling logits, the smaller id first among equals, as far as some sum of them reaches a goal.
 struct Prefix {
-    uint32_t key;  // of the last token
+    uint32_t key;   // of the last token
     uint32_t ties;  // how many tokens with that key are in it
     unsigned long long mass;
 };
@@ -131,7 +131,8 @@ __device__ Prefix search(const Row<T>& row, unsigned long long goal, bool by_mas
 template <typename T>
 __device__ void last_of(const Row<T>& row, const Prefix& prefix, int32_t* out) {
     __shared__ uint32_t counts[kThreads / 32];
-    const int each = (row.width + kThreads - 1) / kThreads, first = threadIdx.x * each, last = min(first + each, row.width);
+    const int each = (row.width + kThreads - 1) / kThreads, first = threadIdx.x * each,
+              last = min(first + each, row.width);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     uint32_t mine = 0;
     for (int i = first; i < last; ++i) mine += key_of(row.logits[i]) == prefix.key;
@@ -151,17 +152,18 @@ __device__ void last_of(const Row<T>& row, const Prefix& prefix, int32_t* out) {
 
 // One block a row.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) sample_kernel(const T* logits, int width,
-                                                          const cqil_sampling* how, const double* uniforms,
-                                                          const int32_t* step, int stride, int32_t* index) {
+__global__ void __launch_bounds__(kThreads)
+    sample_kernel(const T* logits, int width, const cqil_sampling* how, const double* uniforms, const int32_t* step,
+                  int stride, int32_t* index) {
     release_successor();
     wait_for_predecessor();
     const cqil_sampling sampling = *how;
     __shared__ Memory memory;
     __shared__ float tops[kThreads / 32];
     __shared__ unsigned long long masses[kThreads / 32];
-    Row<T> row = {logits + size_t(blockIdx.x) * width, width, -INFINITY,
-                  fminf(1.4426950408889634f / sampling.temperature, FLT_MAX)};  // infinity times nothing is not a number
+    Row<T> row = {
+        logits + size_t(blockIdx.x) * width, width, -INFINITY,
+        fminf(1.4426950408889634f / sampling.temperature, FLT_MAX)};  // infinity times nothing is not a number
     for (int i = threadIdx.x; i < width; i += kThreads) row.top = fmaxf(row.top, float(row.logits[i]));
     for (int s = 16; s > 0; s /= 2) row.top = fmaxf(row.top, __shfl_xor_sync(~0u, row.top, s));
     if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = row.top;

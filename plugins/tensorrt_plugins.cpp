@@ -1,9 +1,10 @@
-// The collectives and the fused operations of a decoder layer as TensorRT plugins, on the interface that TensorRT 8.5 to 11 share (IPluginV2DynamicExt).
+// The collectives and the fused operations of a decoder layer as TensorRT plugins, on the interface that TensorRT 8.5
+// to 11 share (IPluginV2DynamicExt).
 //
 // Collectives take a last input `workspace`: an int32 tensor bound to cqil_workspace_address(), so that an engine holds
-// no pointers; where a runtime binds no inputs of ours (field shared = 1, which may be left out), they use the process's
-// cqil_workspace_shared() instead. Data tensors are linear and of the type that the field dtype names (a cqil_dtype; bfloat16 from TensorRT 10
-// on): a weakly typed network would otherwise choose one by its speed.
+// no pointers; where a runtime binds no inputs of ours (field shared = 1, which may be left out), they use the
+// process's cqil_workspace_shared() instead. Data tensors are linear and of the type that the field dtype names (a
+// cqil_dtype; bfloat16 from TensorRT 10 on): a weakly typed network would otherwise choose one by its speed.
 //
 //   CqilAllReduce   mode 0: delta                   -> sum over ranks
 //                   mode 1: delta, residual         -> residual + sum
@@ -11,10 +12,10 @@
 //   CqilBroadcast   rank 0: x -> x; others: tokens int32 [B, T] -> rank 0's x [B, T, hidden]
 //   CqilBypass      x -> sum of the x of the `distance` ranks before this one (zeros on rank 0)
 //   CqilNorm        x, (delta,) weight -> RMSNorm(x + delta) * weight
-//   CqilLinear      x, (delta,) weight, (bias,) (norm,) (residual) -> as cqil_linear; a field is 1 where its input is given
-//   CqilAdd         x, (y) -> x + y (terms 2), zeros (terms 0)
-//   CqilGather      table [M, H], indices int32 [N] -> table[indices] [N, H]
-//   CqilAttention   qkv, cos, sin, (q_norm, k_norm,) past int32 [B], cache -> [N, heads * head_dim]
+//   CqilLinear      x, (delta,) weight, (bias,) (norm,) (residual) -> as cqil_linear; a field is 1 where its input is
+//   given CqilAdd         x, (y) -> x + y (terms 2), zeros (terms 0) CqilGather      table [M, H], indices int32 [N] ->
+//   table[indices] [N, H] CqilAttention   qkv, cos, sin, (q_norm, k_norm,) past int32 [B], cache -> [N, heads *
+//   head_dim]
 //                   as cqil_attention; cache is an int32 tensor bound to a layer's cache
 
 #include <NvInfer.h>
@@ -54,7 +55,10 @@ struct Declaration;
 // For each plugin of CQIL_PLUGINS: its fields as a struct, as in CqilAddFields, and the Declaration of that.
 #define INT_MEMBER(name) int32_t name;
 #define FLOAT_MEMBER(name) float name;
-#define FIELDS(plugin, members) struct plugin##Fields { members };
+#define FIELDS(plugin, members) \
+    struct plugin##Fields {     \
+        members                 \
+    };
 CQIL_PLUGINS(FIELDS, INT_MEMBER, FLOAT_MEMBER, INT_MEMBER)
 
 #define INT_FIELD(name) {#name, PluginFieldType::kINT32, false},
@@ -93,9 +97,9 @@ int32_t report(const char* plugin, const char* reason) {
     return -1;
 }
 
-// What the plugins share. Derived, named as in CQIL_PLUGINS, gives the member functions valid(), inputs(), outputs() and
-// run(), which fails by fail(); it may replace output_dimensions() and supports(), which say here that outputs are like the first input and all
-// data is of that type. kIntegers: how many inputs, the last ones, are int32.
+// What the plugins share. Derived, named as in CQIL_PLUGINS, gives the member functions valid(), inputs(), outputs()
+// and run(), which fails by fail(); it may replace output_dimensions() and supports(), which say here that outputs are
+// like the first input and all data is of that type. kIntegers: how many inputs, the last ones, are int32.
 template <typename Derived, typename FieldsT>
 class Plugin : public IPluginV2DynamicExt, public Declaration<FieldsT> {
 public:
@@ -180,8 +184,8 @@ public:
     int integers() const { return 1 - fields_.shared; }
     int32_t inputs() const { return fields_.mode + 1 + integers(); }
     int32_t outputs() const { return fields_.mode == 2 ? 2 : 1; }
-    int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in,
-            void* const* out, void*, cudaStream_t stream) const {
+    int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in, void* const* out, void*,
+            cudaStream_t stream) const {
         const Dims& dims = input[0].dims;
         const size_t count = elements(dims);
         cqil_workspace* space = workspace(in);
@@ -212,8 +216,8 @@ public:
         const bool tokens = position < inputs && fields_.rank != 0;
         return io[position].type == (tokens ? DataType::kINT32 : type());
     }
-    int run(PluginTensorDesc const*, PluginTensorDesc const* output, void const* const* in,
-            void* const* out, void*, cudaStream_t stream) const {
+    int run(PluginTensorDesc const*, PluginTensorDesc const* output, void const* const* in, void* const* out, void*,
+            cudaStream_t stream) const {
         const size_t count = elements(output[0].dims);
         cqil_workspace* space = workspace(in);
         if (space == nullptr) return -1;
@@ -232,13 +236,14 @@ public:
     using Plugin::Plugin;
 
     static bool valid(const Fields& f) {
-        return f.distance >= 1 && f.distance < CQIL_MAX_RANKS && valid_dtype(f.dtype) && (f.shared == 0 || f.shared == 1);
+        return f.distance >= 1 && f.distance < CQIL_MAX_RANKS && valid_dtype(f.dtype) &&
+               (f.shared == 0 || f.shared == 1);
     }
     int integers() const { return 1 - fields_.shared; }
     int32_t inputs() const { return 1 + integers(); }
     int32_t outputs() const { return 1; }
-    int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in,
-            void* const* out, void*, cudaStream_t stream) const {
+    int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in, void* const* out, void*,
+            cudaStream_t stream) const {
         cqil_workspace* space = workspace(in);
         if (space == nullptr) return -1;
         return cqil_bypass(space, in[0], out[0], elements(input[0].dims), fields_.distance, dtype(), stream);
@@ -253,13 +258,15 @@ public:
     static bool valid(const Fields& f) { return (f.delta == 0 || f.delta == 1) && f.eps >= 0 && valid_dtype(f.dtype); }
     int32_t inputs() const { return 2 + fields_.delta; }
     int32_t outputs() const { return 1; }
-    size_t scratch_bytes(PluginTensorDesc const* input) const { return fields_.delta ? elements(input[0].dims) * 4 : 0; }
-    int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in, void* const* out, void* scratch,
-            cudaStream_t stream) const {
+    size_t scratch_bytes(PluginTensorDesc const* input) const {
+        return fields_.delta ? elements(input[0].dims) * 4 : 0;
+    }
+    int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in, void* const* out,
+            void* scratch, cudaStream_t stream) const {
         const Dims& dims = input[0].dims;
         const int hidden = static_cast<int>(dims.d[dims.nbDims - 1]), rows = static_cast<int>(elements(dims) / hidden);
-        return cqil_residual_norm(fields_.delta ? in[1] : nullptr, in[0], in[1 + fields_.delta], scratch, out[0], rows, hidden,
-                                  fields_.eps, dtype(), stream);
+        return cqil_residual_norm(fields_.delta ? in[1] : nullptr, in[0], in[1 + fields_.delta], scratch, out[0], rows,
+                                  hidden, fields_.eps, dtype(), stream);
     }
 };
 
@@ -278,15 +285,16 @@ public:
     DimsExprs output_dimensions(DimsExprs const* in, IExprBuilder& builder) const {
         DimsExprs dims = in[0];
         const auto* outputs = in[weight()].d[0];
-        dims.d[1] = fields_.gated ? builder.operation(DimensionOperation::kFLOOR_DIV, *outputs, *builder.constant(2)) : outputs;
+        dims.d[1] =
+            fields_.gated ? builder.operation(DimensionOperation::kFLOOR_DIV, *outputs, *builder.constant(2)) : outputs;
         return dims;
     }
     size_t scratch_bytes(PluginTensorDesc const* input) const {
         const cqil_linear_shape s = shape(input);
         return cqil_linear_scratch_bytes(&s);
     }
-    int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in, void* const* out, void* scratch,
-            cudaStream_t stream) const {
+    int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in, void* const* out,
+            void* scratch, cudaStream_t stream) const {
         const cqil_linear_shape s = shape(input);
         int at = 0;
         auto next = [&](int32_t given) { return given ? in[at++] : nullptr; };
@@ -299,8 +307,9 @@ private:
     int weight() const { return 1 + fields_.delta; }
     cqil_linear_shape shape(PluginTensorDesc const* input) const {
         const auto *x = input[0].dims.d, *w = input[weight()].dims.d;
-        return {static_cast<int>(x[0]), static_cast<int>(w[0]) / (1 + fields_.gated), static_cast<int>(x[1]),
-                fields_.gated, fields_.dtype, fields_.eps};
+        return {static_cast<int>(x[0]), static_cast<int>(w[0]) / (1 + fields_.gated),
+                static_cast<int>(x[1]), fields_.gated,
+                fields_.dtype,          fields_.eps};
     }
 };
 
@@ -364,13 +373,14 @@ public:
         const cqil_attention_shape s = shape(input);
         return cqil_attention_scratch_bytes(&s);
     }
-    int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in, void* const* out, void* scratch,
-            cudaStream_t stream) const {
+    int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in, void* const* out,
+            void* scratch, cudaStream_t stream) const {
         const cqil_attention_shape s = shape(input);
         const int past = inputs() - 2;
         return cqil_attention(&s, in[0], static_cast<const int32_t*>(in[past]), static_cast<const float*>(in[1]),
                               static_cast<const float*>(in[2]), fields_.head_norms ? in[3] : nullptr,
-                              fields_.head_norms ? in[4] : nullptr, const_cast<void*>(in[past + 1]), out[0], scratch, stream);
+                              fields_.head_norms ? in[4] : nullptr, const_cast<void*>(in[past + 1]), out[0], scratch,
+                              stream);
     }
 
 private:
@@ -378,7 +388,8 @@ private:
         const int batch = std::max(1, static_cast<int>(input[inputs() - 2].dims.d[0]));
         const int length = static_cast<int>(input[0].dims.d[0]) / batch;
         const Fields& f = fields_;
-        return {batch, length, f.heads, f.kv_heads, f.head_dim, f.capacity, f.max_batch, f.group, f.first, f.dtype, f.eps};
+        return {batch,       length,  f.heads, f.kv_heads, f.head_dim, f.capacity,
+                f.max_batch, f.group, f.first, f.dtype,    f.eps};
     }
 };
 
