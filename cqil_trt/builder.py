@@ -134,9 +134,12 @@ class BuildRequest:
 
     def locate(self, job: Job) -> BuildRequest:
         """The same with model and adapter found, on every rank: only rank 0 fetches from the hub."""
-        named = self.lora not in (None, NO_ADAPTER)
-        model, lora = job.share(lambda: (find_model(self.model), find_adapter(self.lora) if named else self.lora))
-        return replace(self, model=model, lora=lora)
+        model, adapter = job.share(lambda: (find_model(self.model), self.find_adapter()))
+        return replace(self, model=model, lora=adapter or self.lora)
+
+    def find_adapter(self) -> Found | None:
+        """The adapter that `lora` names."""
+        return None if self.lora is None or self.lora == NO_ADAPTER else find_adapter(self.lora)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,8 +171,8 @@ class BuildPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """What the build will do, for people and machines: placement of layers, bytes, collectives."""
-        alone = plan(self.model, CqilConfig(1), self.limits.dtype)[0].bytes_per_token
-        ranks = [
+        alone = plan(self.model, CqilConfig(p=1), self.limits.dtype)[0].bytes_per_token
+        ranks: list[dict[str, Any]] = [
             {
                 "rank": rank.rank,
                 "steps": describe_steps(rank),
@@ -234,7 +237,7 @@ def prepare(request: BuildRequest) -> BuildPlan:
     """Opens and checks everything a build needs, and writes nothing. Raises UserError for what is wrong."""
     backend = backends.load(request.backend)
     found = find_model(request.model)
-    adapter = None if request.lora in (None, NO_ADAPTER) else find_adapter(request.lora)
+    adapter = request.find_adapter()
     notes = [f"{place.name}: {place.note}" for place in (found, adapter) if place is not None and place.note]
     if engine_directory.is_engine(found.path):
         opened = _open_engine(request, found.path)
@@ -308,7 +311,7 @@ def _open_checkpoint(
     trained = None if adapter is None else CqilConfig.of_adapter(adapter.path)
     cqil = choose_cqil(weights.model, request.cqil_flags, notes, trained)
     if request.lora is None and (shipped := demo_adapter(path, cqil)) is not None:
-        adapter = Found(str(shipped), shipped)
+        adapter = Found(name=str(shipped), path=shipped)
         weights.merge(shipped)
         notes.append(
             f"the adapter {shipped} was trained for this model and these layers (--lora {NO_ADAPTER} leaves it out)"
@@ -398,7 +401,7 @@ def choose_cqil(
         ignored = [f"--{field}" for field in ("d", "start", "end", "bypass") if given.get(field)]
         if ignored:
             notes.append(f"placement tensor has no groups: {', '.join(ignored)} not used")
-        return CqilConfig(given.get("p", basis.p if basis else 2), placement="tensor")
+        return CqilConfig(p=given.get("p", basis.p if basis else 2), placement="tensor")
     if basis is not None:
         config = replace(basis, **given)
         config.check_depth(model.num_layers)

@@ -20,7 +20,7 @@ MAX_RANKS = 8
 ADAPTER_FILE = "cqil_config.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CqilConfig:
     """Which layers run concurrently and where the others run.
 
@@ -83,8 +83,8 @@ class CqilConfig:
         sixteenth stay sequential, close to what the authors published (12..30 of 32 layers, 17..37 of 40).
         """
         if placement == "tensor":
-            return cls(p, placement=placement)
-        cls(p, d, bypass=bypass, placement=placement)  # p and d are checked before they are divided by
+            return cls(p=p, placement=placement)
+        cls(p=p, d=d, bypass=bypass, placement=placement)  # p and d are checked before they are divided by
         if start is None:
             limit = num_layers if end is None else end
             start = min(int(0.4 * num_layers), limit)
@@ -93,7 +93,7 @@ class CqilConfig:
         if end is None:
             limit = num_layers - max(1, num_layers // 16)
             end = start + max(0, limit - start) // p * p
-        config = cls(p, d, start, end, bypass, placement)
+        config = cls(p=p, d=d, start=start, end=end, bypass=bypass, placement=placement)
         config.check_depth(num_layers)
         return config
 
@@ -112,9 +112,14 @@ class CqilConfig:
         if not path.exists():
             return None
         values = Fields(read_json(path), str(path))
-        numbers = (values.integer(name, low=0) for name in ("p", "d", "start", "end"))
         try:
-            return cls(*numbers, bypass=values.text("bypass", "mlp"))
+            return cls(
+                p=values.integer("p", low=0),
+                d=values.integer("d", low=0),
+                start=values.integer("start", low=0),
+                end=values.integer("end", low=0),
+                bypass=values.text("bypass", "mlp"),
+            )
         except UserError as error:
             message = str(error)
             raise UserError(message if str(path) in message else f"{path}: {message}") from None

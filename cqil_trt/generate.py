@@ -13,7 +13,7 @@ from cqil_trt.session import Session
 from cqil_trt.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
     """When to stop: after `max_new_tokens`, at a token of `eos_token_ids`, or at a text of `stop`."""
 
@@ -29,7 +29,7 @@ class GenerationConfig:
             raise UserError("--stop needs a text that is not empty")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Completion:
     """What one prompt became. `finish_reason`: eos, stop, or length (also when the engine is full)."""
 
@@ -104,7 +104,7 @@ class _Sequence:
     """One prompt on its way: its own random stream and its own text, so that a batch changes nothing."""
 
     def __init__(self, prompt: Sequence[int], config: GenerationConfig, tokenizer: Tokenizer | None):
-        self.completion = Completion(list(prompt))
+        self.completion = Completion(prompt=list(prompt))
         self.random = np.random.Generator(np.random.Philox(config.sampling.seed))
         self._config = config
         self._text = None if tokenizer is None else _Text(tokenizer, config.stop)

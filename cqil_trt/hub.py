@@ -35,7 +35,7 @@ _TOKEN = "(HF_TOKEN, or hf auth login)"
 _LISTED = 12
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Found:
     """A model or an adapter as the user named it, and the path where it is here.
 
@@ -79,7 +79,7 @@ def find_adapter(name: str | Path | Found) -> Found:
     return _find(name, "--lora", _adapter_files)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Reference:
     """What a name says. `label` names flag and name in messages."""
 
@@ -98,10 +98,12 @@ _Choose = Callable[[_Reference, Collection[str], Callable[[str], Path]], _Choice
 def _find(name: str | Path | Found, flag: str, choose: _Choose) -> Found:
     if isinstance(name, Found):
         return name
-    match = None if isinstance(name, Path) or os.path.exists(name) else _NAME.fullmatch(name)
+    if isinstance(name, Path):
+        return Found(name=str(name), path=name)
+    match = None if os.path.exists(name) else _NAME.fullmatch(name)
     if match is None:
-        return Found(str(name), Path(name))
-    reference = _Reference(f"{flag} {name}", match["repo"], match["file"], match["revision"])
+        return Found(name=name, path=Path(name))
+    reference = _Reference(label=f"{flag} {name}", repo=match["repo"], file=match["file"], revision=match["revision"])
     from huggingface_hub import constants, logging
 
     logging.set_verbosity_error()  # what matters of its warnings is in our messages
@@ -149,7 +151,7 @@ def _from_hub(name: str, reference: _Reference, choose: _Choose, info: Any) -> F
         fetch(files[0], reference.revision or "main")
     except _Unreachable as error:
         raise UserError(f"{reference.label}: {error}: run it again to go on") from None
-    return Found(name, _place(paths[0], files[0], main), info.sha)
+    return Found(name=name, path=_place(paths[0], files[0], main), commit=info.sha)
 
 
 def _from_cache(name: str, reference: _Reference, choose: _Choose, why: str) -> Found:
@@ -174,7 +176,7 @@ def _from_cache(name: str, reference: _Reference, choose: _Choose, why: str) -> 
     note = None if constants.HF_HUB_OFFLINE else f"{why}: taken from the cache"
     if choose is _model_files and main is None and not FILES & names:
         note = f"{why}, and the cache holds no tokenizer of it"  # as tools leave it that took the weights alone
-    return Found(name, _place(folder / files[0], files[0], main), folder.name, note)
+    return Found(name=name, path=_place(folder / files[0], files[0], main), commit=folder.name, note=note)
 
 
 def _place(path: Path, file: str, main: str | None) -> Path:

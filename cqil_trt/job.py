@@ -10,10 +10,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cqil_trt.errors import CollectiveError, UserError
 from cqil_trt.packages import missing
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 T = TypeVar("T")
 
@@ -26,7 +29,7 @@ class Job:
     """All ranks started by one mpirun, or a single process started without it."""
 
     def __init__(self) -> None:
-        self.comm = None
+        self.comm: MPI.Intracomm | None = None
         self.rank, self.size = 0, 1
         if any(name in os.environ for name in _LAUNCH_VARIABLES):
             try:
@@ -46,13 +49,13 @@ class Job:
 
     def share(self, make: Callable[[], T]) -> T:
         """What `make` returns on rank 0, on every rank; a UserError it raises is raised on every rank."""
-        return self.agree(make if self.rank == 0 else lambda: None, everyone=False)
+        return self.broadcast(self._agree(make if self.rank == 0 else lambda: None))
 
-    def agree(self, make: Callable[[], T], everyone: bool = True) -> T:
-        """Runs `make` on every rank; if any raises UserError, every rank raises the first one.
+    def agree(self, make: Callable[[], T]) -> T:
+        """Runs `make` on every rank; if any raises UserError, every rank raises the first one."""
+        return self._agree(make)
 
-        Returns each rank's own result, or rank 0's when `everyone` is false.
-        """
+    def _agree(self, make: Callable[[], Any]) -> Any:
         result: Any = None
         failure: str | None = None
         try:
@@ -73,9 +76,11 @@ class Job:
             failure = next((text for text in failures if text is not None), None)
         if failure is not None:
             raise UserError(failure)
-        if not everyone and self.comm is not None:
-            result = self.comm.bcast(result, root=0)
         return result
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank; the others' are ignored."""
+        return value if self.comm is None else self.comm.bcast(value, root=0)
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in rank order, on every rank."""
@@ -100,7 +105,7 @@ class Job:
                 f"the engine needs {size} MPI ranks (or a multiple, for replicas), found {self.size}: "
                 f"start with mpirun -n {size}"
             )
-        if size == 1:
+        if self.comm is None or size == 1:
             return None, 0, self.rank
         return self.comm.Split(self.rank // size, self.rank), self.rank % size, self.rank // size
 

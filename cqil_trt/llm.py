@@ -58,13 +58,14 @@ class Llm:
             raise UserError("prompts must be a list: put the text into brackets")
         encoded: list[list[int]] = []
         for number, prompt in enumerate(prompts, 1):
-            ids = prompt
+            ids: Sequence[int]
             if isinstance(prompt, (str, Conversation)):
                 if not prompt:
                     raise UserError(f"prompt {number} is empty")
                 tokenizer = self.tokenizer or Tokenizer(self.engine.path)
-                spoken = chat or isinstance(prompt, Conversation)
-                ids = tokenizer.chat(prompt) if spoken else tokenizer.encode(prompt)
+                ids = tokenizer.chat(prompt) if chat or isinstance(prompt, Conversation) else tokenizer.encode(prompt)
+            else:
+                ids = prompt
             model, limits = self.engine.model, self.engine.limits
             check_prompt(ids, f"prompt {number}", model.vocab_size, limits.max_seq_len)
             encoded.append(list(ids))
@@ -90,10 +91,10 @@ class Llm:
         """
         ids = self.job.agree(lambda: self.encode(prompts, chat))
         config = GenerationConfig(
-            max_new_tokens,
-            () if ignore_eos else self.ends,
-            tuple(stop),
-            SamplingConfig(temperature, top_k, top_p, seed),
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=() if ignore_eos else self.ends,
+            stop=tuple(stop),
+            sampling=SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed),
         )
         mine = range(self.replica, len(ids), self.replicas)
         report = None

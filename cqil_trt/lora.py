@@ -94,7 +94,7 @@ class LoraReader(WeightReader):
         "saved" tensors are those of modules_to_save; "base" ones stand for the checkpoint's own.
         """
         found: dict[str, dict[str, str]] = {kind: {} for kind in (*_FORMS, "saved", "base")}
-        adapters = set()
+        adapters: set[str] = set()
         for key, shape in self._adapter.shapes().items():
             kind, target, adapter = self._place(key)
             if 0 in shape:
@@ -106,9 +106,10 @@ class LoraReader(WeightReader):
             # A module of modules_to_save may be there twice: PEFT reads the key without that infix.
             if target not in found[kind] or ".modules_to_save." not in key:
                 found[kind][target] = key
-            adapters.add(adapter)
-        if len(adapters - {None}) > 1:
-            raise self._fail(f"holds several adapters ({', '.join(sorted(adapters - {None}))[:80]}): save one alone")
+            if adapter is not None:
+                adapters.add(adapter)
+        if len(adapters) > 1:
+            raise self._fail(f"holds several adapters ({', '.join(sorted(adapters))[:80]}): save one alone")
         return found
 
     def _place(self, key: str) -> tuple[str, str, str | None]:
@@ -153,7 +154,7 @@ class LoraReader(WeightReader):
     def _merge(self) -> dict[str, MergedTensor]:
         """Every tensor that is not the checkpoint's own."""
         merged = {}
-        shared = _TABLES if self._tied else ()
+        shared: tuple[str, ...] = _TABLES if self._tied else ()
         saved = {
             name: self._take("saved", name, shape, f"{name}, of a module that modules_to_save names")
             for name, shape in self._names.items()
@@ -162,7 +163,7 @@ class LoraReader(WeightReader):
         changes = {name: self._changes_of(name) for name in self._names}
         for name, shape in self._names.items():
             if name in saved:
-                merged[name] = MergedTensor(self._adapter, saved[name], shape, [])
+                merged[name] = MergedTensor(reader=self._adapter, key=saved[name], shape=shape, changes=[])
                 continue
             # PEFT loads and merges the modules in this order; those of a tied model work on one and the same tensor.
             sources = shared if name in shared else (name,)
@@ -172,7 +173,7 @@ class LoraReader(WeightReader):
             reader, key = (self._adapter, stored[-1]) if stored else (self._base, sources[0])
             own = [change for source in sources if source not in saved for change in changes[source]]
             if own or (reader, key, shape) != (self._base, name, self._base.shapes().get(name)):
-                merged[name] = MergedTensor(reader, key, shape, own)
+                merged[name] = MergedTensor(reader=reader, key=key, shape=shape, changes=own)
         if self._tied and self._config.saves_tied:
             merged[_TABLE] = merged[_PROJECTION]
         if self._tied and (self._config.saves_tied or not saved.keys() & set(_TABLES)):
@@ -211,10 +212,10 @@ class LoraReader(WeightReader):
         if self._config.lora_bias and f"{module}.bias" not in self._names:
             raise self._fail(f"lora_bias is set, but {module} has no bias to merge it into (PEFT cannot either)")
         if not self._config.dora:
-            return LowRank(a, b, scaling)
+            return LowRank(a=a, b=b, scaling=scaling)
         length = shape[1] if embedding else shape[0]
         key = self._take("magnitude", module, (length,), f"{module}.lora_magnitude_vector, which use_dora asks for")
-        return Dora(a, b, scaling, self._adapter.read(key).float(), by_column=embedding)
+        return Dora(a=a, b=b, scaling=scaling, magnitude=self._adapter.read(key).float(), by_column=embedding)
 
     def _bias(self, module: str) -> Added:
         why = f"{module}.lora_B.bias, which lora_bias asks for"

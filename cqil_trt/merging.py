@@ -16,7 +16,7 @@ _BLOCK_ELEMENTS = 1 << 20
 Before = Callable[[Range, Range], torch.Tensor]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class LowRank:
     """W + scaling * b @ a: rows of `b` (out, r), columns of `a` (r, in)."""
 
@@ -30,7 +30,7 @@ class LowRank:
         )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Dora(LowRank):
     """The low-rank sum with every row, or of an embedding every column, scaled to its length in `magnitude`.
 
@@ -85,7 +85,7 @@ class Added:
 Change = LowRank | Rows | Added
 
 
-@dataclass
+@dataclass(kw_only=True)
 class MergedTensor:
     """A tensor of the merged model: where it starts from, and what is done to it in turn."""
 

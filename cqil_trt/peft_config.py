@@ -104,7 +104,9 @@ class AdapterConfig:
         if name not in {field.name for field in dataclasses.fields(default)}:
             return False
         known = getattr(default, name)
-        return value == (dataclasses.asdict(known) if dataclasses.is_dataclass(known) else known)
+        if dataclasses.is_dataclass(known) and not isinstance(known, type):
+            return value == dataclasses.asdict(known)
+        return value == known
 
     def _list(self, field: str) -> list[str]:
         names = self._fields.get(field, [])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ TEXTS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Probe:
     """One prompt and its answer.
 
@@ -59,7 +60,7 @@ def prompts(directory: Path, vocab_size: int, max_seq_len: int) -> list[list[int
 
 
 def save(directory: Path, probes: Sequence[Probe]) -> Path:
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for number, probe in enumerate(probes):
         for name, value in vars(probe).items():
             arrays[f"{number}.{name}"] = np.asarray(value)
@@ -76,8 +77,15 @@ def load(directory: Path) -> list[Probe]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             count = len({name.partition(".")[0] for name in arrays})
-            fields = ("prompt", "logits", "tokens", "top_tokens", "top_logits")
-            values = [[arrays[f"{number}.{field}"] for field in fields] for number in range(count)]
+            return [
+                Probe(
+                    prompt=arrays[f"{number}.prompt"].tolist(),
+                    logits=arrays[f"{number}.logits"],
+                    tokens=arrays[f"{number}.tokens"].tolist(),
+                    top_tokens=arrays[f"{number}.top_tokens"],
+                    top_logits=arrays[f"{number}.top_logits"],
+                )
+                for number in range(count)
+            ]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: cannot be read ({error}): rebuild the engine") from None
-    return [Probe(p.tolist(), logits, tokens.tolist(), *top) for p, logits, tokens, *top in values]

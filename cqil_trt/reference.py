@@ -64,9 +64,9 @@ class CqilModel(nn.Module):
             first, *others = (layers[index] for index in group)
             first.cqil_members, first.cqil_config = tuple(others), self.cqil
             # The class and not an attribute of the layer: transformers wraps a class's forward to checkpoint gradients.
-            first.__class__ = _with_forward(type(first), _group_forward)
+            _replace_forward(first, _group_forward)
             for layer in others:
-                layer.__class__ = _with_forward(type(layer), _absorbed_forward)
+                _replace_forward(layer, _absorbed_forward)
 
     # Trainer reads the names of the columns it feeds from this signature.
     def forward(
@@ -105,6 +105,11 @@ class CqilModel(nn.Module):
 def _with_forward(kind: type, forward: Callable[..., torch.Tensor]) -> type:
     """The decoder layer's class with another forward."""
     return type(f"Cqil{kind.__name__}", (kind,), {"forward": forward, "cqil_original": kind})
+
+
+def _replace_forward(layer: nn.Module, forward: Callable[..., torch.Tensor]) -> None:
+    kind: type = type(layer)
+    layer.__class__ = _with_forward(kind, forward)
 
 
 def _original(kind: type) -> type:
@@ -383,7 +388,15 @@ def probe(model: nn.Module, prompts: Sequence[Sequence[int]], steps: Sequence[in
         tokens, step_logits = greedy(model, prompt, count)
         logits, order = step_logits.topk(min(TOP, step_logits.shape[1]), dim=1)
         scored = score(model, prompt)
-        found.append(Probe(list(prompt), scored.numpy(), tokens, order.to(torch.int32).numpy(), logits.numpy()))
+        found.append(
+            Probe(
+                prompt=list(prompt),
+                logits=scored.numpy(),
+                tokens=tokens,
+                top_tokens=order.to(torch.int32).numpy(),
+                top_logits=logits.numpy(),
+            )
+        )
     return found
 
 

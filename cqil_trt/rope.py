@@ -16,7 +16,7 @@ KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
 _MOST_POSITIONS = 2**31 - 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RopeConfig:
     """Rotary position embedding: `kind` is one of KINDS (the names Hugging Face uses), `theta` the base.
 
@@ -70,13 +70,13 @@ class RopeConfig:
             raise UserError(f"{rope.source}: partial rotary embedding (partial_rotary_factor) is not supported")
         theta = rope.number("rope_theta")
         if kind == "default":
-            return cls(theta)
+            return cls(theta=theta)
         if kind == "dynamic":
             if head_dim == 2:
                 raise UserError(f"{rope.source}: dynamic rope needs heads of more than 2 elements")
-            return cls(theta, kind, rope.number("factor"), original_max_position=max_position)
+            return cls(theta=theta, kind=kind, factor=rope.number("factor"), original_max_position=max_position)
         if kind == "linear":
-            return cls(theta, kind, rope.number("factor"))
+            return cls(theta=theta, kind=kind, factor=rope.number("factor"))
         # transformers gives priority to the top level when it computes, whatever the parameters say.
         outer = config if "original_max_position_embeddings" in config.values else rope
         original = outer.with_defaults(original_max_position_embeddings=max_position).integer(
@@ -87,7 +87,14 @@ class RopeConfig:
         low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
         if high <= low:
             raise rope.fail("high_freq_factor", "greater than low_freq_factor")
-        return cls(theta, kind, rope.number("factor"), low, high, original)
+        return cls(
+            theta=theta,
+            kind=kind,
+            factor=rope.number("factor"),
+            low_freq_factor=low,
+            high_freq_factor=high,
+            original_max_position=original,
+        )
 
     @classmethod
     def _yarn(cls, rope: Fields, max_position: int, original: int) -> RopeConfig:
@@ -106,9 +113,9 @@ class RopeConfig:
         else:
             attention = yarn_magnitude(factor)
         return cls(
-            rope.number("rope_theta", low=1.0),
-            "yarn",
-            factor,
+            theta=rope.number("rope_theta", low=1.0),
+            kind="yarn",
+            factor=factor,
             original_max_position=original,
             attention_factor=attention,
             beta_fast=chosen("beta_fast", 32.0),

@@ -9,7 +9,7 @@ import numpy as np
 from cqil_trt.errors import UserError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """How a next token is chosen. Temperature 0 is greedy; top_k 0 and top_p 1 keep every token."""
 

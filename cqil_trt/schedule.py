@@ -31,7 +31,7 @@ class Group:
 Step = Receive | Layer | Group
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RankSchedule:
     """What one rank does for each token.
 
@@ -83,8 +83,10 @@ def _rank_schedule(cqil: CqilConfig, num_layers: int, rank: int) -> RankSchedule
         steps: tuple[Step, ...] = (*receive, *groups)
         if leads:
             steps = (*(Layer(i, False) for i in before), *steps, *(Layer(i, False) for i in after))
-        return RankSchedule(rank, cqil.p, steps, embeds=leads, predicts=leads, split_vocabulary=False)
+        return RankSchedule(
+            rank=rank, world_size=cqil.p, steps=steps, embeds=leads, predicts=leads, split_vocabulary=False
+        )
 
     split = cqil.p > 1
     steps = (*(Layer(i, split) for i in before), *groups, *(Layer(i, split) for i in after))
-    return RankSchedule(rank, cqil.p, steps, embeds=True, predicts=True, split_vocabulary=split)
+    return RankSchedule(rank=rank, world_size=cqil.p, steps=steps, embeds=True, predicts=True, split_vocabulary=split)

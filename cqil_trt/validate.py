@@ -43,7 +43,7 @@ THRESHOLDS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Parity:
     """How one prompt compares. `gap`: how much more the reference likes its own token at the first difference."""
 
@@ -82,7 +82,16 @@ def compare(engine_logits: np.ndarray, engine_tokens: Sequence[int], probe: Prob
     same_tokens = equal >= needed or (threshold.tokens is not None and gap <= 2 * max_abs)
     # A NaN compares false, and so fails.
     passed = relative <= threshold.relative_l2 and same_tokens
-    return Parity(len(engine_logits), relative, max_abs, top1, equal, steps, gap, passed)
+    return Parity(
+        prompt_tokens=len(engine_logits),
+        relative_l2=relative,
+        max_abs=max_abs,
+        top1=top1,
+        equal_tokens=equal,
+        steps=steps,
+        gap=gap,
+        passed=passed,
+    )
 
 
 # Texts whose token ids differ where a tokenizer is not read exactly: spaces, lines, digits, scripts, marks, symbols.
@@ -95,7 +104,7 @@ TEXTS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TokenParity:
     """How many of some texts have the same token ids in the engine's tokenizer and in the checkpoint's own.
 
@@ -162,7 +171,10 @@ def validate(llm: Llm, prompts: Sequence[Sequence[int]] | None = None, steps: in
 
     def judge() -> Validation:
         answers = _live(llm, prompts, lengths) if stored is None else stored
-        results = [compare(*pair, answer, limits.dtype) for *pair, answer in zip(engine_logits, engine_tokens, answers)]
+        results = [
+            compare(logits, tokens, probe, limits.dtype)
+            for logits, tokens, probe in zip(engine_logits, engine_tokens, answers)
+        ]
         return Validation(results, "live" if stored is None else "stored", compare_tokens(llm))
 
     return llm.job.share(judge)
@@ -184,7 +196,12 @@ def compare_tokens(llm: Llm) -> TokenParity | None:
     ]
     texts = [text for text in texts if not any(other in text for other in others)]
     differing = [text for text in texts if llm.tokenizer.encode(text, special=False) != list(encode(text))]
-    return TokenParity(str(found.place), len(texts), len(texts) - len(differing), next(iter(differing), None))
+    return TokenParity(
+        judge=str(found.place),
+        texts=len(texts),
+        equal=len(texts) - len(differing),
+        first=next(iter(differing), None),
+    )
 
 
 def answer(

@@ -74,8 +74,10 @@ def run(options: argparse.Namespace, job: Job) -> bool:
 
     texts = job.share(lambda: read_prompts(options))
     # Built here for its checks alone: a wrong flag should not come out after the engine is loaded.
-    sampling = SamplingConfig(options.temperature, options.top_k, options.top_p, options.seed)
-    GenerationConfig(options.max_new_tokens, stop=tuple(options.stop), sampling=sampling)
+    sampling = SamplingConfig(
+        temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed
+    )
+    GenerationConfig(max_new_tokens=options.max_new_tokens, stop=tuple(options.stop), sampling=sampling)
 
     llm = Llm(options.engine, job, options.device)
     if (options.chat or options.messages) and llm.tokenizer is None:

@@ -122,7 +122,7 @@ class Family:
 
     def in_transformers(self, model: ModelConfig) -> bool:
         """Whether transformers' class can hold the model: of two biases that one field decides, a GGUF may have one."""
-        decided = {}
+        decided: dict[str, bool] = {}
         for switch, bias in ((self.qkv_bias, model.qkv_bias), (self.o_bias, model.o_bias)):
             if isinstance(switch, str) and decided.setdefault(switch, bias) != bias:
                 return False

@@ -14,6 +14,7 @@ from cqil_trt.model import ModelConfig
 from cqil_trt.quality import corpus
 from cqil_trt.tokenizer import Tokenizer, find_tokenizer, save_tokenizer
 from cqil_trt.tokenizer.settings import STANDARD_NAMES
+from cqil_trt.tokenizer.vocabulary import JsonVocabulary
 
 
 def open_tokenizer(model: Path) -> Tokenizer:
@@ -29,13 +30,12 @@ def transformers_tokenizer(model: Path) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     vocabulary = open_tokenizer(model).vocabulary
-    backend = getattr(vocabulary, "backend", None)
-    if backend is None:  # sentencepiece, which transformers has only a class of its own for
+    if not isinstance(vocabulary, JsonVocabulary):  # sentencepiece, which transformers has only a class of its own for
         with tempfile.TemporaryDirectory() as directory:
             save_tokenizer(model, Path(directory))
             return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     names = {name: text for name, text in vocabulary.names.items() if name in STANDARD_NAMES}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    return PreTrainedTokenizerFast(tokenizer_object=vocabulary.backend, **names)
 
 
 def text_blocks(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ class Student:
         self.divergence_of_rows = _divergence
 
     @contextmanager
-    def teaching(self):
+    def teaching(self) -> Iterator[None]:
         """Inside, the model is the teacher: layers in sequence, no adapter, no gradients."""
         with torch.no_grad(), self.cqil.sequential(), self.model.disable_adapter():
             yield

@@ -45,7 +45,10 @@ class EngineLM(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         token = self._tokens.special("eos_token")
-        assert token is not None
+        if token is None:
+            raise UserError(
+                f"{self.llm.engine.path}: its tokenizer has no EOS token, which lm-evaluation-harness needs"
+            )
         return token
 
     @property
@@ -69,8 +72,8 @@ class EngineLM(TemplateLM):
             # The last token is only predicted; what is too long loses its beginning.
             taken = (context + continuation)[-self.max_length - 1 :][:-1]
             places.setdefault(tuple(taken), []).append(number)
-        jobs = [(list(text), [requests[number][2] for number in numbers]) for text, numbers in places.items()]
-        found = self._in_shares("score", jobs, "scoring", disable_tqdm)
+        questions = [(list(text), [requests[number][2] for number in numbers]) for text, numbers in places.items()]
+        found = self._in_shares("score", questions, "scoring", disable_tqdm)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         for numbers, several in zip(places.values(), found):
             for number, answer in zip(numbers, several):
@@ -114,12 +117,12 @@ class EngineLM(TemplateLM):
                 texts[number] = postprocess_generated_text(text, stop, None)
         return texts
 
-    def _in_shares(self, method: str, jobs: list[Any], label: str, quiet: bool) -> list[Any]:
+    def _in_shares(self, method: str, items: list[Any], label: str, quiet: bool) -> list[Any]:
         found: list[Any] = []
         size = _SHARE * self.llm.replicas
-        with tqdm(total=len(jobs), desc=label, disable=quiet, leave=False) as bar:
-            for first in range(0, len(jobs), size):
-                found += self._on_all_ranks(method, jobs[first : first + size])
+        with tqdm(total=len(items), desc=label, disable=quiet, leave=False) as bar:
+            for first in range(0, len(items), size):
+                found += self._on_all_ranks(method, items[first : first + size])
                 bar.update(len(found) - bar.n)
         return found
 
@@ -127,18 +130,15 @@ class EngineLM(TemplateLM):
 
     def _on_all_ranks(self, method: str, *arguments: Any) -> Any:
         """Calls the method of this name on every rank; called on rank 0, while the others are in `serve`."""
-        job = self.llm.job
-        if job.comm is not None:
-            job.wait()
-            job.comm.bcast((method, arguments))
+        self.llm.job.wait()
+        self.llm.job.broadcast((method, arguments))
         return getattr(self, method)(*arguments)
 
     def serve(self) -> None:
         """Takes part in rank 0's calls until it calls `stop`. Raises UserError when rank 0 stopped for an error."""
-        comm = self.llm.job.comm
         while True:
             self.llm.job.wait()
-            method, arguments = comm.bcast(None)
+            method, arguments = self.llm.job.broadcast(None)
             if method == "stop":
                 (error,) = arguments
                 if error is not None:
@@ -150,18 +150,17 @@ class EngineLM(TemplateLM):
 
     def finish(self, error: str | None = None) -> None:
         """Lets the other ranks out of `serve`; with an error message they raise it."""
-        if self.llm.job.comm is not None:
-            self.llm.job.wait()
-            self.llm.job.comm.bcast(("stop", (error,)))
+        self.llm.job.wait()
+        self.llm.job.broadcast(("stop", (error,)))
 
-    def score(self, jobs: Sequence[tuple[list[int], list[list[int]]]]) -> list[list[tuple[float, bool]]]:
+    def score(self, questions: Sequence[tuple[list[int], list[list[int]]]]) -> list[list[tuple[float, bool]]]:
         """For each text and its continuations: their log-likelihoods, and whether each is what greedy decoding gives.
 
         The text holds the continuations but for their last tokens.
         """
-        mine = jobs[self.llm.replica :: self.llm.replicas]
-        found = self.llm.job.agree(lambda: [self._score_one(*job) for job in mine])
-        return self.llm.merge(found, len(jobs))
+        mine = questions[self.llm.replica :: self.llm.replicas]
+        found = self.llm.job.agree(lambda: [self._score_one(*question) for question in mine])
+        return self.llm.merge(found, len(questions))
 
     def _score_one(self, text: list[int], continuations: list[list[int]]) -> list[tuple[float, bool]]:
         longest = max(map(len, continuations))
@@ -260,5 +259,6 @@ def run_tasks(
     # packages of their own; AssertionError: the harness, about tasks that do not fit the lengths.
     except (OSError, ValueError, ImportError, AssertionError) as error:
         raise UserError(f"--tasks {','.join(names)}: {' '.join(str(error).split())[:300]}") from None
-    assert found is not None
+    if found is None:
+        raise RuntimeError("lm-evaluation-harness returned no results: it was not called on rank 0")
     return found

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -95,7 +95,7 @@ def negative_log_likelihood(logits: np.ndarray, tokens: np.ndarray) -> np.ndarra
     return (normaliser - logits[np.arange(len(tokens)), tokens]).astype(np.float32)
 
 
-def _bar(items, progress: bool) -> Iterator:
+def _bar(items: Iterable[Any], progress: bool) -> Iterable[Any]:
     from tqdm import tqdm
 
     return tqdm(items, desc="scoring", disable=not progress, leave=False)

@@ -63,7 +63,7 @@ def recommend(similarity: np.ndarray, p: int, threshold: float, first: int) -> C
 
     The longest range is the fastest, as each group saves the same; of equally long ones it is the most alike.
     """
-    configs = [CqilConfig(p, 0, start, end) for start, end in ranges(first, len(similarity), p)]
+    configs = [CqilConfig(p=p, start=start, end=end) for start, end in ranges(first, len(similarity), p)]
     found = [Choice(cqil, lowest_in_groups(similarity, cqil)) for cqil in configs]
     fitting = [choice for choice in found if choice.similarity >= threshold]
     return max(fitting, key=lambda choice: (choice.cqil.end - choice.cqil.start, choice.similarity), default=None)

@@ -20,7 +20,7 @@ from cqil_trt.errors import UserError
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Conversation:
     """What a chat template renders: messages as OpenAI's API and transformers take them, tools as JSON schemas.
 
@@ -58,7 +58,13 @@ class Conversation:
             raise UserError(f"{source}: chat_template_kwargs must be an object")
         if reserved := [name for name in variables if name in (*known, "continue_final_message")]:
             raise UserError(f"{source}: {reserved[0]} is not taken among chat_template_kwargs")
-        return cls(messages, parts.get("tools"), parts.get("documents"), variables, source)
+        return cls(
+            messages=messages,
+            tools=parts.get("tools"),
+            documents=parts.get("documents"),
+            variables=variables,
+            source=source,
+        )
 
     def __str__(self) -> str:
         last = self.messages[-1]

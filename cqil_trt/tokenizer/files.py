@@ -28,7 +28,7 @@ from cqil_trt.tokenizer.settings import (
     write_templates,
 )
 from cqil_trt.tokenizer.tokenizer import Tokenizer
-from cqil_trt.tokenizer.vocabulary import JSON, MODEL
+from cqil_trt.tokenizer.vocabulary import JSON, MODEL, JsonVocabulary, SentencePieceVocabulary
 
 _SETTINGS = (CONFIG, SPECIAL_TOKENS, ADDED_TOKENS)
 _BYTE_LEVEL = ("vocab.json", "merges.txt")
@@ -104,7 +104,7 @@ class TokenizerFiles:
         """
         vocabulary = self.open().vocabulary
         texts = filter(None, map(vocabulary.special_text, range(vocabulary.size())))
-        if self.place.is_dir() and (self.place / JSON).exists():
+        if isinstance(vocabulary, JsonVocabulary) and (self.place / JSON).exists():
             from tokenizers import Tokenizer as Backend
 
             backend = Backend.from_file(str(self.place / JSON))
@@ -115,7 +115,7 @@ class TokenizerFiles:
             changed = [text for text, token in ours.items() if split or own.get(text) != token]
             specials = [text for text in texts if text not in changed]
             return lambda text: backend.encode(text, add_special_tokens=False).ids, specials, changed
-        if self.place.is_dir() and (self.place / MODEL).exists():
+        if isinstance(vocabulary, SentencePieceVocabulary) and (self.place / MODEL).exists():
             from sentencepiece import SentencePieceProcessor
 
             model = SentencePieceProcessor(model_file=str(self.place / MODEL))

@@ -187,10 +187,11 @@ class GgufTokenizer:
         They belong to the model: a vocabulary that cannot be read otherwise does not matter.
         """
         keys = {"eos_token": 2 if self.model == "llama" else None, "eot_token": None, "eom_token": None}
-        found = {self._id(key, default) for key, default in (keys | dict.fromkeys(_FIM_ENDS)).items()}
+        by_key = (self._id(key, default) for key, default in (keys | dict.fromkeys(_FIM_ENDS)).items())
+        found = {token for token in by_key if token is not None}
         if self.model is not None:
             found |= self._ends_by_text(self._get("tokens", str, []))
-        return tuple(sorted(found - {None}))
+        return tuple(sorted(found))
 
     def write(self, directory: Path) -> None:
         """Writes the vocabulary, the settings and the chat templates."""
@@ -218,7 +219,7 @@ class GgufTokenizer:
         scores = self._get("scores", (int, float), []) or [0.0] * len(self.tokens)
         if len(scores) != len(self.tokens):
             raise UserError(f"{self.source}: {len(scores)} scores for {len(self.tokens)} tokens")
-        unknown = self._id("unknown_token", 0)
+        unknown = self._id("unknown_token") or 0
         types = [_NORMAL if kind == _UNUSED else kind for kind in self.types]  # llama.cpp uses them
         if _BYTE not in types:  # and finds those of bytes by their text
             types = [_BYTE if byte_fallback(token) else kind for token, kind in zip(self.tokens, types)]
@@ -233,10 +234,10 @@ class GgufTokenizer:
         trainer.byte_fallback = types.count(_BYTE) == 256
         trainer.vocab_size = len(self.tokens)
         ids = {"unk": unknown, "bos": self._id("bos_token", 1), "eos": self._id("eos_token", 2), "pad": None}
-        for name, token in ids.items():
-            setattr(trainer, f"{name}_id", -1 if token is None else token)
-            if token is not None:
-                setattr(trainer, f"{name}_piece", self.tokens[token])
+        for name, number in ids.items():
+            setattr(trainer, f"{name}_id", -1 if number is None else number)
+            if number is not None:
+                setattr(trainer, f"{name}_piece", self.tokens[number])
         normalizer.name = "identity"
         normalizer.add_dummy_prefix = self._get("add_space_prefix", bool, True)
         normalizer.remove_extra_whitespaces = False

@@ -20,7 +20,7 @@ TEMPLATES = "additional_chat_templates"
 STANDARD_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AddedToken:
     """A token next to the vocabulary, with its flags as in `tokenizers`.
 
@@ -37,7 +37,7 @@ class AddedToken:
     bare: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """What tokenizer_config.json, special_tokens_map.json and added_tokens.json say.
 
@@ -80,18 +80,20 @@ class Settings:
         older = {} if whole else _fields(directory / ADDED_TOKENS).values
         added = [*_decoder(config), *_older(older, str(directory / ADDED_TOKENS))]
         specials = dict.fromkeys([*names.values(), *lists, *(token.content for token in added if token.special)])
-        flags = [config.boolean(name) if config.get(name) is not None else None for name in _FLAGS]
         kind = config.get("tokenizer_class")
         return cls(
-            names,
-            tuple(specials),
-            tuple(replace(token, special=token.content in specials) for token in added),
-            *flags,
-            kind if isinstance(kind, str) else None,
+            names=names,
+            specials=tuple(specials),
+            added=tuple(replace(token, special=token.content in specials) for token in added),
+            add_bos=_flag(config, "add_bos_token"),
+            add_eos=_flag(config, "add_eos_token"),
+            split_special=_flag(config, "split_special_tokens"),
+            tokenizer_class=kind if isinstance(kind, str) else None,
         )
 
 
-_FLAGS = ("add_bos_token", "add_eos_token", "split_special_tokens")
+def _flag(config: Fields, name: str) -> bool | None:
+    return None if config.get(name) is None else config.boolean(name)
 
 
 def _fields(path: Path) -> Fields:
@@ -115,7 +117,7 @@ def _older(ids: Mapping[str, Any], source: str) -> list[AddedToken]:
     for content, number in ids.items():
         if isinstance(number, bool) or not isinstance(number, int) or not content:
             raise UserError(f"{source}: {content!r:.60} has the id {number!r:.20}, expected a number")
-    return [AddedToken(content, ids[content], bare=True) for content in sorted(ids, key=ids.__getitem__)]
+    return [AddedToken(content=content, id=ids[content], bare=True) for content in sorted(ids, key=ids.__getitem__)]
 
 
 def _decoder(config: Fields) -> list[AddedToken]:
@@ -128,7 +130,7 @@ def _decoder(config: Fields) -> list[AddedToken]:
         flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": False}
         if isinstance(value, dict):
             flags = {name: bool(value.get(name, default)) for name, default in flags.items()}
-        found[int(key)] = AddedToken(content, int(key), **flags)
+        found[int(key)] = AddedToken(content=content, id=int(key), **flags)
     return [found[number] for number in sorted(found)]
 
 

@@ -64,7 +64,7 @@ class Tokenizer:
         A text is a single user message. Raises UserError when it cannot be rendered.
         """
         if isinstance(conversation, str):
-            conversation = Conversation([{"role": "user", "content": conversation}])
+            conversation = Conversation(messages=[{"role": "user", "content": conversation}])
         text = self._template.render(conversation)
         _check_text(text)
         return self.vocabulary.encode(text, control=True)
@@ -76,7 +76,8 @@ class Tokenizer:
         template that puts nothing before the user.
         """
         mark, source = "\u2060user\u2060", "--self-generated-chat"  # a character that no template has
-        rendered = self._template.render(Conversation([{"role": "user", "content": mark}], source=source))
+        opening = Conversation(messages=[{"role": "user", "content": mark}], source=source)
+        rendered = self._template.render(opening)
         text, found, _ = rendered.partition(mark)
         ids = self.vocabulary.encode(text, control=True)
         if not found or not ids:

@@ -61,10 +61,14 @@ class Vocabulary(ABC):
     def _surround(self, settings: Settings) -> None:
         """Puts BOS and EOS around a text, or nothing, where the settings say so."""
         bos, eos = self.named("bos_token"), self.named("eos_token")
-        if settings.add_bos is not None and (bos is not None or not settings.add_bos):
-            self.prefix = [bos] if settings.add_bos else []
-        if settings.add_eos is not None and (eos is not None or not settings.add_eos):
-            self.suffix = [eos] if settings.add_eos else []
+        if settings.add_bos is False:
+            self.prefix = []
+        elif settings.add_bos and bos is not None:
+            self.prefix = [bos]
+        if settings.add_eos is False:
+            self.suffix = []
+        elif settings.add_eos and eos is not None:
+            self.suffix = [eos]
 
     def named(self, name: str) -> int | None:
         """The token id of "bos_token", "eos_token", …; None when there is none of the name."""

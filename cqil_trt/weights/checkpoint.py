@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from cqil_trt.weights.gguf import GgufReader
 from cqil_trt.weights.reader import RenamedReader, WeightReader
 
 # In the order in which transformers looks for them.
-_CHECKPOINTS = {
+_CHECKPOINTS: Mapping[str, Callable[[Path], WeightReader]] = {
     "model.safetensors": SafetensorsReader,
     "model.safetensors.index.json": ShardedReader,
     "pytorch_model.bin": TorchReader,
@@ -37,18 +37,18 @@ def open_checkpoint(path: Path) -> tuple[ModelConfig, WeightReader]:
     tied, whatever the configuration says.
     """
     if path.suffix == ".gguf":
-        reader = GgufReader(path)
-        return reader.model_config(), reader
+        gguf = GgufReader(path)
+        return gguf.model_config(), gguf
     if not path.is_dir():
         found = "a file that is not .gguf" if path.exists() else "nothing (a model on the hub is named org/name)"
         raise UserError(f"--model {path}: expected a Hugging Face directory or a .gguf file, found {found}")
     model = families.read_config(path / "config.json")
-    file, kind = _weights_file(path)
-    reader = _with_prefix(kind(file))
+    file, open_file = _weights_file(path)
+    reader = _with_prefix(open_file(file))
     return _tied(model, reader) if model.tie_embeddings else (model, reader)
 
 
-def _weights_file(path: Path) -> tuple[Path, type[WeightReader]]:
+def _weights_file(path: Path) -> tuple[Path, Callable[[Path], WeightReader]]:
     """The file that holds a directory's weights, or their index, and its reader: the choice of transformers."""
     named = read_json(path / "config.json").get("transformers_weights")
     if named is not None:

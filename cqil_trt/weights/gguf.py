@@ -79,7 +79,7 @@ class GgufReader(WeightReader):
     def _gguf(self) -> Gguf | None:
         return None if self._family is None else self._family.gguf
 
-    def field(self, key: str, default=None):
+    def field(self, key: str, default: Any = None) -> Any:
         """A metadata value; `{arch}` in `key` stands for the architecture."""
         field = self._reader.fields.get(key.replace("{arch}", str(getattr(self, "architecture", ""))))
         return default if field is None else field.contents()
