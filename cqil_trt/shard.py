@@ -34,8 +34,8 @@ class LayerShard:
     """A rank's share of one decoder layer.
 
     `heads` and `kv_heads` are half-open ranges of the model's heads; `kv_index[i]` is the local key/value head that
-    local query head i reads. `adds_bias`: this rank adds the biases of the o and down projections. That is the last part:
-    an even split with more parts than heads leaves the first ones empty.
+    local query head i reads. `adds_bias`: this rank adds the biases of the o and down projections. Only the last part
+    does: an even split with more parts than heads leaves the first ones empty.
     """
 
     index: int
