@@ -22,7 +22,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Group:
-    """`layers` run concurrently, one a rank; this rank runs `layers[rank]`, whose index is `index`."""
+    """`layers` run concurrently, one per rank; this rank runs layer `index`, which is `layers[rank]`."""
 
     layers: tuple[int, ...]
     index: int
@@ -33,7 +33,7 @@ Step = Receive | Layer | Group
 
 @dataclass(frozen=True, kw_only=True)
 class RankSchedule:
-    """What one rank does for each token.
+    """What one rank does per token.
 
     `embeds` / `predicts`: whether the rank starts from the token embedding, and whether it ends in (its slice of)
     the vocabulary. `split_vocabulary`: the last projection's rows are spread over the ranks.
@@ -53,7 +53,7 @@ class RankSchedule:
 
     @property
     def all_reduces(self) -> int:
-        """All-reduces this rank takes part in for each forward pass."""
+        """This rank's all-reduces per forward pass."""
         return sum(2 * step.split if isinstance(step, Layer) else isinstance(step, Group) for step in self.steps)
 
     @property

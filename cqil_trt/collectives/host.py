@@ -73,7 +73,7 @@ def _ordered_sum(parts: torch.Tensor) -> torch.Tensor:
 
 
 def _bytes(tensor: torch.Tensor) -> np.ndarray:
-    """The tensor's memory as MPI sees it; MPI has no name for every type."""
+    """The tensor's memory as bytes, because MPI lacks some of the types."""
     import torch
 
     return tensor.contiguous().view(-1).view(torch.uint8).numpy()
