@@ -157,9 +157,7 @@ def write_templates(directory: Path, templates: Mapping[str, str], source: str) 
     """Writes chat templates to separate files. Raises UserError, naming `source`, for an invalid name."""
     for name, text in templates.items():
         if not re.fullmatch(r"\w[\w-]{,63}", name, re.ASCII):
-            raise UserError(
-                f"{source}: {name!r:.60} is not a valid name for a chat template (letters, digits, - and _ are)"
-            )
+            raise UserError(f"{source}: {name!r:.60} is no name for a chat template (use letters, digits, - and _)")
         path = directory / TEMPLATE if name == "default" else directory / TEMPLATES / f"{name}.jinja"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(text.encode("utf-8", "replace"))
