@@ -1,4 +1,4 @@
-"""The exceptions that users see the message of, not a traceback."""
+"""Exceptions that users see as a message, not as a traceback."""
 
 
 class UserError(Exception):
