@@ -1,4 +1,4 @@
-// The order in which greedy decoding prefers tokens, inside a rank and between ranks.
+// The order in which greedy decoding prefers tokens, within a rank and between ranks.
 #pragma once
 
 #include <cstdint>

@@ -1,8 +1,8 @@
-// Causal attention over a KV cache of our own layout, with head norms, rotary embedding and the cache's update inside.
+// Causal attention over a KV cache with its own layout. Head norms, rotary embedding and the cache update are fused in.
 //
-// A decode step is one kernel: every block rotates the query (and the new key) itself, covers a span of the cache, and
-// the last block of a head to finish puts the spans together. A prefill rotates and appends first, then attends, on
-// tensor cores where type and head dimension allow.
+// A decode step is one kernel. Every block rotates the query and the new key itself and covers a span of the cache. The
+// block of a head's last span combines the spans. A prefill rotates and appends first, then attends, on tensor cores
+// where the type and head dimension allow it.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -29,11 +29,11 @@ using namespace cqil_trt;
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kLanes = 16;  // that share one key
+constexpr int kLanes = 16;  // per key
 constexpr int kGroups = kThreads / kLanes;
 constexpr int kAttendThreads = 256;
 constexpr int kAttendGroups = kAttendThreads / kLanes;
-constexpr int kMaxSpans = kAttendThreads / 32;  // of a head's keys, a block each; a warp reads one when they are joined
+constexpr int kMaxSpans = kAttendThreads / 32;  // per head, one block each
 constexpr int kMinSpan = 2 * kAttendGroups;
 constexpr int kMaxHeadDim = 256;
 constexpr float kLog2e = 1.4426950408889634f;
@@ -42,8 +42,8 @@ __host__ __device__ size_t cache_elements(const cqil_attention_shape& s) {
     return size_t(s.max_batch) * s.kv_heads * s.capacity * s.head_dim;
 }
 
-// Blocks for one head of one sequence: together about one a multiprocessor, so that the kernel behind this one finds
-// room for what it fetches ahead.
+// Blocks for one head of one sequence. In total about one per multiprocessor, so the next kernel finds room for its
+// prefetches.
 int span_count(const cqil_attention_shape& s, int processors) {
     return std::clamp(processors / (s.heads * s.batch), 1, kMaxSpans);
 }
@@ -58,18 +58,18 @@ __device__ T narrow(float x) {
     return T(x);
 }
 
-// What a block that gave up waiting for another leaves, in host memory.
+// What a block records, in host memory, before it gives up waiting for another block.
 struct GaveUp {
-    uint32_t code;  // 0: nothing happened
+    uint32_t code;  // 0: no failure
     uint32_t sequence, head, span, join;
 };
 
 struct Limit {
-    uint64_t timeout_ns;  // 0: wait for ever
+    uint64_t timeout_ns;  // 0: no limit
     GaveUp* record;
 };
 
-__device__ uint32_t gave_up;  // whether a thread has
+__device__ uint32_t gave_up;  // 1 once a thread has
 
 struct Inputs {
     const void* qkv;
@@ -81,8 +81,8 @@ struct Inputs {
     void* cache;
 };
 
-// What one of `kLanes` lanes holds of a head: kElements of the first half or of the second, so that the elements that
-// are rotated with its own are those of one other lane.
+// The part of a head that one of kLanes lanes holds: kElements of the first half or of the second. Each element's
+// rotation partner is held by exactly one other lane.
 template <int kElements>
 struct Lane {
     int number, dim, begin, count;
@@ -94,13 +94,13 @@ struct Lane {
     }
 };
 
-// Whether every lane has kElements elements of a head, at an aligned place, or none.
+// Whether every lane holds either no elements of a head or kElements aligned ones.
 template <int kElements>
 bool is_packed(int dim) {
     return dim / 2 % kElements == 0;
 }
 
-// One head of one token. Queries and keys are rounded, as a separate rotation would have them.
+// One head of one token. Queries and keys are rounded to T, as if the rotation were a separate kernel.
 template <typename T, int kElements, bool kPacked>
 struct Head {
     static constexpr int kBytes = kElements * int(sizeof(T));
@@ -134,8 +134,8 @@ struct Head {
         }
     }
 
-    // RMSNorm with `norm` where it is given, rounding to T before the weight as the definition does. All lanes of a
-    // warp call this together.
+    // RMSNorm, if `norm` is not null; rounds to T before the multiplication by the weight. All lanes of a warp call
+    // this together.
     __device__ void normalise(const T* norm, float eps, const Lane<kElements>& lane) {
         float sum = 0;
 #pragma unroll
@@ -150,7 +150,7 @@ struct Head {
     }
 };
 
-// Cosines and sines that a lane's elements are rotated by.
+// The cosines and sines for a lane's elements.
 template <typename T, int kElements, bool kPacked>
 struct Rotation {
     float cos[kElements], sin[kElements];
@@ -164,7 +164,7 @@ struct Rotation {
         }
     }
 
-    // All lanes of a warp call this together; only heads that are `wanted` turn.
+    // All lanes of a warp call this together; only `wanted` heads are rotated.
     __device__ void apply(Head<T, kElements, kPacked>& x, bool wanted, const Lane<kElements>& lane) const {
         const float sign = lane.number < kLanes / 2 ? -1 : 1;
 #pragma unroll
@@ -176,7 +176,7 @@ struct Rotation {
 };
 
 // Rotates queries into `queries` [rows, heads, head_dim] and appends keys and values to the cache. Grid: rows, heads of
-// all kinds / groups of a block.
+// all kinds / kGroups.
 template <typename T, int kElements, bool kPacked>
 __global__ void __launch_bounds__(kThreads) append_kernel(cqil_attention_shape s, Inputs in, T* queries) {
     release_successor();
@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(kThreads) append_kernel(cqil_attention_shape s
     const int head = blockIdx.y * kGroups + threadIdx.x / kLanes, row = blockIdx.x, sequence = row / s.length;
     const Lane<kElements> lane(threadIdx.x % kLanes, s.head_dim);
     const int heads = s.heads + 2 * s.kv_heads;
-    // Lanes of a warp belong to two heads and exchange sums: those beyond the last head do its work again.
+    // A warp covers two heads and shuffles between its lanes, so lanes past the last head repeat its work.
     const int h = min(head, heads - 1);
     const int position = in.past[sequence] + row % s.length;
     Head<T, kElements, kPacked> x;
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kThreads) append_kernel(cqil_attention_shape s
     x.write(cache + ((size_t(sequence) * s.kv_heads + kv) * s.capacity + position) * s.head_dim, lane);
 }
 
-// A lane's own copies of keys and values on their way, in shared memory: only the lane that asks for one reads it.
+// Keys and values in flight, in shared memory. Each lane reads only what it requested itself.
 template <typename T, int kElements, bool kPacked>
 struct Ring {
     using H = Head<T, kElements, kPacked>;
@@ -238,10 +238,10 @@ struct Ring {
     }
 };
 
-// Behind a layer's cache: how blocks of one head send their spans' results to the block of its last span. Each number
-// is written together with the count of the head's joins, which says that it is this step's. That block was the last of
-// them to start, so it waits for none that waits for room. It counts the join when it has received everything: what was
-// sent bears the number that its sender had read, so none reads the counter any more.
+// How the blocks of one head send their spans' results to the block of its last span, in memory after the layer's
+// cache. Each value carries the number of the join, one more than the head's counter, so a stale value is recognised.
+// The receiving block was the last of them to start, so it never waits for a block that waits for room. It advances the
+// counter only after it has received everything: every sender has read the counter by then.
 struct Joint {
     static constexpr int kAhead = 2;
     unsigned* counter;
@@ -270,7 +270,8 @@ struct Joint {
                      : "memory");
     }
 
-    // put(span, i, numbers i and i + 1) for what spans before `own` send; the threads of a block share this.
+    // Calls put(span, i, values i and i + 1) for everything that the spans before `own` send. The block's threads share
+    // the work.
     template <typename Put>
     __device__ void receive(int own, const Limit& limit, Put&& put) const {
         Deadline deadline;
@@ -320,18 +321,17 @@ private:
     }
 };
 
-// Blocks that registers leave room for on a multiprocessor in decoding: left to itself nvcc makes room for more by
-// spilling.
+// Blocks per multiprocessor that registers must leave room for when decoding. Without it nvcc aims higher and spills.
 template <typename T, int kElements, bool kDecode>
 constexpr int attend_blocks() {
-    if (!kDecode) return 0;  // as nvcc likes
+    if (!kDecode) return 0;  // no constraint
     return kElements <= 4 ? 4 : kElements <= 8 ? 3 : std::is_same_v<T, float> ? 1 : 2;
 }
 
-// One query against a span of the keys. Decode: rotates query and new key itself, and reads what was in the cache
-// before this step while the kernel ahead still computes them; grid: heads, spans, sequences. Prefill (kDecode false):
-// `queries` are rotated and keys appended; grid: heads, tokens, sequences, and a span is everything. Small code, as in
-// linear.cu.
+// One query against a span of the keys. Decoding: rotates the query and the new key itself, and reads the older part of
+// the cache while the previous kernel still computes them; grid: heads, spans, sequences. Prefill (kDecode false):
+// `queries` are rotated and the keys are in the cache; grid: heads, tokens, sequences, and a span is the whole cache.
+// The code is kept small, as in linear.cu.
 template <typename T, int kElements, bool kPacked, bool kDecode>
 __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kDecode>())
     attend_kernel(cqil_attention_shape s, Inputs in, const T* queries, T* out, Limit limit) {
@@ -347,7 +347,7 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kD
     const Lane<kElements> lane(threadIdx.x % kLanes, dim);
     const int token = kDecode ? 0 : blockIdx.y, row = sequence * s.length + token;
     const int kv = (head + s.first) / s.group, heads = s.heads + 2 * s.kv_heads;
-    // Past the L1 cache: a decode step reads this before it has waited for anything.
+    // Bypasses L1: a decode step reads this before it has waited (launch.cuh).
     const int position = __ldcg(in.past + sequence) + token, count = min(position + 1, s.capacity);
     const int share = (count + int(gridDim.y) - 1) / int(gridDim.y), span = kDecode ? max(share, kMinSpan) : count;
     const int spans = kDecode ? (count + span - 1) / span : 1;
@@ -358,9 +358,9 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kD
     T* keys = static_cast<T*>(in.cache) + line * dim;
     const size_t to_values = cache_elements(s);
     const Joint joint(static_cast<char*>(in.cache) + align(2 * to_values * sizeof(T)), s, sequence, head);
-    const int fresh = kDecode ? position : INT32_MAX;  // the one key that is not in the cache yet
+    const int fresh = kDecode ? position : INT32_MAX;  // the key that is not in the cache yet
     int asked = first + group;
-    auto ask = [&](int slot) {  // for this group's next key; a group of copies, though there be none, for each slot
+    auto ask = [&](int slot) {  // requests the group's next key; commits a group even if it is empty
         if (asked < last && asked != fresh && lane.count > 0) {
             R::ask(memory.ring, slot, 0, keys + size_t(asked) * dim, lane);
             R::ask(memory.ring, slot, 1, keys + to_values + size_t(asked) * dim, lane);
@@ -385,7 +385,7 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kD
         }
         rotation.apply(q, true, lane);
         rotation.apply(fresh_key, true, lane);
-        // Of the query heads that read this key, the first appends it.
+        // The first of the query heads that share this key appends it.
         if (group == 0 && fresh >= first && fresh < last && (head == 0 || (head - 1 + s.first) / s.group != kv)) {
             fresh_key.write(keys + size_t(fresh) * dim, lane);
             fresh_value.write(keys + to_values + size_t(fresh) * dim, lane);
@@ -394,8 +394,8 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kD
         q.read(queries + (size_t(row) * s.heads + head) * dim, lane);
     }
 
-    // A running softmax over keys: maximum (times log2 e), sum of weights, weighted values. All lanes of a warp stay in
-    // the loop together: they exchange sums.
+    // An online softmax: maximum (times log2 e), sum of weights, weighted values. All lanes of a warp stay in the loop
+    // together because they shuffle.
     float most = -INFINITY, sum = 0, value[kElements] = {};
     const float scale = rsqrtf(float(dim)) * kLog2e;
     int slot = 0;
@@ -425,9 +425,9 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kD
         for (int i = 0; i < kElements; ++i) value[i] = value[i] * before + weight * wide(v.value[i]);
     }
 
-    // All threads put the groups' results together, then the block of a head's last span those of its spans.
+    // First all threads combine the groups, then the block of the head's last span combines the spans.
     __shared__ float mosts[kAttendGroups], sums[kAttendGroups], factors[kAttendGroups];
-    __syncthreads();  // the ring's memory is used again
+    __syncthreads();  // the ring's memory is reused
     if (lane.number == 0) {
         mosts[group] = most;
         sums[group] = sum;
@@ -482,8 +482,8 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kD
     }
 }
 
-// Prefill on tensor cores: a block takes kTile queries of one head against tiles of kTile keys, a warp 16 of the
-// queries. Scores are computed twice, first for each row's maximum and sum, then for the weights, so that nothing is
+// Prefill on tensor cores. A block takes kTile queries of one head against tiles of kTile keys; a warp takes 16 of the
+// queries. Scores are computed twice, first for each row's maximum and sum, then for the weights, so nothing is
 // rescaled.
 constexpr int kTile = 64;
 constexpr int kPad = 8;  // spreads rows over shared memory's banks
@@ -493,12 +493,13 @@ struct PrefillMemory {
     static constexpr int kRow = kDim + kPad, kScoreRow = kTile + 4, kWeightRow = kTile + kPad;
     alignas(128) T query[kTile][kRow];
     alignas(128) T key[kTile][kRow];
-    alignas(128) T value[kTile][kRow];  // directly behind key: the results go where both were
+    alignas(128) T value[kTile][kRow];  // directly after key: the results overwrite both
     alignas(128) float score[kTile][kScoreRow];
     alignas(128) T weight[kTile][kWeightRow];
 };
 
-// Copies rows first … first + kTile - 1 of [rows, kDim], zeros beyond the last: a weight of 0 times NaN would be NaN.
+// Copies rows first to first + kTile - 1 of [rows, kDim], with zeros after the last row: a zero weight times NaN would
+// be NaN.
 template <typename T, int kDim>
 __device__ void load_tile(T (*to)[kDim + kPad], const T* from, size_t stride, int first, int rows) {
     constexpr int kPackets = kDim * int(sizeof(T)) / 16;
@@ -530,7 +531,7 @@ __global__ void __launch_bounds__(kThreads)
     const T* values = keys + cache_elements(s);
     load_tile<T, kDim>(m.query, source, stride, first, s.length);
 
-    // Two lanes share a row of the warp's scores, each has half of its columns.
+    // Two lanes share a row of the warp's scores; each takes half of the columns.
     const int row = top + lane / 2, column = lane % 2 * (kTile / 2), position = past + first + row;
     const float scale = rsqrtf(float(kDim)) * kLog2e;
     float most = -INFINITY, sum = 0;
@@ -556,7 +557,7 @@ __global__ void __launch_bounds__(kThreads)
         load_tile<T, kDim>(m.key, keys, kDim, tile, count);
         __syncthreads();
         scores();
-        const int seen = min(min(position + 1, count) - tile - column, kTile / 2);  // columns of this lane that count
+        const int seen = min(min(position + 1, count) - tile - column, kTile / 2);  // of this lane's columns
         float larger = most;
         for (int i = 0; i < seen; ++i) larger = fmaxf(larger, m.score[row][column + i] * scale);
         float added = 0;
@@ -620,16 +621,17 @@ int prefill(const cqil_attention_shape& s, const Inputs& in, const T* queries, T
     return launch(prefill_kernel<T, kDim>, {grid, kThreads, stream, true, kBytes}, s, in, queries, out);
 }
 
-// Which caches attention has used on a stream since kernels last started there after all before them had ended. What
-// starts early would read them too early.
+// The caches that attention has used on a stream since the last point that no later kernel can overtake. Only these can
+// be read too early.
 class Touched {
 public:
-    // Notes that a cache is used on a stream; *overlap: whether a kernel that reads it early may start early.
+    // Records the use of a cache on a stream. *overlap: whether a kernel that reads the cache early may overlap its
+    // predecessors; if not, it must be launched without overlap.
     int note(cudaStream_t stream, const void* cache, bool early, bool* overlap) {
         std::lock_guard<std::mutex> lock(mutex_);
         Caches* caches = nullptr;
         if (find(stream, &caches)) return -1;
-        // Threads share the name of this stream, not the stream.
+        // This handle means a different stream in every thread.
         *overlap = stream != cudaStreamPerThread && caches->used.count(cache) == 0;
         if (early && !*overlap) caches->used.clear();
         caches->used.insert(cache);
@@ -650,7 +652,7 @@ private:
         std::set<const void*> used;
     };
 
-    // A graph begins when all before it has ended, and ends before what follows it begins.
+    // A graph starts after everything before it has ended, and ends before anything after it starts.
     int find(cudaStream_t stream, Caches** caches) {
         int device = 0;
         CQIL_CUDA(cudaGetDevice(&device));
@@ -676,13 +678,13 @@ std::atomic<uint64_t> timeout_ns{uint64_t(kDefaultTimeoutSeconds * 1e9)};
 std::mutex record_mutex;
 std::atomic<GaveUp*> record{nullptr};
 
-// Page-locked memory can be read after the device is lost. It is never freed: graphs hold its address.
+// Page-locked memory stays readable after the device is lost. It is never freed because graphs hold its address.
 int find_limit(Limit* limit) {
     if (record == nullptr) {
         std::lock_guard<std::mutex> lock(record_mutex);
         void* memory = record;
         if (memory == nullptr) {
-            // Allocating does not disturb a capture that this thread has begun, but the default mode forbids it.
+            // The default mode forbids allocation during this thread's capture, but this one does not affect it.
             cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
             CQIL_CUDA(cudaThreadExchangeStreamCaptureMode(&mode));
             const cudaError_t error =

@@ -1,4 +1,4 @@
-// Host side: the workspace, the choice of kernel and grid, the C interface.
+// Host side of the collectives: the workspace, the choice of kernel and grid, and the C interface.
 
 #include <algorithm>
 #include <atomic>
@@ -21,7 +21,7 @@
 using namespace cqil_trt;
 
 struct cqil_workspace {
-    State host;  // as last written to the device
+    State host;  // copy of what the device has
     State* device = nullptr;
     char* memory = nullptr;
     cqil_failure* failure = nullptr;
@@ -50,7 +50,7 @@ int cqil_trt::fail(const char* format, ...) {
 }
 
 int cqil_trt::fail_cuda(const char* call, cudaError_t error) {
-    cudaGetLastError();  // reported here, so not again by whoever asks next
+    cudaGetLastError();  // cleared, so that no later call reports this error again
     const char* reason = cqil_attention_failure();
     return fail("%s: %s%s%s", call, cudaGetErrorString(error), reason ? ": " : "", reason ? reason : "");
 }
@@ -65,12 +65,12 @@ std::unordered_map<const void*, cqil_workspace*>& registry() {
 
 std::atomic<cqil_workspace*> shared_workspace{nullptr};
 
-// Messages up to this size go whole to every peer; above, each rank adds up its share and returns it. Measured for two
-// ranks on H200s (docs/allreduce.md); scaled down, not measured, for more, where one-shot sends world - 1 times the
-// data.
+// Messages up to this size go whole to every peer. Above it, each rank sums its share and returns the result. Measured
+// for two ranks on H200s (docs/allreduce.md); scaled down for more ranks, where one-shot sends world - 1 times the
+// data, but not measured.
 size_t default_one_shot_bytes(int world) { return world <= 2 ? 2 << 20 : world <= 4 ? 512 << 10 : 256 << 10; }
 constexpr size_t kDefaultMaxBytes = 16 << 20;
-// A row of the fused kernel: 1,024 threads of two packets.
+// A row of the fused kernel: at most 1,024 threads of two packets each.
 constexpr size_t kMaxRowBytes = 32 << 10;
 
 using AllReduceKernel = void (*)(State*, AllReduce);
@@ -109,8 +109,8 @@ DirectedKernel pick_directed(cqil_dtype dtype) {
     }
 }
 
-// A kernel that is loaded when it is first launched may wait for the device, on which a kernel may be waiting for a
-// peer that loads the same kernel: all are loaded before the first collective.
+// All kernels are loaded before the first collective. Lazy loading may wait for the device, where a kernel may be
+// waiting for a peer that is loading the same kernel.
 int load_kernels(int world) {
     cudaFuncAttributes attributes;
     for (cqil_dtype dtype : {CQIL_FLOAT32, CQIL_FLOAT16, CQIL_BFLOAT16}) {
@@ -147,11 +147,12 @@ int launch_all_reduce(cqil_workspace* w, AllReduce a, cqil_dtype dtype, int vect
                       cudaStream_t stream) {
     const size_t bytes = size_t(a.packets) * sizeof(Packet);
     const bool two_shot = bytes > w->one_shot_bytes;
-    // A block waits for the blocks of its own index on the peers, which send before they wait; so grids need not fit on
-    // the GPU at once, but a block that is not running yet keeps its peers waiting: no more than about fit.
+    // A block waits only for the blocks of its own index on the peers, which send before they wait. So the grid need
+    // not fit on the GPU at once. But a block that has not started keeps its peers waiting, so the grid is no larger
+    // than what roughly fits.
     const int resident = w->multiprocessors * std::max(1, std::min(2, 1536 / threads));
     int blocks = std::min<int>(a.rows, w->blocks ? w->blocks : resident);
-    // With a multiple of the ranks, a block's rows would all belong to one rank.
+    // If the number of blocks were a multiple of the ranks, all rows of a block would belong to one rank.
     if (two_shot && blocks > 1 && blocks < int(a.rows) && blocks % w->host.world == 0) --blocks;
     return launch(pick(dtype, w->host.world, vectors, norm, two_shot),
                   {dim3(blocks), dim3(threads), stream, w->overlap}, w->device, a);
@@ -209,14 +210,14 @@ int cqil_workspace_create(int rank, int world_size, size_t one_shot_bytes, size_
         s.timeout_ns = timeout_ns;
         s.layout.world = world_size;
         s.layout.one_shot_stride = w->one_shot_capacity;
-        // The rows of a message are dealt to ranks, so one rank may get up to a row more than its share.
+        // Rows are dealt out to ranks, so one rank may get up to a row more than its share.
         s.layout.chunk_stride = align(w->max_bytes / world_size + kMaxRowBytes);
         CQIL_CUDA(cudaHostAlloc(&w->failure, sizeof(cqil_failure), cudaHostAllocMapped | cudaHostAllocPortable));
         *w->failure = {};
         CQIL_CUDA(cudaHostGetDevicePointer(&s.failure, w->failure, 0));
         CQIL_CUDA(cudaMalloc(&w->memory, s.layout.total()));
         CQIL_CUDA(cudaMalloc(&w->device, sizeof(State)));
-        // Everything but the data buffers starts at zero: no message has number 0.
+        // Everything except the data buffers starts at zero. No message has number 0.
         CQIL_CUDA(cudaMemset(w->memory, 0, s.layout.total()));
         const size_t first = s.layout.one_shot(0, 0), last = s.layout.channel(0, 0);
         auto* packets = reinterpret_cast<Packet*>(w->memory + first);
@@ -265,7 +266,7 @@ int cqil_workspace_open(cqil_workspace* w, const void* handles) {
 
 int cqil_workspace_close(cqil_workspace* w) {
     w->open = false;
-    // After a failed kernel every call fails; the process's end releases the rest.
+    // After a failed kernel every call fails; the end of the process releases the rest.
     cudaDeviceSynchronize();
     for (int peer = 0; peer < w->host.world; ++peer)
         if (peer != w->host.rank && w->host.memory[peer]) {
@@ -336,7 +337,7 @@ int cqil_all_reduce(cqil_workspace* w, const void* in, const void* residual, voi
         a.out = static_cast<char*>(out) + done;
         a.packets = uint32_t((part + sizeof(Packet) - 1) / sizeof(Packet));
         a.tail = uint32_t(part % sizeof(Packet) / element);
-        // Small messages are spread over many small blocks, large ones fill the multiprocessors.
+        // Small messages are spread over many small blocks; large ones fill the multiprocessors.
         const int threads = w->threads ? w->threads : part <= (64 << 10) ? 128 : 512;
         a.width = threads;
         a.rows = (a.packets + a.width - 1) / a.width;
@@ -371,7 +372,7 @@ int cqil_all_reduce_residual_norm(cqil_workspace* w, const void* in, const void*
         a.eps = eps;
         a.inverse_hidden = 1.0f / float(hidden);
         const int width = int(a.width);
-        // Blocks of so few threads fit beside those of two products (linear.cu).
+        // Blocks this small fit next to those of two products (linear.cu).
         const int vectors = width > 512 || (w->threads && width > w->threads) ? 2 : 1;
         const int threads = ceil_to((width + vectors - 1) / vectors, 32);
         if (launch_all_reduce(w, a, dtype, vectors, threads, true, static_cast<cudaStream_t>(stream))) return -1;
@@ -421,7 +422,7 @@ int cqil_ping(cqil_workspace* w, int rounds, double* nanoseconds, void* stream) 
     cudaEvent_t began, ended;
     CQIL_CUDA(cudaEventCreate(&began));
     CQIL_CUDA(cudaEventCreate(&ended));
-    // The ranks meet here, so the launch is not measured.
+    // The ranks meet in this kernel, so launch skew is not measured.
     if (launch(ping_kernel, {1, 1, s, false}, w->device, 100)) return -1;
     CQIL_CUDA(cudaEventRecord(began, s));
     if (launch(ping_kernel, {1, 1, s, false}, w->device, rounds)) return -1;

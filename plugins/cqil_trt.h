@@ -1,10 +1,11 @@
-// C interface of the collectives and of a decoder's kernels: what Python, the TensorRT plugins and C++ programs call.
-// This is its only declaration: cqil_trt/gpu/abi.py reads it (types, enumerations and functions in plain C, constants
-// that are literals, and CQIL_PLUGINS).
+// C interface of the collectives and of a decoder's kernels, for ctypes, the TensorRT plugins and C++ programs.
 //
-// Every function returns 0, or a negative number and leaves a message for cqil_last_error(). All ranks call the same
+// This is its only declaration. cqil_trt/gpu/abi.py reads it: types, enumerations and functions in plain C, constants
+// that are literals, and CQIL_PLUGINS.
+//
+// Every function returns 0, or a negative number and a message for cqil_last_error(). All ranks call the same
 // operations with the same sizes in the same order, on one stream each. Operations are asynchronous and may be captured
-// into CUDA graphs. Pointers are device pointers, 16-byte aligned, unless said otherwise.
+// into CUDA graphs. Pointers are device pointers, 16-byte aligned, unless stated otherwise.
 #pragma once
 
 #include <stddef.h>
@@ -21,60 +22,59 @@ typedef enum { CQIL_FLOAT32 = 0, CQIL_FLOAT16 = 1, CQIL_BFLOAT16 = 2 } cqil_dtyp
 
 typedef struct cqil_workspace cqil_workspace;
 
-// What a kernel that gave up waiting left behind; `code` 0 means nothing happened.
+// The record of a kernel that gave up waiting; `code` is 0 if none did.
 typedef struct {
-    uint32_t code;       // 1: a peer's data did not come; 2: a peer did not take ours
+    uint32_t code;       // 1: a peer's data did not arrive; 2: a peer did not read ours
     uint32_t rank;       // who waited
     uint32_t peer;       // for whom
     uint32_t operation;  // cqil_operation
-    uint32_t sequence;   // how many symmetric operations, or messages between the two, came before
+    uint32_t sequence;   // number of earlier symmetric operations, or of the message between the two
 } cqil_failure;
 
 typedef enum { CQIL_ALL_REDUCE = 1, CQIL_ARGMAX = 2, CQIL_DIRECTED = 3 } cqil_operation;
 
-// Text of the last error on this thread.
+// The last error on this thread.
 const char* cqil_last_error(void);
 
-// The build this library is, e.g. "0.1.0+<hash of its sources>": an engine names the one it needs.
+// The library's build, e.g. "0.1.0+<hash of its sources>". An engine names the one it needs.
 const char* cqil_version(void);
 
-// Allocates the workspace of `rank` on the current device. `one_shot_bytes` bounds a message that is sent whole to
-// every peer, `max_bytes` any all-reduce (larger ones are split); 0 takes the defaults. `timeout_seconds` bounds every
-// wait, 0 for ever.
+// Allocates the workspace of `rank` on the current device. `one_shot_bytes` bounds messages that are sent whole to
+// every peer, `max_bytes` any all-reduce (larger ones are split); 0 selects the defaults. `timeout_seconds` bounds
+// every wait for a peer; 0: no limit.
 int cqil_workspace_create(int rank, int world_size, size_t one_shot_bytes, size_t max_bytes, double timeout_seconds,
                           cqil_workspace** workspace);
 
 // CUDA IPC handle of this rank's memory, CQIL_HANDLE_BYTES bytes at `handle` (host).
 int cqil_workspace_handle(cqil_workspace* workspace, void* handle);
 
-// Maps all ranks' memory; `handles` holds world_size handles in rank order (host). Between create and the first
-// operation of any rank there must be a barrier of all ranks, as gathering the handles is.
+// Maps all ranks' memory. `handles` holds world_size handles in rank order (host). All ranks must pass a barrier
+// between create and the first operation of any rank; gathering the handles is one.
 int cqil_workspace_open(cqil_workspace* workspace, const void* handles);
 
-// Unmaps the peers' memory. Between close and destroy of any rank there must be a barrier of all ranks: memory that a
-// peer still maps must not be freed.
+// Unmaps the peers' memory. All ranks must pass a barrier between close and the destroy of any rank: memory that a peer
+// still maps must not be freed.
 int cqil_workspace_close(cqil_workspace* workspace);
 
 int cqil_workspace_destroy(cqil_workspace* workspace);
 
-// Device address that names the workspace to the TensorRT plugins: bind it to their input `workspace`.
+// Device address that identifies the workspace to the TensorRT plugins: bind it to their input `workspace`.
 void* cqil_workspace_address(cqil_workspace* workspace);
 
-// The workspace whose address that is, or NULL.
+// The workspace with that address, or NULL.
 cqil_workspace* cqil_workspace_find(const void* address);
 
-// Makes a workspace the one that plugins without an input `workspace` use in this process; NULL: none any more.
+// Sets the workspace for plugins without an input `workspace` in this process; NULL unsets it.
 int cqil_workspace_share(cqil_workspace* workspace);
 cqil_workspace* cqil_workspace_shared(void);
 
 int cqil_workspace_rank(cqil_workspace* workspace);
 
-// Reads what a failed kernel recorded; works after the device reported an error.
+// Reads the record of a failed kernel. Works after the device is lost.
 int cqil_workspace_failure(cqil_workspace* workspace, cqil_failure* failure);
 
-// For measurements and tests: threads per block, blocks, one_shot_bytes (0 keeps the defaults, as does max for the
-// largest one), and whether launches may overlap the end of the kernel before them (programmatic dependent launch).
-// Equal on all ranks.
+// For measurements and tests: threads per block, blocks and one_shot_bytes (0: the defaults), and whether launches may
+// overlap the end of the previous kernel (programmatic dependent launch). Must be equal on all ranks.
 int cqil_workspace_tune(cqil_workspace* workspace, int threads, int blocks, size_t one_shot_bytes, int overlap);
 
 // out = residual + sum over ranks of in; residual may be NULL. `count` elements. out may be in or residual.
@@ -83,65 +83,65 @@ int cqil_all_reduce(cqil_workspace* workspace, const void* in, const void* resid
 
 // residual_out = residual + sum over ranks of in; normed = RMSNorm(residual_out) * weight, for `rows` rows of `hidden`
 // elements. hidden * element size must be a multiple of 16 and at most 32 KiB. residual_out may be residual. `weight`
-// may be read before earlier work on the stream is done: it must not be that work's result.
+// may be read before earlier work on the stream is done, so it must not be the result of that work.
 int cqil_all_reduce_residual_norm(cqil_workspace* workspace, const void* in, const void* residual, const void* weight,
                                   void* residual_out, void* normed, int rows, int hidden, float eps, cqil_dtype dtype,
                                   void* stream);
 
-// Rank 0's `in` on every other rank's `out`; ranks other than 0 may give NULL as `in`, rank 0 as `out`.
+// Copies rank 0's `in` to every other rank's `out`. `in` may be NULL on ranks other than 0, `out` on rank 0.
 int cqil_broadcast(cqil_workspace* workspace, const void* in, void* out, size_t count, cqil_dtype dtype, void* stream);
 
-// out = sum of the `in` of the min(distance, rank) ranks just before this one; zeros on rank 0. A rank waits for those
-// it receives from, and for those it sends to only when it is more than four messages (of 1 MiB) ahead of them. out
+// out = sum of the `in` of the min(distance, rank) ranks just before this one; zeros on rank 0. A rank waits for the
+// ranks it receives from. It waits for a rank it sends to only when it is four messages (of up to 1 MiB) ahead. out
 // must not be in.
 int cqil_bypass(cqil_workspace* workspace, const void* in, void* out, size_t count, int distance, cqil_dtype dtype,
                 void* stream);
 
-// For each of `rows` rows: of all ranks' (values[row], indices[row]) the largest value, the smallest index among
-// equals, into best_value and best_index on every rank. A rank with no candidate gives -infinity. NaN counts as
+// For each of `rows` rows, the largest value among all ranks' (values[row], indices[row]), with the smallest index
+// among equals, in best_value and best_index on every rank. A rank without a candidate gives -infinity. NaN counts as
 // largest.
 int cqil_argmax(cqil_workspace* workspace, const float* values, const int32_t* indices, float* best_value,
                 int32_t* best_index, int rows, void* stream);
 
-// Measures the way of one word over the link: `rounds` times there and back between ranks 0 and 1, inside one kernel.
-// Nanoseconds of one round trip at `nanoseconds` (host). Synchronises; ranks other than 0 and 1 return at once.
+// Measures the latency of one word over the link: `rounds` round trips between ranks 0 and 1 in one kernel.
+// `nanoseconds` (host) receives the time of one round trip. Synchronises. Other ranks return at once.
 int cqil_ping(cqil_workspace* workspace, int rounds, double* nanoseconds, void* stream);
 
-// What a decode step needs beside its network; on one GPU, no workspace.
+// The rest of a decode step, on one GPU without a workspace.
 
 // out [rows, hidden] = table[indices], whose rows have `hidden` elements. Indices are not checked.
 int cqil_gather_rows(const void* table, const int32_t* indices, void* out, int rows, int hidden, cqil_dtype dtype,
                      void* stream);
 
-// For each of `rows` rows of `width` logits the largest value, and its index + offset: the smallest among equals, NaN
-// as largest. What cqil_argmax takes; a rank with width 0 offers -infinity.
+// For each of `rows` rows of `width` logits, the largest value and its index + offset, as input for cqil_argmax. The
+// smallest index among equals; NaN counts as largest. A rank with width 0 gives -infinity.
 int cqil_row_argmax(const void* logits, int rows, int width, int offset, cqil_dtype dtype, float* value, int32_t* index,
                     void* stream);
 
-// How a next token is chosen: temperature above 0; top_k 0 and top_p 1 keep every token.
+// How the next token is chosen. temperature is above 0; top_k 0 and top_p 1 keep every token.
 typedef struct {
     float temperature, top_p;
     int32_t top_k;
 } cqil_sampling;
 
-// index[row]: a token by temperature, then top-k, then top-p, of `rows` rows of `width` logits; equal ones in the order
-// of their ids. Draws with uniforms[*step * stride + row], which are in [0, 1). `sampling` is in device memory.
+// index[row]: a token chosen by temperature, then top-k, then top-p, from `rows` rows of `width` logits. Equal logits
+// are ordered by id. Draws with uniforms[*step * stride + row], which are in [0, 1). `sampling` is in device memory.
 int cqil_sample(const void* logits, int rows, int width, cqil_dtype dtype, const cqil_sampling* sampling,
                 const double* uniforms, const int32_t* step, int stride, int32_t* index, void* stream);
 
-// out [rows, all]: part [rows, width] in the columns from `first` on, zeros elsewhere. Its sum over ranks is what every
-// rank has side by side.
+// out [rows, all]: part [rows, width] in the columns from `first` on, zeros elsewhere. Its sum over ranks puts all
+// ranks' columns side by side.
 int cqil_spread(const void* part, void* out, int rows, int width, int first, int all, cqil_dtype dtype, void* stream);
 
-// Makes the chosen tokens the input of the next step: tokens[row] = next[row], past[row] = min(past[row] + 1, last);
-// then *step += 1. history[*step % slots * stride + row] gets, in one write, next[row] in its lower half and *step + 1
-// in its upper one: in page-locked host memory it tells the host that the token is there, before the stream's work is
-// done.
+// Makes the chosen tokens the input of the next step: tokens[row] = next[row], past[row] = min(past[row] + 1, last),
+// then *step += 1. Also writes history[*step % slots * stride + row] in one store: next[row] in the lower half and
+// *step + 1 in the upper half. In page-locked host memory this tells the host that the token is there before the
+// stream's work is done.
 int cqil_advance(const int32_t* next, int32_t* tokens, int32_t* past, int rows, int last, int32_t* step,
                  uint64_t* history, int slots, int stride, void* stream);
 
-// sum = residual + delta, normed = RMSNorm(sum) * weight, for `rows` rows of `hidden` elements; without delta (NULL)
-// the norm of residual alone, and sum is not written. sum may be residual.
+// sum = residual + delta, normed = RMSNorm(sum) * weight, for `rows` rows of `hidden` elements. Without delta (NULL),
+// normed is that of residual, and sum is not written. sum may be residual.
 int cqil_residual_norm(const void* delta, const void* residual, const void* weight, void* sum, void* normed, int rows,
                        int hidden, float eps, cqil_dtype dtype, void* stream);
 
@@ -151,60 +151,61 @@ int cqil_add(const void* x, const void* y, void* out, size_t count, cqil_dtype d
 // out [rows, inner] = silu(gate) * up, of gate_up [rows, 2 * inner] that holds gate and up one after the other.
 int cqil_swiglu(const void* gate_up, void* out, int rows, int inner, cqil_dtype dtype, void* stream);
 
-// Rows of x, elements of a row of x and of out; `gated`: whether W holds gate and up, one after the other, and out is
-// silu(gate) * up. `eps` is that of the norm.
+// Rows of x; elements of a row of out and of x. `gated`: W holds gate and up one after the other, and out is silu(gate)
+// * up, with gate and up rounded to the type first. `eps` is for the norm.
 typedef struct {
     int32_t rows, outputs, inputs, gated, dtype;
     float eps;
 } cqil_linear_shape;
 
-// Bytes of scratch memory one call needs.
+// Bytes of scratch memory per call.
 size_t cqil_linear_scratch_bytes(const cqil_linear_shape* shape);
 
 // out [rows, outputs] = activation(RMSNorm(x + delta) * norm · Wᵀ + bias) + residual, for x [rows, inputs] and W
-// [outputs (twice that when gated), inputs]. Without norm (NULL) x is taken as it is, and delta must be NULL too;
-// delta, bias and residual may be NULL. Sums are kept in float32. W and norm may be read before earlier work on the
-// stream is done: they must not be that work's result. out may be residual, not x. A gated product takes no residual.
+// [outputs, inputs] ([2 * outputs, inputs] when gated). Without norm (NULL) x is used as it is, and delta must be NULL.
+// delta, bias and residual may be NULL. Sums are in float32. W and norm may be read before earlier work on the stream
+// is done, so they must not be results of that work. out may be residual, but not x. A gated product takes no residual.
 int cqil_linear(const cqil_linear_shape* shape, const void* x, const void* delta, const void* weight, const void* bias,
                 const void* norm, const void* residual, void* out, void* scratch, void* stream);
 
-// `length` new tokens of `batch` sequences, which begin at position past[b], and a cache for `max_batch` sequences of
-// `capacity` tokens. Query head i reads key/value head (i + first) / group. `eps` is that of the head norms.
+// `length` new tokens of `batch` sequences, starting at position past[b], and a cache for `max_batch` sequences of
+// `capacity` tokens. Query head i reads key/value head (i + first) / group. `eps` is for the head norms.
 typedef struct {
     int32_t batch, length, heads, kv_heads, head_dim, capacity, max_batch, group, first, dtype;
     float eps;
 } cqil_attention_shape;
 
-// Bytes of one layer's cache: keys, values, each [max_batch, kv_heads, capacity, head_dim], and behind them what the
-// blocks of a head say to each other, which must be zero before the first use. Bytes of scratch memory one call needs.
+// Bytes of one layer's cache: keys, then values, each [max_batch, kv_heads, capacity, head_dim], then memory through
+// which the blocks of a head communicate. The latter must be zero before the first use. And bytes of scratch memory per
+// call.
 size_t cqil_attention_cache_bytes(const cqil_attention_shape* shape);
 size_t cqil_attention_scratch_bytes(const cqil_attention_shape* shape);
 
-// Causal attention: rotates queries and keys (halves, as Hugging Face does; cos and sin [capacity, head_dim / 2]),
-// after head norms with weights [head_dim] unless they are NULL, appends keys and values to the cache, attends. qkv
-// [batch * length, heads + 2 * kv_heads, head_dim] -> out [batch * length, heads, head_dim]. With several new tokens
-// out may be NULL: then it rotates and appends only, and leaves the queries in scratch in the shape of out.
+// Causal attention: applies head norms with weights [head_dim] unless they are NULL, rotates queries and keys (by
+// halves, as Hugging Face does; cos and sin are [capacity, head_dim / 2]), appends keys and values to the cache, and
+// attends. qkv [batch * length, heads + 2 * kv_heads, head_dim] -> out [batch * length, heads, head_dim]. With several
+// new tokens out may be NULL: then it only rotates and appends, and leaves the queries in scratch in the shape of out.
 //
-// With one new token `past`, cos, sin and the cache may be read before earlier work on the stream is done. cos and sin
-// must not be that work's result. `past` may be the result of cqil_advance, of a copy, or of a kernel of the caller's
-// that is not the work directly before this library's. What this library wrote to the cache is waited for: after a
-// cqil_advance the kernel starts early, and without one since the last call on the cache it does not.
+// With one new token, `past`, cos, sin and the cache may be read before earlier work on the stream is done. cos and sin
+// must not be results of that work. `past` may be written by cqil_advance, by a copy, or by a kernel of the caller's
+// that another such kernel or a copy follows. Earlier calls on the same cache are waited for: a call overlaps earlier
+// kernels only if a cqil_advance, or a call that did not overlap, lies between it and the last use of the cache on this
+// stream.
 int cqil_attention(const cqil_attention_shape* shape, const void* qkv, const int32_t* past, const float* cos,
                    const float* sin, const void* q_norm, const void* k_norm, void* cache, void* out, void* scratch,
                    void* stream);
 
-// Bounds the wait of attention's blocks for each other, in calls from now on in this process: 30 s by default, 0 for
-// ever.
+// Bounds the wait of attention's blocks for each other, for later calls in this process. 30 s by default; 0: no limit.
 int cqil_attention_timeout(double seconds);
 
-// Why attention gave up waiting and ended itself, in words, or NULL when it did not. Ask when CUDA reports an error,
-// which such an end is (an illegal instruction or a launch failure). Works after the device is lost.
+// Why an attention kernel gave up waiting and trapped, or NULL if none did. Ask when CUDA reports an error: the trap
+// appears as an illegal instruction or a launch failure. Works after the device is lost.
 const char* cqil_attention_failure(void);
 
 #ifdef CQIL_TEST_DELAYS
-// For tests, only in a build with CQIL_TEST_DELAYS: block i of every kernel, counted with x fastest, sleeps
-// nanoseconds[i % count] (host) at its start (place 0) or after its predecessor has ended (place 1). A count of 0 ends
-// the delays of a place.
+// For tests, only in a build with CQIL_TEST_DELAYS. Block i of every kernel, counted with x fastest, sleeps for
+// nanoseconds[i % count] (host) at its start (place 0) or after the wait for its predecessor (place 1). A count of 0
+// ends the delays at a place. Synchronises.
 int cqil_test_delays(int place, const uint32_t* nanoseconds, int count);
 #endif
 
@@ -224,11 +225,11 @@ int cqil_test_delays(int place, const uint32_t* nanoseconds, int count);
                               INT(head_norms) FLOAT(eps) INT(dtype))
 
 // Only in a build with TensorRT. Registers the plugins with the TensorRT that this process has loaded. Loading the
-// library does the same where it finds TensorRT.
+// library does the same if TensorRT is already there.
 int cqil_register_plugins(void);
 
-// Between cqil_set_building(1) and cqil_set_building(0) plugins do nothing when TensorRT runs them: a builder that
-// timed a collective would wait for ranks that are not there.
+// Between cqil_set_building(1) and cqil_set_building(0) plugins do nothing when TensorRT runs them. A builder times
+// plugins, and a collective would wait for ranks that are not there.
 void cqil_set_building(int building);
 
 #ifdef __cplusplus

@@ -1,5 +1,4 @@
-// Small kernels of a decode step, on one GPU: RMSNorm, sums, the gated MLP's product, rows of a table, the choice of
-// the next token.
+// Small single-GPU kernels of a decode step: RMSNorm, sums, SwiGLU, rows of a table, the choice of the next token.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -20,7 +19,7 @@ namespace {
 
 constexpr int kThreads = 1024;
 
-// One block a row. Two passes over elements that a thread wrote or read itself a moment before.
+// One block per row. Two passes; in the second each thread revisits its own elements.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     norm_kernel(const T* delta, const T* residual, const T* weight, T* sum_out, T* normed, int hidden, float eps) {
@@ -67,7 +66,7 @@ __global__ void swiglu_kernel(const T* gate_up, T* out, int inner) {
     out[row * inner + i] = swiglu(gate_up[row * 2 * inner + i], gate_up[(row * 2 + 1) * inner + i]);
 }
 
-// One block a row of `width` elements, or packets of them.
+// One block per row of `width` elements or packets.
 template <typename T>
 __global__ void gather_rows_kernel(const T* __restrict__ table, const int32_t* indices, T* __restrict__ out,
                                    int width) {
@@ -84,7 +83,7 @@ int gather_rows(const void* table, const int32_t* indices, void* out, int rows, 
                   static_cast<const T*>(table), indices, static_cast<T*>(out), width);
 }
 
-// One block a row.
+// One block per row.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     row_argmax_kernel(const T* logits, int width, int offset, float* value, int32_t* index) {
@@ -133,13 +132,13 @@ __global__ void __launch_bounds__(kThreads)
     reduce();
     if (threadIdx.x == 0) {
         value[blockIdx.x] = best;
-        // A rank without a part of the vocabulary offers what loses to every other.
+        // A rank without a share of the vocabulary offers a value that loses to every other.
         index[blockIdx.x] = width ? where + offset : 0;
     }
 }
 
-// Ends a decode step; one block. It lets no kernel start early, so that the next step's may read positions and caches
-// at once.
+// Ends a decode step; one block. It does not release its successor, so the next step may read positions and caches
+// early (launch.cuh).
 __global__ void __launch_bounds__(kThreads)
     advance_kernel(const int32_t* next, int32_t* tokens, int32_t* past, int rows, int last, int32_t* step,
                    volatile uint64_t* history, int slots, int stride) {
@@ -150,7 +149,7 @@ __global__ void __launch_bounds__(kThreads)
         past[row] = min(past[row] + 1, last);
         history[size_t(now % slots) * stride + row] = uint64_t(now + 1) << 32 | uint32_t(next[row]);
     }
-    __threadfence();  // the next step's attention does not wait for this kernel before it reads `past`
+    __threadfence();  // the next step's attention reads `past` before it waits for this kernel
     __syncthreads();
     if (threadIdx.x == 0) *step = now + 1;
 }

@@ -1,5 +1,5 @@
-// Delays that tests inject into blocks; only in a library built with CQIL_TEST_DELAYS. They make races that need an
-// unlucky order of blocks happen every time.
+// Delays that tests inject into blocks, only in a library built with CQIL_TEST_DELAYS. They reproduce races that would
+// otherwise need an unlucky order of blocks.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,20 +10,20 @@
 namespace cqil_trt {
 
 enum DelayPlace {
-    kDelayStart,  // after the successor was released, before anything is read early
-    kDelayWork,   // after the predecessor has ended
+    kDelayStart,  // after releasing the successor, before any early read
+    kDelayWork,   // after the wait for the predecessor
     kDelayPlaces
 };
 
 constexpr int kMaxDelays = 1024;
 
-// Block i, counted with x fastest, sleeps nanoseconds[i % count] at a place.
+// At each place block i, counted with x fastest, sleeps for nanoseconds[i % count].
 struct Delays {
     uint32_t count[kDelayPlaces];
     uint32_t nanoseconds[kDelayPlaces][kMaxDelays];
 };
 
-static __device__ Delays delays;  // one in every source file
+static __device__ Delays delays;  // one per source file
 
 __device__ inline void delay(DelayPlace place) {
     if (delays.count[place] == 0) return;

@@ -1,4 +1,4 @@
-// How functions of the C interface fail: `return fail(...)` leaves the message for cqil_last_error().
+// How functions of the C interface fail: `return fail(...)` stores the message for cqil_last_error().
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -7,7 +7,7 @@ namespace cqil_trt {
 
 int fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-// fail() for an error that CUDA reports. Names the kernel that gave up, where that is the cause.
+// fail() for a CUDA error. Adds why attention gave up, if it did.
 int fail_cuda(const char* call, cudaError_t error);
 
 #define CQIL_CUDA(call)                                                       \

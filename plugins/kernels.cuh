@@ -1,4 +1,4 @@
-// The kernels. One template serves every operation of a protocol; protocol.cuh has the rules they follow.
+// The kernels of the collectives. One template serves every operation of a protocol. protocol.cuh has the rules.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -15,8 +15,8 @@ namespace cqil_trt {
 template <typename T>
 constexpr int kElements = sizeof(Packet) / sizeof(T);
 
-// Element i of a packet, by arithmetic on its words: an address taken of a packet would put it into local memory. i is
-// a constant after unrolling.
+// Element i of a packet, by arithmetic on its words: taking a packet's address would move it to local memory. i is a
+// constant after unrolling.
 template <typename T>
 __device__ inline float element(const Packet& p, int i) {
     if constexpr (sizeof(T) == 4) {
@@ -28,7 +28,7 @@ __device__ inline float element(const Packet& p, int i) {
     }
 }
 
-// The packet whose element i is value(i), rounded to T.
+// The packet with elements value(i), rounded to T.
 template <typename T, typename Value>
 __device__ inline Packet rounded(Value value) {
     Packet p;
@@ -60,8 +60,8 @@ __device__ inline void add_to(float (&sum)[kElements<T>], const Packet& p) {
     for (int i = 0; i < kElements<T>; ++i) sum[i] += element<T>(p, i);
 }
 
-// The arguments of all_reduce_kernel. Data is cut into rows of `width` packets; the last row may be shorter, and the
-// last packet of all may hold fewer than its elements (`tail` of them, 0 when it is full).
+// The arguments of all_reduce_kernel. Data is divided into rows of `width` packets. The last row may be shorter, and
+// the last packet may be partial: it then holds `tail` elements (0: it is full).
 struct AllReduce {
     const void* in;
     const void* residual;  // may be null without kNorm
@@ -105,8 +105,8 @@ __device__ void store_packet(void* base, uint32_t index, const Packet& p, const 
                 static_cast<Bits>(p.word[i * sizeof(T) / 4] >> (8 * (i * sizeof(T) % 4)));
 }
 
-// One symmetric operation's turn with the buffers. The last block to finish() opens the next epoch: by then every block
-// has read this one.
+// One symmetric operation's use of the buffers. The last block to call finish() starts the next epoch; every block has
+// read the current one by then.
 struct Turn {
     State* state;
     uint32_t epoch;
@@ -119,13 +119,13 @@ struct Turn {
         buffer = epoch % kBuffers;
     }
 
-    // Clears the buffer that the operation before this one used, notes how much of this one's is used (bytes of each
-    // source's part), and counts this block in. Called by all threads, once.
+    // Clears the buffer that the previous operation used, records how many bytes of each source's part this one uses,
+    // and counts this block. All threads call it once.
     __device__ void finish(uint32_t used_one_shot, uint32_t used_chunk) {
         const Layout& layout = state->layout;
         char* mine = state->memory[state->rank];
         const uint32_t old = (buffer + 2) % kBuffers;
-        // Selected, not indexed: an index that is not constant would put the packets into local memory.
+        // Selected rather than indexed: a variable index would move the packets to local memory.
         auto used = [&](const Packet& p) { return old == 0 ? p.word[1] : old == 1 ? p.word[2] : p.word[3]; };
         const uint32_t clear_one_shot = used(one_shot_), clear_chunk = used(chunk_);
         const uint32_t first = (blockIdx.x * blockDim.x + threadIdx.x) * sizeof(Packet);
@@ -153,7 +153,7 @@ private:
     Packet one_shot_, chunk_;
 };
 
-// Waits for the packets of all other ranks at offset(source), and adds them to `own` in rank order.
+// Waits for the packets of all other ranks at offset(source) and sums them with `own` in rank order.
 template <typename T, int kWorld, typename Offset>
 __device__ void gather_sum(State* state, const Packet& own, float (&sum)[kElements<T>], Patience& patience,
                            Offset offset) {
@@ -182,8 +182,8 @@ __device__ void gather_sum(State* state, const Packet& own, float (&sum)[kElemen
     }
 }
 
-// The sum of x over the block, on every thread. `half` alternates from call to call: a block that is one row ahead of
-// its slowest warp must not write where that warp still reads.
+// The sum of x over the block, on every thread. `half` alternates between calls: a block may be one row ahead of its
+// slowest warp and must not overwrite what that warp still reads.
 __device__ inline float block_sum(float x, uint32_t half) {
     __shared__ float partial[2][32];
 #pragma unroll
@@ -196,11 +196,11 @@ __device__ inline float block_sum(float x, uint32_t half) {
     return x;
 }
 
-// out = residual + sum over ranks of in, and with kNorm its RMSNorm. A block takes whole rows; a thread up to kVectors
+// out = residual + sum over ranks of in; with kNorm also its RMSNorm. A block takes whole rows, a thread up to kVectors
 // packets of a row.
 //
-// One-shot: every rank sends its rows to all and adds up everything. Two-shot: row r belongs to rank r % world, who
-// adds up what it is sent and returns the result to all.
+// One-shot: every rank sends its rows to all others and sums everything. Two-shot: row r belongs to rank r % world,
+// which sums what it is sent and returns the result to all.
 template <typename T, int kWorld, int kVectors, bool kNorm, bool kTwoShot>
 __global__ void __launch_bounds__(1024) all_reduce_kernel(State* state, AllReduce a) {
     release_successor();
@@ -214,12 +214,12 @@ __global__ void __launch_bounds__(1024) all_reduce_kernel(State* state, AllReduc
             if (column < a.width) weight[k] = static_cast<const Packet*>(a.weight)[column];
         }
     }
-    // Every rank starts with another peer, so that no link is hit by all at once.
+    // Every rank starts with a different peer, so no link is hit by all at once.
     char* peer[kWorld];
 #pragma unroll
     for (uint32_t i = 1; i < kWorld; ++i)
         if (i < world) peer[i] = state->memory[rank + i < world ? rank + i : rank + i - world];
-    // What does not depend on the epoch is computed before there is data to wait for.
+    // Whatever does not depend on the epoch is computed before there is data to wait for.
     const size_t my_slot = layout.one_shot(0, rank), buffer_stride = layout.one_shot(1, 0) - layout.one_shot(0, 0);
     wait_for_predecessor();
 
@@ -228,12 +228,12 @@ __global__ void __launch_bounds__(1024) all_reduce_kernel(State* state, AllReduc
         index = row * a.width + column;
         return column < a.width && index < a.packets;
     };
-    // Where the packet at `column` of `row` lies in a source's part of a two-shot buffer.
+    // The offset of the packet at `column` of `row` in a source's part of a two-shot buffer.
     auto chunk = [&](uint32_t row, uint32_t column) {
         return (size_t(row / world) * a.width + column) * sizeof(Packet);
     };
 
-    // The block's first row is loaded before the epoch, so that the two wait for memory together.
+    // The block's first row is loaded before the epoch, so both loads are in flight together.
     Packet own[kVectors];
     auto load_row = [&](uint32_t row) {
         uint32_t column, index;
@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(1024) all_reduce_kernel(State* state, AllReduc
             if (place(row, k, column, index) && (kNorm || a.residual))
                 residual[k] = load_packet<T>(a.residual, index, a);
     };
-    // Blocks of one row, the usual case in decoding, have what they need before the first packet arrives.
+    // With one row per block, usual in decoding, the residual is loaded before the first packet arrives.
     const bool one_row = gridDim.x >= a.rows;
     if (one_row) load_residual(blockIdx.x);
 
@@ -302,7 +302,7 @@ __global__ void __launch_bounds__(1024) all_reduce_kernel(State* state, AllReduc
         }
     };
 
-    // Rows that this rank adds up: all of them, or its own.
+    // Rows that this rank sums: all of them, or its own.
     for (uint32_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
         if (kTwoShot && row % world != rank) continue;
         if (!one_row) {
@@ -332,7 +332,7 @@ __global__ void __launch_bounds__(1024) all_reduce_kernel(State* state, AllReduc
     }
     if (!kTwoShot) return;
 
-    // Rows that others added up.
+    // Rows that other ranks summed.
     const char* mine = state->memory[rank];
     for (uint32_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
         const uint32_t owner = row % world;
@@ -349,7 +349,7 @@ __global__ void __launch_bounds__(1024) all_reduce_kernel(State* state, AllReduc
     }
 }
 
-// One thread a row. A packet carries value and index; the padding is whatever is not kEmpty.
+// One thread per row. A packet carries the value and the index; the padding is anything but kEmpty.
 __global__ void __launch_bounds__(1024) argmax_kernel(State* state, const float* values, const int32_t* indices,
                                                       float* best_value, int32_t* best_index, uint32_t rows) {
     release_successor();
@@ -413,7 +413,7 @@ __global__ void __launch_bounds__(1024) directed_kernel(State* state, Directed d
     for (int target = 0; target < world; ++target) {
         if (!(d.targets >> target & 1)) continue;
         const uint32_t number = load_system(&state->sent[target]) + 1;
-        // The slot is free once the message that lay in it has been taken. Differences survive the counters' wrap.
+        // The slot is free once its last message has been read. Differences survive the counters' wrap-around.
         if (threadIdx.x == 0) {
             Patience patience(state, CQIL_DIRECTED, number);
             while (int32_t(load_acquire_system(&acknowledged[target]) - (number - kChannelSlots)) < 0)
@@ -435,7 +435,7 @@ __global__ void __launch_bounds__(1024) directed_kernel(State* state, Directed d
 
     if (d.out != nullptr) {
         for (uint32_t unit = first; unit < d.units; unit += stride) {
-            // Half a packet: the words of its data, the sum of what they say.
+            // Half a packet: its data words, and their sum over the sources.
             float sum[kElements<T>] = {};
             Packet data = {{0, 0, 0, 0}};
             for (int source = 0; source < world; ++source) {
@@ -449,7 +449,7 @@ __global__ void __launch_bounds__(1024) directed_kernel(State* state, Directed d
                 data = Packet{{p.word[0], p.word[2], 0, 0}};
                 add_to<T>(sum, data);
             }
-            // What one rank sent is passed on as it is; a sum is rounded once.
+            // A single source is passed on unchanged; a sum is rounded once.
             if (__popc(d.sources) > 1) data = rounded<T>([&](int i) { return sum[i]; });
             const uint64_t bits = uint64_t(data.word[1]) << 32 | data.word[0];
             if (partial(unit))

@@ -1,5 +1,5 @@
-// Launching kernels so that they overlap the end of the kernel before them (programmatic dependent launch, compute
-// capability 9.0 on).
+// Launches kernels that overlap the end of the previous kernel (programmatic dependent launch, compute capability 9.0
+// and later).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,24 +11,21 @@
 
 namespace cqil_trt {
 
-// Nothing that an earlier kernel wrote, or that one may still read, is touched before wait_for_predecessor(); the
-// "memory" clobbers keep loads from moving above it. Every kernel waits, so one that has ended knows that all before it
-// have. Letting the next kernel start early is safe because it waits in the same way, or was launched to start after
-// this one. A kernel may start while several before it still run, as each releases its successor at once.
+// Rule: before wait_for_predecessor() a kernel neither reads what an earlier kernel writes nor writes what one reads.
+// The "memory" clobbers keep loads from moving above the wait. Every kernel waits, so when one has ended, all before it
+// have. Releasing the successor early is therefore safe: it waits too, or was launched without overlap. Since every
+// kernel releases at once, one may start while several before it still run.
 //
-// Reads before the wait, all of them, and why each is safe:
-//  - all_reduce_kernel: `world`, `rank`, `layout` and `memory` of State, written by cqil_workspace_open, which
-//  synchronises
-//    the device. Its counters share cache lines with them; they are read later, past the L1 cache (load_system).
-//  - all_reduce_kernel: the norm's weight. stream_kernel: W and the norm's weight. attend_kernel in decoding: cos and
-//  sin.
-//    The header demands that they are no result of work still on the stream.
-//  - attend_kernel in decoding: `past`, the cache and its joints' counters. Earlier kernels write all three, so one
-//  that ends
-//    before any later one starts must lie between. cqil_advance is one: it waits, writes `past`, fences, and releases
-//    no successor. Where none lies between two calls on a cache, cqil_attention launches the second without overlap
-//    (Touched). `past` and the counters are read past the L1 cache; the cache's lines in L1 are dropped when a kernel
-//    starts.
+// These are all the reads before the wait, and why each is safe:
+// - all_reduce_kernel reads `world`, `rank`, `layout` and `memory` of State. Only cqil_workspace_open writes them, and
+//   it synchronises the device. Counters on the same cache lines are read after the wait and bypass L1 (load_system).
+// - all_reduce_kernel reads the norm's weight; stream_kernel reads W and the norm's weight; attend_kernel, when
+//   decoding, reads cos and sin. The header requires that none of them is the result of work still on the stream.
+// - attend_kernel, when decoding, reads `past`, the cache and the joints' counters, which earlier kernels write. So
+//   between two uses of a cache there must be a kernel that ends before any later kernel starts. cqil_advance is one:
+//   it waits, writes `past`, fences, and does not release its successor. Without one in between, cqil_attention
+//   launches without overlap (class Touched). `past` and the counters bypass L1; lines of the cache in L1 are
+//   invalidated when a kernel starts.
 __device__ inline void wait_for_predecessor() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -54,10 +51,10 @@ struct Launch {
     size_t shared_bytes = 0;
 };
 
-// Notes that kernels launched on the stream from now on start after all before them have ended.
+// Records that kernels launched on the stream from now on start after all earlier ones have ended.
 int note_full_wait(cudaStream_t stream);
 
-// Of the current device.
+// An attribute of the current device.
 inline int device_attribute(cudaDeviceAttr attribute, int* value) {
     int device = 0;
     CQIL_CUDA(cudaGetDevice(&device));
@@ -65,8 +62,7 @@ inline int device_attribute(cudaDeviceAttr attribute, int* value) {
     return 0;
 }
 
-// Whether the code that runs of a kernel is that for compute capability 9.0 on: a library may lack it for the GPU at
-// hand.
+// Whether the kernel's code that runs here was compiled for compute capability 9.0 or later. A library may lack it.
 template <typename Kernel>
 int is_modern(Kernel* kernel, bool* modern) {
     cudaFuncAttributes attributes;
@@ -75,8 +71,8 @@ int is_modern(Kernel* kernel, bool* modern) {
     return 0;
 }
 
-// Overlap has no effect before compute capability 9.0. All kernels ask for the same split between L1 and
-// shared memory: a multiprocessor that has to change it runs empty first, and nothing overlaps.
+// Overlap has no effect before compute capability 9.0. All kernels ask for the same split between L1 and shared memory:
+// a multiprocessor drains before it changes the split, which would prevent overlap.
 template <typename... Parameters, typename... Arguments>
 int launch(void (*kernel)(Parameters...), const Launch& l, Arguments... arguments) {
     bool modern = false;

@@ -1,8 +1,8 @@
 // Matrix products of a decoder layer: out = activation(norm(x + delta) · Wᵀ + bias) + residual.
 //
-// One row (a decode step) is bound by reading W: a warp takes whole rows of W through a ring in shared memory, filled
-// by bulk copies that begin before the kernel ahead has finished (weights are nobody's result), so that memory hardly
-// idles between kernels. More rows are a product on tensor cores. What neither takes goes to a plain kernel.
+// One row (a decode step) is bound by reading W. Each warp streams whole rows of W through a ring in shared memory. The
+// bulk copies start before the previous kernel has finished (weights are constants), so memory hardly idles between
+// kernels. Several rows are a product on tensor cores. A plain kernel takes the rest.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -48,7 +48,7 @@ struct Pair<__nv_bfloat16> {
     static __device__ Type narrow(float x, float y) { return __floats2bfloat162_rn(x, y); }
 };
 
-// sum + the product of 16 bytes of w and of x.
+// sum + the dot product of 16 bytes of w and x.
 template <typename T>
 __device__ float dot(uint4 w, uint4 x, float sum) {
     if constexpr (std::is_same_v<T, float>) {
@@ -77,12 +77,12 @@ __device__ float warp_sum(float x) {
 constexpr int kWarps = 12;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kChunk = 2048;  // bytes of a row of W in one stage of a warp's ring
-// Two products and an attention share a multiprocessor of compute capability 9.0: what needs more beside x takes a
-// shorter ring.
+// On compute capability 9.0 two products and an attention share a multiprocessor. Where x takes more memory, the ring
+// is shorter.
 constexpr int kManyStages = 3, kFewStages = 2;
 constexpr size_t kRoom = 100 << 10;
 
-// The ring, x and the norm's weight, and the parts of results that warps share.
+// Shared memory for the ring, x, the norm's weight, and the partial results of rows that warps share.
 size_t stream_bytes(int stages, int inputs, bool norm, bool gated) {
     const size_t row = size_t(inputs) * 2, chunks = (row + kChunk - 1) / kChunk;
     return size_t(kWarps) * stages * kChunk + row * (norm ? 2 : 1) +
@@ -96,11 +96,11 @@ int stages_of(int inputs, bool norm, bool gated) {
 __device__ unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
 
 #if __CUDA_ARCH__ >= 900
-// A product being added up, in sums that do not wait for each other.
+// A dot product in progress, in independent sums.
 struct Sums {
     float part[4] = {};
 
-    // Adds the product of 16 bytes of w and of x, whose type is not float.
+    // Adds the dot product of 16 bytes of w and x. Half types only.
     template <typename T>
     __device__ void add(uint4 w, uint4 x) {
         using Two = typename Pair<T>::Type;
@@ -119,14 +119,14 @@ __device__ void barrier_init(uint64_t* barrier) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)));
 }
 
-// For what is read once: the L2 cache rather keeps activations, and the kernels' code.
+// For data that is read once: L2 should keep activations and code instead.
 __device__ uint64_t streaming_policy() {
     uint64_t policy;
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     return policy;
 }
 
-// Starts a copy of `bytes` to shared memory, whose arrival completes the barrier's phase.
+// Starts a copy of `bytes` to shared memory. Its arrival completes the barrier's phase.
 __device__ void bulk_copy(void* to, const void* from, int bytes, uint64_t* barrier, uint64_t policy) {
     const unsigned b = shared_address(barrier);
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(b), "r"(bytes) : "memory");
@@ -150,10 +150,10 @@ __device__ void barrier_wait(uint64_t* barrier, unsigned phase) {
 }
 #endif
 
-// Registers for four blocks, so that two of them fit a multiprocessor beside attention or a collective: a block that
-// has to wait there would be given to a multiprocessor that already has one, and that one would take twice as long.
-// Small code matters here: between two runs of a kernel its instructions fall out of the caches that W streams through.
-// How far the short loops around the stream are unrolled was measured: a step of LLaMA-7B differs by up to 4%
+// Registers allow four blocks, so two of them fit on a multiprocessor next to attention or a collective. Otherwise a
+// waiting block would go to a multiprocessor that already has one, which would then take twice as long.
+// Small code matters: between two runs its instructions fall out of the caches that W streams through. The unrolling of
+// the short loops around the stream was tuned by measurement: it changes a step of LLaMA-7B by up to 4%
 // (docs/performance.md).
 template <typename T, bool kGated, int kStages>
 __global__ void __launch_bounds__(kThreads, 4) stream_kernel(Operands o) {
@@ -168,17 +168,16 @@ __global__ void __launch_bounds__(kThreads, 4) stream_kernel(Operands o) {
     auto* part = reinterpret_cast<float*>(memory + kRingBytes + size_t(o.inputs) * 2 * (o.norm == nullptr ? 1 : 2));
     const int packets = o.inputs / 8, row_bytes = o.inputs * 2;
     const int chunks = (row_bytes + kChunk - 1) / kChunk,
-              pieces = (kGated ? 2 : 1) * chunks;  // of what one result needs
-    // Neighbouring rows go to different multiprocessors, so that each reads as much as the others. Of a block's rows a
-    // warp takes whole ones; those that do not go round are shared piece by piece, or most warps would wait for a few.
+              pieces = (kGated ? 2 : 1) * chunks;  // per result
+    // Neighbouring rows go to different multiprocessors, so all read equally much. Each warp takes whole rows of the
+    // block's. Rows that do not divide evenly are shared piece by piece; otherwise most warps would wait for a few.
     const int rows = (o.outputs - 1 - int(blockIdx.x)) / int(gridDim.x) + 1, whole = rows / kWarps * kWarps;
     const int shared = (rows - whole) * pieces, alone = whole / kWarps * pieces;
     const int total = alone + (shared - warp + kWarps - 1) / kWarps;
     auto row_of = [&](int i) { return int(blockIdx.x) + i * int(gridDim.x); };
     auto begin_of = [&](int i) { return static_cast<const char*>(o.weight) + size_t(row_of(i)) * row_bytes; };
 
-    // Lane 0 asks for the next piece into the stage whose turn it is. What this takes delays every piece: no division
-    // here.
+    // Lane 0 requests the next piece into the next stage. Its latency delays every piece, so there is no division here.
     int fetched = 0, fetch_piece = alone > 0 ? 0 : warp, fetch_stage = 0;
     const char* from = begin_of(alone > 0 ? warp : whole);
     const uint64_t policy = streaming_policy();
@@ -186,7 +185,7 @@ __global__ void __launch_bounds__(kThreads, 4) stream_kernel(Operands o) {
         if (fetch_piece >= pieces) {
             from += size_t(gridDim.x) * row_bytes * (fetched < alone ? kWarps : 1);
             fetch_piece -= pieces;
-            if (fetch_piece >= pieces) return false;  // so few pieces that a warp's next is rows ahead
+            if (fetch_piece >= pieces) return false;  // the warp's next piece is several rows ahead
         }
         const bool up = kGated && fetch_piece >= chunks;
         const int begin = (up ? fetch_piece - chunks : fetch_piece) * kChunk;
@@ -319,7 +318,7 @@ __global__ void __launch_bounds__(kThreads, 4) stream_kernel(Operands o) {
 #endif
 }
 
-// Some rows, tensor cores: W is the left operand, so that few rows of x waste little.
+// Several rows, on tensor cores. W is the left operand, so few rows of x waste little.
 
 template <typename T>
 __device__ void multiply_accumulate(float (&c)[4], const unsigned (&a)[4], const unsigned* b) {
@@ -341,15 +340,15 @@ __device__ void load_matrices(unsigned (&r)[4], unsigned address) {
                  : "r"(address));
 }
 
-// 16 bytes to shared memory, zeros where `valid` is not.
+// Copies 16 bytes to shared memory, or zeros unless `valid`.
 __device__ void copy_async(unsigned to, const void* from, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
 
-constexpr int kDepth = 64;  // of a tile along `inputs`: rows of 128 bytes, whose packets are swizzled
+constexpr int kDepth = 64;  // of a tile along `inputs`: rows of 128 bytes, with swizzled packets
 
-// A tile of kW rows of W times kX rows of x. kAcrossW * kAcrossX warps share it, and as many more times kAcrossK the
-// depth of each step: with few rows of x there is little to do otherwise, and a warp would wait for itself.
+// A tile of kW rows of W times kX rows of x. kAcrossW * kAcrossX warps share the tile, and kAcrossK such groups share
+// the depth of each step: with few rows of x a single group would wait for itself.
 template <typename T, int kW, int kX, int kAcrossW, int kAcrossX, int kAcrossK, int kBuffers>
 __global__ void __launch_bounds__(32 * kAcrossW * kAcrossX * kAcrossK) product_kernel(Operands o) {
     constexpr int kPart = 32 * kAcrossW * kAcrossX * kAcrossK, kMine = kW / kAcrossW / 16,
@@ -397,7 +396,7 @@ __global__ void __launch_bounds__(32 * kAcrossW * kAcrossX * kAcrossK) product_k
             }
 #pragma unroll
             for (int j = 0; j < kPairs; ++j) {
-                // With 8 columns alone the second pair of matrices is the first again.
+                // With only 8 columns, the second pair of matrices repeats the first.
                 const int row = warp_x + (kTiles > 1 ? j * 16 + lane / 16 * 8 : 0) + lane % 8,
                           packet = k * 2 + lane / 8 % 2;
                 load_matrices(b[j], x + row * 128 + ((packet ^ (row % 8)) * 16));
@@ -446,8 +445,8 @@ __global__ void __launch_bounds__(32 * kAcrossW * kAcrossX * kAcrossK) product_k
             }
 }
 
-// Everything else: a warp computes one output for up to kRows rows of x. Packets are 16 bytes, or one element where
-// rows are not aligned to that.
+// Everything else. A warp computes one output for up to kRows rows of x. Packets are 16 bytes, or one element where
+// rows are not aligned to 16 bytes.
 template <typename T, bool kGated, bool kAligned, int kRows>
 __global__ void __launch_bounds__(kThreads) plain_kernel(Operands o) {
     constexpr int kHalves = kGated ? 2 : 1, kWidth = kAligned ? 16 / int(sizeof(T)) : 1, kUnroll = kRows == 1 ? 4 : 1;

@@ -1,30 +1,30 @@
-// Memory shared between ranks and the rules for reading and writing it. docs/allreduce.md draws the picture.
+// Memory shared between ranks, and the rules for reading and writing it. docs/allreduce.md has the picture.
 //
-// Two protocols, each with its own memory and its own counters:
+// There are two protocols, each with its own memory and counters.
 //
-// Symmetric (all_reduce, argmax): every rank sends to every rank. Data is its own flag: a receive buffer holds a
-// pattern that is never sent (kEmpty in every 32-bit word), and a word has arrived when it differs. Buffers take turns:
-// operation g uses buffer g % 3 and meanwhile clears buffer (g + 2) % 3, which operation g - 1 used. A rank can be at
-// most one operation ahead of any other, as it needs everyone's data of g to finish g; so while we are in g a peer may
-// already write to buffer (g + 1) % 3, and nobody touches buffer (g + 2) % 3 but its owner.
+// Symmetric (all_reduce, argmax): every rank sends to every rank. Data is its own flag. A receive buffer holds a
+// pattern that is never sent (kEmpty in every 32-bit word); a word has arrived when it differs. Operation g uses buffer
+// g % 3 and clears buffer (g + 2) % 3, which operation g - 1 used. A rank needs everyone's data of g to finish g, so it
+// is at most one operation ahead of any other. While we are in g, a peer may already write to buffer (g + 1) % 3, but
+// only the owner touches buffer (g + 2) % 3.
 //
-// Directed (broadcast, bypass): one rank sends, some receive, and a sender that hears nothing could run ahead without
-// bound. So each pair has a channel of kChannelSlots slots. A 16-byte packet is two 8-byte halves, each 4 bytes of data
-// and the message's number, stored and loaded as one access, so that a half that bears the number has its data. The
-// receiver returns an acknowledgement; the sender waits when it is kChannelSlots messages ahead.
+// Directed (broadcast, bypass): one rank sends and others receive. A sender that hears nothing back could run ahead
+// without bound, so each pair of ranks has a channel of kChannelSlots slots. A 16-byte packet is two 8-byte halves.
+// Each half is 4 bytes of data and the message's number, stored and loaded as one access, so a half with the right
+// number has the right data. The receiver returns an acknowledgement; the sender waits when it is kChannelSlots
+// messages ahead.
 //
-// Fences. All accesses to memory that another GPU reads or writes are .relaxed.sys: the scope makes them reach the
-// other GPU. Words (symmetric) or halves (directed) are checked one by one and need no order among each other. Orders
-// that matter:
-//  (1) our clear of a buffer before a peer's next write to it: the clear is done when our kernel ends; the peer writes
-//      only after it has seen our data of the following operation, which is a later kernel of the same stream.
-//  (2) our reads of a channel slot before the sender's overwrite. Release: the acknowledgement follows a block barrier
-//  and a
-//      __threadfence of every block, and a fence.acq_rel.sys in the last one. Acquire: in each of the sender's blocks
-//      one thread reads the acknowledgement by ld.acquire.sys, and a block barrier passes the order on to the threads
-//      that overwrite the slot. Both are off the path of the data.
-//  (3) counters of this rank (epoch, messages): written by the last block after all blocks have read them, read by the
-//      next kernel of the stream.
+// Fences. All accesses to memory that another GPU reads or writes are .relaxed.sys or stronger; the scope makes them
+// reach the other GPU. Words (symmetric) and halves (directed) are checked one by one and need no order among each
+// other. Three orders matter:
+// (1) Our clear of a buffer before a peer's next write to it. The clear is complete when our kernel ends. The peer
+//     writes only after it has seen our data of the following operation, which a later kernel of the same stream sends.
+// (2) Our reads of a channel slot before the sender overwrites it. Release: the acknowledgement comes after a block
+//     barrier and a __threadfence in every block, and a fence.acq_rel.sys in the last block. Acquire: in each of the
+//     sender's blocks, one thread reads the acknowledgement with ld.acquire.sys, and a block barrier extends the order
+//     to the threads that overwrite the slot. Both are off the data's path.
+// (3) This rank's counters (epoch, message numbers). The last block writes them after all blocks have read and used
+//     them; the next kernel of the stream reads them.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -39,14 +39,15 @@ constexpr int kMaxRanks = CQIL_MAX_RANKS;
 constexpr int kBuffers = 3;
 constexpr int kChannelSlots = 4;
 constexpr size_t kChannelBytes = 1 << 20;  // data of one directed message; longer ones are sent in parts
-// As float32 -0.0; as 16-bit pair (+0.0, -0.0). A word that is really this is sent as zero: equal in value.
+// -0.0 as float32, (+0.0, -0.0) as a pair of 16-bit values. Where data has this pattern, zero is sent: it is equal in
+// value.
 constexpr uint32_t kEmpty = 0x80000000u;
 
 struct alignas(16) Packet {
     uint32_t word[4];
 };
 
-// A rank's memory that peers write to, at the same offsets on every rank.
+// The part of a rank's memory that peers write to, at the same offsets on every rank.
 struct Layout {
     size_t one_shot_stride;  // one source's part of a one-shot buffer
     size_t chunk_stride;     // one source's part of the two halves of a two-shot buffer
@@ -71,18 +72,19 @@ struct Layout {
     static constexpr size_t kPingOffset = 128;
 };
 
-// What kernels know of a rank; in this rank's device memory, private to it.
+// What kernels know about their rank. In this rank's device memory, private to it.
 struct State {
     char* memory[kMaxRanks];  // every rank's memory as mapped here
     Layout layout;
     int rank;
     int world;
-    uint64_t timeout_ns;    // 0: wait for ever
+    uint64_t timeout_ns;    // 0: no limit
     cqil_failure* failure;  // in host memory
 
-    // Counters of the symmetric operations, read as packets at the start of each: operations done, then how many bytes
-    // of each source's part the last use of each of the kBuffers one-shot buffers filled; blocks of the running
-    // operation that have read all this, then the same of the two-shot buffers.
+    // Counters of the symmetric operations. Each operation starts by reading them as two packets. First packet:
+    // operations completed, then for each of the kBuffers one-shot buffers the bytes of each source's part that its
+    // last use filled. Second packet: blocks of the current operation that have read both packets, then the same for
+    // the two-shot buffers.
     Packet epoch_and_one_shot;
     Packet arrived_and_chunk;
 
@@ -118,15 +120,15 @@ __device__ inline uint32_t load_system(const uint32_t* address) {
     return value;
 }
 
-// Orders what this thread, and after a barrier its block, does later after what the writer of the value did before a
-// fence.
+// Pairs with a fence and store of the writer: this thread's later accesses, and its block's after a barrier, come after
+// the writer's earlier ones.
 __device__ inline uint32_t load_acquire_system(const uint32_t* address) {
     uint32_t value;
     asm volatile("ld.acquire.sys.global.b32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
     return value;
 }
 
-// The same as two accesses of 8 bytes, each whole.
+// As above, but as two accesses of 8 bytes, each of which is atomic.
 __device__ inline void store_halves(void* address, uint64_t first, uint64_t second) {
     asm volatile("st.relaxed.sys.global.v2.b64 [%0], {%1, %2};" ::"l"(address), "l"(first), "l"(second) : "memory");
 }
@@ -149,7 +151,8 @@ __device__ inline Packet sendable(Packet p) {
     return p;
 }
 
-// Counts the turns of a polling loop; after the time limit it leaves a record for the host and ends the kernel.
+// Counts the polls of a loop. After the time limit it leaves a record for the host and traps. This is Deadline with its
+// own state: through a member of that type nvcc allocates registers worse in all_reduce_kernel.
 class Patience {
 public:
     __device__ explicit Patience(State* state, cqil_operation operation, uint32_t sequence)

@@ -1,4 +1,4 @@
-// The choice of a next token by temperature, top-k and top-p, as cqil_trt/sampling.py defines it. All sums are of
+// The choice of the next token by temperature, top-k and top-p, as cqil_trt/sampling.py defines it. All sums are of
 // integers, so every rank chooses the same token from the same logits.
 
 #include <cuda_bf16.h>
@@ -19,10 +19,10 @@ namespace {
 
 constexpr int kThreads = 1024;
 constexpr int kBins = 256;
-constexpr int kCopies = 8;     // of a histogram: neighbouring lanes rarely wait for each other
-constexpr int kMassBits = 40;  // of the likeliest token's weight; 2^18 such tokens fit 64 bits with room
+constexpr int kCopies = 8;     // of a histogram, so neighbouring lanes rarely contend
+constexpr int kMassBits = 40;  // of the likeliest token's weight; 2^18 such tokens fit in 64 bits
 
-// Bits that order as the values do.
+// Unsigned integers in the same order as the values.
 __device__ uint32_t key_of(float x) {
     const uint32_t bits = __float_as_uint(x);
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
@@ -39,16 +39,17 @@ struct Count {
     __device__ bool reaches(unsigned long long goal, bool by_mass) const { return (by_mass ? mass : tokens) >= goal; }
 };
 
-// Tokens in the order of falling logits, the smaller id first among equals, as far as some sum of them reaches a goal.
+// A prefix of the tokens sorted by falling logit, smaller ids first among equals, that is just long enough for some sum
+// to reach a goal.
 struct Prefix {
     uint32_t key;   // of the last token
-    uint32_t ties;  // how many tokens with that key are in it
+    uint32_t ties;  // how many of its tokens have that key
     unsigned long long mass;
 };
 
 template <typename T>
 struct Row {
-    static constexpr int kLevels = int(sizeof(T));  // of kBins each
+    static constexpr int kLevels = int(sizeof(T));  // of kBins bins each
     const T* logits;
     int width;
     float top, scale;  // the largest logit; log2 e / temperature
@@ -62,12 +63,13 @@ struct Row {
 struct Memory {
     Count histogram[kBins][kCopies];
     Count total[kBins];
-    Count above;  // of keys larger than those that are left
-    Count level;  // of the bin that was found
+    Count above;  // tokens with larger keys than those left
+    Count level;  // the bin found
     uint32_t bin;
 };
 
-// The shortest prefix whose tokens, or mass, reach `goal` (at least 1, at most all there is). All threads of the block.
+// The shortest prefix whose token count, or mass, reaches `goal` (from 1 to the total). All threads of the block call
+// it.
 template <typename T>
 __device__ Prefix search(const Row<T>& row, unsigned long long goal, bool by_mass, Memory& m) {
     uint32_t known = 0;
@@ -80,7 +82,7 @@ __device__ Prefix search(const Row<T>& row, unsigned long long goal, bool by_mas
         const int shift = 8 * level;
         for (int i = threadIdx.x; i < row.width; i += kThreads) {
             const uint32_t key = key_of(row.logits[i]);
-            // What lies above this level's byte must be what the levels before found.
+            // Only keys whose upper bytes are those found at the levels before count.
             if ((uint64_t(key) >> (shift + 8)) != known) continue;
             Count& count = m.histogram[key >> shift & (kBins - 1)][threadIdx.x % kCopies];
             atomicAdd(&count.tokens, 1u);
@@ -93,7 +95,7 @@ __device__ Prefix search(const Row<T>& row, unsigned long long goal, bool by_mas
             m.total[threadIdx.x] = sum;
         }
         __syncthreads();
-        // A warp looks for the bin, from the largest down; a lane has some neighbouring ones.
+        // One warp searches for the bin from the largest down; each lane has a few neighbouring bins.
         if (threadIdx.x < 32) {
             constexpr int kMine = kBins / 32;
             const int lane = threadIdx.x, largest = kBins - 1 - lane * kMine;
@@ -119,7 +121,7 @@ __device__ Prefix search(const Row<T>& row, unsigned long long goal, bool by_mas
         __syncthreads();
         known = known << 8 | m.bin;
     }
-    // All tokens of the last bin weigh the same.
+    // All tokens of the last bin have the same weight.
     const unsigned long long each = m.level.tokens ? m.level.mass / m.level.tokens : 0;
     const unsigned long long left = goal - (by_mass ? m.above.mass : m.above.tokens);
     const unsigned long long needed = !by_mass ? left : each ? (left + each - 1) / each : 1;
@@ -127,7 +129,7 @@ __device__ Prefix search(const Row<T>& row, unsigned long long goal, bool by_mas
     return {known, ties, m.above.mass + ties * each};
 }
 
-// The id of the last token of a prefix, to `out`. All threads of the block.
+// Writes the id of a prefix's last token to `out`. All threads of the block call it.
 template <typename T>
 __device__ void last_of(const Row<T>& row, const Prefix& prefix, int32_t* out) {
     __shared__ uint32_t counts[kThreads / 32];
@@ -150,7 +152,7 @@ __device__ void last_of(const Row<T>& row, const Prefix& prefix, int32_t* out) {
         if (key_of(row.logits[i]) == prefix.key && ++before == prefix.ties) *out = i;
 }
 
-// One block a row.
+// One block per row.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     sample_kernel(const T* logits, int width, const cqil_sampling* how, const double* uniforms, const int32_t* step,
@@ -161,9 +163,8 @@ __global__ void __launch_bounds__(kThreads)
     __shared__ Memory memory;
     __shared__ float tops[kThreads / 32];
     __shared__ unsigned long long masses[kThreads / 32];
-    Row<T> row = {
-        logits + size_t(blockIdx.x) * width, width, -INFINITY,
-        fminf(1.4426950408889634f / sampling.temperature, FLT_MAX)};  // infinity times nothing is not a number
+    Row<T> row = {logits + size_t(blockIdx.x) * width, width, -INFINITY,
+                  fminf(1.4426950408889634f / sampling.temperature, FLT_MAX)};  // infinity times zero is NaN
     for (int i = threadIdx.x; i < width; i += kThreads) row.top = fmaxf(row.top, float(row.logits[i]));
     for (int s = 16; s > 0; s /= 2) row.top = fmaxf(row.top, __shfl_xor_sync(~0u, row.top, s));
     if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = row.top;
@@ -187,7 +188,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     const double uniform = uniforms[size_t(*step) * stride + blockIdx.x];
     const auto goal = static_cast<unsigned long long>(uniform * double(mass)) + 1;
-    if (threadIdx.x == 0) index[blockIdx.x] = 0;  // where logits are not numbers
+    if (threadIdx.x == 0) index[blockIdx.x] = 0;  // if logits are NaN
     const Prefix found = search(row, min(goal, max(mass, 1ull)), true, memory);
     last_of(row, found, index + blockIdx.x);
 }

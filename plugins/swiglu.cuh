@@ -5,9 +5,9 @@
 
 namespace cqil_trt {
 
-// silu(gate) * up, of values already rounded to T: a row's result does not depend on which kernel computed it. The fast
-// form errs by less than 2e-5 of the result, far below the rounding of half types; what it flushes to zero is below
-// 2e-36.
+// silu(gate) * up. The arguments are already rounded to T, so a row's result does not depend on which kernel computes
+// it. The fast form's relative error is below 2e-5, far below the rounding of half types; results that it flushes to
+// zero are below 2e-36.
 template <typename T>
 __device__ inline T swiglu(T gate, T up) {
     const float x = float(gate);

@@ -97,9 +97,9 @@ int32_t report(const char* plugin, const char* reason) {
     return -1;
 }
 
-// What the plugins share. Derived, named as in CQIL_PLUGINS, gives the member functions valid(), inputs(), outputs()
-// and run(), which fails by fail(); it may replace output_dimensions() and supports(), which say here that outputs are
-// like the first input and all data is of that type. kIntegers: how many inputs, the last ones, are int32.
+// Base class of the plugins. Derived is named as in CQIL_PLUGINS and provides valid(), inputs(), outputs() and run().
+// run() fails through fail(); enqueue() prints the reason. Derived may replace output_dimensions() and supports(): by
+// default outputs are shaped like the first input, and all data is of its type. The last kIntegers inputs are int32.
 template <typename Derived, typename FieldsT>
 class Plugin : public IPluginV2DynamicExt, public Declaration<FieldsT> {
 public:

@@ -1,4 +1,4 @@
-// What host code of the kernels asks of a cqil_dtype, and of sizes in scratch memory.
+// Element types and aligned sizes for the kernels' host code.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -13,10 +13,10 @@ namespace cqil_trt {
 
 inline size_t element_bytes(int dtype) { return dtype == CQIL_FLOAT32 ? 4 : 2; }
 
-// Parts of scratch memory and of caches begin at multiples of this.
+// Parts of scratch memory and of caches start at multiples of 256 bytes.
 __host__ __device__ inline size_t align(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
-// Calls `run` with a null pointer of the element type; fails for a type that there is not.
+// Calls `run` with a null pointer of the element type; fails for an unknown type.
 template <typename F>
 int by_type(int dtype, F run) {
     switch (dtype) {

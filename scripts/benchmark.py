@@ -214,7 +214,7 @@ def run(options: argparse.Namespace, job: Job) -> None:
         prefill_chunk=1024,
     )
 
-    placements: dict[str, CqilConfig] = {"sequential": CqilConfig(1)}
+    placements: dict[str, CqilConfig] = {"sequential": CqilConfig(p=1)}
     grouped = {"p": cqil.p, "d": cqil.d, "start": cqil.start, "end": cqil.end, "bypass": cqil.bypass}
     placements |= {name: CqilConfig(**grouped, placement=name) for name in ("leader", "sharded")}
     placements["tensor"] = CqilConfig(p=cqil.p, placement="tensor")

@@ -170,7 +170,7 @@ def references(options: argparse.Namespace, names: list[str], manager: Any) -> I
         return column
 
     network = reference.from_reader(model, checkpoint.reader)
-    yield run(network, Column(UNCHANGED, CqilConfig(1)))
+    yield run(network, Column(UNCHANGED, CqilConfig(p=1)))
     if cqil.groups:
         reference.with_cqil(network, cqil)
         yield run(network, Column(CQIL, cqil))

@@ -132,15 +132,15 @@ def neighbours(similarity: np.ndarray) -> str:
 
 def costs(model: ModelConfig, cqil: CqilConfig, dtype: str) -> dict[str, float]:
     """What a configuration reads and takes per token, by placement."""
-    leader = CqilConfig(cqil.p, cqil.d, cqil.start, cqil.end, cqil.bypass, "leader")
-    alone = decode_seconds(model, CqilConfig(1), dtype)
+    leader = CqilConfig(p=cqil.p, d=cqil.d, start=cqil.start, end=cqil.end, bypass=cqil.bypass, placement="leader")
+    alone = decode_seconds(model, CqilConfig(p=1), dtype)
     return {
         "leader_bytes_per_token": critical_bytes(model, leader, dtype),
         "sharded_bytes_per_token": critical_bytes(model, cqil, dtype),
         "sequential_ms": alone * 1e3,
         "leader_ms": decode_seconds(model, leader, dtype) * 1e3,
         "sharded_ms": decode_seconds(model, cqil, dtype) * 1e3,
-        "tensor_ms": decode_seconds(model, CqilConfig(cqil.p, placement="tensor"), dtype) * 1e3,
+        "tensor_ms": decode_seconds(model, CqilConfig(p=cqil.p, placement="tensor"), dtype) * 1e3,
     }
 
 
@@ -191,7 +191,7 @@ def search(
 
     base = score_reference(network, blocks)
     candidates = [
-        CqilConfig(p, d, start, end, options.bypass if d else "mlp")
+        CqilConfig(p=p, d=d, start=start, end=end, bypass=options.bypass if d else "mlp")
         for p in ps
         for d in ds
         for start, end in ranges(first, model.num_layers, p)

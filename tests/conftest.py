@@ -204,7 +204,7 @@ def checkpoint_logits(checkpoint: Any, prompt: list[int]) -> Any:
     from cqil_trt.network.decoder import decode
     from cqil_trt.shard import plan
 
-    [rank] = plan(checkpoint.model, CqilConfig(1))
+    [rank] = plan(checkpoint.model, CqilConfig(p=1))
     limits, weights = EngineLimits(max_batch_size=1, max_seq_len=len(prompt)), rank_weights(rank, checkpoint.reader)
     ops = TorchOps(rank, weights, LocalCommunicator(), limits, checkpoint.rotary)
     ops.begin([len(prompt)])

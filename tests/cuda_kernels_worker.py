@@ -307,9 +307,7 @@ class Attention:
 
     def __call__(self, qkv, past, out, length=1, scratch=None):
         self.shape.length = length
-        call(
-            "attention", self.shape, qkv, past, self.cos, self.sin, None, None, self.memory, out, scratch
-        )
+        call("attention", self.shape, qkv, past, self.cos, self.sin, None, None, self.memory, out, scratch)
 
     def expected(self, qkv, position):
         """Of one more token of every sequence at `position`."""

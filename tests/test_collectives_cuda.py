@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, SEED, mpirun, need_plugins
 
-from cqil_trt import plugins
+from cqil_trt.gpu import kernel_library
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
@@ -27,7 +27,7 @@ def delays(tmp_path_factory):
     """The environment in which the kernels are those of a library whose blocks can be delayed."""
     if shutil.which("nvcc") is None or shutil.which("cmake") is None:
         pytest.skip("needs cmake and nvcc to build the kernels with delays")
-    path = tmp_path_factory.mktemp("delays") / plugins.LIBRARY
+    path = tmp_path_factory.mktemp("delays") / kernel_library.LIBRARY
     capability = "".join(map(str, torch.cuda.get_device_capability()))
     build = [sys.executable, "-m", "cqil_trt.plugins", "build", "--architectures", capability, "--output", path]
     subprocess.run(build, cwd=ROOT, env={**os.environ, "CQIL_TEST_DELAYS": "ON"}, check=True)
@@ -100,7 +100,7 @@ def test_the_directed_sender_acquires_a_slot(tmp_path):
 @needs_nvcc
 def test_a_plugin_that_fails_prints_its_own_reason_once(tmp_path):
     headers = HEADERS / "11.1"
-    path = plugins.build(headers, "90", tmp_path / plugins.LIBRARY)
+    path = kernel_library.build(headers, "90", tmp_path / kernel_library.LIBRARY)
     program = tmp_path / "plugin_failures"
     options = ["-std=c++17", "-Xcompiler=-Wno-deprecated-declarations", f"-I{headers}", f"-I{ROOT / 'plugins'}"]
     source = ROOT / "tests" / "plugin_failures.cpp"

@@ -99,7 +99,7 @@ def test_fused_operations_compute_the_same(name, tmp_path):
 
 def test_a_sequential_layer_takes_four_products_and_nothing_else(tmp_path):
     checkpoint = Checkpoint(make_model(tmp_path, seed=SEED), None)
-    [rank] = plan(checkpoint.model, CqilConfig(1))
+    [rank] = plan(checkpoint.model, CqilConfig(p=1))
     weights = rank_weights(rank, checkpoint.reader)
     ops = FusedTorchOps(
         rank, weights, LocalCommunicator(), EngineLimits(max_batch_size=1, max_seq_len=32), checkpoint.rotary

@@ -132,7 +132,7 @@ def test_chat_templates_by_name(tmp_path):
     assert tokenizer.chat("x") == tokenizer.encode("<|bos|>x")
     from cqil_trt import Conversation
 
-    conversation = Conversation([{"role": "user", "content": "x"}], [{"type": "function"}])
+    conversation = Conversation(messages=[{"role": "user", "content": "x"}], tools=[{"type": "function"}])
     assert tokenizer.chat(conversation) == tokenizer.encode("TOOLS 1")
 
 

@@ -486,7 +486,7 @@ def test_ranks_and_reference_follow_the_merged_model(variant, tmp_path):
     model, adapter = made(tmp_path, VARIANTS[variant])
     expected = merged_by_peft(model, adapter, VARIANTS[variant].get("vocabulary"))
     checkpoint = Checkpoint(model, adapter)
-    ranks = plan(checkpoint.model, CqilConfig(2, 0, 1, 5))
+    ranks = plan(checkpoint.model, CqilConfig(p=2, start=1, end=5))
     weights = [rank_weights(rank, checkpoint.reader) for rank in ranks]
     head = torch.cat([own["lm_head.weight"] for own in weights])
     torch.testing.assert_close(head, expected.lm_head.weight.detach(), rtol=1e-6, atol=1e-6)

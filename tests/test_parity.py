@@ -53,8 +53,6 @@ ARCHITECTURES = {
     # Fewer heads than ranks: some ranks hold none.
     "llama-few-heads": ("LlamaForCausalLM", {"num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 32}),
     "mistral": ("MistralForCausalLM", {"sliding_window": 128}),
-    # q, k and v in one matrix of the checkpoint, gate and up in another.
-    "phi3": ("Phi3ForCausalLM", {}),
     "qwen2": ("Qwen2ForCausalLM", {}),
     "qwen3": ("Qwen3ForCausalLM", {"head_dim": 12}),
     "qwen2-yarn": (
@@ -69,6 +67,8 @@ ARCHITECTURES = {
             },
         },
     ),
+    # q, k and v in one matrix of the checkpoint, gate and up in another.
+    "phi3": ("Phi3ForCausalLM", {}),
 }
 SHAPES = [
     {"p": 1},

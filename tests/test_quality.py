@@ -112,9 +112,9 @@ def placed(shapes, p, start, end):
     sys.path.insert(0, str(ROOT / "scripts"))
     from synthetic import model_config
 
-    grouped = {name: CqilConfig(p, 0, start, end, placement=name) for name in ("leader", "sharded")}
-    tensor = CqilConfig(p, placement="tensor")
-    return model_config(shapes), {"sequential": CqilConfig(1), **grouped, "tensor": tensor}
+    grouped = {name: CqilConfig(p=p, start=start, end=end, placement=name) for name in ("leader", "sharded")}
+    tensor = CqilConfig(p=p, placement="tensor")
+    return model_config(shapes), {"sequential": CqilConfig(p=1), **grouped, "tensor": tensor}
 
 
 @pytest.mark.parametrize(
@@ -144,10 +144,10 @@ def test_predicted_latency_is_near_what_was_measured(shapes, start, end, measure
     config, configurations = placed(shapes, 2, start, end)
     for name, cqil in configurations.items():
         assert decode_seconds(config, cqil, "float16") * 1e3 == pytest.approx(measured[name], rel=0.03)
-    leader = CqilConfig(2, 0, start, end, placement="leader")
-    bypassed = CqilConfig(2, 1, start, end, placement="leader")  # an exchange more in every group
+    leader = CqilConfig(p=2, start=start, end=end, placement="leader")
+    bypassed = CqilConfig(p=2, d=1, start=start, end=end, placement="leader")  # an exchange more in every group
     assert decode_seconds(config, bypassed, "float16") > decode_seconds(config, leader, "float16")
-    saved = 1 - critical_bytes(config, leader, "float16") / critical_bytes(config, CqilConfig(1), "float16")
+    saved = 1 - critical_bytes(config, leader, "float16") / critical_bytes(config, CqilConfig(p=1), "float16")
     assert saved == pytest.approx((end - start) / 2 / config.num_layers, rel=0.1)
 
 
@@ -333,7 +333,7 @@ def test_teacher_is_the_unchanged_model_and_student_starts_as_cqil(model):
     network = load_model(model)
     with torch.no_grad():
         unchanged = network(blocks).logits
-    cqil = CqilConfig(2, 1, 2, 6)
+    cqil = CqilConfig(p=2, d=1, start=2, end=6)
     expected = cqil_trt.CqilModel(load_model(model), cqil.p, cqil.d, cqil.start, cqil.end)(blocks).logits
     student = Student(network, cqil, 4, 8, 0.0)
     assert torch.equal(student.model(blocks).logits, expected)
@@ -394,7 +394,7 @@ def test_an_adapter_of_the_concurrent_layers_alone_in_bfloat16(tmp_path):
     from cqil_trt.quality.distillation import Student
 
     directory = make_model(tmp_path / "model", num_hidden_layers=8)
-    student = Student(load_model(directory), CqilConfig(2, 0, 2, 6), 4, 8, 0.0, concurrent_only=True)
+    student = Student(load_model(directory), CqilConfig(p=2, start=2, end=6), 4, 8, 0.0, concurrent_only=True)
     student.save(tmp_path / "adapter", torch.bfloat16)
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
@@ -411,7 +411,7 @@ def test_checkpointed_gradients_keep_nothing_of_a_group_but_its_input(model):
 
     def kept(checkpointed):
         torch.manual_seed(SEED)
-        student = Student(load_model(model), CqilConfig(4, 1, 0, 8), 4, 8, 0.0)
+        student = Student(load_model(model), CqilConfig(p=4, d=1, start=0, end=8), 4, 8, 0.0)
         if checkpointed:
             student.model.gradient_checkpointing_enable()
             student.model.enable_input_require_grads()
@@ -490,7 +490,7 @@ def test_compiled_training_is_the_same_training(model, recompute, tmp_path, monk
     blocks, losses, states, scores = tokens((12, 16)), [], [], []
     for compiled in (False, True):
         torch.manual_seed(SEED)
-        student = Student(load_model(model), CqilConfig(2, 1, 2, 6), 4, 8, 0.0)
+        student = Student(load_model(model), CqilConfig(p=2, d=1, start=2, end=6), 4, 8, 0.0)
         if compiled:
             student.compile()
         if recompute:

@@ -9,7 +9,7 @@ from conftest import SEED, load_model, make_adapter, make_model
 from cqil_trt.errors import UserError
 from cqil_trt.reference import CqilModel
 
-ARCHITECTURES = ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
+ARCHITECTURES = ["LlamaForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
 
 
 def tokens(batch=2, length=11):

@@ -431,7 +431,7 @@ def test_an_adapters_template_leaves_the_models_others(tmp_path):
     tokenizer = Tokenizer(tmp_path / "engine")
     encode = partial(llama2_json().encode, add_special_tokens=False)
     assert tokenizer.chat("x") == encode("model").ids
-    assert tokenizer.chat(Conversation([{"role": "user"}], tools=[{}])) == encode("adapter").ids
+    assert tokenizer.chat(Conversation(messages=[{"role": "user"}], tools=[{}])) == encode("adapter").ids
 
 
 def test_unreadable_tokenizers_are_refused(tmp_path):

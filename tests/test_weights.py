@@ -261,12 +261,14 @@ def test_gguf_gives_the_tensors_and_configuration_that_transformers_reads(quanti
     assert model.rms_norm_eps == config.rms_norm_eps and model.num_layers == config.num_hidden_layers
 
 
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+@pytest.mark.parametrize(
+    "architecture", ["LlamaForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
+)
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}])
 def test_gguf_gives_the_logits_of_what_it_was_converted_from(architecture, changes, tmp_path):
     if "mlp_bias" in changes and architecture != "LlamaForCausalLM":
         changes = {"rope_parameters": {"rope_theta": 1e6}}
-    head_dim = 16 if architecture != "Qwen2ForCausalLM" else 8
+    head_dim = 8 if architecture in ("Phi3ForCausalLM", "Qwen2ForCausalLM") else 16
     source = make_model(tmp_path / "hf", architecture, num_hidden_layers=2, head_dim=head_dim, **changes)
     assert_converted(write_gguf(tmp_path / "model.gguf", source), source)
 

@@ -78,7 +78,7 @@ class Compilation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Completion:
+class CompiledEngine:
     """An engine directory whose ranks have all been compiled; fields as in `Compilation`."""
 
     directory: Path
@@ -121,7 +121,7 @@ class Backend(ABC):
     def compile(self, compilation: Compilation) -> None:  # noqa: B027 (nothing, unless a backend has something to do)
         """Turns a rank's weights into what its session needs: files named `rank{r}.*`, anywhere in the directory."""
 
-    def finish(self, completion: Completion) -> None:  # noqa: B027
+    def finish(self, compiled: CompiledEngine) -> None:  # noqa: B027
         """Called once, when all ranks are compiled."""
 
     @abstractmethod

@@ -44,7 +44,7 @@ def device_count() -> int:
 
 
 def use_device(number: int) -> None:
-    """Makes a GPU the current one, number modulo how many there are. Raises UserError when there is none."""
+    """Makes GPU `number` modulo the number of GPUs the current one. Raises UserError without a GPU."""
     count = device_count()
     if not count:
         raise UserError("no CUDA GPU here (nvidia-smi lists those that the driver sees)")
@@ -65,7 +65,7 @@ def device_name() -> str:
 
 
 class Arena:
-    """One allocation of device memory, handed out in aligned pieces. Raises UserError when the GPU has not so much."""
+    """One allocation of device memory, handed out in aligned pieces. Raises UserError when the GPU is too small."""
 
     def __init__(self, size: int, what: str):
         self.size, self._used = max(size, ALIGNMENT), 0
@@ -78,7 +78,8 @@ class Arena:
         """The address of the next `size` bytes."""
         address = self.address + self._used
         self._used += aligned(size)
-        assert self._used <= self.size
+        if self._used > self.size:
+            raise MemoryError(f"{self._used} bytes taken of an arena of {self.size}")
         return address
 
     def free(self) -> None:
@@ -109,7 +110,7 @@ def upload(address: int, array: np.ndarray, stream: Any) -> None:
 
 
 def download(array: np.ndarray, address: int, stream: Any) -> None:
-    """Copies device memory into a contiguous array, which holds it when the stream has come so far."""
+    """Copies device memory into a contiguous array, which holds it once the stream has reached this point."""
     call("MemcpyAsync", array.ctypes.data, address, array.nbytes, _KIND.cudaMemcpyDeviceToHost, stream)
 
 

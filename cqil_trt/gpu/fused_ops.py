@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from cqil_trt.config import EngineLimits
 from cqil_trt.model import ModelConfig
@@ -101,7 +101,11 @@ class FusedOps(Ops[V]):
     def split_heads(self, qkv, shard):
         raise NotImplementedError("attention is one kernel")
 
-    rotary = cached_attention = split_heads
+    def rotary(self, x, positions):
+        raise NotImplementedError("attention is one kernel")
+
+    def cached_attention(self, q, k, v, positions, shard):
+        raise NotImplementedError("attention is one kernel")
 
     def head_norms(self, shard: LayerShard) -> list[str]:
         """The tensors of the layer's query and key norms; none in a model that has no such norms."""
@@ -120,10 +124,11 @@ class FusedOps(Ops[V]):
                 x.value = self._multiply(x)
         return x.value
 
-    def _multiply(self, product: _Product[V], **fused) -> V:
-        x = product.x
+    def _multiply(self, product: _Product[V], **fused: Any) -> V:
+        x: Any = product.x
         if isinstance(x, _Norm) and x.value is None:
-            return self.fused_project(x.x, product.name, norm=x.name, delta=x.delta, **fused)
+            source: Any = x.x
+            return self.fused_project(source, product.name, norm=x.name, delta=x.delta, **fused)
         return self.fused_project(self.keep(x), product.name, **fused)
 
     def project(self, x, name):

@@ -1,7 +1,8 @@
 """Executes a rank's network on a GPU, whatever launches its kernels: numpy, mpi4py, cuda-bindings, our plugin library.
 
-Weights, caches and buffers are allocated when the session begins. Decode steps are CUDA graphs for each batch size: the
-network, the choice of a token over all ranks, and the input of the next step. The host reads tokens a step behind.
+Weights, caches and buffers are allocated when the session begins. Decode steps are CUDA graphs, one for each batch
+size: the network, the choice of a token over all ranks, and the input of the next step. The host reads a step's tokens
+while the next step runs.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import ctypes
 from abc import abstractmethod
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from enum import IntEnum
 from typing import Any
 
@@ -20,21 +21,21 @@ from cqil_trt.engine import Engine, tensor_spans
 from cqil_trt.errors import UserError
 from cqil_trt.gpu import abi, cuda
 from cqil_trt.gpu.fused_ops import attention_fields
-from cqil_trt.gpu.workspace import Workspace
+from cqil_trt.gpu.workspace import Workspace, guard
 from cqil_trt.network.rotary import rotary_tables
 from cqil_trt.sampling import SamplingConfig
 from cqil_trt.session import Session
 
 _STAGING_BYTES = 64 << 20
-# Steps in one graph, where so many are wanted: the GPU pauses between two graphs. Behind the last token that somebody
-# wants so many more may be computed for nothing.
+# Steps in one graph, when that many are left: the GPU pauses between two graphs. After the last token that is wanted,
+# up to this many more may be computed for nothing.
 _STEPS = 4
-# Tokens that the host has not read yet lie in so many rows of page-locked memory.
+# Rows of page-locked memory for tokens that the host has not read yet.
 _SLOTS = 2 * _STEPS
 
 
 def _portions(steps: int) -> list[int]:
-    """The steps of each graph that is launched to make so many."""
+    """The steps of each graph that is launched, to make `steps` in all."""
     return [_STEPS] * (steps // _STEPS) + [1] * (steps % _STEPS)
 
 
@@ -43,7 +44,7 @@ class Phase(IntEnum):
     DECODE = 1
 
 
-# What a pass reads and writes, by the names of the decoder's inputs and outputs, lies in buffers of these names.
+# The buffers that a pass reads and writes, by the names of the decoder's inputs and outputs.
 BUFFERS: dict[Phase, dict[str, str]] = {
     Phase.PREFILL: {"past": "prefill.past"},
     # The decode step runs on what it wrote itself.
@@ -162,7 +163,7 @@ class CudaSession(Session):
         self._synchronize()
 
     def _load_weights(self, engine: Engine) -> None:
-        """Copies the rank's tensors to the GPU, each to an address of its own, through page-locked memory."""
+        """Copies the rank's tensors to the GPU, through page-locked memory."""
         path = engine.rank_file(self._plan.rank)
         spans = tensor_spans(path)
         first, last = self._plan.vocabulary
@@ -177,7 +178,7 @@ class CudaSession(Session):
                 address = self._memory[name] = arena.take(length)
                 file.seek(begin)
                 for offset in range(0, length, len(staging)):
-                    part = memoryview(staging)[: min(len(staging), length - offset)]
+                    part = staging.data[: min(len(staging), length - offset)]
                     if file.readinto(part) != len(part):
                         raise UserError(f"{path}: truncated while reading {name}")
                     cuda.upload(address + offset, np.frombuffer(part, np.uint8), self._stream)
@@ -196,12 +197,12 @@ class CudaSession(Session):
         cuda.call("StreamSynchronize", self._stream)
 
     def _finish(self) -> None:
-        """Waits for the stream. Raises CollectiveError when a peer did not come."""
-        if self._workspace is None:
+        """Waits for the stream. Raises CollectiveError when a kernel gave up waiting."""
+        with self._guard():
             self._synchronize()
-            return
-        with self._workspace.guard():
-            self._synchronize()
+
+    def _guard(self) -> AbstractContextManager[None]:
+        return guard(self._library, self._workspace)
 
     def _start(self, lengths: np.ndarray) -> None:
         self._batch = len(lengths)
@@ -251,7 +252,7 @@ class CudaSession(Session):
 
     def _prepare(self, tokens: np.ndarray, past: np.ndarray) -> None:
         """Makes the step's inputs what the caller says, where the step before has not left them so."""
-        if self._on_device is None:  # behind a prefill
+        if self._on_device is None:  # after a prefill
             cuda.upload(self._memory["past"], past.astype(np.int32), self._stream)
         if self._on_device is None or not np.array_equal(tokens, self._on_device):
             cuda.upload(self._memory["next"], tokens.astype(np.int32), self._stream)
@@ -265,8 +266,9 @@ class CudaSession(Session):
     def _graph(self, steps: int, sampled: bool) -> cuda.Graph:
         key = self._batch, steps, sampled
         if key not in self._graphs:
-            # What a shape needs is set up when it first runs, not while it is captured; the step writes the same again.
-            # It begins behind all that was enqueued, as a step reads positions early (cqil_attention).
+            # Some things are set up when a shape first runs, which must not be during capture. The step runs once, then
+            # is captured and writes the same again. It starts after everything that was enqueued, because a step reads
+            # positions early (cqil_attention).
             self._finish()
             self._execute(Phase.DECODE, self._batch, 1, self._batch)
             self._finish()
@@ -291,20 +293,21 @@ class CudaSession(Session):
         self._call("advance", *state, self._history.ctypes.data, _SLOTS, limits.max_batch_size)
 
     def _advanced(self, steps: int, sampled: bool) -> None:
-        """Behind `steps` of `_advance` that were enqueued."""
+        """Called after `steps` calls of `_advance` were enqueued."""
         self._advances += steps
         # What the device has chosen is known when it is read; anything but that is uploaded again.
         self._chosen, self._on_device = not sampled, np.full(self._batch, -1)
 
     def _read(self, number: int) -> np.ndarray:
         """The tokens of an advance, among the last _SLOTS, when they are there."""
-        with nullcontext() if self._workspace is None else self._workspace.guard():
+        with self._guard():
             while True:
                 done = cuda.is_done(self._stream)
                 words = self._history[number % _SLOTS, : self._batch].copy()
                 if (words >> 32 == number + 1).all():
                     return words & 0xFFFFFFFF
-                assert not done, f"no tokens of advance {number}"
+                if done:
+                    raise RuntimeError(f"the GPU is done, and there are no tokens of advance {number}")
 
     def _choose(self, sampled: bool) -> None:
         """A token for every sequence, over the vocabulary of all ranks, into `best`."""
@@ -312,7 +315,7 @@ class CudaSession(Session):
         batch, logits, together = self._batch, memory["prediction"], self._workspace is not None
         if sampled:
             everything = sum(self._widths)
-            if together:
+            if self._workspace is not None:
                 whole, count = memory["all_logits"], batch * everything
                 self._call("spread", logits, whole, batch, width, self._offset, everything, dtype)
                 self._workspace.call("all_reduce", whole, None, whole, count, dtype, int(self._stream))
@@ -322,7 +325,7 @@ class CudaSession(Session):
             return
         value, index = memory["value"], memory["index"] if together else memory["best"]
         self._call("row_argmax", logits, batch, width, self._offset, dtype, value, index)
-        if together:
+        if self._workspace is not None:
             best = memory["best_value"], memory["best"]
             self._workspace.call("argmax", value, index, *best, batch, int(self._stream))
 
@@ -368,7 +371,7 @@ class CudaSession(Session):
         self._advanced(1, sampled)
 
     def _go_on(self, steps: int, sampled: bool) -> None:
-        """Launches steps behind the last, as one graph."""
+        """Launches the next steps as one graph."""
         self._launch(steps, sampled)
         self._past = np.minimum(self._past + steps, self.limits.max_seq_len - 1)
 

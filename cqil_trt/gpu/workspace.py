@@ -25,6 +25,25 @@ def fuses_norm(hidden: int, dtype: str) -> bool:
     return row_bytes % 16 == 0 and row_bytes <= _MAX_ROW_BYTES
 
 
+def attention_failure(library: ctypes.CDLL) -> CollectiveError | None:
+    """Why attention gave up waiting for one of its own blocks, if it did; call it when CUDA reports an error."""
+    text = library.cqil_attention_failure()
+    return None if text is None else CollectiveError(text.decode())
+
+
+@contextmanager
+def guard(library: ctypes.CDLL, workspace: Workspace | None) -> Iterator[None]:
+    """Inside, a CUDA error that a kernel's time limit caused becomes a CollectiveError that says who waited for whom.
+
+    Kernels run asynchronously, so the block should end in a synchronisation.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        failure = attention_failure(library) if workspace is None else workspace.failure()
+        raise failure or error from None
+
+
 class Workspace:
     """This rank's share of the communication memory, on the current CUDA device. Needs neither torch nor TensorRT.
 
@@ -52,7 +71,7 @@ class Workspace:
             return failed or self.library.cqil_workspace_handle(self._workspace, handle)
 
         self._together(prepare)
-        # Gathering is also the barrier behind which every rank's memory is ready to be written to.
+        # Gathering is also the barrier after which every rank's memory is ready to be written to.
         handles, sizes = zip(*comm.allgather((handle.raw, (one_shot_bytes, max_bytes))))
         if len(set(sizes)) > 1:  # peers write at offsets that follow from them
             self.close()
@@ -92,7 +111,7 @@ class Workspace:
         record = abi.cqil_failure()
         self.library.cqil_workspace_failure(self._workspace, record)
         if not record.code:
-            return None
+            return attention_failure(self.library)
         what = _describe(record.operation)
         missing = "its data" if record.code == 1 else "its acknowledgement"
         return CollectiveError(
@@ -102,14 +121,9 @@ class Workspace:
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Inside, an error of CUDA that a collective's time limit caused becomes a CollectiveError that names the peer.
-
-        Kernels run on their own time, so the block should end in a synchronisation.
-        """
-        try:
+        """As `guard`, for this workspace's kernels."""
+        with guard(self.library, self):
             yield
-        except RuntimeError as error:
-            raise self.failure() or error from None
 
     def close(self) -> None:
         """Releases the memory, on every rank together; not after a failure, where the process's end does it."""

@@ -1,1 +1,1 @@
-"""The network definition: `decoder.py`, written once against `ops.Ops`; each backend is one file beside it."""
+"""The network definition: `decoder`, written once against `ops.Ops`, which each backend implements in its folder."""

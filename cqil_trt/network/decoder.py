@@ -7,7 +7,7 @@ backend's matter.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from cqil_trt.network.ops import Ops
 from cqil_trt.schedule import Layer, Receive
@@ -31,7 +31,8 @@ def decode(ops: Ops[V], tokens: V, past: V, select: V) -> V:
     plan = ops.plan
     positions = ops.positions(tokens, past)
     norms = _input_norms(ops)
-    x = normed = None
+    x: Any = None  # until the rank has it
+    normed: Any = None
     if plan.schedule.embeds:
         x = ops.embedding(tokens)
         normed = ops.rms_norm(x, norms[0])
@@ -57,8 +58,8 @@ def decode(ops: Ops[V], tokens: V, past: V, select: V) -> V:
 def _input_norms(ops: Ops[V]) -> list[str]:
     """The RMSNorm of each step's input, then that of the last projection.
 
-    A rank that predicts nothing needs none after its last step, but all ranks must call the same collective there: it
-    takes the norm that it has at hand.
+    A rank that predicts nothing needs no norm after its last step, but all ranks must call the same collective there,
+    so it passes one of its own.
     """
     schedule = ops.plan.schedule
     last = schedule.layers[-1].index if schedule.layers else 0
@@ -69,14 +70,14 @@ def _input_norms(ops: Ops[V]) -> list[str]:
     return names[::-1]
 
 
-def _layer(ops: Ops[V], step: Layer, shard: LayerShard, x: V, normed: V, norm: str, positions: V) -> tuple[V, V]:
+def _layer(ops: Ops[V], step: Layer, shard: LayerShard, x: V, normed: V, norm: str, positions: Any) -> tuple[V, V]:
     """An ordinary decoder layer: attention then MLP, alone or split over the ranks."""
     join = ops.all_reduce_residual_norm if step.split else ops.residual_norm
     x, normed = join(_attention(ops, shard, normed, positions), x, f"layers.{shard.index}.mlp_norm")
     return join(_mlp(ops, shard, normed), x, norm)
 
 
-def _group(ops: Ops[V], shard: LayerShard, x: V, normed: V, norm: str, positions: V) -> tuple[V, V]:
+def _group(ops: Ops[V], shard: LayerShard, x: V, normed: V, norm: str, positions: Any) -> tuple[V, V]:
     """This rank's layer of a concurrent group; one all-reduce joins the group."""
     cqil = ops.plan.cqil
     a = ops.keep(_attention(ops, shard, normed, positions))
@@ -87,7 +88,7 @@ def _group(ops: Ops[V], shard: LayerShard, x: V, normed: V, norm: str, positions
     return ops.all_reduce_residual_norm(delta, x, norm)
 
 
-def _attention(ops: Ops[V], shard: LayerShard, normed: V, positions: V) -> V:
+def _attention(ops: Ops[V], shard: LayerShard, normed: V, positions: Any) -> V:
     if not shard.num_heads:
         return ops.zeros_like(normed)
     qkv = ops.project(normed, f"layers.{shard.index}.qkv")

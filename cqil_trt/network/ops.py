@@ -10,7 +10,7 @@ kernel overrides them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from cqil_trt.shard import LayerShard, RankPlan
 
@@ -25,10 +25,10 @@ class Ops(ABC, Generic[V]):
     # Inputs
 
     @abstractmethod
-    def positions(self, tokens: V, past: V) -> V:
+    def positions(self, tokens: V, past: V) -> Any:
         """A handle on the positions of the new tokens, for `rotary` and `cached_attention`.
 
-        Token t of sequence b (tokens: integers [B, T]) stands at position past[b] + t (past: integers [B]).
+        Token t of sequence b (tokens: integers [B, T]) is at position past[b] + t (past: integers [B]).
         """
 
     def keep(self, x: V) -> V:
@@ -72,18 +72,18 @@ class Ops(ABC, Generic[V]):
         """qkv [B, T, (query + 2 key/value heads) * D] → q, k, v, each [B, heads, T, D]."""
 
     @abstractmethod
-    def rotary(self, x: V, positions: V) -> V:
+    def rotary(self, x: V, positions: Any) -> V:
         """Rotary position embedding of x [B, heads, T, D], halves rotated as Hugging Face does."""
 
     @abstractmethod
-    def cached_attention(self, q: V, k: V, v: V, positions: V, shard: LayerShard) -> V:
+    def cached_attention(self, q: V, k: V, v: V, positions: Any, shard: LayerShard) -> V:
         """Appends k and v to the layer's KV cache and attends: → [B, T, heads * D].
 
         A query at position i sees the cached keys at positions 0 … i. Right-padded sequences need no mask: a padding
         token comes after every real one, and the next real token overwrites what it left in the cache.
         """
 
-    def attention(self, qkv: V, positions: V, shard: LayerShard) -> V:
+    def attention(self, qkv: V, positions: Any, shard: LayerShard) -> V:
         """From the projected q, k, v to the input of the output projection: [B, T, heads * D]."""
         q, k, v = self.split_heads(qkv, shard)
         if self.plan.model.qk_norm:

@@ -24,7 +24,8 @@ class PublishedCqil:
     """
 
     def __init__(self, network: nn.Module, cqil: CqilConfig):
-        assert cqil.d == 0, "the published wrapper has no working bypass"
+        if cqil.d:
+            raise ValueError(f"the published wrapper has no working bypass: d must be 0, found {cqil.d}")
         self._network = network
         rank, layers = dist.get_rank(), network.get_submodule("model.layers")
         for layer in layers if rank else ():

@@ -33,7 +33,8 @@ class OnnxSession(Session):
             raise UserError(f"{path}: cannot be loaded ({error})") from None
         self._evaluator = ReferenceEvaluator(network, new_ops=[RMSNormalization, *_collectives(comm)])
         self._cache: dict[str, np.ndarray] = {}
-        self._last = self._kept = np.zeros(0, np.float32)
+        self._last: np.ndarray = np.zeros(0, np.float32)
+        self._kept: np.ndarray = self._last
         self._joined = np.zeros(0, np.float32)
 
     def _start(self, lengths: np.ndarray) -> None:
@@ -76,7 +77,7 @@ class OnnxSession(Session):
         if self._kept.shape[1]:
             values, tokens = self._kept.max(axis=1), self._offset + self._kept.argmax(axis=1)
         by_rank = _all_gather(self._comm, (values, tokens))
-        values, tokens = (np.stack(parts) for parts in zip(*by_rank))
+        values, tokens = np.stack([part[0] for part in by_rank]), np.stack([part[1] for part in by_rank])
         # The first of equal ranks has the smaller ids.
         return tokens[values.argmax(axis=0), np.arange(len(self._kept))]
 

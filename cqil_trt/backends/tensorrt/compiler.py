@@ -27,7 +27,7 @@ from cqil_trt.gpu.sources import source_version
 TARGETS = {"7.5": "SM75", "8.0": "SM80", "8.6": "SM86", "8.9": "SM89", "12.0": "SM120", "12.1": "SM121"}
 _PORTABLE = "8.0,8.6,8.9,12.0"
 _PACKAGES = ("tensorrt", "tensorrt_rtx")
-_COLLECTIVES = next(option.choices for option in BACKEND.options if option.name == "collective")
+_COLLECTIVES = next(option.choices or () for option in BACKEND.options if option.name == "collective")
 
 
 def import_package(names: tuple[str, ...] = _PACKAGES) -> Any:
@@ -85,7 +85,7 @@ def _architecture(trt: Any, target: str | None) -> str:
 
 
 def logger(trt: Any, verbose: bool = False) -> Any:
-    """A logger of that package that keeps the first error: what comes behind it only follows from it.
+    """A logger of that package that keeps the first error, as later ones only follow from it.
 
     `verbose`: warnings and errors go to standard error as well.
     """
@@ -157,7 +157,7 @@ def _set_flags(trt: Any, config: Any, lowering: Lowering, compilation: Compilati
         # With plugins in the network it would ask for cuBLAS and cuDNN, which it has no use for.
         config.set_tactic_sources(0)
         features = getattr(trt, "PreviewFeature", None)
-        if hasattr(features, "DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805"):
+        if features is not None and hasattr(features, "DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805"):
             config.set_preview_feature(features.DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805, True)
     if trt.__name__ == "tensorrt_rtx":
         targets = compilation.description.architecture.split(", ")

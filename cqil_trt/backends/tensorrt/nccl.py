@@ -36,5 +36,6 @@ def communicator(comm: Any) -> int:
     handle = ctypes.c_void_p()
     size, rank = comm.Get_size(), comm.Get_rank()
     check(library.ncclCommInitRank(ctypes.byref(handle), size, _UniqueId.from_buffer_copy(raw), rank))
-    assert handle.value is not None
+    if handle.value is None:
+        raise UserError("NCCL: made no communicator")
     return handle.value

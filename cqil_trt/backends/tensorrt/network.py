@@ -33,7 +33,7 @@ from cqil_trt.shard import LayerShard, RankPlan
 Tensor = Any  # an ITensor of whichever package provides TensorRT
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Lowering:
     """Which layers a network may have. `native`, `typed`: see above; `plugins`: whether it takes plugins."""
 
@@ -86,6 +86,7 @@ class TensorRtOps(Ops[Tensor]):
     ):
         self.plan = plan
         self.outputs: dict[str, Tensor] = {}
+        self._shape_dtype: Any = None  # of shape tensors, which differs between versions
         self._trt, self._network, self._lowering, self._limits = trt, network, lowering, limits
         self._dtype = getattr(trt, limits.dtype)
         # What every tensor holds, by name: a weakly typed network forgets until it is built.
@@ -400,7 +401,7 @@ class ClassicOps(FusedOps[Tensor], TensorRtOps):
     def zeros_like(self, x: Tensor) -> Tensor:
         return self._plugin("CqilAdd", [self.keep(x)], 1, terms=0)[0]
 
-    def attention(self, qkv: Tensor, positions: None, shard: LayerShard) -> Tensor:
+    def attention(self, qkv: Tensor, positions: Any, shard: LayerShard) -> Tensor:
         model = self.plan.model
         norms = [self._weight(name) for name in self.head_norms(shard)]
         inputs = [self.keep(qkv), *self._tables, *norms, self.past, self._caches[shard.index]]
@@ -453,6 +454,7 @@ def add_profiles(trt: Any, builder: Any, config: Any, network: Any, limits: Engi
             shape, name = tuple(tensor.shape), tensor.name
             if -1 not in shape:
                 continue
+            ranges: tuple[tuple[int, ...], ...]
             if name in ("tokens", "positions"):
                 ranges = (1, 1), (1, usual), (batch, longest)
             elif name == "past":

@@ -79,7 +79,7 @@ class TensorRtSession(CudaSession):
     def _make_contexts(self, trt: Any) -> list[Any]:
         """One context for each profile; they share their scratch memory, as they never run at the same time."""
         engine = self._engine
-        size = getattr(engine, "device_memory_size_v2", None) or getattr(engine, "device_memory_size", 0)
+        size: Any = getattr(engine, "device_memory_size_v2", None) or getattr(engine, "device_memory_size", 0)
         arena = self._arena(int(size), "TensorRT's scratch memory")
         contexts = []
         for phase in Phase:
@@ -96,7 +96,10 @@ class TensorRtSession(CudaSession):
                 # A decode step's token is at the position that follows what is past.
                 buffers = BUFFERS[phase] | ({"positions": "past"} if phase is Phase.DECODE else {})
                 source = buffers.get(name, name).removesuffix(".updated")
-                address = self._workspace.address if name == "workspace" else self._memory[source]
+                if name == "workspace" and self._workspace is not None:
+                    address = self._workspace.address
+                else:
+                    address = self._memory[source]
                 context.set_tensor_address(name, int(address))
         return contexts
 
@@ -112,25 +115,29 @@ class TensorRtSession(CudaSession):
     def _start(self, lengths: np.ndarray) -> None:
         super()._start(lengths)
         if self._native:
-            # The layer attends to the whole cache: what is masked takes part with weight 0, and 0 * NaN is NaN.
+            # The layer attends to the whole cache: what is masked has weight 0, and 0 * NaN is NaN.
             for name, size in self._caches.items():
                 used = size * len(lengths) // self.limits.max_batch_size
                 cuda.call("MemsetAsync", self._memory[name], 0, used, self._stream)
 
     def _execute(self, phase: Phase, batch: int, length: int, rows: int) -> None:
         context = self._contexts[phase]
-        shapes = {"tokens": (batch, length), "positions": (batch, length), "past": (batch,), "select": (rows,)}
+        shapes: dict[str, tuple[int, ...]] = {
+            "tokens": (batch, length),
+            "positions": (batch, length),
+            "past": (batch,),
+            "select": (rows,),
+        }
         if self._native:
             for index, shard in self._plan.layers.items():
-                shape = (batch, shard.num_kv_heads, self.limits.max_seq_len, self._plan.model.head_dim)
+                shape: tuple[int, ...] = (batch, shard.num_kv_heads, self.limits.max_seq_len, self._plan.model.head_dim)
                 shapes |= {f"cache.{index}.{part}": shape for part in ("key", "value")}
         for name, shape in shapes.items():
             if name in self._names and not context.set_input_shape(name, shape):
                 raise RuntimeError(f"TensorRT refuses the shape {shape} of {name}: {self._log.first_error}")
-        if not context.execute_async_v3(int(self._stream)):
-            if self._workspace is not None and (failure := self._workspace.failure()):
-                raise failure
-            raise RuntimeError(f"TensorRT could not execute the engine: {self._log.first_error}")
+        with self._guard():
+            if not context.execute_async_v3(int(self._stream)):
+                raise RuntimeError(f"TensorRT could not execute the engine: {self._log.first_error}")
 
     def joined(self) -> bytes:
         return super().joined() if "joined" in self._names else b""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from cqil_trt.backends import Backend, Compilation, Completion, Description, Option
+from cqil_trt.backends import Backend, Compilation, CompiledEngine, Description, Option
 from cqil_trt.config import EngineLimits
 from cqil_trt.shard import RankPlan
 
@@ -35,10 +35,10 @@ class TensorRtLlmBackend(Backend):
 
         write_rank(compilation)
 
-    def finish(self, completion: Completion) -> None:
+    def finish(self, compiled: CompiledEngine) -> None:
         from cqil_trt.backends.tensorrt_llm.checkpoint import finish
 
-        finish(completion)
+        finish(compiled)
 
     def open_session(self, engine: Engine, comm: Any, device: str, number: int) -> Session:
         from cqil_trt.backends.tensorrt_llm.checkpoint import check_runnable

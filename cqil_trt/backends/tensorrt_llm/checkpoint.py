@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cqil_trt.backends import Compilation, Completion, Description
+from cqil_trt.backends import Compilation, CompiledEngine, Description
 from cqil_trt.backends.tensorrt_llm import COLLECTIVES, names, versions
 from cqil_trt.config import EngineLimits
 from cqil_trt.engine import Engine, tensor_header, tensor_spans
@@ -149,10 +149,10 @@ def _blocks(file: Any, part: names.Part, spans: Mapping[str, tuple[int, int]]) -
         left -= length
 
 
-def finish(completion: Completion) -> None:
+def finish(compiled: CompiledEngine) -> None:
     """When every rank's checkpoint is there: its configuration, and the engines where TensorRT-LLM is installed."""
-    directory, limits = completion.directory, completion.limits
-    config = configuration(completion.ranks, limits, completion.description.build["collective"])
+    directory, limits = compiled.directory, compiled.limits
+    config = configuration(compiled.ranks, limits, compiled.description.build["collective"])
     (directory / CHECKPOINT / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     if versions.installed() is None:
         return

@@ -171,7 +171,7 @@ class CqilTransformer(Module):
             position_ids=position_ids,
         )
         (_, normed), presents = found if use_cache else (found, None)
-        return (normed, tuple(presents)) if use_cache else normed
+        return (normed, tuple(presents or ())) if use_cache else normed
 
 
 class CqilForCausalLM(DecoderModelForCausalLM):

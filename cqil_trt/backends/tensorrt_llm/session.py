@@ -50,7 +50,7 @@ class TensorRtLlmSession(Session):
             raise UserError(f"{engine.path / ENGINES}: TensorRT-LLM cannot load it: {error}") from None
         self._history: list[list[int]] = []  # every token of each sequence
         self._found = np.zeros((0, 0, 0), np.float32)
-        self._kept: np.ndarray | None = None  # the prediction, once somebody asked for it
+        self._kept: np.ndarray | None = None  # the prediction, once it was asked for
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
         self.check(prompts)
@@ -68,7 +68,7 @@ class TensorRtLlmSession(Session):
         self._found = logits[rows, past[:, None] + select]
 
     def _ask(self, prompts: list[list[int]]) -> np.ndarray:
-        """The logits behind every token, float32 [B, longest, vocabulary], on every rank."""
+        """The logits after every token, float32 [B, longest, vocabulary], on every rank."""
         logits = np.zeros((len(prompts), max(map(len, prompts)), self._plan.model.vocab_size), np.float32)
         for row, prompt in zip(logits, prompts):
             # One at a time: the runner mixes up the logits of prompts that are not equally long.

@@ -46,7 +46,7 @@ def load_plugins() -> ctypes.CDLL:
 
 
 def attention_arguments(attention: Any, config: Any, place: int) -> dict[str, Any]:
-    """What Attention of some releases must be told beside what all take.
+    """Arguments that Attention takes in some releases only.
 
     Until the KV cache's pool mapping had two columns (before 0.20; the newest sources that can be had whole are
     older), a layer had to know which one of its pool it is: layers with equally many local heads share a pool.

@@ -1,12 +1,13 @@
 """Executes the decoder on a GPU by our own kernels, as it calls them; inside a CUDA graph's capture it records them.
 
-Values are matrices [rows, width] in device memory. Memory of one that nobody holds any more serves the next: kernels
-run in the order in which they are called, on one stream.
+Values are matrices [rows, width] in device memory. A matrix that is no longer referenced gives its memory to the next:
+kernels run in the order in which they are called, on one stream.
 """
 
 from __future__ import annotations
 
 import ctypes
+from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,12 +21,12 @@ from cqil_trt.gpu.workspace import Workspace, fuses_norm
 from cqil_trt.network.ops import Ops
 from cqil_trt.shard import LayerShard, RankPlan
 
-# Up to so many rows our own products are used: docs/performance.md has them beside cuBLAS.
+# Up to this many rows our own products are used (docs/performance.md compares them with cuBLAS).
 _OWN_ROWS = 1
 
 
 class Pool:
-    """Device memory by size; allocates when there is none of a size to reuse."""
+    """Device memory by size: reuses what was given back, and allocates what is missing."""
 
     def __init__(self) -> None:
         self._free: dict[int, list[int]] = defaultdict(list)
@@ -50,7 +51,7 @@ class Pool:
         self._bucket(size)[0].append(address)
 
     def _bucket(self, size: int) -> tuple[list[int], int]:
-        """Powers of two, so that prompts of all lengths do not each leave memory of their own behind."""
+        """Powers of two, so that prompts of many lengths share the same memory."""
         size = max(cuda.ALIGNMENT, 1 << (size - 1).bit_length())
         return self._free[size], size
 
@@ -88,16 +89,15 @@ class _Collectives(Ops[Matrix]):
 
     _workspace: Workspace | None
     _weights: dict[str, Matrix]
+    _memory: Mapping[str, int]
     _limits: EngineLimits
     _dtype: int  # cqil_dtype
     _stream: int
+    _left: int  # all-reduces that are still to come in this pass
 
-    def close(self) -> None:
-        """Gives back the memory of activations."""
-        self._pool.free()
-
+    @abstractmethod
     def _new(self, rows: int, width: int) -> Matrix:
-        raise NotImplementedError
+        """Memory for a result."""
 
     def all_reduce_residual(self, delta: Matrix, residual: Matrix) -> Matrix:
         out = self._joined(delta)
@@ -123,9 +123,8 @@ class _Collectives(Ops[Matrix]):
         return Matrix(self._memory["joined"], like.rows, like.width)
 
     def broadcast(self, x: Matrix | None, tokens: Matrix) -> Matrix:
-        root = self.plan.rank == 0
-        out = x if root else self._new(tokens.rows, self.plan.model.hidden_size)
-        given, received = (x.address, None) if root else (None, out.address)
+        out = self._new(tokens.rows, self.plan.model.hidden_size) if x is None else x
+        given, received = (None, out.address) if x is None else (out.address, None)
         self._join("broadcast", given, received, out.rows * out.width, self._dtype)
         return out
 
@@ -136,6 +135,8 @@ class _Collectives(Ops[Matrix]):
         return out
 
     def _join(self, name: str, *arguments: Any) -> None:
+        if self._workspace is None:
+            raise RuntimeError("a collective on a rank without peers")
         self._workspace.call(name, *arguments, self._stream)
 
 
@@ -247,10 +248,11 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         cuda.call("MemsetAsync", out.address, 0, out.size, self._stream)
         return out
 
-    def attention(self, qkv: Matrix, positions: None, shard: LayerShard) -> Matrix:
+    def attention(self, qkv: Matrix, positions: Any, shard: LayerShard) -> Matrix:
         qkv, fields = self.keep(qkv), attention_fields(self.plan.model, shard, self._limits)
         shape = abi.cqil_attention_shape(batch=self._batch, length=self._length, **fields, dtype=self._dtype)
-        norms = [self._weights[name] for name in self.head_norms(shard)] or [None, None]
+        norms: list[Matrix | None] = [self._weights[name] for name in self.head_norms(shard)]
+        norms = norms or [None, None]
         tables = [self._memory[name] for name in ("rotary.cos", "rotary.sin")]
         cache = self._memory[f"cache.{shard.index}"]
         out = self._new(qkv.rows, shard.num_heads * self.plan.model.head_dim)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,9 +45,9 @@ class TorchCudaSession(CudaSession):
         }
         self._ops.begin(batch, length, address["past"], address["logits"], self._common_past)
         tokens, select = Matrix(address["tokens"], batch * length, 1), Matrix(address["select"], rows, 1)
-        guard = nullcontext() if self._workspace is None else self._workspace.guard()
-        with guard, torch.inference_mode(), torch.cuda.stream(self._torch_stream):
-            decode(self._ops, tokens, None, select)
+        with self._guard(), torch.inference_mode(), torch.cuda.stream(self._torch_stream):
+            # `CudaOps` has the positions from `begin`.
+            decode(self._ops, tokens, Matrix(address["past"], batch, 1), select)
 
     def close(self) -> None:
         super().close()
@@ -56,7 +55,7 @@ class TorchCudaSession(CudaSession):
 
 
 class TorchLibrary:
-    """`cuda_ops.Library` by cuBLAS and PyTorch's attention (flash where it applies), on PyTorch's current stream.
+    """`gpu_ops.Library` by cuBLAS and PyTorch's attention (flash where it applies), on PyTorch's current stream.
 
     For an engine in float32 it switches TF32 off, in the whole process: validation compares with float32.
     """
@@ -97,7 +96,7 @@ class TorchLibrary:
 
 
 def device_tensor(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Device memory that somebody else owns, as a tensor."""
+    """Device memory as a tensor that does not own it."""
     # The interface has no bfloat16: bits of the same size.
     kind, bits = ("<i4", torch.int32) if dtype.itemsize == 4 else ("<i2", torch.int16)
     described = {"version": 3, "shape": shape, "typestr": kind, "data": (address, False)}

@@ -60,7 +60,7 @@ class TorchOps(Ops[torch.Tensor]):
         self._frequencies = rotary
         self._decoding = self._rows(decode_tables(plan.model, rotary, max_seq_len))
         self._cos, self._sin = self._decoding
-        # Zeros, not uninitialised memory: a masked position takes part with weight 0, and 0 * NaN is NaN.
+        # Zeros, not uninitialised memory: a masked position has weight 0, and 0 * NaN is NaN.
         try:
             self._cache = {
                 index: torch.zeros(
