@@ -170,7 +170,8 @@ def exported(path):
 
 @needs_nvcc
 def test_the_library_exports_what_the_header_declares(built):
-    assert exported(built[1]) == abi.interface().functions.keys()
+    only_for_tests = {"cqil_test_delays"}  # in a build with CQIL_TEST_DELAYS
+    assert exported(built[1]) | only_for_tests == abi.interface().functions.keys()
 
 
 @needs_cc
