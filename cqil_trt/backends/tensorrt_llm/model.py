@@ -10,6 +10,7 @@ The checkpoint's config.json says under `cqil` which is which; backends/tensorrt
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import tensorrt as trt
@@ -129,9 +130,9 @@ class CqilDecoderLayer(Module):
         return _plugin("CqilBypass", [x], fields)[0]
 
 
-def _plugin(name: str, inputs: list[Tensor], fields: dict[str, int | float]) -> list[Tensor]:
+def _plugin(name: str, inputs: list[Tensor], fields: Mapping[str, int | float]) -> list[Tensor]:
     """The outputs of one of our plugins, which finds the workspace in its process: `shared`."""
-    plugin = tensorrt_plugins.create(trt, name, fields)
+    plugin = tensorrt_plugins.create(trt, name, dict(fields))
     layer = default_trtnet().add_plugin_v2([tensor.trt_tensor for tensor in inputs], plugin)
     return [_create_tensor(layer.get_output(i), layer) for i in range(layer.num_outputs)]
 
