@@ -6,7 +6,8 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import make_model, mpirun, run
+from support.checkpoints import make_model
+from support.processes import mpirun, run
 
 import cqil_trt
 from cqil_trt.commands import RankParser

@@ -5,7 +5,9 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, SEED, mpirun, need_plugins
+from support import ROOT, SEED
+from support.needs import need_plugins
+from support.processes import mpirun
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -21,13 +23,13 @@ def library():
 def test_sums_order_and_bits(ranks, operations, replays):
     if ranks <= torch.cuda.device_count() and ranks > 1:
         operations, replays = 400, 10_000
-    done = mpirun(ranks, SEED % 100_000, operations, replays, script="tests/cuda_worker.py")
+    done = mpirun(ranks, SEED % 100_000, operations, replays, script="tests/support/cuda_worker.py")
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_killed_rank_is_named(tmp_path):
-    command = [sys.executable, "tests/cuda_failure.py"]
+    command = [sys.executable, "tests/support/cuda_failure.py"]
     ranks = [
         subprocess.Popen([*command, str(rank), str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         for rank in range(2)

@@ -8,18 +8,10 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    ROOT,
-    assert_user_error,
-    build,
-    load_model,
-    make_adapter,
-    make_model,
-    mpirun,
-    run,
-    write_json,
-)
-from test_generate import save_byte_tokenizer
+from support import ROOT, write_json
+from support.checkpoints import load_model, make_adapter, make_model
+from support.made_tokenizers import save_byte_tokenizer
+from support.processes import assert_user_error, build, mpirun, run
 
 import cqil_trt.engine
 from cqil_trt.builder import BuildRequest, prepare

@@ -4,7 +4,8 @@ import json
 import subprocess
 
 import pytest
-from conftest import ROOT, assert_quiet, build, mpirun, run
+from support import ROOT
+from support.processes import assert_quiet, build, mpirun, run
 
 from cqil_trt.builder import BuildRequest, prepare
 from cqil_trt.demo import demo_model

@@ -8,19 +8,11 @@ import time
 
 import pytest
 import torch
-from conftest import (
-    assert_quiet,
-    assert_user_error,
-    build,
-    load_model,
-    make_adapter,
-    make_model,
-    mpirun,
-    run,
-    write_json,
-)
-from hub_server import TOKEN, Hub
-from test_generate import save_byte_tokenizer
+from support import write_json
+from support.checkpoints import load_model, make_adapter, make_model
+from support.hub_server import TOKEN, Hub
+from support.made_tokenizers import save_byte_tokenizer
+from support.processes import assert_quiet, assert_user_error, build, mpirun, run
 
 import cqil_trt
 from cqil_trt.commands.build import describe

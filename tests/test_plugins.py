@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, run
+from support import ROOT
+from support.processes import run
 
 from cqil_trt.errors import UserError
 from cqil_trt.gpu import kernel_library

@@ -5,7 +5,6 @@ import hashlib
 import importlib
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -17,11 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SEED, assert_user_error, build, load_model, make_model, mpirun, run
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
-from test_generate import save_byte_tokenizer
+from support import ROOT, SEED
+from support.checkpoints import load_model, make_model
+from support.made_tokenizers import save_byte_tokenizer
+from support.processes import assert_user_error, build, environment, mpirun, run
 
 import cqil_trt
 from cqil_trt import families
@@ -36,8 +37,6 @@ from cqil_trt.weights import open_checkpoint
 
 TEXT = (ROOT / "README.md").read_text()
 SHAPE = ["--p", 2, "--start", 2, "--end", 6]
-# Hugging Face's libraries must not look for a network.
-OFFLINE = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +60,7 @@ def tokens(shape, seed=SEED):
 
 
 def script(name, *arguments, **options):
-    return run(sys.executable, f"scripts/{name}.py", *arguments, env=OFFLINE, **options)
+    return run(sys.executable, f"scripts/{name}.py", *arguments, **options)
 
 
 # Similarity and the choice of layers
@@ -526,8 +525,7 @@ def test_resumed_behind_a_kill_training_ends_where_it_would_have(model, text, ad
     command = [sys.executable, "scripts/finetune.py", "--model", model, *SHAPE, "--text", text, "--output", output]
     command += ["--sequence-length", 32, "--batch-size", 4, "--lora-rank", 4, "--steps", 30, "--save-steps", 8]
     command += ["--seed", SEED % 1000]
-    environment = {**os.environ, **OFFLINE}
-    process = subprocess.Popen([str(part) for part in command], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([str(part) for part in command], cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
     checkpoints = output / "checkpoints"
     while not (checkpoints / "checkpoint-16" / "trainer_state.json").exists():
         assert process.poll() is None
@@ -568,7 +566,7 @@ def test_two_processes_with_checkpointed_gradients_train_as_one_with_twice_the_b
     command = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--", "scripts/finetune.py", "--model", model]
     command += [*SHAPE, "--text", text, "--output", tmp_path / "adapter", "--sequence-length", 32, "--batch-size", 2]
     command += ["--lora-rank", 4, "--steps", 30, "--seed", SEED % 1000, "--gradient-checkpointing", "on"]
-    done = run(sys.executable, *command, env={**OFFLINE, "OMP_NUM_THREADS": "1"})
+    done = run(sys.executable, *command, env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     expected, found = (json.loads((path / "training.json").read_text()) for path in (adapter, tmp_path / "adapter"))
     assert found["steps"] == expected["steps"] and found["tokens"] == expected["tokens"]
@@ -672,7 +670,7 @@ def test_engine_scores_every_item_as_the_harness_scores_the_reference(model, tex
         *common,
         tmp_path / "engine.json",
     ]
-    done = run("mpirun", "-n", 4, sys.executable, *engine, env=OFFLINE)
+    done = run("mpirun", "-n", 4, sys.executable, *engine)
     assert done.returncode == 0, done.stderr
     reference = json.loads((tmp_path / "reference.json").read_text())
     assert [column["label"] for column in reference["columns"]] == ["unchanged", "CQIL", "CQIL + adapter"]
@@ -730,6 +728,6 @@ def test_an_error_anywhere_ends_all_ranks(model, tmp_path):
     for task, message in cases.items():
         command = ["scripts/evaluate.py", "--engine", tmp_path / "engine", "--device", "cpu", "--tasks", task]
         command += ["--task-path", tmp_path / "tasks", "--max-length", 64]
-        assert_user_error(run("mpirun", "-n", 2, sys.executable, *command, env=OFFLINE, timeout=60), message)
+        assert_user_error(run("mpirun", "-n", 2, sys.executable, *command, timeout=60), message)
     command = ["scripts/evaluate.py", "--engine", tmp_path / "engine", "--text", "README.md"]
     assert_user_error(run("mpirun", "-n", 2, sys.executable, *command), "--block 1024", "at most --block 65")

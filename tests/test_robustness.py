@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SEED, build, make_model
+from support import ROOT, SEED
+from support.checkpoints import make_model
+from support.processes import build
 
 from cqil_trt import engine as engine_directory
 from cqil_trt.engine import Engine

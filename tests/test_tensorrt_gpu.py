@@ -11,8 +11,10 @@ import sys
 
 import pytest
 import torch
-from conftest import SEED, build, make_model, mpirun, run
-from test_parity import ARCHITECTURES
+from support import SEED
+from support.cases import ARCHITECTURES
+from support.checkpoints import make_model
+from support.processes import build, mpirun, run
 
 PYTHON = os.environ.get("CQIL_TENSORRT_PYTHON", sys.executable)
 

@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SEED, assert_user_error, build, load_model, make_model, mpirun, rank_weights, run, write_json
-from tensorrt_evaluator import NetworkEvaluator, Recorder, evaluate
-from test_parity import ARCHITECTURES, identifier, relative
+from support import SEED, write_json
+from support.cases import ARCHITECTURES, identifier, relative
+from support.checkpoints import load_model, make_model, rank_weights
+from support.processes import assert_user_error, build, mpirun, run
+from support.tensorrt_evaluator import NetworkEvaluator, Recorder, evaluate
 
 import cqil_trt
 from cqil_trt.backends.tensorrt.network import Lowering, add_profiles, define_network

@@ -5,8 +5,10 @@ import random
 import re
 
 import pytest
-from conftest import SEED, assert_user_error, build, make_adapter, make_first_llama, make_model, mpirun, write_json
-from made_tokenizers import byte_level_gguf, byte_level_json, llama2_json, save_json, sentencepiece_model
+from support import SEED, write_json
+from support.checkpoints import make_adapter, make_first_llama, make_model
+from support.made_tokenizers import byte_level_gguf, byte_level_json, llama2_json, save_json, sentencepiece_model
+from support.processes import assert_user_error, build, mpirun
 
 from cqil_trt.tokenizer import Tokenizer
 
