@@ -16,6 +16,8 @@ from cqil_trt.job import command
 # Hugging Face must not look for a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+# For random models this small, a second thread costs several times what it computes. PyTorch is not imported yet.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_report_header() -> str:

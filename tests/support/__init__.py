@@ -16,6 +16,7 @@ import pytest
 pytest.register_assert_rewrite("support.processes")
 
 ROOT = Path(__file__).resolve().parents[2]
+THREADS = os.environ.get("OMP_NUM_THREADS")  # as the user wants it; conftest.py sets it for this process
 SEED = int(os.environ.get("CQIL_TEST_SEED", random.SystemRandom().randrange(2**31)))
 
 

@@ -38,7 +38,7 @@ class Interpreter:
         self.process = subprocess.Popen(
             ["mpirun", "-n", str(ranks), *program] if ranks else program,
             cwd=ROOT,
-            env=environment,
+            env={"OMP_NUM_THREADS": "1", **environment},  # as in conftest.py
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from support import ROOT
+from support import ROOT, THREADS
 from support.interpreters import interpreter
 
 # Open MPI asks before it runs as root or starts more ranks than cores, and would hold each of a few ranks to one core;
@@ -35,7 +35,10 @@ def environment() -> dict[str, str]:
     """What commands get: this process's, with this Python first on the PATH, and the checkout on Python's."""
     paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return {**os.environ, **OPEN_MPI, "PATH": path, "PYTHONPATH": os.pathsep.join(paths)}
+    inherited = {**os.environ, **OPEN_MPI, "PATH": path, "PYTHONPATH": os.pathsep.join(paths)}
+    if THREADS is None:  # a command chooses for itself
+        inherited.pop("OMP_NUM_THREADS", None)
+    return inherited
 
 
 @cache
