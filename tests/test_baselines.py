@@ -1,8 +1,11 @@
 """What the benchmark compares with computes the same model, or its times would say nothing."""
 
+import pytest
 from support import ROOT, SEED
 from support.checkpoints import make_model
 from support.processes import environment, mpirun
+
+pytestmark = pytest.mark.slow
 
 
 def test_baselines_compute_what_the_reference_does(tmp_path):

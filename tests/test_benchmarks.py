@@ -16,6 +16,7 @@ from cqil_trt.gpu import cuda
 from cqil_trt.job import Job
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_parts_of_a_step_add_up(ranks, tmp_path):
     make_model(tmp_path / "model")

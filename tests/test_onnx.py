@@ -117,6 +117,7 @@ def test_every_rank_has_a_file_that_the_checker_takes(number, engines):
         assert path.stat().st_size < 200_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[identifier(case) for case in CASES])
 def test_it_computes_what_the_reference_does(number, models, engines, results):
     root, prompts = results
@@ -145,6 +146,7 @@ def test_it_computes_what_the_reference_does(number, models, engines, results):
             assert found[f"sampled{i}"].tolist() == found[f"sampled_alone{i}"].tolist()
 
 
+@pytest.mark.slow
 def test_commands_build_and_validate(models, tmp_path):
     limits = ("--max-seq-len", 16, "--p", 2, "--start", 1, "--end", 5, "--d", 1, "--backend", "onnx")
     done = build("--model", models["llama-tied-bias"], *limits, "--output", tmp_path / "engine")

@@ -48,15 +48,18 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="session", params=["cpu", "cuda"])
 def results(request, models, tmp_path_factory):
-    """All engines built, then one mpirun for each number of ranks runs those it fits."""
+    """The engines of this run's tests built, then one mpirun for each number of ranks runs those it fits."""
     if request.param == "cuda":
         need_cuda_backend()
     root = tmp_path_factory.mktemp("engines")
+    chosen = {item.callspec.params["number"] for item in request.session.items if "results" in item.fixturenames}
     random = np.random.default_rng(SEED)
     prompts = {i: [random.integers(3, 131, size=n).tolist() for n in (7, 1, 19)] for i in range(len(cases()))}
     adapters = {}
     by_ranks: dict[int, list] = {}
     for i, (name, shape) in enumerate(cases()):
+        if i not in chosen:
+            continue
         lora = None
         if adapted(i):
             if missing("peft>=0.18"):
@@ -82,7 +85,14 @@ def results(request, models, tmp_path_factory):
     return root, prompts, adapters
 
 
-@pytest.mark.parametrize("number", range(len(cases())), ids=[identifier(case) for case in cases()])
+# In the fast run a few that two ranks can execute.
+NUMBERS = [
+    pytest.param(i, id=identifier(case), marks=() if i % 4 < 2 and case[1]["p"] < 3 else pytest.mark.slow)
+    for i, case in enumerate(cases())
+]
+
+
+@pytest.mark.parametrize("number", NUMBERS)
 def test_engine_equals_reference(number, models, results):
     root, prompts, adapters = results
     name, shape = cases()[number]

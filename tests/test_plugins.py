@@ -24,6 +24,7 @@ def built(request, tmp_path_factory):
     return headers, kernel_library.build(HEADERS / headers, architecture, path)
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_it_compiles_and_loads_without_a_gpu_or_tensorrt(built):
     _, path = built
@@ -32,6 +33,7 @@ def test_it_compiles_and_loads_without_a_gpu_or_tensorrt(built):
     assert library.cqil_register_plugins() == -1  # there is no TensorRT in this process
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_without_tensorrt_the_c_interface_alone_is_built(tmp_path):
     path = tmp_path / kernel_library.LIBRARY
@@ -93,6 +95,7 @@ print("plugins work with TensorRT API", trt.__version__)
 """
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_tensorrt_registers_creates_and_serialises_the_plugins(built):
     """In the runtime that TensorRT-RTX ships, whose plugin registry is that of TensorRT 11."""
@@ -106,6 +109,7 @@ def test_tensorrt_registers_creates_and_serialises_the_plugins(built):
     assert "plugins work" in done.stdout
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_a_library_of_other_sources_is_refused(built, tmp_path, monkeypatch):
     _, path = built
@@ -133,6 +137,7 @@ def test_tools_that_are_missing_are_named(monkeypatch):
         kernel_library.build()
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_a_compiler_error_is_one_line(tmp_path):
     done = run(
@@ -143,6 +148,7 @@ def test_a_compiler_error_is_one_line(tmp_path):
     assert len(errors) == 1 and "building the plugins failed" in errors[0]
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_without_a_gpu_a_workspace_says_so(built):
     import torch
