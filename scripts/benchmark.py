@@ -29,6 +29,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import installed  # noqa: F401
 import numpy as np
 import torch
 from mpi4py import MPI

@@ -15,25 +15,23 @@ import ctypes
 import json
 import os
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import installed  # noqa: F401
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from mpi4py import MPI
+from plots import check_plot, pyplot
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from mpi4py import MPI  # noqa: E402
-from plots import check_plot, pyplot  # noqa: E402
-
-from cqil_trt.backends.torch.gpu_session import use_device  # noqa: E402
-from cqil_trt.commands import RankParser, check_file, run_ranks  # noqa: E402
-from cqil_trt.errors import UserError  # noqa: E402
-from cqil_trt.gpu.workspace import CudaCommunicator  # noqa: E402
-from cqil_trt.job import Job  # noqa: E402
-from cqil_trt.table import table  # noqa: E402
+from cqil_trt.backends.torch.gpu_session import use_device
+from cqil_trt.commands import RankParser, check_file, run_ranks
+from cqil_trt.errors import UserError
+from cqil_trt.gpu.workspace import CudaCommunicator
+from cqil_trt.job import Job
+from cqil_trt.table import table
 
 SIZES = [4 << 10, 8 << 10, 16 << 10, 32 << 10, 64 << 10, 128 << 10, 256 << 10, 512 << 10]
 SIZES += [1 << 20, 2 << 20, 4 << 20, 8 << 20, 16 << 20]

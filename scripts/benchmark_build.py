@@ -18,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import installed  # noqa: F401
 import torch
 from safetensors.torch import save_file
 from synthetic import ROOT, check_space, make_checkpoint

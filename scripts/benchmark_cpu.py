@@ -11,25 +11,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import installed  # noqa: F401
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from cqil_trt.commands import RankParser, check_at_least, check_file, run_ranks  # noqa: E402
-from cqil_trt.engine import Engine  # noqa: E402
-from cqil_trt.errors import UserError  # noqa: E402
-from cqil_trt.job import Job  # noqa: E402
-from cqil_trt.llm import Llm  # noqa: E402
-from cqil_trt.table import table  # noqa: E402
+from cqil_trt.commands import RankParser, check_at_least, check_file, run_ranks
+from cqil_trt.engine import Engine
+from cqil_trt.errors import UserError
+from cqil_trt.job import Job
+from cqil_trt.llm import Llm
+from cqil_trt.table import table
 
 
 def parser() -> RankParser:

@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import installed  # noqa: F401
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from cqil_trt.commands import Parser, check_file, numbers  # noqa: E402
-from cqil_trt.gpu import abi, cuda, kernel_library  # noqa: E402
-from cqil_trt.job import command  # noqa: E402
-from cqil_trt.table import table  # noqa: E402
+from cqil_trt.commands import Parser, check_file, numbers
+from cqil_trt.gpu import abi, cuda, kernel_library
+from cqil_trt.job import command
+from cqil_trt.table import table
 
 HIDDEN, INNER, VOCABULARY, LAYERS = 4096, 11008, 32000, 32
 # Outputs, inputs, whether gated; halves as two ranks have them.

@@ -21,6 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import installed  # noqa: F401
 from synthetic import ROOT, SHAPES, check_space, make_checkpoint, model_config
 
 from cqil_trt.commands import Parser, check_at_least, check_file, numbers

@@ -5,7 +5,7 @@
     git clone --depth 1 --branch gh-pages https://github.com/NVIDIA/TensorRT-LLM pages
     python scripts/collect_trtllm_api.py pages/1.2.1                # which shows the release's sources as HTML
 
-Adds them under their version to tests/trtllm_api.json: names of parameters, nothing else of the code.
+Adds them under their version to tests/support/trtllm_api.json: names of parameters, nothing else of the code.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-TARGET = Path(__file__).resolve().parent.parent / "tests" / "trtllm_api.json"
+TARGET = Path(__file__).resolve().parent.parent / "tests" / "support" / "trtllm_api.json"
 SYMBOLS = {
     "_common.py": ["default_trtnet"],
     "functional.py": ["allreduce", "_create_tensor"],

@@ -18,15 +18,14 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-if not sys.stderr.isatty():
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's bars have no other switch
+# The harness's bars have no other switch.
+os.environ.setdefault("TQDM_DISABLE", "" if sys.stderr.isatty() else "1")
 
-import numpy as np  # noqa: E402
+import installed  # noqa: F401
+import numpy as np
 
-from cqil_trt.backends import DEVICES  # noqa: E402
-from cqil_trt.commands import (  # noqa: E402
+from cqil_trt.backends import DEVICES
+from cqil_trt.commands import (
     RankParser,
     add_cqil_flags,
     check_at_least,
@@ -36,12 +35,12 @@ from cqil_trt.commands import (  # noqa: E402
     cqil_flags,
     run_ranks,
 )
-from cqil_trt.config import CqilConfig  # noqa: E402
-from cqil_trt.errors import UserError  # noqa: E402
-from cqil_trt.hub import find_adapter  # noqa: E402
-from cqil_trt.job import Job  # noqa: E402
-from cqil_trt.quality.perplexity import CELLS, WON_BACK, Scores, won_back  # noqa: E402
-from cqil_trt.table import table  # noqa: E402
+from cqil_trt.config import CqilConfig
+from cqil_trt.errors import UserError
+from cqil_trt.hub import find_adapter
+from cqil_trt.job import Job
+from cqil_trt.quality.perplexity import CELLS, WON_BACK, Scores, won_back
+from cqil_trt.table import table
 
 UNCHANGED, CQIL, ADAPTED = "unchanged", "CQIL", "CQIL + adapter"
 

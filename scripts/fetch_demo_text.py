@@ -20,14 +20,13 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import installed  # noqa: F401
+from tqdm import tqdm
 
-from tqdm import tqdm  # noqa: E402
-
-from cqil_trt.commands import Parser  # noqa: E402
-from cqil_trt.demo import packaged  # noqa: E402
-from cqil_trt.errors import UserError  # noqa: E402
-from cqil_trt.job import command  # noqa: E402
+from cqil_trt.commands import Parser
+from cqil_trt.demo import packaged
+from cqil_trt.errors import UserError
+from cqil_trt.job import command
 
 # gensim 4.4.0 (LGPL-2.1; nothing but this text is kept) carries 300 items of Australian news from 2000 and 2001 (Lee,
 # Pincombe, Welsh, CogSci 2005).

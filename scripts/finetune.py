@@ -20,14 +20,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import installed  # noqa: F401
+import numpy as np
+from plots import check_plot, pyplot
 
-import numpy as np  # noqa: E402
-from plots import check_plot, pyplot  # noqa: E402
-
-from cqil_trt.builder import choose_cqil  # noqa: E402
-from cqil_trt.commands import (  # noqa: E402
+from cqil_trt.builder import choose_cqil
+from cqil_trt.commands import (
     RankParser,
     add_cqil_flags,
     check_at_least,
@@ -35,13 +33,13 @@ from cqil_trt.commands import (  # noqa: E402
     chosen_model,
     cqil_flags,
 )
-from cqil_trt.config import ADAPTER_FILE, CqilConfig  # noqa: E402
-from cqil_trt.errors import UserError  # noqa: E402
-from cqil_trt.job import command  # noqa: E402
-from cqil_trt.json_fields import read_json  # noqa: E402
-from cqil_trt.model import ModelConfig  # noqa: E402
-from cqil_trt.table import table  # noqa: E402
-from cqil_trt.weights import WeightReader, open_checkpoint  # noqa: E402
+from cqil_trt.config import ADAPTER_FILE, CqilConfig
+from cqil_trt.errors import UserError
+from cqil_trt.job import command
+from cqil_trt.json_fields import read_json
+from cqil_trt.model import ModelConfig
+from cqil_trt.table import table
+from cqil_trt.weights import WeightReader, open_checkpoint
 
 CHECKPOINTS = "checkpoints"
 SETTINGS = "settings.json"

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from cqil_trt.commands import check_file  # noqa: E402
-from cqil_trt.errors import UserError  # noqa: E402
+from cqil_trt.commands import check_file
+from cqil_trt.errors import UserError
 
 
 def pyplot() -> Any:

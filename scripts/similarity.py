@@ -16,20 +16,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import installed  # noqa: F401
+import numpy as np
+from plots import check_plot, pyplot
+from tqdm import tqdm
 
-import numpy as np  # noqa: E402
-from plots import check_plot, pyplot  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from cqil_trt.commands import Parser, check_at_least, check_file, check_texts, chosen_model, numbers  # noqa: E402
-from cqil_trt.config import BYPASSES, DTYPES, MAX_RANKS, CqilConfig  # noqa: E402
-from cqil_trt.errors import UserError  # noqa: E402
-from cqil_trt.job import command  # noqa: E402
-from cqil_trt.latency import critical_bytes, decode_seconds  # noqa: E402
-from cqil_trt.model import ModelConfig  # noqa: E402
-from cqil_trt.table import size, table  # noqa: E402
+from cqil_trt.commands import Parser, check_at_least, check_file, check_texts, chosen_model, numbers
+from cqil_trt.config import BYPASSES, DTYPES, MAX_RANKS, CqilConfig
+from cqil_trt.errors import UserError
+from cqil_trt.job import command
+from cqil_trt.latency import critical_bytes, decode_seconds
+from cqil_trt.model import ModelConfig
+from cqil_trt.table import size, table
 
 # The authors' published ranges begin at 38% of the layers or behind; their last layers differ most from each other.
 FIRST = 0.375

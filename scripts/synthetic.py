@@ -9,17 +9,16 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from cqil_trt import families
+from cqil_trt.errors import UserError
+from cqil_trt.families.layout import checkpoint_shapes
+from cqil_trt.model import ModelConfig
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from cqil_trt import families  # noqa: E402
-from cqil_trt.errors import UserError  # noqa: E402
-from cqil_trt.families.layout import checkpoint_shapes  # noqa: E402
-from cqil_trt.model import ModelConfig  # noqa: E402
 
 # The config.json of the published checkpoints, as far as it decides shapes.
 SHAPES = {

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from made_tokenizers import byte_level_json, save_json
+from support.made_tokenizers import byte_level_json, save_json
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 

@@ -7,8 +7,8 @@ import time
 import urllib.request
 
 import pytest
-from conftest import SEED
-from made_tokenizers import GGUF_SPECIALS, byte_level_gguf, finish, random_text, sentencepiece_gguf
+from support import SEED
+from support.made_tokenizers import GGUF_SPECIALS, byte_level_gguf, finish, random_text, sentencepiece_gguf
 
 from cqil_trt.errors import UserError
 from cqil_trt.tokenizer import Tokenizer, find_tokenizer, save_tokenizer

@@ -7,8 +7,10 @@ import re
 
 import pytest
 import torch
-from conftest import SEED, build, load_model, make_adapter, make_model, mpirun, rank_weights, write_json
 from safetensors.torch import load_file, save_file
+from support import SEED, write_json
+from support.checkpoints import load_model, make_adapter, make_model, rank_weights
+from support.processes import build, mpirun
 
 from cqil_trt import peft_config
 from cqil_trt.checkpoint import Checkpoint
@@ -27,7 +29,7 @@ PATTERNS = {
     "alpha_pattern": {"down_proj": 11, "layers.3.self_attn.v_proj": 3},
 }
 SAVED = {"save": {"save_embedding_layers": True}}
-# What LoraConfig takes and, besides: `tied` and `bias` of the model, `vocabulary` and `save` of the adapter (conftest).
+# What LoraConfig takes and, besides: `tied` and `bias` of the model, `vocabulary` and `save` of the adapter.
 VARIANTS = {
     "plain": {},
     "rank one": {"r": 1},

@@ -7,7 +7,8 @@ import sys
 from enum import IntEnum
 
 import pytest
-from conftest import ROOT, run
+from support import ROOT
+from support.processes import run
 
 from cqil_trt.config import MAX_RANKS
 from cqil_trt.errors import UserError
@@ -27,6 +28,7 @@ def built(request, tmp_path_factory):
     return headers, kernel_library.build(HEADERS / headers, architecture, path)
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_it_compiles_and_loads_without_a_gpu_or_tensorrt(built):
     _, path = built
@@ -35,6 +37,7 @@ def test_it_compiles_and_loads_without_a_gpu_or_tensorrt(built):
     assert library.cqil_register_plugins() == -1  # there is no TensorRT in this process
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_without_tensorrt_the_c_interface_alone_is_built(tmp_path):
     path = tmp_path / kernel_library.LIBRARY
@@ -96,6 +99,7 @@ print("plugins work with TensorRT API", trt.__version__)
 """
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_tensorrt_registers_creates_and_serialises_the_plugins(built):
     """In the runtime that TensorRT-RTX ships, whose plugin registry is that of TensorRT 11."""
@@ -109,6 +113,7 @@ def test_tensorrt_registers_creates_and_serialises_the_plugins(built):
     assert "plugins work" in done.stdout
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_a_library_of_other_sources_is_refused(built, tmp_path, monkeypatch):
     _, path = built
@@ -136,6 +141,7 @@ def test_tools_that_are_missing_are_named(monkeypatch):
         kernel_library.build()
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_a_compiler_error_is_one_line(tmp_path):
     done = run(
@@ -146,6 +152,7 @@ def test_a_compiler_error_is_one_line(tmp_path):
     assert len(errors) == 1 and "building the plugins failed" in errors[0]
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_without_a_gpu_a_workspace_says_so(built):
     import torch

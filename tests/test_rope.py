@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import SEED, checkpoint_logits, load_model, make_model, write_gguf, write_json
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import SEED, write_json
+from support.checkpoints import checkpoint_logits, load_model, make_model, write_gguf
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import cqil_trt

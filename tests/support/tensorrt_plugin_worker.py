@@ -9,7 +9,7 @@ engine is serialised, read back, run at several shapes and replayed in a CUDA gr
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import tensorrt as trt
