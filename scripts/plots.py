@@ -13,7 +13,7 @@ from cqil_trt.errors import UserError  # noqa: E402
 
 
 def pyplot() -> Any:
-    """matplotlib's pyplot, drawing into files. Raises ModuleNotFoundError where matplotlib is not installed."""
+    """matplotlib's pyplot, drawing into files. Raises ModuleNotFoundError if matplotlib is not installed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -23,11 +23,11 @@ def pyplot() -> Any:
 
 
 def check_plot(path: Path | None) -> None:
-    """Raises what would come up when --plot is drawn at the end, so that it does before the work."""
+    """Raises the errors of drawing --plot at the end, before the work begins."""
     check_file(path, "--plot")
     if path is not None:
         from matplotlib.backend_bases import FigureCanvasBase
 
         known = FigureCanvasBase.get_supported_filetypes()
         if path.suffix[1:].lower() not in known:
-            raise UserError(f"--plot {path}: its ending is none of {', '.join(sorted(known))}")
+            raise UserError(f"--plot {path}: its suffix is none of {', '.join(sorted(known))}")
