@@ -273,7 +273,7 @@ def run(options: argparse.Namespace, job: Job) -> None:
     if options.alone:
         title += ", rank 0's share without its peers"
     if RANK == 0:
-        gpus = f"{COMM.Get_size()} x {cuda.device_name()}, which reads {bandwidth:.2f} TB/s"
+        gpus = f"{COMM.Get_size()} x {cuda.device_name()} (reads {bandwidth:.2f} TB/s)"
         print(f"{title}, float16, {gpus}; milliseconds, median [10%, 90%]\n")
         print(describe(results, options, bandwidth), flush=True)
         save()

@@ -219,7 +219,7 @@ def check_output(options: argparse.Namespace, cqil: CqilConfig, model: str) -> d
                 raise UserError(f"--resume: {output} was begun with {flag} {begun[name]}, found {value}")
     elif output.exists():
         if not options.force:
-            unfinished = "; --resume goes on with it" if path.exists() else ""
+            unfinished = "; --resume continues it" if path.exists() else ""
             raise UserError(f"--output {output}: exists already (--force starts over{unfinished})")
         if not path.exists() and not (output / "adapter_config.json").exists():
             raise UserError(f"--output {output}: --force replaces an adapter, and this is none")
