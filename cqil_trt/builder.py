@@ -314,7 +314,7 @@ def _open_checkpoint(
         adapter = Found(name=str(shipped), path=shipped)
         weights.merge(shipped)
         notes.append(
-            f"the adapter {shipped} was trained for this model and these layers (--lora {NO_ADAPTER} omits it)"
+            f"the adapter {shipped} was trained for this model and these layers (--lora {NO_ADAPTER} leaves it out)"
         )
     elif request.lora is None and cqil.groups and is_demo_model(path):
         notes.append("the demo model's adapter was trained for other layers and is not merged")
