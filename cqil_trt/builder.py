@@ -291,7 +291,7 @@ def _open_engine(request: BuildRequest, path: Path) -> _Opened:
         "no-tokenizer": None if request.tokenizer else True,
     }
     if given := [f"--{name}" for name, value in decided.items() if value is not None]:
-        raise UserError(f"--model {path}: an engine, which already determines {', '.join(given)}: leave it out")
+        raise UserError(f"--model {path}: an engine, which has decided {', '.join(given)} already: leave it out")
     plain = f"-{backends.PLAIN}-"
     name = f"{path.name}-{request.backend}"
     if plain in path.name:

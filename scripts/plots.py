@@ -30,4 +30,4 @@ def check_plot(path: Path | None) -> None:
 
         known = FigureCanvasBase.get_supported_filetypes()
         if path.suffix[1:].lower() not in known:
-            raise UserError(f"--plot {path}: its suffix is none of {', '.join(sorted(known))}")
+            raise UserError(f"--plot {path}: its ending is none of {', '.join(sorted(known))}")
