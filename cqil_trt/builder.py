@@ -291,7 +291,7 @@ def _open_engine(request: BuildRequest, path: Path) -> _Opened:
         "no-tokenizer": None if request.tokenizer else True,
     }
     if given := [f"--{name}" for name, value in decided.items() if value is not None]:
-        raise UserError(f"--model {path}: an engine, which already determines {', '.join(given)}: leave it out")
+        raise UserError(f"--model {path}: an engine, which has decided {', '.join(given)} already: leave it out")
     plain = f"-{backends.PLAIN}-"
     name = f"{path.name}-{request.backend}"
     if plain in path.name:
@@ -314,7 +314,7 @@ def _open_checkpoint(
         adapter = Found(name=str(shipped), path=shipped)
         weights.merge(shipped)
         notes.append(
-            f"the adapter {shipped} was trained for this model and these layers (--lora {NO_ADAPTER} omits it)"
+            f"the adapter {shipped} was trained for this model and these layers (--lora {NO_ADAPTER} leaves it out)"
         )
     elif request.lora is None and cqil.groups and is_demo_model(path):
         notes.append("the demo model's adapter was trained for other layers and is not merged")

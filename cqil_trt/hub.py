@@ -150,7 +150,7 @@ def _from_hub(name: str, reference: _Reference, choose: _Choose, info: Any) -> F
         paths = [fetch(file) for file in files]
         fetch(files[0], reference.revision or "main")
     except _Unreachable as error:
-        raise UserError(f"{reference.label}: {error}: run it again to go on") from None
+        raise UserError(f"{reference.label}: {error}: run it again to continue") from None
     return Found(name=name, path=_place(paths[0], files[0], main), commit=info.sha)
 
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Where the time of a decode step on the CPU goes: matrix products, attention, MPI, and everything else.
+"""The time of a decode step on the CPU by part: matrix products, attention, MPI, and everything else.
 
     python scripts/benchmark_cpu.py --engine engines/ENGINE
     mpirun -n 2 python scripts/benchmark_cpu.py --engine engines/ENGINE
 
-Rank 0 reports medians over steps, at a context of --context tokens. OMP_NUM_THREADS sets the threads of a rank.
+Rank 0 reports medians over steps, at a context of --context tokens. OMP_NUM_THREADS sets the threads per rank.
 """
 
 from __future__ import annotations

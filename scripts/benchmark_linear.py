@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""The matrix products of a decode step against cuBLAS, and all of a model's behind each other.
+"""The matrix products of a decode step against cuBLAS, and all products of a model in sequence.
 
     python scripts/benchmark_linear.py
 
-LLaMA-7B shapes, float16. Matrices take turns, so that the L2 cache holds none; times are medians of CUDA graphs.
+LLaMA-7B shapes, float16. Matrices alternate, so that none stays in the L2 cache; times are medians of CUDA graphs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cqil_trt.job import command
 from cqil_trt.table import table
 
 HIDDEN, INNER, VOCABULARY, LAYERS = 4096, 11008, 32000, 32
-# Outputs, inputs, whether gated; halves as two ranks have them.
+# Outputs, inputs, whether gated; halves are the shares of two ranks.
 SHAPES = {
     "qkv": (3 * HIDDEN, HIDDEN, False),
     "o": (HIDDEN, HIDDEN, False),
@@ -62,7 +62,7 @@ class Kernels:
 
 
 def microseconds(calls: list[Callable[[], object]], replays: int = 12) -> float:
-    """Of all calls in one graph."""
+    """Median microseconds of all calls together, in one graph."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls:
@@ -94,7 +94,7 @@ def main() -> None:
 
 def parser() -> Parser:
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", default="1,2,4,8,16,64,512", help="rows of x, as sequences or prompt tokens")
+    parser.add_argument("--rows", default="1,2,4,8,16,64,512", help="rows of x, i.e. sequences or prompt tokens")
     parser.add_argument("--json", metavar="F", type=Path)
     return parser
 
@@ -134,7 +134,7 @@ def run(options: argparse.Namespace) -> None:
 
     time, size = microseconds([step]), sum(weight.nbytes for layer in layers for weight in layer)
     results["chain"] = {"ours_us": time, "bytes": size}
-    print(f"the products of {LAYERS} layers behind each other: {time / 1e3:.3f} ms, {size / time / 1e6:.2f} TB/s")
+    print(f"the products of {LAYERS} layers in sequence: {time / 1e3:.3f} ms, {size / time / 1e6:.2f} TB/s")
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
 

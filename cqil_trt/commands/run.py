@@ -210,7 +210,7 @@ def validate(llm: Any, prompts: list[list[int]] | None, say: Callable[[str], Non
     )
     if verdict.tokens is not None:
         t = verdict.tokens
-        differs = "" if t.passed else f"; first difference: {t.first!r:.80}"
+        differs = "" if t.passed else f"; the first that differs: {t.first!r:.80}"
         say(f"token ids of {t.texts} texts against {t.judge}: {t.equal} equal{differs}")
     say("validation passed: all ranks hold identical bits" if passed else "validation FAILED")
     report["validation"] = {
@@ -229,7 +229,7 @@ def random_prompts(contexts: str | None, vocab_size: int) -> list[list[int]]:
     try:
         lengths = [int(part) for part in contexts.split(",")] if contexts else []
     except ValueError:
-        raise UserError(f"--contexts {contexts}: expected token counts like 20,200") from None
+        raise UserError(f"--contexts {contexts}: expected numbers of tokens like 20,200") from None
     random = np.random.default_rng(0)
     return [random.integers(vocab_size, size=max(length, 0)).tolist() for length in lengths]
 

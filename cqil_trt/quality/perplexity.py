@@ -49,7 +49,7 @@ class Scores:
         return {"perplexity": self.perplexity, "top1_equal": self.agreement(base)}
 
 
-WON_BACK = "of what CQIL cost in log-perplexity, the adapter wins back {:.1%}"
+WON_BACK = "the adapter wins back {:.1%} of what CQIL cost in log-perplexity"
 
 
 def won_back(base: Scores, without: Scores, with_adapter: Scores) -> float:
