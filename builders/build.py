@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
-from cqil_trt.commands.build import main  # noqa: E402
+from cqil_trt.commands.build import main
 
 if __name__ == "__main__":
     main()

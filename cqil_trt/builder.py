@@ -1,4 +1,4 @@
-"""Checkpoint (+ adapter), or an engine for another backend → engine directory: checks everything, then writes."""
+"""Checkpoint (+ adapter), or an engine of another backend → engine directory: checks everything, then writes."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from cqil_trt.tokenizer import TokenizerFiles
 
 PROBES = ("auto", "always", "never")
-# What --lora takes instead of an adapter.
+# The value of --lora that asks for no adapter.
 NO_ADAPTER = "none"
 
 
 class EngineWeights:
-    """A plain engine as what another is written from: its files hold merged, sharded weights. Needs no PyTorch."""
+    """A plain engine as the source of another one: its files hold merged, sharded weights. Needs no PyTorch."""
 
     def __init__(self, path: Path):
         self.engine = engine_directory.Engine.open(path)
@@ -62,7 +62,7 @@ class EngineWeights:
         return [self._take(probes.FILE, directory / probes.FILE)]
 
     def _take(self, name: str, target: Path) -> Path:
-        """The same file under a second name, or a copy where the file system cannot do that."""
+        """Hard-links the file, or copies it where the file system cannot link."""
         self.engine.verify(name)
         target.parent.mkdir(exist_ok=True)
         try:
@@ -74,27 +74,27 @@ class EngineWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildRequest:
-    """What is asked of a build.
+    """The arguments of a build.
 
     Attributes:
         model: a Hugging Face directory, a .gguf file, a name on the hub (see `hub`), or an engine of the plain backend
             to compile for another backend.
-        lora: a PEFT adapter, a directory or a name on the hub, merged in float32; one with a CQIL configuration inside
-            decides the next two. By default the one that comes with this package, for its demo model in the
-            configuration it was trained for; "none" for none.
+        lora: a PEFT adapter (a directory or a name on the hub), merged in float32. If it contains a CQIL configuration,
+            that replaces the defaults of the next two. None: the adapter bundled with this package, for the demo model
+            in the configuration it was trained for. "none": no adapter.
         preset: a published configuration (`presets.PRESETS`); p, d, start, end, bypass and placement override it.
         p, d, start, end, bypass, placement: see `CqilConfig`; start and end default to the middle of the model.
         dtype: float32, float16 or bfloat16; default the checkpoint's (float32 for GGUF).
-        backend: which network the ranks execute: one of `backends.names()`.
-        max_batch_size, max_seq_len: limits in sequences and tokens; default 8 and min(2048, the model's),
-            where dynamic rope is the model's own context only.
-        prefill_chunk: tokens of a prompt that one forward pass takes; default 512.
-        probes: whether to store what the float32 reference says to a few prompts, for validation without PyTorch:
-            "always", "never", or "auto" (models up to 2 GiB in float32, or that fit a GPU that PyTorch sees).
-        tokenizer: whether the engine gets the tokenizer; without it, it takes token ids only.
-        output: the directory to make; default engines/NAME, which replaces an engine of that name.
+        backend: one of `backends.names()`.
+        max_batch_size, max_seq_len: limits in sequences and tokens; default 8 and min(2048, the model's context, with
+            dynamic rope the one before scaling).
+        prefill_chunk: prompt tokens per forward pass; default 512.
+        probes: whether to store the float32 reference's answers to a few prompts, for validation without PyTorch:
+            "always", "never", or "auto" (models up to 2 GiB in float32, or that fit on a GPU visible to PyTorch).
+        tokenizer: whether to include the tokenizer; without it the engine accepts token ids only.
+        output: the directory to create; default engines/NAME, where an engine of the same model is replaced.
         force: replace an engine at `output`.
-        options: of the backend (`Backend.options`), by name.
+        options: the backend's own options (`Backend.options`), by name.
     """
 
     model: str | Path | Found
@@ -119,7 +119,7 @@ class BuildRequest:
 
     @classmethod
     def of(cls, **arguments: Any) -> BuildRequest:
-        """The request whose fields and backend options are given side by side, as the command's flags are."""
+        """The request with these fields and backend options, mixed as the command's flags are."""
         known = {f.name for f in fields(cls)}
         return cls(
             **{name: value for name, value in arguments.items() if name in known},
@@ -128,23 +128,26 @@ class BuildRequest:
 
     @property
     def cqil_flags(self) -> dict[str, Any]:
-        """What `choose_cqil` takes."""
+        """The flags for `choose_cqil`."""
         names = ("preset", "p", "d", "start", "end", "bypass", "placement")
         return {name: getattr(self, name) for name in names}
 
     def locate(self, job: Job) -> BuildRequest:
-        """The same with model and adapter found, on every rank: only rank 0 fetches from the hub."""
-        named = self.lora not in (None, NO_ADAPTER)
-        model, lora = job.share(lambda: (find_model(self.model), find_adapter(self.lora) if named else self.lora))
-        return replace(self, model=model, lora=lora)
+        """The same request with model and adapter located, on every rank. Only rank 0 downloads from the hub."""
+        model, adapter = job.share(lambda: (find_model(self.model), self.find_adapter()))
+        return replace(self, model=model, lora=adapter or self.lora)
+
+    def find_adapter(self) -> Found | None:
+        """The adapter that `lora` names, if any."""
+        return None if self.lora is None or self.lora == NO_ADAPTER else find_adapter(self.lora)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildPlan:
     """A build that has been checked and only needs writing.
 
-    `description`, `options`: as in `Compilation`. `replace`: whether an engine at `output` is replaced. `notes`: what
-    the user should know before it is written. `found`, `adapter`: where model and adapter came from.
+    `description`, `options`: as in `Compilation`. `replace`: whether an engine at `output` is replaced. `notes`:
+    messages for the user. `found`, `adapter`: where model and adapter came from.
     """
 
     model: ModelConfig
@@ -167,9 +170,9 @@ class BuildPlan:
         return self.weights.source
 
     def to_dict(self) -> dict[str, Any]:
-        """What the build will do, for people and machines: placement of layers, bytes, collectives."""
-        alone = plan(self.model, CqilConfig(1), self.limits.dtype)[0].bytes_per_token
-        ranks = [
+        """What the build will do: placement of layers, bytes, collectives."""
+        alone = plan(self.model, CqilConfig(p=1), self.limits.dtype)[0].bytes_per_token
+        ranks: list[dict[str, Any]] = [
             {
                 "rank": rank.rank,
                 "steps": describe_steps(rank),
@@ -206,7 +209,7 @@ class BuildPlan:
 
 
 def describe_steps(rank: RankPlan) -> str:
-    """A rank's layers as a person would write them, e.g. `0-11 split, 12 14 … 28, 30-31 split`."""
+    """A rank's layers in short form, e.g. `0-11 split, 12 14 … 28, 30-31 split`."""
     parts: list[str] = []
     run: list[int] = []
     split = False
@@ -231,10 +234,10 @@ def describe_steps(rank: RankPlan) -> str:
 
 
 def prepare(request: BuildRequest) -> BuildPlan:
-    """Opens and checks everything a build needs, and writes nothing. Raises UserError for what is wrong."""
+    """Opens and checks everything a build needs; writes nothing. Raises UserError for a wrong input."""
     backend = backends.load(request.backend)
     found = find_model(request.model)
-    adapter = None if request.lora in (None, NO_ADAPTER) else find_adapter(request.lora)
+    adapter = request.find_adapter()
     notes = [f"{place.name}: {place.note}" for place in (found, adapter) if place is not None and place.note]
     if engine_directory.is_engine(found.path):
         opened = _open_engine(request, found.path)
@@ -267,9 +270,9 @@ def prepare(request: BuildRequest) -> BuildPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class _Opened:
-    """What a build starts from. `dtype`, `defaults`: the engine's where the request says nothing.
+    """The source of a build. `dtype`, `defaults`: what the request may override.
 
-    `name`: what the new engine is called; None: after the model.
+    `name`: the new engine's name; None derives it from the model.
     """
 
     weights: Checkpoint | EngineWeights
@@ -308,13 +311,13 @@ def _open_checkpoint(
     trained = None if adapter is None else CqilConfig.of_adapter(adapter.path)
     cqil = choose_cqil(weights.model, request.cqil_flags, notes, trained)
     if request.lora is None and (shipped := demo_adapter(path, cqil)) is not None:
-        adapter = Found(str(shipped), shipped)
+        adapter = Found(name=str(shipped), path=shipped)
         weights.merge(shipped)
         notes.append(
             f"the adapter {shipped} was trained for this model and these layers (--lora {NO_ADAPTER} leaves it out)"
         )
     elif request.lora is None and cqil.groups and is_demo_model(path):
-        notes.append("the adapter that comes with the demo model was trained for other layers and is not merged")
+        notes.append("the demo model's adapter was trained for other layers and is not merged")
     model = weights.model
     if request.tokenizer:
         notes += _tokenizer_notes(weights.tokenizer, None if adapter is None else adapter.path, model.vocab_size)
@@ -331,7 +334,7 @@ def _choose_limits(request: BuildRequest, opened: _Opened) -> EngineLimits:
 
 
 def _backend_options(request: BuildRequest) -> dict[str, Any]:
-    """The options of the backend that were given. Raises UserError for one that the backend does not have."""
+    """The backend options in the request. Raises UserError for one that the backend does not have."""
     options = {name: value for name, value in request.options.items() if value}
     known = backends.all_options()
     for name in options:
@@ -347,13 +350,13 @@ def _backend_options(request: BuildRequest) -> dict[str, Any]:
 def _choose_output(
     request: BuildRequest, name: str, source: engine_directory.Source, notes: list[str]
 ) -> tuple[Path, bool]:
-    """Where the engine goes, and whether it may replace one that is there."""
+    """The output directory, and whether an engine there may be replaced."""
     chosen = request.output is not None
     target = Path(request.output or Path("engines") / name)
     if chosen and target.exists() and not request.force:
         raise UserError(f"--output {target}: exists already (--force replaces it)")
     old = engine_directory.existing(target)
-    # Under a name of our own making, building the same again replaces it; another model of that name does not.
+    # Under a default name, a build replaces an engine of the same model but not of another.
     if old is not None and old.source != source and not (chosen or request.force):
         raise UserError(f"{target}: holds an engine of another model or commit (--force replaces it, or give --output)")
     if old is None and engine_directory.is_engine(target):
@@ -365,20 +368,20 @@ def _choose_output(
 
 
 def _tokenizer_notes(tokenizer: TokenizerFiles | None, adapter: Path | None, vocab_size: int) -> list[str]:
-    """What a user should know of the tokenizer that was found. Raises UserError for one that cannot be read."""
+    """Notes for the user about the tokenizer. Raises UserError if it cannot be read."""
     if tokenizer is None:
-        return ["the model has no tokenizer: the engine takes token ids only"]
+        return ["the model has no tokenizer: the engine accepts token ids only"]
     parts = {"tokenizer": tokenizer.place, "chat template": tokenizer.template}
     found = [f"the {part} is the adapter's" for part, place in parts.items() if place is not None and place == adapter]
     if tokenizer.guesses:
         found.append(
-            "the GGUF file does not say how text is split (tokenizer.ggml.pre): done as llama.cpp's default does, "
-            "which may not be the model's way"
+            "the GGUF file does not say how text is split (tokenizer.ggml.pre): using llama.cpp's default, which may "
+            "be wrong for this model"
         )
     size = tokenizer.open().vocabulary.size()
     if size > vocab_size:
         found.append(
-            f"the tokenizer has {size} tokens, the model {vocab_size}: a prompt with one of the others is refused"
+            f"the tokenizer has {size} tokens, the model {vocab_size}: prompts with tokens beyond those are refused"
         )
     return found
 
@@ -386,10 +389,11 @@ def _tokenizer_notes(tokenizer: TokenizerFiles | None, adapter: Path | None, voc
 def choose_cqil(
     model: ModelConfig, flags: Mapping[str, Any], notes: list[str], trained: CqilConfig | None = None
 ) -> CqilConfig:
-    """The configuration that flags ask for: over a preset, over what an adapter was `trained` for, over the defaults.
+    """The configuration that the flags choose.
 
-    `flags`: preset and fields of `CqilConfig`; None where one was not given. What was decided for the user is appended
-    to `notes`. Raises UserError for what the model cannot be split into.
+    Flags override a preset, a preset overrides what an adapter was `trained` for, and that overrides the defaults.
+    `flags`: preset and fields of `CqilConfig`; None where one was not given. Choices made for the user are appended to
+    `notes`. Raises UserError for a configuration that does not fit the model.
     """
     given = {field: value for field, value in flags.items() if value is not None}
     preset = given.pop("preset", None)
@@ -398,14 +402,14 @@ def choose_cqil(
         ignored = [f"--{field}" for field in ("d", "start", "end", "bypass") if given.get(field)]
         if ignored:
             notes.append(f"placement tensor has no groups: {', '.join(ignored)} not used")
-        return CqilConfig(given.get("p", basis.p if basis else 2), placement="tensor")
+        return CqilConfig(p=given.get("p", basis.p if basis else 2), placement="tensor")
     if basis is not None:
         config = replace(basis, **given)
         config.check_depth(model.num_layers)
         if trained is not None and replace(config, placement=trained.placement) != trained:
             notes.append(
                 f"the adapter was trained for p={trained.p} d={trained.d} [{trained.start}, {trained.end}), bypass "
-                f"{trained.bypass}: not what is built here"
+                f"{trained.bypass}: this build differs"
             )
         return config
     config = CqilConfig.choose(model.num_layers, **{"p": 2, **given})
@@ -432,8 +436,8 @@ def build(*, progress: bool = False, job: Job | None = None, **arguments: Any) -
 
     Args:
         progress: show a progress bar on standard error.
-        job: in an MPI job every process makes the same call and builds its share of the ranks.
-        arguments: the fields of `BuildRequest`, and the backend's options side by side with them.
+        job: in an MPI job, every process makes the same call and builds its share of the ranks.
+        arguments: fields of `BuildRequest` and options of the backend.
 
     Raises:
         UserError: a wrong input; nothing is left behind.
@@ -444,12 +448,12 @@ def build(*, progress: bool = False, job: Job | None = None, **arguments: Any) -
 
 
 def write(build: BuildPlan, progress: bool = False, job: Job | None = None) -> engine_directory.Engine:
-    """Writes the engine of a checked plan: every rank's weights and network, what is shared, config.json last."""
+    """Writes the engine of a checked plan: shared files, every rank's weights and network, config.json last."""
     job, backend = job or Job(), backends.load(build.backend)
     with ExitStack() as cleanup:
         new = engine_directory.new_directory(build.output, build.replace)
         directory = job.share(lambda: cleanup.enter_context(new))
-        # The tokenizer first: what is wrong with it should not come out after gigabytes of weights.
+        # The tokenizer first: its errors should be reported before gigabytes of weights are written.
         shared = job.share(lambda: _write_shared(build, directory, progress))
         mine = build.ranks[job.rank :: job.size]
         own = job.agree(lambda: _write_ranks(build, directory, mine, shared, progress))
@@ -528,7 +532,7 @@ def _write_ranks(
 
 
 def _all_files(directory: Path, known: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The files of an engine: those known already, where they are still there, and what `Backend.finish` has added."""
+    """An engine's files: the known ones that still exist, and those that `Backend.finish` added."""
     found = {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()

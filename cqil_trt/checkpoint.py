@@ -1,4 +1,4 @@
-"""A checkpoint (+ adapter) as what an engine is written from: rank by rank, in bounded memory."""
+"""A checkpoint (+ adapter) as the source of an engine, written rank by rank in bounded memory."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from cqil_trt.shard import RankPlan
 from cqil_trt.tokenizer import find_tokenizer
 from cqil_trt.weights import WeightReader, check_shapes, open_checkpoint
 
-# Float32 bytes of a model up to which the reference is computed at build time without being asked for.
+# The largest model, in bytes of float32, for which "auto" runs the reference without a GPU that it fits on.
 _PROBE_BYTES = 2 << 30
 
 
 class Checkpoint:
-    """An opened and checked checkpoint with its adapter. Raises UserError for what cannot be used.
+    """An opened and checked checkpoint with its adapter. Raises UserError for one that cannot be used.
 
-    `tokenizer`: the files of its tokenizer; None without one, or where it is not wanted.
+    `tokenizer`: the files of its tokenizer; None without one, or if it is not wanted.
     """
 
     def __init__(self, path: Path, lora: Path | None = None, tokenizer: bool = True):
-        self._path = gguf_parts(path)[0]  # with the metadata and the tokenizer
+        self._path = gguf_parts(path)[0]  # the part with the metadata and the tokenizer
         self._with_tokenizer = tokenizer
         self.model, self.reader = open_checkpoint(self._path)
         check_shapes(self.reader, checkpoint_shapes(self.model))
@@ -41,9 +41,9 @@ class Checkpoint:
         self.merge(lora)
 
     def merge(self, lora: Path | None) -> None:
-        """Merges an adapter into what is read from now on; None for none."""
+        """Merges an adapter into all later reads; None merges nothing."""
         self.tokenizer = find_tokenizer(self._path, lora) if self._with_tokenizer else None
-        # A .gguf file keeps its name where it is a link, as in the hub's cache.
+        # A .gguf file that is a link, as in the hub's cache, keeps its name.
         place = self._path.resolve() if self._path.is_dir() else self._path.parent.resolve() / self._path.name
         self.source = Source(str(place), None if lora is None else str(lora.resolve()))
         if lora is not None:
@@ -51,7 +51,7 @@ class Checkpoint:
             self.model = merged.model
 
     def write_shared(self, directory: Path) -> list[Path]:
-        """Writes what belongs to no rank (the tokenizer); returns the files."""
+        """Writes the shared files (the tokenizer) and returns them."""
         return [] if self.tokenizer is None else self.tokenizer.write(directory)
 
     def write_rank(self, path: Path, rank: RankPlan, advance: Callable[[int], Any]) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class Checkpoint:
     def write_probes(
         self, directory: Path, cqil: CqilConfig, limits: EngineLimits, wanted: str, progress: bool
     ) -> list[Path]:
-        """Writes what the reference says to a few prompts; none with "never", or "auto" and a large model."""
+        """Writes the reference's answers to a few prompts; none for "never", or for "auto" and a large model."""
         from cqil_trt import reference
 
         elements = sum(torch.Size(shape).numel() for shape in checkpoint_shapes(self.model).values())
@@ -93,7 +93,7 @@ def write_rank(
     def drain() -> None:
         while (block := blocks.get()) is not None:
             if failure:
-                continue  # keep emptying the queue, so that the producer is not left waiting
+                continue  # keep emptying the queue, so that the producer does not block
             try:
                 digest.update(block)
                 rest = memoryview(block)

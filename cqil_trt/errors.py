@@ -1,4 +1,4 @@
-"""The exceptions that users see the message of, not a traceback."""
+"""Exceptions that users see as a message, not as a traceback."""
 
 
 class UserError(Exception):
@@ -13,4 +13,4 @@ class UserError(Exception):
 
 
 class CollectiveError(RuntimeError):
-    """A collective gave up waiting for a peer. The process's CUDA context is lost."""
+    """A kernel gave up waiting for a peer, or for one of its own blocks. The process's CUDA context is lost."""

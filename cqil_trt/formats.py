@@ -1,7 +1,7 @@
-"""How an engine stores weights: the tensors of a projection, and how they are made of the checkpoint's.
+"""How an engine stores weights: the tensors of a projection, and how they are made from the checkpoint's.
 
-A projection is named (`layers.3.qkv`); its tensors are `NAME.weight`, `NAME.bias` and whatever else a format needs. The
-decoder knows the name alone, so a new format is a class here and a product in each backend that takes it.
+A projection has a name (`layers.3.qkv`); its tensors are `NAME.weight`, `NAME.bias` and whatever else a format needs.
+The decoder knows only the name, so a new format is a class here and a matrix product in each backend that supports it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from cqil_trt.weights import WeightReader
 
-# Elements handled at a time: small enough that a block and its float32 copy stay in the caches while an adapter is
+# Elements per block: small enough that a block and its float32 copy stay in the caches while an adapter is
 # merged, large enough that a block's matrix product is efficient.
 _BLOCK_ELEMENTS = 1 << 20
 
@@ -35,7 +35,7 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class RankTensor:
-    """A tensor of a rank's engine, made of `pieces` stacked along the first axis. `dtype`: one of DTYPE_BYTES."""
+    """A tensor of a rank's engine: `pieces` stacked along the first axis. `dtype`: one of DTYPE_BYTES."""
 
     name: str
     shape: tuple[int, ...]
@@ -53,12 +53,12 @@ class RankTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Projection:
-    """A rank's share of a linear map, before it is decided how it is stored.
+    """A rank's share of a linear map, regardless of how it is stored.
 
     Attributes:
         name: e.g. `layers.3.qkv`.
         outputs, inputs: rows and columns of the matrix.
-        weight: what the matrix is made of; `bias`: likewise, empty without one.
+        weight, bias: the pieces of the matrix and of the bias; empty without a bias.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Projection:
 
 
 class WeightFormat(ABC):
-    """How projections are stored. What is no projection (norms, the embedding table) is dense in every format."""
+    """How projections are stored. Other tensors (norms, the embedding table) are dense in every format."""
 
     @abstractmethod
     def tensors(self, projection: Projection) -> tuple[RankTensor, ...]:
@@ -82,7 +82,7 @@ class WeightFormat(ABC):
 
 @dataclass(frozen=True)
 class Dense(WeightFormat):
-    """Matrices as they are, rounded to `dtype`."""
+    """Plain matrices, rounded to `dtype`."""
 
     dtype: str
 
@@ -93,7 +93,7 @@ class Dense(WeightFormat):
         return weight, self.tensor(f"{projection.name}.bias", (projection.outputs,), projection.bias)
 
     def tensor(self, name: str, shape: tuple[int, ...], pieces: tuple[Piece, ...]) -> RankTensor:
-        """A tensor that is no projection's: a norm's weights, the embedding table."""
+        """A plain tensor, e.g. a norm's weights or the embedding table."""
         return RankTensor(name=name, shape=shape, dtype=self.dtype, pieces=pieces)
 
     def blocks(self, tensor: RankTensor, reader: WeightReader) -> Iterator[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Tokens in, text out: stopping and streaming. Every rank runs this loop in step and gets the same tokens."""
+"""Tokens in, text out: stopping and streaming. Every rank runs this loop in lockstep and gets the same tokens."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from cqil_trt.session import Session
 from cqil_trt.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """When to stop: after `max_new_tokens`, at a token of `eos_token_ids`, or at a text of `stop`."""
+    """When to stop: after `max_new_tokens`, at a token in `eos_token_ids`, or before a text in `stop`."""
 
     max_new_tokens: int = 64
     eos_token_ids: tuple[int, ...] = ()
@@ -29,9 +29,9 @@ class GenerationConfig:
             raise UserError("--stop needs a text that is not empty")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Completion:
-    """What one prompt became. `finish_reason`: eos, stop, or length (also when the engine is full)."""
+    """A completed prompt. `finish_reason`: eos, stop, or length (also when the engine is full)."""
 
     prompt: list[int]
     tokens: list[int] = field(default_factory=list)
@@ -40,21 +40,21 @@ class Completion:
 
 
 class _Text:
-    """The text of a sequence as it grows, up to a stop text.
+    """The growing text of a sequence, up to a stop text.
 
-    A stop text may hold the text of tokens that control the model, which is no part of the answer.
+    A stop text may contain the text of control tokens, which is not part of the answer.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]):
         self._stream, self._stops = tokenizer.stream(), stops
         self._control_text = tokenizer.vocabulary.special_text
         self._longest = max(map(len, stops), default=0)
-        # What has not been taken yet: each character, and whether it is shown.
+        # The text that has not been taken yet, and for each character whether it is shown: "+" or "-".
         self._waiting, self._shown = "", ""
         self._stopped = False
 
     def add(self, token: int) -> bool:
-        """Takes a token; returns whether a stop text is complete."""
+        """Adds a token; returns whether a stop text is complete."""
         control = self._control_text(token) if self._stops else None
         if control is None:
             self._append(self._stream.add(token), "+")
@@ -73,7 +73,7 @@ class _Text:
         self._shown += mark * len(text)
 
     def take(self, done: bool) -> str:
-        """The text that is certain and has not been taken; all of it when the sequence is `done`."""
+        """Takes the text that is certain; all of it if the sequence is `done`."""
         if done and not self._stopped:
             self._append(self._stream.finish(), "+")
         certain = len(self._waiting) if done else self._before_possible_stop()
@@ -82,7 +82,7 @@ class _Text:
         return text
 
     def _views(self) -> list[tuple[str, Sequence[int]]]:
-        """What waits, whole and as it is shown: text, and where each of its characters stands."""
+        """The waiting text, whole and as it is shown, each with the positions of its characters."""
         views: list[tuple[str, Sequence[int]]] = [(self._waiting, range(len(self._waiting)))]
         if "-" in self._shown:
             places = [place for place, mark in enumerate(self._shown) if mark == "+"]
@@ -90,7 +90,7 @@ class _Text:
         return views
 
     def _before_possible_stop(self) -> int:
-        """How much of what waits cannot turn out to be the beginning of a stop text."""
+        """The number of waiting characters that cannot belong to a stop text."""
         certain = len(self._waiting)
         for text, places in self._views():
             for start in range(max(0, len(text) - self._longest + 1), len(text)):
@@ -101,10 +101,10 @@ class _Text:
 
 
 class _Sequence:
-    """One prompt on its way: its own random stream and its own text, so that a batch changes nothing."""
+    """One prompt in progress, with its own random stream and text, so that batching changes nothing."""
 
     def __init__(self, prompt: Sequence[int], config: GenerationConfig, tokenizer: Tokenizer | None):
-        self.completion = Completion(list(prompt))
+        self.completion = Completion(prompt=list(prompt))
         self.random = np.random.Generator(np.random.Philox(config.sampling.seed))
         self._config = config
         self._text = None if tokenizer is None else _Text(tokenizer, config.stop)
@@ -114,7 +114,7 @@ class _Sequence:
         return bool(self.completion.finish_reason)
 
     def add(self, token: int, room: bool) -> str:
-        """Takes the next token; returns the text that is now certain. `room`: whether the engine can hold another."""
+        """Adds the next token; returns the text that is now certain. `room`: whether the engine can hold another."""
         completion, config = self.completion, self._config
         completion.tokens.append(token)
         if token in config.eos_token_ids:
@@ -140,10 +140,10 @@ def generate(
     """Completes every prompt (token ids), in batches of at most the engine's size.
 
     `on_text(index, text)` is called as text appears. Without a tokenizer completions carry tokens only, and `stop`
-    cannot be used. Raises UserError for a prompt that the engine cannot take.
+    cannot be used. Raises UserError for a prompt that the engine does not accept.
     """
     if config.stop and tokenizer is None:
-        raise UserError("--stop needs a tokenizer, which this engine came without")
+        raise UserError("--stop needs a tokenizer, which this engine does not have")
     completions: list[Completion] = []
     size = session.limits.max_batch_size
     for first in range(0, len(prompts), size):
@@ -159,7 +159,7 @@ def _run(session: Session, batch: list[_Sequence], config: GenerationConfig) -> 
     """Runs one batch to its end, yielding (sequence, text) as text appears."""
     prompts, limit = [sequence.completion.prompt for sequence in batch], session.limits.max_seq_len
     session.prefill(prompts)
-    # As many as the longest completion can have.
+    # The length of the longest possible completion.
     steps = min(config.max_new_tokens, limit + 1 - min(map(len, prompts)))
     uniforms = np.stack([sequence.random.random(steps) for sequence in batch], axis=1)
     for tokens in session.tokens(config.sampling, uniforms, config.eos_token_ids):

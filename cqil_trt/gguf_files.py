@@ -1,4 +1,4 @@
-"""GGUF files: a model may be split into several, and reading the metadata of one takes seconds."""
+"""GGUF files: a model may be split into several, and reading one's metadata takes seconds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 def gguf_parts(path: P) -> list[P]:
-    """The files of a GGUF in order, by the name of any of them (NAME-00001-of-00003.gguf); alone where not split."""
+    """All files of a split GGUF in order, from the name of any of them (NAME-00001-of-00003.gguf); else just `path`."""
     named = PART.fullmatch(path.name)
     if named is None or int(named["count"]) == 0:
         return [path]
@@ -26,7 +26,7 @@ def gguf_parts(path: P) -> list[P]:
 
 
 def open_gguf(path: Path) -> GGUFReader:
-    """The file as the gguf package reads it, opened once for as long as it is the same. Raises UserError if damaged."""
+    """The file as the gguf package reads it, cached until it changes. Raises UserError if damaged."""
     try:
         state = path.stat()
     except OSError as error:

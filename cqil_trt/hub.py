@@ -1,10 +1,10 @@
-"""Names of the Hugging Face hub → files here, through huggingface_hub: its cache, its token, its offline mode.
+"""Names on the Hugging Face hub → local files, through huggingface_hub: its cache, its token, its offline mode.
 
     org/name, org/name@revision                  a model or an adapter; a revision is a branch, a tag or a commit
     org/name/file.gguf, org/name/file.gguf@…     one GGUF file of a repository that holds several
 
-Only files that a build reads are fetched, and never code. They come one after the other, weights last, and the revision
-is recorded after them: what the cache knows by a revision is whole, also when an update was interrupted.
+Only files that a build reads are downloaded, never code. They are downloaded one by one, weights last, and then the
+revision is recorded: a revision in the cache is complete even if a later update was interrupted.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ _TEMPLATES = re.compile(rf"{TEMPLATES}/[^/]+\.jinja")
 _MODEL = {"config.json", "generation_config.json"}
 _ADAPTER = {"adapter_config.json", ADAPTER_FILE}
 _TOKEN = "(HF_TOKEN, or hf auth login)"
-# Names listed in a message.
+# At most this many names are listed in a message.
 _LISTED = 12
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Found:
-    """A model or an adapter as the user named it, and the path where it is here.
+    """A model or an adapter as the user named it, and its local path.
 
-    `commit` is None unless it came from the hub. `note`: what the user should know about where it came from.
+    `commit` is None unless it came from the hub. `note`: a message for the user about its origin.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Found:
 
     @property
     def stem(self) -> str:
-        """What engines and adapters that are made of it are called after."""
+        """The base name for engines and adapters made from it."""
         if self.path.suffix == ".gguf":
             split = PART.fullmatch(self.path.name)
             return split["stem"] if split else self.path.stem
@@ -58,7 +58,7 @@ class Found:
 
     @property
     def pinned(self) -> str:
-        """The name with the commit in the place of a branch or tag, which may move."""
+        """The name with the commit instead of a branch or tag, which may move."""
         return self.name if self.commit is None else f"{self.name.partition('@')[0]}@{self.commit}"
 
     def __str__(self) -> str:
@@ -66,10 +66,10 @@ class Found:
 
 
 def find_model(name: str | Path | Found) -> Found:
-    """Where the model is: a path here, or a snapshot of the hub's, which is fetched when `name` is a name of the hub.
+    """The model's local path, or a snapshot that is downloaded if `name` is a name on the hub.
 
-    A text is one when it has the form org/name and no such path exists; a `Path` never is. Raises UserError when the
-    model cannot be fetched. A path is returned as it is, whether something is there or not.
+    A string is a name on the hub if it has the form org/name and no such path exists; a `Path` never is. A path is
+    returned without checking that it exists. Raises UserError if the model cannot be downloaded.
     """
     return _find(name, "--model", _model_files)
 
@@ -79,9 +79,9 @@ def find_adapter(name: str | Path | Found) -> Found:
     return _find(name, "--lora", _adapter_files)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Reference:
-    """What a name says. `label` names flag and name in messages."""
+    """A parsed name. `label`: flag and name, for messages."""
 
     label: str
     repo: str
@@ -89,8 +89,8 @@ class _Reference:
     revision: str | None
 
 
-# The names of a repository's files, and what makes one of them a path here → the files to fetch, in order, and which
-# of them is meant (None: their directory).
+# The names of a repository's files, and a function that downloads one → the files to download, in order, and the one
+# that is the model (None: their directory is).
 _Choice = tuple[list[str], str | None]
 _Choose = Callable[[_Reference, Collection[str], Callable[[str], Path]], _Choice]
 
@@ -98,13 +98,15 @@ _Choose = Callable[[_Reference, Collection[str], Callable[[str], Path]], _Choice
 def _find(name: str | Path | Found, flag: str, choose: _Choose) -> Found:
     if isinstance(name, Found):
         return name
-    match = None if isinstance(name, Path) or os.path.exists(name) else _NAME.fullmatch(name)
+    if isinstance(name, Path):
+        return Found(name=str(name), path=name)
+    match = None if os.path.exists(name) else _NAME.fullmatch(name)
     if match is None:
-        return Found(str(name), Path(name))
-    reference = _Reference(f"{flag} {name}", match["repo"], match["file"], match["revision"])
+        return Found(name=name, path=Path(name))
+    reference = _Reference(label=f"{flag} {name}", repo=match["repo"], file=match["file"], revision=match["revision"])
     from huggingface_hub import constants, logging
 
-    logging.set_verbosity_error()  # what matters of its warnings is in our messages
+    logging.set_verbosity_error()  # our messages cover its warnings
     if constants.HF_HUB_OFFLINE:
         return _from_cache(name, reference, choose, "HF_HUB_OFFLINE is set")
     try:
@@ -115,11 +117,11 @@ def _find(name: str | Path | Found, flag: str, choose: _Choose) -> Found:
 
 
 class _Unreachable(Exception):
-    """The hub gives no answer, or none of use, which says nothing about the name: the cache may have it."""
+    """The hub gives no usable answer. The name may still be right, and its files in the cache."""
 
 
 def _listing(reference: _Reference) -> Any:
-    """What the hub says about the revision: `sha`, and `siblings` with `rfilename` and `size` in bytes."""
+    """The hub's description of the revision: `sha`, and `siblings` with `rfilename` and `size` in bytes."""
     from huggingface_hub import HfApi, constants
 
     with _errors(reference):
@@ -148,17 +150,17 @@ def _from_hub(name: str, reference: _Reference, choose: _Choose, info: Any) -> F
         paths = [fetch(file) for file in files]
         fetch(files[0], reference.revision or "main")
     except _Unreachable as error:
-        raise UserError(f"{reference.label}: {error}: run it again to go on") from None
-    return Found(name, _place(paths[0], files[0], main), info.sha)
+        raise UserError(f"{reference.label}: {error}: run it again to continue") from None
+    return Found(name=name, path=_place(paths[0], files[0], main), commit=info.sha)
 
 
 def _from_cache(name: str, reference: _Reference, choose: _Choose, why: str) -> Found:
-    """What the cache has of it. `why` the hub is not asked is part of messages."""
+    """The snapshot in the cache. `why`: the reason for not using the hub, for messages."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        # Without patterns to look for, this only says where the snapshot is.
+        # Without patterns, this only locates the snapshot.
         folder = Path(
             snapshot_download(reference.repo, revision=reference.revision, local_files_only=True, allow_patterns=[])
         )
@@ -173,8 +175,8 @@ def _from_cache(name: str, reference: _Reference, choose: _Choose, why: str) -> 
         raise UserError(f"{error} (only a part of it is in the cache {folder}, and {why})") from None
     note = None if constants.HF_HUB_OFFLINE else f"{why}: taken from the cache"
     if choose is _model_files and main is None and not FILES & names:
-        note = f"{why}, and the cache holds no tokenizer of it"  # as tools leave it that took the weights alone
-    return Found(name, _place(folder / files[0], files[0], main), folder.name, note)
+        note = f"{why}, and the cache holds no tokenizer of it"  # some tools download only the weights
+    return Found(name=name, path=_place(folder / files[0], files[0], main), commit=folder.name, note=note)
 
 
 def _place(path: Path, file: str, main: str | None) -> Path:
@@ -215,12 +217,12 @@ def _adapter_files(reference: _Reference, names: Collection[str], get: Callable[
 
 
 def _small(names: Collection[str], wanted: set[str]) -> list[str]:
-    """Of the repository's files, those `wanted` and the tokenizer's."""
+    """The repository's files that are `wanted` or belong to the tokenizer."""
     return sorted(name for name in names if name in wanted | FILES or _TEMPLATES.fullmatch(name))
 
 
 def _weights(reference: _Reference, names: Collection[str], get: Callable[[str], Path], *forms: str) -> list[str]:
-    """The files of the first of `forms` that there is, as one file or as an index and its shards."""
+    """The files of the first of `forms` that exists, as one file or as an index and its shards."""
     for form in forms:
         if form in names:
             return [form]
@@ -228,14 +230,14 @@ def _weights(reference: _Reference, names: Collection[str], get: Callable[[str],
         if index in names:
             weight_map = read_json(get(index)).get("weight_map")
             named = weight_map.values() if isinstance(weight_map, dict) else ()
-            # What is no name of a file of weights is not fetched, and refused by the reader of the index.
+            # Names of other files are not downloaded, and are refused when the index is read.
             shards = {file for file in named if isinstance(file, str) and file.endswith(Path(form).suffix)}
             return [index, *_held(reference, sorted(shards), names)]
     return []
 
 
 def _split_set(file: str) -> list[str]:
-    """The files of the set that a GGUF file of a repository belongs to."""
+    """All parts of a GGUF file in a repository."""
     return [str(part) for part in gguf_parts(PurePosixPath(file))]
 
 
@@ -254,14 +256,14 @@ def _check_space(reference: _Reference, needed: int) -> None:
     free = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free
     if needed > free:
         raise UserError(
-            f"{reference.label}: {size(needed)} to fetch, and {size(free)} are free where the cache is, {cache} "
+            f"{reference.label}: {size(needed)} to fetch, but only {size(free)} are free where the cache is, {cache} "
             "(HF_HUB_CACHE names another)"
         )
 
 
 @contextmanager
 def _errors(reference: _Reference) -> Iterator[None]:
-    """Inside, what huggingface_hub raises becomes UserError, or _Unreachable when it is not about the name."""
+    """Turns huggingface_hub's exceptions into UserError, or into _Unreachable if they are not about the name."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -300,5 +302,5 @@ def _errors(reference: _Reference) -> Iterator[None]:
             raise _Unreachable(f"{hub} cannot be reached ({error})") from None
         where = error.filename or constants.HF_HUB_CACHE
         raise UserError(f"{label}: {where}: cannot be written ({error.strerror})") from None
-    except Exception as error:  # those of its HTTP client and of its storage client are of many kinds
+    except Exception as error:  # its HTTP and storage clients raise many kinds
         raise _Unreachable(f"{hub} cannot be reached ({str(error) or type(error).__name__})") from None

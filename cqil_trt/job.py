@@ -1,4 +1,4 @@
-"""The MPI job a command runs in: who the ranks are, how they agree on an error, how they end."""
+"""The MPI job that a command runs in: its ranks, their agreement on errors, and its end."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cqil_trt.errors import CollectiveError, UserError
 from cqil_trt.packages import missing
 
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
 T = TypeVar("T")
 
-# Variables that mpirun of MPICH, Open MPI and PMIx launchers give the number of ranks in, or just a rank.
+# Environment variables in which the launchers of MPICH, Open MPI and PMIx pass the number of ranks, or just a rank.
 _SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
 _LAUNCH_VARIABLES = (*_SIZE_VARIABLES, "PMI_RANK", "PMIX_RANK")
 
@@ -26,7 +29,7 @@ class Job:
     """All ranks started by one mpirun, or a single process started without it."""
 
     def __init__(self) -> None:
-        self.comm = None
+        self.comm: MPI.Intracomm | None = None
         self.rank, self.size = 0, 1
         if any(name in os.environ for name in _LAUNCH_VARIABLES):
             try:
@@ -45,14 +48,14 @@ class Job:
                 )
 
     def share(self, make: Callable[[], T]) -> T:
-        """What `make` returns on rank 0, on every rank; a UserError it raises is raised on every rank."""
-        return self.agree(make if self.rank == 0 else lambda: None, everyone=False)
+        """Runs `make` on rank 0 and returns its result on every rank; its UserError is raised on every rank."""
+        return self.broadcast(self._agree(make if self.rank == 0 else lambda: None))
 
-    def agree(self, make: Callable[[], T], everyone: bool = True) -> T:
-        """Runs `make` on every rank; if any raises UserError, every rank raises the first one.
+    def agree(self, make: Callable[[], T]) -> T:
+        """Runs `make` on every rank; if any raises UserError, every rank raises the first one."""
+        return self._agree(make)
 
-        Returns each rank's own result, or rank 0's when `everyone` is false.
-        """
+    def _agree(self, make: Callable[[], Any]) -> Any:
         result: Any = None
         failure: str | None = None
         try:
@@ -73,16 +76,18 @@ class Job:
             failure = next((text for text in failures if text is not None), None)
         if failure is not None:
             raise UserError(failure)
-        if not everyone and self.comm is not None:
-            result = self.comm.bcast(result, root=0)
         return result
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank; the other ranks' values are ignored."""
+        return value if self.comm is None else self.comm.bcast(value, root=0)
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in rank order, on every rank."""
         return [value] if self.comm is None else self.comm.allgather(value)
 
     def wait(self) -> None:
-        """A barrier that sleeps: a rank that waits long must not take a core from the one that works."""
+        """A barrier that sleeps, so that waiting ranks do not take cores from working ones."""
         if self.comm is not None:
             request = self.comm.Ibarrier()
             while not request.Test():
@@ -100,7 +105,7 @@ class Job:
                 f"the engine needs {size} MPI ranks (or a multiple, for replicas), found {self.size}: "
                 f"start with mpirun -n {size}"
             )
-        if size == 1:
+        if self.comm is None or size == 1:
             return None, 0, self.rank
         return self.comm.Split(self.rank // size, self.rank), self.rank % size, self.rank // size
 
@@ -111,15 +116,15 @@ def _interrupt(number: int, frame: Any) -> None:
 
 @contextmanager
 def command(job: Job | None = None) -> Iterator[None]:
-    """Ends a command as its users expect: a UserError is one line and exit code 2; anything else ends all ranks."""
+    """Reports a command's errors: a UserError is one line and exit code 2; any other exception ends all ranks."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # mpirun reads a pipe: without this nothing would appear before the end, and errors before what led to them.
+        # Under mpirun stdout is a pipe; without line buffering, output would appear only at the end, after errors.
         sys.stdout.reconfigure(line_buffering=True)
     if job is None:
-        # Asked to stop is handled like Ctrl-C, so that what is half written is removed.
+        # SIGTERM is handled like Ctrl-C, so that partial output is removed.
         signal.signal(signal.SIGTERM, _interrupt)
     else:
-        # Python's handlers would wait for a collective to return, which the end of another rank may never let it.
+        # Python's handlers would wait for the current collective, which may never return if another rank has ended.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
@@ -131,7 +136,7 @@ def command(job: Job | None = None) -> Iterator[None]:
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
-        # The reader of our output went away (`| head`); nothing is left to say, and flushing at exit would fail.
+        # The reader of our output is gone (`| head`); flushing at exit would fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
@@ -142,7 +147,7 @@ def command(job: Job | None = None) -> Iterator[None]:
         if isinstance(error, OSError) and error.filename and (job is None or job.comm is None):
             print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
             sys.exit(2)
-        if isinstance(error, CollectiveError):  # says itself who waited for whom
+        if isinstance(error, CollectiveError):  # its message says which rank waited for which
             print(f"error: {error}", file=sys.stderr)
         else:
             traceback.print_exc()

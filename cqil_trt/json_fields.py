@@ -1,4 +1,4 @@
-"""Reading JSON configuration files: every failure is one line that names the file and the field."""
+"""Reads JSON configuration files; every error is one line that names the file and the field."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Fields:
-    """Typed access to a JSON object; every failure names the source and the field."""
+    """Typed access to a JSON object; every error names the source and the field."""
 
     def __init__(self, values: Mapping[str, Any], source: str):
         self.values = values
@@ -47,7 +47,7 @@ class Fields:
         return default if value is None else value
 
     def with_defaults(self, **values: Any) -> Fields:
-        """The same object with `values` for fields it does not have; one that is null it has."""
+        """The same object with `values` for missing fields; a null field is not missing."""
         return Fields({**values, **self.values}, self.source)
 
     def integer(self, name: str, default: int | None = None, low: int = 1, high: int = 2**31 - 1) -> int:

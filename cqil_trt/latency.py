@@ -1,4 +1,4 @@
-"""What a decode step takes on a GPU, predicted from the schedule: for choosing a configuration before building it."""
+"""Predicts decode latency on GPUs from the schedule, to choose a configuration before building it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from cqil_trt.shard import RankPlan, plan
 
 @dataclass(frozen=True)
 class Machine:
-    """What decode latency at batch 1 is made of: bytes per second, and seconds.
+    """The components of decode latency at batch 1: bytes per second, and seconds.
 
-    The defaults are two H200 over NVLink with the torch backend's kernels. `bandwidth` is what a device-to-device copy
-    moves there; `collective` and `layer` (norms, attention at a short context, launches) were fitted to measured
-    LLaMA-7B, and then predict Qwen1.5-14B within 2% in every placement (docs/performance.md has the measurements).
+    The defaults are for two H200 over NVLink with the torch backend's kernels. `bandwidth` is that of a
+    device-to-device copy; `collective` and `layer` (norms, attention at a short context, launches) were fitted to
+    measurements of LLaMA-7B, and predict Qwen1.5-14B within 2% in every placement (see docs/performance.md).
     """
 
     bandwidth: float = 4.3e12
@@ -32,7 +32,7 @@ def decode_seconds(model: ModelConfig, cqil: CqilConfig, dtype: str, machine: Ma
 
 
 def critical_bytes(model: ModelConfig, cqil: CqilConfig, dtype: str) -> int:
-    """Bytes of weights that the rank which reads most reads per token."""
+    """Weight bytes per token of the rank that reads the most."""
     return max(rank.bytes_per_token for rank in plan(model, cqil, dtype))
 
 

@@ -1,4 +1,4 @@
-"""An engine, loaded and ready: what `runtime/run.py` and Python users call."""
+"""A loaded engine, the interface for `runtime/run.py` and Python users."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from cqil_trt.tokenizer import Conversation, Tokenizer, has_tokenizer
 class Llm:
     """One rank's part of a loaded engine. Every rank of the job makes one and calls its methods together.
 
-    When the job has a multiple of the ranks an engine needs, they form replicas: consecutive ranks belong to one,
-    and prompts are dealt to replicas in turn. `device`: "cpu", "cuda" (each rank takes the next GPU), or "auto".
+    If the job has a multiple of the ranks that the engine needs, consecutive ranks form replicas, and prompts are
+    assigned to replicas round-robin. `device`: "cpu", "cuda" (each rank takes the next GPU), or "auto".
     """
 
     def __init__(self, directory: Path | None = None, job: Job | None = None, device: str = "auto"):
         if device not in backends.DEVICES:
             raise UserError(f"device must be one of {', '.join(backends.DEVICES)}, found {device!r}")
         self.job = job or Job()
-        # Only rank 0 looks, so that ranks cannot disagree while a build finishes.
+        # Only rank 0 searches, so that ranks cannot disagree while a build finishes.
         path = self.job.share(lambda: directory or find_engine(Path("engines"), self.job.size))
         self.engine = self.job.agree(lambda: Engine.open(path))
         comm, self.rank, self.replica = self.job.group(self.engine.world_size)
@@ -50,7 +50,7 @@ class Llm:
         return tuple(sorted({*self.engine.model.eos_token_ids, *([] if eos is None else [eos])}))
 
     def encode(self, prompts: Sequence[str | Conversation | Sequence[int]], chat: bool = False) -> list[list[int]]:
-        """Token ids of prompts given as text, conversations or already ids; `chat`: each text as a user's message.
+        """Token ids of prompts (texts, conversations or token ids); `chat`: each text is a user's message.
 
         Raises UserError for an empty prompt, one the engine cannot hold, or a text without a tokenizer.
         """
@@ -58,13 +58,14 @@ class Llm:
             raise UserError("prompts must be a list: put the text into brackets")
         encoded: list[list[int]] = []
         for number, prompt in enumerate(prompts, 1):
-            ids = prompt
+            ids: Sequence[int]
             if isinstance(prompt, (str, Conversation)):
                 if not prompt:
                     raise UserError(f"prompt {number} is empty")
                 tokenizer = self.tokenizer or Tokenizer(self.engine.path)
-                spoken = chat or isinstance(prompt, Conversation)
-                ids = tokenizer.chat(prompt) if spoken else tokenizer.encode(prompt)
+                ids = tokenizer.chat(prompt) if chat or isinstance(prompt, Conversation) else tokenizer.encode(prompt)
+            else:
+                ids = prompt
             model, limits = self.engine.model, self.engine.limits
             check_prompt(ids, f"prompt {number}", model.vocab_size, limits.max_seq_len)
             encoded.append(list(ids))
@@ -90,10 +91,10 @@ class Llm:
         """
         ids = self.job.agree(lambda: self.encode(prompts, chat))
         config = GenerationConfig(
-            max_new_tokens,
-            () if ignore_eos else self.ends,
-            tuple(stop),
-            SamplingConfig(temperature, top_k, top_p, seed),
+            max_new_tokens=max_new_tokens,
+            eos_token_ids=() if ignore_eos else self.ends,
+            stop=tuple(stop),
+            sampling=SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed),
         )
         mine = range(self.replica, len(ids), self.replicas)
         report = None
@@ -106,18 +107,18 @@ class Llm:
         return self.merge(completions, len(ids))
 
     def merge(self, mine: list[Any], count: int) -> list[Any]:
-        """The results of all `count` items in order, on every rank, from this replica's: every `replicas`-th one."""
+        """The results of all `count` items in order, on every rank; `mine`: this replica's, every `replicas`-th one."""
         if self.replicas == 1:
             return mine
         return merge_replicas(self.job.gather(mine), self.engine.world_size, count)
 
     def close(self) -> None:
-        """Gives back the memory of the engine, on every rank together. Nothing else can be called then."""
+        """Releases the engine's memory, on every rank together. No method can be called afterwards."""
         self.session.close()
 
 
 def merge_replicas(by_rank: Sequence[Sequence[Any]], world_size: int, count: int) -> list[Any]:
-    """Results of all prompts in order, from what each rank holds for its replica's share of them."""
+    """The results of all `count` prompts in order; `by_rank`: each rank's results for its replica's prompts."""
     replicas = by_rank[::world_size]
     return [replicas[i % len(replicas)][i // len(replicas)] for i in range(count)]
 
@@ -131,7 +132,7 @@ def load(directory: str | Path | None = None, device: str = "auto") -> Llm:
 
 
 def _share_cores(job: Job) -> None:
-    """Splits this host's cores among its ranks where PyTorch computes, unless the user has set OMP_NUM_THREADS."""
+    """Splits the host's cores among its ranks if PyTorch is in use, unless the user has set OMP_NUM_THREADS."""
     torch = sys.modules.get("torch")
     if torch is not None and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // job.size))

@@ -1,7 +1,7 @@
-"""A reader that wraps a reader and merges a PEFT LoRA adapter into what it reads, slice by slice.
+"""A reader that merges a PEFT LoRA adapter into another reader's tensors, slice by slice.
 
-The arithmetic is that of PEFT's `merge_and_unload` after the adapter was loaded, in float32: W + (B @ A) * scaling, or
-with DoRA that sum rescaled; `merging` has it.
+The arithmetic is that of PEFT's `merge_and_unload` on a loaded adapter, in float32: W + (B @ A) * scaling, which DoRA
+rescales (see `merging`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from cqil_trt.weights import Range, SafetensorsReader, TorchReader, WeightReader
 
 _PREFIX = "base_model.model."
 _TABLES = _TABLE, _PROJECTION = f"{EMBEDDING}.weight", f"{HEAD}.weight"
-# What PEFT, old and new, calls the tensors of a module. An adapter's own name may stand in the key, the second group.
+# The names that old and new releases of PEFT give a module's tensors. The second group is the adapter's name, if the
+# key has it.
 _FORMS = {
     "A": r"(.+)\.lora_A(?:\.([^.]+))?\.weight",
     "B": r"(.+)\.lora_B(?:\.([^.]+))?\.weight",
@@ -50,12 +51,12 @@ _RESIZE = "resize the embeddings of the base model, save it, and build from that
 class LoraReader(WeightReader):
     """`base`, the weights of `model`, with the adapter in `directory` merged.
 
-    `model` becomes what the merged weights are: an adapter may bring a vocabulary of another size, and one that trains
-    the embedding or the last projection apart from the other unties them. Only low-rank factors stay in memory; tables
-    that the adapter stores whole are read slice by slice too.
+    The attribute `model` describes the merged weights: an adapter may change the size of the vocabulary, and training
+    the embedding and the last projection separately unties them. Only low-rank factors stay in memory; tables that the
+    adapter stores whole are also read slice by slice.
 
-    Raises UserError for an adapter of another model (shapes, missing or extra modules), an incomplete one, and a kind
-    that is not merged.
+    Raises UserError for an adapter of another model (shapes, missing or extra modules), an incomplete one, or a kind
+    that is not supported.
     """
 
     def __init__(self, base: WeightReader, directory: Path, model: ModelConfig):
@@ -91,10 +92,10 @@ class LoraReader(WeightReader):
     def _sort_keys(self) -> dict[str, dict[str, str]]:
         """The adapter's keys: kind (of `_FORMS`, "saved" or "base") → module or tensor → key.
 
-        "saved" tensors are those of modules_to_save; "base" ones stand for the checkpoint's own.
+        "saved" tensors are those of modules_to_save; "base" ones replace the checkpoint's own.
         """
         found: dict[str, dict[str, str]] = {kind: {} for kind in (*_FORMS, "saved", "base")}
-        adapters = set()
+        adapters: set[str] = set()
         for key, shape in self._adapter.shapes().items():
             kind, target, adapter = self._place(key)
             if 0 in shape:
@@ -103,16 +104,17 @@ class LoraReader(WeightReader):
                 raise self._fail(f"adapts {target[:120]}, which the model does not have")
             if kind not in _FORMS and (target not in self._names or not key.startswith(_PREFIX)):
                 raise self._fail(f"holds {key[:120]}, which the model does not have")
-            # A module of modules_to_save may be there twice: PEFT reads the key without that infix.
+            # A module of modules_to_save may be stored twice: PEFT reads the key without the infix.
             if target not in found[kind] or ".modules_to_save." not in key:
                 found[kind][target] = key
-            adapters.add(adapter)
-        if len(adapters - {None}) > 1:
-            raise self._fail(f"holds several adapters ({', '.join(sorted(adapters - {None}))[:80]}): save one alone")
+            if adapter is not None:
+                adapters.add(adapter)
+        if len(adapters) > 1:
+            raise self._fail(f"holds several adapters ({', '.join(sorted(adapters))[:80]}): save one alone")
         return found
 
     def _place(self, key: str) -> tuple[str, str, str | None]:
-        """The kind of a key, what it belongs to, and the adapter's name where the key has it."""
+        """A key's kind, the module or tensor that it belongs to, and the adapter's name if the key has it."""
         name = key.removeprefix(_PREFIX)
         for kind, form in _FORMS.items():
             if match := re.fullmatch(form, name):
@@ -129,7 +131,7 @@ class LoraReader(WeightReader):
         return "saved" if plain == name and self._config.saves(name) else "base", plain, None
 
     def _vocabulary(self, tokens: int) -> int:
-        """The size of the vocabulary: that of the tables the adapter stores, or the checkpoint's."""
+        """The size of the vocabulary, from the tables that the adapter stores, or else the checkpoint's."""
         shapes = self._adapter.shapes()
         keys = [self._keys[kind].get(name) for kind in ("saved", "base") for name in _TABLES]
         sizes = {shapes[key][0]: key for key in keys if key and shapes[key]}
@@ -138,7 +140,7 @@ class LoraReader(WeightReader):
         return next(iter(sizes), tokens)
 
     def _take(self, kind: str, name: str, shape: tuple[int, ...], why: str) -> str:
-        """The key of a tensor that must be there, in `shape`."""
+        """The key of a required tensor, which must have this shape."""
         key = self._keys[kind].pop(name, None)
         if key is None:
             raise self._fail(f"lacks {why}")
@@ -151,9 +153,9 @@ class LoraReader(WeightReader):
             raise self._fail(f"{key[:120]} has shape {found}, the model's is {shape}: an adapter of another model?")
 
     def _merge(self) -> dict[str, MergedTensor]:
-        """Every tensor that is not the checkpoint's own."""
+        """Every tensor that differs from the checkpoint's."""
         merged = {}
-        shared = _TABLES if self._tied else ()
+        shared: tuple[str, ...] = _TABLES if self._tied else ()
         saved = {
             name: self._take("saved", name, shape, f"{name}, of a module that modules_to_save names")
             for name, shape in self._names.items()
@@ -162,9 +164,9 @@ class LoraReader(WeightReader):
         changes = {name: self._changes_of(name) for name in self._names}
         for name, shape in self._names.items():
             if name in saved:
-                merged[name] = MergedTensor(self._adapter, saved[name], shape, [])
+                merged[name] = MergedTensor(reader=self._adapter, key=saved[name], shape=shape, changes=[])
                 continue
-            # PEFT loads and merges the modules in this order; those of a tied model work on one and the same tensor.
+            # PEFT loads and merges the modules in this order; the two tables of a tied model are the same tensor.
             sources = shared if name in shared else (name,)
             stored = [self._keys["base"][source] for source in sources if source in self._keys["base"]]
             for key in stored:
@@ -172,7 +174,7 @@ class LoraReader(WeightReader):
             reader, key = (self._adapter, stored[-1]) if stored else (self._base, sources[0])
             own = [change for source in sources if source not in saved for change in changes[source]]
             if own or (reader, key, shape) != (self._base, name, self._base.shapes().get(name)):
-                merged[name] = MergedTensor(reader, key, shape, own)
+                merged[name] = MergedTensor(reader=reader, key=key, shape=shape, changes=own)
         if self._tied and self._config.saves_tied:
             merged[_TABLE] = merged[_PROJECTION]
         if self._tied and (self._config.saves_tied or not saved.keys() & set(_TABLES)):
@@ -180,7 +182,7 @@ class LoraReader(WeightReader):
         return merged
 
     def _changes_of(self, name: str) -> list[Change]:
-        """What the adapter does to the tensor `name`."""
+        """The adapter's changes to the tensor `name`."""
         module, _, kind = name.rpartition(".")
         targeted = len(self._names[f"{module}.weight"]) == 2 and self._config.targets(module)
         indices = self._config.token_indices(module)
@@ -211,10 +213,10 @@ class LoraReader(WeightReader):
         if self._config.lora_bias and f"{module}.bias" not in self._names:
             raise self._fail(f"lora_bias is set, but {module} has no bias to merge it into (PEFT cannot either)")
         if not self._config.dora:
-            return LowRank(a, b, scaling)
+            return LowRank(a=a, b=b, scaling=scaling)
         length = shape[1] if embedding else shape[0]
         key = self._take("magnitude", module, (length,), f"{module}.lora_magnitude_vector, which use_dora asks for")
-        return Dora(a, b, scaling, self._adapter.read(key).float(), by_column=embedding)
+        return Dora(a=a, b=b, scaling=scaling, magnitude=self._adapter.read(key).float(), by_column=embedding)
 
     def _bias(self, module: str) -> Added:
         why = f"{module}.lora_B.bias, which lora_bias asks for"
@@ -231,7 +233,7 @@ class LoraReader(WeightReader):
         return Rows(torch.tensor(list(last), dtype=torch.long), values[list(last.values())])
 
     def _check_all_taken(self) -> None:
-        """Raises UserError for what the adapter holds and its configuration does not name: PEFT would leave it out."""
+        """Raises UserError for tensors that the adapter's configuration does not name: PEFT would ignore them."""
         if self._tied and self._config.token_indices(EMBEDDING):
             self._keys["tokens"].pop(HEAD, None)  # the same rows again
         for kind, keys in self._keys.items():
@@ -240,7 +242,7 @@ class LoraReader(WeightReader):
                 raise self._fail(f"holds {key[:120]}, which {_FIELDS[kind]} of adapter_config.json does not ask for")
 
     def _not_grown(self) -> str | None:
-        """A table that the adapter would have to bring in the size of its vocabulary, and does not."""
+        """A table that the adapter lacks in the size of its vocabulary, if any."""
         found = (name for name in _TABLES if name in self._merged and self._merged[name].reader is self._base)
         return next(found, None)
 
@@ -259,7 +261,7 @@ class LoraReader(WeightReader):
 
     @property
     def merged(self) -> int:
-        """How many of the model's tensors the adapter changes."""
+        """The number of the model's tensors that the adapter changes."""
         return len(self._merged)
 
 

@@ -1,4 +1,4 @@
-"""A tensor of a merged model, slice by slice in float32: where it starts from, and what an adapter does to it."""
+"""Tensors of a merged model, computed slice by slice in float32: the original tensor and the adapter's changes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 
 from cqil_trt.weights import Range, WeightReader, cut
 
-# Elements of a matrix that are in memory at a time when its norms are computed.
+# Elements of a matrix in memory at a time while its norms are computed.
 _BLOCK_ELEMENTS = 1 << 20
 
-# Reads rows and columns of a weight as it is before a change, float32.
+# Reads rows and columns of a weight before a change, float32.
 Before = Callable[[Range, Range], torch.Tensor]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class LowRank:
     """W + scaling * b @ a: rows of `b` (out, r), columns of `a` (r, in)."""
 
@@ -30,12 +30,12 @@ class LowRank:
         )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Dora(LowRank):
-    """The low-rank sum with every row, or of an embedding every column, scaled to its length in `magnitude`.
+    """The low-rank sum with every row (of an embedding, every column) scaled to the norm in `magnitude`.
 
-    DoRA (arXiv 2402.09353, equation 5), with PEFT's choice of direction. Lengths are of whole rows or columns: they are
-    computed at the first slice, in blocks, and kept.
+    DoRA (arXiv 2402.09353, equation 5), with PEFT's choice of direction. Norms are of whole rows or columns: they are
+    computed in blocks at the first slice, and kept.
     """
 
     magnitude: torch.Tensor
@@ -85,9 +85,9 @@ class Added:
 Change = LowRank | Rows | Added
 
 
-@dataclass
+@dataclass(kw_only=True)
 class MergedTensor:
-    """A tensor of the merged model: where it starts from, and what is done to it in turn."""
+    """A tensor of the merged model: the original, and the changes to it in order."""
 
     reader: WeightReader
     key: str

@@ -1,4 +1,4 @@
-"""What a model is, whatever family it belongs to: sizes and features. No tensors."""
+"""The sizes and features of a model of any family. No tensors."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from cqil_trt.rope import RopeConfig
 class ModelConfig:
     """A decoder of the LLaMA family. Sizes are counts of elements; `dtype` is the checkpoint's.
 
-    `architecture`: the class of transformers that computes it, which `families.of` finds the family by.
-    `qk_norm`: queries and keys get an RMSNorm of each head. `sliding_window`: the smallest attention window of any
+    `architecture`: its class in transformers, which also identifies the family (`families.of`).
+    `qk_norm`: queries and keys get an RMSNorm per head. `sliding_window`: the smallest attention window of any
     layer, in tokens; None when every layer attends to everything.
     """
 
@@ -52,7 +52,7 @@ class ModelConfig:
 
     @property
     def group_size(self) -> int:
-        """How many query heads read one key/value head."""
+        """The number of query heads that read one key/value head."""
         return self.num_heads // self.num_kv_heads
 
     def to_dict(self) -> dict[str, Any]:

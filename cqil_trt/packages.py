@@ -1,19 +1,19 @@
-"""Which of our packages is missing, and what brings it."""
+"""Which required package is missing, and what installs it."""
 
 from __future__ import annotations
 
 from cqil_trt import backends
 
-# Import names of packages that are not a backend's own, and the extra that brings each (None: a plain dependency).
+# Import names of packages that no backend lists, and the extra that installs each (None: a plain dependency).
 _EXTRAS: dict[str, str | None] = {
-    **dict.fromkeys(("numpy", "tqdm", "tokenizers", "sentencepiece", "jinja2", "safetensors")),
+    **dict.fromkeys(("numpy", "tqdm", "tokenizers", "sentencepiece", "jinja2", "safetensors", "pycparser")),
     **dict.fromkeys(("gguf", "transformers", "peft", "huggingface_hub", "google"), "torch"),
     **dict.fromkeys(("datasets", "lm_eval", "matplotlib", "nltk"), "quality"),
 }
 
 
 def missing(error: ModuleNotFoundError) -> str | None:
-    """What to tell a user who lacks one of our packages; None for any other package."""
+    """The message for a user who lacks one of the required packages; None for any other package."""
     package = (error.name or "").partition(".")[0]
     extras = dict(_EXTRAS)
     for name in backends.names():

@@ -1,4 +1,4 @@
-"""adapter_config.json: which kinds of LoRA adapters are merged, and PEFT's rules for which module gets what.
+"""adapter_config.json: the kinds of LoRA adapters that are supported, and PEFT's rules for which module gets what.
 
 The rules are those of PEFT 0.21: `check_target_module_exists`, `get_pattern_key`, `set_additional_trainable_modules`.
 """
@@ -36,18 +36,18 @@ _REFUSED = {
     "monteclora_config": "MonteCLoRA samples its weights",
     "megatron_config": "it is made for Megatron's parallel layers",
 }
-# Initialisations that leave the base weights alone, and those (by their beginning) that do not.
+# Initialisations that leave the base weights unchanged, and the prefixes of those that do not.
 _PLAIN_INIT = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 _CHANGING_INIT = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class AdapterConfig:
-    """The configuration of a LoRA adapter for a model whose embedding and last projection are `tied` or not.
+    """The configuration of a LoRA adapter. `tied`: whether the model's embedding and last projection are tied.
 
-    `default_targets`: the modules that PEFT adapts in such a model when the configuration does not say.
+    `default_targets`: the modules that PEFT adapts in such a model by default.
 
     Modules are named as in the checkpoint, e.g. `model.layers.0.self_attn.q_proj`. Raises UserError for a kind of
-    adapter that is not merged, with the reason.
+    adapter that is not supported, with the reason.
     """
 
     def __init__(self, path: Path, tied: bool, default_targets: Sequence[str]):
@@ -80,7 +80,7 @@ class AdapterConfig:
             if name in values and values[name] is None:
                 raise UserError(f"{self.source}: {name} is null: how strongly the adapter acts is not known")
         for name, value in values.items():
-            # An empty object or list, false and null all leave a feature off.
+            # An empty object or list, false and null all turn a feature off.
             if name in _KNOWN or not value or self._is_default(name, value):
                 continue
             reason = _REFUSED.get(name, "a field that is not known here")
@@ -104,7 +104,9 @@ class AdapterConfig:
         if name not in {field.name for field in dataclasses.fields(default)}:
             return False
         known = getattr(default, name)
-        return value == (dataclasses.asdict(known) if dataclasses.is_dataclass(known) else known)
+        if dataclasses.is_dataclass(known) and not isinstance(known, type):
+            return value == dataclasses.asdict(known)
+        return value == known
 
     def _list(self, field: str) -> list[str]:
         names = self._fields.get(field, [])
@@ -137,7 +139,7 @@ class AdapterConfig:
         if any(self._matches(rf"(^|.*\.){name}($|\..*)", module, whole=False) for name in self._saved):
             return False
         if isinstance(self._targets, str):
-            if self._targets.lower() == "all-linear":  # all but the output layer; an embedding is no linear layer
+            if self._targets.lower() == "all-linear":  # all but the output layer; an embedding is not a linear layer
                 return module not in (EMBEDDING, HEAD)
             return self._matches(self._targets, module)
         if module in self._targets:
@@ -201,10 +203,10 @@ class AdapterConfig:
     def scaling(self, module: str, rank: int) -> float:
         """The factor of a module's B @ A: alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732).
 
-        Raises UserError unless `rank`, that of the module's tensors, is what the configuration says.
+        Raises UserError unless `rank`, that of the module's tensors, matches the configuration.
         """
         expected = self._pattern("rank_pattern", module, self._fields.integer("r", 8))
-        # A projection that is adapted as one with the embedding has the embedding's factors, whatever its own rank.
+        # A projection that is adapted together with the embedding has its factors, whatever rank is configured.
         if rank != expected and not (self._targets_tied and module == HEAD):
             raise UserError(f"{self.source}: says rank {expected:g} for {module}, whose tensors have rank {rank}")
         alpha = self._pattern("alpha_pattern", module, self._fields.number("lora_alpha", 8, low=-math.inf))

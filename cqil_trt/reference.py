@@ -1,7 +1,7 @@
-"""CQIL on Hugging Face's own modules, in one process: the judge of every engine, and the model that is trained.
+"""CQIL on Hugging Face's own modules, in one process: the reference for every engine, and the model that is trained.
 
-Nothing here is shared with `network/`: attention, MLP and norms are the Hugging Face model's own, and so are its
-forward loop, masks, cache and generate().
+Nothing is shared with `network/`: attention, MLP, norms, forward loop, masks, cache and generate() are those of the
+Hugging Face model.
 """
 
 from __future__ import annotations
@@ -54,21 +54,21 @@ class CqilModel(nn.Module):
         super().__init__()
         layers = model.get_submodule("model.layers")
         self.cqil = CqilConfig.choose(len(layers), p, d, start, end, bypass)
-        # Registered under the model's own names, and the model itself not: parameter names stay the checkpoint's.
+        # Register the children but not the model itself, so that parameters keep the checkpoint's names.
         for name, child in model.named_children():
             self.add_module(name, child)
         object.__setattr__(self, "_model", model)
-        for layer in layers:  # a model wrapped before starts over
+        for layer in layers:  # undoes an earlier wrapper
             layer.__class__ = _original(type(layer))
         for group in self.cqil.groups:
             first, *others = (layers[index] for index in group)
             first.cqil_members, first.cqil_config = tuple(others), self.cqil
-            # The class and not an attribute of the layer: transformers wraps a class's forward to checkpoint gradients.
-            first.__class__ = _with_forward(type(first), _group_forward)
+            # Replace the class, not an attribute of the layer: gradient checkpointing wraps the class's forward.
+            _replace_forward(first, _group_forward)
             for layer in others:
-                layer.__class__ = _with_forward(type(layer), _absorbed_forward)
+                _replace_forward(layer, _absorbed_forward)
 
-    # Trainer reads the names of the columns it feeds from this signature.
+    # Trainer reads the names of its input columns from this signature.
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -76,7 +76,7 @@ class CqilModel(nn.Module):
         labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the Hugging Face model's forward, which takes more: position_ids, a cache, inputs_embeds, …"""
+        """The Hugging Face model's forward. `kwargs`: its other arguments (position_ids, a cache, inputs_embeds, …)."""
         return self._model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -107,6 +107,11 @@ def _with_forward(kind: type, forward: Callable[..., torch.Tensor]) -> type:
     return type(f"Cqil{kind.__name__}", (kind,), {"forward": forward, "cqil_original": kind})
 
 
+def _replace_forward(layer: nn.Module, forward: Callable[..., torch.Tensor]) -> None:
+    kind: type = type(layer)
+    layer.__class__ = _with_forward(kind, forward)
+
+
 def _original(kind: type) -> type:
     return getattr(kind, "cqil_original", kind)
 
@@ -130,7 +135,7 @@ def _group_forward(self: nn.Module, hidden_states: torch.Tensor, **kwargs: Any) 
 
 
 def _absorbed_forward(self: nn.Module, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-    """The forward of a group's other layers, which ran within the first."""
+    """The forward of a group's other layers, which already ran within the first."""
     return hidden_states
 
 
@@ -145,8 +150,8 @@ def load_hugging_face(model: str, lora: str | None = None, dtype: torch.dtype = 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     path = Path(model)
     if not path.exists():
-        raise UserError(f"the reference needs {path}, which the engine was built from and is gone")
-    # transformers shows a progress bar for GGUF that it cannot be told to leave out of a log file.
+        raise UserError(f"the reference needs {path}, which the engine was built from and which is gone")
+    # transformers cannot turn off its progress bar for GGUF: keep it out of log files.
     quiet = nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
     try:
         with quiet:
@@ -159,7 +164,7 @@ def load_hugging_face(model: str, lora: str | None = None, dtype: torch.dtype = 
     return network.eval()
 
 
-# Keys that carry an adapter's name, and how older PEFT wrote modules_to_save: what PEFT expects in their place.
+# Keys with an adapter's name, and the older forms of modules_to_save, mapped to what PEFT expects.
 _PEFT_KEYS = {
     r"(\.lora_[AB])\.[^.]+(\.(?:weight|bias))$": r"\1\2",
     r"(\.lora_embedding_[AB]|\.token_adapter\.trainable_tokens_(?:delta|original))\.[^.]+$": r"\1",
@@ -170,12 +175,12 @@ _VOCABULARY_TABLE = re.compile(r"\.(embed_tokens|lm_head)\.(?!lora_)(?:.+\.)?wei
 
 
 def _merged_by_peft(network: nn.Module, lora: str) -> nn.Module:
-    """The network with the adapter merged by PEFT, after its embeddings took the size of the adapter's tables."""
+    """The network with the adapter merged by PEFT; embeddings are first resized to the adapter's tables."""
     from peft import PeftModel
     from peft.utils import load_peft_weights
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT warns of every tied model
+        warnings.simplefilter("ignore")  # PEFT warns about every tied model
         weights = load_peft_weights(lora, device="cpu")
         sizes = {tensor.shape[0] for key, tensor in weights.items() if _VOCABULARY_TABLE.search(key)}
         modules = {key.partition(".lora_")[0] for key in weights if ".lora_" in key}
@@ -190,7 +195,7 @@ def _merged_by_peft(network: nn.Module, lora: str) -> nn.Module:
 
 @contextmanager
 def peft_attributes() -> Iterator[None]:
-    """Inside, an attribute of the model that PEFT reads and transformers has renamed since gives no warning."""
+    """Silences the warning about a model attribute that PEFT reads and transformers has renamed."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
         yield
@@ -200,17 +205,17 @@ def _load_directory(path: Path, dtype: torch.dtype) -> nn.Module:
     import transformers
 
     kind = transformers.AutoModelForCausalLM
-    if "model_type" not in read_json(path / "config.json"):  # which only a class that is chosen by name can do without
+    if "model_type" not in read_json(path / "config.json"):  # AutoModel needs it
         kind = getattr(transformers, families.read_config(path / "config.json").architecture)
     return kind.from_pretrained(path, dtype=dtype, trust_remote_code=False, local_files_only=True)
 
 
 def _load_gguf(path: Path, dtype: torch.dtype) -> nn.Module:
-    """transformers' own reading of the tensors, with the rope and the biases that it passes over in the metadata.
+    """The tensors as transformers reads them, with the rope and biases of the metadata, which it ignores.
 
-    What llama.cpp does about rope is said here again and not taken from `weights` and `network/rotary`, which this
-    judges: scaling by transformers' own code, frequency factors and the attention factor on its module. The tensors of
-    a file in parts, which transformers does not read, come from our reader.
+    llama.cpp's rope is implemented here again, independently of `weights` and `network/rotary`, which it checks:
+    transformers does the scaling, and frequency factors and the attention factor are set on its module.
+    transformers does not read split files; their tensors come from our reader.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -251,25 +256,25 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def with_cqil(network: nn.Module, cqil: CqilConfig) -> nn.Module:
-    """The network that engines of this configuration compute: itself when there are no groups."""
+    """The network that engines of this configuration compute; unchanged if there are no groups."""
     if not cqil.groups:
         return network
     return CqilModel(network, cqil.p, cqil.d, cqil.start, cqil.end, cqil.bypass)
 
 
-# Float32 bytes of a model that stays in host memory; a larger one is read from its files again at every pass.
+# The largest model, in bytes, that stays in host memory; a larger one is read from its files in every pass.
 _RESIDENT_BYTES = 2 << 30
 
 
 def free_memory() -> None:
-    """Gives the GPU back what PyTorch keeps of models that are done with."""
+    """Returns the memory of discarded models, which PyTorch caches, to the GPU."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
 def fits_gpu(elements: int, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether PyTorch sees a GPU with room for a model of so many elements."""
+    """Whether PyTorch sees a GPU with room for a model of this many elements."""
     if not torch.cuda.is_available():
         return False
     free_memory()
@@ -279,10 +284,10 @@ def fits_gpu(elements: int, dtype: torch.dtype = torch.float32) -> bool:
 def from_reader(
     model: ModelConfig, reader: WeightReader, dtype: torch.dtype = torch.float32, pieces: bool | None = None
 ) -> nn.Module:
-    """Hugging Face's modules with the weights of `reader`, in evaluation mode; on the GPU where there is one.
+    """Hugging Face's modules with the weights of `reader`, in evaluation mode; on the GPU if there is one.
 
-    In `pieces`, a module's weights are read when it is called, and let go behind it; by default so is a model that has
-    no room on the GPU, or without one would take more than 2 GiB.
+    `pieces`: a module's weights are read when it is called and freed afterwards. By default this is so for a model that
+    does not fit on the GPU or, without a GPU, takes more than 2 GiB.
     """
     kind, config = hugging_face_config(model)
     with torch.device("meta"):
@@ -290,9 +295,9 @@ def from_reader(
     rotary = network.get_submodule("model.rotary_emb")
     sizes = [sum(p.numel() for p in module.parameters(recurse=False)) for module in network.modules()]
     device = "cuda" if fits_gpu(max(sizes), dtype) else "cpu"
-    # Buffers are computed, not stored: the module makes its own again, off the meta device.
+    # Buffers are computed, not stored: create the module again, off the meta device.
     rotary = network.model.rotary_emb = type(rotary)(network.config).to(device)
-    # What no transformers rope type has, GGUF files can have.
+    # GGUF files can have divisors, unlike any rope type of transformers.
     if model.rope.divisors:
         rotary.inv_freq /= torch.tensor(model.rope.divisors, device=device)
     rotary.attention_scaling = model.rope.attention_factor
@@ -375,7 +380,7 @@ def _unload(module: nn.Module, *_: Any) -> None:
 
 
 def probe(model: nn.Module, prompts: Sequence[Sequence[int]], steps: Sequence[int], progress: bool) -> list[Probe]:
-    """What the model answers to prompts of token ids, with `steps` greedy tokens for each."""
+    """The model's answers to prompts of token ids, with `steps` greedy tokens for each."""
     from tqdm import tqdm
 
     found = []
@@ -383,7 +388,15 @@ def probe(model: nn.Module, prompts: Sequence[Sequence[int]], steps: Sequence[in
         tokens, step_logits = greedy(model, prompt, count)
         logits, order = step_logits.topk(min(TOP, step_logits.shape[1]), dim=1)
         scored = score(model, prompt)
-        found.append(Probe(list(prompt), scored.numpy(), tokens, order.to(torch.int32).numpy(), logits.numpy()))
+        found.append(
+            Probe(
+                prompt=list(prompt),
+                logits=scored.numpy(),
+                tokens=tokens,
+                top_tokens=order.to(torch.int32).numpy(),
+                top_logits=logits.numpy(),
+            )
+        )
     return found
 
 
@@ -415,13 +428,13 @@ def greedy(model: nn.Module, prompt: Sequence[int], steps: int) -> tuple[list[in
 
 
 def _cache_argument(model: nn.Module) -> str:
-    """What the model's forward calls its KV cache, which transformers renamed between releases of version 5."""
+    """The name of the KV cache in the model's forward, which changed between releases of transformers 5."""
     network = model._model if isinstance(model, CqilModel) else model
     return "cache" if "cache" in inspect.signature(network.forward).parameters else "past_key_values"
 
 
 def _forget_lengths(model: nn.Module) -> None:
-    """Dynamic rope keeps the frequencies of the longest sequence it has seen; a new one begins without them."""
+    """Resets dynamic rope, which otherwise keeps the frequencies of the longest sequence it has seen."""
     rotary = model.get_submodule("model.rotary_emb")
     if rotary.rope_type == "dynamic":
         rotary.inv_freq = rotary.original_inv_freq.clone()
@@ -429,5 +442,5 @@ def _forget_lengths(model: nn.Module) -> None:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a Hugging Face model computes; by a buffer, as the weights of one in pieces lie nowhere."""
+    """The device of a Hugging Face model, taken from a buffer: the weights of a model in pieces have none."""
     return model.get_submodule("model.rotary_emb").inv_freq.device

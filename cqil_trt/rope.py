@@ -1,4 +1,4 @@
-"""Which rotary position embedding a model has: the parameters, read as transformers reads them. No tensors."""
+"""The parameters of a model's rotary position embedding, read as transformers reads them. No tensors."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
 _MOST_POSITIONS = 2**31 - 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RopeConfig:
     """Rotary position embedding: `kind` is one of KINDS (the names Hugging Face uses), `theta` the base.
 
-    `factor`: by how much the context is stretched. `original_max_position`: the context, in tokens, before that.
-    `attention_factor`: what cosine and sine are multiplied by. `low_freq_factor` and `high_freq_factor` belong to
-    llama3, `beta_fast`, `beta_slow` and `truncate` to yarn. `divisors`: one for each frequency, which is divided by
-    it after all else (GGUF's rope_freqs); empty for none.
+    `factor`: extends the context. `original_max_position`: the context, in tokens, before that. `attention_factor`:
+    multiplies cosine and sine. `low_freq_factor` and `high_freq_factor` belong to llama3, `beta_fast`, `beta_slow` and
+    `truncate` to yarn. `divisors`: one per frequency, which is divided by it last (GGUF's rope_freqs); empty for none.
     """
 
     theta: float = 10000.0
@@ -46,18 +45,18 @@ class RopeConfig:
     def from_hugging_face(cls, config: Fields, max_position: int, head_dim: int) -> RopeConfig:
         """The parameters in a config.json, by the rules of transformers 5 (RotaryEmbeddingConfigMixin).
 
-        `rope_scaling`, where it says anything, replaces `rope_parameters`, and the top level's `rope_theta` serves
-        where the chosen one has none. `rope_type` goes before `type`, and without both nothing is scaled. The original
-        context is the top level's `original_max_position_embeddings`, else that of the parameters, else the model's
-        (for dynamic always the model's). A field that is null is not the same as one left out.
+        `rope_scaling`, unless empty, replaces `rope_parameters`; the default of `rope_theta` is the top level's.
+        `rope_type` precedes `type`, and without both nothing is scaled. The original context is the top level's
+        `original_max_position_embeddings`, else that of the parameters, else the model's (for dynamic always the
+        model's). A null field is not the same as a missing one.
 
         Args:
             config: the file's fields.
-            max_position: the model's positions, which is what it takes without scaling.
+            max_position: the model's positions without scaling.
             head_dim: elements of a head.
 
         Raises:
-            UserError: for a type that is not computed here, or parameters that transformers cannot compute with.
+            UserError: for a type that is not supported, or parameters that transformers cannot use.
         """
         rope = config.object("rope_scaling" if config.get("rope_scaling") else "rope_parameters")
         if any(isinstance(value, dict) for value in rope.values.values()):
@@ -70,13 +69,13 @@ class RopeConfig:
             raise UserError(f"{rope.source}: partial rotary embedding (partial_rotary_factor) is not supported")
         theta = rope.number("rope_theta")
         if kind == "default":
-            return cls(theta)
+            return cls(theta=theta)
         if kind == "dynamic":
             if head_dim == 2:
                 raise UserError(f"{rope.source}: dynamic rope needs heads of more than 2 elements")
-            return cls(theta, kind, rope.number("factor"), original_max_position=max_position)
+            return cls(theta=theta, kind=kind, factor=rope.number("factor"), original_max_position=max_position)
         if kind == "linear":
-            return cls(theta, kind, rope.number("factor"))
+            return cls(theta=theta, kind=kind, factor=rope.number("factor"))
         # transformers gives priority to the top level when it computes, whatever the parameters say.
         outer = config if "original_max_position_embeddings" in config.values else rope
         original = outer.with_defaults(original_max_position_embeddings=max_position).integer(
@@ -87,7 +86,14 @@ class RopeConfig:
         low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
         if high <= low:
             raise rope.fail("high_freq_factor", "greater than low_freq_factor")
-        return cls(theta, kind, rope.number("factor"), low, high, original)
+        return cls(
+            theta=theta,
+            kind=kind,
+            factor=rope.number("factor"),
+            low_freq_factor=low,
+            high_freq_factor=high,
+            original_max_position=original,
+        )
 
     @classmethod
     def _yarn(cls, rope: Fields, max_position: int, original: int) -> RopeConfig:
@@ -95,7 +101,7 @@ class RopeConfig:
             raise rope.fail("factor", "a number")
 
         def chosen(name: str, default: float) -> float:
-            return rope.number(name) if rope.get(name) else default  # transformers takes 0 for "not given", too
+            return rope.number(name) if rope.get(name) else default  # transformers also takes 0 for "not given"
 
         factor = rope.number("factor", max_position / original)
         mscale, mscale_all_dim = chosen("mscale", 0.0), chosen("mscale_all_dim", 0.0)
@@ -106,9 +112,9 @@ class RopeConfig:
         else:
             attention = yarn_magnitude(factor)
         return cls(
-            rope.number("rope_theta", low=1.0),
-            "yarn",
-            factor,
+            theta=rope.number("rope_theta", low=1.0),
+            kind="yarn",
+            factor=factor,
             original_max_position=original,
             attention_factor=attention,
             beta_fast=chosen("beta_fast", 32.0),
@@ -117,10 +123,10 @@ class RopeConfig:
         )
 
     def context(self, max_position: int) -> int:
-        """How many tokens a model of `max_position` positions takes with this scaling.
+        """The context, in tokens, of a model of `max_position` positions with this scaling.
 
-        The positions a checkpoint states may be those before scaling (Qwen's recipe for long contexts leaves them) or
-        those after it (Llama 3.1), so the larger of both counts.
+        A checkpoint may state the positions before scaling (Qwen's recipe for long contexts) or after it (Llama 3.1),
+        so this is the larger of the two.
         """
         stretched = {
             "linear": self.factor * max_position,
@@ -131,10 +137,10 @@ class RopeConfig:
 
     @property
     def fixed_context(self) -> int:
-        """Up to how many tokens the frequencies do not depend on a sequence's length."""
+        """The longest sequence, in tokens, whose frequencies do not depend on its length."""
         return self.original_max_position if self.kind == "dynamic" else _MOST_POSITIONS
 
 
 def yarn_magnitude(factor: float, mscale: float = 1.0) -> float:
-    """By how much YaRN (arXiv 2309.00071, section 3.4) scales cosine and sine for a context `factor` times as long."""
+    """YaRN's scale of cosine and sine (arXiv 2309.00071, section 3.4) for a context `factor` times as long."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0

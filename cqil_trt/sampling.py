@@ -1,4 +1,4 @@
-"""How a next token is chosen from logits; plugins/sampling.cu does the same on a GPU."""
+"""Chooses the next token from logits; plugins/sampling.cu does the same on a GPU."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 from cqil_trt.errors import UserError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How a next token is chosen. Temperature 0 is greedy; top_k 0 and top_p 1 keep every token."""
+    """How the next token is chosen. Temperature 0 is greedy; top_k 0 and top_p 1 keep every token."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -32,8 +32,8 @@ class SamplingConfig:
 def sample(logits: np.ndarray, config: SamplingConfig, uniform: float) -> int:
     """One token from float32 logits [vocabulary]: temperature, then top-k, then top-p, as Hugging Face orders them.
 
-    `uniform` is drawn from [0, 1). Likelier tokens come first, the smaller id among equals; top-p keeps the smallest
-    set of most likely tokens whose probability reaches it.
+    `uniform` is drawn from [0, 1). Tokens are ordered by probability, equal ones by id; top-p keeps the smallest set of
+    most likely tokens that reaches it.
     """
     # A stable sort makes ties go to the smaller id, on every rank alike.
     order = np.argsort(-logits, kind="stable")

@@ -22,7 +22,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Group:
-    """`layers` run concurrently, one a rank; this rank runs `layers[rank]`, whose index is `index`."""
+    """`layers` run concurrently, one per rank; this rank runs layer `index`, which is `layers[rank]`."""
 
     layers: tuple[int, ...]
     index: int
@@ -31,9 +31,9 @@ class Group:
 Step = Receive | Layer | Group
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RankSchedule:
-    """What one rank does for each token.
+    """What one rank does per token.
 
     `embeds` / `predicts`: whether the rank starts from the token embedding, and whether it ends in (its slice of)
     the vocabulary. `split_vocabulary`: the last projection's rows are spread over the ranks.
@@ -53,7 +53,7 @@ class RankSchedule:
 
     @property
     def all_reduces(self) -> int:
-        """All-reduces this rank takes part in for each forward pass."""
+        """This rank's all-reduces per forward pass."""
         return sum(2 * step.split if isinstance(step, Layer) else isinstance(step, Group) for step in self.steps)
 
     @property
@@ -83,8 +83,10 @@ def _rank_schedule(cqil: CqilConfig, num_layers: int, rank: int) -> RankSchedule
         steps: tuple[Step, ...] = (*receive, *groups)
         if leads:
             steps = (*(Layer(i, False) for i in before), *steps, *(Layer(i, False) for i in after))
-        return RankSchedule(rank, cqil.p, steps, embeds=leads, predicts=leads, split_vocabulary=False)
+        return RankSchedule(
+            rank=rank, world_size=cqil.p, steps=steps, embeds=leads, predicts=leads, split_vocabulary=False
+        )
 
     split = cqil.p > 1
     steps = (*(Layer(i, split) for i in before), *groups, *(Layer(i, split) for i in after))
-    return RankSchedule(rank, cqil.p, steps, embeds=True, predicts=True, split_vocabulary=split)
+    return RankSchedule(rank=rank, world_size=cqil.p, steps=steps, embeds=True, predicts=True, split_vocabulary=split)

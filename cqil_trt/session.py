@@ -1,4 +1,4 @@
-"""Prefill and decode on one rank, whatever executes its network: what the ranks say together, in numpy arrays."""
+"""Prefill and decode on one rank, independent of the backend; results are numpy arrays, the same on all ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Session(ABC):
     """Runs batches of sequences through this rank's network. All ranks of an engine call the methods together.
 
     After `prefill` and after `decode` the session holds each sequence's next-token prediction; `greedy` and `logits`
-    read it, and give the same on every rank. B: sequences, T: tokens of one pass, K: tokens predicted from.
+    read it, with the same result on every rank. B: sequences, T: tokens of one pass, K: tokens to predict from.
     """
 
     def __init__(self, engine: Engine, rank: int):
@@ -25,7 +25,7 @@ class Session(ABC):
         self._plan = engine.plan(rank)
         spans = [engine.plan(other).vocabulary for other in range(engine.world_size)]
         self._offset = spans[rank][0]
-        # How many logits each rank computes.
+        # The number of logits that each rank computes.
         self._widths = [last - first for first, last in spans]
         self._past = np.zeros(0, np.int64)
 
@@ -33,7 +33,7 @@ class Session(ABC):
 
     @abstractmethod
     def _start(self, lengths: np.ndarray) -> None:
-        """A new batch begins, of prompts of these lengths, int64 [B]."""
+        """Starts a new batch of prompts with these lengths, int64 [B]."""
 
     @abstractmethod
     def _forward(self, tokens: np.ndarray, past: np.ndarray, select: np.ndarray) -> None:
@@ -41,7 +41,7 @@ class Session(ABC):
 
     @abstractmethod
     def _keep(self, rows: np.ndarray) -> None:
-        """The last pass had K = 1: in these rows (bool [B]) its logits become the prediction."""
+        """Makes the logits of the last pass, which had K = 1, the prediction in these rows (bool [B])."""
 
     @abstractmethod
     def _last_logits(self) -> np.ndarray:
@@ -65,18 +65,18 @@ class Session(ABC):
 
     @abstractmethod
     def joined(self) -> bytes:
-        """The residual stream after the last all-reduce of the last call, as bytes: every rank must hold the same.
+        """The residual stream after the last all-reduce of the last call, as bytes, which must be equal on all ranks.
 
-        Empty where ranks join nothing. Logits prove little here, as all ranks receive them from the same senders.
+        Empty if the ranks join nothing. Logits would prove little: all ranks receive them from the same senders.
         """
 
     def tokens(
         self, sampling: SamplingConfig, uniforms: np.ndarray, ends: tuple[int, ...] = ()
     ) -> Iterator[np.ndarray]:
-        """Decodes: the next token of every sequence, int64 [B], again and again, at most len(uniforms) times.
+        """Decodes: yields the next token of every sequence, int64 [B], at most len(uniforms) times.
 
-        `uniforms`, float64 [steps, B], are drawn from [0, 1); sampling uses them up. What a sequence has behind one of
-        the tokens `ends` means nothing. A caller may stop early; the session may have gone on by some steps then.
+        `uniforms`, float64 [steps, B], are drawn from [0, 1) and consumed by sampling. Tokens of a sequence after one
+        of `ends` are meaningless. A caller may stop early; the session may then be a few steps ahead.
         """
         for step, draws in enumerate(uniforms, 1):
             if sampling.temperature == 0:
@@ -89,7 +89,7 @@ class Session(ABC):
                 self.decode(chosen)
 
     def time_decode(self, steps: int) -> list[float]:
-        """Milliseconds of each of `steps` greedy decode steps, from the current prediction on."""
+        """Milliseconds of each of `steps` greedy decode steps, starting from the current prediction."""
         times = []
         tokens = self.greedy()
         for _ in range(steps):
@@ -100,13 +100,13 @@ class Session(ABC):
         return times
 
     def close(self) -> None:
-        """Gives back what the session holds, on all ranks together; nothing of it can be used any more."""
+        """Releases the session's resources, on all ranks together. The session cannot be used afterwards."""
         self._past = np.zeros(0, np.int64)
 
-    # What follows from it
+    # What is built on it
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Starts over with these prompts (token ids) of any lengths.
+        """Starts a new batch of prompts (token ids) of any lengths.
 
         Raises UserError for an empty prompt, one longer than the engine, an unknown token, or too many prompts.
         """
@@ -119,7 +119,7 @@ class Session(ABC):
         self._start(lengths)
         for first in range(0, longest, chunk):
             part = tokens[:, first : first + chunk]
-            # A prompt that has ended takes part with padding, behind what it will ever be asked about.
+            # A prompt that has ended is padded, after every position that it is asked about.
             select = np.clip(lengths - 1 - first, 0, part.shape[1] - 1)[:, None]
             self._forward(part, np.full(len(prompts), first), select)
             self._keep((lengths > first) & (lengths <= first + chunk))
@@ -128,8 +128,8 @@ class Session(ABC):
     def decode(self, tokens: np.ndarray) -> None:
         """Appends one token to every sequence (int64 [B]).
 
-        A sequence that is full stays at its last position: its predictions mean nothing from there on, and the others
-        in the batch go on.
+        A full sequence stays at its last position, where its predictions are meaningless; the other sequences of the
+        batch continue.
         """
         self._step(tokens, self._past)
         self._past = np.minimum(self._past + 1, self.limits.max_seq_len - 1)
@@ -141,7 +141,7 @@ class Session(ABC):
     def score(self, prompt: Sequence[int], first: int = 0) -> np.ndarray:
         """The logits after every token of one prompt from `first` on, float32 [tokens - first, vocabulary].
 
-        What was there before is gone, and there is no prediction to go on from: `prefill` comes next.
+        This ends the current batch and leaves no prediction: continue with `prefill`.
         """
         self.check([prompt])
         tokens, chunk = np.array([list(prompt)]), self.limits.prefill_chunk
@@ -149,7 +149,7 @@ class Session(ABC):
         parts = []
         for begin in range(0, len(prompt), chunk):
             part = tokens[:, begin : begin + chunk]
-            # A part that nobody asks about predicts from one token all the same: every pass predicts from some.
+            # A part before `first` predicts from one token, which is ignored: every pass predicts from at least one.
             asked = min(max(first - begin, 0), part.shape[1])
             select = np.arange(min(asked, part.shape[1] - 1), part.shape[1])
             self._forward(part, np.array([begin]), select[None])
@@ -167,7 +167,7 @@ class Session(ABC):
 
 
 def check_prompt(prompt: Sequence[int], name: str, vocab_size: int, max_seq_len: int) -> None:
-    """Raises UserError for token ids that an engine cannot start from; `name` is what the message calls them."""
+    """Raises UserError for token ids that an engine does not accept as a prompt; `name` names them in the message."""
     if not prompt:
         raise UserError(f"{name} is empty")
     if len(prompt) > max_seq_len:

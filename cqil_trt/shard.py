@@ -1,7 +1,7 @@
 """Which slices of which tensors a rank stores, and how large they are. Pure Python: no tensor, no backend.
 
-A checkpoint's tensors have the names that the model's family gives them; an engine's have the shorter names below. The
-q, k and v projections are stored as one matrix `qkv`, gate and up as one matrix `gate_up`: each is one product.
+A checkpoint's tensors are named by the model's family; an engine's have the shorter names below. The q, k and v
+projections are stored as one matrix `qkv`, gate and up as one matrix `gate_up`: each is one matrix product.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def even_split(size: int, parts: int, index: int) -> tuple[int, int]:
-    """The half-open range of part `index` when `size` items are dealt to `parts` as evenly as possible."""
+    """The half-open range of part `index` when `size` items are split into `parts` as evenly as possible."""
     return size * index // parts, size * (index + 1) // parts
 
 
@@ -34,8 +34,8 @@ class LayerShard:
     """A rank's share of one decoder layer.
 
     `heads` and `kv_heads` are half-open ranges of the model's heads; `kv_index[i]` is the local key/value head that
-    local query head i reads. `adds_bias`: this rank adds the biases of the o and down projections (one rank must; the
-    last, as an even split leaves the first parts empty when there are more parts than heads).
+    local query head i reads. `adds_bias`: this rank adds the biases of the o and down projections. Only the last part
+    does: an even split with more parts than heads leaves the first ones empty.
     """
 
     index: int
@@ -69,10 +69,10 @@ class LayerShard:
 
     @property
     def query_slots(self) -> tuple[int, ...]:
-        """The query head in each slot, where every key/value head has equally many slots, one after the other.
+        """The query head in each slot, with the same number of consecutive slots for every key/value head.
 
-        For kernels that take grouped heads in equal groups only: it repeats query heads, which are small, where
-        repeating the key/value heads would copy the cache. Unused slots hold a head again; `slot_of` names the first.
+        For kernels that need equal groups of heads. Repeating query heads is cheap; repeating key/value heads would
+        copy the cache. Unused slots repeat a head, and `slot_of` gives its first slot.
         """
         groups = [[i for i, kv in enumerate(self.kv_index) if kv == head] for head in range(self.num_kv_heads)]
         size = max(map(len, groups), default=0)
@@ -80,15 +80,15 @@ class LayerShard:
 
     @property
     def slot_of(self) -> tuple[int, ...]:
-        """For each query head the slot of `query_slots` whose result it takes."""
+        """The slot in `query_slots` that holds each query head's result."""
         return tuple(self.query_slots.index(head) for head in range(self.num_heads))
 
     @classmethod
     def of(cls, model: ModelConfig, index: int, part: int, parts: int) -> LayerShard:
         """Part `part` of `parts` of layer `index`.
 
-        Query heads are dealt as evenly as possible and the part keeps the key/value heads they read, so that two
-        parts may both keep one. A part may be empty when there are more parts than heads.
+        Query heads are split as evenly as possible, and a part keeps the key/value heads that they read, so two parts
+        may keep the same one. A part may be empty when there are more parts than heads.
         """
         group = model.group_size
         first, last = heads = even_split(model.num_heads, parts, part)
@@ -106,9 +106,9 @@ class LayerShard:
 
 @dataclass(frozen=True, kw_only=True)
 class RankPlan:
-    """Everything that decides one rank's network: the model, the rank's schedule and its share of each layer.
+    """Everything that determines one rank's network: the model, the rank's schedule and its share of each layer.
 
-    `dtype`: of activations, of the KV cache, and of what `format` does not store in a type of its own.
+    `dtype`: of activations, the KV cache, and the tensors for which `format` has no other type.
     """
 
     model: ModelConfig
@@ -128,12 +128,12 @@ class RankPlan:
 
     @property
     def bypasses(self) -> int:
-        """Exchanges of attention outputs within groups for each forward pass."""
+        """Exchanges of attention outputs within groups, per forward pass."""
         return len(self.cqil.groups) if self.cqil.d else 0
 
     @property
     def collectives(self) -> int:
-        """How often this rank meets others in each forward pass; the choice of a token is not counted."""
+        """This rank's collectives per forward pass, without those that choose the next token."""
         return self.schedule.all_reduces + self.schedule.broadcasts + self.bypasses
 
     @property
@@ -147,7 +147,7 @@ class RankPlan:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor that the network reads, by name: a shared last projection has a name of its own."""
+        """Shapes of all tensors that the network reads, by name; a shared last projection has its own name."""
         shapes = {tensor.name: tensor.shape for tensor in self.tensors}
         if self.shares_embedding:
             first, last = self.vocabulary
@@ -156,12 +156,12 @@ class RankPlan:
 
     @property
     def shares_embedding(self) -> bool:
-        """Whether the last projection is a view of the rank's embedding table, and so is not stored twice."""
+        """Whether the last projection is a view of the rank's embedding table and is not stored."""
         return self.model.tie_embeddings and self.schedule.embeds and self.schedule.predicts
 
     @cached_property
     def tensors(self) -> tuple[RankTensor, ...]:
-        """What the rank stores, in the order the network reads it."""
+        """The tensors that the rank stores, in the order in which the network reads them."""
         model, hidden, plain = self.model, self.model.hidden_size, Dense(self.dtype)
         tensors: list[RankTensor] = []
         if self.schedule.embeds:
@@ -190,7 +190,7 @@ class RankPlan:
             return plain.tensor(f"{ours}.{name}.weight", (size,), (layout.piece(name, "weight"),))
 
         def by_rows(name: str, bias: bool, **rows: tuple[int, int]) -> tuple[RankTensor, ...]:
-            """A projection whose outputs are spread over the ranks, of parts one after the other."""
+            """A projection split over the ranks by outputs, made of stacked parts."""
             return self.format.tensors(
                 Projection(
                     name=f"{ours}.{name}",
@@ -202,7 +202,7 @@ class RankPlan:
             )
 
         def by_columns(name: str, bias: bool, span: tuple[int, int]) -> tuple[RankTensor, ...]:
-            """A projection whose inputs are spread over the ranks; only one of them adds the bias."""
+            """A projection split over the ranks by inputs; only one of them adds the bias."""
             return self.format.tensors(
                 Projection(
                     name=f"{ours}.{name}",
@@ -236,7 +236,7 @@ class RankPlan:
 
     @property
     def bytes_per_token(self) -> int:
-        """Weight bytes a decode step reads: all but the embedding table, of which one row is read."""
+        """Weight bytes that a decode step reads: everything except the embedding table, of which it reads one row."""
         read = sum(tensor.nbytes for tensor in self.tensors if tensor.name != "embedding.weight")
         if self.shares_embedding:
             first, last = self.vocabulary
@@ -245,7 +245,7 @@ class RankPlan:
 
     @property
     def cache_bytes_per_token(self) -> int:
-        """KV cache bytes one token takes on this rank."""
+        """KV cache bytes per token on this rank."""
         heads = sum(shard.num_kv_heads for shard in self.layers.values())
         return 2 * heads * self.model.head_dim * DTYPE_BYTES[self.dtype]
 

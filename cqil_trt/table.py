@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Rows in aligned columns under a header; the first column to the left, the others to the right."""
+    """Rows in columns under a header; the first column is left-aligned, the others are right-aligned."""
     cells = [[str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
 
@@ -19,7 +19,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def size(count: float) -> str:
-    """A number of bytes for people, in powers of ten as disks and memory bandwidths are given."""
+    """A number of bytes as text, in powers of ten as usual for disks and memory bandwidths."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

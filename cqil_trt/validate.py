@@ -26,9 +26,10 @@ STEPS = 64
 
 @dataclass(frozen=True)
 class Threshold:
-    """`relative_l2` of the prefill logits at most; `tokens`: greedy tokens that must be equal, None for all.
+    """`relative_l2`: the maximum for prefill logits. `tokens`: greedy tokens that must be equal, None for all.
 
-    Later tokens may differ only where the reference itself hardly prefers its token: by less than the measured error.
+    Unless all must be equal, an earlier difference passes if it is a near tie: if the reference prefers its own token
+    by no more than the measured error.
     """
 
     relative_l2: float
@@ -43,9 +44,9 @@ THRESHOLDS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Parity:
-    """How one prompt compares. `gap`: how much more the reference likes its own token at the first difference."""
+    """The result for one prompt. `gap`: the reference's logit margin for its own token at the first difference."""
 
     prompt_tokens: int
     relative_l2: float
@@ -61,13 +62,13 @@ class Parity:
 
 
 def compare(engine_logits: np.ndarray, engine_tokens: Sequence[int], probe: Probe, dtype: str) -> Parity:
-    """Judges one prompt.
+    """Compares one prompt.
 
     Args:
         engine_logits: prefill logits, float32 [tokens, vocabulary].
         engine_tokens: the greedy continuation, as long as the probe's.
-        probe: what the reference says.
-        dtype: the engine's, which decides the threshold.
+        probe: the reference's answer.
+        dtype: the engine's type, which determines the threshold.
     """
     threshold = THRESHOLDS[dtype]
     difference = engine_logits.astype(np.float64) - probe.logits
@@ -80,12 +81,21 @@ def compare(engine_logits: np.ndarray, engine_tokens: Sequence[int], probe: Prob
     needed = steps if threshold.tokens is None else min(threshold.tokens, steps)
     # Both logits of a pair may be off by the measured error, in opposite directions.
     same_tokens = equal >= needed or (threshold.tokens is not None and gap <= 2 * max_abs)
-    # A NaN compares false, and so fails.
+    # A NaN compares false, so it fails.
     passed = relative <= threshold.relative_l2 and same_tokens
-    return Parity(len(engine_logits), relative, max_abs, top1, equal, steps, gap, passed)
+    return Parity(
+        prompt_tokens=len(engine_logits),
+        relative_l2=relative,
+        max_abs=max_abs,
+        top1=top1,
+        equal_tokens=equal,
+        steps=steps,
+        gap=gap,
+        passed=passed,
+    )
 
 
-# Texts whose token ids differ where a tokenizer is not read exactly: spaces, lines, digits, scripts, marks, symbols.
+# Texts that reveal an inexactly read tokenizer: spaces, lines, digits, scripts, marks, symbols.
 TEXTS = (
     "", " ", "  ", "a", " a", "  a", "a ", "a  ", "\n", "\n\n", "a\nb", "a\n\n  b", "\ta\t\tb", "a\r\nb",
     "Hello, world!", "it's WE'LL I'd", "0 12 345 6789 3.14 1,000,000", "héllo naïve ǅ ß ſ",
@@ -95,11 +105,11 @@ TEXTS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TokenParity:
-    """How many of some texts have the same token ids in the engine's tokenizer and in the checkpoint's own.
+    """How many test texts have the same token ids in the engine's tokenizer and in the checkpoint's.
 
-    `judge`: the file that said what is right. `first`: the first text that differs.
+    `judge`: where the checkpoint's tokenizer is. `first`: the first text that differs.
     """
 
     judge: str
@@ -114,9 +124,9 @@ class TokenParity:
 
 @dataclass(frozen=True)
 class Validation:
-    """The verdict on every prompt, and who judged: "live" (the checkpoint, now) or "stored" (at build time).
+    """The result for every prompt. `reference`: "live" (the checkpoint, now) or "stored" (at build time).
 
-    `tokens`: the verdict on the tokenizer, None where there is none or the checkpoint's is not at hand.
+    `tokens`: the result for the tokenizer; None without one, or if the checkpoint's is not available.
     """
 
     results: list[Parity]
@@ -132,9 +142,10 @@ class Validation:
 def validate(llm: Llm, prompts: Sequence[Sequence[int]] | None = None, steps: int = STEPS) -> Validation:
     """Compares the loaded engine with the reference on prompts of token ids, on every rank of the job.
 
-    The reference runs in float32 on rank 0, on the checkpoint (and adapter) the engine was built from. Without prompts
-    known ones are used; where PyTorch or the checkpoint is missing, what the builder stored about them is the judge.
-    Raises UserError when neither can be had, or when ranks or replicas disagree about a logit or a token.
+    The reference runs in float32 on rank 0, on the checkpoint (and adapter) that the engine was built from. Without
+    `prompts`, built-in ones are used; if PyTorch or the checkpoint is missing, they are compared with the answers
+    stored at build time. Raises UserError if neither is available, or if ranks or replicas disagree about a logit or a
+    token.
     """
     limits = llm.engine.limits
     stored = llm.job.share(lambda: _stored(llm)) if prompts is None else None
@@ -153,7 +164,7 @@ def validate(llm: Llm, prompts: Sequence[Sequence[int]] | None = None, steps: in
         engine_logits.append(logits)
         engine_tokens.append(tokens)
 
-    # Residual streams after every forward pass, tokens and logits: of all ranks, and so of all replicas.
+    # Residual streams after every forward pass, tokens and logits must agree on all ranks, hence on all replicas.
     state.update(repr(engine_tokens).encode())
     for logits in engine_logits:
         state.update(logits.tobytes())
@@ -162,14 +173,17 @@ def validate(llm: Llm, prompts: Sequence[Sequence[int]] | None = None, steps: in
 
     def judge() -> Validation:
         answers = _live(llm, prompts, lengths) if stored is None else stored
-        results = [compare(*pair, answer, limits.dtype) for *pair, answer in zip(engine_logits, engine_tokens, answers)]
+        results = [
+            compare(logits, tokens, probe, limits.dtype)
+            for logits, tokens, probe in zip(engine_logits, engine_tokens, answers)
+        ]
         return Validation(results, "live" if stored is None else "stored", compare_tokens(llm))
 
     return llm.job.share(judge)
 
 
 def compare_tokens(llm: Llm) -> TokenParity | None:
-    """Compares token ids with those of the checkpoint the engine was built from; None where there is nothing to."""
+    """Compares token ids with those of the checkpoint that the engine was built from; None if that is impossible."""
     source = llm.engine.source
     model, lora = Path(source.model), None if source.lora is None else Path(source.lora)
     if llm.tokenizer is None or not model.exists() or not (lora is None or lora.exists()):
@@ -184,7 +198,12 @@ def compare_tokens(llm: Llm) -> TokenParity | None:
     ]
     texts = [text for text in texts if not any(other in text for other in others)]
     differing = [text for text in texts if llm.tokenizer.encode(text, special=False) != list(encode(text))]
-    return TokenParity(str(found.place), len(texts), len(texts) - len(differing), next(iter(differing), None))
+    return TokenParity(
+        judge=str(found.place),
+        texts=len(texts),
+        equal=len(texts) - len(differing),
+        first=next(iter(differing), None),
+    )
 
 
 def answer(
@@ -192,7 +211,7 @@ def answer(
 ) -> tuple[np.ndarray, list[int]]:
     """The session's logits after every token of a prompt, float32 [tokens, vocabulary], and `steps` greedy tokens.
 
-    `joined` is called with what all ranks must hold alike (`Session.joined`) behind the scoring and every decode step.
+    `joined` is called with `Session.joined()`, which must agree on all ranks, after scoring and after each decode step.
     """
     logits = session.score(prompt)
     joined(session.joined())
@@ -206,7 +225,7 @@ def answer(
 
 
 def _stored(llm: Llm) -> list[probes.Probe] | None:
-    """The stored probes that this engine can hold; None when the live reference can be had."""
+    """The stored probes that fit into this engine; None if the live reference is available."""
     source = llm.engine.source
     if Path(source.model).exists() and all(find_spec(name) for name in ("torch", "transformers")):
         return None

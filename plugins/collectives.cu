@@ -182,6 +182,8 @@ int directed(cqil_workspace* w, const void* in, void* out, size_t count, uint32_
 
 }  // namespace
 
+extern "C" {
+
 const char* cqil_last_error(void) { return last_error; }
 
 const char* cqil_version(void) { return CQIL_VERSION; }
@@ -446,3 +448,5 @@ int cqil_test_delays(int place, const uint32_t* nanoseconds, int count) {
     return 0;
 }
 #endif
+
+}  // extern "C"

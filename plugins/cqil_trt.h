@@ -1,5 +1,8 @@
 // C interface of the collectives and of a decoder's kernels, for ctypes, the TensorRT plugins and C++ programs.
 //
+// This is its only declaration. cqil_trt/gpu/abi.py reads it: types, enumerations and functions in plain C, constants
+// that are literals, and CQIL_PLUGINS.
+//
 // Every function returns 0, or a negative number and a message for cqil_last_error(). All ranks call the same
 // operations with the same sizes in the same order, on one stream each. Operations are asynchronous and may be captured
 // into CUDA graphs. Pointers are device pointers, 16-byte aligned, unless stated otherwise.
@@ -206,8 +209,23 @@ const char* cqil_attention_failure(void);
 int cqil_test_delays(int place, const uint32_t* nanoseconds, int count);
 #endif
 
-// TensorRT plugins, only in a build with TensorRT. Registers the plugins of tensorrt_plugins.cpp in namespace cqil_trt
-// with the TensorRT that this process has loaded. Loading the library does the same if TensorRT is already there.
+// The TensorRT plugins of tensorrt_plugins.cpp, and their fields in the order in which engines store them, 4 bytes
+// each. An OPTIONAL_INT that is left out is 0. `dtype` is a cqil_dtype.
+#define CQIL_PLUGIN_NAMESPACE "cqil_trt"
+#define CQIL_PLUGIN_VERSION "1"
+#define CQIL_PLUGINS(PLUGIN, INT, FLOAT, OPTIONAL_INT)                                                              \
+    PLUGIN(CqilAllReduce, INT(mode) FLOAT(eps) INT(dtype) OPTIONAL_INT(shared))                                     \
+    PLUGIN(CqilBroadcast, INT(rank) INT(hidden) INT(dtype))                                                         \
+    PLUGIN(CqilBypass, INT(distance) INT(dtype) OPTIONAL_INT(shared))                                               \
+    PLUGIN(CqilNorm, INT(delta) FLOAT(eps) INT(dtype))                                                              \
+    PLUGIN(CqilLinear, INT(delta) INT(bias) INT(norm) INT(residual) INT(gated) FLOAT(eps) INT(dtype))               \
+    PLUGIN(CqilAdd, INT(terms) INT(dtype))                                                                          \
+    PLUGIN(CqilGather, INT(dtype))                                                                                  \
+    PLUGIN(CqilAttention, INT(heads) INT(kv_heads) INT(head_dim) INT(capacity) INT(max_batch) INT(group) INT(first) \
+                              INT(head_norms) FLOAT(eps) INT(dtype))
+
+// Only in a build with TensorRT. Registers the plugins with the TensorRT that this process has loaded. Loading the
+// library does the same if TensorRT is already there.
 int cqil_register_plugins(void);
 
 // Between cqil_set_building(1) and cqil_set_building(0) plugins do nothing when TensorRT runs them. A builder times

@@ -1,30 +1,22 @@
-// The collectives and the fused operations of a decoder layer as TensorRT plugins. They use IPluginV2DynamicExt, the
-// interface that TensorRT 8.5 to 11 share.
+// The collectives and the fused operations of a decoder layer as TensorRT plugins, on the interface that TensorRT 8.5
+// to 11 share (IPluginV2DynamicExt).
 //
-// Collectives take a last input `workspace`: an int32 tensor bound to cqil_workspace_address(), so an engine holds no
-// pointers. Where a runtime cannot bind it, they use the process's cqil_workspace_shared() (field shared = 1; optional,
-// 0 by default). Data tensors are linear and of the type that the field dtype names (a cqil_dtype; bfloat16 from
-// TensorRT 10 on). Without it a weakly typed network would choose a type by its speed.
+// Collectives take a last input `workspace`: an int32 tensor bound to cqil_workspace_address(), so that an engine holds
+// no pointers; where a runtime binds no inputs of ours (field shared = 1, which may be left out), they use the
+// process's cqil_workspace_shared() instead. Data tensors are linear and of the type that the field dtype names (a
+// cqil_dtype; bfloat16 from TensorRT 10 on): a weakly typed network would otherwise choose one by its speed.
 //
 //   CqilAllReduce   mode 0: delta                   -> sum over ranks
 //                   mode 1: delta, residual         -> residual + sum
-//                   mode 2: delta, residual, weight -> residual + sum, RMSNorm(residual + sum) * weight
-//                   fields mode, eps, dtype, shared
-//   CqilBroadcast   rank 0: x -> x; other ranks: tokens int32 [B, T] -> rank 0's x [B, T, hidden]
-//                   fields rank, hidden, dtype
+//                   mode 2: delta, residual, weight -> residual + sum, RMSNorm of it * weight
+//   CqilBroadcast   rank 0: x -> x; others: tokens int32 [B, T] -> rank 0's x [B, T, hidden]
 //   CqilBypass      x -> sum of the x of the `distance` ranks before this one (zeros on rank 0)
-//                   fields distance, dtype, shared
 //   CqilNorm        x, (delta,) weight -> RMSNorm(x + delta) * weight
-//                   fields delta (1 if present), eps, dtype
-//   CqilLinear      x, (delta,) weight, (bias,) (norm,) (residual) -> as cqil_linear
-//                   fields delta, bias, norm, residual (1 if present), gated, eps, dtype
-//   CqilAdd         x, (y) -> x + y (terms 2) or zeros (terms 0)
-//                   fields terms, dtype
-//   CqilGather      table [M, H], indices int32 [N] -> table[indices] [N, H]
-//                   field dtype
-//   CqilAttention   qkv, cos, sin, (q_norm, k_norm,) past int32 [B], cache -> [N, heads * head_dim]
+//   CqilLinear      x, (delta,) weight, (bias,) (norm,) (residual) -> as cqil_linear; a field is 1 where its input is
+//   given CqilAdd         x, (y) -> x + y (terms 2), zeros (terms 0) CqilGather      table [M, H], indices int32 [N] ->
+//   table[indices] [N, H] CqilAttention   qkv, cos, sin, (q_norm, k_norm,) past int32 [B], cache -> [N, heads *
+//   head_dim]
 //                   as cqil_attention; cache is an int32 tensor bound to a layer's cache
-//                   fields as in cqil_attention_shape
 
 #include <NvInfer.h>
 #include <cuda_runtime.h>
@@ -47,9 +39,38 @@ namespace {
 using namespace nvinfer1;
 using cqil_trt::fail;
 
-constexpr char kNamespace[] = "cqil_trt";
-constexpr char kVersion[] = "1";
+constexpr char kNamespace[] = CQIL_PLUGIN_NAMESPACE;
+constexpr char kVersion[] = CQIL_PLUGIN_VERSION;
 bool building = false;
+
+struct FieldDeclaration {
+    const char* name;
+    PluginFieldType type;
+    bool optional;  // it may be left out, and is 0 then
+};
+
+template <typename Fields>
+struct Declaration;
+
+// For each plugin of CQIL_PLUGINS: its fields as a struct, as in CqilAddFields, and the Declaration of that.
+#define INT_MEMBER(name) int32_t name;
+#define FLOAT_MEMBER(name) float name;
+#define FIELDS(plugin, members) \
+    struct plugin##Fields {     \
+        members                 \
+    };
+CQIL_PLUGINS(FIELDS, INT_MEMBER, FLOAT_MEMBER, INT_MEMBER)
+
+#define INT_FIELD(name) {#name, PluginFieldType::kINT32, false},
+#define FLOAT_FIELD(name) {#name, PluginFieldType::kFLOAT32, false},
+#define OPTIONAL_FIELD(name) {#name, PluginFieldType::kINT32, true},
+#define DECLARATION(plugin, fields)                             \
+    template <>                                                 \
+    struct Declaration<plugin##Fields> {                        \
+        static constexpr char kName[] = #plugin;                \
+        static constexpr FieldDeclaration kFields[] = {fields}; \
+    };
+CQIL_PLUGINS(DECLARATION, INT_FIELD, FLOAT_FIELD, OPTIONAL_FIELD)
 
 DataType to_tensorrt(int32_t dtype) {
 #if NV_TENSORRT_MAJOR >= 10
@@ -76,12 +97,11 @@ int32_t report(const char* plugin, const char* reason) {
     return -1;
 }
 
-// Base class of the plugins. Derived provides kName, kFieldNames, kFieldTypes (in the order of Fields' members, 4 bytes
-// each), Fields with a member dtype, and inputs(), outputs() and run(). run() fails through fail(); enqueue() prints
-// the reason. Derived may replace output_dimensions() and supports(): by default outputs are shaped like the first
-// input, and all data is of its type. The last kIntegers inputs are int32.
+// Base class of the plugins. Derived is named as in CQIL_PLUGINS and provides valid(), inputs(), outputs() and run().
+// run() fails through fail(); enqueue() prints the reason. Derived may replace output_dimensions() and supports(): by
+// default outputs are shaped like the first input, and all data is of its type. The last kIntegers inputs are int32.
 template <typename Derived, typename FieldsT>
-class Plugin : public IPluginV2DynamicExt {
+class Plugin : public IPluginV2DynamicExt, public Declaration<FieldsT> {
 public:
     using Fields = FieldsT;
     static_assert(std::is_trivially_copyable_v<Fields>, "fields are serialised as they are");
@@ -149,28 +169,13 @@ protected:
 
     Fields fields_;
 
-public:
-    static constexpr size_t kOptional = 0;  // how many fields, the last ones, may be left out: they are 0 then
-
 private:
     const Derived& self() const noexcept { return static_cast<const Derived&>(*this); }
     std::string namespace_ = kNamespace;
 };
 
-struct AllReduceFields {
-    int32_t mode;
-    float eps;
-    int32_t dtype;
-    int32_t shared;
-};
-
-class AllReducePlugin final : public Plugin<AllReducePlugin, AllReduceFields> {
+class CqilAllReduce final : public Plugin<CqilAllReduce, CqilAllReduceFields> {
 public:
-    static constexpr char kName[] = "CqilAllReduce";
-    static constexpr std::array kFieldNames = {"mode", "eps", "dtype", "shared"};
-    static constexpr std::array kFieldTypes = {PluginFieldType::kINT32, PluginFieldType::kFLOAT32,
-                                               PluginFieldType::kINT32, PluginFieldType::kINT32};
-    static constexpr size_t kOptional = 1;
     using Plugin::Plugin;
 
     static bool valid(const Fields& f) {
@@ -193,18 +198,8 @@ public:
     }
 };
 
-struct BroadcastFields {
-    int32_t rank;
-    int32_t hidden;
-    int32_t dtype;
-};
-
-class BroadcastPlugin final : public Plugin<BroadcastPlugin, BroadcastFields> {
+class CqilBroadcast final : public Plugin<CqilBroadcast, CqilBroadcastFields> {
 public:
-    static constexpr char kName[] = "CqilBroadcast";
-    static constexpr std::array kFieldNames = {"rank", "hidden", "dtype"};
-    static constexpr std::array kFieldTypes = {PluginFieldType::kINT32, PluginFieldType::kINT32,
-                                               PluginFieldType::kINT32};
     using Plugin::Plugin;
 
     static bool valid(const Fields& f) {
@@ -236,19 +231,8 @@ public:
     }
 };
 
-struct BypassFields {
-    int32_t distance;
-    int32_t dtype;
-    int32_t shared;
-};
-
-class BypassPlugin final : public Plugin<BypassPlugin, BypassFields> {
+class CqilBypass final : public Plugin<CqilBypass, CqilBypassFields> {
 public:
-    static constexpr char kName[] = "CqilBypass";
-    static constexpr std::array kFieldNames = {"distance", "dtype", "shared"};
-    static constexpr std::array kFieldTypes = {PluginFieldType::kINT32, PluginFieldType::kINT32,
-                                               PluginFieldType::kINT32};
-    static constexpr size_t kOptional = 1;
     using Plugin::Plugin;
 
     static bool valid(const Fields& f) {
@@ -266,18 +250,8 @@ public:
     }
 };
 
-struct NormFields {
-    int32_t delta;
-    float eps;
-    int32_t dtype;
-};
-
-class NormPlugin final : public Plugin<NormPlugin, NormFields> {
+class CqilNorm final : public Plugin<CqilNorm, CqilNormFields> {
 public:
-    static constexpr char kName[] = "CqilNorm";
-    static constexpr std::array kFieldNames = {"delta", "eps", "dtype"};
-    static constexpr std::array kFieldTypes = {PluginFieldType::kINT32, PluginFieldType::kFLOAT32,
-                                               PluginFieldType::kINT32};
     static constexpr int kIntegers = 0;
     using Plugin::Plugin;
 
@@ -296,19 +270,8 @@ public:
     }
 };
 
-struct LinearFields {
-    int32_t delta, bias, norm, residual, gated;
-    float eps;
-    int32_t dtype;
-};
-
-class LinearPlugin final : public Plugin<LinearPlugin, LinearFields> {
+class CqilLinear final : public Plugin<CqilLinear, CqilLinearFields> {
 public:
-    static constexpr char kName[] = "CqilLinear";
-    static constexpr std::array kFieldNames = {"delta", "bias", "norm", "residual", "gated", "eps", "dtype"};
-    static constexpr std::array kFieldTypes = {
-        PluginFieldType::kINT32, PluginFieldType::kINT32,   PluginFieldType::kINT32, PluginFieldType::kINT32,
-        PluginFieldType::kINT32, PluginFieldType::kFLOAT32, PluginFieldType::kINT32};
     static constexpr int kIntegers = 0;
     using Plugin::Plugin;
 
@@ -350,15 +313,8 @@ private:
     }
 };
 
-struct AddFields {
-    int32_t terms, dtype;
-};
-
-class AddPlugin final : public Plugin<AddPlugin, AddFields> {
+class CqilAdd final : public Plugin<CqilAdd, CqilAddFields> {
 public:
-    static constexpr char kName[] = "CqilAdd";
-    static constexpr std::array kFieldNames = {"terms", "dtype"};
-    static constexpr std::array kFieldTypes = {PluginFieldType::kINT32, PluginFieldType::kINT32};
     static constexpr int kIntegers = 0;
     using Plugin::Plugin;
 
@@ -374,15 +330,8 @@ public:
     }
 };
 
-struct GatherFields {
-    int32_t dtype;
-};
-
-class GatherPlugin final : public Plugin<GatherPlugin, GatherFields> {
+class CqilGather final : public Plugin<CqilGather, CqilGatherFields> {
 public:
-    static constexpr char kName[] = "CqilGather";
-    static constexpr std::array kFieldNames = {"dtype"};
-    static constexpr std::array kFieldTypes = {PluginFieldType::kINT32};
     using Plugin::Plugin;
 
     static bool valid(const Fields& f) { return valid_dtype(f.dtype); }
@@ -401,21 +350,8 @@ public:
     }
 };
 
-struct AttentionFields {
-    int32_t heads, kv_heads, head_dim, capacity, max_batch, group, first, head_norms;
-    float eps;
-    int32_t dtype;
-};
-
-class AttentionPlugin final : public Plugin<AttentionPlugin, AttentionFields> {
+class CqilAttention final : public Plugin<CqilAttention, CqilAttentionFields> {
 public:
-    static constexpr char kName[] = "CqilAttention";
-    static constexpr std::array kFieldNames = {"heads", "kv_heads", "head_dim",   "capacity", "max_batch",
-                                               "group", "first",    "head_norms", "eps",      "dtype"};
-    static constexpr std::array kFieldTypes = {
-        PluginFieldType::kINT32,   PluginFieldType::kINT32, PluginFieldType::kINT32, PluginFieldType::kINT32,
-        PluginFieldType::kINT32,   PluginFieldType::kINT32, PluginFieldType::kINT32, PluginFieldType::kINT32,
-        PluginFieldType::kFLOAT32, PluginFieldType::kINT32};
     static constexpr int kIntegers = 2;
     using Plugin::Plugin;
 
@@ -461,8 +397,10 @@ template <typename P>
 class Creator final : public IPluginCreator {
 public:
     Creator() {
-        for (size_t i = 0; i < P::kFieldNames.size(); ++i)
-            fields_.emplace_back(P::kFieldNames[i], nullptr, P::kFieldTypes[i], 1);
+        for (const FieldDeclaration& field : P::kFields) {
+            fields_.emplace_back(field.name, nullptr, field.type, 1);
+            required_ += !field.optional;
+        }
         collection_.nbFields = static_cast<int32_t>(fields_.size());
         collection_.fields = fields_.data();
     }
@@ -475,17 +413,19 @@ public:
 
     IPluginV2* createPlugin(char const*, PluginFieldCollection const* given) noexcept override {
         typename P::Fields fields = {};
-        static_assert(sizeof(fields) == 4 * P::kFieldNames.size(), "every field is 4 bytes");
+        static_assert(sizeof(fields) == 4 * std::size(P::kFields), "every field is 4 bytes");
         size_t found = 0;
         for (int32_t i = 0; i < given->nbFields; ++i) {
             const PluginField& field = given->fields[i];
-            for (size_t j = 0; j < fields_.size(); ++j)
-                if (std::strcmp(field.name, P::kFieldNames[j]) == 0 && field.type == P::kFieldTypes[j] && field.data) {
+            for (size_t j = 0; j < std::size(P::kFields); ++j) {
+                const FieldDeclaration& declared = P::kFields[j];
+                if (std::strcmp(field.name, declared.name) == 0 && field.type == declared.type && field.data) {
                     std::memcpy(reinterpret_cast<char*>(&fields) + 4 * j, field.data, 4);
-                    found += j < fields_.size() - P::kOptional;
+                    found += !declared.optional;
                 }
+            }
         }
-        if (found != fields_.size() - P::kOptional) {
+        if (found != required_) {
             report(P::kName, "not every field is given once, with its type");
             return nullptr;
         }
@@ -512,19 +452,15 @@ private:
     }
 
     std::vector<PluginField> fields_;
+    size_t required_ = 0;
     PluginFieldCollection collection_ = {};
 };
 
-Creator<AllReducePlugin> all_reduce_creator;
-Creator<BroadcastPlugin> broadcast_creator;
-Creator<BypassPlugin> bypass_creator;
-Creator<NormPlugin> norm_creator;
-Creator<GatherPlugin> gather_creator;
-Creator<LinearPlugin> linear_creator;
-Creator<AddPlugin> add_creator;
-Creator<AttentionPlugin> attention_creator;
-IPluginCreator* const creators[] = {&all_reduce_creator, &broadcast_creator, &bypass_creator, &norm_creator,
-                                    &linear_creator,     &add_creator,       &gather_creator, &attention_creator};
+#define NO_FIELD(name)
+#define CREATOR(plugin, fields) Creator<plugin> plugin##_creator;
+#define CREATOR_ADDRESS(plugin, fields) &plugin##_creator,
+CQIL_PLUGINS(CREATOR, NO_FIELD, NO_FIELD, NO_FIELD)
+IPluginCreator* const creators[] = {CQIL_PLUGINS(CREATOR_ADDRESS, NO_FIELD, NO_FIELD, NO_FIELD)};
 
 }  // namespace
 

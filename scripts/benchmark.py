@@ -3,14 +3,14 @@
 
     mpirun -n 2 python scripts/benchmark.py --preset llama-7b-p2-d0 --synthetic
 
-Rank 0 also runs the sequential model on its GPU alone. Weights are random in the model's shapes and made on the GPUs;
-the reference in float32 has the same. Decode is timed by CUDA events, a step being what one token takes from the last:
-network, choice of the token, the next step's input. Prefill is wall clock to the first token on the host.
+Rank 0 also runs the sequential model on its GPU alone. Weights are random in the model's shapes and generated on the
+GPUs; the float32 reference has the same. Decode is timed by CUDA events; a step is the network, the choice of the token
+and the next step's input. Prefill is wall clock to the first token on the host.
 
     python scripts/benchmark.py --preset llama-7b-p4-d0 --synthetic --alone
 
-On one GPU: what rank 0 has to compute, the slowest rank's share. Its collectives join nobody, so what they take with
-peers comes on top, and what it computes is not the model's result.
+On one GPU: rank 0's share, which is the slowest rank's. Its collectives have no peers, so their time comes on top, and
+the result is not the model's.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import installed  # noqa: F401
 import numpy as np
 import torch
 from mpi4py import MPI
@@ -56,13 +57,13 @@ from cqil_trt.weights import WeightReader, cut
 COMM = MPI.COMM_WORLD
 RANK = COMM.Get_rank()
 MAX_TOKENS = 1 << 17
-PEER_TOKENS = 1024  # contexts of peers, some of which recompute all of it for every token
+PEER_TOKENS = 1024  # the longest context of peers, some of which recompute it for every token
 PARITY_PROMPTS = 20, 200  # tokens in each
-STEPS = 32  # greedy tokens behind them that are compared with the reference
+STEPS = 32  # greedy tokens after them that are compared with the reference
 
 
 class SyntheticReader(WeightReader):
-    """Random tensors on this process's GPU, the same wherever they are read."""
+    """Random tensors on this process's GPU, the same on every rank."""
 
     source = "random weights"
 
@@ -87,7 +88,7 @@ class SyntheticReader(WeightReader):
 
 
 class SyntheticSession(TorchCudaSession):
-    """A session whose weights come from a reader, not from an engine directory."""
+    """A session with weights from a reader instead of an engine directory."""
 
     def __init__(self, engine: Any, comm: Any, reader: WeightReader):
         self._reader = reader
@@ -107,7 +108,7 @@ class SyntheticSession(TorchCudaSession):
 
 
 def fill(rank: RankPlan, reader: WeightReader, place: Callable[[RankTensor], torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The rank's tensors by name, each in the flat memory that `place` gives for it."""
+    """The rank's tensors by name, each in the flat memory that `place` returns for it."""
     blocks = rank.blocks(reader)
     found = {}
     for tensor in rank.tensors:
@@ -124,21 +125,21 @@ def parser() -> RankParser:
     parser = RankParser(description=__doc__.split("\n")[0])
     parser.add_argument("--preset", default="llama-7b-p2-d0", choices=sorted(PRESETS), metavar="NAME")
     parser.add_argument(
-        "--synthetic", action="store_true", required=True, help="random weights: the only kind there is"
+        "--synthetic", action="store_true", required=True, help="random weights (required: there are no others)"
     )
-    parser.add_argument("--shapes", choices=sorted(SHAPES), help="of another model; takes --start and --end")
-    parser.add_argument("--start", type=int, help="another range of layers than the preset's")
+    parser.add_argument("--shapes", choices=sorted(SHAPES), help="shapes of another model; needs --start and --end")
+    parser.add_argument("--start", type=int, help="a different range of layers than the preset's")
     parser.add_argument("--end", type=int)
     parser.add_argument("--layers", type=int, help="fewer for a quick look")
     parser.add_argument("--contexts", default="128,200,1024,4096", help="tokens before the measured decode steps")
     parser.add_argument("--prefills", default="20,128,1024,4096", help="prompt lengths in tokens")
     parser.add_argument("--batches", default="1,4,8", help="sequences that decode together, at --batch-context")
     parser.add_argument("--batch-context", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=64, help="decode steps of each measurement")
+    parser.add_argument("--steps", type=int, default=64, help="decode steps per measurement")
     parser.add_argument("--alone", action="store_true", help="rank 0's share of every placement, without the others")
     parser.add_argument("--soak", type=int, default=0, metavar="N", help="then generate N tokens, watching for drift")
-    parser.add_argument("--profile", action="store_true", help="and what the kernels of a decode step take")
-    parser.add_argument("--peers", action="store_true", help="what a user might take instead, too (scripts/baselines)")
+    parser.add_argument("--profile", action="store_true", help="also time the kernels of a decode step")
+    parser.add_argument("--peers", action="store_true", help="also measure alternatives (scripts/baselines)")
     parser.add_argument("--json", metavar="F", type=Path)
     parser.add_argument("--plot", metavar="F.png", type=Path)
     return parser
@@ -149,7 +150,7 @@ def model_name(options: argparse.Namespace) -> str:
 
 
 def configure(options: argparse.Namespace, ranks: int) -> tuple[CqilConfig, ModelConfig]:
-    """The configuration and the model that are measured; --contexts, --prefills and --batches become lists.
+    """The configuration and the model to measure; --contexts, --prefills and --batches become lists.
 
     Raises UserError for what cannot be measured.
     """
@@ -171,7 +172,7 @@ def configure(options: argparse.Namespace, ranks: int) -> tuple[CqilConfig, Mode
     if options.shapes and not options.layers and (options.start is None or options.end is None):
         raise UserError("--shapes needs --start and --end")
     if options.layers and (options.start is not None or options.end is not None):
-        raise UserError("--layers puts the groups over all layers: it takes neither --start nor --end")
+        raise UserError("--layers groups all layers: it takes neither --start nor --end")
     if options.peers and min(options.contexts) > PEER_TOKENS:
         raise UserError(f"--peers are measured at --contexts up to {PEER_TOKENS}")
     if options.start is not None or options.end is not None:
@@ -190,7 +191,7 @@ def configure(options: argparse.Namespace, ranks: int) -> tuple[CqilConfig, Mode
 
 @contextmanager
 def saying_when_memory_is_full() -> Iterator[None]:
-    """Inside, too little of PyTorch's memory on the GPU is a UserError."""
+    """Turns PyTorch's out-of-memory error into a UserError."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -214,7 +215,7 @@ def run(options: argparse.Namespace, job: Job) -> None:
         prefill_chunk=1024,
     )
 
-    placements: dict[str, CqilConfig] = {"sequential": CqilConfig(1)}
+    placements: dict[str, CqilConfig] = {"sequential": CqilConfig(p=1)}
     grouped = {"p": cqil.p, "d": cqil.d, "start": cqil.start, "end": cqil.end, "bypass": cqil.bypass}
     placements |= {name: CqilConfig(**grouped, placement=name) for name in ("leader", "sharded")}
     placements["tensor"] = CqilConfig(p=cqil.p, placement="tensor")
@@ -273,7 +274,7 @@ def run(options: argparse.Namespace, job: Job) -> None:
     if options.alone:
         title += ", rank 0's share without its peers"
     if RANK == 0:
-        gpus = f"{COMM.Get_size()} x {cuda.device_name()}, which reads {bandwidth:.2f} TB/s"
+        gpus = f"{COMM.Get_size()} x {cuda.device_name()} (reads {bandwidth:.2f} TB/s)"
         print(f"{title}, float16, {gpus}; milliseconds, median [10%, 90%]\n")
         print(describe(results, options, bandwidth), flush=True)
         save()
@@ -304,7 +305,7 @@ def read_bandwidth() -> float:
 def reference_answers(
     model: ModelConfig, reader: WeightReader, placements: Mapping[str, CqilConfig], prompts: list[list[int]]
 ) -> dict[str, Any]:
-    """What the float32 reference says, for each placement: those that group the same layers share it."""
+    """The float32 reference's answers for each placement; placements with the same groups share them."""
     answers: dict[str, Any] = {}
     with saying_when_memory_is_full():
         network = reference.from_reader(model, reader)
@@ -343,7 +344,7 @@ def decode(session: Any, prompts: list[list[int]], steps: int) -> list[float]:
     session.prefill(prompts)
     session.time_decode(steps // 2)
     session.prefill(prompts)
-    session.time_decode(4)  # the first steps behind a prefill find the clocks and caches it left
+    session.time_decode(4)  # the first steps after a prefill see the clocks and caches that it left
     return session.time_decode(steps)
 
 
@@ -368,7 +369,7 @@ def parity(session: Any, prompts: list[list[int]], probes: list[Any] | None) -> 
 
 
 def soak(session: Any, prompt: list[int], count: int) -> dict[str, Any]:
-    """Generates `count` tokens; whether all ranks hold the same residual stream at every step, and memory that grew."""
+    """Generates `count` tokens; counts steps with equal residual streams on all ranks, and memory growth in bytes."""
     session.prefill([prompt])
     token = session.greedy()
     session.decode(token)
@@ -382,9 +383,9 @@ def soak(session: Any, prompt: list[int], count: int) -> dict[str, Any]:
 
 
 def profile(session: Any, prompt: list[int], steps: int = 16) -> list[tuple[str, float, float]]:
-    """Kernels of a decode step: (what it is, how many, microseconds each), by the torch profiler.
+    """Kernels of a decode step: (name, number, microseconds each), from the torch profiler.
 
-    Kernels overlap, so each is given the time from the end of the one before it to its own: these add up to the step.
+    Kernels overlap, so each counts from the end of the previous one to its own end: these times add up to the step.
     """
     session.prefill([prompt])
     session.time_decode(4)
@@ -404,7 +405,8 @@ def profile(session: Any, prompt: list[int], steps: int = 16) -> list[tuple[str,
         shares.setdefault(name.removesuffix("<gated>"), []).append(
             events[i].time_range.end - events[i - 1].time_range.end
         )
-    # Kernels of split and whole layers differ. What runs once a step also begins a graph, late under the profiler.
+    # Kernels of split and whole layers differ: use the mean. A kernel that runs once per step may begin a graph, which
+    # starts late under the profiler: use the median.
     return [
         (name, len(times) / steps, float(np.mean(times) if len(times) > steps else np.median(times)))
         for name, times in shares.items()
@@ -414,7 +416,7 @@ def profile(session: Any, prompt: list[int], steps: int = 16) -> list[tuple[str,
 def measure_peers(
     model: ModelConfig, reader: WeightReader, placements: Mapping[str, CqilConfig], options: argparse.Namespace
 ) -> Iterator[tuple[str, dict[int, float]]]:
-    """Peers, and the median milliseconds of their decode step by context, wall clock; of meaning on rank 0."""
+    """Peers, and the median milliseconds of their decode step by context, wall clock; meaningful on rank 0."""
     import torch.distributed as dist
     from baselines.compiled import TensorParallelDecoder
     from baselines.published import PublishedCqil
@@ -427,7 +429,7 @@ def measure_peers(
     prompt = np.random.default_rng(0).integers(model.vocab_size, size=max(contexts) + steps).tolist()
 
     def timed(step: Callable[[int], Any]) -> float:
-        """`step` gets how many tokens are behind the one it computes."""
+        """The median milliseconds of `step`, called with its number."""
         times = []
         for i in range(steps):
             torch.cuda.synchronize()
@@ -455,7 +457,7 @@ def measure_peers(
             COMM.Barrier()
             continue
         mine = plan(model, placements[shape], "float16")[RANK]
-        weights = fill(mine, reader, "float16", lambda t: torch.empty(t.elements, dtype=torch.float16, device="cuda"))
+        weights = fill(mine, reader, lambda t: torch.empty(t.elements, dtype=torch.float16, device="cuda"))
         rotary = torch.tensor(inverse_frequencies(model))
         decoder = TensorParallelDecoder(mine, weights, rotary, max(contexts) + steps)
         compiled = torch.compile(decoder, mode="reduce-overhead", fullgraph=True)
@@ -480,7 +482,7 @@ def measure_peers(
 
 
 def generate_time(network: Any, prompt: list[int], steps: int) -> float:
-    """Milliseconds a token of greedy generation with a cache, behind the prompt."""
+    """Milliseconds per token of greedy generation with a cache, after the prompt."""
     ids = torch.tensor([prompt], device="cuda")
     times = []
     for count in (1, 1 + steps, 1, 1 + steps):
@@ -493,13 +495,13 @@ def generate_time(network: Any, prompt: list[int], steps: int) -> float:
 
 
 def describe_peers(peers: dict[str, Any], results: dict[str, Any], options: argparse.Namespace) -> str:
-    """Peers beside ours; how many times longer than `sharded` each takes."""
+    """Peers compared with ours: how many times longer than `sharded` each takes."""
     contexts = [context for context in options.contexts if context <= PEER_TOKENS]
     rows = []
     for name, times in peers.items():
         ours = [float(np.median(results["sharded"]["decode"][context])) for context in contexts]
         rows.append((name, *(f"{times[c]:.2f} ({times[c] / mine:.1f} x)" for c, mine in zip(contexts, ours))))
-    return table(["ms a token (times what sharded takes)", *(f"at {context}" for context in contexts)], rows)
+    return table(["ms per token (ratio to sharded)", *(f"at {context}" for context in contexts)], rows)
 
 
 def describe(results: dict[str, Any], options: argparse.Namespace, bandwidth: float) -> str:
@@ -543,7 +545,7 @@ def describe(results: dict[str, Any], options: argparse.Namespace, bandwidth: fl
                 for kernel, count, each in kernels
                 if count * each >= 0.5
             ]
-            header = [f"{name}, rank 0", "a step", "µs each", "µs a step", "share"]
+            header = [f"{name}, rank 0", "per step", "µs each", "µs per step", "share"]
             lines += ["", table(header, rows)]
         if "soak" in found:
             s = found["soak"]

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""The all-reduce, size by size: ours beside NCCL and torch symmetric memory, in one run, in CUDA graphs.
+"""The all-reduce by size: ours compared with NCCL and torch symmetric memory, in one run, in CUDA graphs.
 
     mpirun -n 2 python scripts/benchmark_allreduce.py
 
-Each figure is the median time of one call inside a graph of many, in microseconds, the slowest rank's. The fused kernel
-(all-reduce + residual add + RMSNorm) stands beside the same in separate kernels, and beside the measured way of a word
-over the link, which bounds them all from below. float16; needs one GPU a rank, torch, and the built plugins.
+Each figure is the median time of one call in a graph of many, in microseconds, on the slowest rank. The fused kernel
+(all-reduce + residual add + RMSNorm) is compared with separate kernels, and with the measured one-way latency of the
+link, a lower bound for all of them. float16; needs one GPU per rank, torch, and the built plugins.
 """
 
 from __future__ import annotations
@@ -15,25 +15,23 @@ import ctypes
 import json
 import os
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import installed  # noqa: F401
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from mpi4py import MPI
+from plots import check_plot, pyplot
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from mpi4py import MPI  # noqa: E402
-from plots import check_plot, pyplot  # noqa: E402
-
-from cqil_trt.backends.torch.gpu_session import use_device  # noqa: E402
-from cqil_trt.commands import RankParser, check_file, run_ranks  # noqa: E402
-from cqil_trt.errors import UserError  # noqa: E402
-from cqil_trt.gpu.workspace import CudaCommunicator  # noqa: E402
-from cqil_trt.job import Job  # noqa: E402
-from cqil_trt.table import table  # noqa: E402
+from cqil_trt.backends.torch.gpu_session import use_device
+from cqil_trt.commands import RankParser, check_file, run_ranks
+from cqil_trt.errors import UserError
+from cqil_trt.gpu.workspace import CudaCommunicator
+from cqil_trt.job import Job
+from cqil_trt.table import table
 
 SIZES = [4 << 10, 8 << 10, 16 << 10, 32 << 10, 64 << 10, 128 << 10, 256 << 10, 512 << 10]
 SIZES += [1 << 20, 2 << 20, 4 << 20, 8 << 20, 16 << 20]
@@ -71,7 +69,7 @@ def symmetric_memory(group: str, size: int) -> dict[str, Callable[[], Any]]:
     """torch's own one-shot and two-shot all-reduce on symmetric memory."""
     import torch.distributed._symmetric_memory as symm
 
-    # These take no float16; bfloat16 is as wide.
+    # These do not support float16; bfloat16 has the same size.
     buffer = symm.empty(size // 2, dtype=torch.bfloat16, device="cuda")
     buffer.fill_(0.0)
     symm.rendezvous(buffer, group)
@@ -86,7 +84,7 @@ def bare(communicator: CudaCommunicator, wide: CudaCommunicator, comm: MPI.Comm,
     for size in SIZES:
         calls = 200 if size <= 256 << 10 else 40
         x = torch.zeros(size // 2, dtype=torch.float16, device="cuda").uniform_(-1, 1)
-        # Written into itself, as NCCL does; zero keeps repeated sums finite.
+        # NCCL and torch reduce in place; zeros keep repeated sums finite.
         ways: dict[str, Callable[[], Any]] = {"ours": lambda x=x: communicator.all_reduce(x)}
         row: dict[str, Any] = {"bytes": size}
         if nccl:
@@ -95,7 +93,7 @@ def bare(communicator: CudaCommunicator, wide: CudaCommunicator, comm: MPI.Comm,
             ways |= symmetric_memory(dist.group.WORLD.group_name, size)
         for name, call in ways.items():
             row[name] = time_in_graph(call, comm, calls)
-        # Both of our ways, whichever the size chooses: where they cross is the library's default.
+        # Both of our protocols, regardless of the size: the library's default is where they cross.
         for name, limit in (("ours one-shot", 0), ("ours two-shot", 16)):
             if size <= WIDEST_ONE_SHOT or limit:
                 wide.workspace.call("workspace_tune", 0, 0, limit, 1)
@@ -179,7 +177,7 @@ def check(options: argparse.Namespace, ranks: int) -> None:
     check_file(options.json, "--json")
     check_plot(options.plot)
     if ranks < 2:
-        raise UserError("one rank has nobody to join: mpirun -n 2 (or more)")
+        raise UserError("one rank has no peers: use mpirun -n 2 (or more)")
 
 
 def run(options: argparse.Namespace, job: Job) -> None:
@@ -214,7 +212,7 @@ def run(options: argparse.Namespace, job: Job) -> None:
         gpus = f"{torch.cuda.device_count()} x {result['gpu']}"
         print(f"{ranks} ranks on {gpus}, torch {torch.__version__}, float16, µs per call")
         print(f"\none word over the link, one way: {result['one_way_us']:.2f} µs")
-        print(f"a kernel that does nothing, in a graph: {result['empty_kernel_us']:.2f} µs")
+        print(f"an empty kernel, in a graph: {result['empty_kernel_us']:.2f} µs")
         print("\nall-reduce\n" + show(result["all_reduce"]))
         print(f"\nall-reduce + residual add + RMSNorm, hidden {HIDDEN}\n" + show(result["fused"]))
         if options.json:

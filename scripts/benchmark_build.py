@@ -18,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import installed  # noqa: F401
 import torch
 from safetensors.torch import save_file
 from synthetic import ROOT, check_space, make_checkpoint
@@ -45,7 +46,7 @@ def make_adapter(directory: Path, shapes: dict[str, tuple[int, ...]]) -> None:
 
 
 def copy(source: Path, target: Path) -> float:
-    """Seconds to copy every file of `source` to new files in `target`, which is removed again."""
+    """Seconds to copy every file of `source` to new files in `target`, which is then removed."""
     target.mkdir()
     began = time.perf_counter()
     for file in sorted(source.iterdir()):
@@ -57,7 +58,7 @@ def copy(source: Path, target: Path) -> float:
 
 
 def build(model: Path, adapter: Path, output: Path) -> tuple[float, float]:
-    """Seconds and peak resident memory in bytes of build.py, in a process of its own."""
+    """Seconds and peak resident memory in bytes of build.py, in a separate process."""
     arguments = [sys.executable, ROOT / "builders" / "build.py", "--model", model, "--lora", adapter]
     began = time.perf_counter()
     process = subprocess.Popen([str(c) for c in [*arguments, "--p", 2, "--output", output]])
@@ -74,7 +75,9 @@ def main() -> None:
 
 def parser() -> Parser:
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--directory", type=Path, default=Path("."), help="where to work; the disk that is measured")
+    parser.add_argument(
+        "--directory", type=Path, default=Path("."), help="working directory, on the disk to be measured"
+    )
     parser.add_argument("--layers", type=int, default=32, help="fewer for a quick look")
     parser.add_argument("--json", metavar="F", type=Path)
     return parser

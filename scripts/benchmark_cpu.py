@@ -1,35 +1,32 @@
 #!/usr/bin/env python
-"""Where the time of a decode step on the CPU goes: matrix products, attention, MPI, and everything else.
+"""The time of a decode step on the CPU by part: matrix products, attention, MPI, and everything else.
 
     python scripts/benchmark_cpu.py --engine engines/ENGINE
     mpirun -n 2 python scripts/benchmark_cpu.py --engine engines/ENGINE
 
-Rank 0 reports medians over steps, at a context of --context tokens. OMP_NUM_THREADS sets the threads of a rank.
+Rank 0 reports medians over steps, at a context of --context tokens. OMP_NUM_THREADS sets the threads per rank.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import installed  # noqa: F401
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from cqil_trt.commands import RankParser, check_at_least, check_file, run_ranks  # noqa: E402
-from cqil_trt.engine import Engine  # noqa: E402
-from cqil_trt.errors import UserError  # noqa: E402
-from cqil_trt.job import Job  # noqa: E402
-from cqil_trt.llm import Llm  # noqa: E402
-from cqil_trt.table import table  # noqa: E402
+from cqil_trt.commands import RankParser, check_at_least, check_file, run_ranks
+from cqil_trt.engine import Engine
+from cqil_trt.errors import UserError
+from cqil_trt.job import Job
+from cqil_trt.llm import Llm
+from cqil_trt.table import table
 
 
 def parser() -> RankParser:

@@ -1,34 +1,30 @@
 #!/usr/bin/env python
-"""The matrix products of a decode step against cuBLAS, and all of a model's behind each other.
+"""The matrix products of a decode step against cuBLAS, and all products of a model in sequence.
 
     python scripts/benchmark_linear.py
 
-LLaMA-7B shapes, float16. Matrices take turns, so that the L2 cache holds none; times are medians of CUDA graphs.
+LLaMA-7B shapes, float16. Matrices alternate, so that none stays in the L2 cache; times are medians of CUDA graphs.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import installed  # noqa: F401
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from cqil_trt.commands import Parser, check_file, numbers  # noqa: E402
-from cqil_trt.gpu import cuda, kernel_library  # noqa: E402
-from cqil_trt.gpu.workspace import DTYPES  # noqa: E402
-from cqil_trt.job import command  # noqa: E402
-from cqil_trt.table import table  # noqa: E402
+from cqil_trt.commands import Parser, check_file, numbers
+from cqil_trt.gpu import abi, cuda, kernel_library
+from cqil_trt.job import command
+from cqil_trt.table import table
 
 HIDDEN, INNER, VOCABULARY, LAYERS = 4096, 11008, 32000, 32
-# Outputs, inputs, whether gated; halves as two ranks have them.
+# Outputs, inputs, whether gated; halves are the shares of two ranks.
 SHAPES = {
     "qkv": (3 * HIDDEN, HIDDEN, False),
     "o": (HIDDEN, HIDDEN, False),
@@ -48,18 +44,25 @@ class Kernels:
         self._scratch = torch.empty(0, dtype=torch.uint8, device="cuda")
 
     def linear(self, x, weight, out, gated=False, norm=None, residual=None) -> None:
-        shape = kernel_library.LinearShape(len(x), out.shape[1], x.shape[1], gated, DTYPES["float16"], 1e-5)
+        shape = abi.cqil_linear_shape(
+            rows=len(x),
+            outputs=out.shape[1],
+            inputs=x.shape[1],
+            gated=gated,
+            dtype=abi.dtype_code("float16"),
+            eps=1e-5,
+        )
         size = self._library.cqil_linear_scratch_bytes(shape)
         if size > len(self._scratch):
             self._scratch = torch.empty(size, dtype=torch.uint8, device="cuda")
         given = [x, None, weight, None, norm, residual, out, self._scratch]
         pointers = [None if tensor is None else tensor.data_ptr() for tensor in given]
-        if self._library.cqil_linear(ctypes.byref(shape), *pointers, torch.cuda.current_stream().cuda_stream):
+        if self._library.cqil_linear(shape, *pointers, torch.cuda.current_stream().cuda_stream):
             raise RuntimeError(self._library.cqil_last_error().decode())
 
 
 def microseconds(calls: list[Callable[[], object]], replays: int = 12) -> float:
-    """Of all calls in one graph."""
+    """Median microseconds of all calls together, in one graph."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls:
@@ -91,7 +94,7 @@ def main() -> None:
 
 def parser() -> Parser:
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", default="1,2,4,8,16,64,512", help="rows of x, as sequences or prompt tokens")
+    parser.add_argument("--rows", default="1,2,4,8,16,64,512", help="rows of x, i.e. sequences or prompt tokens")
     parser.add_argument("--json", metavar="F", type=Path)
     return parser
 
@@ -131,7 +134,7 @@ def run(options: argparse.Namespace) -> None:
 
     time, size = microseconds([step]), sum(weight.nbytes for layer in layers for weight in layer)
     results["chain"] = {"ours_us": time, "bytes": size}
-    print(f"the products of {LAYERS} layers behind each other: {time / 1e3:.3f} ms, {size / time / 1e6:.2f} TB/s")
+    print(f"the products of {LAYERS} layers in sequence: {time / 1e3:.3f} ms, {size / time / 1e6:.2f} TB/s")
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
 

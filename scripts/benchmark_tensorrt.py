@@ -4,9 +4,9 @@
     python scripts/benchmark_tensorrt.py --preset llama-7b-p2-d0
 
 Makes a checkpoint with random weights, builds torch engines of it (merged and sharded weights, and the float32
-reference's answers to a few prompts), compiles each with TensorRT, validates it and measures it at batch 1, beside the
-sequential engine on one GPU. TensorRT may live in another Python: --runtime-python names it. Needs a GPU for each rank,
-the built plugins, and 70 GB of disk for LLaMA-7B.
+reference's answers to a few prompts), compiles each with TensorRT, validates it and measures it at batch 1, next to the
+sequential engine on one GPU. TensorRT may be installed in another Python: --runtime-python names it. Needs a GPU per
+rank, the built plugins, and 70 GB of disk for LLaMA-7B.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import installed  # noqa: F401
 from synthetic import ROOT, SHAPES, check_space, make_checkpoint, model_config
 
 from cqil_trt.commands import Parser, check_at_least, check_file, numbers
@@ -50,22 +51,22 @@ def parser() -> Parser:
     parser.add_argument("--preset", default="llama-7b-p2-d0", help="a published configuration (default %(default)s)")
     parser.add_argument("--layers", type=int, help="fewer for a quick look")
     parser.add_argument("--contexts", default="20,200,1000", help="prompt lengths in tokens (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=64, help="decode steps of each measurement")
+    parser.add_argument("--steps", type=int, default=64, help="decode steps per measurement")
     parser.add_argument("--max-seq-len", type=int, default=2048)
     parser.add_argument("--runtime-python", default=sys.executable, help="the Python that has TensorRT")
-    parser.add_argument("--torch", action="store_true", help="the same without TensorRT too: the torch backend on CUDA")
+    parser.add_argument("--torch", action="store_true", help="also without TensorRT: the torch backend on CUDA")
     parser.add_argument(
-        "--directory", type=Path, help="where to work, and what is there already is used (default: a temporary one)"
+        "--directory", type=Path, help="working directory, whose contents are reused (default: a temporary one)"
     )
     parser.add_argument(
-        "--prepare", action="store_true", help="end when checkpoint and torch engines are in --directory"
+        "--prepare", action="store_true", help="stop after writing checkpoint and torch engines to --directory"
     )
     parser.add_argument("--json", metavar="F", type=Path)
     return parser
 
 
 def check(options: argparse.Namespace, model: str, gpus: int) -> None:
-    """What is wrong should come out before gigabytes are written."""
+    """Checks the options: errors should be reported before gigabytes are written."""
     if options.prepare and not options.directory:
         raise UserError("--prepare needs --directory")
     check_at_least(options, 2, "max_seq_len")
@@ -119,7 +120,7 @@ def run(options: argparse.Namespace) -> None:
 def benchmark(
     options: argparse.Namespace, root: Path, model: str, shapes: dict[str, list[Any]], gpus: int
 ) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """What each build planned and each engine measured; None when that was only to be prepared."""
+    """The plan of each build and the measurements of each engine; None with --prepare."""
     build, runtime = ROOT / "builders" / "build.py", ROOT / "runtime" / "run.py"
     checkpoint = root / "model"
     if not checkpoint.exists():
@@ -130,7 +131,7 @@ def benchmark(
         if (root / f"torch{number}").exists():
             builds.append((name, number, None))
             continue
-        # The reference runs on a GPU; spread over them, the builds run at the same time.
+        # The reference runs on a GPU; builds on different GPUs run concurrently.
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(number % gpus)}
         limits = ["--max-batch-size", 1, "--max-seq-len", options.max_seq_len, "--probes", "always", "--json"]
         arguments = [sys.executable, build, "--model", checkpoint, *shape, *limits]
@@ -145,7 +146,7 @@ def benchmark(
                 wait(process, f"the build of {name}")
             plans[name] = json.loads((root / f"{number}.json").read_text())
     finally:
-        for _, _, process in builds:  # what still runs when one has failed
+        for _, _, process in builds:  # those still running after one has failed
             if process is not None and process.poll() is None:
                 process.terminate()
                 process.wait()
@@ -160,7 +161,7 @@ def benchmark(
         measure = ["--validate", "--benchmark", "--contexts", options.contexts, "--max-new-tokens", options.steps]
         report = root / f"report{number}.json"
         process = start_process(*job, runtime, "--engine", engine, *measure, "--json", report)
-        if process.wait() not in (0, 1):  # a failed validation is reported beside the times
+        if process.wait() not in (0, 1):  # a failed validation is reported next to the times
             raise UserError(f"running {name} failed")
         results[name] = json.loads(report.read_text())
         if options.torch:
@@ -171,7 +172,7 @@ def benchmark(
 
 
 def describe(plans: dict[str, Any], results: dict[str, Any]) -> str:
-    """The table: weights read, milliseconds per token by context, against sequential, and how well it computes."""
+    """The table: weights read, milliseconds per token by context, compared with sequential, and parity."""
     contexts = [measured["prompt_tokens"] for measured in results["sequential, 1 GPU"]["benchmark"]]
     rows, first = [], None
     for name, result in results.items():

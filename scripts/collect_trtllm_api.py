@@ -5,7 +5,7 @@
     git clone --depth 1 --branch gh-pages https://github.com/NVIDIA/TensorRT-LLM pages
     python scripts/collect_trtllm_api.py pages/1.2.1                # which shows the release's sources as HTML
 
-Adds them under their version to tests/trtllm_api.json: names of parameters, nothing else of the code.
+Adds them under their version to tests/support/trtllm_api.json: names of parameters, nothing else of the code.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-TARGET = Path(__file__).resolve().parent.parent / "tests" / "trtllm_api.json"
+TARGET = Path(__file__).resolve().parent.parent / "tests" / "support" / "trtllm_api.json"
 SYMBOLS = {
     "_common.py": ["default_trtnet"],
     "functional.py": ["allreduce", "_create_tensor"],
@@ -52,13 +52,13 @@ def main() -> None:
 
 
 def collect(root: Path) -> tuple[str, dict[str, Any]]:
-    """The version whose sources or documentation `root` holds, and its entry for trtllm_api.json."""
+    """The version of the sources or documentation in `root`, and its entry for trtllm_api.json."""
     package, pages = root / "tensorrt_llm", root / "_modules" / "tensorrt_llm"
     found: dict[str, Any] = {}
     for file, symbols in SYMBOLS.items():
         path = package / file if package.is_dir() else (pages / file).with_suffix(".html")
         if path.suffix == ".html" and not path.exists():
-            print(f"{path}: the documentation does not show it: {', '.join(symbols)} are left out")
+            print(f"{path}: not in the documentation: omits {', '.join(symbols)}")
             continue
         text = path.read_text()
         functions = dict(_functions(ast.parse(text if path.suffix == ".py" else source_of_page(text))))
@@ -75,7 +75,7 @@ def collect(root: Path) -> tuple[str, dict[str, Any]]:
 
 
 class _Page(HTMLParser):
-    """The text of a page; of its blocks of code alone too, without the links that Sphinx puts into them."""
+    """The text of a page, and separately that of its code blocks, without the links that Sphinx puts into them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ def _parse(page: str) -> _Page:
 
 
 def source_of_page(page: str) -> str:
-    """The Python source that a Sphinx page of highlighted code shows."""
+    """The Python source in a Sphinx page of highlighted code."""
     return "".join(_parse(page).code)
 
 
@@ -124,7 +124,7 @@ def _functions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef]]:
 
 
 def _signature(function: ast.FunctionDef, method: bool) -> dict[str, Any]:
-    """Names by kind; `required`: those without a default. What a method is bound to is left out."""
+    """Parameter names by kind; `required`: those without a default. `self` and `cls` are left out."""
     a = function.args
     positional = [argument.arg for argument in (*a.posonlyargs, *a.args)]
     required = positional[: len(positional) - len(a.defaults)]
@@ -138,7 +138,7 @@ def _signature(function: ast.FunctionDef, method: bool) -> dict[str, Any]:
 
 
 def _flags(package: Path) -> Iterator[str]:
-    """Of trtllm-build: its own, and a field of PluginConfig each."""
+    """The flags of trtllm-build: its own, and one for each field of PluginConfig."""
     for node in ast.walk(ast.parse((package / "commands" / "build.py").read_text())):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument":
             for value in node.args:

@@ -1,4 +1,4 @@
-# Sourced by the other scripts: makes .venv in the checkout, once, and installs the project with all it needs.
+# Sourced by the other scripts: creates .venv in the checkout once, and installs the project with its dependencies.
 # CQIL_TORCH picks the PyTorch to install, e.g. CQIL_TORCH="torch==2.11.0". On PyPI a Linux torch brings CUDA's libraries
 # (gigabytes); PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gets the small one for a machine without GPU.
 set -euo pipefail

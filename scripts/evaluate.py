@@ -4,7 +4,8 @@
     python scripts/evaluate.py --model path/to/model --lora adapters/mine --text heldout.txt --tasks sciq,arc_easy
     mpirun -n 2 python scripts/evaluate.py --engine engines/mine --text heldout.txt        # a compiled engine
 
-The reference (Hugging Face's modules) is evaluated unchanged, with CQIL, and with CQIL and the adapter, engines beside.
+The reference (Hugging Face's modules) is evaluated unchanged, with CQIL, and with CQIL and the adapter; engines are
+evaluated next to it.
 """
 
 from __future__ import annotations
@@ -18,15 +19,14 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 if not sys.stderr.isatty():
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's bars have no other switch
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the only way to hide the harness's bars
 
-import numpy as np  # noqa: E402
+import installed  # noqa: F401
+import numpy as np
 
-from cqil_trt.backends import DEVICES  # noqa: E402
-from cqil_trt.commands import (  # noqa: E402
+from cqil_trt.backends import DEVICES
+from cqil_trt.commands import (
     RankParser,
     add_cqil_flags,
     check_at_least,
@@ -36,12 +36,12 @@ from cqil_trt.commands import (  # noqa: E402
     cqil_flags,
     run_ranks,
 )
-from cqil_trt.config import CqilConfig  # noqa: E402
-from cqil_trt.errors import UserError  # noqa: E402
-from cqil_trt.hub import find_adapter  # noqa: E402
-from cqil_trt.job import Job  # noqa: E402
-from cqil_trt.quality.perplexity import CELLS, WON_BACK, Scores, won_back  # noqa: E402
-from cqil_trt.table import table  # noqa: E402
+from cqil_trt.config import CqilConfig
+from cqil_trt.errors import UserError
+from cqil_trt.hub import find_adapter
+from cqil_trt.job import Job
+from cqil_trt.quality.perplexity import CELLS, WON_BACK, Scores, won_back
+from cqil_trt.table import table
 
 UNCHANGED, CQIL, ADAPTED = "unchanged", "CQIL", "CQIL + adapter"
 
@@ -56,7 +56,7 @@ def parser() -> RankParser:
     p.add_argument(
         "--lora",
         metavar="DIR",
-        help="PEFT adapter, or org/name[@revision]; one of finetune.py's has its own --p … --bypass",
+        help="PEFT adapter, or org/name[@revision]; one made by finetune.py sets --p … --bypass",
     )
     add_cqil_flags(p)
     p.add_argument("--engine", metavar="DIR", type=Path, action="append", default=[], help="an engine; may be repeated")
@@ -66,28 +66,26 @@ def parser() -> RankParser:
         "--text", metavar="PATH", type=Path, nargs="+", help="text files, .jsonl, directories; .npy of tokens"
     )
     text.add_argument("--column", default="text", help="field of .jsonl and datasets that holds the text")
-    text.add_argument("--text-tokens", metavar="N", type=int, help="at most these many tokens of it")
-    text.add_argument(
-        "--block", metavar="N", type=int, default=1024, help="tokens that are predicted from their own block"
-    )
+    text.add_argument("--text-tokens", metavar="N", type=int, help="at most N tokens of the text")
+    text.add_argument("--block", metavar="N", type=int, default=1024, help="tokens per block, each scored separately")
     tasks = p.add_argument_group("tasks")
     tasks.add_argument(
-        "--tasks", metavar="NAME,NAME", help="of lm-evaluation-harness: sciq,winogrande,arc_easy,mmlu, …"
+        "--tasks", metavar="NAME,NAME", help="tasks of lm-evaluation-harness: sciq,winogrande,arc_easy,mmlu, …"
     )
-    tasks.add_argument("--task-path", metavar="DIR", type=Path, help="directory of task files (.yaml) of your own")
+    tasks.add_argument("--task-path", metavar="DIR", type=Path, help="directory with your own task files (.yaml)")
     tasks.add_argument(
         "--num-fewshot", metavar="N", type=int, help="examples before each question (default: the task's)"
     )
-    tasks.add_argument("--limit", metavar="N", type=int, help="at most N questions of each task")
-    tasks.add_argument("--max-length", metavar="N", type=int, default=2048, help="tokens a question may have")
-    tasks.add_argument("--batch-size", metavar="N", type=int, default=8, help="questions the reference takes at a time")
-    p.add_argument("--samples", action="store_true", help="put every question's answers into --json")
-    p.add_argument("--json", metavar="F", type=Path, help="write everything measured to this file")
+    tasks.add_argument("--limit", metavar="N", type=int, help="at most N questions per task")
+    tasks.add_argument("--max-length", metavar="N", type=int, default=2048, help="maximum tokens of a question")
+    tasks.add_argument("--batch-size", metavar="N", type=int, default=8, help="questions per batch of the reference")
+    p.add_argument("--samples", action="store_true", help="include every question's answers in --json")
+    p.add_argument("--json", metavar="F", type=Path, help="write all measurements to this file")
     return p
 
 
 class Column:
-    """One configuration: how it scores blocks of tokens and tasks. `label` heads its column."""
+    """One configuration: how it scores blocks of tokens and tasks. `label`: the header of its column."""
 
     def __init__(self, label: str, cqil: CqilConfig):
         self.label, self.cqil = label, cqil
@@ -100,11 +98,11 @@ def main() -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """What is wrong should come out before hours of evaluation, not behind them."""
+    """Checks the options: errors should be reported before hours of evaluation, not after."""
     from cqil_trt.engine import Engine
 
     if not (options.text or options.tasks):
-        raise UserError("what to evaluate on? --text PATH …, or --tasks NAME,NAME")
+        raise UserError("what to evaluate on? Give --text PATH … or --tasks NAME,NAME")
     check_at_least(options, 2, "block", "max_length")
     check_at_least(options, 1, "text_tokens", "limit", "batch_size")
     check_at_least(options, 0, "num_fewshot")
@@ -126,7 +124,7 @@ def evaluate(options: argparse.Namespace, job: Job) -> None:
         manager = job.agree(lambda: task_manager(names, options.task_path) if job.rank == 0 else None)
     columns: list[Column] = []
     if options.model or options.lora or not options.engine:
-        # The other ranks have nothing to do with the reference: they sleep.
+        # The other ranks are not needed for the reference: they sleep.
         columns += job.agree(lambda: list(references(options, names, manager)) if job.rank == 0 else [])
     columns += engines(options, names, manager, job)
     if job.rank == 0:
@@ -134,7 +132,7 @@ def evaluate(options: argparse.Namespace, job: Job) -> None:
 
 
 def references(options: argparse.Namespace, names: list[str], manager: Any) -> Iterator[Column]:
-    """The reference in every configuration, evaluated, in this process."""
+    """Evaluates the reference in every configuration, in this process."""
     from cqil_trt import reference
     from cqil_trt.builder import choose_cqil
     from cqil_trt.checkpoint import Checkpoint
@@ -170,7 +168,7 @@ def references(options: argparse.Namespace, names: list[str], manager: Any) -> I
         return column
 
     network = reference.from_reader(model, checkpoint.reader)
-    yield run(network, Column(UNCHANGED, CqilConfig(1)))
+    yield run(network, Column(UNCHANGED, CqilConfig(p=1)))
     if cqil.groups:
         reference.with_cqil(network, cqil)
         yield run(network, Column(CQIL, cqil))
@@ -180,11 +178,11 @@ def references(options: argparse.Namespace, names: list[str], manager: Any) -> I
         reference.with_cqil(network, cqil)
         yield run(network, Column(ADAPTED if cqil.groups else "adapter", cqil))
     del network
-    reference.free_memory()  # an engine takes its memory elsewhere
+    reference.free_memory()  # an engine allocates its memory outside PyTorch
 
 
 def engines(options: argparse.Namespace, names: list[str], manager: Any, job: Job) -> Iterator[Column]:
-    """Every engine, evaluated, on all ranks."""
+    """Evaluates every engine, on all ranks."""
     from cqil_trt.llm import Llm
     from cqil_trt.quality import text_blocks
     from cqil_trt.quality.perplexity import score_engine
@@ -209,7 +207,7 @@ def engines(options: argparse.Namespace, names: list[str], manager: Any, job: Jo
 
 
 def engine_tasks(llm: Any, manager: Any, names: list[str], options: argparse.Namespace) -> dict[str, Any]:
-    """The harness on rank 0, with every rank's part in the engine's answers."""
+    """Runs the harness on rank 0, while every rank serves the engine."""
     from cqil_trt.quality.harness import EngineLM, run_tasks
 
     lm = EngineLM(llm)
@@ -259,7 +257,7 @@ def describe(cqil: CqilConfig) -> str:
 
 
 def task_table(columns: list[Column]) -> str:
-    """A row for each task and metric, a column for each configuration; behind ± the standard error."""
+    """A row per task and metric, a column per configuration; the standard error follows ±."""
     rows = []
     for task, first in columns[0].tasks["results"].items():
         for metric, value in first.items():

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Fetches the English that docs/quality.md trains on (5 million tokens), and the news that it judges by.
+"""Fetches the English texts that docs/quality.md trains on (5 million tokens), and the news that it evaluates on.
 
     python scripts/fetch_demo_text.py          # writes demo-texts/english/*.txt and demo-texts/heldout.txt
 
@@ -20,14 +20,13 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import installed  # noqa: F401
+from tqdm import tqdm
 
-from tqdm import tqdm  # noqa: E402
-
-from cqil_trt.commands import Parser  # noqa: E402
-from cqil_trt.demo import packaged  # noqa: E402
-from cqil_trt.errors import UserError  # noqa: E402
-from cqil_trt.job import command  # noqa: E402
+from cqil_trt.commands import Parser
+from cqil_trt.demo import packaged
+from cqil_trt.errors import UserError
+from cqil_trt.job import command
 
 # gensim 4.4.0 (LGPL-2.1; nothing but this text is kept) carries 300 items of Australian news from 2000 and 2001 (Lee,
 # Pincombe, Welsh, CogSci 2005).
@@ -36,26 +35,26 @@ HELD_OUT = (
     "gensim/test/test_data/lee_background.cor",
     "5d78d6dafd953bbf65797bef09a9ffb9ec430583381be705f8fd460000f370fb",
 )
-# What the directory holds.
+# The contents of the directory.
 ENGLISH, NEWS = "english", "heldout.txt"
 
 
 def main() -> None:
     with command():
         p = Parser(prog="fetch_demo_text.py", description=__doc__.split("\n")[0])
-        p.add_argument("--output", metavar="DIR", type=Path, default=Path("demo-texts"), help="directory to make")
-        p.add_argument("--force", action="store_true", help="fetch again where it exists")
+        p.add_argument("--output", metavar="DIR", type=Path, default=Path("demo-texts"), help="directory to create")
+        p.add_argument("--force", action="store_true", help="fetch again if it exists")
         fetch(p.parse_args())
 
 
 def fetch(options: argparse.Namespace) -> None:
-    import nltk  # noqa: F401  should be missed before the download and not behind it
+    import nltk  # noqa: F401  if missing, report it before the download
 
     if options.output.exists():
         if not options.force:
             raise UserError(f"--output {options.output}: exists already (--force fetches again)")
         if not options.output.is_dir() or {path.name for path in options.output.iterdir()} - {ENGLISH, NEWS}:
-            raise UserError(f"--output {options.output}: --force replaces these texts, and there is something else")
+            raise UserError(f"--output {options.output}: --force replaces only these texts, and this is something else")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.output.parent) as temporary:
         new = Path(temporary) / "texts"
@@ -68,13 +67,13 @@ def fetch(options: argparse.Namespace) -> None:
         if options.output.exists():
             options.output.rename(Path(temporary) / "old")
         new.rename(options.output)
-    print(f"{options.output / ENGLISH} to train on, {options.output / NEWS} to judge by")
+    print(f"{options.output / ENGLISH} to train on, {options.output / NEWS} to evaluate on")
 
 
 def checkout(directory: Path, repository: str, commit: str, patterns: list[str]) -> Path:
-    """The files of a GitHub repository that match, at one commit; nothing else of it is fetched."""
+    """The matching files of a GitHub repository at one commit; nothing else is fetched."""
     path = directory / repository.replace("/", "+")
-    silent = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}  # or it asks for a password where there is nothing
+    silent = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}  # otherwise git asks for a password if nothing is found
     for arguments in (
         ["init", "--quiet", str(path)],
         ["-C", str(path), "remote", "add", "origin", f"https://github.com/{repository}"],
@@ -120,21 +119,21 @@ def plain_xhtml(text: str) -> str:
 
 
 def plain_brown(text: str) -> str:
-    """Sentences of the Brown corpus, a word/tag each, as a writer would have put them."""
+    """Sentences of the Brown corpus, given as word/tag pairs, in ordinary spelling."""
     from nltk.tokenize.treebank import TreebankWordDetokenizer
 
     join = TreebankWordDetokenizer().detokenize
     paragraphs = []
     for paragraph in re.split(r"\n\s*\n", text.strip()):
         lines = [[word.rpartition("/")[0] for word in line.split()] for line in paragraph.splitlines()]
-        # These three it tags twice at the end of a sentence.
+        # At the end of a sentence these three are tagged twice.
         kept = [[w for w, then in zip(words, [*words[1:], ""]) if w != then or w not in "?!;"] for words in lines]
         paragraphs.append(" ".join(join(words) for words in kept))
     return "\n\n".join(paragraphs)
 
 
 def files(name: str, suffix: str, plain: Callable[[str], str]) -> Callable[[Path], dict[str, str]]:
-    """Every file with the suffix, made plain, as one text."""
+    """All files with the suffix as one plain text."""
 
     def convert(path: Path) -> dict[str, str]:
         texts = [plain(read([file])) for file in sorted(path.rglob(f"*{suffix}"))]
@@ -144,7 +143,7 @@ def files(name: str, suffix: str, plain: Callable[[str], str]) -> Callable[[Path
 
 
 def corpora(path: Path) -> dict[str, str]:
-    """Of NLTK's data: speeches, radio, overheard talk, and the Brown corpus."""
+    """Texts in NLTK's data: speeches, radio, overheard talk, and the Brown corpus."""
     found = {}
     with tempfile.TemporaryDirectory(dir=path) as temporary:
         for packed in path.glob("packages/corpora/*.zip"):
@@ -158,14 +157,14 @@ def corpora(path: Path) -> dict[str, str]:
     return found
 
 
-# Of NLTK's web texts: what is not English prose.
+# NLTK's web texts that are not English prose.
 LEFT_OUT = ("firefox.txt", "grail.txt", "pirates.txt", "singles.txt")
-# Repository, commit, files, how they become texts by name.
+# Repository, commit, files, and the function that makes texts by name from them.
 Source = tuple[str, str, list[str], Callable[[Path], dict[str, str]]]
 
 
 def ebook(name: str, title: str, commit: str) -> Source:
-    """Of a Standard Ebook the chapters, without what the publisher adds."""
+    """The chapters of a Standard Ebook, without the publisher's additions."""
     added = (f"!{page}.xhtml" for page in ("colophon", "imprint", "titlepage", "uncopyright"))
     patterns = ["/src/epub/text/*.xhtml", *added]
     return f"standardebooks/{title}", commit, patterns, files(name, ".xhtml", plain_xhtml)

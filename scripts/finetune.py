@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Trains the LoRA adapter that wins back what CQIL costs, by distillation from the unchanged model.
+"""Trains the LoRA adapter that recovers what CQIL loses, by distillation from the unchanged model.
 
     python scripts/finetune.py --model path/to/model --p 2 --text texts/ --output adapters/mine
     python scripts/finetune.py --model path/to/model --p 2 --self-generated 4000000      # without any text
     torchrun --nproc-per-node 4 -- scripts/finetune.py …                                 # on four GPUs
 
-The adapter is what `build.py --lora` takes, with the CQIL configuration inside.
+The adapter is for `build.py --lora` and contains the CQIL configuration.
 """
 
 from __future__ import annotations
@@ -20,14 +20,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import installed  # noqa: F401
+import numpy as np
+from plots import check_plot, pyplot
 
-import numpy as np  # noqa: E402
-from plots import check_plot, pyplot  # noqa: E402
-
-from cqil_trt.builder import choose_cqil  # noqa: E402
-from cqil_trt.commands import (  # noqa: E402
+from cqil_trt.builder import choose_cqil
+from cqil_trt.commands import (
     RankParser,
     add_cqil_flags,
     check_at_least,
@@ -35,26 +33,26 @@ from cqil_trt.commands import (  # noqa: E402
     chosen_model,
     cqil_flags,
 )
-from cqil_trt.config import ADAPTER_FILE, CqilConfig  # noqa: E402
-from cqil_trt.errors import UserError  # noqa: E402
-from cqil_trt.job import command  # noqa: E402
-from cqil_trt.json_fields import read_json  # noqa: E402
-from cqil_trt.model import ModelConfig  # noqa: E402
-from cqil_trt.table import table  # noqa: E402
-from cqil_trt.weights import WeightReader, open_checkpoint  # noqa: E402
+from cqil_trt.config import ADAPTER_FILE, CqilConfig
+from cqil_trt.errors import UserError
+from cqil_trt.job import command
+from cqil_trt.json_fields import read_json
+from cqil_trt.model import ModelConfig
+from cqil_trt.table import table
+from cqil_trt.weights import WeightReader, open_checkpoint
 
 CHECKPOINTS = "checkpoints"
 SETTINGS = "settings.json"
 SAMPLED, CONVERSATIONS = "self-generated.npy", "self-generated-chat.npy"
 REPORT = "training.json"
-# What a resumed run may change: none of it decides what is trained.
+# Options that a resumed run may change: none of them affects what is trained.
 FREE = {"output", "resume", "force", "save_steps", "eval_text", "eval_tokens", "plot", "sampling_batch", "compile"}
-# What decides the text that is sampled. A run that has no checkpoint yet may change all the rest, and keep that text.
+# Options that affect the sampled text. A run without a checkpoint may change all others and keep that text.
 SAMPLING = {"model", "self_generated", "self_generated_chat", "top_p", "sequence_length", "seed"}
-# Bytes of activations kept for the backward pass, for each token, hidden element and layer: measured with bfloat16
-# products over LoRA's float32 parameters.
+# Bytes of activations kept for the backward pass, per token, hidden element and layer: measured with bfloat16 matrix
+# products and LoRA's float32 parameters.
 ACTIVATION_BYTES = 55
-# Torchrun's number of this process; the first one speaks and writes.
+# Whether this is torchrun's first process: only that one prints and writes.
 FIRST = int(os.environ.get("RANK", "0")) == 0
 
 
@@ -65,37 +63,37 @@ def parser() -> RankParser:
         "--model", metavar="PATH", help="Hugging Face directory, GGUF file, or org/name[@revision] (default: the demo)"
     )
     add_cqil_flags(p)
-    p.add_argument("--output", metavar="DIR", type=Path, help="adapter directory to make (default adapters/NAME)")
-    p.add_argument("--resume", action="store_true", help="go on from the last checkpoint under --output")
-    p.add_argument("--force", action="store_true", help="start over where --output exists")
+    p.add_argument("--output", metavar="DIR", type=Path, help="adapter directory to create (default adapters/NAME)")
+    p.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --output")
+    p.add_argument("--force", action="store_true", help="start over if --output exists")
     text = p.add_argument_group("what is trained on")
     text.add_argument(
         "--text", metavar="PATH", type=Path, nargs="+", help="text files, .jsonl, directories; .npy of tokens"
     )
     text.add_argument("--column", default="text", help="field of .jsonl and datasets that holds the text")
-    text.add_argument(
-        "--self-generated", metavar="N", type=int, help="N tokens that the unchanged model samples itself"
-    )
+    text.add_argument("--self-generated", metavar="N", type=int, help="N tokens sampled from the unchanged model")
     text.add_argument(
         "--self-generated-chat",
         metavar="N",
         type=int,
-        help="N tokens of conversations that it samples, beginning as its chat template begins a user's message",
+        help="N tokens of conversations sampled from it, each beginning with its chat template up to the user's text",
     )
     text.add_argument(
         "--top-p",
         metavar="P",
         type=float,
-        help="... from the likeliest tokens whose probabilities add up to P (default 0.95)",
+        help="sample from the most likely tokens that together reach P (default 0.95)",
     )
-    text.add_argument("--sampling-batch", metavar="N", type=int, help="texts sampled at a time (default: by memory)")
+    text.add_argument(
+        "--sampling-batch", metavar="N", type=int, help="texts sampled at a time (default: as memory allows)"
+    )
     text.add_argument("--eval-text", metavar="PATH", type=Path, nargs="+", help="held-out text for the final table")
-    text.add_argument("--eval-tokens", metavar="N", type=int, default=65536, help="of it, at most these many tokens")
+    text.add_argument("--eval-tokens", metavar="N", type=int, default=65536, help="at most N tokens of --eval-text")
     train = p.add_argument_group("training")
     train.add_argument("--sequence-length", metavar="N", type=int, default=1024)
-    train.add_argument("--batch-size", metavar="N", type=int, default=16, help="sequences at a time on each GPU")
+    train.add_argument("--batch-size", metavar="N", type=int, default=16, help="sequences per batch on each GPU")
     train.add_argument("--accumulate", metavar="N", type=int, default=1, help="batches per optimizer step")
-    train.add_argument("--steps", metavar="N", type=int, help="optimizer steps (default: the text once)")
+    train.add_argument("--steps", metavar="N", type=int, help="optimizer steps (default: one pass over the text)")
     train.add_argument("--learning-rate", type=float, default=1e-3)
     train.add_argument("--lora-rank", metavar="R", type=int, default=32)
     train.add_argument("--lora-alpha", metavar="A", type=float, default=32.0)
@@ -103,7 +101,7 @@ def parser() -> RankParser:
         "--lora-layers",
         choices=("all", "concurrent"),
         default="all",
-        help="which layers are adapted: a smaller adapter with the concurrent ones alone",
+        help="which layers are adapted; the concurrent ones alone make a smaller adapter",
     )
     train.add_argument(
         "--adapter-dtype", choices=("float32", "bfloat16"), default="float32", help="type of the adapter's file"
@@ -114,24 +112,24 @@ def parser() -> RankParser:
         "--gradient-checkpointing",
         choices=("auto", "on", "off"),
         default="auto",
-        help="less memory for a third more time (auto: where the activations would not fit the GPU)",
+        help="saves memory for a third more time (auto: if the activations would not fit on the GPU)",
     )
     train.add_argument(
         "--compile",
         choices=("auto", "on", "off"),
         default="auto",
-        help="torch.compile, whose first steps take half a minute (auto: on GPUs where it works)",
+        help="use torch.compile; its first steps take half a minute (auto: on GPUs where it works)",
     )
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--save-steps", metavar="N", type=int, default=200, help="checkpoint every N steps")
-    p.add_argument("--plot", metavar="F.png", type=Path, help="loss curve (default: loss.png beside the adapter)")
+    p.add_argument("--plot", metavar="F.png", type=Path, help="loss curve (default: loss.png next to the adapter)")
     return p
 
 
 def main() -> None:
     with command():
         if "RANK" not in os.environ:
-            # Trainer would spread one process over all GPUs it sees, in threads; torchrun is the way to use several.
+            # Trainer would use all visible GPUs from one process, with threads; several GPUs need torchrun.
             os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
         if not FIRST:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -173,7 +171,7 @@ def train(options: argparse.Namespace) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    pyplot()  # a package that the end needs should not be missed behind hours of training
+    pyplot()  # a missing package should be reported before hours of training
     counts = (
         "self_generated",
         "self_generated_chat",
@@ -189,7 +187,7 @@ def check(options: argparse.Namespace) -> None:
     if not 0 <= options.lora_dropout < 1:
         raise UserError(f"--lora-dropout must be from 0 to below 1, found {options.lora_dropout:g}")
     if not (options.self_generated or options.self_generated_chat) and options.top_p is not None:
-        raise UserError("--top-p is about the text of --self-generated, which is not given")
+        raise UserError("--top-p applies to the text of --self-generated, which is not given")
     if options.top_p is not None and not 0 < options.top_p <= 1:
         raise UserError(f"--top-p must be above 0 and at most 1, found {options.top_p:g}")
     if options.learning_rate <= 0 or options.lora_alpha <= 0:
@@ -198,13 +196,13 @@ def check(options: argparse.Namespace) -> None:
     check_texts(options.text, "--text")
     check_texts(options.eval_text, "--eval-text")
     if not (options.text or options.self_generated or options.self_generated_chat):
-        raise UserError("what to train on? --text PATH …, or --self-generated N for text the model samples itself")
+        raise UserError("what to train on? Give --text PATH …, or --self-generated N to sample text from the model")
     if options.resume and options.force:
-        raise UserError("--resume goes on with what --force removes: give one of them")
+        raise UserError("--resume continues what --force removes: give one of them")
 
 
 def check_output(options: argparse.Namespace, cqil: CqilConfig, model: str) -> dict[str, Any]:
-    """Checks that training of `model` can begin, or go on, in the output directory; returns what decides it."""
+    """Checks that training of `model` can begin, or continue, in the output directory; returns what determines it."""
     output, path = options.output, options.output / CHECKPOINTS / SETTINGS
     settings = {name: value for name, value in vars(options).items() if name not in FREE}
     settings = json.loads(json.dumps({**settings, "model": model, "cqil": cqil.to_dict()}, default=str))
@@ -219,7 +217,7 @@ def check_output(options: argparse.Namespace, cqil: CqilConfig, model: str) -> d
                 raise UserError(f"--resume: {output} was begun with {flag} {begun[name]}, found {value}")
     elif output.exists():
         if not options.force:
-            unfinished = "; --resume goes on with it" if path.exists() else ""
+            unfinished = "; --resume continues it" if path.exists() else ""
             raise UserError(f"--output {output}: exists already (--force starts over{unfinished})")
         if not path.exists() and not (output / "adapter_config.json").exists():
             raise UserError(f"--output {output}: --force replaces an adapter, and this is none")
@@ -242,7 +240,7 @@ def run(
     cqil: CqilConfig,
     begun: dict[str, Any],
 ) -> dict[str, Any]:
-    """Trains and saves the adapter; returns the report. `begun`: what decides the training, to be kept."""
+    """Trains and saves the adapter; returns the report. `begun`: what determines the training, to be stored."""
     import torch
     import transformers
     from peft.helpers import disable_input_dtype_casting
@@ -256,7 +254,7 @@ def run(
     bfloat16 = (options.precision or ("bf16" if on_gpu else "fp32")) == "bf16"
     recompute = checkpoint_gradients(options, model, reader)
     if recompute:
-        print("gradient checkpointing: layers are computed again for the backward pass")
+        print("gradient checkpointing: layers are recomputed for the backward pass")
     # transformers renamed the option between releases of version 5.
     fields = transformers.TrainingArguments.__dataclass_fields__
     recomputing = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
@@ -338,7 +336,7 @@ def run(
     )
     began = time.perf_counter()
     try:
-        with disable_input_dtype_casting(student.model, bfloat16):  # autocast does it, and only for products
+        with disable_input_dtype_casting(student.model, bfloat16):  # autocast does it, only for matrix products
             trainer.train(resume_from_checkpoint=None if start is None else str(start))
     except torch.OutOfMemoryError:
         raise UserError(
@@ -362,8 +360,8 @@ def run(
     if (rise := largest_rise(losses)) is not None:
         (best, low), (worst, high) = rise
         print(
-            f"note: KL rose from {low:.3f} at step {best} to {high:.3f} at step {worst}: the training went astray for "
-            "a while, and may end better with a lower --learning-rate"
+            f"note: KL rose from {low:.3f} at step {best} to {high:.3f} at step {worst}: the training diverged for "
+            "a while; a lower --learning-rate may give a better result"
         )
     if held_out is not None and FIRST:
         with torch.compiler.set_stance("force_eager"):  # not worth compiling for
@@ -373,20 +371,20 @@ def run(
 
 def diverged(step: int, learning_rate: float) -> UserError:
     return UserError(
-        f"what is trained is not a number any more at step {step}: begin again with a --learning-rate below "
-        f"{learning_rate:g} (--force starts over)"
+        f"the training diverged to NaN or infinity at step {step}: start over with a --learning-rate below "
+        f"{learning_rate:g} and --force"
     )
 
 
 def choose_compile(options: argparse.Namespace, on_gpu: bool) -> bool:
-    """Whether to compile: as asked, or on a GPU where torch.compile finds the compilers it needs."""
+    """Whether to compile: as requested, or on a GPU if torch.compile finds the compilers that it needs."""
     import torch
 
     if options.compile == "off" or (options.compile == "auto" and not on_gpu):
         return False
     try:
         torch.compile(torch.nn.functional.silu)(torch.ones(64, device="cuda" if on_gpu else "cpu"))
-    except Exception as error:  # compilers, and what they run, fail in their own ways
+    except Exception as error:  # compilers, and what they run, fail in many ways
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if options.compile == "on":
             raise UserError(f"--compile on: torch.compile does not work here ({reason})") from None
@@ -396,7 +394,7 @@ def choose_compile(options: argparse.Namespace, on_gpu: bool) -> bool:
 
 
 def checkpoint_gradients(options: argparse.Namespace, model: ModelConfig, reader: WeightReader) -> bool:
-    """Whether to keep fewer activations: as asked, or where they would not leave the GPU room for logits."""
+    """Whether to keep fewer activations: as requested, or if they would leave no room on the GPU for logits."""
     import torch
 
     if options.gradient_checkpointing != "auto" or not torch.cuda.is_available():
@@ -407,7 +405,7 @@ def checkpoint_gradients(options: argparse.Namespace, model: ModelConfig, reader
 
 
 def sampling_batch(model: ModelConfig, length: int, network: Any) -> int:
-    """As many texts at a time as have room for their keys and values."""
+    """The number of texts whose keys and values fit in memory."""
     import torch
 
     room = torch.cuda.mem_get_info()[0] // 3 if torch.cuda.is_available() else 1 << 30
@@ -416,7 +414,7 @@ def sampling_batch(model: ModelConfig, length: int, network: Any) -> int:
 
 
 def sampled_texts(options: argparse.Namespace, tokenizer: Any) -> list[tuple[str, int, np.ndarray]]:
-    """What the model is to sample: the file each text is kept in, its tokens, and how its blocks may begin [N, K]."""
+    """The texts to sample: the file each one is stored in, its number of tokens, and its blocks' beginnings [N, K]."""
     found = []
     if options.self_generated:
         found.append((SAMPLED, options.self_generated, np.array(tokenizer.plain_tokens())[:, None]))
@@ -430,7 +428,7 @@ def sampled_texts(options: argparse.Namespace, tokenizer: Any) -> list[tuple[str
 def generated(
     options: argparse.Namespace, model: ModelConfig, network: Any, path: Path, tokens: int, beginnings: np.ndarray
 ) -> np.ndarray:
-    """The blocks the model samples itself, int32; kept at `path`, for a resumed run and for `--text`."""
+    """Blocks sampled from the model, int32; stored at `path`, for a resumed run and for `--text`."""
     from cqil_trt.quality.distillation import self_generated
 
     if not path.exists():
@@ -446,7 +444,7 @@ def generated(
 
 
 def reporter(tokens_per_step: int) -> Any:
-    """Trainer's progress bar, with the loss and the speed; without a terminal, lines."""
+    """Trainer's progress bar, with loss and speed; without a terminal, lines instead."""
     from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
     class Reporter(ProgressCallback if sys.stderr.isatty() else TrainerCallback):
@@ -456,7 +454,7 @@ def reporter(tokens_per_step: int) -> Any:
             super().on_step_end(args, state, control, **kwargs)
             if state.global_step >= state.max_steps:
                 control.should_log = True
-                # `save` follows, and Trainer takes a step more where it resumes from a checkpoint of the last one.
+                # `save` follows; from a checkpoint of the last step, Trainer would resume with one step more.
                 control.should_save = False
 
         def on_log(self, args, state, control, logs=None, **kwargs):
@@ -479,7 +477,7 @@ def reporter(tokens_per_step: int) -> Any:
 
 
 def save(student: Any, output: Path, dtype: Any) -> None:
-    """The adapter's files appear whole: the configuration that makes it one comes last."""
+    """Saves the adapter. Files appear complete, and last the configuration that makes them an adapter."""
     new = output / CHECKPOINTS / "adapter"
     student.save(new, dtype)
     names = [path.name for path in new.iterdir() if path.suffix in (".json", ".safetensors")]
@@ -488,7 +486,7 @@ def save(student: Any, output: Path, dtype: Any) -> None:
 
 
 def evaluate(student: Any, blocks: np.ndarray) -> dict[str, Any]:
-    """Perplexity on held-out text: of the unchanged model, of CQIL without and with the adapter."""
+    """Perplexity on held-out text: the unchanged model, CQIL without and with the adapter."""
     from cqil_trt.quality.perplexity import CELLS, WON_BACK, score_reference, won_back
 
     network = student.model.get_base_model().eval()

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from cqil_trt.commands import check_file  # noqa: E402
-from cqil_trt.errors import UserError  # noqa: E402
+from cqil_trt.commands import check_file
+from cqil_trt.errors import UserError
 
 
 def pyplot() -> Any:
-    """matplotlib's pyplot, drawing into files. Raises ModuleNotFoundError where matplotlib is not installed."""
+    """matplotlib's pyplot, drawing into files. Raises ModuleNotFoundError if matplotlib is not installed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -23,7 +20,7 @@ def pyplot() -> Any:
 
 
 def check_plot(path: Path | None) -> None:
-    """Raises what would come up when --plot is drawn at the end, so that it does before the work."""
+    """Raises the errors of drawing --plot at the end, before the work begins."""
     check_file(path, "--plot")
     if path is not None:
         from matplotlib.backend_bases import FigureCanvasBase

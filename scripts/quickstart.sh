@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to a validated CQIL engine on this machine, CPU only: installs into .venv, fetches SmolLM2-135M, compiles
-# it for two ranks, generates text with it and compares it with the PyTorch reference.
+# From a fresh checkout to a validated CQIL engine on this machine, on the CPU: installs into .venv, fetches
+# SmolLM2-135M, compiles it for two ranks, generates text and compares the engine with the PyTorch reference.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 python builders/build.py --p 2 --d 0

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Which layers of a model can run concurrently: how alike their inputs are, and what each choice saves and costs.
+"""Which layers of a model can run concurrently: how similar their inputs are, and what each choice saves and costs.
 
     python scripts/similarity.py --model path/to/model --text text.txt --plot similarity.png
     python scripts/similarity.py --model path/to/model --text text.txt --search --plot search.png
 
-Without --search ranges are recommended by similarity, the paper's criterion; with it, by measured perplexity.
+Without --search, ranges are recommended by similarity, the paper's criterion; with it, by measured perplexity.
 """
 
 from __future__ import annotations
@@ -16,24 +16,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import installed  # noqa: F401
+import numpy as np
+from plots import check_plot, pyplot
+from tqdm import tqdm
 
-import numpy as np  # noqa: E402
-from plots import check_plot, pyplot  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from cqil_trt.commands import Parser, check_at_least, check_file, check_texts, chosen_model, numbers
+from cqil_trt.config import BYPASSES, DTYPES, MAX_RANKS, CqilConfig
+from cqil_trt.errors import UserError
+from cqil_trt.job import command
+from cqil_trt.latency import critical_bytes, decode_seconds
+from cqil_trt.model import ModelConfig
+from cqil_trt.table import size, table
 
-from cqil_trt.commands import Parser, check_at_least, check_file, check_texts, chosen_model, numbers  # noqa: E402
-from cqil_trt.config import BYPASSES, DTYPES, MAX_RANKS, CqilConfig  # noqa: E402
-from cqil_trt.errors import UserError  # noqa: E402
-from cqil_trt.job import command  # noqa: E402
-from cqil_trt.latency import critical_bytes, decode_seconds  # noqa: E402
-from cqil_trt.model import ModelConfig  # noqa: E402
-from cqil_trt.table import size, table  # noqa: E402
-
-# The authors' published ranges begin at 38% of the layers or behind; their last layers differ most from each other.
+# The authors' published ranges begin at 38% of the layers or later; the last layers differ most from each other.
 FIRST = 0.375
-REPORTED = 10  # configurations searched between two lines, without a terminal
+REPORTED = 10  # configurations per line of progress, without a terminal
 
 
 def parser() -> Parser:
@@ -50,11 +48,9 @@ def parser() -> Parser:
         metavar="N",
         type=int,
         default=8192,
-        help="at most these many tokens of it, whole blocks (default %(default)s)",
+        help="at most N tokens of the text, in whole blocks (default %(default)s)",
     )
-    p.add_argument(
-        "--block", metavar="N", type=int, default=1024, help="tokens the model sees at a time (default %(default)s)"
-    )
+    p.add_argument("--block", metavar="N", type=int, default=1024, help="tokens per forward pass (default %(default)s)")
     p.add_argument("--p", metavar="P,P", default="2,4", help="group sizes, and numbers of ranks (default %(default)s)")
     p.add_argument(
         "--threshold",
@@ -62,7 +58,9 @@ def parser() -> Parser:
         default=0.8,
         help="lowest similarity of a layer's input to its group's (default %(default)s)",
     )
-    p.add_argument("--first", metavar="LAYER", type=int, help="no range begins before it (default: 3/8 of the layers)")
+    p.add_argument(
+        "--first", metavar="LAYER", type=int, help="the first layer of all ranges (default: 3/8 of the layers)"
+    )
     p.add_argument("--dtype", choices=DTYPES, default="float16", help="type of weights, for predicted latency")
     search = p.add_argument_group("search")
     search.add_argument("--search", action="store_true", help="measure perplexity with every range from --first on")
@@ -75,7 +73,7 @@ def parser() -> Parser:
         help="log-perplexity that a recommended range may cost before training (default %(default)s)",
     )
     p.add_argument("--plot", metavar="F.png", type=Path, help="heat map of similarities, or the search's frontier")
-    p.add_argument("--json", metavar="F", type=Path, help="write everything measured to this file")
+    p.add_argument("--json", metavar="F", type=Path, help="write all measurements to this file")
     return p
 
 
@@ -121,7 +119,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def neighbours(similarity: np.ndarray) -> str:
-    """Each layer's input against the inputs of the layers just before it."""
+    """Similarity of each layer's input to those of the layers just before it."""
     layers = len(similarity)
     rows = [
         (layer, *(f"{similarity[layer, layer - back]:.3f}" if layer >= back else "" for back in (1, 2, 3)))
@@ -131,21 +129,21 @@ def neighbours(similarity: np.ndarray) -> str:
 
 
 def costs(model: ModelConfig, cqil: CqilConfig, dtype: str) -> dict[str, float]:
-    """What a configuration reads and takes per token, by placement."""
-    leader = CqilConfig(cqil.p, cqil.d, cqil.start, cqil.end, cqil.bypass, "leader")
-    alone = decode_seconds(model, CqilConfig(1), dtype)
+    """Bytes read and predicted milliseconds per token of a configuration, by placement."""
+    leader = CqilConfig(p=cqil.p, d=cqil.d, start=cqil.start, end=cqil.end, bypass=cqil.bypass, placement="leader")
+    alone = decode_seconds(model, CqilConfig(p=1), dtype)
     return {
         "leader_bytes_per_token": critical_bytes(model, leader, dtype),
         "sharded_bytes_per_token": critical_bytes(model, cqil, dtype),
         "sequential_ms": alone * 1e3,
         "leader_ms": decode_seconds(model, leader, dtype) * 1e3,
         "sharded_ms": decode_seconds(model, cqil, dtype) * 1e3,
-        "tensor_ms": decode_seconds(model, CqilConfig(cqil.p, placement="tensor"), dtype) * 1e3,
+        "tensor_ms": decode_seconds(model, CqilConfig(p=cqil.p, placement="tensor"), dtype) * 1e3,
     }
 
 
 def cost_cells(found: dict[str, Any]) -> tuple[str, ...]:
-    """What `costs` gave, as cells under COSTS."""
+    """The result of `costs` as cells under COSTS."""
     times = (f"{found[f'{name}_ms']:.3f}" for name in ("sequential", "leader", "tensor", "sharded"))
     return size(found["leader_bytes_per_token"]), *times
 
@@ -168,8 +166,8 @@ def recommend(
         span = f"[{choice.cqil.start}, {choice.cqil.end})"
         rows.append((p, span, f"{choice.similarity:.3f}", *cost_cells(values)))
         found.append({"cqil": choice.cqil.to_dict(), "lowest_similarity": choice.similarity, **values})
-    print(f"\nlongest ranges from layer {first} on whose groups are at least {options.threshold:g} alike")
-    print("(--search measures what they cost; latency at batch 1 as predicted for H200s, see cqil_trt/latency.py)")
+    print(f"\nlongest ranges from layer {first} with a similarity of at least {options.threshold:g} in every group")
+    print("(--search measures their perplexity; latency is predicted for batch 1 on H200s, see cqil_trt/latency.py)")
     print(table(("p", "[start, end)", "lowest similarity", *COSTS), rows))
     return found
 
@@ -184,14 +182,14 @@ def search(
     first: int,
     options: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Perplexity of every configuration, and those that no other beats in both latency and perplexity."""
+    """Perplexity of every configuration, and those that no other one beats in both latency and perplexity."""
     from cqil_trt import reference
     from cqil_trt.quality.perplexity import score_reference
     from cqil_trt.quality.similarity import frontier, lowest_in_groups, ranges
 
     base = score_reference(network, blocks)
     candidates = [
-        CqilConfig(p, d, start, end, options.bypass if d else "mlp")
+        CqilConfig(p=p, d=d, start=start, end=end, bypass=options.bypass if d else "mlp")
         for p in ps
         for d in ds
         for start, end in ranges(first, model.num_layers, p)
@@ -220,14 +218,16 @@ def search(
             mine = [point for point in points if (point["cqil"]["p"], point["cqil"]["d"]) == (p, d)]
             best = [mine[i] for i in frontier([m["sharded_ms"] for m in mine], [m["perplexity"] for m in mine])]
             rows = []
-            # The fastest one that costs no more than is tolerated: what to train.
+            # The fastest one within the tolerance: the one to train.
             chosen = next((point for point in best if point["log_cost"] <= options.tolerance), None)
             for point in best:
                 cqil = CqilConfig(**point["cqil"])
                 mark = " <- recommended" if point is chosen else ""
                 cost = f"{point['perplexity']:.3f}", f"{point['log_cost']:+.3f}", f"{point['top1_equal']:.1%}"
                 rows.append((f"[{cqil.start}, {cqil.end}){mark}", *cost, *cost_cells(point)))
-            print(f"\np={p} d={d}{f' {options.bypass}' if d else ''}: none is both faster and better than these")
+            print(
+                f"\np={p} d={d}{f' {options.bypass}' if d else ''}: no other range is both faster and better than these"
+            )
             print(table(("[start, end)", "perplexity", "log cost", "top-1 equal", *COSTS), rows))
             if chosen is not None:
                 fastest.append(chosen)
@@ -244,7 +244,7 @@ def plot_similarity(similarity: np.ndarray, path: Path, title: str) -> None:
 
 
 def plot_search(found: dict[str, Any], path: Path, title: str) -> None:
-    """Every configuration, and the frontier of each p and d, against what it reads and what it should take."""
+    """Every configuration, and the frontier of each p and d, against bytes read and predicted latency."""
     from cqil_trt.quality.similarity import frontier
 
     figure, panels = pyplot().subplots(1, 2, figsize=(12, 4.5), sharey=True)
@@ -264,7 +264,7 @@ def plot_search(found: dict[str, Any], path: Path, title: str) -> None:
             axes.scatter(x, y, s=6, alpha=0.35, color=line.get_color())
         axes.axhline(found["perplexity"], color="grey", linestyle="--", label="unchanged")
         axes.set(xlabel=label, yscale="log")
-    # What is far above every frontier would press them together.
+    # Points far above every frontier would compress the rest.
     panels[0].set(ylabel="perplexity", ylim=(0.9 * found["perplexity"], 1.5 * highest))
     panels[0].legend()
     figure.suptitle(title)

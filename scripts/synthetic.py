@@ -9,19 +9,18 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from cqil_trt import families
+from cqil_trt.errors import UserError
+from cqil_trt.families.layout import checkpoint_shapes
+from cqil_trt.model import ModelConfig
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from cqil_trt import families  # noqa: E402
-from cqil_trt.errors import UserError  # noqa: E402
-from cqil_trt.families.layout import checkpoint_shapes  # noqa: E402
-from cqil_trt.model import ModelConfig  # noqa: E402
-
-# The config.json of the published checkpoints, as far as it decides shapes.
+# The fields of the published checkpoints' config.json that determine shapes.
 SHAPES = {
     "llama-7b": {
         "architectures": ["LlamaForCausalLM"],
@@ -75,9 +74,9 @@ def model_config(name: str, layers: int | None = None) -> ModelConfig:
 
 
 def make_checkpoint(directory: Path, name: str, layers: int | None = None) -> dict[str, tuple[int, ...]]:
-    """Writes a float16 checkpoint of the model's shapes, a file a layer; returns the shapes of its tensors.
+    """Writes a float16 checkpoint in the model's shapes, one file per layer; returns the shapes of its tensors.
 
-    Random numbers come from a GPU where there is one. `layers` replaces the model's depth.
+    Random numbers come from a GPU if available. `layers` replaces the model's depth.
     """
     directory.mkdir()
     config = {**SHAPES[name], "num_hidden_layers": layers or SHAPES[name]["num_hidden_layers"]}
@@ -96,7 +95,7 @@ def make_checkpoint(directory: Path, name: str, layers: int | None = None) -> di
 
 
 def check_space(directory: Path, name: str, layers: int | None, times: float) -> None:
-    """Raises UserError unless `directory`'s disk has room for so many times the weights of the model."""
+    """Raises UserError unless the disk of `directory` has room for `times` the weights of the model."""
     needed = times * 2 * sum(math.prod(shape) for shape in checkpoint_shapes(model_config(name, layers)).values())
     free = shutil.disk_usage(directory).free
     if free < needed:

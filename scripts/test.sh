@@ -1,7 +1,15 @@
 #!/usr/bin/env bash
-# Runs style checks and all tests in .venv; arguments go to pytest.
+# Runs style checks and all tests in .venv; --fast leaves out the slow ones. Other arguments go to pytest.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
+options=()
+if [ "${1:-}" = --fast ]; then
+    shift
+    options=(-m "not slow")
+fi
 ruff check .
 ruff format --check .
-exec python -m pytest "$@"
+find plugins tests -name "*.cu" -o -name "*.cuh" -o -name "*.cpp" -o -name "*.h" | xargs clang-format --dry-run --Werror
+mypy
+lint-imports --no-logo --no-cache
+exec python -m pytest "${options[@]}" "$@"

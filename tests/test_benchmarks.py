@@ -1,4 +1,4 @@
-"""The scripts/benchmark*.py: what they refuse; of the one for CPUs, that its parts are the whole."""
+"""The scripts without the package; of benchmark*.py what they refuse, and that the parts of the CPU's are the whole."""
 
 import json
 import shutil
@@ -6,7 +6,9 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import make_model, mpirun, run
+from support import ROOT
+from support.checkpoints import make_model
+from support.processes import assert_user_error, mpirun, run
 
 import cqil_trt
 from cqil_trt.commands import RankParser
@@ -14,6 +16,7 @@ from cqil_trt.gpu import cuda
 from cqil_trt.job import Job
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_parts_of_a_step_add_up(ranks, tmp_path):
     make_model(tmp_path / "model")
@@ -67,3 +70,13 @@ def test_an_engine_that_is_too_short_is_refused(tmp_path, refused):
     cqil_trt.build(model=tmp_path / "model", output=tmp_path / "engine", max_seq_len=64, probes="never", p=1)
     flags = ["--engine", tmp_path / "engine", "--context", 20]
     refused("benchmark_cpu", lambda script, options: script.run(options, Job()), flags, "the engine holds 64")
+
+
+def test_a_script_without_the_package_says_how_to_get_it():
+    scripts = [path for path in (ROOT / "scripts").glob("*.py") if "__main__" in path.read_text()]
+    assert len(scripts) > 9
+    for script in scripts:
+        if script.name == "collect_trtllm_api.py":  # which needs none
+            continue
+        done = run(sys.executable, "-S", script, env={"PYTHONPATH": ""})
+        assert_user_error(done, "cqil_trt is not installed", "scripts/environment.sh", f"PYTHONPATH={ROOT}")

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from made_tokenizers import byte_level_json, save_json
+from support.made_tokenizers import byte_level_json, save_json
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
@@ -34,9 +34,9 @@ TEMPLATES = {
     "white space": "{% for m in messages %}\n    {%- if true %}\n  {{ m.content }}\n    {% endif %}\n{% endfor %}\n",
 }
 CONVERSATIONS = {
-    "one message": Conversation([{"role": "user", "content": " héllo 安 <b> 'x'"}]),
+    "one message": Conversation(messages=[{"role": "user", "content": " héllo 安 <b> 'x'"}]),
     "whole": Conversation(
-        [
+        messages=[
             {"role": "system", "content": "Be brief."},
             {"role": "user", "content": "Weather?", "name": None},
             {
@@ -50,7 +50,7 @@ CONVERSATIONS = {
         tools=[{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}],
         documents=[{"title": "Almanac", "text": "It rains."}],
     ),
-    "variables": Conversation([{"role": "user", "content": "a"}], variables={"enable_thinking": False}),
+    "variables": Conversation(messages=[{"role": "user", "content": "a"}], variables={"enable_thinking": False}),
 }
 NAMES = {
     "tokenizer_class": "PreTrainedTokenizerFast",

@@ -8,7 +8,9 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, SEED, mpirun, need_plugins
+from support import ROOT, SEED
+from support.needs import need_plugins
+from support.processes import mpirun
 
 from cqil_trt.gpu import kernel_library
 
@@ -42,7 +44,7 @@ def delays(tmp_path_factory):
 def test_sums_order_and_bits(ranks, operations, replays):
     if ranks <= torch.cuda.device_count() and ranks > 1:
         operations, replays = 400, 10_000
-    done = mpirun(ranks, SEED % 100_000, operations, replays, script="tests/cuda_worker.py")
+    done = mpirun(ranks, SEED % 100_000, operations, replays, script="tests/support/cuda_worker.py")
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -134,7 +136,7 @@ def test_a_plugin_that_fails_prints_its_own_reason_once(tmp_path):
 @needs_gpu
 @pytest.mark.usefixtures("library")
 def test_a_killed_rank_is_named(tmp_path):
-    command = [sys.executable, "tests/cuda_failure.py"]
+    command = [sys.executable, "tests/support/cuda_failure.py"]
     ranks = [
         subprocess.Popen([*command, str(rank), str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         for rank in range(2)

@@ -8,18 +8,10 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    ROOT,
-    assert_user_error,
-    build,
-    load_model,
-    make_adapter,
-    make_model,
-    mpirun,
-    run,
-    write_json,
-)
-from test_generate import save_byte_tokenizer
+from support import ROOT, write_json
+from support.checkpoints import load_model, make_adapter, make_model
+from support.made_tokenizers import save_byte_tokenizer
+from support.processes import assert_user_error, build, mpirun, run
 
 import cqil_trt.engine
 from cqil_trt.builder import BuildRequest, prepare
@@ -70,6 +62,7 @@ def test_one_rank_reads_all_the_weights(model, tmp_path):
     assert plan["saving"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset, ranks", [("llama-7b-p2-d1", 2), ("llama-7b-p4-d0", 4)])
 def test_presets_and_what_overrides_them(preset, ranks, tmp_path):
     deep = make_model(tmp_path / "deep", num_hidden_layers=32, hidden_size=12, intermediate_size=16, head_dim=2)
@@ -138,6 +131,7 @@ def test_a_missing_gpu_is_said_in_one_line(engine):
         cqil_trt.load(engine, device="gpu")
 
 
+@pytest.mark.slow
 def test_validate_passes_on_a_good_engine_and_fails_on_a_wrong_one(engine, model, tmp_path):
     done = mpirun(2, "--engine", engine, "--validate", "--benchmark", "--json", tmp_path / "report.json")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -170,6 +164,7 @@ def test_validate_passes_on_a_good_engine_and_fails_on_a_wrong_one(engine, model
     assert_user_error(mpirun(2, "--engine", wrong, "--validate", "--token-ids", ids), "the reference needs")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_engines_validate(dtype, model, tmp_path):
     adapter = make_adapter(model, tmp_path / "adapter")
@@ -179,6 +174,7 @@ def test_half_precision_engines_validate(dtype, model, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_newest_engine_that_fits_is_found(model, tmp_path):
     command = [sys.executable, ROOT / "builders" / "build.py", "--model", model, "--max-seq-len", 40]
     for p in (4, 2):
@@ -217,6 +213,7 @@ def test_build_errors(case, model, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_build_errors_about_files(model, tmp_path):
     out = tmp_path / "engine"
     assert_user_error(build("--model", tmp_path / "none", "--output", out), "--model", "none", "found nothing")
@@ -258,6 +255,7 @@ def test_an_output_directory_that_exists(model, engine, tmp_path):
     assert_user_error(build(*arguments, tmp_path / "precious" / "engine"), "cannot be written")
 
 
+@pytest.mark.slow
 def test_run_errors(engine, tmp_path):
     def fails(ranks, *arguments):
         return mpirun(ranks, "--engine", engine, *arguments)
@@ -275,6 +273,7 @@ def test_run_errors(engine, tmp_path):
     assert_user_error(mpirun(2, "--engine", tmp_path), "not an engine directory")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rank0.safetensors", "rank1.safetensors", "config.json", "tokenizer.json"])
 def test_one_flipped_byte_is_found(name, engine, tmp_path):
     copy = tmp_path / "engine"
@@ -290,6 +289,7 @@ def test_one_flipped_byte_is_found(name, engine, tmp_path):
     assert_user_error(mpirun(2, "--engine", copy, "--prompt", "x"), name)
 
 
+@pytest.mark.slow
 def test_an_engine_without_a_tokenizer_takes_token_ids(tmp_path):
     make_model(tmp_path / "model")
     engine = tmp_path / "engine"

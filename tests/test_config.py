@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import transformers
-from conftest import write_json
+from support import write_json
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from cqil_trt import families

@@ -4,7 +4,8 @@ import json
 import subprocess
 
 import pytest
-from conftest import ROOT, assert_quiet, build, mpirun, run
+from support import ROOT
+from support.processes import assert_quiet, build, mpirun, run
 
 from cqil_trt.builder import BuildRequest, prepare
 from cqil_trt.demo import demo_model
@@ -19,6 +20,7 @@ def model():
         pytest.skip(f"the demo model cannot be fetched: {error}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p", [2, 4])
 def test_the_commands_of_the_readme(p, model):
     """Literally: no flags but --p and --d, the default model, the newest engine."""
@@ -30,6 +32,7 @@ def test_the_commands_of_the_readme(p, model):
     assert_quiet(done)
 
 
+@pytest.mark.slow
 def test_the_default_engine_answers_sensibly(model, tmp_path):
     """With the adapter that comes with the demo model; without it, half of its layers at once lose their sense."""
     engine = tmp_path / "engine"
@@ -81,11 +84,13 @@ def build_and_validate(model, shape, engine):
     assert "validation passed" in done.stdout and "64/64" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES, ids=[" ".join(map(str, shape)) for shape in SHAPES])
 def test_other_shapes_validate(shape, model, tmp_path):
     build_and_validate(model, shape, tmp_path / "engine")
 
 
+@pytest.mark.slow
 def test_the_unchanged_model_validates_and_gives_sensible_text(model, tmp_path):
     """On two ranks it answers a question that it knows."""
     build_and_validate(model, ("--p", 2, "--placement", "tensor"), tmp_path / "engine")

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import SEED, checkpoint_logits, load_model, make_adapter, make_model, write_json
+from support import SEED
+from support.checkpoints import checkpoint_logits, load_model, make_adapter, make_model, write_json
 
 from cqil_trt import families
 from cqil_trt.builder import BuildRequest, prepare

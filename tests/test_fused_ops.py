@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from conftest import SEED, make_model, rank_weights
-from test_parity import ARCHITECTURES
+from support import SEED
+from support.cases import ARCHITECTURES, RANK_SHAPES
+from support.checkpoints import make_model, rank_weights
+from support.fake_ops import Alone
 
 from cqil_trt.backends.torch.ops import TorchOps
 from cqil_trt.checkpoint import Checkpoint
@@ -12,27 +14,6 @@ from cqil_trt.config import CqilConfig, EngineLimits
 from cqil_trt.gpu.fused_ops import FusedOps
 from cqil_trt.network.decoder import decode
 from cqil_trt.shard import plan
-
-SHAPES = [
-    {"p": 1},
-    {"p": 2, "start": 1, "end": 5},
-    {"p": 2, "d": 1, "start": 2, "end": 6, "bypass": "residual"},
-    {"p": 4, "d": 1, "start": 1, "end": 5, "placement": "leader"},
-    {"p": 4, "placement": "tensor"},
-]
-
-
-class Alone(LocalCommunicator):
-    """One rank of several, without the others: a sum that has but its own part is as good a check."""
-
-    def __init__(self, rank):
-        self.rank = rank
-
-    def broadcast(self, x):
-        return x if self.rank == 0 else torch.linspace(-1, 1, x.numel()).view_as(x)
-
-    def bypass(self, x, d):
-        return 0.5 * x if self.rank else None
 
 
 class FusedTorchOps(FusedOps, TorchOps):
@@ -81,7 +62,7 @@ def test_fused_operations_compute_the_same(name, tmp_path):
     directory = make_model(tmp_path, architecture, seed=SEED, rms_norm_eps=1e-2, **changes)
     checkpoint = Checkpoint(directory, None)
     limits = EngineLimits(max_batch_size=2, max_seq_len=32)
-    for shape in SHAPES:
+    for shape in RANK_SHAPES:
         for rank in plan(checkpoint.model, CqilConfig(**shape)):
             weights = rank_weights(rank, checkpoint.reader)
             plain, fused = (
@@ -99,7 +80,7 @@ def test_fused_operations_compute_the_same(name, tmp_path):
 
 def test_a_sequential_layer_takes_four_products_and_nothing_else(tmp_path):
     checkpoint = Checkpoint(make_model(tmp_path, seed=SEED), None)
-    [rank] = plan(checkpoint.model, CqilConfig(1))
+    [rank] = plan(checkpoint.model, CqilConfig(p=1))
     weights = rank_weights(rank, checkpoint.reader)
     ops = FusedTorchOps(
         rank, weights, LocalCommunicator(), EngineLimits(max_batch_size=1, max_seq_len=32), checkpoint.rotary

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from conftest import SEED, load_model, make_model, mpirun, write_json
-from made_tokenizers import llama2_json, save_json
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
-from tokenizers import Tokenizer as Backend
+from support import SEED, write_json
+from support.checkpoints import load_model, make_model
+from support.made_tokenizers import llama2_json, save_byte_tokenizer, save_json
+from support.processes import mpirun
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -15,22 +16,6 @@ from cqil_trt.errors import UserError
 from cqil_trt.generate import GenerationConfig
 from cqil_trt.sampling import SamplingConfig, sample
 from cqil_trt.tokenizer import Tokenizer
-
-
-def save_byte_tokenizer(directory):
-    """A tokenizer of single bytes: token 3 + b is byte b. Multi-byte characters take several tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    special = ["<pad>", "<bos>", "<eos>"]
-    backend = Backend(models.BPE(vocab={t: i for i, t in enumerate(special + alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(special)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
-    )
-    tokenizer.chat_template = "{% for m in messages %}<bos>{{ m['role'] }}: {{ m['content'] }}{% endfor %}\n"
-    tokenizer.save_pretrained(directory)
-    return tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +221,7 @@ def test_a_gpu_draws_what_a_cpu_draws(ranks, tmp_path):
     for device in ("cpu", "cuda"):
         case = {"engine": str(engine), "device": device, "steps": 12, "out": str(tmp_path / device)}
         case["prompts"] = [[5, 9, 77], [200], [8] * 20]
-        done = mpirun(ranks, write_json(tmp_path / f"{device}.json", [case]), script="tests/mpi_worker.py")
+        done = mpirun(ranks, write_json(tmp_path / f"{device}.json", [case]), script="tests/support/mpi_worker.py")
         assert done.returncode == 0, done.stderr
         found[device] = np.load(f"{case['out']}-0.npz")
     keys = [key for key in found["cpu"] if key.startswith(("tokens", "alone", "sampled"))]

@@ -7,8 +7,8 @@ import time
 import urllib.request
 
 import pytest
-from conftest import SEED
-from made_tokenizers import GGUF_SPECIALS, byte_level_gguf, finish, random_text, sentencepiece_gguf
+from support import SEED
+from support.made_tokenizers import GGUF_SPECIALS, byte_level_gguf, finish, random_text, sentencepiece_gguf
 
 from cqil_trt.errors import UserError
 from cqil_trt.tokenizer import Tokenizer, find_tokenizer, save_tokenizer
@@ -132,7 +132,7 @@ def test_chat_templates_by_name(tmp_path):
     assert tokenizer.chat("x") == tokenizer.encode("<|bos|>x")
     from cqil_trt import Conversation
 
-    conversation = Conversation([{"role": "user", "content": "x"}], [{"type": "function"}])
+    conversation = Conversation(messages=[{"role": "user", "content": "x"}], tools=[{"type": "function"}])
     assert tokenizer.chat(conversation) == tokenizer.encode("TOOLS 1")
 
 

@@ -8,19 +8,11 @@ import time
 
 import pytest
 import torch
-from conftest import (
-    assert_quiet,
-    assert_user_error,
-    build,
-    load_model,
-    make_adapter,
-    make_model,
-    mpirun,
-    run,
-    write_json,
-)
-from hub_server import TOKEN, Hub
-from test_generate import save_byte_tokenizer
+from support import write_json
+from support.checkpoints import load_model, make_adapter, make_model
+from support.hub_server import TOKEN, Hub
+from support.made_tokenizers import save_byte_tokenizer
+from support.processes import assert_quiet, assert_user_error, build, mpirun, run
 
 import cqil_trt
 from cqil_trt.commands.build import describe
@@ -92,7 +84,7 @@ def test_a_name_is_of_the_hub_only_when_no_path_and_of_its_form(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "local").mkdir(parents=True)
     for name in ("org/local", "./org/tiny", "../org/tiny", "/org/tiny", "~/tiny", "gpt2", "a/b/c", "org/", "", "a@b"):
-        assert find_model(name) == Found(name, type(tmp_path)(name))
+        assert find_model(name) == Found(name=name, path=type(tmp_path)(name))
     assert find_adapter(tmp_path / "org" / "none").commit is None
     for name in ("org/tiny", "org/tiny@v1", "org/tiny@refs/pr/1", "org/tiny/sub/m.Q4_0.gguf@v1"):
         with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
@@ -103,6 +95,7 @@ def test_a_name_is_of_the_hub_only_when_no_path_and_of_its_form(tmp_path, monkey
         cqil_trt.build(model=make_model(tmp_path / "m"), lora="mine")
 
 
+@pytest.mark.slow
 def test_only_what_is_read_is_fetched_and_once(hub, checkpoint, adapter, tmp_path):
     commit = hub.add("org/tiny", checkpoint, tags=("v1", "refs/pr/1"))
     hub.add("org/adapter", adapter)
@@ -126,6 +119,7 @@ def test_only_what_is_read_is_fetched_and_once(hub, checkpoint, adapter, tmp_pat
     assert set(hub.fetched.values()) == {1}
 
 
+@pytest.mark.slow
 def test_the_old_form_of_weights_only_where_there_is_no_other(hub, checkpoint, adapter, tmp_path):
     old = tmp_path / "old"
     shutil.copytree(checkpoint, old, ignore=shutil.ignore_patterns("model*.safetensors*"))
@@ -172,6 +166,7 @@ def test_gguf_repositories(hub, tmp_path):
     assert found(find(hub, tmp_path / "cache", "org/single"))[0]["path"].endswith("/tiny.Q8_0.gguf")
 
 
+@pytest.mark.slow
 def test_what_the_hub_refuses_is_said_in_one_line(hub, checkpoint, adapter, tmp_path):
     hub.add("org/tiny", checkpoint)
     hub.add("org/adapter", adapter)
@@ -203,6 +198,7 @@ def test_what_the_hub_refuses_is_said_in_one_line(hub, checkpoint, adapter, tmp_
     assert_user_error(find(hub, tmp_path / "empty", "org/tiny", HF_HUB_OFFLINE="1"), "HF_HUB_OFFLINE is set")
 
 
+@pytest.mark.slow
 def test_a_hub_that_is_away_or_silent(hub, checkpoint, tmp_path):
     import socket
 
@@ -216,6 +212,7 @@ def test_a_hub_that_is_away_or_silent(hub, checkpoint, tmp_path):
     assert time.monotonic() - began < 20
 
 
+@pytest.mark.slow
 def test_a_download_that_breaks_off_goes_on_later(hub, checkpoint, tmp_path):
     commit = hub.add("org/tiny", checkpoint)
     hub.dies_after = 20_000
@@ -239,6 +236,7 @@ def test_a_download_that_breaks_off_goes_on_later(hub, checkpoint, tmp_path):
     assert_user_error(offline, "no file " + max(shards(checkpoint)), "only a part of it")
 
 
+@pytest.mark.slow
 def test_build_and_validate_by_name(hub, checkpoint, adapter, tmp_path):
     commit, other = hub.add("org/tiny", checkpoint, tags=("v1",)), hub.add("org/adapter", adapter)
     environment = hub.environment(tmp_path / "cache")
@@ -272,6 +270,7 @@ def test_build_and_validate_by_name(hub, checkpoint, adapter, tmp_path):
         assert all((path / name).read_bytes() == expected for path in (engine, tmp_path / "python"))
 
 
+@pytest.mark.slow
 def test_scripts_take_names(hub, checkpoint, tmp_path):
     hub.add("org/tiny", checkpoint)
     text = tmp_path / "text.txt"

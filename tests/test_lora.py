@@ -7,8 +7,10 @@ import re
 
 import pytest
 import torch
-from conftest import SEED, build, load_model, make_adapter, make_model, mpirun, rank_weights, write_json
 from safetensors.torch import load_file, save_file
+from support import SEED, write_json
+from support.checkpoints import load_model, make_adapter, make_model, rank_weights
+from support.processes import build, mpirun
 
 from cqil_trt import peft_config
 from cqil_trt.checkpoint import Checkpoint
@@ -27,7 +29,7 @@ PATTERNS = {
     "alpha_pattern": {"down_proj": 11, "layers.3.self_attn.v_proj": 3},
 }
 SAVED = {"save": {"save_embedding_layers": True}}
-# What LoraConfig takes and, besides: `tied` and `bias` of the model, `vocabulary` and `save` of the adapter (conftest).
+# What LoraConfig takes and, besides: `tied` and `bias` of the model, `vocabulary` and `save` of the adapter.
 VARIANTS = {
     "plain": {},
     "rank one": {"r": 1},
@@ -486,7 +488,7 @@ def test_ranks_and_reference_follow_the_merged_model(variant, tmp_path):
     model, adapter = made(tmp_path, VARIANTS[variant])
     expected = merged_by_peft(model, adapter, VARIANTS[variant].get("vocabulary"))
     checkpoint = Checkpoint(model, adapter)
-    ranks = plan(checkpoint.model, CqilConfig(2, 0, 1, 5))
+    ranks = plan(checkpoint.model, CqilConfig(p=2, start=1, end=5))
     weights = [rank_weights(rank, checkpoint.reader) for rank in ranks]
     head = torch.cat([own["lm_head.weight"] for own in weights])
     torch.testing.assert_close(head, expected.lm_head.weight.detach(), rtol=1e-6, atol=1e-6)

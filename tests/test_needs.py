@@ -4,17 +4,9 @@ import sys
 
 import pytest
 import torch
-from conftest import (
-    cannot_start,
-    make_adapter,
-    make_model,
-    missing,
-    mpirun,
-    need,
-    need_cuda_backend,
-    need_plugins,
-    run,
-)
+from support.checkpoints import make_adapter, make_model
+from support.needs import missing, need, need_cuda_backend, need_plugins
+from support.processes import cannot_start, mpirun, run
 
 from cqil_trt.gpu import kernel_library
 

@@ -9,9 +9,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import SEED, build, load_model, make_model, mpirun, run, write_json
 from safetensors.numpy import load_file
-from test_parity import ARCHITECTURES, identifier, relative
+from support import SEED, write_json
+from support.cases import ARCHITECTURES, identifier, relative
+from support.checkpoints import load_model, make_model
+from support.processes import build, mpirun, run
 
 import cqil_trt
 from cqil_trt.errors import UserError
@@ -74,7 +76,7 @@ def results(engines, tmp_path_factory):
             if engine.world_size == ranks
         ]
         cases_file = write_json(root / f"cases{ranks}.json", cases)
-        done = mpirun(ranks, cases_file, script="tests/mpi_worker.py", env={"OMP_NUM_THREADS": "1"})
+        done = mpirun(ranks, cases_file, script="tests/support/mpi_worker.py", env={"OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr
         assert "Warning" not in done.stderr, done.stderr
     return root, prompts
@@ -115,6 +117,7 @@ def test_every_rank_has_a_file_that_the_checker_takes(number, engines):
         assert path.stat().st_size < 200_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[identifier(case) for case in CASES])
 def test_it_computes_what_the_reference_does(number, models, engines, results):
     root, prompts = results
@@ -143,6 +146,7 @@ def test_it_computes_what_the_reference_does(number, models, engines, results):
             assert found[f"sampled{i}"].tolist() == found[f"sampled_alone{i}"].tolist()
 
 
+@pytest.mark.slow
 def test_commands_build_and_validate(models, tmp_path):
     limits = ("--max-seq-len", 16, "--p", 2, "--start", 1, "--end", 5, "--d", 1, "--backend", "onnx")
     done = build("--model", models["llama-tied-bias"], *limits, "--output", tmp_path / "engine")

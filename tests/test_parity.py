@@ -5,81 +5,16 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    SEED,
-    load_model,
-    make_adapter,
-    make_model,
-    missing,
-    mpirun,
-    need,
-    need_cuda_backend,
-    write_json,
-)
+from support import SEED, write_json
+from support.cases import ARCHITECTURES, SHAPES, identifier, relative
+from support.checkpoints import load_model, make_adapter, make_model
+from support.needs import missing, need, need_cuda_backend
+from support.processes import mpirun
 
 import cqil_trt
 from cqil_trt.reference import CqilModel
 
 STEPS = 20
-ARCHITECTURES = {
-    "llama": ("LlamaForCausalLM", {"num_key_value_heads": 6}),
-    "llama-gqa": ("LlamaForCausalLM", {}),
-    "llama-tied-bias": (
-        "LlamaForCausalLM",
-        {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
-    ),
-    "llama-linear-rope": (
-        "LlamaForCausalLM",
-        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
-    ),
-    "llama-llama3-rope": (
-        "LlamaForCausalLM",
-        {
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 500000.0,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 32,
-            }
-        },
-    ),
-    # Nine query and three key/value heads, as SmolLM2 has: no even split on two or four ranks.
-    "llama-odd-heads": (
-        "LlamaForCausalLM",
-        {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72, "intermediate_size": 91},
-    ),
-    # Fewer heads than ranks: some ranks hold none.
-    "llama-few-heads": ("LlamaForCausalLM", {"num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 32}),
-    "mistral": ("MistralForCausalLM", {"sliding_window": 128}),
-    "qwen2": ("Qwen2ForCausalLM", {}),
-    "qwen3": ("Qwen3ForCausalLM", {"head_dim": 12}),
-    "qwen2-yarn": (
-        "Qwen2ForCausalLM",
-        {
-            "max_position_embeddings": 32,
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 10000.0,
-                "factor": 4.0,
-                "original_max_position_embeddings": 32,
-            },
-        },
-    ),
-    # q, k and v in one matrix of the checkpoint, gate and up in another.
-    "phi3": ("Phi3ForCausalLM", {}),
-}
-SHAPES = [
-    {"p": 1},
-    {"p": 2, "d": 0, "start": 1, "end": 5},
-    {"p": 2, "d": 1, "start": 2, "end": 6},
-    {"p": 2, "d": 1, "start": 0, "end": 4, "bypass": "residual"},
-    {"p": 3, "d": 2, "start": 0, "end": 6},
-    {"p": 4, "d": 0, "start": 1, "end": 5},
-    {"p": 4, "d": 1, "start": 2, "end": 6, "bypass": "residual"},
-    {"p": 4, "d": 3, "start": 1, "end": 5},
-]
 
 
 def cases():
@@ -113,15 +48,18 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="session", params=["cpu", "cuda"])
 def results(request, models, tmp_path_factory):
-    """All engines built, then one mpirun for each number of ranks runs those it fits."""
+    """The engines of this run's tests built, then one mpirun for each number of ranks runs those it fits."""
     if request.param == "cuda":
         need_cuda_backend()
     root = tmp_path_factory.mktemp("engines")
+    chosen = {item.callspec.params["number"] for item in request.session.items if "results" in item.fixturenames}
     random = np.random.default_rng(SEED)
     prompts = {i: [random.integers(3, 131, size=n).tolist() for n in (7, 1, 19)] for i in range(len(cases()))}
     adapters = {}
     by_ranks: dict[int, list] = {}
     for i, (name, shape) in enumerate(cases()):
+        if i not in chosen:
+            continue
         lora = None
         if adapted(i):
             if missing("peft>=0.18"):
@@ -142,17 +80,19 @@ def results(request, models, tmp_path_factory):
         }
         by_ranks.setdefault(shape["p"], []).append(case)
     for ranks, batch in by_ranks.items():
-        done = mpirun(ranks, write_json(root / f"cases{ranks}.json", batch), script="tests/mpi_worker.py")
+        done = mpirun(ranks, write_json(root / f"cases{ranks}.json", batch), script="tests/support/mpi_worker.py")
         assert done.returncode == 0, done.stderr
     return root, prompts, adapters
 
 
-def identifier(case):
-    name, shape = case
-    return name + "-" + "-".join(f"{k}{v}" if isinstance(v, int) else v for k, v in shape.items())
+# In the fast run a few that two ranks can execute.
+NUMBERS = [
+    pytest.param(i, id=identifier(case), marks=() if i % 4 < 2 and case[1]["p"] < 3 else pytest.mark.slow)
+    for i, case in enumerate(cases())
+]
 
 
-@pytest.mark.parametrize("number", range(len(cases())), ids=[identifier(case) for case in cases()])
+@pytest.mark.parametrize("number", NUMBERS)
 def test_engine_equals_reference(number, models, results):
     root, prompts, adapters = results
     name, shape = cases()[number]
@@ -185,7 +125,3 @@ def test_engine_equals_reference(number, models, results):
         # What a prompt gives does not depend on the batch it is in.
         assert found[f"alone{i}"].tolist() == tokens
         assert found[f"sampled{i}"].tolist() == found[f"sampled_alone{i}"].tolist()
-
-
-def relative(found, expected):
-    return np.linalg.norm(found.astype(np.float64) - expected) / np.linalg.norm(expected.astype(np.float64))

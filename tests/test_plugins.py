@@ -4,15 +4,20 @@ import ctypes.util
 import shutil
 import subprocess
 import sys
+from enum import IntEnum
 
 import pytest
-from conftest import ROOT, run
+from support import ROOT
+from support.processes import run
 
+from cqil_trt.config import MAX_RANKS
 from cqil_trt.errors import UserError
-from cqil_trt.gpu import kernel_library
+from cqil_trt.gpu import abi, kernel_library, tensorrt_plugins
 
+needs_cc = pytest.mark.skipif(shutil.which("cc") is None, reason="cc is not on the PATH")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
 HEADERS = ROOT / "third_party" / "tensorrt_headers"
+HEADER = ROOT / "plugins" / "cqil_trt.h"
 
 
 @pytest.fixture(scope="module", params=[("10.14", "80"), ("11.1", "90")], ids=lambda param: param[0])
@@ -23,6 +28,7 @@ def built(request, tmp_path_factory):
     return headers, kernel_library.build(HEADERS / headers, architecture, path)
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_it_compiles_and_loads_without_a_gpu_or_tensorrt(built):
     _, path = built
@@ -31,6 +37,7 @@ def test_it_compiles_and_loads_without_a_gpu_or_tensorrt(built):
     assert library.cqil_register_plugins() == -1  # there is no TensorRT in this process
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_without_tensorrt_the_c_interface_alone_is_built(tmp_path):
     path = tmp_path / kernel_library.LIBRARY
@@ -92,6 +99,7 @@ print("plugins work with TensorRT API", trt.__version__)
 """
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_tensorrt_registers_creates_and_serialises_the_plugins(built):
     """In the runtime that TensorRT-RTX ships, whose plugin registry is that of TensorRT 11."""
@@ -105,6 +113,7 @@ def test_tensorrt_registers_creates_and_serialises_the_plugins(built):
     assert "plugins work" in done.stdout
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_a_library_of_other_sources_is_refused(built, tmp_path, monkeypatch):
     _, path = built
@@ -132,6 +141,7 @@ def test_tools_that_are_missing_are_named(monkeypatch):
         kernel_library.build()
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_a_compiler_error_is_one_line(tmp_path):
     done = run(
@@ -142,6 +152,7 @@ def test_a_compiler_error_is_one_line(tmp_path):
     assert len(errors) == 1 and "building the plugins failed" in errors[0]
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_without_a_gpu_a_workspace_says_so(built):
     import torch
@@ -157,3 +168,148 @@ def test_without_a_gpu_a_workspace_says_so(built):
     )
     done = run(sys.executable, "-c", code, built[1])
     assert "refused: cuda" in done.stdout, done.stderr
+
+
+def exported(path):
+    lines = subprocess.run(["nm", "-D", "--defined-only", path], capture_output=True, text=True).stdout.splitlines()
+    return {name for name in (line.split()[-1] for line in lines) if name.startswith("cqil_")}
+
+
+@needs_nvcc
+def test_the_library_exports_what_the_header_declares(built):
+    only_for_tests = {"cqil_test_delays"}  # in a build with CQIL_TEST_DELAYS
+    assert exported(built[1]) | only_for_tests == abi.interface().functions.keys()
+
+
+@needs_cc
+def test_python_and_the_compiler_read_the_header_alike(tmp_path):
+    """Sizes, offsets, enumerators, constants, and the fields of plugins."""
+    interface = abi.interface()
+    prints, expected = [], []
+
+    def expect(expression, value):
+        prints.append(f'printf("%s %ld\\n", "{expression}", (long)({expression}));')
+        expected.append(f"{expression} {value}")
+
+    for name, found in interface.names.items():
+        if isinstance(found, str):
+            prints.append(f'printf("{name} %s\\n", {name});')
+            expected.append(f"{name} {found}")
+        elif isinstance(found, int):
+            expect(name, found)
+        elif issubclass(found, IntEnum):
+            for member in found:
+                expect(member.name, member.value)
+        else:
+            expect(f"sizeof({name})", ctypes.sizeof(found))
+            for field, kind in found._fields_:
+                expect(f"offsetof({name}, {field})", getattr(found, field).offset)
+                expect(f"sizeof((({name}*)0)->{field})", ctypes.sizeof(kind))
+                expect(f"_Generic((({name}*)0)->{field}, float: 1, default: 0)", int(kind is ctypes.c_float))
+    names = {(int, False): "INT", (int, True): "OPTIONAL", (float, False): "FLOAT"}
+    for plugin, fields in interface.plugins.items():
+        kinds = [f"{names[field.type, field.optional]} {name}" for name, field in fields.items()]
+        expected.append(" ".join([plugin, *kinds]))
+    program = f"""
+    #include <stdio.h>
+    #include "{HEADER}"
+    #define INT(name) " INT " #name
+    #define FLOAT(name) " FLOAT " #name
+    #define OPTIONAL(name) " OPTIONAL " #name
+    #define PLUGIN(name, fields) puts(#name fields);
+    int main(void) {{ {" ".join(prints)} CQIL_PLUGINS(PLUGIN, INT, FLOAT, OPTIONAL) }}
+    """
+    source, binary = tmp_path / "layout.c", tmp_path / "layout"
+    source.write_text(program)
+    subprocess.run(["cc", "-Wall", "-Werror", "-o", binary, source], check=True)
+    done = subprocess.run([binary], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == expected
+    assert len(interface.plugins) == 8 and abi.CQIL_MAX_RANKS == MAX_RANKS
+
+
+@needs_cc
+def test_python_passes_what_another_header_says(tmp_path):
+    """Nothing but the header says how a function is called: with another signature there Python calls it by that."""
+    text = HEADER.read_text()
+    changes = {
+        "int cqil_workspace_rank(cqil_workspace* workspace)": "double cqil_workspace_rank(float a, int64_t b, double)",
+        "float temperature, top_p;": "double before;\n    float temperature, top_p;",
+    }
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    (tmp_path / HEADER.name).write_text(text)
+    (tmp_path / "other.c").write_text(f"""
+    #include "{HEADER.name}"
+    double cqil_workspace_rank(float a, int64_t b, double c) {{ return a * b + c; }}
+    int cqil_sample(const void* logits, int rows, int width, cqil_dtype dtype, const cqil_sampling* sampling,
+                    const double* uniforms, const int32_t* step, int stride, int32_t* index, void* stream) {{
+        *index = dtype;
+        return (int)(sampling->before * sampling->temperature) + sampling->top_k;
+    }}
+    """)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "other.so", tmp_path / "other.c"], check=True)
+    interface, library = abi.Interface(text), ctypes.CDLL(str(tmp_path / "other.so"))
+    interface.declare(library)
+    assert library.cqil_workspace_rank(0.5, 1 << 40, 0.25) == (1 << 39) + 0.25
+    sampling = interface.names["cqil_sampling"](before=12.0, temperature=2.0, top_k=7)
+    index = ctypes.c_int32()
+    for given in (sampling, ctypes.addressof(sampling)):  # on the host, or an address
+        rest = None, None, 1, ctypes.byref(index), None
+        assert library.cqil_sample(None, 1, 1, abi.dtype_code("bfloat16"), given, *rest) == 31 and index.value == 2
+    with pytest.raises(ctypes.ArgumentError):
+        library.cqil_sample(None, 1, 1, 0, abi.cqil_linear_shape(), *rest)
+    with pytest.raises(AttributeError, match="no attribute 'before'"):
+        abi.cqil_sampling(before=1.0)
+    with pytest.raises(AttributeError, match="cqil_nothing"):
+        _ = abi.cqil_nothing
+    with pytest.raises(ValueError, match="no type for wchar_t"):
+        abi.Interface("typedef int wchar_t; int cqil_f(wchar_t x);")
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    "source, old, new",
+    [
+        ("collectives.cu", "cqil_workspace_rank(cqil_workspace* workspace)", "cqil_workspace_rank(int workspace)"),
+        ("tensorrt_plugins.cpp", "INT(terms)", "INT(summands)"),
+        ("tensorrt_plugins.cpp", "PLUGIN(CqilAdd,", "PLUGIN(CqilSum,"),
+    ],
+)
+def test_a_definition_that_differs_from_the_header_does_not_compile(source, old, new, tmp_path):
+    plugins = shutil.copytree(HEADER.parent, tmp_path / "plugins")
+    command = [
+        "nvcc",
+        "-std=c++17",
+        "-arch=sm_90",
+        "-I",
+        HEADERS / "11.1",
+        '-DCQIL_VERSION="test"',
+        "-o",
+        tmp_path / "o",
+    ]
+    command += ["-cuda"] if source.endswith(".cu") else ["-c", "-Xcompiler", "-fsyntax-only"]
+    text = HEADER.read_text()
+    assert old in text
+    (plugins / HEADER.name).write_text(text.replace(old, new))
+    done = subprocess.run([*command, plugins / source], capture_output=True, text=True)
+    name = next(name for name in ("cqil_workspace_rank", "terms", "CqilAdd") if name in old)
+    errors = [line for line in done.stderr.splitlines() if "error" in line]
+    assert done.returncode and any(name in line for line in errors), done.stderr
+
+
+def test_a_plugin_is_given_its_fields():
+    check = abi.interface().plugin_fields
+    fields = {"delta": 1, "eps": 1e-5, "dtype": 0}
+    assert check("CqilNorm", fields) == fields
+    assert check("CqilBypass", {"distance": 1, "dtype": 0}) == {"distance": 1, "dtype": 0}  # `shared` is optional
+    refused = {
+        "CqilNorm has no field epsilon": ("CqilNorm", fields | {"epsilon": 1e-5}),
+        "CqilNorm: its field dtype is not given": ("CqilNorm", {"delta": 1, "eps": 1e-5}),
+        "CqilNorm: its field eps is of type float, found 0": ("CqilNorm", fields | {"eps": 0}),
+        "CqilNorm: its field delta is of type int, found True": ("CqilNorm", fields | {"delta": True}),
+        "CqilSum: .* no such plugin": ("CqilSum", fields),
+    }
+    for message, given in refused.items():
+        with pytest.raises(TypeError, match=message):
+            tensorrt_plugins.create(None, *given)  # before TensorRT sees it

@@ -5,7 +5,6 @@ import hashlib
 import importlib
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -17,11 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SEED, assert_user_error, build, load_model, make_model, mpirun, run
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
-from test_generate import save_byte_tokenizer
+from support import ROOT, SEED
+from support.checkpoints import load_model, make_model
+from support.made_tokenizers import save_byte_tokenizer
+from support.processes import assert_user_error, build, environment, mpirun, run
 
 import cqil_trt
 from cqil_trt import families
@@ -36,8 +37,6 @@ from cqil_trt.weights import open_checkpoint
 
 TEXT = (ROOT / "README.md").read_text()
 SHAPE = ["--p", 2, "--start", 2, "--end", 6]
-# Hugging Face's libraries must not look for a network.
-OFFLINE = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +60,7 @@ def tokens(shape, seed=SEED):
 
 
 def script(name, *arguments, **options):
-    return run(sys.executable, f"scripts/{name}.py", *arguments, env=OFFLINE, **options)
+    return run(sys.executable, f"scripts/{name}.py", *arguments, **options)
 
 
 # Similarity and the choice of layers
@@ -112,9 +111,9 @@ def placed(shapes, p, start, end):
     sys.path.insert(0, str(ROOT / "scripts"))
     from synthetic import model_config
 
-    grouped = {name: CqilConfig(p, 0, start, end, placement=name) for name in ("leader", "sharded")}
-    tensor = CqilConfig(p, placement="tensor")
-    return model_config(shapes), {"sequential": CqilConfig(1), **grouped, "tensor": tensor}
+    grouped = {name: CqilConfig(p=p, start=start, end=end, placement=name) for name in ("leader", "sharded")}
+    tensor = CqilConfig(p=p, placement="tensor")
+    return model_config(shapes), {"sequential": CqilConfig(p=1), **grouped, "tensor": tensor}
 
 
 @pytest.mark.parametrize(
@@ -144,13 +143,14 @@ def test_predicted_latency_is_near_what_was_measured(shapes, start, end, measure
     config, configurations = placed(shapes, 2, start, end)
     for name, cqil in configurations.items():
         assert decode_seconds(config, cqil, "float16") * 1e3 == pytest.approx(measured[name], rel=0.03)
-    leader = CqilConfig(2, 0, start, end, placement="leader")
-    bypassed = CqilConfig(2, 1, start, end, placement="leader")  # an exchange more in every group
+    leader = CqilConfig(p=2, start=start, end=end, placement="leader")
+    bypassed = CqilConfig(p=2, d=1, start=start, end=end, placement="leader")  # an exchange more in every group
     assert decode_seconds(config, bypassed, "float16") > decode_seconds(config, leader, "float16")
-    saved = 1 - critical_bytes(config, leader, "float16") / critical_bytes(config, CqilConfig(1), "float16")
+    saved = 1 - critical_bytes(config, leader, "float16") / critical_bytes(config, CqilConfig(p=1), "float16")
     assert saved == pytest.approx((end - start) / 2 / config.num_layers, rel=0.1)
 
 
+@pytest.mark.slow
 def test_similarity_command(model, text, tmp_path):
     report, plot = tmp_path / "s.json", tmp_path / "s.png"
     common = ["--model", model, "--text", text, "--block", 32, "--text-tokens", 200, "--json", report, "--plot", plot]
@@ -333,7 +333,7 @@ def test_teacher_is_the_unchanged_model_and_student_starts_as_cqil(model):
     network = load_model(model)
     with torch.no_grad():
         unchanged = network(blocks).logits
-    cqil = CqilConfig(2, 1, 2, 6)
+    cqil = CqilConfig(p=2, d=1, start=2, end=6)
     expected = cqil_trt.CqilModel(load_model(model), cqil.p, cqil.d, cqil.start, cqil.end)(blocks).logits
     student = Student(network, cqil, 4, 8, 0.0)
     assert torch.equal(student.model(blocks).logits, expected)
@@ -348,6 +348,7 @@ def test_teacher_is_the_unchanged_model_and_student_starts_as_cqil(model):
     assert not torch.allclose(trained, expected) and torch.equal(student.model(blocks).logits, trained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top_p", [1.0, 0.7])
 def test_self_generated_text_is_the_models_own(model, top_p):
     from cqil_trt.quality.distillation import self_generated
@@ -394,7 +395,7 @@ def test_an_adapter_of_the_concurrent_layers_alone_in_bfloat16(tmp_path):
     from cqil_trt.quality.distillation import Student
 
     directory = make_model(tmp_path / "model", num_hidden_layers=8)
-    student = Student(load_model(directory), CqilConfig(2, 0, 2, 6), 4, 8, 0.0, concurrent_only=True)
+    student = Student(load_model(directory), CqilConfig(p=2, start=2, end=6), 4, 8, 0.0, concurrent_only=True)
     student.save(tmp_path / "adapter", torch.bfloat16)
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
@@ -411,7 +412,7 @@ def test_checkpointed_gradients_keep_nothing_of_a_group_but_its_input(model):
 
     def kept(checkpointed):
         torch.manual_seed(SEED)
-        student = Student(load_model(model), CqilConfig(4, 1, 0, 8), 4, 8, 0.0)
+        student = Student(load_model(model), CqilConfig(p=4, d=1, start=0, end=8), 4, 8, 0.0)
         if checkpointed:
             student.model.gradient_checkpointing_enable()
             student.model.enable_input_require_grads()
@@ -449,6 +450,7 @@ def adapter(model, text):
     return directory
 
 
+@pytest.mark.slow
 def test_adapter_is_what_build_takes_with_its_configuration_inside(model, adapter, tmp_path):
     assert {path.name for path in adapter.iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "cqil_config.json", "loss.png", "training.json",
@@ -479,6 +481,7 @@ def test_adapter_is_what_build_takes_with_its_configuration_inside(model, adapte
     assert_user_error(build("--model", model, "--lora", damaged), "cqil_config.json", "does not divide")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
 def test_compiled_training_is_the_same_training(model, recompute, tmp_path, monkeypatch):
     """With the compiler's front end, which is where training could change; what it generates is PyTorch's to test."""
@@ -490,7 +493,7 @@ def test_compiled_training_is_the_same_training(model, recompute, tmp_path, monk
     blocks, losses, states, scores = tokens((12, 16)), [], [], []
     for compiled in (False, True):
         torch.manual_seed(SEED)
-        student = Student(load_model(model), CqilConfig(2, 1, 2, 6), 4, 8, 0.0)
+        student = Student(load_model(model), CqilConfig(p=2, d=1, start=2, end=6), 4, 8, 0.0)
         if compiled:
             student.compile()
         if recompute:
@@ -511,6 +514,7 @@ def test_compiled_training_is_the_same_training(model, recompute, tmp_path, monk
     assert states[0].keys() == states[1].keys() and scores[1] == pytest.approx(scores[0], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, which training is compiled for")
 def test_training_compiled_for_the_gpu_is_the_same_training(model, text, tmp_path):
     losses = {}
@@ -521,13 +525,13 @@ def test_training_compiled_for_the_gpu_is_the_same_training(model, text, tmp_pat
     np.testing.assert_allclose(losses["on"], losses["off"], rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_resumed_behind_a_kill_training_ends_where_it_would_have(model, text, adapter, tmp_path):
     output = tmp_path / "adapter"
     command = [sys.executable, "scripts/finetune.py", "--model", model, *SHAPE, "--text", text, "--output", output]
     command += ["--sequence-length", 32, "--batch-size", 4, "--lora-rank", 4, "--steps", 30, "--save-steps", 8]
     command += ["--seed", SEED % 1000]
-    environment = {**os.environ, **OFFLINE}
-    process = subprocess.Popen([str(part) for part in command], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([str(part) for part in command], cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
     checkpoints = output / "checkpoints"
     while not (checkpoints / "checkpoint-16" / "trainer_state.json").exists():
         assert process.poll() is None
@@ -564,11 +568,12 @@ def test_resumed_behind_its_last_step_training_takes_no_step_more(model, text, t
     assert report["steps"] == 4 and (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_with_checkpointed_gradients_train_as_one_with_twice_the_batch(model, text, adapter, tmp_path):
     command = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--", "scripts/finetune.py", "--model", model]
     command += [*SHAPE, "--text", text, "--output", tmp_path / "adapter", "--sequence-length", 32, "--batch-size", 2]
     command += ["--lora-rank", 4, "--steps", 30, "--seed", SEED % 1000, "--gradient-checkpointing", "on"]
-    done = run(sys.executable, *command, env={**OFFLINE, "OMP_NUM_THREADS": "1"})
+    done = run(sys.executable, *command, env={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     expected, found = (json.loads((path / "training.json").read_text()) for path in (adapter, tmp_path / "adapter"))
     assert found["steps"] == expected["steps"] and found["tokens"] == expected["tokens"]
@@ -597,6 +602,7 @@ def test_wrong_training_is_refused_in_one_line(flags, message, model, text, tmp_
     assert not (tmp_path / "adapter").exists() and (ROOT / "docs" / "architecture.md").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [5, 12])  # noticed where the last step is logged, and where the tenth is
 def test_a_training_that_diverges_leaves_no_adapter(steps, model, text, tmp_path, refused):
     flags = ["--model", model, *SHAPE, "--text", text, "--sequence-length", 32, "--batch-size", 4, "--steps", steps]
@@ -654,6 +660,7 @@ def make_tasks(directory):
     return ",".join(kinds)
 
 
+@pytest.mark.slow
 def test_engine_scores_every_item_as_the_harness_scores_the_reference(model, text, adapter, tmp_path):
     names = make_tasks(tmp_path / "tasks")
     assert build("--model", model, "--lora", adapter, "--output", tmp_path / "engine").returncode == 0
@@ -672,7 +679,7 @@ def test_engine_scores_every_item_as_the_harness_scores_the_reference(model, tex
         *common,
         tmp_path / "engine.json",
     ]
-    done = run("mpirun", "-n", 4, sys.executable, *engine, env=OFFLINE)
+    done = run("mpirun", "-n", 4, sys.executable, *engine)
     assert done.returncode == 0, done.stderr
     reference = json.loads((tmp_path / "reference.json").read_text())
     assert [column["label"] for column in reference["columns"]] == ["unchanged", "CQIL", "CQIL + adapter"]
@@ -708,12 +715,14 @@ def test_wrong_evaluation_is_refused_in_one_line(flags, message, model, refused)
     refused("evaluate", lambda script, options: script.evaluate(options, Job()), arguments, message)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task, message", [("no_such_task", "no task"), ("sciq", "")])
 def test_a_task_that_is_not_to_be_had_ends_in_one_line(task, message, model):
     """sciq's data is on a network that is not there."""
     assert_user_error(script("evaluate", "--model", model, *SHAPE, "--tasks", task), f"--tasks {task}", message)
 
 
+@pytest.mark.slow
 def test_an_error_anywhere_ends_all_ranks(model, tmp_path):
     assert build("--model", model, *SHAPE, "--output", tmp_path / "engine", "--max-seq-len", 64).returncode == 0
     make_tasks(tmp_path / "tasks")
@@ -730,6 +739,6 @@ def test_an_error_anywhere_ends_all_ranks(model, tmp_path):
     for task, message in cases.items():
         command = ["scripts/evaluate.py", "--engine", tmp_path / "engine", "--device", "cpu", "--tasks", task]
         command += ["--task-path", tmp_path / "tasks", "--max-length", 64]
-        assert_user_error(run("mpirun", "-n", 2, sys.executable, *command, env=OFFLINE, timeout=60), message)
+        assert_user_error(run("mpirun", "-n", 2, sys.executable, *command, timeout=60), message)
     command = ["scripts/evaluate.py", "--engine", tmp_path / "engine", "--text", "README.md"]
     assert_user_error(run("mpirun", "-n", 2, sys.executable, *command), "--block 1024", "at most --block 65")

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from conftest import SEED, load_model, make_adapter, make_model
+from support import SEED
+from support.checkpoints import load_model, make_adapter, make_model
 
 from cqil_trt.errors import UserError
 from cqil_trt.reference import CqilModel

@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SEED, build, make_model
+from support import ROOT, SEED
+from support.checkpoints import make_model
+from support.processes import build
 
 from cqil_trt import engine as engine_directory
 from cqil_trt.engine import Engine
@@ -70,6 +72,7 @@ def assert_ends(job, marker):
     assert not processes(marker)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("generating, victim", [("sharded", 1), ("sharded", 0), ("leader", 2)], indirect=["generating"])
 def test_a_killed_rank_ends_the_whole_job(generating, victim):
     job, ranks, marker = generating
@@ -77,6 +80,7 @@ def test_a_killed_rank_ends_the_whole_job(generating, victim):
     assert_ends(job, marker)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "generating, number", [("sharded", signal.SIGINT), ("leader", signal.SIGTERM)], indirect=["generating"]
 )
@@ -86,6 +90,7 @@ def test_ctrl_c_ends_the_whole_job(generating, number):
     assert_ends(job, marker)
 
 
+@pytest.mark.slow
 def test_a_build_killed_at_any_moment_leaves_no_engine(tmp_path):
     make_model(tmp_path / "model", num_hidden_layers=8, hidden_size=384, intermediate_size=1536, head_dim=64)
     command = (sys.executable, "builders/build.py", "--model", tmp_path / "model", "--probes", "never")
@@ -136,6 +141,7 @@ def test_a_stop_while_the_directory_is_made_removes_it(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_build_that_is_asked_to_stop_cleans_up(tmp_path):
     make_model(tmp_path / "model", num_hidden_layers=8, hidden_size=384, intermediate_size=1536, head_dim=64)
     for stop in (signal.SIGINT, signal.SIGTERM):

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import SEED, checkpoint_logits, load_model, make_model, write_gguf, write_json
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import SEED, write_json
+from support.checkpoints import checkpoint_logits, load_model, make_model, write_gguf
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import cqil_trt
@@ -117,7 +118,9 @@ def test_any_spelling_means_what_transformers_takes_it_for(scaling, standard, th
 
 def test_an_engine_from_before_scaled_rope_still_describes_its_model():
     old = {"theta": 5e5, "kind": "linear", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    assert RopeConfig.from_dict({**old, "original_max_position": 8192}) == RopeConfig(5e5, "linear", 2.0)
+    assert RopeConfig.from_dict({**old, "original_max_position": 8192}) == RopeConfig(
+        theta=5e5, kind="linear", factor=2.0
+    )
 
 
 def session_of(directory, output, **options) -> TorchSession:
@@ -268,7 +271,7 @@ def test_tensorrt_llm_refuses_what_its_attention_has_no_parameters_for(tmp_path)
     from cqil_trt.backends.tensorrt_llm.checkpoint import describe
 
     directory = make_model(tmp_path, rope_parameters=complete("yarn", 4.0), vocab_size=132)
-    ranks = plan(families.read_config(directory / "config.json"), CqilConfig(2, placement="tensor"))
+    ranks = plan(families.read_config(directory / "config.json"), CqilConfig(p=2, placement="tensor"))
     with pytest.raises(UserError, match="yarn rope"):
         describe({}, ranks)
 
@@ -360,7 +363,7 @@ def test_gguf_frequency_factors_are_those_of_llama_3(tmp_path):
 def test_gguf_frequency_factors_of_one_change_nothing(tmp_path):
     ones = np.ones(4, np.float32)
     source, path = scaled_gguf(tmp_path, lambda w: w.add_tensor("rope_freqs.weight", ones))
-    assert judged(path, source, {"rope_type": "default"}).rope == RopeConfig(10000.0)
+    assert judged(path, source, {"rope_type": "default"}).rope == RopeConfig(theta=10000.0)
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,9 @@ def configurations(draw):
     layers = start + groups * p + draw(st.integers(0, 5)) or 1
     placement = draw(st.sampled_from(["sharded", "leader", "tensor"]))
     if placement == "tensor":
-        return CqilConfig(p, placement="tensor"), layers
-    return CqilConfig(p, draw(st.integers(0, p - 1)), start, start + groups * p, placement=placement), layers
+        return CqilConfig(p=p, placement="tensor"), layers
+    d = draw(st.integers(0, p - 1))
+    return CqilConfig(p=p, d=d, start=start, end=start + groups * p, placement=placement), layers
 
 
 @given(configurations())

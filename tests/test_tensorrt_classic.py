@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SEED, make_model, rank_weights
-from test_cuda_ops import HostKernels, norm
-from test_fused_ops import SHAPES, Alone
-from test_parity import ARCHITECTURES
+from support import SEED
+from support.cases import ARCHITECTURES, RANK_SHAPES
+from support.checkpoints import make_model, rank_weights
+from support.fake_ops import Alone, HostKernels, norm
 
 from cqil_trt.backends.tensorrt.network import Lowering, define_network
 from cqil_trt.backends.torch.ops import TorchOps
@@ -130,8 +130,7 @@ class Network:
         q_norm, k_norm = (t.data_ptr() for t in addresses[4:]) if norms else (None, None)
         out = torch.full((len(qkv), f.heads * f.head_dim), torch.nan)
         pointers = [t.data_ptr() for t in addresses[:4]]
-        shape = SimpleNamespace(_obj=s)
-        self._caches.cqil_attention(shape, *pointers, q_norm, k_norm, inputs[-1].name, out.data_ptr(), None, None)
+        self._caches.cqil_attention(s, *pointers, q_norm, k_norm, inputs[-1].name, out.data_ptr(), None, None)
         return [out]
 
     def CqilAllReduce(self, f, x, _):
@@ -171,7 +170,7 @@ def test_classic_networks_compute_what_the_decoder_means(name, tmp_path):
     )
     tables = map(torch.from_numpy, rotary_tables(checkpoint.model, checkpoint.rotary, CAPACITY))
     constants = dict(zip(("rotary.cos", "rotary.sin"), tables))
-    for shape in SHAPES:
+    for shape in RANK_SHAPES:
         for rank in plan(model, CqilConfig(**shape)):
             weights = rank_weights(rank, checkpoint.reader)
             plain = TorchOps(rank, weights, Alone(rank.rank), limits, checkpoint.rotary)

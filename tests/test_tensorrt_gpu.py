@@ -11,8 +11,10 @@ import sys
 
 import pytest
 import torch
-from conftest import SEED, build, make_model, mpirun, run
-from test_parity import ARCHITECTURES
+from support import SEED
+from support.cases import ARCHITECTURES
+from support.checkpoints import make_model
+from support.processes import build, mpirun, run
 
 PYTHON = os.environ.get("CQIL_TENSORRT_PYTHON", sys.executable)
 
@@ -74,3 +76,13 @@ def test_a_batch_answers_as_each_prompt_alone(tmp_path):
         assert start.returncode == 0, start.stderr
         completions[engine] = [c["tokens"] for c in json.loads(report.read_text())["completions"]]
     assert completions["engine"] == completions["torch"]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_plugins_inside_an_engine(ranks):
+    """The plugin library must have been compiled with the headers of this TensorRT (docs/tensorrt.md)."""
+    worker = "tests/support/tensorrt_plugin_worker.py"
+    done = run("mpirun", "-n", ranks, PYTHON, worker, SEED % 100_000)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{ranks} ranks: relative error" in done.stdout

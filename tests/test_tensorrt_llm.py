@@ -8,9 +8,11 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from conftest import ROOT, SEED, assert_user_error, build, load_model, make_adapter, make_model, mpirun, run
 from safetensors.torch import load_file
-from trtllm_contract import API, Contract, Value, load_model_file
+from support import ROOT, SEED
+from support.checkpoints import load_model, make_adapter, make_model
+from support.processes import assert_user_error, build, environment, mpirun, run
+from support.trtllm_contract import API, Contract, Value, load_model_file
 
 import cqil_trt
 from cqil_trt.backends.tensorrt_llm.checkpoint import COLLECTIVES, MODEL_FILE, build_command
@@ -173,8 +175,8 @@ def test_tensorrt_llms_own_code_emits_the_network(name, collective, models, tmp_
         checkpoint = engine / "checkpoint"
         done = run(
             sys.executable,
-            *("tests/tensorrt_llm_emission.py", sources, checkpoint, rank),
-            env={"PYTHONPATH": package},
+            *("tests/support/tensorrt_llm_emission.py", sources, checkpoint, rank),
+            env={"PYTHONPATH": f"{package}:{environment()['PYTHONPATH']}"},
         )
         assert done.returncode == 0, done.stderr
         found = json.loads(done.stdout.splitlines()[-1])
@@ -242,7 +244,7 @@ def test_whole_path_with_tensorrt_llm(collective, tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
     ours = json.loads(report.read_text())["completions"][0]["tokens"]
     if collective == "trtllm":  # whose engines need nothing of ours
-        done = mpirun(2, made / "trtllm", prompt, 8, script="tests/tensorrt_llm_runner.py")
+        done = mpirun(2, made / "trtllm", prompt, 8, script="tests/support/tensorrt_llm_runner.py")
         assert done.returncode == 0 and json.loads(done.stdout.splitlines()[-1]) == ours, done.stderr
 
 

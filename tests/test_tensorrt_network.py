@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SEED, assert_user_error, build, load_model, make_model, mpirun, rank_weights, run, write_json
-from tensorrt_evaluator import NetworkEvaluator, Recorder, evaluate
-from test_parity import ARCHITECTURES, identifier, relative
+from support import SEED, write_json
+from support.cases import ARCHITECTURES, identifier, relative
+from support.checkpoints import load_model, make_model, rank_weights
+from support.processes import assert_user_error, build, mpirun, run
+from support.tensorrt_evaluator import NetworkEvaluator, Recorder, evaluate
 
 import cqil_trt
 from cqil_trt.backends.tensorrt.network import Lowering, add_profiles, define_network
@@ -270,6 +272,7 @@ def test_two_profiles_have_room_for_every_pass(chunk, models):
                 assert low == tuple(1 if size < 0 else size for size in shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, shape", BUILDS, ids=map(identifier, BUILDS))
 def test_engines_of_every_rank_are_built(name, shape, models, tmp_path):
     engine = cqil_trt.build(
@@ -318,6 +321,7 @@ def test_the_builds_cover_what_there_is():
     assert {s["dtype"] for _, s in BUILDS} == set(DTYPES)
 
 
+@pytest.mark.slow
 def test_an_engine_holds_no_weights(tmp_path):
     sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "head_dim": 64}
     directory = make_model(tmp_path / "model", num_hidden_layers=2, **sizes)
@@ -327,6 +331,7 @@ def test_an_engine_holds_no_weights(tmp_path):
     assert engine.files["rank0.safetensors"]["size"] > 60e6 > 6 * engine.files["rank0.engine"]["size"]
 
 
+@pytest.mark.slow
 def test_the_demo_model_is_compiled(tmp_path):
     try:
         model = demo_model()
@@ -341,6 +346,7 @@ def test_the_demo_model_is_compiled(tmp_path):
         assert 4 * sizes[0] < sizes[1], sizes
 
 
+@pytest.mark.slow
 def test_an_engine_of_backend_torch_is_compiled(models, tmp_path):
     """Its weights are taken as they are; what it has decided cannot be decided again."""
     limits = {"max_batch_size": BATCH, "max_seq_len": LENGTH}
@@ -375,6 +381,7 @@ def test_an_engine_of_backend_torch_is_compiled(models, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["beside", "named", "elsewhere"])
 def test_timings_are_kept_for_the_next_build(place, models, tmp_path):
     directory, name = {
@@ -419,6 +426,7 @@ def test_what_cannot_be_built_is_refused(options, message, models, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_failed_compilation_says_why_and_leaves_nothing(models, tmp_path):
     """Compute capability 7.5 has no bfloat16, which only TensorRT's compiler says."""
     arguments = ("--model", models["llama"], "--backend", "tensorrt", "--target", "7.5", "--dtype", "bfloat16")
@@ -427,6 +435,7 @@ def test_a_failed_compilation_says_why_and_leaves_nothing(models, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("p", [1, 2])
 def test_running_needs_a_gpu(p, models, tmp_path):

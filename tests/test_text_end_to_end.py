@@ -5,12 +5,15 @@ import random
 import re
 
 import pytest
-from conftest import SEED, assert_user_error, build, make_adapter, make_first_llama, make_model, mpirun, write_json
-from made_tokenizers import byte_level_gguf, byte_level_json, llama2_json, save_json, sentencepiece_model
+from support import SEED, write_json
+from support.checkpoints import make_adapter, make_first_llama, make_model
+from support.made_tokenizers import byte_level_gguf, byte_level_json, llama2_json, save_json, sentencepiece_model
+from support.processes import assert_user_error, build, mpirun
 
 from cqil_trt.tokenizer import Tokenizer
 
 
+@pytest.mark.slow
 def test_the_first_llama(tmp_path):
     """LLaMA as it was first converted: .bin in parts, tokenizer.model alone, the names and numbers of early 2023."""
     model = make_first_llama(tmp_path / "llama", vocab_size=360)
@@ -43,6 +46,7 @@ def test_the_first_llama(tmp_path):
     assert f"token ids of {tokens['texts']} texts against {tokens['judge']}: {tokens['equal']} equal" in done.stdout
 
 
+@pytest.mark.slow
 def test_validation_finds_token_ids_that_differ(tmp_path):
     model = save_json(llama2_json(), make_model(tmp_path / "model", vocab_size=300), bos_token="<s>")
     engine = tmp_path / "engine"
@@ -56,6 +60,7 @@ def test_validation_finds_token_ids_that_differ(tmp_path):
     assert re.search(r"token ids of (\d+) texts against .*model: \d+ equal; the first that differs: ", done.stdout)
 
 
+@pytest.mark.slow
 def test_an_adapters_tokenizer_is_used_and_named(tmp_path):
     model = save_json(llama2_json(), make_model(tmp_path / "model", vocab_size=310), chat_template="model")
     adapter = make_adapter(model, tmp_path / "adapter")
@@ -73,6 +78,7 @@ def test_an_adapters_tokenizer_is_used_and_named(tmp_path):
     assert json.loads(report.read_text())["validation"]["tokens"]["judge"] == str(adapter.resolve())
 
 
+@pytest.mark.slow
 def test_an_engine_without_the_models_tokenizer(tmp_path):
     model = save_json(byte_level_json(), make_model(tmp_path / "model", vocab_size=310))
     (model / "tokenizer.json").write_text("broken")

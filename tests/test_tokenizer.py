@@ -7,10 +7,11 @@ import sys
 from functools import partial
 
 import pytest
-from conftest import SEED
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_tokenizers import (
+from sentencepiece import SentencePieceProcessor
+from support import SEED
+from support.made_tokenizers import (
     JSON_FORMS,
     byte_level_gguf,
     byte_level_json,
@@ -21,7 +22,6 @@ from made_tokenizers import (
     sentencepiece_gguf,
     sentencepiece_model,
 )
-from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Regex, decoders, models
 from tokenizers import Tokenizer as Backend
 
@@ -377,7 +377,7 @@ def test_vocab_and_merges_files(tmp_path):
 
 
 def test_a_tokenizer_that_is_larger_than_the_model(tmp_path):
-    from conftest import make_model
+    from support.checkpoints import make_model
 
     from cqil_trt.builder import BuildRequest, prepare
 
@@ -431,7 +431,7 @@ def test_an_adapters_template_leaves_the_models_others(tmp_path):
     tokenizer = Tokenizer(tmp_path / "engine")
     encode = partial(llama2_json().encode, add_special_tokens=False)
     assert tokenizer.chat("x") == encode("model").ids
-    assert tokenizer.chat(Conversation([{"role": "user"}], tools=[{}])) == encode("adapter").ids
+    assert tokenizer.chat(Conversation(messages=[{"role": "user"}], tools=[{}])) == encode("adapter").ids
 
 
 def test_unreadable_tokenizers_are_refused(tmp_path):

@@ -12,10 +12,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import checkpoint_logits, load_model, make_adapter, make_first_llama, make_model, write_gguf, write_json
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from support import write_json
+from support.checkpoints import checkpoint_logits, load_model, make_adapter, make_first_llama, make_model, write_gguf
 
 from cqil_trt import reference
 from cqil_trt.checkpoint import Checkpoint

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 class Communicator(ABC):
     """Collectives over `world_size` ranks; every rank calls them in the same order.
 
-    Tensors have one shape and type on all ranks. Results are bit-identical on all ranks: sums run in rank order, in
-    float32, and are rounded once.
+    Tensors have the same shape and type on all ranks. Results are bit-identical on all ranks: sums run in rank order,
+    in float32, and are rounded once.
     """
 
     rank: int
@@ -25,7 +25,7 @@ class Communicator(ABC):
 
     @abstractmethod
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
-        """Rank 0's x; the others give a tensor to receive into."""
+        """Rank 0's x; the other ranks pass a tensor to receive into."""
 
     @abstractmethod
     def bypass(self, x: torch.Tensor, d: int) -> torch.Tensor | None:
@@ -36,9 +36,9 @@ class Communicator(ABC):
 
     @abstractmethod
     def argmax(self, values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        """Of each rank's candidates (value float32 [B], index int64 [B]), the index of the largest value, [B].
+        """The index of the largest of all ranks' candidates (value float32 [B], index int64 [B]), [B].
 
-        Equal values go to the smallest index, as in an argmax over the whole.
+        Ties go to the smallest index, as in an argmax over the whole.
         """
 
     @abstractmethod

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from cqil_trt.collectives.base import Communicator
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from mpi4py import MPI
 
@@ -71,8 +72,8 @@ def _ordered_sum(parts: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def _bytes(tensor: torch.Tensor):
-    """The tensor's memory as MPI sees it; MPI has no name for every type."""
+def _bytes(tensor: torch.Tensor) -> np.ndarray:
+    """The tensor's memory as bytes, because MPI lacks some of the types."""
     import torch
 
     return tensor.contiguous().view(-1).view(torch.uint8).numpy()

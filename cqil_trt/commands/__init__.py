@@ -1,4 +1,4 @@
-"""The commands: they parse and print, the library does the work."""
+"""The commands parse and print; the library does the work."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ T = TypeVar("T")
 
 
 class Parser(argparse.ArgumentParser):
-    """A wrong argument is an error like any other: one line."""
+    """Reports a wrong argument like any other error, on one line."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
 
 
 class RankParser(Parser):
-    """All ranks parse the same arguments; one of them speaks."""
+    """Every rank parses the same arguments; only one of them prints help."""
 
     speaks = True
 
@@ -39,7 +39,7 @@ def run_ranks(
     run: Callable[[argparse.Namespace, Job], T],
     arguments: Sequence[str] | None = None,
 ) -> T:
-    """Parses on every rank, and returns what `run(options, job)` does there; errors end the command as in `command`."""
+    """Parses the arguments and calls `run(options, job)` on every rank; errors end the command as in `command`."""
     with command():
         job = Job()
     with command(job if job.size > 1 else None):
@@ -56,17 +56,17 @@ def add_cqil_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--p", type=int, help="concurrent layers per group, and number of ranks (default 2)")
     parser.add_argument("--d", type=int, help="bypass distance: attention outputs passed on, 0 <= d < p (default 0)")
     parser.add_argument("--start", type=int, help="first concurrent layer (default: the middle of the model)")
-    parser.add_argument("--end", type=int, help="layer behind the last concurrent one")
+    parser.add_argument("--end", type=int, help="first layer after the concurrent ones")
     parser.add_argument("--bypass", choices=BYPASSES, help="where the bypass goes when d > 0 (default mlp)")
 
 
 def cqil_flags(options: argparse.Namespace) -> dict[str, Any]:
-    """What was given of the flags that `add_cqil_flags` adds."""
+    """The values of the flags that `add_cqil_flags` adds; None where one was not given."""
     return {name: getattr(options, name) for name in ("preset", "p", "d", "start", "end", "bypass")}
 
 
 def chosen_model(name: str | None) -> Found:
-    """The model that --model names, or the demo; fetched when it is not here yet. What is worth a note is printed."""
+    """The model that --model names, by default the demo model; downloaded if necessary. Prints its note, if any."""
     if name is None:
         from cqil_trt.demo import demo_model
 
@@ -86,7 +86,7 @@ def check_at_least(options: argparse.Namespace, low: int, *names: str) -> None:
 
 
 def numbers(text: str, flag: str, low: int, high: int) -> list[int]:
-    """What `flag` gave, separated by commas. Raises UserError unless all are numbers from `low` to `high`."""
+    """The comma-separated numbers given with `flag`. Raises UserError unless all are from `low` to `high`."""
     try:
         found = [int(part) for part in text.split(",")]
     except ValueError:
@@ -97,14 +97,14 @@ def numbers(text: str, flag: str, low: int, high: int) -> list[int]:
 
 
 def check_texts(paths: Sequence[Path] | None, flag: str) -> None:
-    """Raises UserError for a file or directory that is not there."""
+    """Raises UserError for a file or directory that does not exist."""
     for path in paths or ():
         if not path.exists():
             raise UserError(f"{flag} {path}: no such file or directory")
 
 
 def check_file(path: Path | None, flag: str) -> None:
-    """Raises UserError unless a file can be written at `path`, which `flag` gave."""
+    """Raises UserError unless a file can be written at `path`, given with `flag`."""
     if path is None:
         return
     directory = path.resolve().parent

@@ -27,33 +27,33 @@ def parser() -> RankParser:
     p.add_argument(
         "--lora",
         metavar="DIR",
-        help="PEFT LoRA adapter to merge, or org/name[@revision] on the hub; one that finetune.py made brings its own "
-        "--p … --bypass. The demo model gets the adapter that comes with it; none leaves it out",
+        help="PEFT LoRA adapter to merge: a directory, or org/name[@revision] on the hub; an adapter made by "
+        "finetune.py sets --p … --bypass. The demo model gets its bundled adapter unless this is none",
     )
     add_cqil_flags(p)
-    p.add_argument("--placement", choices=PLACEMENTS, help="who runs the other layers (default sharded)")
+    p.add_argument("--placement", choices=PLACEMENTS, help="how the ranks run the other layers (default sharded)")
     p.add_argument("--dtype", choices=DTYPES, help="type of weights and cache (default: the checkpoint's)")
     p.add_argument("--backend", choices=backends.names(), default=backends.PLAIN)
-    p.add_argument("--max-batch-size", type=int, metavar="N", help="sequences at a time (default 8)")
+    p.add_argument("--max-batch-size", type=int, metavar="N", help="concurrent sequences (default 8)")
     p.add_argument("--max-seq-len", type=int, metavar="N", help="prompt and generated tokens (default up to 2048)")
-    p.add_argument("--prefill-chunk", type=int, metavar="N", help="tokens of a prompt per forward pass (default 512)")
+    p.add_argument("--prefill-chunk", type=int, metavar="N", help="prompt tokens per forward pass (default 512)")
     p.add_argument(
         "--probes",
         choices=PROBES,
         default="auto",
-        help="store the reference's answer to a few prompts, for --validate without PyTorch (auto: small models)",
+        help="store the reference's answers to a few prompts for --validate without PyTorch (auto: small models)",
     )
     p.add_argument(
         "--no-tokenizer",
         dest="tokenizer",
         action="store_false",
-        help="leave the tokenizer out: the engine takes token ids only",
+        help="omit the tokenizer: the engine accepts token ids only",
     )
-    own = p.add_argument_group("options of single backends")
+    own = p.add_argument_group("backend-specific options")
     for option, takers in backends.all_options().values():
         keywords = dict(option.keywords) if option.choices is None else {**option.keywords, "choices": option.choices}
         own.add_argument(f"--{option.name.replace('_', '-')}", help=f"{', '.join(takers)}: {option.help}", **keywords)
-    p.add_argument("--output", metavar="DIR", help="engine directory to make (default engines/NAME)")
+    p.add_argument("--output", metavar="DIR", help="engine directory to create (default engines/NAME)")
     p.add_argument("--force", action="store_true", help="replace the engine at --output")
     p.add_argument("--version", action="version", version=f"cqil-trt {__version__}")
     p.add_argument("--json", action="store_true", help="print the plan as JSON instead of a table")
@@ -86,7 +86,7 @@ def build(arguments: argparse.Namespace, job: Job) -> None:
 
 
 def describe(plan: dict[str, Any]) -> str:
-    """The plan as people read it."""
+    """The plan as text for the terminal."""
     cqil, limits = plan["cqil"], plan["limits"]
     commits = {name: f", commit {plan[f'{name}_commit'][:12]}" for name in ("model", "lora") if plan[f"{name}_commit"]}
     model, adapter = (f"{plan[name]}{commits.get(name, '')}" for name in ("model", "lora"))

@@ -24,38 +24,38 @@ from cqil_trt.tokenizer.chat import Conversation
 def parser() -> RankParser:
     p = RankParser(prog="run.py", description="Run an engine: mpirun -n P python runtime/run.py [options]")
     p.add_argument("--engine", metavar="DIR", type=Path, help="default: the newest under engines/ that fits the ranks")
-    p.add_argument(
-        "--device", choices=DEVICES, default="auto", help="where to compute (default: a GPU where there is one)"
-    )
+    p.add_argument("--device", choices=DEVICES, default="auto", help="where to compute (default: a GPU if available)")
     p.add_argument("--prompt", metavar="TEXT", action="append", help="may be repeated")
-    p.add_argument("--prompt-file", metavar="F", help="one prompt a line, or a .json list of texts")
+    p.add_argument("--prompt-file", metavar="F", help="one prompt per line, or a .json list of texts")
     p.add_argument(
         "--messages",
         metavar="F.json",
         action="append",
         default=[],
-        help="a whole conversation, put into the model's chat template: a list of messages, or an object with messages "
+        help="a conversation to render with the model's chat template: a list of messages, or an object with messages "
         "and tools; may be repeated",
     )
     p.add_argument("--token-ids", metavar="F.json", help="a JSON list of token ids, or a list of such lists")
     p.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     p.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
-    p.add_argument("--top-k", type=int, default=0, help="sample from the K likeliest tokens; 0 for all")
-    p.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that reach P together")
+    p.add_argument("--top-k", type=int, default=0, help="sample from the K most likely tokens; 0 for all")
+    p.add_argument("--top-p", type=float, default=1.0, help="sample from the most likely tokens that together reach P")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end before this text; may be repeated")
-    p.add_argument("--chat", action="store_true", help="put each prompt into the model's chat template")
-    p.add_argument("--stream", action="store_true", help="print text as it appears")
+    p.add_argument("--stop", metavar="TEXT", action="append", default=[], help="stop before this text; may be repeated")
+    p.add_argument("--chat", action="store_true", help="render each prompt with the model's chat template")
+    p.add_argument("--stream", action="store_true", help="print text as it is generated")
     p.add_argument("--validate", action="store_true", help="compare with the PyTorch reference; exit 1 on failure")
     p.add_argument("--benchmark", action="store_true", help="measure prefill and decode latency")
     p.add_argument(
         "--contexts",
         metavar="N,N",
-        help="--benchmark at prompts of these many random tokens (default: the first prompt)",
+        help="lengths of the random prompts for --benchmark (default: the first prompt)",
     )
-    p.add_argument("--logits-out", metavar="F.npy", type=Path, help="float32 [tokens, vocabulary] of the first prompt")
+    p.add_argument(
+        "--logits-out", metavar="F.npy", type=Path, help="the first prompt's logits, float32 [tokens, vocabulary]"
+    )
     p.add_argument("--version", action="version", version=f"cqil-trt {__version__}")
-    p.add_argument("--json", metavar="F", type=Path, help="write everything measured and generated to this file")
+    p.add_argument("--json", metavar="F", type=Path, help="write measurements and completions to this file")
     return p
 
 
@@ -64,8 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(options: argparse.Namespace, job: Job) -> bool:
-    """Everything the command does, on every rank; False when validation failed."""
-    # Ranks share this host's cores. What computes with OpenMP or OpenBLAS reads this when it is loaded, from here on.
+    """Runs the command on every rank. Returns False if validation failed."""
+    # Ranks share this host's cores. OpenMP and OpenBLAS read the variable when they are loaded, which is later.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // job.size)))
     from cqil_trt import probes
     from cqil_trt.generate import GenerationConfig
@@ -73,14 +73,16 @@ def run(options: argparse.Namespace, job: Job) -> bool:
     from cqil_trt.sampling import SamplingConfig
 
     texts = job.share(lambda: read_prompts(options))
-    # Built here for its checks alone: a wrong flag should not come out after the engine is loaded.
-    sampling = SamplingConfig(options.temperature, options.top_k, options.top_p, options.seed)
-    GenerationConfig(options.max_new_tokens, stop=tuple(options.stop), sampling=sampling)
+    # Constructed only for its checks: a wrong flag should be reported before the engine is loaded.
+    sampling = SamplingConfig(
+        temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed
+    )
+    GenerationConfig(max_new_tokens=options.max_new_tokens, stop=tuple(options.stop), sampling=sampling)
 
     llm = Llm(options.engine, job, options.device)
     if (options.chat or options.messages) and llm.tokenizer is None:
         raise UserError(
-            f"{'--chat' if options.chat else '--messages'} needs a tokenizer, which this engine came without"
+            f"{'--chat' if options.chat else '--messages'} needs a tokenizer, which this engine does not have"
         )
     limits, model = llm.engine.limits, llm.engine.model
     prompts = job.agree(
@@ -118,7 +120,7 @@ def read_prompts(options: argparse.Namespace) -> list[Any]:
     prompts: list[Any] = list(options.prompt or [])
     if options.prompt_file is not None:
         text = read_file(options.prompt_file)
-        # No other character ends a line: a prompt may hold form feeds and Unicode's separators.
+        # No other character ends a line: a prompt may contain form feeds and Unicode's separators.
         found: Any = [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]
         if options.prompt_file.endswith(".json"):
             found = parse_json(options.prompt_file, text)
@@ -139,7 +141,7 @@ def read_prompts(options: argparse.Namespace) -> list[Any]:
 
 
 def read_file(name: str) -> str:
-    """The text of a UTF-8 file as it is, except a byte order mark. Raises UserError when there is none to read."""
+    """The text of a UTF-8 file without its byte order mark. Raises UserError if it cannot be read."""
     try:
         return Path(name).read_bytes().decode("utf-8-sig")
     except OSError as error:
@@ -184,7 +186,7 @@ def validate(llm: Any, prompts: list[list[int]] | None, say: Callable[[str], Non
     say("validating against the PyTorch reference (float32, Hugging Face modules) ...")
     verdict = compare_with_reference(llm, prompts)
     if verdict.reference == "stored":
-        say("no PyTorch or no checkpoint here: the judge is what the reference said when the engine was built")
+        say("no PyTorch or no checkpoint here: comparing with the reference's answers stored when the engine was built")
     threshold = THRESHOLDS[llm.engine.limits.dtype]
     rows = [
         (
@@ -221,7 +223,7 @@ def validate(llm: Any, prompts: list[list[int]] | None, say: Callable[[str], Non
 
 
 def random_prompts(contexts: str | None, vocab_size: int) -> list[list[int]]:
-    """Prompts of random tokens, of the lengths that --contexts lists."""
+    """Random prompts of the lengths in --contexts."""
     import numpy as np
 
     try:
@@ -235,7 +237,7 @@ def random_prompts(contexts: str | None, vocab_size: int) -> list[list[int]]:
 def benchmark(
     llm: Any, prompts: list[list[int]], steps: int, say: Callable[[str], None], report: dict[str, Any]
 ) -> None:
-    """Latency of prefill and of each decode step, one sequence, on rank 0: wall clock, or CUDA events on a GPU."""
+    """Measures prefill and decode step latency of one sequence on rank 0: wall clock, or CUDA events on a GPU."""
     import numpy as np
 
     rows: list[tuple[Any, ...]] = []
@@ -251,7 +253,7 @@ def benchmark(
             llm.session.greedy()
             return (time.perf_counter() - began) * 1e3
 
-        prefill()  # the first call of everything is slower
+        prefill()  # warm up
         prefills = [prefill() for _ in range(5)]
         llm.session.time_decode(count)
         llm.session.prefill([prompt])
@@ -284,7 +286,7 @@ def complete(
         if single:
             print(text, end="", flush=True)
             return
-        # Several prompts advance together: each is shown line by line, or every 60 characters.
+        # Prompts advance concurrently: print each one line by line, or every 60 characters.
         lines[index] = lines.get(index, "") + text
         while len(lines[index]) >= 60 or "\n" in lines[index]:
             line, _, rest = lines[index].partition("\n")

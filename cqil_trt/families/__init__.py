@@ -1,6 +1,6 @@
-"""The model families, one file each: `FAMILY` in it is all that the rest of the program knows of the family.
+"""The model families, one file each: its `FAMILY` is all that the rest of the program knows about the family.
 
-A file put into this folder is found by itself; nothing else lists the families.
+Files in this folder are discovered automatically; nothing else lists the families.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cqil_trt.model import ModelConfig
 
 @cache
 def all_families() -> tuple[Family, ...]:
-    """Every family, in the order of its file's name."""
+    """Every family, ordered by file name."""
     modules = (import_module(f"{__name__}.{found.name}") for found in iter_modules(__path__))
     return tuple(module.FAMILY for module in modules if hasattr(module, "FAMILY"))
 
@@ -35,9 +35,9 @@ def of_type(model_type: str) -> Family:
 
 
 def of_gguf(architecture: str) -> Family | None:
-    """The family of a GGUF file whose metadata says `general.architecture`; None for one that is not supported.
+    """The family of a GGUF file's `general.architecture`; None for one that is not supported.
 
-    llama.cpp stores a family that computes as another one does under the other's name: the family is that one then.
+    llama.cpp stores some families under the name of another with the same computation; the result is that other family.
     """
     return next((family for family in all_families() if family.gguf and family.gguf.architecture == architecture), None)
 
@@ -49,16 +49,16 @@ def gguf_architectures() -> tuple[str, ...]:
 def read_config(path: Path) -> ModelConfig:
     """The model that a Hugging Face config.json describes, with the stop tokens of a generation_config.json next to it.
 
-    Raises UserError for a family that is not supported, and for a feature in use that would be computed wrongly.
+    Raises UserError for a family that is not supported, or for a feature that the model uses and is not supported.
     """
     config = Fields(read_json(path), str(path))
     return read_model(config, _of_config(config))
 
 
 def _of_config(config: Fields) -> Family:
-    """The family of a config.json, found as transformers finds its class: by model_type, whatever `architectures` says.
+    """The family of a config.json by its model_type, regardless of `architectures`, as transformers chooses the class.
 
-    A file without model_type, which transformers refuses, goes by its architecture; case does not matter
+    Without model_type, which transformers refuses, the architecture decides. Its case does not matter
     (LLaMAForCausalLM, as in 2023).
     """
     families = {family.model_type: family for family in all_families()}

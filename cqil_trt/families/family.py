@@ -1,4 +1,4 @@
-"""What sets one family of decoders apart from the next, as data."""
+"""How families of decoders differ, as data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from cqil_trt.model import ModelConfig
 
-# Where transformers' decoders keep the parts that our engines are made of: modules within `model.layers.N`.
+# The parts of a layer, and their modules in transformers' decoders, within `model.layers.N`.
 HUGGING_FACE_LAYER: Mapping[str, str] = MappingProxyType(
     {
         "attention_norm": "input_layernorm",
@@ -41,7 +41,7 @@ GGUF_LAYER: Mapping[str, str] = MappingProxyType(
         "down": "ffn_down",
     }
 )
-# Parts that stand once in a model: our name → the module in a checkpoint, and the tensor in a GGUF file.
+# Parts that occur once in a model: their modules in a checkpoint, and their tensors in a GGUF file.
 EMBEDDING, FINAL_NORM, LM_HEAD = "model.embed_tokens", "model.norm", "lm_head"
 GGUF_TOP = MappingProxyType({"token_embd": EMBEDDING, "output_norm": FINAL_NORM, "output": LM_HEAD})
 
@@ -53,9 +53,9 @@ class Gguf:
     Attributes:
         architecture: `general.architecture` of the metadata.
         layer: part → tensor within `blk.N`, as `Family.layer`.
-        interleaved: whether the rows of q and k are reordered for a rotary embedding that turns neighbouring pairs,
-            where transformers turns the two halves of a head.
-        frequency_factors: whether `rope_freqs.weight` counts.
+        interleaved: whether the rows of q and k are reordered for a rotary embedding that rotates neighbouring pairs;
+            transformers rotates the two halves of a head.
+        frequency_factors: whether `rope_freqs.weight` is applied.
     """
 
     architecture: str
@@ -66,24 +66,23 @@ class Gguf:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A family of decoders. Everything that differs between families is here, and is asked for here.
+    """A family of decoders. All differences between families are attributes of this class.
 
     Attributes:
         architecture: the class in transformers; `model_type`: its name in config.json.
-        defaults: what a config.json that leaves a field out means, where that is not the same in all families: the
-            defaults of transformers' configuration class.
-        layer: part of a layer → its module in a checkpoint, within `model.layers.N`. Parts that name the same module
-            are stored in it one after the other, in the order of this mapping (a fused projection).
-        activations: values of `hidden_act` that mean SiLU, which is what is computed.
-        qkv_bias, o_bias, mlp_bias: whether those projections have a bias; a text names the field of config.json that
+        defaults: values of fields that config.json may omit and that differ between families: the defaults of
+            transformers' configuration class.
+        layer: part of a layer → its module in a checkpoint, within `model.layers.N`. Parts with the same module are
+            stacked in it, in the order of this mapping (a fused projection).
+        activations: values of `hidden_act` that mean SiLU, the only activation that is supported.
+        qkv_bias, o_bias, mlp_bias: whether those projections have a bias; a string names the field of config.json that
             decides.
-        qk_norm: whether queries and keys get an RMSNorm of each head.
-        sliding_window: whether layers attend to `sliding_window` tokens only: never, always (where the field is not
-            null), or where `use_sliding_window` says so.
-        lora_targets: the modules that PEFT adapts when an adapter's configuration does not say.
-        gguf: how llama.cpp stores the family; None when it stores it as another one, or not at all.
-        reference: further arguments of transformers' configuration class, for a model that the reference makes of
-            sizes alone.
+        qk_norm: whether queries and keys get an RMSNorm per head.
+        sliding_window: whether layers attend to only `sliding_window` tokens: never, always (unless the field is null),
+            or if `use_sliding_window` is set.
+        lora_targets: the modules that PEFT adapts by default.
+        gguf: how llama.cpp stores the family; None if it stores it under another name, or not at all.
+        reference: further arguments of transformers' configuration class, for a reference made from sizes alone.
     """
 
     architecture: str
@@ -116,13 +115,13 @@ class Family:
         return tuple(dict.fromkeys(self.layer[part].rpartition(".")[2] for part in parts))
 
     def gguf_names(self) -> Iterator[tuple[str, str]]:
-        """Names of a layer's tensors: in a GGUF file, within `blk.N`, and in a checkpoint, within `model.layers.N`."""
+        """Tensors of a layer in a GGUF file (within `blk.N`), and their modules in a checkpoint (`model.layers.N`)."""
         if self.gguf is not None:
             yield from {self.gguf.layer[part]: module for part, module in self.layer.items()}.items()
 
     def in_transformers(self, model: ModelConfig) -> bool:
-        """Whether transformers' class can hold the model: of two biases that one field decides, a GGUF may have one."""
-        decided = {}
+        """Whether transformers' class can hold the model: a GGUF may have one of two biases that one field sets."""
+        decided: dict[str, bool] = {}
         for switch, bias in ((self.qkv_bias, model.qkv_bias), (self.o_bias, model.o_bias)):
             if isinstance(switch, str) and decided.setdefault(switch, bias) != bias:
                 return False

@@ -1,4 +1,4 @@
-"""A Hugging Face config.json → `ModelConfig`, by the rules that all families share and the family's own data."""
+"""A Hugging Face config.json → `ModelConfig`, by rules shared by all families and the family's own data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cqil_trt.rope import RopeConfig
 
 
 def read_model(config: Fields, family: Family) -> ModelConfig:
-    """The model that the fields of a config.json describe. Raises UserError for what is not computed."""
+    """The model that the fields of a config.json describe. Raises UserError for what is not supported."""
     if config.get("quantization_config") is not None:
         raise UserError(f"{config.source}: quantized checkpoints (quantization_config) are not supported")
     config = config.with_defaults(**family.defaults)
@@ -58,7 +58,7 @@ def _switch(config: Fields, value: bool | str) -> bool:
 
 
 def _ends(config: Fields) -> tuple[int, ...]:
-    """The tokens that end a text; those of generation_config.json count first."""
+    """The tokens that end a text; those of generation_config.json take precedence."""
     found = config.integers("eos_token_id")
     generation = Path(config.source).parent / "generation_config.json"
     if generation.exists():

@@ -1,4 +1,4 @@
-"""Where a checkpoint of a model keeps which part of which layer, and in which shape."""
+"""Where a checkpoint stores each part of each layer, and in which shape."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cqil_trt.model import ModelConfig
 
 
 class LayerLayout:
-    """Where a checkpoint of the model keeps the parts of one layer."""
+    """Where a checkpoint of the model stores the parts of one layer."""
 
     def __init__(self, model: ModelConfig, index: int):
         q, kv, hidden = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim, model.hidden_size
@@ -33,14 +33,14 @@ class LayerLayout:
     def piece(
         self, part: str, kind: str, rows: tuple[int, int] | None = None, columns: tuple[int, int] | None = None
     ) -> Piece:
-        """Rows and columns of a part (all: None), in the tensor of that kind, weight or bias, that holds it."""
+        """Rows and columns (None: all) of a part, within the tensor that holds it. `kind`: weight or bias."""
         module, first = self._family.place(part, self._rows)
         if rows is not None:
             rows = (first + rows[0], first + rows[1])
         return Piece(f"{self._prefix}.{module}.{kind}", rows, columns)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The layer's tensors in a checkpoint, and their shapes."""
+        """The shapes of the layer's tensors in a checkpoint, by name."""
         modules: dict[str, list[str]] = {}
         for part, module in self._family.layer.items():
             if part not in self._absent:

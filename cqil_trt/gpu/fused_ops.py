@@ -11,10 +11,26 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from cqil_trt.config import EngineLimits
+from cqil_trt.model import ModelConfig
 from cqil_trt.network.ops import Ops
 from cqil_trt.shard import LayerShard
 
 V = TypeVar("V")
+
+
+def attention_fields(model: ModelConfig, shard: LayerShard, limits: EngineLimits) -> dict[str, int | float]:
+    """What cqil_attention_shape and the plugin CqilAttention say of a rank's share of a layer, type and pass aside."""
+    return {
+        "heads": shard.num_heads,
+        "kv_heads": shard.num_kv_heads,
+        "head_dim": model.head_dim,
+        "capacity": limits.max_seq_len,
+        "max_batch": limits.max_batch_size,
+        "group": model.group_size,
+        "first": shard.first_in_group(model.group_size),
+        "eps": model.rms_norm_eps,
+    }
 
 
 @dataclass(eq=False)

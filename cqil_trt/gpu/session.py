@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 from abc import abstractmethod
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from enum import IntEnum
 from typing import Any
 
@@ -19,8 +19,9 @@ import numpy as np
 from cqil_trt.config import DTYPE_BYTES
 from cqil_trt.engine import Engine, tensor_spans
 from cqil_trt.errors import UserError
-from cqil_trt.gpu import cuda, kernel_library
-from cqil_trt.gpu.workspace import DTYPES, Workspace
+from cqil_trt.gpu import abi, cuda
+from cqil_trt.gpu.fused_ops import attention_fields
+from cqil_trt.gpu.workspace import Workspace, guard
 from cqil_trt.network.rotary import rotary_tables
 from cqil_trt.sampling import SamplingConfig
 from cqil_trt.session import Session
@@ -64,7 +65,7 @@ class CudaSession(Session):
         self._comm, self._library = comm, library
         self._stream = cuda.call("StreamCreate")
         self._workspace = None if comm is None else Workspace(comm)
-        self._bytes = DTYPE_BYTES[engine.limits.dtype]
+        self._bytes, self._dtype_code = DTYPE_BYTES[engine.limits.dtype], abi.dtype_code(engine.limits.dtype)
         self._memory: dict[str, int] = {}
         self._batch = 0
         self._rows = 0  # tokens of the last pass
@@ -110,8 +111,8 @@ class CudaSession(Session):
         for index, shard in self._plan.layers.items():
             if not shard.num_heads:
                 continue
-            fields = kernel_library.attention_fields(self._plan.model, shard, self.limits)
-            shape = kernel_library.AttentionShape(**fields, dtype=DTYPES[self.limits.dtype])
+            fields = attention_fields(self._plan.model, shard, self.limits)
+            shape = abi.cqil_attention_shape(**fields, dtype=self._dtype_code)
             sizes[f"cache.{index}"] = self._library.cqil_attention_cache_bytes(shape)
         return sizes
 
@@ -139,7 +140,7 @@ class CudaSession(Session):
             "best_value": 4 * batch,
             "best": 4 * batch,
             "step": 4,
-            "sampling": ctypes.sizeof(kernel_library.Sampling),
+            "sampling": ctypes.sizeof(abi.cqil_sampling),
             "uniforms": 8 * batch * limits.max_seq_len,
             "all_logits": self._bytes * batch * model.vocab_size,
             **self._extra_sizes(),
@@ -196,12 +197,12 @@ class CudaSession(Session):
         cuda.call("StreamSynchronize", self._stream)
 
     def _finish(self) -> None:
-        """Waits for the stream. Raises CollectiveError when a peer did not come."""
-        if self._workspace is None:
+        """Waits for the stream. Raises CollectiveError when a kernel gave up waiting."""
+        with self._guard():
             self._synchronize()
-            return
-        with self._workspace.guard():
-            self._synchronize()
+
+    def _guard(self) -> AbstractContextManager[None]:
+        return guard(self._library, self._workspace)
 
     def _start(self, lengths: np.ndarray) -> None:
         self._batch = len(lengths)
@@ -299,7 +300,7 @@ class CudaSession(Session):
 
     def _read(self, number: int) -> np.ndarray:
         """The tokens of an advance, among the last _SLOTS, when they are there."""
-        with nullcontext() if self._workspace is None else self._workspace.guard():
+        with self._guard():
             while True:
                 done = cuda.is_done(self._stream)
                 words = self._history[number % _SLOTS, : self._batch].copy()
@@ -310,7 +311,7 @@ class CudaSession(Session):
 
     def _choose(self, sampled: bool) -> None:
         """A token for every sequence, over the vocabulary of all ranks, into `best`."""
-        memory, width, dtype = self._memory, self._widths[self._plan.rank], DTYPES[self.limits.dtype]
+        memory, width, dtype = self._memory, self._widths[self._plan.rank], self._dtype_code
         batch, logits, together = self._batch, memory["prediction"], self._workspace is not None
         if sampled:
             everything = sum(self._widths)
@@ -355,8 +356,8 @@ class CudaSession(Session):
         """Chooses the first token from the prediction, and makes it the input of the next step."""
         uploads, sampled = {"past": (self._past - 1).astype(np.int32)}, sampling.temperature > 0
         if sampled:
-            settings = kernel_library.Sampling(
-                sampling.temperature, sampling.top_p, min(sampling.top_k, sum(self._widths))
+            settings = abi.cqil_sampling(
+                temperature=sampling.temperature, top_p=sampling.top_p, top_k=min(sampling.top_k, sum(self._widths))
             )
             uploads |= {"sampling": np.frombuffer(settings, np.uint8), "uniforms": uniforms}
         self._finish()

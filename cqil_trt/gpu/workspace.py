@@ -10,15 +10,12 @@ from typing import TYPE_CHECKING, Any
 from cqil_trt.collectives.base import Communicator
 from cqil_trt.config import DTYPE_BYTES
 from cqil_trt.errors import CollectiveError, UserError
-from cqil_trt.gpu import kernel_library
+from cqil_trt.gpu import abi, kernel_library
 
 if TYPE_CHECKING:
     import torch
 
-DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}  # cqil_dtype
 _MAX_ROW_BYTES = 32 << 10
-_OPERATIONS = {1: "all_reduce", 2: "argmax", 3: "broadcast or bypass"}
-_HANDLE_BYTES = 64
 TIMEOUT_SECONDS = 30.0
 
 
@@ -26,6 +23,25 @@ def fuses_norm(hidden: int, dtype: str) -> bool:
     """Whether cqil_all_reduce_residual_norm takes rows of so many elements."""
     row_bytes = hidden * DTYPE_BYTES[dtype]
     return row_bytes % 16 == 0 and row_bytes <= _MAX_ROW_BYTES
+
+
+def attention_failure(library: ctypes.CDLL) -> CollectiveError | None:
+    """Why attention gave up waiting for one of its own blocks, if it did; call it when CUDA reports an error."""
+    text = library.cqil_attention_failure()
+    return None if text is None else CollectiveError(text.decode())
+
+
+@contextmanager
+def guard(library: ctypes.CDLL, workspace: Workspace | None) -> Iterator[None]:
+    """Inside, a CUDA error that a kernel's time limit caused becomes a CollectiveError that says who waited for whom.
+
+    Kernels run asynchronously, so the block should end in a synchronisation.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        failure = attention_failure(library) if workspace is None else workspace.failure()
+        raise failure or error from None
 
 
 class Workspace:
@@ -46,7 +62,7 @@ class Workspace:
         self.rank, self.world_size = comm.Get_rank(), comm.Get_size()
         self._comm = comm
         self._workspace = ctypes.c_void_p()
-        handle = ctypes.create_string_buffer(_HANDLE_BYTES)
+        handle = ctypes.create_string_buffer(abi.CQIL_HANDLE_BYTES)
         create = (self.rank, self.world_size, one_shot_bytes, max_bytes, timeout, ctypes.byref(self._workspace))
 
         def prepare() -> int:
@@ -55,7 +71,7 @@ class Workspace:
             return failed or self.library.cqil_workspace_handle(self._workspace, handle)
 
         self._together(prepare)
-        # Gathering is also the barrier behind which every rank's memory is ready to be written to.
+        # Gathering is also the barrier after which every rank's memory is ready to be written to.
         handles, sizes = zip(*comm.allgather((handle.raw, (one_shot_bytes, max_bytes))))
         if len(set(sizes)) > 1:  # peers write at offsets that follow from them
             self.close()
@@ -92,11 +108,11 @@ class Workspace:
 
     def failure(self) -> CollectiveError | None:
         """Why a kernel gave up, if one did; call it when CUDA reports an error."""
-        record = kernel_library.Failure()
-        self.library.cqil_workspace_failure(self._workspace, ctypes.byref(record))
+        record = abi.cqil_failure()
+        self.library.cqil_workspace_failure(self._workspace, record)
         if not record.code:
-            return None
-        what = _OPERATIONS.get(record.operation, "an operation")
+            return attention_failure(self.library)
+        what = _describe(record.operation)
         missing = "its data" if record.code == 1 else "its acknowledgement"
         return CollectiveError(
             f"rank {record.rank} gave up waiting for rank {record.peer} in {what} number {record.sequence}: {missing} "
@@ -105,14 +121,9 @@ class Workspace:
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Inside, an error of CUDA that a collective's time limit caused becomes a CollectiveError that names the peer.
-
-        Kernels run on their own time, so the block should end in a synchronisation.
-        """
-        try:
+        """As `guard`, for this workspace's kernels."""
+        with guard(self.library, self):
             yield
-        except RuntimeError as error:
-            raise self.failure() or error from None
 
     def close(self) -> None:
         """Releases the memory, on every rank together; not after a failure, where the process's end does it."""
@@ -122,6 +133,14 @@ class Workspace:
         if self._workspace:
             self.library.cqil_workspace_destroy(self._workspace)
         self._workspace = ctypes.c_void_p()
+
+
+def _describe(operation: int) -> str:
+    """A cqil_operation in words."""
+    if operation == abi.cqil_operation.CQIL_DIRECTED:
+        return "broadcast or bypass"
+    names = {known.value: known.name for known in abi.cqil_operation}
+    return names.get(operation, "an operation").removeprefix("CQIL_").lower()
 
 
 class CudaCommunicator(Communicator):
@@ -192,4 +211,4 @@ def _pointer(tensor: torch.Tensor | None) -> int | None:
 
 
 def _dtype(tensor: torch.Tensor) -> int:
-    return DTYPES[str(tensor.dtype).removeprefix("torch.")]
+    return abi.dtype_code(str(tensor.dtype).removeprefix("torch."))

@@ -1,4 +1,4 @@
-"""Which layers may run concurrently, the adapter that wins the quality back, and what is left of it: on PyTorch."""
+"""Which layers may run concurrently, the adapter that recovers the quality, and the evaluation: on PyTorch."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from cqil_trt.model import ModelConfig
 from cqil_trt.quality import corpus
 from cqil_trt.tokenizer import Tokenizer, find_tokenizer, save_tokenizer
 from cqil_trt.tokenizer.settings import STANDARD_NAMES
+from cqil_trt.tokenizer.vocabulary import JsonVocabulary
 
 
 def open_tokenizer(model: Path) -> Tokenizer:
@@ -25,17 +26,16 @@ def open_tokenizer(model: Path) -> Tokenizer:
 
 
 def transformers_tokenizer(model: Path) -> Any:
-    """The same as an object of transformers. Raises UserError when there is none."""
+    """The same as an object of transformers. Raises UserError if there is none."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     vocabulary = open_tokenizer(model).vocabulary
-    backend = getattr(vocabulary, "backend", None)
-    if backend is None:  # sentencepiece, which transformers has only a class of its own for
+    if not isinstance(vocabulary, JsonVocabulary):  # sentencepiece, for which transformers has a separate class
         with tempfile.TemporaryDirectory() as directory:
             save_tokenizer(model, Path(directory))
             return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     names = {name: text for name, text in vocabulary.names.items() if name in STANDARD_NAMES}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    return PreTrainedTokenizerFast(tokenizer_object=vocabulary.backend, **names)
 
 
 def text_blocks(
@@ -43,8 +43,8 @@ def text_blocks(
 ) -> np.ndarray:
     """The texts at `paths` as blocks of token ids, int32 [N, length], from at most `limit` tokens.
 
-    A path may also be a .npy file of token ids. Raises UserError for a path that is no text, or too little of it for
-    one block.
+    A path may also be a .npy file of token ids. Raises UserError for a path that is not text, or too few tokens for one
+    block.
     """
     separator = model.eos_token_ids[0] if model.eos_token_ids else None
     texts = [path for path in paths if path.suffix != ".npy"]

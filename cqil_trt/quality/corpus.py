@@ -1,4 +1,4 @@
-"""Text files and datasets → token ids in blocks of one length."""
+"""Text files and datasets → token ids in blocks of equal length."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from cqil_trt.errors import UserError
 from cqil_trt.tokenizer import Tokenizer
 
 _SUFFIXES = (".txt", ".md", ".jsonl")
-# What `datasets` leaves in a directory it saved.
+# Files in a directory saved by `datasets`.
 _DATASET_FILES = ("state.json", "dataset_dict.json")
-# Texts are cut at a line end behind so many characters: tokenizers are slow on megabytes at a time.
+# Texts are cut at the first line end after this many characters: tokenizers are slow on megabytes at a time.
 _PIECE = 1 << 16
-# Pieces that are tokenized at a time, on all cores.
+# Pieces tokenized at a time, on all cores.
 _BATCH = 64
 
 
 def documents(paths: Sequence[Path], column: str = "text") -> Iterator[str]:
     """The texts at `paths`.
 
-    A path is a text file, a .jsonl file (an object a line), a directory of such files, or one saved by `datasets`;
+    A path is a text file, a .jsonl file (one object per line), a directory of such files, or one saved by `datasets`;
     `column` names the field of objects and datasets that holds the text. Raises UserError for anything else.
     """
     for path in paths:
@@ -50,7 +50,7 @@ def _file(path: Path, column: str) -> Iterator[str]:
     if path.suffix != ".jsonl":
         yield text
         return
-    for number, line in enumerate(text.split("\n"), 1):  # other line ends may stand within strings
+    for number, line in enumerate(text.split("\n"), 1):  # strings may contain other line ends
         if line.strip():
             try:
                 yield _text(json.loads(line), column, f"{path}: line {number}")
@@ -76,7 +76,7 @@ def _text(row: object, column: str, where: str) -> str:
 
 
 def encode(texts: Iterator[str], tokenizer: Tokenizer, separator: int | None, limit: int | None = None) -> np.ndarray:
-    """Token ids, int32, of all texts behind one another, with `separator` between two; at most `limit` of them."""
+    """Token ids, int32, of the concatenated texts, with `separator` between two; at most `limit` of them."""
     parts: list[np.ndarray] = []
     count = 0
     for text in texts:
@@ -101,7 +101,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def saved_tokens(path: Path, vocab_size: int) -> np.ndarray:
-    """The token ids in a .npy file, int32, in one row. Raises UserError for what is no list of the model's tokens."""
+    """The token ids in a .npy file, int32, flattened. Raises UserError if they are not ids of the model's tokens."""
     try:
         tokens = np.load(path, allow_pickle=False)
     except FileNotFoundError:
@@ -114,9 +114,9 @@ def saved_tokens(path: Path, vocab_size: int) -> np.ndarray:
 
 
 def blocks(tokens: np.ndarray, length: int, source: str) -> np.ndarray:
-    """The tokens cut into whole blocks, [count, length]; what is left over at the end is dropped.
+    """The tokens cut into blocks, [count, length]; an incomplete one at the end is dropped.
 
-    Raises UserError, naming `source`, when there is not one block.
+    Raises UserError, naming `source`, if there are too few tokens for one block.
     """
     count = len(tokens) // length
     if not count:

@@ -1,14 +1,14 @@
-"""The adapter that wins back what CQIL costs: LoRA, distilled from the unchanged model (Zou et al., ACL 2024).
+"""Trains the adapter that recovers what CQIL loses: LoRA, distilled from the unchanged model (Zou et al., ACL 2024).
 
-Teacher and student are one model in memory, forwarded twice: the layers in sequence without the adapter, then CQIL with
-it. The loss is the Kullback-Leibler divergence of the student's next-token distribution from the teacher's.
+Teacher and student are one model in memory, run twice: the layers in sequence without the adapter, then CQIL with it.
+The loss is the Kullback-Leibler divergence of the student's next-token distribution from the teacher's.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,10 @@ from cqil_trt import families
 from cqil_trt.config import CqilConfig
 from cqil_trt.reference import CqilModel, device_of, peft_attributes
 
-# Rows of logits whose probabilities are held in float32 at a time.
+# Rows of logits whose float32 probabilities are in memory at a time.
 _ROWS = 4096
-# Tokens behind the first, random one that are chosen greedily: LLM-QAT's way to sample from a model without data
-# (arXiv 2305.17888, section 3.1), which begins coherently and then varies.
+# Tokens after the first, random one that are chosen greedily, as LLM-QAT samples from a model without data (arXiv
+# 2305.17888, section 3.1): the text begins coherently and then varies.
 _GREEDY_TOKENS = 4
 
 
@@ -63,14 +63,14 @@ class Student:
         self.divergence_of_rows = _divergence
 
     @contextmanager
-    def teaching(self):
+    def teaching(self) -> Iterator[None]:
         """Inside, the model is the teacher: layers in sequence, no adapter, no gradients."""
         with torch.no_grad(), self.cqil.sequential(), self.model.disable_adapter():
             yield
 
     def compile(self) -> None:
-        """Lets torch.compile fuse what is not a matrix product: in each layer's attention, MLP and norms, of which all
-        layers share the few results, and in the loss."""
+        """Applies torch.compile to each layer's attention, MLP and norms, and to the loss, to fuse everything except
+        the matrix products. All layers share the few compiled forms."""
         self.divergence_of_rows = torch.compile(_divergence)
         for layer in self.model.get_base_model().get_submodule("model.layers"):
             for module in layer.children():
@@ -84,7 +84,7 @@ class Student:
 
 
 class DistillationTrainer(Trainer):
-    """transformers' Trainer with the distillation loss. `bfloat16`: products in bfloat16, by autocast."""
+    """transformers' Trainer with the distillation loss. `bfloat16`: matrix products in bfloat16, by autocast."""
 
     def __init__(self, student: Student, bfloat16: bool, **options: Any):
         super().__init__(model=student.model, **options)
@@ -116,7 +116,7 @@ def divergence(
     """KL(teacher || student) of logits [B, T, vocabulary], mean over tokens, in float32.
 
     Probabilities are computed a few thousand rows at a time, and again for the gradient: those of a whole batch would
-    take several times the memory of the model. `of_rows`: what computes them, where it is compiled.
+    take several times the memory of the model. `of_rows`: the function of some rows, possibly compiled.
     """
     vocabulary = teacher.shape[-1]
     pairs = list(zip(teacher.reshape(-1, vocabulary).split(_ROWS), student.reshape(-1, vocabulary).split(_ROWS)))
@@ -125,8 +125,8 @@ def divergence(
 
 
 def largest_rise(losses: Sequence[tuple[int, float]]) -> tuple[tuple[int, float], tuple[int, float]] | None:
-    """Where a training went astray: (step, loss) of the lowest loss so far and of the one behind it that is more than
-    twice as high, the furthest such pair; None when there is none."""
+    """Where a training diverged: (step, loss) of the lowest loss so far and of a later one that is more than twice as
+    high; of several such pairs the one with the largest ratio, None if there is none."""
     found, low = None, None
     for point in losses:
         if low is None or point[1] < low[1]:
@@ -161,9 +161,9 @@ def self_generated(
 ) -> np.ndarray:
     """Blocks [count, length] of text that the model samples itself, int32.
 
-    Each begins with a random row of `beginnings` (token ids [N, K], K below `length`) and goes on by the model's own
-    distribution, of which the likeliest tokens that reach `top_p` together are left; after a single token, the next
-    few are chosen greedily. An end-of-text token does not end a block: the model goes on with another text.
+    Each begins with a random row of `beginnings` (token ids [N, K], K below `length`) and continues with top-p sampling
+    from the model; after a single token, the next few are chosen greedily. An end-of-text token does not end a block:
+    the model continues with another text.
     """
     from tqdm import tqdm
     from transformers import GenerationConfig
@@ -190,12 +190,12 @@ def self_generated(
 
 
 def last_checkpoint(directory: Path) -> Path | None:
-    """Trainer's newest whole checkpoint in `directory`; what was being written when a run was killed is removed."""
+    """Trainer's newest complete checkpoint in `directory`; incomplete ones, left by killed runs, are removed."""
     found = sorted(directory.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     for path in found:
         try:
-            json.loads((path / "trainer_state.json").read_bytes())  # which Trainer writes last
+            json.loads((path / "trainer_state.json").read_bytes())  # Trainer writes this last
             return path
         except (OSError, ValueError):
-            shutil.rmtree(path, ignore_errors=True)  # every process looks, and one of them is first
+            shutil.rmtree(path, ignore_errors=True)  # another process may remove it, too
     return None

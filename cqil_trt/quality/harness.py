@@ -1,6 +1,6 @@
 """An engine and the reference as models of lm-evaluation-harness.
 
-The harness runs on rank 0; the other ranks serve it, as every rank takes part in each of the engine's calls.
+The harness runs on rank 0; the other ranks serve it, because all ranks must call the engine together.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cqil_trt.quality.perplexity import negative_log_likelihood
 from cqil_trt.reference import device_of
 from cqil_trt.tokenizer import Tokenizer
 
-# What the harness generates at most where a task does not say.
+# The maximum of generated tokens if a task does not set one.
 _MAX_GENERATED = 256
 # Requests between two updates of the progress bar.
 _SHARE = 64
@@ -45,7 +45,10 @@ class EngineLM(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         token = self._tokens.special("eos_token")
-        assert token is not None
+        if token is None:
+            raise UserError(
+                f"{self.llm.engine.path}: its tokenizer has no EOS token, which lm-evaluation-harness needs"
+            )
         return token
 
     @property
@@ -56,21 +59,21 @@ class EngineLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         return _encode(self._tokens, string, self.prefix_token_id, add_special_tokens)
 
-    # What the harness asks, on rank 0
+    # Called by the harness, on rank 0
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        # Choices of one token after the same text are answered by one pass.
+        # One pass answers all one-token choices after the same text.
         places: dict[tuple[int, ...], list[int]] = {}
         for number, (_, context, continuation) in enumerate(requests):
             if len(continuation) > self.max_length:
-                raise UserError(f"an answer has {len(continuation)} tokens, of {self.max_length} that there may be")
-            # The last token is only predicted; what is too long loses its beginning.
+                raise UserError(f"an answer has {len(continuation)} tokens, more than the maximum of {self.max_length}")
+            # The last token is only predicted; a text that is too long loses its beginning.
             taken = (context + continuation)[-self.max_length - 1 :][:-1]
             places.setdefault(tuple(taken), []).append(number)
-        jobs = [(list(text), [requests[number][2] for number in numbers]) for text, numbers in places.items()]
-        found = self._in_shares("score", jobs, "scoring", disable_tqdm)
+        questions = [(list(text), [requests[number][2] for number in numbers]) for text, numbers in places.items()]
+        found = self._in_shares("score", questions, "scoring", disable_tqdm)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         for numbers, several in zip(places.values(), found):
             for number, answer in zip(numbers, several):
@@ -100,8 +103,8 @@ class EngineLM(TemplateLM):
             room = self.max_length - options["max_gen_toks"]
             if room < 1:
                 raise UserError(
-                    f"a task generates up to {options['max_gen_toks']} tokens, of {self.max_length} that there may be: "
-                    "a larger --max-length, and an engine built with a larger --max-seq-len"
+                    f"a task generates up to {options['max_gen_toks']} tokens, and the maximum is {self.max_length}: "
+                    "give a larger --max-length, and build the engine with a larger --max-seq-len"
                 )
             prompts = [self.tok_encode(requests[number].args[0])[-room:] for number in numbers]
             stop = [text for text in options["until"] if text]
@@ -114,54 +117,50 @@ class EngineLM(TemplateLM):
                 texts[number] = postprocess_generated_text(text, stop, None)
         return texts
 
-    def _in_shares(self, method: str, jobs: list[Any], label: str, quiet: bool) -> list[Any]:
+    def _in_shares(self, method: str, items: list[Any], label: str, quiet: bool) -> list[Any]:
         found: list[Any] = []
         size = _SHARE * self.llm.replicas
-        with tqdm(total=len(jobs), desc=label, disable=quiet, leave=False) as bar:
-            for first in range(0, len(jobs), size):
-                found += self._on_all_ranks(method, jobs[first : first + size])
+        with tqdm(total=len(items), desc=label, disable=quiet, leave=False) as bar:
+            for first in range(0, len(items), size):
+                found += self._on_all_ranks(method, items[first : first + size])
                 bar.update(len(found) - bar.n)
         return found
 
-    # What all ranks do together
+    # Run on all ranks together
 
     def _on_all_ranks(self, method: str, *arguments: Any) -> Any:
-        """Calls the method of this name on every rank; called on rank 0, while the others are in `serve`."""
-        job = self.llm.job
-        if job.comm is not None:
-            job.wait()
-            job.comm.bcast((method, arguments))
+        """Calls the method of this name on every rank. To be called on rank 0, while the others are in `serve`."""
+        self.llm.job.wait()
+        self.llm.job.broadcast((method, arguments))
         return getattr(self, method)(*arguments)
 
     def serve(self) -> None:
-        """Takes part in rank 0's calls until it calls `stop`. Raises UserError when rank 0 stopped for an error."""
-        comm = self.llm.job.comm
+        """Runs rank 0's calls until it sends "stop". Raises UserError if rank 0 stopped because of an error."""
         while True:
             self.llm.job.wait()
-            method, arguments = comm.bcast(None)
+            method, arguments = self.llm.job.broadcast(None)
             if method == "stop":
                 (error,) = arguments
                 if error is not None:
                     raise UserError(error)
                 return
-            # What fails for the user fails on every rank, and rank 0 says "stop" next.
+            # A UserError is raised on every rank, and rank 0 sends "stop" next.
             with suppress(UserError):
                 getattr(self, method)(*arguments)
 
     def finish(self, error: str | None = None) -> None:
-        """Lets the other ranks out of `serve`; with an error message they raise it."""
-        if self.llm.job.comm is not None:
-            self.llm.job.wait()
-            self.llm.job.comm.bcast(("stop", (error,)))
+        """Ends `serve` on the other ranks, which raise `error` if there is one."""
+        self.llm.job.wait()
+        self.llm.job.broadcast(("stop", (error,)))
 
-    def score(self, jobs: Sequence[tuple[list[int], list[list[int]]]]) -> list[list[tuple[float, bool]]]:
-        """For each text and its continuations: their log-likelihoods, and whether each is what greedy decoding gives.
+    def score(self, questions: Sequence[tuple[list[int], list[list[int]]]]) -> list[list[tuple[float, bool]]]:
+        """For each text and its continuations: their log-likelihoods, and whether greedy decoding gives them.
 
-        The text holds the continuations but for their last tokens.
+        The text includes the continuations except their last tokens.
         """
-        mine = jobs[self.llm.replica :: self.llm.replicas]
-        found = self.llm.job.agree(lambda: [self._score_one(*job) for job in mine])
-        return self.llm.merge(found, len(jobs))
+        mine = questions[self.llm.replica :: self.llm.replicas]
+        found = self.llm.job.agree(lambda: [self._score_one(*question) for question in mine])
+        return self.llm.merge(found, len(questions))
 
     def _score_one(self, text: list[int], continuations: list[list[int]]) -> list[tuple[float, bool]]:
         longest = max(map(len, continuations))
@@ -176,20 +175,20 @@ class EngineLM(TemplateLM):
         ]
 
     def complete(self, prompts: Sequence[list[int]], options: Mapping[str, Any]) -> list[str]:
-        # Not the completion's own text, which ends before a stop text: the harness cuts there itself.
+        # Not the completion's text, which ends before a stop text: the harness truncates it itself.
         return [self._tokens.decode(completion.tokens) for completion in self.llm.generate(prompts, **options)]
 
 
 def _encode(tokenizer: Tokenizer, text: str, prefix: int, special: bool | None) -> list[int]:
-    """As the harness's own models do it: nothing is put around a text that begins with the prefix already."""
+    """Token ids as in the harness's own models: no special tokens if the text already begins with the prefix."""
     if special is None:
         special = not text.startswith(tokenizer.text_of(prefix))
     return tokenizer.encode(text, special)
 
 
 class _ReferenceLM(HFLM):
-    """The harness's model of transformers with the token ids that engines have: classes of transformers' tokenizers
-    read some files in other ways."""
+    """The harness's transformers model with the engines' token ids: transformers' tokenizer classes read some files
+    differently."""
 
     def __init__(self, tokens: Tokenizer, **options: Any):
         self._tokens = tokens
@@ -222,19 +221,19 @@ class _ReferenceLM(HFLM):
 
 
 def reference_lm(network: Any, tokenizer: Any, tokens: Tokenizer, max_length: int, batch_size: int) -> HFLM:
-    """A Hugging Face model (or one with CQIL's forward pass) as the harness's own model of that kind.
+    """A Hugging Face model (or one with CQIL's forward pass) as the harness's transformers model.
 
-    `tokenizer`: the checkpoint's as transformers has it, for what the harness asks besides token ids; `tokens`: ours.
+    `tokenizer`: the checkpoint's in transformers, for everything except token ids; `tokens`: ours, for those.
     """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it has remarks on a model that is already loaded
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about models that are already loaded
     options = {"max_length": max_length, "batch_size": batch_size}
     lm = _ReferenceLM(tokens, pretrained=network, tokenizer=tokenizer, **options)
-    lm._device = device_of(network)  # it asks the weights, which a model in pieces has nowhere
+    lm._device = device_of(network)  # by default that of the weights, which have none in a model in pieces
     return lm
 
 
 def task_manager(names: Sequence[str], directory: Path | None) -> TaskManager:
-    """The harness's tasks, with those of `directory`. Raises UserError for a name that is none."""
+    """The harness's tasks, with those of `directory`. Raises UserError for an unknown name."""
     if directory is not None and not directory.is_dir():
         raise UserError(f"--task-path {directory}: no such directory")
     manager = TaskManager(include_path=None if directory is None else str(directory))
@@ -249,16 +248,17 @@ def run_tasks(
 ) -> dict[str, Any]:
     """The harness's results of the tasks: `results`, and `samples` with every item's answer.
 
-    Raises UserError when a task's data or packages cannot be had, or its questions do not fit.
+    Raises UserError if a task's data or packages are not available, or its questions do not fit.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
         found = simple_evaluate(
             lm, tasks=list(names), num_fewshot=num_fewshot, limit=limit, task_manager=manager, bootstrap_iters=1000
         )
-    # OSError and ValueError: `datasets`, where there is no network and no cached copy; ImportError: tasks that need
-    # packages of their own; AssertionError: the harness, about tasks that do not fit the lengths.
+    # OSError and ValueError: `datasets`, without network and cached copy; ImportError: tasks that need other packages;
+    # AssertionError: the harness, about tasks that do not fit the lengths.
     except (OSError, ValueError, ImportError, AssertionError) as error:
         raise UserError(f"--tasks {','.join(names)}: {' '.join(str(error).split())[:300]}") from None
-    assert found is not None
+    if found is None:
+        raise RuntimeError("lm-evaluation-harness returned no results: it was not called on rank 0")
     return found

@@ -1,11 +1,11 @@
-"""How well a model predicts a text: perplexity, and agreement with another model about the likeliest token."""
+"""How well a model predicts a text: perplexity, and agreement with another model on the most likely token."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
     from cqil_trt.llm import Llm
 
-# Logits that are held at a time, in elements.
+# Logits in memory at a time, in elements.
 _LOGITS = 1 << 28
-# Headers of what Scores.cells gives.
+# The headers of `Scores.cells`.
 CELLS = ("perplexity", "log", "top-1 as the first")
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Of blocks [N, T]: the negative log-likelihood of each token but the first of its block, float32 [N, T - 1], and
-    the token the model held likeliest there, int32 [N, T - 1]."""
+    """For blocks [N, T], without the first token of each: the tokens' negative log-likelihoods `nll`, float32
+    [N, T - 1], and the model's most likely tokens there `top1`, int32 [N, T - 1]."""
 
     nll: np.ndarray
     top1: np.ndarray
@@ -38,22 +38,22 @@ class Scores:
         return float(self.nll.mean(dtype=np.float64))
 
     def agreement(self, other: Scores) -> float:
-        """The share of positions where both hold the same token likeliest; NaN when they scored different blocks."""
+        """The share of positions with the same most likely token; NaN if the scores are of different blocks."""
         return float((self.top1 == other.top1).mean()) if self.top1.shape == other.top1.shape else math.nan
 
     def cells(self, base: Scores) -> tuple[str, ...]:
-        """For a table; `base`: the scores of its first row."""
+        """The cells of a table row; `base`: the scores of its first row."""
         return f"{self.perplexity:.4f}", f"{self.log_perplexity:.5f}", f"{self.agreement(base):.2%}"
 
     def to_dict(self, base: Scores) -> dict[str, float]:
         return {"perplexity": self.perplexity, "top1_equal": self.agreement(base)}
 
 
-WON_BACK = "of what CQIL cost in log-perplexity, the adapter wins back {:.1%}"
+WON_BACK = "the adapter wins back {:.1%} of what CQIL cost in log-perplexity"
 
 
 def won_back(base: Scores, without: Scores, with_adapter: Scores) -> float:
-    """The share of the log-perplexity that CQIL cost which the adapter wins back: 1 is all of it."""
+    """The share of CQIL's loss in log-perplexity that the adapter recovers: 1 is all of it."""
     return (without.log_perplexity - with_adapter.log_perplexity) / (without.log_perplexity - base.log_perplexity)
 
 
@@ -95,7 +95,7 @@ def negative_log_likelihood(logits: np.ndarray, tokens: np.ndarray) -> np.ndarra
     return (normaliser - logits[np.arange(len(tokens)), tokens]).astype(np.float32)
 
 
-def _bar(items, progress: bool) -> Iterator:
+def _bar(items: Iterable[Any], progress: bool) -> Iterable[Any]:
     from tqdm import tqdm
 
     return tqdm(items, desc="scoring", disable=not progress, leave=False)

@@ -1,4 +1,4 @@
-"""Which layers receive nearly the same input, and which ranges of them that recommends."""
+"""Which layers receive nearly the same input, and which ranges of them are recommended."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def input_similarity(model: nn.Module, blocks: np.ndarray, progress: bool = False) -> np.ndarray:
-    """Cosine similarity of the inputs of every two layers, mean over all tokens, float64 [layers, layers].
+    """Cosine similarity of the inputs of each pair of layers, mean over all tokens, float64 [layers, layers].
 
     The criterion of the CQIL paper (Zou et al., ACL 2024). `model`: the unchanged Hugging Face model; `blocks`: token
     ids, int [N, T].
@@ -39,7 +39,7 @@ def input_similarity(model: nn.Module, blocks: np.ndarray, progress: bool = Fals
 
 
 def lowest_in_groups(similarity: np.ndarray, cqil: CqilConfig) -> float:
-    """How alike the inputs are that CQIL replaces by one: the lowest similarity of a layer to its group's first."""
+    """The lowest similarity of a layer's input to that of its group's first layer, which replaces it in CQIL."""
     return min(float(similarity[group[0], list(group[1:])].min()) for group in cqil.groups)
 
 
@@ -59,18 +59,18 @@ class Choice:
 
 
 def recommend(similarity: np.ndarray, p: int, threshold: float, first: int) -> Choice | None:
-    """The longest range from layer `first` on whose groups are all at least `threshold` alike; None if there is none.
+    """The longest range from layer `first` on in which every group's similarity reaches `threshold`; None without one.
 
-    The longest range is the fastest, as each group saves the same; of equally long ones it is the most alike.
+    The longest range is the fastest, because each group saves the same; among equals the most similar one is chosen.
     """
-    configs = [CqilConfig(p, 0, start, end) for start, end in ranges(first, len(similarity), p)]
+    configs = [CqilConfig(p=p, start=start, end=end) for start, end in ranges(first, len(similarity), p)]
     found = [Choice(cqil, lowest_in_groups(similarity, cqil)) for cqil in configs]
     fitting = [choice for choice in found if choice.similarity >= threshold]
     return max(fitting, key=lambda choice: (choice.cqil.end - choice.cqil.start, choice.similarity), default=None)
 
 
 def frontier(costs: Sequence[float], losses: Sequence[float]) -> list[int]:
-    """Which points no other one beats in both, in order of cost."""
+    """The points that no other point beats in both, in order of cost."""
     best: list[int] = []
     for index in sorted(range(len(costs)), key=lambda i: (costs[i], losses[i])):
         if not best or losses[index] < losses[best[-1]]:

@@ -1,4 +1,4 @@
-"""Chat templates, in the environment that transformers' `apply_chat_template` gives them."""
+"""Renders chat templates in the same environment as transformers' `apply_chat_template`."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from jinja2.utils import Namespace
 
 from cqil_trt.errors import UserError
 
-# A message's reasoning goes by several names; templates read the first, or gpt-oss' the second.
+# The names of a message's reasoning; templates read the first, that of gpt-oss the second.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """What a chat template renders: messages as OpenAI's API and transformers take them, tools as JSON schemas.
+    """The input of a chat template: messages as in OpenAI's API and transformers, tools as JSON schemas.
 
-    `variables`: what else the template reads. `source` names the conversation in messages to the user.
+    `variables`: further variables of the template. `source` names the conversation in messages to the user.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -35,7 +35,7 @@ class Conversation:
 
     @classmethod
     def of_json(cls, value: Any, source: str) -> Conversation:
-        """From a list of messages, or an object with messages and, if any, tools, documents, chat_template_kwargs.
+        """From a list of messages, or an object with messages and optionally tools, documents, chat_template_kwargs.
 
         Raises UserError, naming `source`, for anything else.
         """
@@ -58,7 +58,13 @@ class Conversation:
             raise UserError(f"{source}: chat_template_kwargs must be an object")
         if reserved := [name for name in variables if name in (*known, "continue_final_message")]:
             raise UserError(f"{source}: {reserved[0]} is not taken among chat_template_kwargs")
-        return cls(messages, parts.get("tools"), parts.get("documents"), variables, source)
+        return cls(
+            messages=messages,
+            tools=parts.get("tools"),
+            documents=parts.get("documents"),
+            variables=variables,
+            source=source,
+        )
 
     def __str__(self) -> str:
         last = self.messages[-1]
@@ -72,14 +78,14 @@ class ChatTemplate:
         self._templates, self._names, self._source = templates, names, source
 
     def render(self, conversation: Conversation) -> str:
-        """The conversation as text, up to where the assistant speaks, with the special tokens the model expects.
+        """The conversation as text, up to the assistant's turn, with the special tokens that the model expects.
 
-        Raises UserError when there is no template, or it is malformed, refuses the conversation or fails on it.
+        Raises UserError if there is no template, or if it is malformed, refuses the conversation or fails.
         """
         source = self._choose(conversation)
         try:
             template = _environment().from_string(source)
-        except Exception as error:  # Jinja's own errors, and what Python's compiler says to what Jinja makes of it
+        except Exception as error:  # Jinja's errors, and those of compiling the code that it generates
             raise UserError(
                 f"{conversation.source}: the chat template of {self._source} is malformed ({error})"
             ) from None
@@ -95,7 +101,7 @@ class ChatTemplate:
             return template.render(**values)
         except _Refused as error:
             raise UserError(f"{conversation.source}: the chat template says: {error}") from None
-        except Exception as error:  # a template can raise whatever its expressions do
+        except Exception as error:  # a template's expressions can raise anything
             raise UserError(f"{conversation.source}: the chat template of {self._source} failed ({error})") from None
 
     def _choose(self, conversation: Conversation) -> str:
@@ -109,25 +115,25 @@ class ChatTemplate:
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Without null fields, as OpenAI's clients leave them in, and with its reasoning under every name."""
+    """The message without null fields, which OpenAI's clients send, and with its reasoning under every name."""
     kept = {name: value for name, value in message.items() if value is not None}
     reasoning = next((kept[name] for name in _REASONING if name in kept), None)
     return kept if reasoning is None else {"thinking": reasoning, **kept, "reasoning_content": reasoning}
 
 
 class _Refused(TemplateError):
-    """What a template raises itself."""
+    """Raised by the template itself."""
 
 
 class _Generation(Extension):
-    """{% generation %} … {% endgeneration %}: what the assistant said, marked for training; here just its text."""
+    """{% generation %} … {% endgeneration %}: marks the assistant's text for training; here it is just rendered."""
 
     tags = {"generation"}
 
     def parse(self, parser: Any) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        # A call block, as in transformers: what is set inside is not seen outside.
+        # A call block, as in transformers: variables set inside are not visible outside.
         return nodes.CallBlock(self.call_method("_text"), [], [], body).set_lineno(line)
 
     def _text(self, caller: Any) -> str:
@@ -135,7 +141,7 @@ class _Generation(Extension):
 
 
 class _Namespace(Namespace):
-    """A namespace without attributes that begin with an underscore, which lead into Python."""
+    """A namespace without attributes that begin with an underscore, which would expose Python's internals."""
 
     def __init__(*args: Any, **values: Any) -> None:  # noqa: N805  a value may be called self
         self, *rest = args
@@ -155,7 +161,7 @@ def _check_attribute(name: Any) -> None:
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    # The sandbox and the options that transformers renders with: a template is untrusted text.
+    # The sandbox and the options of transformers: a template is untrusted text.
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
@@ -171,7 +177,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Jinja's own escapes what has a meaning in HTML.
+    # Jinja's own filter escapes HTML.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

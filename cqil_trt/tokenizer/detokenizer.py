@@ -1,4 +1,4 @@
-"""Token ids → text as they come: the bytes that tokens stand for, read as UTF-8."""
+"""Token ids → text, token by token: the bytes that tokens stand for, read as UTF-8."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from cqil_trt.errors import UserError
 
-# Gives the bytes of one token after another; made anew for each text, as the first token of one may lose its space.
+# Gives the bytes of one token after another; one per text, because a text's first token may lose its space.
 Reader = Callable[[int], bytes]
 
 
@@ -18,10 +18,10 @@ class Readable(Protocol):
 
 
 class TextStream:
-    """Turns tokens into text as they come.
+    """Turns tokens into text as they arrive.
 
-    What has been returned, with `finish`, is the UTF-8 reading of the bytes that the tokens stand for, U+FFFD in place
-    of what is not UTF-8; a character split over tokens appears when it is complete. Never fails, whatever the tokens.
+    The results, including that of `finish`, are together the tokens' bytes read as UTF-8, with U+FFFD for invalid
+    bytes. A character split over tokens appears when it is complete. Never fails, whatever the tokens.
     """
 
     def __init__(self, vocabulary: Readable):
@@ -38,7 +38,7 @@ class TextStream:
         return self._decoder.decode(self._read(token))
 
     def finish(self) -> str:
-        """What an incomplete character at the end reads as: U+FFFD, or nothing where there is none."""
+        """U+FFFD for an incomplete character at the end; otherwise empty."""
         return self._decoder.decode(b"", True)
 
 
@@ -70,9 +70,9 @@ def byte_fallback(piece: str) -> bytes | None:
 
 
 class JsonDecoder:
-    """The decoder of a tokenizer.json, token by token instead of for a whole text.
+    """The decoder of a tokenizer.json, applied token by token.
 
-    Raises UserError, naming `source`, for one that joins tokens in a way that no LLaMA-family tokenizer does.
+    Raises UserError, naming `source`, for one that no LLaMA-family tokenizer has.
     """
 
     def __init__(self, decoder: dict[str, Any] | None, source: str):
@@ -102,10 +102,10 @@ class JsonDecoder:
                 raise UserError(f"{source}: its decoder {step!r:.100} is not one of a LLaMA-family tokenizer")
 
     def reader(self, piece_of: Callable[[int], str | None], plain: Callable[[int], bool]) -> Reader:
-        """Reads a text of its own.
+        """A reader for one text.
 
-        `piece_of`: a token as its vocabulary spells it, None for one that stands for nothing. `plain`: whether that is
-        already its text.
+        `piece_of`: the vocabulary's spelling of a token; None for one that stands for nothing. `plain`: whether the
+        spelling is already the text.
         """
         first, left = True, self._leading[1]
 
@@ -147,7 +147,7 @@ def _replace(pattern: str, content: str) -> Callable[[str, bool], str]:
 
 def _metaspace(step: dict[str, Any]) -> Callable[[str, bool], str]:
     mark = step.get("replacement", "▁")
-    # Before prepend_scheme there was add_prefix_space.
+    # Older files have add_prefix_space instead of prepend_scheme.
     scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
     return lambda piece, first: piece.replace(mark, "" if first and scheme != "never" else " ")
 

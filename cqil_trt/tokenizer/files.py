@@ -1,7 +1,7 @@
 """Where a model's tokenizer is, and its files in an engine directory.
 
-A file that a runtime can read goes into the engine as it is, byte for byte; only GGUF metadata and the vocab.json and
-merges.txt of older checkpoints are written anew, as tokenizer.json or tokenizer.model.
+Files that the runtime can read are copied into the engine unchanged; only GGUF metadata, and the vocab.json and
+merges.txt of older checkpoints, are converted to tokenizer.json or tokenizer.model.
 """
 
 from __future__ import annotations
@@ -28,43 +28,43 @@ from cqil_trt.tokenizer.settings import (
     write_templates,
 )
 from cqil_trt.tokenizer.tokenizer import Tokenizer
-from cqil_trt.tokenizer.vocabulary import JSON, MODEL
+from cqil_trt.tokenizer.vocabulary import JSON, MODEL, JsonVocabulary, SentencePieceVocabulary
 
 _SETTINGS = (CONFIG, SPECIAL_TOKENS, ADDED_TOKENS)
 _BYTE_LEVEL = ("vocab.json", "merges.txt")
-# Every file of a checkpoint that its tokenizer may be read from, next to the templates in additional_chat_templates/.
+# All files of a checkpoint that may belong to its tokenizer, except the templates in additional_chat_templates/.
 FILES = frozenset((JSON, MODEL, TEMPLATE, *_SETTINGS, *_BYTE_LEVEL))
-# The pre-tokenizer that goes with vocab.json and merges.txt, by tokenizer_class, in llama.cpp's names.
+# llama.cpp's name of the pre-tokenizer for vocab.json and merges.txt, by tokenizer_class.
 _BYTE_LEVEL_CLASSES = {"Qwen2Tokenizer": "qwen2", "GPT2Tokenizer": "gpt-2"}
-# Special in both classes, whether a configuration names it or not.
+# Special in both classes, even if the configuration does not name it.
 _END = "<|endoftext|>"
 
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """A tokenizer that was found: where its vocabulary is, and where its chat template, None without one.
+    """The location of a tokenizer. `place`: the directory or GGUF file with the vocabulary.
 
-    `place`: a directory, or a GGUF file. `template`: likewise.
+    `template`: likewise for the chat template; None without one.
     """
 
     place: Path
     template: Path | None
 
     def open(self) -> Tokenizer:
-        """The tokenizer, read where it is. Raises UserError, naming its file, for one that cannot be read."""
+        """Opens the tokenizer in its place. Raises UserError, naming its file, if it cannot be read."""
         if self.place.is_dir() and has_tokenizer(self.place):
             return Tokenizer(self.place)
         with tempfile.TemporaryDirectory() as temporary:
             self.write(Path(temporary))
             try:
                 return Tokenizer(Path(temporary), str(self.place))
-            except UserError as error:  # about a file that is gone when it is read
+            except UserError as error:  # it names a temporary file
                 raise UserError(str(error).replace(f"{temporary}/", f"{self.place}, written as ")) from None
 
     def write(self, directory: Path) -> list[Path]:
         """Writes the files that `Tokenizer(directory)` reads, and returns them.
 
-        Raises UserError for a tokenizer that cannot be written in such a form.
+        Raises UserError for a tokenizer that cannot be converted.
         """
         if self.place.suffix == ".gguf":
             GgufTokenizer(self.place).write(directory)
@@ -73,13 +73,13 @@ class TokenizerFiles:
         if self.template not in (None, self.place):
             (directory / TEMPLATE).unlink(missing_ok=True)
             shutil.rmtree(directory / TEMPLATES, ignore_errors=True)
-            # The vocabulary's own serve where the others have none of their name.
+            # The vocabulary's own templates complete the others.
             write_templates(directory, {**templates_of(self.place), **templates_of(self.template)}, str(self.template))
         return sorted(path for path in directory.rglob("*") if path.is_file() and _is_ours(path, directory))
 
     @property
     def guesses(self) -> bool:
-        """Whether the vocabulary is one of a GGUF file that does not say how text is split."""
+        """Whether the vocabulary is in a GGUF file that does not say how text is split."""
         if self.place.suffix != ".gguf":
             return False
         return GgufTokenizer(self.place).guesses
@@ -97,14 +97,14 @@ class TokenizerFiles:
         _write_byte_level(self.place, directory)
 
     def judge(self) -> tuple[Callable[[str], list[int]], list[str], list[str]]:
-        """What says whether an engine's token ids are right: the vocabulary's own library, on the file itself.
+        """The reference for an engine's token ids: the vocabulary's own library, on the original file.
 
-        Returns text → token ids, nothing around them; the texts of tokens that control the model; and those that it has
-        no say about, as the settings next to the vocabulary add them or read them in another way.
+        Returns a function text → token ids, without BOS and EOS; the texts of control tokens; and texts that it cannot
+        judge, because the settings next to the vocabulary add them or change how they are read.
         """
         vocabulary = self.open().vocabulary
         texts = filter(None, map(vocabulary.special_text, range(vocabulary.size())))
-        if self.place.is_dir() and (self.place / JSON).exists():
+        if isinstance(vocabulary, JsonVocabulary) and (self.place / JSON).exists():
             from tokenizers import Tokenizer as Backend
 
             backend = Backend.from_file(str(self.place / JSON))
@@ -115,20 +115,20 @@ class TokenizerFiles:
             changed = [text for text, token in ours.items() if split or own.get(text) != token]
             specials = [text for text in texts if text not in changed]
             return lambda text: backend.encode(text, add_special_tokens=False).ids, specials, changed
-        if self.place.is_dir() and (self.place / MODEL).exists():
+        if isinstance(vocabulary, SentencePieceVocabulary) and (self.place / MODEL).exists():
             from sentencepiece import SentencePieceProcessor
 
             model = SentencePieceProcessor(model_file=str(self.place / MODEL))
             return model.encode, [], list(vocabulary.found_in_text)
-        # Of the others the only reader is the one that wrote the engine's: it shows whether the source has changed.
+        # Other forms have no second reader: this only shows whether the source has changed.
         return vocabulary.encode, list(texts), []
 
 
 def find_tokenizer(model: Path, lora: Path | None = None) -> TokenizerFiles | None:
-    """The tokenizer of a checkpoint (a directory or a GGUF file), or of the adapter where that brings one.
+    """The tokenizer of a checkpoint (a directory or a GGUF file), or of its adapter.
 
-    Vocabulary and chat template are each the adapter's if it has one. None when there is no vocabulary. Raises
-    UserError for one of a form that is not read.
+    Vocabulary and chat template are each the adapter's if it has one. None without a vocabulary. Raises UserError for a
+    form that is not supported.
     """
     places = [place for place in (lora, model) if place is not None]
     found = next((place for place in places if _has_vocabulary(place)), None)
@@ -138,13 +138,13 @@ def find_tokenizer(model: Path, lora: Path | None = None) -> TokenizerFiles | No
 
 
 def save_tokenizer(model: Path, directory: Path, lora: Path | None = None) -> list[Path]:
-    """Writes the tokenizer of a checkpoint, or of its adapter, to `directory`; returns the files, none without one."""
+    """Writes the tokenizer of a checkpoint, or of its adapter, to `directory`, if there is one; returns the files."""
     found = find_tokenizer(model, lora)
     return [] if found is None else found.write(directory)
 
 
 def has_tokenizer(directory: Path) -> bool:
-    """Whether an engine directory came with a tokenizer."""
+    """Whether a directory has a tokenizer that the runtime can read."""
     return any((directory / name).exists() for name in (JSON, MODEL))
 
 
@@ -162,8 +162,8 @@ def _has_vocabulary(place: Path) -> bool:
         return True
     if (place / "tekken.json").exists():
         raise UserError(
-            f"{place}: its tokenizer is tekken.json alone, which is not read: take a conversion with tokenizer.json, "
-            "or leave it out with --no-tokenizer"
+            f"{place}: its tokenizer is tekken.json alone, which is not supported: use a conversion with "
+            "tokenizer.json, or leave it out with --no-tokenizer"
         )
     return False
 

@@ -18,13 +18,13 @@ from cqil_trt.tokenizer.vocabulary import JSON, MODEL
 
 # Token types of tokenizer.ggml.token_type, which are sentencepiece's too.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
-# Tokens that end a text wherever a vocabulary has them, by their text (llama.cpp, llama-vocab.cpp).
+# Tokens that end a text in any vocabulary, found by their own text (llama.cpp, llama-vocab.cpp).
 _ENDS = frozenset((
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
     "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>",
     "<end_of_utterance>", "<eos>", "<｜end▁of▁sentence｜>",
 ))  # fmt: skip
-# Fill-in-the-middle tokens that do as well: padding, repository and file, by key or, without it, by text.
+# Fill-in-the-middle tokens that also end a text: padding, repository and file, found by key, or without it by text.
 _FIM_ENDS = {
     "fim_pad_token": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
     "fim_rep_token": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
@@ -34,15 +34,15 @@ _CONTRACTIONS = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# The range holds spaces, which llama.cpp does not take for part of it.
+# The range contains spaces, which llama.cpp excludes.
 _CJK = r"(?:(?!\s)[一-龥ࠀ-一가-퟿])+"
 _UPPER, _LOWER = r"(?:(?=[\p{L}])(?:[^a-z]))", r"(?:(?=[\p{L}])(?:[^A-Z]))"
 
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """How text is split before merges apply: at each pattern in turn. `ignore_merges`: a whole word that is a token
-    becomes it. `add_bos`: whether BOS comes before a text unless the file says otherwise."""
+    """How text is split before merges apply: by each pattern in order. `ignore_merges`: a whole word that is a token
+    is not split further. `add_bos`: whether a text begins with BOS unless the file says otherwise."""
 
     patterns: tuple[str, ...]
     ignore_merges: bool = False
@@ -50,7 +50,7 @@ class PreTokenizer:
 
 
 def _mixed(ending: str, numbers: str) -> PreTokenizer:
-    """Words whose capitals come first, as GPT-4o and Mistral's tekken split them."""
+    """Splits words after a lower-case letter before a capital, as GPT-4o and Mistral's tekken do."""
     word = r"[^\r\n\p{L}\p{N}]?"
     rest = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     cases = f"{word}{_UPPER}*{_LOWER}+{ending}|{word}{_UPPER}+{_LOWER}*{ending}"
@@ -61,7 +61,7 @@ _LLAMA3 = PreTokenizer((rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}",), T
 _QWEN2 = PreTokenizer((rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}",))
 _PLAIN = PreTokenizer((_GPT2,))
 _DIGITS = PreTokenizer((r"\p{N}", _GPT2))
-# By tokenizer.ggml.pre, as llama.cpp has them (llama-vocab.cpp).
+# By tokenizer.ggml.pre, as in llama.cpp (llama-vocab.cpp).
 PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
     **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "midm-2.0"), _LLAMA3),
     **dict.fromkeys(("dbrx", "smaug-bpe", "glm4", "chatglm-bpe"), PreTokenizer(_LLAMA3.patterns)),
@@ -110,9 +110,9 @@ class GgufTokenizer:
         return self._value(f"tokenizer.ggml.{key}", kind, default)
 
     def _value(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
-        """A metadata value of a type of `kind`, or a list of such where the default is one.
+        """A metadata value of type `kind`, or a list of such values if the default is a list.
 
-        Raises UserError for one of another type.
+        Raises UserError for another type.
         """
         field = self._fields.get(key)
         if field is None:
@@ -125,14 +125,14 @@ class GgufTokenizer:
         if not isinstance(items, list) or not all(
             isinstance(item, kind) and (kind is bool or not isinstance(item, bool)) for item in items
         ):
-            raise UserError(f"{self.source}: {key} is {value!r:.60}, which is of another type than it should be")
+            raise UserError(f"{self.source}: {key} is {value!r:.60}, which is of another type than expected")
         return value
 
     def _id(self, key: str, default: int | None = None) -> int | None:
-        """A token id; one beyond the vocabulary is as good as none, as in llama.cpp."""
+        """A token id; one beyond the vocabulary is ignored, as in llama.cpp."""
         value = self._get(f"{key}_id", int)
         if value is not None and value < 0:
-            raise UserError(f"{self.source}: tokenizer.ggml.{key}_id is {value}, which is no token's id")
+            raise UserError(f"{self.source}: tokenizer.ggml.{key}_id is {value}, which is not a token id")
         count = len(self._get("tokens", str, []))
         known = [token for token in (value, default) if token is not None and (token < count or self.model is None)]
         return known[0] if known else None
@@ -140,13 +140,13 @@ class GgufTokenizer:
     @property
     def templates(self) -> dict[str, str]:
         prefix = "tokenizer.chat_template"
-        # A list of the names goes by almost the same key.
+        # The key with an s at the end lists the names.
         keys = [key for key in self._fields if key.startswith(prefix) and key != f"{prefix}s"]
         return {key.removeprefix(prefix).lstrip(".") or "default": self._value(key, str) for key in keys}
 
     @property
     def guesses(self) -> bool:
-        """Whether the file leaves open how text is split."""
+        """Whether the file does not say how text is split."""
         return self.model == "gpt2" and self._get("pre", str) is None
 
     @cached_property
@@ -164,7 +164,7 @@ class GgufTokenizer:
 
     @cached_property
     def types(self) -> list[int]:
-        """The type of every token, those that end a text being control tokens whatever the file says."""
+        """The type of every token; tokens that end a text are control tokens, whatever the file says."""
         types = list(self._get("token_type", int, [])) or [_NORMAL] * len(self.tokens)
         if len(types) != len(self.tokens):
             raise UserError(f"{self.source}: {len(types)} token types for {len(self.tokens)} tokens")
@@ -177,20 +177,21 @@ class GgufTokenizer:
         found = {ids[text] for text in _ENDS if text in ids}
         for key, texts in _FIM_ENDS.items():
             if self._get(f"{key}_id", int) is None:
-                # llama.cpp takes one of them; which one, of several, is not defined.
+                # llama.cpp takes only one of them, but does not define which.
                 found |= {ids[text] for text in texts if text in ids}
         return found
 
     def ends(self) -> tuple[int, ...]:
-        """Every token that ends a text, in rising order: by key, and by text as llama.cpp finds them.
+        """Every token that ends a text, in ascending order: found by key, and by text as in llama.cpp.
 
-        They belong to the model: a vocabulary that cannot be read otherwise does not matter.
+        They belong to the model, so this also works if the rest of the vocabulary cannot be read.
         """
         keys = {"eos_token": 2 if self.model == "llama" else None, "eot_token": None, "eom_token": None}
-        found = {self._id(key, default) for key, default in (keys | dict.fromkeys(_FIM_ENDS)).items()}
+        by_key = (self._id(key, default) for key, default in (keys | dict.fromkeys(_FIM_ENDS)).items())
+        found = {token for token in by_key if token is not None}
         if self.model is not None:
             found |= self._ends_by_text(self._get("tokens", str, []))
-        return tuple(sorted(found - {None}))
+        return tuple(sorted(found))
 
     def write(self, directory: Path) -> None:
         """Writes the vocabulary, the settings and the chat templates."""
@@ -218,11 +219,11 @@ class GgufTokenizer:
         scores = self._get("scores", (int, float), []) or [0.0] * len(self.tokens)
         if len(scores) != len(self.tokens):
             raise UserError(f"{self.source}: {len(scores)} scores for {len(self.tokens)} tokens")
-        unknown = self._id("unknown_token", 0)
-        types = [_NORMAL if kind == _UNUSED else kind for kind in self.types]  # llama.cpp uses them
-        if _BYTE not in types:  # and finds those of bytes by their text
+        unknown = self._id("unknown_token") or 0
+        types = [_NORMAL if kind == _UNUSED else kind for kind in self.types]  # as in llama.cpp
+        if _BYTE not in types:  # llama.cpp then finds byte tokens by their text
             types = [_BYTE if byte_fallback(token) else kind for token, kind in zip(self.tokens, types)]
-        # sentencepiece wants one unknown token.
+        # sentencepiece requires exactly one unknown token.
         types = [_CONTROL if kind == _UNKNOWN else kind for kind in types]
         types[unknown] = _UNKNOWN
         proto = format.ModelProto()
@@ -233,10 +234,10 @@ class GgufTokenizer:
         trainer.byte_fallback = types.count(_BYTE) == 256
         trainer.vocab_size = len(self.tokens)
         ids = {"unk": unknown, "bos": self._id("bos_token", 1), "eos": self._id("eos_token", 2), "pad": None}
-        for name, token in ids.items():
-            setattr(trainer, f"{name}_id", -1 if token is None else token)
-            if token is not None:
-                setattr(trainer, f"{name}_piece", self.tokens[token])
+        for name, number in ids.items():
+            setattr(trainer, f"{name}_id", -1 if number is None else number)
+            if number is not None:
+                setattr(trainer, f"{name}_piece", self.tokens[number])
         normalizer.name = "identity"
         normalizer.add_dummy_prefix = self._get("add_space_prefix", bool, True)
         normalizer.remove_extra_whitespaces = False
@@ -265,7 +266,7 @@ class GgufTokenizer:
 
 
 def pre_tokenizer(name: str, source: str) -> PreTokenizer:
-    """The pre-tokenizer of llama.cpp's name. Raises UserError, naming `source`, for one that is not known."""
+    """The pre-tokenizer that llama.cpp calls `name`. Raises UserError, naming `source`, for an unknown one."""
     if name not in PRE_TOKENIZERS:
         raise UserError(
             f"{source}: tokenizer.ggml.pre {name!r:.60} is not known (known: {', '.join(PRE_TOKENIZERS)}): leave the "
@@ -279,15 +280,15 @@ def byte_level_tokenizer(
 ) -> Any:
     """A byte-level BPE tokenizer of `tokenizers`.
 
-    `ids`: tokens, in the alphabet of GPT-2 that stands for bytes. `merges`: pairs of them, separated by a space, the
-    first to be merged first. `pre`: a pre-tokenizer of llama.cpp's name. `compose`: whether text is put into Unicode's
-    form NFC first. Raises UserError, naming `source`, for a vocabulary that cannot be used.
+    `ids`: tokens in GPT-2's alphabet of bytes. `merges`: pairs of tokens separated by a space, in the order in which
+    they are merged. `pre`: llama.cpp's name of the pre-tokenizer. `compose`: whether text is normalized to NFC first.
+    Raises UserError, naming `source`, for a vocabulary that cannot be used.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     how = pre_tokenizer(pre, source)
     pairs = [merge.split(" ", 1) for merge in merges]
-    # A pair whose result is no token cannot stand in a text.
+    # The library rejects merges that do not make a token; they never apply.
     known = [(a, b) for a, b in (pair for pair in pairs if len(pair) == 2) if a + b in ids and a in ids and b in ids]
     try:
         backend = Tokenizer(models.BPE(vocab=dict(ids), merges=known, ignore_merges=how.ignore_merges))

@@ -1,4 +1,4 @@
-"""What the JSON files next to a vocabulary add to it: special tokens by name, added tokens, chat templates."""
+"""The JSON files next to a vocabulary: special tokens by name, added tokens, chat templates."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ SPECIAL_TOKENS = "special_tokens_map.json"
 ADDED_TOKENS = "added_tokens.json"
 TEMPLATE = "chat_template.jinja"
 TEMPLATES = "additional_chat_templates"
-# The names that transformers gives special tokens, of any model.
+# transformers' names for the special tokens of any model.
 STANDARD_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AddedToken:
     """A token next to the vocabulary, with its flags as in `tokenizers`.
 
-    `bare`: whether it came without them, from added_tokens.json, so that those of the vocabulary's file hold.
+    `bare`: it has no flags, because it is from added_tokens.json; those in the vocabulary's file apply.
     """
 
     content: str
@@ -37,17 +37,17 @@ class AddedToken:
     bare: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What tokenizer_config.json, special_tokens_map.json and added_tokens.json say.
+    """The contents of tokenizer_config.json, special_tokens_map.json and added_tokens.json.
 
     Attributes:
-        names: special tokens by name, those of the model's own (image_token, …) too.
+        names: special tokens by name, including model-specific ones (image_token, …).
         specials: the texts of all special tokens.
         added: added tokens in the order of their ids.
         add_bos, add_eos: whether a text begins with BOS and ends with EOS; None leaves it to the vocabulary.
-        split_special: whether a special token's text in a prompt is ordinary text; None where nothing says so.
-        tokenizer_class: the class that transformers would take, None where nothing says so.
+        split_special: whether a special token's text in a prompt is ordinary text; None if not set.
+        tokenizer_class: the class that transformers would use; None if not set.
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
@@ -60,9 +60,9 @@ class Settings:
 
     @classmethod
     def read(cls, directory: Path) -> Settings:
-        """The settings in `directory`; empty ones where it has none of the files. Raises UserError if malformed."""
+        """The settings in `directory`; empty if it has none of the files. Raises UserError if malformed."""
         config = _fields(directory / CONFIG)
-        # Since transformers 4.34 everything is in one file, and what lies next to it is not read.
+        # Since transformers 4.34 everything is in one file, and the others are not read.
         whole = config.get("added_tokens_decoder") is not None
         named = Fields({}, "") if whole else _fields(directory / SPECIAL_TOKENS)
         names: dict[str, str] = {}
@@ -80,18 +80,20 @@ class Settings:
         older = {} if whole else _fields(directory / ADDED_TOKENS).values
         added = [*_decoder(config), *_older(older, str(directory / ADDED_TOKENS))]
         specials = dict.fromkeys([*names.values(), *lists, *(token.content for token in added if token.special)])
-        flags = [config.boolean(name) if config.get(name) is not None else None for name in _FLAGS]
         kind = config.get("tokenizer_class")
         return cls(
-            names,
-            tuple(specials),
-            tuple(replace(token, special=token.content in specials) for token in added),
-            *flags,
-            kind if isinstance(kind, str) else None,
+            names=names,
+            specials=tuple(specials),
+            added=tuple(replace(token, special=token.content in specials) for token in added),
+            add_bos=_flag(config, "add_bos_token"),
+            add_eos=_flag(config, "add_eos_token"),
+            split_special=_flag(config, "split_special_tokens"),
+            tokenizer_class=kind if isinstance(kind, str) else None,
         )
 
 
-_FLAGS = ("add_bos_token", "add_eos_token", "split_special_tokens")
+def _flag(config: Fields, name: str) -> bool | None:
+    return None if config.get(name) is None else config.boolean(name)
 
 
 def _fields(path: Path) -> Fields:
@@ -99,7 +101,7 @@ def _fields(path: Path) -> Fields:
 
 
 def _content(value: Any, source: Fields) -> str | None:
-    """The text of a special token, given as text or as an object; None for what is neither, or empty."""
+    """The text of a special token, given as a string or an object; None for anything else, or if empty."""
     value = value.get("content") if isinstance(value, dict) else value
     if not isinstance(value, str) or not value:
         return None
@@ -111,11 +113,11 @@ def _content(value: Any, source: Fields) -> str | None:
 
 
 def _older(ids: Mapping[str, Any], source: str) -> list[AddedToken]:
-    """Before transformers 4.34 added tokens had a file of their own, with ids alone."""
+    """Before transformers 4.34, added tokens were in a separate file, with only their ids."""
     for content, number in ids.items():
         if isinstance(number, bool) or not isinstance(number, int) or not content:
             raise UserError(f"{source}: {content!r:.60} has the id {number!r:.20}, expected a number")
-    return [AddedToken(content, ids[content], bare=True) for content in sorted(ids, key=ids.__getitem__)]
+    return [AddedToken(content=content, id=ids[content], bare=True) for content in sorted(ids, key=ids.__getitem__)]
 
 
 def _decoder(config: Fields) -> list[AddedToken]:
@@ -128,12 +130,12 @@ def _decoder(config: Fields) -> list[AddedToken]:
         flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": False}
         if isinstance(value, dict):
             flags = {name: bool(value.get(name, default)) for name, default in flags.items()}
-        found[int(key)] = AddedToken(content, int(key), **flags)
+        found[int(key)] = AddedToken(content=content, id=int(key), **flags)
     return [found[number] for number in sorted(found)]
 
 
 def chat_templates(directory: Path) -> dict[str, str]:
-    """Chat templates by name, "default" the main one, from files of their own or from tokenizer_config.json."""
+    """Chat templates by name ("default" is the main one), from separate files or from tokenizer_config.json."""
     path = directory / TEMPLATE
     more = sorted((directory / TEMPLATES).glob("*.jinja")) if (directory / TEMPLATES).is_dir() else []
     if path.exists() or more:
@@ -152,10 +154,10 @@ def chat_templates(directory: Path) -> dict[str, str]:
 
 
 def write_templates(directory: Path, templates: Mapping[str, str], source: str) -> None:
-    """Writes chat templates to files of their own. Raises UserError, naming `source`, for a name that is not one."""
+    """Writes chat templates to separate files. Raises UserError, naming `source`, for an invalid name."""
     for name, text in templates.items():
         if not re.fullmatch(r"\w[\w-]{,63}", name, re.ASCII):
-            raise UserError(f"{source}: {name!r:.60} is no name for a chat template (letters, digits, - and _ are)")
+            raise UserError(f"{source}: {name!r:.60} is no name for a chat template (use letters, digits, - and _)")
         path = directory / TEMPLATE if name == "default" else directory / TEMPLATES / f"{name}.jinja"
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(text.encode("utf-8", "replace"))

@@ -43,12 +43,12 @@ class Tokenizer:
         return self.vocabulary.named(name)
 
     def text_of(self, token: int) -> str:
-        """A token as text, one that controls the model too."""
+        """A token as text, including control tokens."""
         special = self.vocabulary.special_text(token)
         return read_all(self.vocabulary, [token]) if special is None else special
 
     def plain_tokens(self) -> list[int]:
-        """Every token id that stands for text: those that control the model are left out."""
+        """Every token id that stands for text, i.e. without control tokens."""
         return self.vocabulary.plain_tokens()
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -59,28 +59,29 @@ class Tokenizer:
         return TextStream(self.vocabulary)
 
     def chat(self, conversation: str | Conversation) -> list[int]:
-        """Token ids of a conversation by the model's chat template, up to where the assistant speaks.
+        """Token ids of a conversation rendered with the chat template, up to the beginning of the assistant's turn.
 
-        A text is a single user message. Raises UserError when it cannot be rendered.
+        A string is a single user message. Raises UserError if it cannot be rendered.
         """
         if isinstance(conversation, str):
-            conversation = Conversation([{"role": "user", "content": conversation}])
+            conversation = Conversation(messages=[{"role": "user", "content": conversation}])
         text = self._template.render(conversation)
         _check_text(text)
         return self.vocabulary.encode(text, control=True)
 
     def chat_beginning(self) -> list[int]:
-        """How a conversation begins by the chat template, up to where its first user speaks: token ids.
+        """Token ids with which the chat template begins a conversation, up to the first user's text.
 
-        From there a model trained on conversations writes one itself (Magpie, arXiv 2406.08464). Raises UserError for a
-        template that puts nothing before the user.
+        A model trained on conversations continues from there with one of its own (Magpie, arXiv 2406.08464). Raises
+        UserError for a template that puts nothing before the user's text.
         """
-        mark, source = "\u2060user\u2060", "--self-generated-chat"  # a character that no template has
-        rendered = self._template.render(Conversation([{"role": "user", "content": mark}], source=source))
+        mark, source = "\u2060user\u2060", "--self-generated-chat"  # no template has this character
+        opening = Conversation(messages=[{"role": "user", "content": mark}], source=source)
+        rendered = self._template.render(opening)
         text, found, _ = rendered.partition(mark)
         ids = self.vocabulary.encode(text, control=True)
         if not found or not ids:
-            raise UserError(f"{source}: the chat template puts nothing before what a user says, or does not show it")
+            raise UserError(f"{source}: the chat template puts nothing before a user's text, or does not show it")
         return ids
 
 

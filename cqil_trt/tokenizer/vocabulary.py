@@ -17,12 +17,12 @@ JSON, MODEL = "tokenizer.json", "tokenizer.model"
 # Fields of a tokenizer.json's model.
 _AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
 _SPACES = re.compile(r"\s+")
-# Texts for finding out what a post-processor adds: one of them has tokens in any vocabulary.
+# Texts to find out what a post-processor adds: any vocabulary has tokens for one of them.
 _SAMPLES = ("a", "0", ".", " ", "\n", "é", "一")
 
 
 class Vocabulary(ABC):
-    """Ordinary text ↔ token ids, with what the settings next to it add.
+    """Text ↔ token ids, including the tokens that the settings add.
 
     `prefix`, `suffix`: token ids around a whole text. `names`: special tokens by name.
     """
@@ -33,11 +33,11 @@ class Vocabulary(ABC):
 
     @abstractmethod
     def size(self) -> int:
-        """How many tokens there are, added ones included."""
+        """The number of tokens, including added ones."""
 
     @abstractmethod
     def encode(self, text: str, control: bool = False) -> list[int]:
-        """Token ids of `text`, nothing around it; `control`: special tokens' texts always become these tokens."""
+        """Token ids of `text` without prefix and suffix; `control`: texts of special tokens always become these."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
@@ -48,41 +48,45 @@ class Vocabulary(ABC):
 
     @abstractmethod
     def special_text(self, token: int) -> str | None:
-        """The text of a token that controls the model and stands for no text; None for any other."""
+        """The text of a control token, which stands for no text; None for any other token."""
 
     @abstractmethod
     def reader(self) -> Reader:
-        """What gives the bytes of a new text, token by token."""
+        """A function that gives the bytes of a new text, token by token."""
 
     def plain_tokens(self) -> list[int]:
         """Every token id that stands for text."""
         return [token for token in range(self.size()) if self.special_text(token) is None]
 
     def _surround(self, settings: Settings) -> None:
-        """Puts BOS and EOS around a text, or nothing, where the settings say so."""
+        """Sets prefix and suffix to BOS and EOS, or to nothing, where the settings say so."""
         bos, eos = self.named("bos_token"), self.named("eos_token")
-        if settings.add_bos is not None and (bos is not None or not settings.add_bos):
-            self.prefix = [bos] if settings.add_bos else []
-        if settings.add_eos is not None and (eos is not None or not settings.add_eos):
-            self.suffix = [eos] if settings.add_eos else []
+        if settings.add_bos is False:
+            self.prefix = []
+        elif settings.add_bos and bos is not None:
+            self.prefix = [bos]
+        if settings.add_eos is False:
+            self.suffix = []
+        elif settings.add_eos and eos is not None:
+            self.suffix = [eos]
 
     def named(self, name: str) -> int | None:
-        """The token id of "bos_token", "eos_token", …; None when there is none of the name."""
+        """The token id of "bos_token", "eos_token", …; None if there is no such token."""
         content = self.names.get(name)
         return None if content is None else self.id_of(content)
 
 
 class JsonVocabulary(Vocabulary):
-    """A tokenizer of `tokenizers`, as tokenizer.json holds one, with `settings` on top.
+    """A tokenizer.json, read by `tokenizers`, with `settings` applied.
 
-    Raises UserError, naming `source`, where they do not fit, or when its decoder is not read.
+    Raises UserError, naming `source`, if they do not fit or its decoder is not supported.
     """
 
     def __init__(self, backend: Any, settings: Settings | None = None, source: str = JSON):
         settings = settings or Settings()
         self.backend = backend
         self._decoder = JsonDecoder(json.loads(backend.decoder.__getstate__()) if backend.decoder else None, source)
-        # A file saved in training may cut or pad every text.
+        # A file saved in training may truncate or pad every text.
         self.backend.no_truncation()
         self.backend.no_padding()
         self._add(settings, source)
@@ -100,7 +104,7 @@ class JsonVocabulary(Vocabulary):
         try:
             text = path.read_text(encoding="utf-8")
             model = json.loads(text).get("model", {})
-            # With affixes of pieces the library ends the process at some texts.
+            # With affixes, the library aborts the process on some texts.
             if affixes := [name for name in _AFFIXES if model.get(name)]:
                 raise UserError(f"{path}: has {affixes[0]} set, which no LLaMA-family tokenizer has")
             return cls(Tokenizer.from_str(text), settings, str(path))
@@ -108,7 +112,7 @@ class JsonVocabulary(Vocabulary):
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
         except (UserError, KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # bare exceptions, and panics of the library, which are not even those
+        except BaseException as error:  # the library raises bare exceptions, and panics that are not even those
             raise UserError(f"{path}: not a tokenizer that can be read ({error})") from None
 
     def _add(self, settings: Settings, source: str) -> None:
@@ -131,14 +135,14 @@ class JsonVocabulary(Vocabulary):
         for content in settings.specials:
             known = self.backend.token_to_id(content)
             if known is None:
-                continue  # a name for a token that there is not
+                continue  # a name without a token
             if known not in present:
                 self.backend.add_special_tokens([content])
             elif not present[known].special:
                 self.backend.add_tokens([_added(Added, present[known], special=True)])
 
     def _around(self) -> tuple[list[int], list[int]]:
-        """What the post-processor puts before and after a text."""
+        """The tokens that the post-processor puts before and after a text."""
         for sample in _SAMPLES:
             whole = self.backend.encode(sample, add_special_tokens=True).ids
             inner = self.backend.encode(sample, add_special_tokens=False).ids
@@ -155,7 +159,7 @@ class JsonVocabulary(Vocabulary):
         self.backend.encode_special_tokens = split and not control
         try:
             return self.backend.encode(text, add_special_tokens=False).ids
-        except Exception as error:  # a vocabulary without a token for what it does not know
+        except Exception as error:  # a vocabulary without an unknown token
             raise UserError(f"{text!r:.60} cannot be tokenized ({error})") from None
         finally:
             self.backend.encode_special_tokens = split
@@ -183,7 +187,7 @@ class JsonVocabulary(Vocabulary):
 
 
 def _added(kind: Any, token: Any, special: bool | None = None) -> Any:
-    """`token`, one of ours or of the library, as one of the library's `kind`."""
+    """`token`, ours or the library's, as the library's `kind`."""
     return kind(
         token.content,
         lstrip=token.lstrip,
@@ -195,12 +199,12 @@ def _added(kind: Any, token: Any, special: bool | None = None) -> Any:
 
 
 class SentencePieceVocabulary(Vocabulary):
-    """tokenizer.model as sentencepiece reads it; BOS before a text, as LLaMA wants it, unless the settings say not.
+    """A tokenizer.model, read by sentencepiece. A text begins with BOS, as LLaMA expects, unless the settings differ.
 
-    Tokens that the settings add, which sentencepiece does not know, are found first, and what lies between them is
-    tokenized on its own, each part with the space that sentencepiece puts before a text. Its own control tokens are
-    found the same way in chat templates; in other texts their spelling is ordinary text, as sentencepiece has it,
-    unless the settings say otherwise. Raises UserError for a file that sentencepiece cannot read.
+    Tokens that the settings add are unknown to sentencepiece. They are found first; the parts between them are
+    tokenized separately, each with the space that sentencepiece puts before a text. Control tokens are found the same
+    way in chat templates; in other texts their spelling is ordinary text, as in sentencepiece, unless the settings say
+    otherwise. Raises UserError for a file that sentencepiece cannot read.
     """
 
     def __init__(self, path: Path, settings: Settings):
@@ -213,10 +217,10 @@ class SentencePieceVocabulary(Vocabulary):
             self._model = SentencePieceProcessor(model_proto=data)
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-        except Exception:  # the library raises RuntimeError, and others of its wrapper, with text from its C++ code
+        except Exception:  # RuntimeError and others, with text from the library's C++ code
             raise UserError(
-                f"{path}: not a sentencepiece model; one of tiktoken's form has a tokenizer.json in the Hugging Face "
-                "conversion"
+                f"{path}: not a sentencepiece model; for one in tiktoken's form, use the tokenizer.json of the Hugging "
+                "Face conversion"
             ) from None
         model, own = self._model, self._model.get_piece_size()
         self._control = {model.id_to_piece(t): t for t in range(own) if model.is_control(t) or model.is_unknown(t)}
@@ -265,7 +269,7 @@ class SentencePieceVocabulary(Vocabulary):
 
     @property
     def found_in_text(self) -> Collection[str]:
-        """The texts that become tokens before sentencepiece sees what lies between them."""
+        """The texts that are found before sentencepiece tokenizes the parts between them."""
         return self._id.keys()
 
     def id_of(self, content: str) -> int | None:
@@ -285,7 +289,7 @@ class SentencePieceVocabulary(Vocabulary):
     def reader(self) -> Reader:
         model, control = self._model, set(self._control.values())
         texts = {token: content for content, token in self._id.items() if token not in control}
-        # A text's first space, which sentencepiece put there, is taken away again.
+        # The first space of a text was added by sentencepiece and is removed again.
         at_start, written = self._strips, False
 
         def read(token: int) -> bytes:
@@ -320,9 +324,9 @@ def _splitter(tokens: dict[str, int]) -> re.Pattern[str] | None:
 
 
 def _stripping(model: Any) -> tuple[bool, bool]:
-    """Whether decoding drops a text's first space, and whether each further one that follows right away too.
+    """Whether decoding drops a text's first space, and whether it drops all spaces that follow immediately.
 
-    Found by asking the model, as only its serialised form says so.
+    Found by decoding, because only the model's serialized form says so.
     """
     spaces = model.piece_to_id("▁")
     if model.is_unknown(spaces):
@@ -336,7 +340,7 @@ def _stripping(model: Any) -> tuple[bool, bool]:
 
 
 def open_vocabulary(directory: Path, settings: Settings) -> Vocabulary | None:
-    """The vocabulary in `directory`, tokenizer.json where there are both; None when there is none."""
+    """The vocabulary in `directory`, preferably tokenizer.json; None if there is none."""
     if (directory / JSON).exists():
         return JsonVocabulary.open(directory / JSON, settings)
     if (directory / MODEL).exists():

@@ -1,8 +1,8 @@
-"""Opening a checkpoint as transformers does: which files, under which names, tied or not."""
+"""Opens a checkpoint as transformers does: which files, which tensor names, tied or not."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,38 +18,38 @@ from cqil_trt.weights.gguf import GgufReader
 from cqil_trt.weights.reader import RenamedReader, WeightReader
 
 # In the order in which transformers looks for them.
-_CHECKPOINTS = {
+_CHECKPOINTS: Mapping[str, Callable[[Path], WeightReader]] = {
     "model.safetensors": SafetensorsReader,
     "model.safetensors.index.json": ShardedReader,
     "pytorch_model.bin": TorchReader,
     "pytorch_model.bin.index.json": ShardedReader,
 }
 _EMBEDDING, _HEAD = f"{EMBEDDING}.weight", f"{LM_HEAD}.weight"
-# Rows compared at a time, of two tables that ought to be one.
+# Rows compared at a time of two tables that the configuration ties.
 _COMPARED_ROWS = 4096
 
 
 def open_checkpoint(path: Path) -> tuple[ModelConfig, WeightReader]:
     """The model and the weights at `path`: a Hugging Face directory or a .gguf file, read as transformers reads it.
 
-    Names may lack the prefix `model.`, as in a checkpoint of the model without its last projection. Where the
+    Names may lack the prefix `model.`, as in a checkpoint of the model without its last projection. If the
     configuration ties the embedding to that projection, either may be stored alone; two tables that differ are not
-    tied, whatever the configuration says.
+    tied, regardless of the configuration.
     """
     if path.suffix == ".gguf":
-        reader = GgufReader(path)
-        return reader.model_config(), reader
+        gguf = GgufReader(path)
+        return gguf.model_config(), gguf
     if not path.is_dir():
         found = "a file that is not .gguf" if path.exists() else "nothing (a model on the hub is named org/name)"
         raise UserError(f"--model {path}: expected a Hugging Face directory or a .gguf file, found {found}")
     model = families.read_config(path / "config.json")
-    file, kind = _weights_file(path)
-    reader = _with_prefix(kind(file))
+    file, open_file = _weights_file(path)
+    reader = _with_prefix(open_file(file))
     return _tied(model, reader) if model.tie_embeddings else (model, reader)
 
 
-def _weights_file(path: Path) -> tuple[Path, type[WeightReader]]:
-    """The file that holds a directory's weights, or their index, and its reader: the choice of transformers."""
+def _weights_file(path: Path) -> tuple[Path, Callable[[Path], WeightReader]]:
+    """The file of a directory that holds the weights or their index, chosen as in transformers, and its reader."""
     named = read_json(path / "config.json").get("transformers_weights")
     if named is not None:
         if not isinstance(named, str) or Path(named).name != named or ".safetensors" not in Path(named).suffixes:
@@ -68,7 +68,7 @@ def _with_prefix(reader: WeightReader) -> WeightReader:
 
 
 def _tied(model: ModelConfig, reader: WeightReader) -> tuple[ModelConfig, WeightReader]:
-    """What a model that says it ties its embedding really has."""
+    """Checks which tables a model that claims a tied embedding really has."""
     shapes = reader.shapes()
     if _HEAD not in shapes:
         return model, reader

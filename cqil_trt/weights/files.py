@@ -1,7 +1,7 @@
 """Readers of safetensors and PyTorch .bin files.
 
 Safetensors are read by offset, not through a memory map: a build touches every byte of a checkpoint once, and mapped
-pages would count towards its resident memory. PyTorch's own reader maps.
+pages would count towards its resident memory. PyTorch's own reader maps its files.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class TorchReader(WeightReader):
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except FileNotFoundError:
             raise UserError(f"{path}: no such file") from None
-        except Exception as error:  # torch.load raises whatever its pickle machine trips over
+        except Exception as error:  # torch.load raises many kinds of exceptions on a damaged file
             reason = str(error).split("\n")[0] or type(error).__name__
             raise UserError(f"{path}: not a PyTorch checkpoint that loads with weights_only ({reason})") from None
         if not isinstance(tensors, dict) or not all(
@@ -112,8 +112,8 @@ class TorchReader(WeightReader):
 class ShardedReader(WeightReader):
     """A checkpoint of several files, found through its index (model.safetensors.index.json and the like).
 
-    As in transformers the index says which files there are, and the files what they hold; of two files with a tensor
-    of one name, the last in alphabetical order counts.
+    As in transformers, the index lists the files, and each file says which tensors it holds. If two files hold the same
+    tensor, the last one in alphabetical order is used.
     """
 
     def __init__(self, index: Path):
@@ -123,7 +123,7 @@ class ShardedReader(WeightReader):
             raise UserError(f"{index}: no weight_map")
         for name, file in weight_map.items():
             if not isinstance(file, str) or Path(file).name != file:
-                raise UserError(f"{index}: {name} is said to be in {file!r:.80}, which is not a file name")
+                raise UserError(f"{index}: {name} is mapped to {file!r:.80}, which is not a file name")
         kind = SafetensorsReader if index.name.endswith(".safetensors.index.json") else TorchReader
         self._readers: dict[str, WeightReader] = {}
         for file in sorted(set(weight_map.values())):

@@ -20,8 +20,8 @@ from cqil_trt.rope import RopeConfig, yarn_magnitude
 from cqil_trt.tokenizer.gguf import GgufTokenizer
 from cqil_trt.weights.reader import Range, WeightReader
 
-# What llama.cpp does not read for these architectures, with the values that change nothing. transformers' yarn has
-# the same parameters, so that a file with other values means one thing here and another there.
+# Keys that llama.cpp does not read for these architectures, with the values that change nothing. transformers' yarn has
+# the same parameters, so a file with other values would mean different things in the two.
 _GGUF_UNREAD = {
     "rope.scaling.yarn_ext_factor": 1.0,
     "rope.scaling.yarn_attn_factor": 1.0,
@@ -33,9 +33,9 @@ _GGUF_UNREAD = {
 
 
 class GgufReader(WeightReader):
-    """A GGUF file, any quantization the gguf package knows; tensors come out as float32 under Hugging Face's names.
+    """A GGUF file in any quantization that the gguf package knows, read as float32 under Hugging Face's names.
 
-    Of a file split into parts, `path` may be any one. The first holds the metadata.
+    `path` may be any part of a split file. The first part holds the metadata.
     """
 
     def __init__(self, path: Path):
@@ -79,8 +79,8 @@ class GgufReader(WeightReader):
     def _gguf(self) -> Gguf | None:
         return None if self._family is None else self._family.gguf
 
-    def field(self, key: str, default=None):
-        """A metadata value; `{arch}` in `key` stands for the architecture."""
+    def field(self, key: str, default: Any = None) -> Any:
+        """A metadata value; `{arch}` in `key` is replaced by the architecture."""
         field = self._reader.fields.get(key.replace("{arch}", str(getattr(self, "architecture", ""))))
         return default if field is None else field.contents()
 
@@ -89,7 +89,7 @@ class GgufReader(WeightReader):
         return Fields({key: value if value is None else int(value)}, self.source).integer(key, low=low, high=high)
 
     def _number(self, key: str, default: float) -> float:
-        """A metadata value; one of 0 stands for one that is not given, as in llama.cpp."""
+        """A metadata value; 0 means that it is not given, as in llama.cpp."""
         value = float(self.field(f"{{arch}}.{key}", default) or default)
         return default if value == default else Fields({key: value}, self.source).number(key)
 
@@ -116,7 +116,7 @@ class GgufReader(WeightReader):
         order = self._row_order(name)
         data = data[wanted if order is None else order[wanted]]
         if columns is not None:
-            # What is quantized lies in bytes, whole blocks of elements at a time.
+            # Quantized data are bytes, in whole blocks of elements.
             block, size = GGML_QUANT_SIZES[entry.tensor_type] if data.dtype == np.uint8 else (1, 1)
             first = columns[0] // block * block
             data = data[:, first // block * size : -(-columns[1] // block) * size]
@@ -129,7 +129,7 @@ class GgufReader(WeightReader):
         return torch.from_numpy(np.ascontiguousarray(values))
 
     def _row_order(self, name: str) -> np.ndarray | None:
-        """Where the rows of a tensor lie in the file; None where in order."""
+        """The row in the file of each row of a tensor; None if they are in order."""
         if self._family is None or self._gguf is None or not self._gguf.interleaved:
             return None
         part = next((part for part in ("q", "k") if f".{self._family.layer[part]}." in name), None)
@@ -171,7 +171,7 @@ class GgufReader(WeightReader):
         return replace(rope, original_max_position=original, attention_factor=attention)
 
     def _divisors(self, head_dim: int) -> tuple[float, ...]:
-        """What rope_freqs.weight says; nothing where it says only ones."""
+        """The values of rope_freqs.weight; empty if all are 1."""
         name = "rope_freqs.weight"
         if name not in self._tensors:
             return ()
@@ -185,13 +185,13 @@ class GgufReader(WeightReader):
         return () if set(values) == {1.0} else tuple(values)
 
     def _sliding_window(self) -> int | None:
-        """llama.cpp ignores some windows that transformers heeds; in sequences as short as the window both agree."""
+        """llama.cpp ignores some windows that transformers applies; both agree up to the window's length."""
         if self._family is None or self._family.sliding_window != "always":
             return None
         return self._integer("attention.sliding_window", 0, low=0) or None
 
     def model_config(self) -> ModelConfig:
-        """The model that the file's metadata describes. Raises UserError for one we would compute wrongly."""
+        """The model that the file's metadata describes. Raises UserError for one that is not supported."""
         if self._family is None:
             known = ", ".join(families.gguf_architectures())
             raise UserError(f"{self.source}: architecture {self.architecture!r:.80} is not supported ({known} are)")

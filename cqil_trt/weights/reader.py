@@ -1,4 +1,4 @@
-"""A checkpoint's tensors by name, read slice by slice, whatever files they are in."""
+"""A checkpoint's tensors by name, read slice by slice from any kind of file."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ Range = tuple[int, int] | None
 
 
 class WeightReader(ABC):
-    """Tensors by name; only what is asked for is read. `source` names the files in messages."""
+    """Tensors by name, read on demand. `source` names the files in messages."""
 
     source: str
 
     @abstractmethod
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """The shape of every tensor there is."""
+        """The shape of every tensor."""
 
     @abstractmethod
     def dtype(self, name: str) -> torch.dtype:
@@ -25,7 +25,7 @@ class WeightReader(ABC):
 
     @abstractmethod
     def read(self, name: str, rows: Range = None, columns: Range = None) -> torch.Tensor:
-        """`tensor[rows, columns]` as a tensor of its own; half-open ranges, None for all.
+        """`tensor[rows, columns]` as a new tensor; half-open ranges, None for all.
 
         `columns` needs a matrix. Raises UserError when the file cannot be read.
         """
@@ -39,7 +39,7 @@ def cut(tensor: torch.Tensor, rows: Range, columns: Range) -> torch.Tensor:
 
 
 class RenamedReader(WeightReader):
-    """`base` with some tensors under other names: `stored` maps a name to the one it has in the file."""
+    """`base` with some tensors under other names: `stored` maps a name to the name in the file."""
 
     def __init__(self, base: WeightReader, stored: Mapping[str, str]):
         self.source = base.source

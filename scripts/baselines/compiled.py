@@ -1,7 +1,6 @@
-"""A plain tensor-parallel decoder under torch.compile, as a baseline: static KV cache, one token a pass.
+"""A plain tensor-parallel decoder under torch.compile, as a baseline: static KV cache, one token per pass.
 
-What a user writes who takes PyTorch as it comes: NCCL's all-reduce behind attention and MLP, CUDA graphs by
-mode="reduce-overhead".
+It uses only what PyTorch offers: NCCL's all-reduce after attention and MLP, CUDA graphs by mode="reduce-overhead".
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class TensorParallelDecoder(nn.Module):
         }
 
     def forward(self, token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        """The next token's logits [vocabulary] of `token` [1], which stands at `position` [1]."""
+        """The logits [vocabulary] of the token after `token` [1], which is at `position` [1]."""
         w, model = self._weights, self._plan.model
         x = F.embedding(token, w["embedding.weight"])
         for index, shard in self._plan.layers.items():

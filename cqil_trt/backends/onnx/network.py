@@ -1,6 +1,6 @@
 """Emits the decoder as an ONNX graph of standard operators (opset 24), a node an operation or a few.
 
-The collectives are custom operators with the names, inputs and attributes of our TensorRT plugins (see
+The collectives are custom operators with the names, inputs and fields of our TensorRT plugins (see
 plugins/tensorrt_plugins.cpp), and the standard ones are used within what TensorRT's parser knows since 10.15. Weights
 are external data: they stay in the rank's safetensors file.
 """
@@ -20,7 +20,7 @@ from onnx import ModelProto, TensorProto, ValueInfoProto, helper, numpy_helper
 from cqil_trt.backends import Compilation
 from cqil_trt.config import EngineLimits
 from cqil_trt.engine import tensor_spans
-from cqil_trt.gpu.workspace import DTYPES as PLUGIN_DTYPES
+from cqil_trt.gpu import abi
 from cqil_trt.network.decoder import decode
 from cqil_trt.network.ops import Ops
 from cqil_trt.network.rotary import rotary_tables
@@ -202,11 +202,11 @@ class OnnxOps(Ops[str]):
 
     def _collective(self, operator: str, *inputs: str, outputs: int = 1, **attributes: Any) -> list[str]:
         workspace = self.input("workspace", TensorProto.INT32, [1])
-        attributes["dtype"] = PLUGIN_DTYPES[self._limits.dtype]
+        attributes["dtype"] = abi.dtype_code(self._limits.dtype)
+        attributes = abi.interface().plugin_fields(operator, attributes)
         # TensorRT's parser looks for the plugin in the attribute's namespace, not in the node's domain.
-        names = self._nodes(
-            operator, [*inputs, workspace], outputs, domain=DOMAIN, plugin_namespace=DOMAIN, **attributes
-        )
+        attributes["plugin_namespace"] = abi.CQIL_PLUGIN_NAMESPACE
+        names = self._nodes(operator, [*inputs, workspace], outputs, domain=DOMAIN, **attributes)
         shape = ("batch", "tokens", self.plan.model.hidden_size)
         self.annotations += [helper.make_tensor_value_info(name, self._type, shape) for name in names]
         return names

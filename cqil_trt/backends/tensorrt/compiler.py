@@ -20,7 +20,8 @@ from cqil_trt.backends.tensorrt import BACKEND
 from cqil_trt.backends.tensorrt.network import Lowering, add_profiles, define_network, describe_network
 from cqil_trt.config import EngineLimits
 from cqil_trt.errors import UserError
-from cqil_trt.gpu import kernel_library
+from cqil_trt.gpu import tensorrt_plugins
+from cqil_trt.gpu.sources import source_version
 
 # What TensorRT-RTX builds for, by compute capability, and its names for them.
 TARGETS = {"7.5": "SM75", "8.0": "SM80", "8.6": "SM86", "8.9": "SM89", "12.0": "SM120", "12.1": "SM121"}
@@ -60,7 +61,7 @@ def describe(limits: EngineLimits, options: Mapping[str, Any]) -> Description:
         raise UserError(f"--collective nccl: {version(trt)} has no collective layer: use plugin")
     built = {"collective": collective}
     if lowering.plugins:
-        built["plugins"] = kernel_library.source_version()
+        built["plugins"] = source_version()
     return Description(version=version(trt), architecture=_architecture(trt, target), build=built)
 
 
@@ -113,7 +114,7 @@ def compile_rank(compilation: Compilation) -> None:
 
         # Processes that build at the same time take a GPU each.
         cuda.use_device(compilation.plan.rank)
-        library = kernel_library.register_plugins(trt)
+        library = tensorrt_plugins.register(trt)
     log, lowering = logger(trt, bool(compilation.options.get("verbose"))), Lowering.of(trt)
     builder = trt.Builder(log)
     flags = trt.NetworkDefinitionCreationFlag

@@ -22,9 +22,8 @@ from typing import Any
 import numpy as np
 
 from cqil_trt.config import EngineLimits
-from cqil_trt.gpu.fused_ops import FusedOps
-from cqil_trt.gpu.kernel_library import attention_fields
-from cqil_trt.gpu.workspace import DTYPES as PLUGIN_DTYPES
+from cqil_trt.gpu import abi, tensorrt_plugins
+from cqil_trt.gpu.fused_ops import FusedOps, attention_fields
 from cqil_trt.gpu.workspace import fuses_norm
 from cqil_trt.network.decoder import decode
 from cqil_trt.network.ops import Ops
@@ -32,8 +31,6 @@ from cqil_trt.network.rotary import rotary_tables
 from cqil_trt.shard import LayerShard, RankPlan
 
 Tensor = Any  # an ITensor of whichever package provides TensorRT
-
-_PLUGIN_NAMESPACE, _PLUGIN_VERSION = "cqil_trt", "1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,18 +207,8 @@ class TensorRtOps(Ops[Tensor]):
     # Collectives
 
     def _plugin(self, name: str, inputs: list[Tensor], outputs: int, **fields: int | float) -> list[Tensor]:
-        trt = self._trt
-        fields["dtype"] = PLUGIN_DTYPES[self._limits.dtype]
-        kinds = {int: (np.int32, trt.PluginFieldType.INT32), float: (np.float32, trt.PluginFieldType.FLOAT32)}
-        values = []
-        for key, value in fields.items():
-            dtype, kind = kinds[type(value)]
-            values.append(trt.PluginField(key, np.array([value], dtype), kind))
-        self._kept.append(values)
-        registry = trt.get_plugin_registry()
-        find = getattr(registry, "get_plugin_creator", None) or registry.get_creator
-        creator = find(name, _PLUGIN_VERSION, _PLUGIN_NAMESPACE)
-        plugin = creator.create_plugin(name, trt.PluginFieldCollection(values))
+        fields["dtype"] = abi.dtype_code(self._limits.dtype)
+        plugin = tensorrt_plugins.create(self._trt, name, fields)
         layer = self._network.add_plugin_v2(inputs, plugin)
         # A precision would be asked of its integer inputs too; the plugin takes the type of its field and no other.
         found = [layer.get_output(i) for i in range(outputs)]

@@ -9,8 +9,9 @@ import numpy as np
 from cqil_trt.backends.tensorrt.compiler import import_package, logger, version
 from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
-from cqil_trt.gpu import cuda, kernel_library
+from cqil_trt.gpu import cuda, kernel_library, tensorrt_plugins
 from cqil_trt.gpu.session import BUFFERS, CudaSession, Phase
+from cqil_trt.gpu.sources import source_version
 
 
 class TensorRtSession(CudaSession):
@@ -27,7 +28,7 @@ class TensorRtSession(CudaSession):
                 f"{engine.path}: compiled by {engine.backend_version}, here is {version(trt)}: compile it here "
                 "(build.py --model with the engine of backend torch that it came from)"
             )
-        made, here = engine.build.get("plugins"), kernel_library.source_version()
+        made, here = engine.build.get("plugins"), source_version()
         if made not in (None, here):
             raise UserError(f"{engine.path}: made with plugins {made}, these are {here}: compile the engine again")
         cuda.use_device(device)
@@ -38,7 +39,7 @@ class TensorRtSession(CudaSession):
                 f"{found}: compile it for this GPU" + (" (--target)" if package == "tensorrt_rtx" else "")
             )
         super().__init__(
-            engine, comm, kernel_library.register_plugins(trt) if package == "tensorrt" else kernel_library.load()
+            engine, comm, tensorrt_plugins.register(trt) if package == "tensorrt" else kernel_library.load()
         )
         log, path = logger(trt), engine.rank_file(self._plan.rank, "engine")
         self._engine = trt.Runtime(log).deserialize_cuda_engine(path.read_bytes())
@@ -134,10 +135,9 @@ class TensorRtSession(CudaSession):
         for name, shape in shapes.items():
             if name in self._names and not context.set_input_shape(name, shape):
                 raise RuntimeError(f"TensorRT refuses the shape {shape} of {name}: {self._log.first_error}")
-        if not context.execute_async_v3(int(self._stream)):
-            if self._workspace is not None and (failure := self._workspace.failure()):
-                raise failure
-            raise RuntimeError(f"TensorRT could not execute the engine: {self._log.first_error}")
+        with self._guard():
+            if not context.execute_async_v3(int(self._stream)):
+                raise RuntimeError(f"TensorRT could not execute the engine: {self._log.first_error}")
 
     def joined(self) -> bytes:
         return super().joined() if "joined" in self._names else b""

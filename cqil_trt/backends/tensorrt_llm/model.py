@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import tensorrt as trt
 from tensorrt_llm._common import default_trtnet
 from tensorrt_llm.functional import (
@@ -28,8 +27,7 @@ from tensorrt_llm.models.modeling_utils import DecoderLayerList, DecoderModelFor
 from tensorrt_llm.module import Module
 
 from cqil_trt.backends.tensorrt_llm.versions import attention_arguments, load_plugins
-
-_DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}  # cqil_dtype
+from cqil_trt.gpu import abi, tensorrt_plugins
 
 # The registry must have our plugins before a network asks for them, and before an engine with them is read.
 load_plugins()
@@ -121,26 +119,20 @@ class CqilDecoderLayer(Module):
     def _join(self, delta: Tensor, residual: Tensor, norm: RmsNorm) -> tuple[Tensor, Tensor]:
         """residual + the sum of every rank's delta, and its norm."""
         if self._cqil["collective"] == "plugin":
-            fields = {"mode": 2, "eps": norm.eps, "dtype": _DTYPES[self._dtype], "shared": 1}
+            fields = {"mode": 2, "eps": norm.eps, "dtype": abi.dtype_code(self._dtype), "shared": 1}
             total, normed = _plugin("CqilAllReduce", [delta, residual, norm.weight.value], fields)
             return total, normed
         total = residual + allreduce(delta, self._group)
         return total, norm(total)
 
     def _bypass(self, x: Tensor, distance: int) -> Tensor:
-        fields = {"distance": distance, "dtype": _DTYPES[self._dtype], "shared": 1}
+        fields = {"distance": distance, "dtype": abi.dtype_code(self._dtype), "shared": 1}
         return _plugin("CqilBypass", [x], fields)[0]
 
 
 def _plugin(name: str, inputs: list[Tensor], fields: Mapping[str, int | float]) -> list[Tensor]:
     """The outputs of one of our plugins, which finds the workspace in its process: `shared`."""
-    creator = trt.get_plugin_registry().get_plugin_creator(name, "1", "cqil_trt")
-    types = {int: (np.int32, trt.PluginFieldType.INT32), float: (np.float32, trt.PluginFieldType.FLOAT32)}
-    given = []
-    for field, value in fields.items():
-        dtype, kind = types[type(value)]
-        given.append(trt.PluginField(field, np.array([value], dtype), kind))
-    plugin = creator.create_plugin(name, trt.PluginFieldCollection(given))
+    plugin = tensorrt_plugins.create(trt, name, dict(fields))
     layer = default_trtnet().add_plugin_v2([tensor.trt_tensor for tensor in inputs], plugin)
     return [_create_tensor(layer.get_output(i), layer) for i in range(layer.num_outputs)]
 

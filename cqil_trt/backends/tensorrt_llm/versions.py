@@ -40,9 +40,9 @@ def load_plugins() -> ctypes.CDLL:
     """Our plugin library, registered with this process's TensorRT. Raises UserError when it cannot be."""
     import tensorrt
 
-    from cqil_trt.gpu.kernel_library import register_plugins
+    from cqil_trt.gpu import tensorrt_plugins
 
-    return register_plugins(tensorrt)
+    return tensorrt_plugins.register(tensorrt)
 
 
 def attention_arguments(attention: Any, config: Any, place: int) -> dict[str, Any]:

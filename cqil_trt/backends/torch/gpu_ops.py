@@ -15,9 +15,9 @@ from typing import Any, Protocol
 
 from cqil_trt.config import DTYPE_BYTES, EngineLimits
 from cqil_trt.errors import UserError
-from cqil_trt.gpu import cuda, kernel_library
-from cqil_trt.gpu.fused_ops import FusedOps
-from cqil_trt.gpu.workspace import DTYPES, Workspace, fuses_norm
+from cqil_trt.gpu import abi, cuda
+from cqil_trt.gpu.fused_ops import FusedOps, attention_fields
+from cqil_trt.gpu.workspace import Workspace, fuses_norm
 from cqil_trt.network.ops import Ops
 from cqil_trt.shard import LayerShard, RankPlan
 
@@ -161,7 +161,7 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         self.plan = plan
         self._limits, self._memory, self._workspace = limits, memory, workspace
         self._kernels, self._stream, self._library = kernels, stream, library
-        self._bytes, self._dtype = DTYPE_BYTES[limits.dtype], DTYPES[limits.dtype]
+        self._bytes, self._dtype = DTYPE_BYTES[limits.dtype], abi.dtype_code(limits.dtype)
         self._pool = Pool()
         self._weights = {
             name: Matrix(memory[name], shape[0] if len(shape) > 1 else 1, shape[-1])
@@ -215,9 +215,16 @@ class CudaOps(FusedOps[Matrix], _Collectives):
                 self._call("swiglu", product, out, x.rows, outputs, self._dtype)
             return out if bias is None or residual is None else self.fused_add(out, residual)
         norm_weight = None if norm is None else self._weights[f"{norm}.weight"]
-        shape = kernel_library.LinearShape(x.rows, outputs, x.width, gated, self._dtype, self.plan.model.rms_norm_eps)
+        shape = abi.cqil_linear_shape(
+            rows=x.rows,
+            outputs=outputs,
+            inputs=x.width,
+            gated=gated,
+            dtype=self._dtype,
+            eps=self.plan.model.rms_norm_eps,
+        )
         scratch = self._scratch(self._kernels.cqil_linear_scratch_bytes(shape))
-        self._call("linear", ctypes.byref(shape), x, delta, weight, bias, norm_weight, residual, out, scratch)
+        self._call("linear", shape, x, delta, weight, bias, norm_weight, residual, out, scratch)
         return out
 
     def _scratch(self, size: int) -> Matrix:
@@ -242,8 +249,8 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         return out
 
     def attention(self, qkv: Matrix, positions: Any, shard: LayerShard) -> Matrix:
-        qkv, fields = self.keep(qkv), kernel_library.attention_fields(self.plan.model, shard, self._limits)
-        shape = kernel_library.AttentionShape(batch=self._batch, length=self._length, **fields, dtype=self._dtype)
+        qkv, fields = self.keep(qkv), attention_fields(self.plan.model, shard, self._limits)
+        shape = abi.cqil_attention_shape(batch=self._batch, length=self._length, **fields, dtype=self._dtype)
         norms: list[Matrix | None] = [self._weights[name] for name in self.head_norms(shard)]
         norms = norms or [None, None]
         tables = [self._memory[name] for name in ("rotary.cos", "rotary.sin")]
@@ -252,9 +259,7 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         scratch = self._scratch(self._kernels.cqil_attention_scratch_bytes(shape))
         delegated = self._length > 1 and shard.grouped
         result = None if delegated else out
-        self._call(
-            "attention", ctypes.byref(shape), qkv, self._past, *tables, *(norms or [None, None]), cache, result, scratch
-        )
+        self._call("attention", shape, qkv, self._past, *tables, *norms, cache, result, scratch)
         if delegated:
             queries = Matrix(scratch.address, out.rows, out.width)
             self._library.attend(queries, cache, self._common_past, self._batch, shard, out)

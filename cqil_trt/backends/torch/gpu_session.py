@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,8 +45,7 @@ class TorchCudaSession(CudaSession):
         }
         self._ops.begin(batch, length, address["past"], address["logits"], self._common_past)
         tokens, select = Matrix(address["tokens"], batch * length, 1), Matrix(address["select"], rows, 1)
-        guard = nullcontext() if self._workspace is None else self._workspace.guard()
-        with guard, torch.inference_mode(), torch.cuda.stream(self._torch_stream):
+        with self._guard(), torch.inference_mode(), torch.cuda.stream(self._torch_stream):
             # `CudaOps` has the positions from `begin`.
             decode(self._ops, tokens, Matrix(address["past"], batch, 1), select)
 

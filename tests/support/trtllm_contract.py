@@ -1,4 +1,4 @@
-"""TensorRT-LLM as its signatures: stand-ins that take what tests/trtllm_api.json says, and no more."""
+"""TensorRT-LLM as its signatures: stand-ins that take what tests/support/trtllm_api.json says, and no more."""
 
 import inspect
 import json

@@ -9,10 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from cqil_trt.job import Job, command  # noqa: E402
-from cqil_trt.llm import Llm  # noqa: E402
+from cqil_trt.job import Job, command
+from cqil_trt.llm import Llm
 
 job = Job()
 with command(job):

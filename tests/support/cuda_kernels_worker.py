@@ -17,12 +17,11 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from cqil_trt.gpu import kernel_library
-from cqil_trt.gpu.workspace import DTYPES
+from cqil_trt.gpu import abi, kernel_library
 from cqil_trt.sampling import SamplingConfig, sample
 
 library = kernel_library.load()
@@ -38,7 +37,7 @@ def call(name, *arguments):
 
 
 def code(dtype):
-    return DTYPES[str(dtype).removeprefix("torch.")]
+    return abi.dtype_code(str(dtype).removeprefix("torch."))
 
 
 def relative(found, expected):
@@ -110,7 +109,8 @@ def check_sample(pick, dtype):
     logits = (2.5 * torch.randn(rows, width, device="cuda")).half().to(dtype)  # many equal values
     top_k, top_p = (0, pick(1, width))[pick(0, 1)], (1.0, pick(1, 999) / 1000)[pick(0, 1)]
     config = SamplingConfig(temperature=pick(1, 30) / 10, top_k=top_k, top_p=top_p)
-    settings = torch.frombuffer(kernel_library.Sampling(config.temperature, top_p, top_k), dtype=torch.uint8).cuda()
+    chosen = abi.cqil_sampling(temperature=config.temperature, top_p=top_p, top_k=top_k)
+    settings = torch.frombuffer(chosen, dtype=torch.uint8).cuda()
     uniforms = torch.rand(steps, rows, dtype=torch.double, device="cuda")
     index = torch.empty(rows, dtype=torch.int32, device="cuda")
     parts, whole = torch.empty_like(logits), torch.empty_like(logits)
@@ -145,10 +145,10 @@ def check_linear(pick, dtype):
     norm = (1 + 0.2 * torch.randn(inputs, device="cuda")).to(dtype)
     residual = torch.randn(rows, outputs, device="cuda").to(dtype)
     out = torch.empty_like(residual)
-    shape = kernel_library.LinearShape(rows, outputs, inputs, gated, code(dtype), 1e-5)
+    shape = abi.cqil_linear_shape(rows=rows, outputs=outputs, inputs=inputs, gated=gated, dtype=code(dtype), eps=1e-5)
     scratch = torch.empty(library.cqil_linear_scratch_bytes(shape), dtype=torch.uint8, device="cuda")
     given = [x, delta if normed == 2 else None, weight, bias if biased else None, norm if normed else None]
-    call("linear", ctypes.byref(shape), *given, residual if added else None, out, scratch)
+    call("linear", shape, *given, residual if added else None, out, scratch)
     wide = x.double() if normed < 2 else (x.double() + delta.double()).to(dtype).double()
     if normed:
         wide = rms_norm(wide, norm.double(), 1e-5)
@@ -168,7 +168,7 @@ def check_attention(pick, dtype):
         first, heads = 0, kv_heads * group
     capacity, max_batch = pick(40, 700), pick(1, 5)
     batch, norms, eps = pick(1, max_batch), bool(pick(0, 1)), 1e-6
-    shape = kernel_library.AttentionShape(
+    shape = abi.cqil_attention_shape(
         heads=heads,
         kv_heads=kv_heads,
         head_dim=dim,
@@ -202,7 +202,7 @@ def check_attention(pick, dtype):
         scratch = torch.empty(library.cqil_attention_scratch_bytes(shape), dtype=torch.uint8, device="cuda")
         out = torch.empty(batch, length, heads, dim, dtype=dtype, device="cuda")
         weights = (q_norm, k_norm) if norms else (None, None)
-        call("attention", ctypes.byref(shape), qkv, past, cos, sin, *weights, cache, out, scratch)
+        call("attention", shape, qkv, past, cos, sin, *weights, cache, out, scratch)
         expected = torch.empty(batch, length, heads, dim, dtype=torch.double, device="cuda")
         for b in range(batch):
             for t in range(length):
@@ -247,10 +247,10 @@ def check_one_swiglu(pick, dtype):
     for rows in (1, 3):
         x = torch.zeros(rows, 8, dtype=dtype, device="cuda")
         x[:, 0] = 1
-        shape = kernel_library.LinearShape(rows, count, 8, 1, code(dtype), 1e-5)
+        shape = abi.cqil_linear_shape(rows=rows, outputs=count, inputs=8, gated=1, dtype=code(dtype), eps=1e-5)
         scratch = torch.empty(library.cqil_linear_scratch_bytes(shape), dtype=torch.uint8, device="cuda")
         out = torch.empty(rows, count, dtype=dtype, device="cuda")
-        call("linear", ctypes.byref(shape), x, None, weight, None, None, None, out, scratch)
+        call("linear", shape, x, None, weight, None, None, None, out, scratch)
         different = int((out != direct).sum())
         assert different == 0, f"{different} of {out.numel()} elements of {rows} rows differ from cqil_swiglu's"
     wide = gate.double()
@@ -283,7 +283,7 @@ class Attention:
 
     def __init__(self, dtype, batch, heads, kv_heads, dim, capacity, filled):
         self.dtype, self.batch, self.heads, self.kv_heads, self.dim = dtype, batch, heads, kv_heads, dim
-        self.shape = kernel_library.AttentionShape(
+        self.shape = abi.cqil_attention_shape(
             batch=batch,
             length=1,
             heads=heads,
@@ -307,9 +307,7 @@ class Attention:
 
     def __call__(self, qkv, past, out, length=1, scratch=None):
         self.shape.length = length
-        call(
-            "attention", ctypes.byref(self.shape), qkv, past, self.cos, self.sin, None, None, self.memory, out, scratch
-        )
+        call("attention", self.shape, qkv, past, self.cos, self.sin, None, None, self.memory, out, scratch)
 
     def expected(self, qkv, position):
         """Of one more token of every sequence at `position`."""
@@ -408,11 +406,16 @@ class Decoder:
         torch.cuda.synchronize()
 
     def linear(self, x, weight, out, norm=None, residual=None, gated=0):
-        shape = kernel_library.LinearShape(
-            1, weight.shape[0] // (1 + gated), weight.shape[1], gated, code(self.dtype), 1e-5
+        shape = abi.cqil_linear_shape(
+            rows=1,
+            outputs=weight.shape[0] // (1 + gated),
+            inputs=weight.shape[1],
+            gated=gated,
+            dtype=code(self.dtype),
+            eps=1e-5,
         )
         assert library.cqil_linear_scratch_bytes(shape) <= self.scratch.numel()
-        call("linear", ctypes.byref(shape), x, None, weight, None, norm, residual, out, self.scratch)
+        call("linear", shape, x, None, weight, None, norm, residual, out, self.scratch)
 
     def run(self, after=lambda: None):
         """All steps; `after` is called after each kernel."""
@@ -520,11 +523,10 @@ def check_repeat(pick, dtype):
 
 def check_limit(pick, dtype):
     """A wait that exceeds the limit ends the kernel, and everything that can name the reason names it."""
-    library.cqil_attention_failure.restype = ctypes.c_char_p
     attention, ending = Attention(dtype, 1, 2, 1, 64, 600, 500), Ending(1, 500)
     qkv, out = torch.randn(256, device="cuda").to(dtype), torch.empty(128, dtype=dtype, device="cuda")
-    assert library.cqil_attention_timeout(ctypes.c_double(-1.0)) != 0
-    assert library.cqil_attention_timeout(ctypes.c_double(0.5)) == 0
+    assert library.cqil_attention_timeout(-1.0) != 0
+    assert library.cqil_attention_timeout(0.5) == 0
     attention(qkv, ending.past, out)
     ending.advance()
     torch.cuda.synchronize()

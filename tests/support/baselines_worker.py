@@ -1,26 +1,23 @@
 """Run by mpirun in the tests: the baselines of the benchmark on the CPU, against the reference.
 
-usage: baselines_worker.py MODEL START END
+usage: baselines_worker.py MODEL START END, with scripts/ on the PYTHONPATH
 """
 
 import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-
 import torch
 import torch.distributed as dist
 from baselines.compiled import TensorParallelDecoder
 from baselines.published import PublishedCqil
-from conftest import rank_weights
 from mpi4py import MPI
 
 from cqil_trt.checkpoint import Checkpoint
 from cqil_trt.config import CqilConfig
 from cqil_trt.reference import from_reader, score, with_cqil
 from cqil_trt.shard import plan
+from support.checkpoints import rank_weights
 
 comm = MPI.COMM_WORLD
 rank, ranks = comm.Get_rank(), comm.Get_size()

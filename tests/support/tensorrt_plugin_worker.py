@@ -6,18 +6,17 @@ The network is chained so that order and shapes matter: broadcast → all-reduce
 engine is serialised, read back, run at several shapes and replayed in a CUDA graph; the judge is numpy in float64.
 """
 
-import ctypes
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import tensorrt as trt
 from cuda.bindings import runtime as cuda
 from mpi4py import MPI
 
-from cqil_trt.gpu import kernel_library
+from cqil_trt.gpu import abi, tensorrt_plugins
 from cqil_trt.gpu.workspace import Workspace
 
 HIDDEN, EPS, DISTANCE = 576, 1e-5, 1
@@ -36,15 +35,8 @@ def failure():
     return workspace.failure() or ""
 
 
-def field(name, value):
-    kind = trt.PluginFieldType.INT32 if value.dtype == np.int32 else trt.PluginFieldType.FLOAT32
-    return trt.PluginField(name, value, kind)
-
-
-def plugin(name, **values):
-    creator = trt.get_plugin_registry().get_plugin_creator(name, "1", "cqil_trt")
-    fields = [field(k, np.array([v], np.float32 if isinstance(v, float) else np.int32)) for k, v in values.items()]
-    return creator.create_plugin(name, trt.PluginFieldCollection(fields))
+def plugin(name, **fields):
+    return tensorrt_plugins.create(trt, name, fields | {"dtype": abi.dtype_code("float16")})
 
 
 def build(weight):
@@ -62,12 +54,12 @@ def build(weight):
         return [layer.get_output(i) for i in range(layer.num_outputs)]
 
     source = x if rank == 0 else tokens
-    [start] = add([source], plugin("CqilBroadcast", rank=rank, hidden=HIDDEN, dtype=1))
-    [summed] = add([x], plugin("CqilAllReduce", mode=0, eps=EPS, dtype=1))
-    [joined] = add([x, summed], plugin("CqilAllReduce", mode=1, eps=EPS, dtype=1))
-    [before] = add([x], plugin("CqilBypass", distance=DISTANCE, dtype=1))
+    [start] = add([source], plugin("CqilBroadcast", rank=rank, hidden=HIDDEN))
+    [summed] = add([x], plugin("CqilAllReduce", mode=0, eps=EPS))
+    [joined] = add([x, summed], plugin("CqilAllReduce", mode=1, eps=EPS))
+    [before] = add([x], plugin("CqilBypass", distance=DISTANCE))
     gamma = network.add_constant((HIDDEN,), weight).get_output(0)
-    residual, normed = add([before, start, gamma], plugin("CqilAllReduce", mode=2, eps=EPS, dtype=1))
+    residual, normed = add([before, start, gamma], plugin("CqilAllReduce", mode=2, eps=EPS))
     for name, tensor in (
         ("start", start),
         ("joined", joined),
@@ -169,10 +161,6 @@ def main(seed):
 
 devices = check(cuda.cudaGetDeviceCount())
 check(cuda.cudaSetDevice(rank % devices))
-# The plugins look TensorRT up in the process.
-for path in Path(trt.__file__).parent.glob("libnvinfer.so*"):
-    ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-library = kernel_library.load()
-assert library.cqil_register_plugins() == 0
+library = tensorrt_plugins.register(trt)
 workspace = Workspace(comm, timeout=20)
 main(int(sys.argv[1]))

@@ -23,8 +23,6 @@ import safetensors.torch  # noqa: F401
 import tensorrt_rtx
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 SOURCES, CHECKPOINT, RANK = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 recorded = []
 

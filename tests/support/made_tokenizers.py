@@ -8,10 +8,14 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import gguf
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+if TYPE_CHECKING:
+    import gguf
+    from transformers import PreTrainedTokenizerFast
 
 CORPUS = [
     "hello world, this is a small test of a tokenizer",
@@ -140,6 +144,8 @@ def sentencepiece_model(path: Path, **options: object) -> Path:
 
 def _writer(path: Path, tokens: list[str]) -> gguf.GGUFWriter:
     """A GGUF file of a one-layer model whose vocabulary is `tokens`; its metadata can still be added."""
+    import gguf
+
     writer, width = gguf.GGUFWriter(str(path), "llama"), 32
     writer.add_context_length(64)
     writer.add_embedding_length(width)
@@ -278,3 +284,21 @@ def save_json(backend: Tokenizer, directory: Path, **config: object) -> Path:
     if config:
         (directory / "tokenizer_config.json").write_text(json.dumps(config))
     return directory
+
+
+def save_byte_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+    """A tokenizer of single bytes: token 3 + b is byte b. Multi-byte characters take several tokens."""
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<pad>", "<bos>", "<eos>"]
+    backend = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(special + alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(special)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    )
+    tokenizer.chat_template = "{% for m in messages %}<bos>{{ m['role'] }}: {{ m['content'] }}{% endfor %}\n"
+    tokenizer.save_pretrained(directory)
+    return tokenizer

@@ -1,0 +1,82 @@
+"""The models and shapes that whole engines and single ranks are judged on, and how they are compared."""
+
+import numpy as np
+
+# Changes to a small model, by name.
+ARCHITECTURES = {
+    "llama": ("LlamaForCausalLM", {"num_key_value_heads": 6}),
+    "llama-gqa": ("LlamaForCausalLM", {}),
+    "llama-tied-bias": (
+        "LlamaForCausalLM",
+        {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    ),
+    "llama-linear-rope": (
+        "LlamaForCausalLM",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
+    ),
+    "llama-llama3-rope": (
+        "LlamaForCausalLM",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
+    # Nine query and three key/value heads, as SmolLM2 has: no even split on two or four ranks.
+    "llama-odd-heads": (
+        "LlamaForCausalLM",
+        {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72, "intermediate_size": 91},
+    ),
+    # Fewer heads than ranks: some ranks hold none.
+    "llama-few-heads": ("LlamaForCausalLM", {"num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 32}),
+    "mistral": ("MistralForCausalLM", {"sliding_window": 128}),
+    "qwen2": ("Qwen2ForCausalLM", {}),
+    "qwen3": ("Qwen3ForCausalLM", {"head_dim": 12}),
+    "qwen2-yarn": (
+        "Qwen2ForCausalLM",
+        {
+            "max_position_embeddings": 32,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+        },
+    ),
+    # q, k and v in one matrix of the checkpoint, gate and up in another.
+    "phi3": ("Phi3ForCausalLM", {}),
+}
+# Every number of ranks, bypass and range that engines are built with.
+SHAPES = [
+    {"p": 1},
+    {"p": 2, "d": 0, "start": 1, "end": 5},
+    {"p": 2, "d": 1, "start": 2, "end": 6},
+    {"p": 2, "d": 1, "start": 0, "end": 4, "bypass": "residual"},
+    {"p": 3, "d": 2, "start": 0, "end": 6},
+    {"p": 4, "d": 0, "start": 1, "end": 5},
+    {"p": 4, "d": 1, "start": 2, "end": 6, "bypass": "residual"},
+    {"p": 4, "d": 3, "start": 1, "end": 5},
+]
+# One of each kind of schedule that a rank can have.
+RANK_SHAPES = [
+    {"p": 1},
+    {"p": 2, "start": 1, "end": 5},
+    {"p": 2, "d": 1, "start": 2, "end": 6, "bypass": "residual"},
+    {"p": 4, "d": 1, "start": 1, "end": 5, "placement": "leader"},
+    {"p": 4, "placement": "tensor"},
+]
+
+
+def identifier(case):
+    name, shape = case
+    return name + "-" + "-".join(f"{k}{v}" if isinstance(v, int) else v for k, v in shape.items())
+
+
+def relative(found, expected):
+    return np.linalg.norm(found.astype(np.float64) - expected) / np.linalg.norm(expected.astype(np.float64))
