@@ -101,6 +101,7 @@ def test_a_file_that_does_not_say_how_text_is_split(llama_cpp, tmp_path):
         assert tokenizer.encode(text) == expected(text)
 
 
+@pytest.mark.slow
 def test_the_demo_model(llama_cpp, tmp_path):
     from cqil_trt.demo import demo_model
 

@@ -244,6 +244,7 @@ SPELLINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_model.bin"])
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_other_spellings_of_the_same_adapter(spelling, file, tmp_path):
@@ -257,6 +258,7 @@ def test_other_spellings_of_the_same_adapter(spelling, file, tmp_path):
         torch.testing.assert_close(judge[name], tensor, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name.startswith(("grown", "shrunk"))])
 def test_a_vocabulary_of_another_size_on_either_base(variant, tmp_path):
     """The judge of --validate resizes the original base; on the resized base there is nothing to resize."""
@@ -502,6 +504,7 @@ def test_ranks_and_reference_follow_the_merged_model(variant, tmp_path):
         torch.testing.assert_close(found, expected.eval()(ids, use_cache=False).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_grown_vocabulary_end_to_end(tmp_path):
     """Ranks split a vocabulary that the checkpoint does not have, of a tied model that the adapter unties."""
     model, adapter = made(tmp_path, VARIANTS["grown, saved embedding, tied"])

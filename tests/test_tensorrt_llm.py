@@ -134,6 +134,7 @@ def test_an_adapter_is_merged_first(models, tmp_path):
     assert any(not torch.equal(found[key], plain[key]) for key in plain)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_exported_is_refused(models, tmp_path):
     def refused(*flags, **options):
         arguments = [f"--{k.replace('_', '-')}={v}" for k, v in options.items()]
