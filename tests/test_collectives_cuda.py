@@ -1,4 +1,4 @@
-"""The CUDA kernels on GPUs: the workers in this directory. Most are skipped where there is no GPU."""
+"""The CUDA kernels on GPUs: the workers in tests/support. Most are skipped where there is no GPU."""
 
 import os
 import re
@@ -31,7 +31,7 @@ def delays(tmp_path_factory):
         pytest.skip("needs cmake and nvcc to build the kernels with delays")
     path = tmp_path_factory.mktemp("delays") / kernel_library.LIBRARY
     capability = "".join(map(str, torch.cuda.get_device_capability()))
-    build = [sys.executable, "-m", "cqil_trt.plugins", "build", "--architectures", capability, "--output", path]
+    build = [sys.executable, "-m", "cqil_trt.kernels", "build", "--architectures", capability, "--output", path]
     subprocess.run(build, cwd=ROOT, env={**os.environ, "CQIL_TEST_DELAYS": "ON"}, check=True)
     return {"CQIL_TRT_PLUGINS": str(path)}
 
@@ -52,13 +52,13 @@ def test_sums_order_and_bits(ranks, operations, replays):
 @needs_gpu
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_delayed_blocks_change_no_sum(ranks, delays):
-    done = mpirun(ranks, SEED % 100_000, 60, 20, script="tests/cuda_worker.py", env=delays)
+    done = mpirun(ranks, SEED % 100_000, 60, 20, script="tests/support/cuda_worker.py", env=delays)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def kernels(*arguments, env=None, timeout=300):
     """Runs cuda_kernels_worker.py. A kernel that spins for ever ends with its process, after the time limit."""
-    command = [sys.executable, "tests/cuda_kernels_worker.py", *map(str, arguments)]
+    command = [sys.executable, "tests/support/cuda_kernels_worker.py", *map(str, arguments)]
     environment = {**os.environ, **(env or {})}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -255,7 +255,8 @@ def check_one_swiglu(pick, dtype):
         assert different == 0, f"{different} of {out.numel()} elements of {rows} rows differ from cqil_swiglu's"
     wide = gate.double()
     exact = wide / (1 + (-wide).exp()) * up.double()
-    # Half a unit in the last place of 11 and of 8 significant bits, with room for float32's own rounding, and what float32 cannot say of tiny results.
+    # Half a unit in the last place of 11 and of 8 significant bits, with room for float32's own rounding. Below the
+    # floor float32 flushes to zero.
     bound = {torch.float32: 5e-7, torch.float16: 2.0**-11 * 1.01, torch.bfloat16: 2.0**-8 * 1.01}[dtype]
     floor = {torch.float32: 2e-36, torch.float16: 2.0**-25 * 1.01, torch.bfloat16: 2e-36}[dtype]
     wrong = (direct.double() - exact).abs() > bound * exact.abs() + floor

@@ -63,8 +63,7 @@ class HostKernels:
     def cqil_linear_scratch_bytes(self, shape):
         return 64
 
-    def cqil_linear(self, shape, x, delta, weight, bias, norm_weight, residual, out, scratch, stream):
-        s = shape._obj
+    def cqil_linear(self, s, x, delta, weight, bias, norm_weight, residual, out, scratch, stream):
         assert out != x and not (s.gated and residual) and (norm_weight or not delta)
         value, wide = at(x, s.rows, s.inputs), s.outputs * (1 + s.gated)
         if delta is not None:
@@ -81,8 +80,7 @@ class HostKernels:
     def cqil_attention_scratch_bytes(self, shape):
         return 4 * shape.batch * shape.length * shape.heads * shape.head_dim
 
-    def cqil_attention(self, shape, qkv, past, cos, sin, q_norm, k_norm, cache, out, scratch, stream):
-        s = shape._obj
+    def cqil_attention(self, s, qkv, past, cos, sin, q_norm, k_norm, cache, out, scratch, stream):
         dim, heads = s.head_dim, s.heads + 2 * s.kv_heads
         q, k, v = at(qkv, s.batch, s.length, heads, dim).split([s.heads, s.kv_heads, s.kv_heads], 2)
         if q_norm is not None:
