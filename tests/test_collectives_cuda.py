@@ -105,7 +105,7 @@ def test_a_plugin_that_fails_prints_its_own_reason_once(tmp_path):
     path = kernel_library.build(headers, "90", tmp_path / kernel_library.LIBRARY)
     program = tmp_path / "plugin_failures"
     options = ["-std=c++17", "-Xcompiler=-Wno-deprecated-declarations", f"-I{headers}", f"-I{ROOT / 'plugins'}"]
-    source = ROOT / "tests" / "plugin_failures.cpp"
+    source = ROOT / "tests" / "support" / "plugin_failures.cpp"
     subprocess.run(["nvcc", *options, "-o", program, source, "-ldl"], check=True)
     done = subprocess.run([program, path], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

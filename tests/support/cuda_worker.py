@@ -167,8 +167,8 @@ def flood(communicator, check, chance, seed):
     sent = [communicator.broadcast(inputs[rank]) for inputs in rounds]
     for inputs, one, other in zip(rounds, bypassed, sent):
         check.equal(other, inputs[0])
-        if rank:
-            check.equal(one, ordered_sum(inputs[:rank]))
+        if rank:  # each rank's is another: no part of the checksum that all must share
+            check.wrong += (one != ordered_sum(inputs[:rank])).sum()
 
 
 def main(seed, operations, replays):

@@ -1,7 +1,7 @@
 // Runs TensorRT plugins into failures and prints what each call says on standard error: "== NAME STATUS" and its lines.
 //
-// Usage: plugin_failures LIBRARY. Needs the headers of TensorRT 10 or 11, and no TensorRT: the library hands out creators.
-// On a machine without a GPU the failures that need one are left out.
+// Usage: plugin_failures LIBRARY. Needs the headers of TensorRT 10 or 11, and no TensorRT: the library hands out
+// creators. On a machine without a GPU the failures that need one are left out.
 #include <NvInfer.h>
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
