@@ -85,6 +85,7 @@ class BuildRequest:
         preset: a published configuration (`presets.PRESETS`); p, d, start, end, bypass and placement override it.
         p, d, start, end, bypass, placement: see `CqilConfig`; start and end default to the middle of the model.
         dtype: float32, float16 or bfloat16; default the checkpoint's (float32 for GGUF).
+        weights: how projections are stored: one of `formats.names()`; default dense.
         backend: one of `backends.names()`.
         max_batch_size, max_seq_len: limits in sequences and tokens; default 8 and min(2048, the model's context, with
             dynamic rope the one before scaling).
@@ -107,6 +108,7 @@ class BuildRequest:
     bypass: str | None = None
     placement: str | None = None
     dtype: str | None = None
+    weights: str | None = None
     backend: str = backends.PLAIN
     max_batch_size: int | None = None
     max_seq_len: int | None = None
@@ -171,7 +173,7 @@ class BuildPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """What the build will do: placement of layers, bytes, collectives."""
-        alone = plan(self.model, CqilConfig(p=1), self.limits.dtype)[0].bytes_per_token
+        alone = plan(self.model, CqilConfig(p=1), self.limits.dtype, self.limits.weights)[0].bytes_per_token
         ranks: list[dict[str, Any]] = [
             {
                 "rank": rank.rank,
@@ -209,7 +211,7 @@ class BuildPlan:
 
 
 def describe_steps(rank: RankPlan) -> str:
-    """A rank's layers in short form, e.g. `0-11 split, 12 14 … 28, 30-31 split`."""
+    """A rank's layers in short form, e.g. `0-11 (1/2 of each), 12 14 … 28, 30-31 (1/2 of each)`."""
     parts: list[str] = []
     run: list[int] = []
     split = False
@@ -246,7 +248,7 @@ def prepare(request: BuildRequest) -> BuildPlan:
     limits = _choose_limits(request, opened)
     backend.check_model(opened.weights.model, limits)
     options = _backend_options(request)
-    ranks = plan(opened.weights.model, opened.cqil, limits.dtype)
+    ranks = plan(opened.weights.model, opened.cqil, limits.dtype, limits.weights)
     description = backend.describe(limits, options, ranks)
     name = opened.name or _default_name(request.backend, found, opened.cqil, limits, adapter)
     target, may_replace = _choose_output(request, name, opened.weights.source, notes)
@@ -288,6 +290,7 @@ def _open_engine(request: BuildRequest, path: Path) -> _Opened:
         "lora": request.lora,
         **request.cqil_flags,
         "dtype": request.dtype,
+        "weights": request.weights,
         "no-tokenizer": None if request.tokenizer else True,
     }
     if given := [f"--{name}" for name, value in decided.items() if value is not None]:
@@ -326,7 +329,7 @@ def _open_checkpoint(
 
 
 def _choose_limits(request: BuildRequest, opened: _Opened) -> EngineLimits:
-    names = ("max_batch_size", "max_seq_len", "prefill_chunk")
+    names = ("max_batch_size", "max_seq_len", "prefill_chunk", "weights")
     given = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
     limits = replace(opened.defaults, dtype=request.dtype or opened.dtype, **given)
     limits.check_model(opened.weights.model)

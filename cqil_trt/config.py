@@ -130,13 +130,14 @@ class EngineLimits:
     """What an engine is built for: sequences, tokens per sequence (prompt and generated together), numeric type.
 
     `dtype`: of weights, activations and the KV cache. A prompt longer than `prefill_chunk` tokens takes several forward
-    passes, which bounds the memory of each.
+    passes, which bounds the memory of each. `weights`: the format in which projections are stored (`formats.names()`).
     """
 
     max_batch_size: int = 8
     max_seq_len: int = 2048
     dtype: str = "float32"
     prefill_chunk: int = 512
+    weights: str = "dense"
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_batch_size <= 4096:

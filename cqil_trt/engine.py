@@ -74,7 +74,7 @@ class Engine:
         return self.cqil.p
 
     def plan(self, rank: int) -> RankPlan:
-        return plan(self.model, self.cqil, self.limits.dtype)[rank]
+        return plan(self.model, self.cqil, self.limits.dtype, self.limits.weights)[rank]
 
     def rank_file(self, rank: int, suffix: str = "safetensors") -> Path:
         return self.path / rank_file(rank, suffix)

@@ -238,10 +238,12 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> nn.Module:
         rope["original_max_position_embeddings"] = original
     config.rope_parameters = rope
     config.head_dim = field("attention.key_length", config.hidden_size // config.num_attention_heads)
-    if hasattr(config, "attention_bias"):
-        config.attention_bias = any(f"blk.0.attn_{part}.bias" in tensors for part in ("q", "output"))
-    if hasattr(config, "mlp_bias"):
-        config.mlp_bias = "blk.0.ffn_up.bias" in tensors
+    for part, switch in (("attn_", "attention_bias"), ("ffn_", "mlp_bias")):
+        if hasattr(config, switch):
+            stored = any(name.startswith(f"blk.0.{part}") and name.endswith(".bias") for name in tensors)
+            setattr(config, switch, stored)
+    if (family := families.of_gguf(architecture)) is not None:
+        config.update(dict(family.reference))
     if len(files) > 1:
         reader = GgufReader(path)
         network = from_reader(reader.model_config(), reader, dtype, pieces=False)
@@ -332,8 +334,7 @@ def hugging_face_config(model: ModelConfig) -> tuple[Any, Any]:
         "max_position_embeddings": model.max_position,
         "rms_norm_eps": model.rms_norm_eps,
         "tie_word_embeddings": model.tie_embeddings,
-        "attention_bias": model.o_bias,
-        "mlp_bias": model.mlp_bias,
+        **families.of(model).switches(model),
         "sliding_window": None,
         "eos_token_id": list(model.eos_token_ids) or None,
         **families.of(model).reference,

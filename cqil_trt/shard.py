@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from cqil_trt import formats
 from cqil_trt.config import DTYPE_BYTES, CqilConfig
 from cqil_trt.families.family import EMBEDDING, FINAL_NORM, LM_HEAD
 from cqil_trt.families.layout import LayerLayout
-from cqil_trt.formats import Dense, Piece, Projection, RankTensor, WeightFormat
+from cqil_trt.formats import DENSE, Piece, Projection, RankTensor
 from cqil_trt.model import ModelConfig
 from cqil_trt.schedule import Group, Layer, RankSchedule, schedule
 
@@ -108,7 +109,7 @@ class LayerShard:
 class RankPlan:
     """Everything that determines one rank's network: the model, the rank's schedule and its share of each layer.
 
-    `dtype`: of activations, the KV cache, and the tensors for which `format` has no other type.
+    `dtype`: of activations, the KV cache, and everything that the format `weights` stores in no other type.
     """
 
     model: ModelConfig
@@ -116,7 +117,7 @@ class RankPlan:
     schedule: RankSchedule
     layers: dict[int, LayerShard] = field(compare=False)
     dtype: str
-    format: WeightFormat
+    weights: str
 
     @property
     def rank(self) -> int:
@@ -162,55 +163,59 @@ class RankPlan:
     @cached_property
     def tensors(self) -> tuple[RankTensor, ...]:
         """The tensors that the rank stores, in the order in which the network reads them."""
-        model, hidden, plain = self.model, self.model.hidden_size, Dense(self.dtype)
+        model, hidden = self.model, self.model.hidden_size
         tensors: list[RankTensor] = []
         if self.schedule.embeds:
             shape = (model.vocab_size, hidden)
-            tensors.append(plain.tensor("embedding.weight", shape, (Piece(f"{EMBEDDING}.weight"),)))
+            tensors.append(self._plain("embedding.weight", shape, Piece(f"{EMBEDDING}.weight")))
         for step in self.schedule.layers:
             tensors += self._layer_tensors(self.layers[step.index])
         if self.schedule.predicts:
-            tensors.append(plain.tensor("final_norm.weight", (hidden,), (Piece(f"{FINAL_NORM}.weight"),)))
+            tensors.append(self._plain("final_norm.weight", (hidden,), Piece(f"{FINAL_NORM}.weight")))
             if not self.shares_embedding:
                 source = f"{EMBEDDING if model.tie_embeddings else LM_HEAD}.weight"
                 first, last = self.vocabulary
-                head = Projection(
-                    name="lm_head", outputs=last - first, inputs=hidden, weight=(Piece(source, (first, last)),)
-                )
-                tensors += plain.tensors(head)
+                tensors.append(self._plain("lm_head.weight", (last - first, hidden), Piece(source, (first, last))))
         return tuple(tensors)
 
+    def _plain(self, name: str, shape: tuple[int, ...], piece: Piece) -> RankTensor:
+        """A tensor that is stored as it is, whatever the format."""
+        return RankTensor(name=name, shape=shape, dtype=self.dtype, pieces=(piece,))
+
     def _layer_tensors(self, shard: LayerShard) -> list[RankTensor]:
-        layout, ours, plain = LayerLayout(self.model, shard.index), f"layers.{shard.index}", Dense(self.dtype)
+        layout, ours = LayerLayout(self.model, shard.index), f"layers.{shard.index}"
+        stored = formats.load(self.weights)
         model, hidden, dim = self.model, self.model.hidden_size, self.model.head_dim
         q_rows = (shard.heads[0] * dim, shard.heads[1] * dim)
         kv_rows = (shard.kv_heads[0] * dim, shard.kv_heads[1] * dim)
 
         def norm(name: str, size: int) -> RankTensor:
-            return plain.tensor(f"{ours}.{name}.weight", (size,), (layout.piece(name, "weight"),))
+            return self._plain(f"{ours}.{name}.weight", (size,), layout.piece(name, "weight"))
 
         def by_rows(name: str, bias: bool, **rows: tuple[int, int]) -> tuple[RankTensor, ...]:
             """A projection split over the ranks by outputs, made of stacked parts."""
-            return self.format.tensors(
+            return stored.tensors(
                 Projection(
                     name=f"{ours}.{name}",
                     outputs=sum(last - first for first, last in rows.values()),
                     inputs=hidden,
                     weight=tuple(layout.piece(part, "weight", own) for part, own in rows.items()),
                     bias=tuple(layout.piece(part, "bias", own) for part, own in rows.items() if bias),
-                )
+                ),
+                self.dtype,
             )
 
         def by_columns(name: str, bias: bool, span: tuple[int, int]) -> tuple[RankTensor, ...]:
             """A projection split over the ranks by inputs; only one of them adds the bias."""
-            return self.format.tensors(
+            return stored.tensors(
                 Projection(
                     name=f"{ours}.{name}",
                     outputs=hidden,
                     inputs=span[1] - span[0],
                     weight=(layout.piece(name, "weight", columns=span),),
                     bias=(layout.piece(name, "bias"),) if bias and shard.adds_bias else (),
-                )
+                ),
+                self.dtype,
             )
 
         tensors = [norm("attention_norm", hidden)]
@@ -228,7 +233,7 @@ class RankPlan:
     def blocks(self, reader: WeightReader) -> Iterator[torch.Tensor]:
         """The elements of the rank's tensors, in the order of `tensors`, in contiguous blocks of bounded size."""
         for tensor in self.tensors:
-            yield from self.format.blocks(tensor, reader)
+            yield from tensor.blocks(reader)
 
     @property
     def stored_bytes(self) -> int:
@@ -250,8 +255,11 @@ class RankPlan:
         return 2 * heads * self.model.head_dim * DTYPE_BYTES[self.dtype]
 
 
-def plan(model: ModelConfig, cqil: CqilConfig, dtype: str = "float32") -> tuple[RankPlan, ...]:
-    """The plan of every rank of an engine in `dtype`. Raises UserError when the groups reach beyond the model."""
+def plan(model: ModelConfig, cqil: CqilConfig, dtype: str = "float32", weights: str = DENSE) -> tuple[RankPlan, ...]:
+    """The plan of every rank of an engine in `dtype`, which stores projections in the format `weights`.
+
+    Raises UserError when the groups reach beyond the model.
+    """
 
     def shard(step: Layer | Group, rank: RankSchedule) -> LayerShard:
         if isinstance(step, Layer) and step.split:
@@ -265,7 +273,7 @@ def plan(model: ModelConfig, cqil: CqilConfig, dtype: str = "float32") -> tuple[
             schedule=rank,
             layers={step.index: shard(step, rank) for step in rank.layers},
             dtype=dtype,
-            format=Dense(dtype),
+            weights=weights,
         )
         for rank in schedule(cqil, model.num_layers)
     )

@@ -6,7 +6,8 @@
 // pattern that is never sent (kEmpty in every 32-bit word); a word has arrived when it differs. Operation g uses buffer
 // g % 3 and clears buffer (g + 2) % 3, which operation g - 1 used. A rank needs everyone's data of g to finish g, so it
 // is at most one operation ahead of any other. While we are in g, a peer may already write to buffer (g + 1) % 3, but
-// only the owner touches buffer (g + 2) % 3.
+// only the owner touches buffer (g + 2) % 3. So every symmetric operation must receive at least one packet from every
+// peer on every rank, whatever its size: a rank that waits for nobody would run ahead.
 //
 // Directed (broadcast, bypass): one rank sends and others receive. A sender that hears nothing back could run ahead
 // without bound, so each pair of ranks has a channel of kChannelSlots slots. A 16-byte packet is two 8-byte halves.

@@ -12,10 +12,11 @@
 //   CqilBroadcast   rank 0: x -> x; others: tokens int32 [B, T] -> rank 0's x [B, T, hidden]
 //   CqilBypass      x -> sum of the x of the `distance` ranks before this one (zeros on rank 0)
 //   CqilNorm        x, (delta,) weight -> RMSNorm(x + delta) * weight
-//   CqilLinear      x, (delta,) weight, (bias,) (norm,) (residual) -> as cqil_linear; a field is 1 where its input is
-//   given CqilAdd         x, (y) -> x + y (terms 2), zeros (terms 0) CqilGather      table [M, H], indices int32 [N] ->
-//   table[indices] [N, H] CqilAttention   qkv, cos, sin, (q_norm, k_norm,) past int32 [B], cache -> [N, heads *
-//   head_dim]
+//   CqilLinear      x, (delta,) weight, (bias,) (norm,) (residual) -> as cqil_linear
+//                   a field is 1 where its input is given
+//   CqilAdd         x, (y) -> x + y (terms 2), zeros (terms 0)
+//   CqilGather      table [M, H], indices int32 [N] -> table[indices] [N, H]
+//   CqilAttention   qkv, cos, sin, (q_norm, k_norm,) past int32 [B], cache -> [N, heads * head_dim]
 //                   as cqil_attention; cache is an int32 tensor bound to a layer's cache
 
 #include <NvInfer.h>

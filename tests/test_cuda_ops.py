@@ -28,7 +28,7 @@ BATCH, CAPACITY = 2, 32
 
 
 class HostLibrary:
-    """`cuda_ops.Library`."""
+    """`gpu_ops.Library`."""
 
     def __init__(self, kernels, model):
         self._kernels, self._model = kernels, model

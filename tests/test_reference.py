@@ -7,10 +7,11 @@ import torch
 from support import SEED
 from support.checkpoints import load_model, make_adapter, make_model
 
+from cqil_trt import families
 from cqil_trt.errors import UserError
 from cqil_trt.reference import CqilModel
 
-ARCHITECTURES = ["LlamaForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
+ARCHITECTURES = [family.architecture for family in families.all_families()]
 
 
 def tokens(batch=2, length=11):

@@ -254,7 +254,7 @@ def test_rows_for_decoding_have_the_bits_of_transformers_frequencies(dynamic):
             assert np.abs(table[position] - wanted[0, 0, : len(own)].numpy()).max() < 1e-7
 
 
-@pytest.mark.parametrize("backend", ["onnx", "tensorrt", "tensorrt-llm"])
+@pytest.mark.parametrize("backend", [name for name in backends.names() if name != backends.PLAIN])
 def test_other_backends_refuse_dynamic_rope_beyond_the_context(backend, dynamic):
     model = dynamic[1].model
     backends.load(backend).check_model(model, EngineLimits(max_seq_len=ORIGINAL))

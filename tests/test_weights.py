@@ -12,13 +12,14 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support import write_json
 from support.checkpoints import checkpoint_logits, load_model, make_adapter, make_first_llama, make_model, write_gguf
 
-from cqil_trt import reference
+from cqil_trt import families, reference
 from cqil_trt.checkpoint import Checkpoint
 from cqil_trt.errors import UserError
 from cqil_trt.families.layout import checkpoint_shapes
@@ -262,14 +263,13 @@ def test_gguf_gives_the_tensors_and_configuration_that_transformers_reads(quanti
     assert model.rms_norm_eps == config.rms_norm_eps and model.num_layers == config.num_hidden_layers
 
 
-@pytest.mark.parametrize(
-    "architecture", ["LlamaForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
-)
+@pytest.mark.parametrize("architecture", [family.architecture for family in families.all_families() if family.gguf])
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}])
 def test_gguf_gives_the_logits_of_what_it_was_converted_from(architecture, changes, tmp_path):
     if "mlp_bias" in changes and architecture != "LlamaForCausalLM":
         changes = {"rope_parameters": {"rope_theta": 1e6}}
-    head_dim = 8 if architecture in ("Phi3ForCausalLM", "Qwen2ForCausalLM") else 16
+    # Some configurations have no head_dim: it is the hidden size shared out among the heads.
+    head_dim = 16 if hasattr(getattr(transformers, architecture).config_class(), "head_dim") else 8
     source = make_model(tmp_path / "hf", architecture, num_hidden_layers=2, head_dim=head_dim, **changes)
     assert_converted(write_gguf(tmp_path / "model.gguf", source), source)
 

@@ -1,7 +1,7 @@
-"""What compiles and executes a rank's network: a folder a backend, behind the protocol `Backend`.
+"""Backends compile and execute a rank's network. Each is a folder that implements `Backend`.
 
-A folder put here is found by itself; nothing else lists the backends. Its `__init__` defines `BACKEND` and imports the
-packages that the backend needs only when they are used, as `build.py --help` asks every backend for its options.
+The folder is the registry: nothing else lists the backends. A backend's `__init__` defines `BACKEND`. It imports the
+packages it needs only when they are used, because `build.py --help` loads every backend.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from cqil_trt.config import EngineLimits
 from cqil_trt.errors import UserError
+from cqil_trt.formats import DENSE
 from cqil_trt.model import ModelConfig
 from cqil_trt.shard import RankPlan
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 # Where a session computes; "auto": on a GPU where there is one and the backend can.
 DEVICES = ("auto", "cpu", "cuda")
-# The backend whose engines are the weights and nothing else: the default, and what the others are compiled from.
+# The backend whose engines are nothing but the weights. It is the default, and the others compile from its engines.
 PLAIN = "torch"
 
 
@@ -34,8 +35,8 @@ PLAIN = "torch"
 class Option:
     """A build option of a backend: `timing_cache` is the flag `--timing-cache`.
 
-    Several backends may have an option of one name. `choices`: what each takes. `keywords`: what else argparse's
-    `add_argument` needs to know.
+    Several backends may share an option. `choices`: the values that this backend accepts. `keywords`: further arguments
+    of argparse's `add_argument`.
     """
 
     name: str
@@ -48,7 +49,7 @@ class Option:
 class Description:
     """What a backend is about to build. `version`, `architecture`, `build`: as in `Engine`.
 
-    `notes`: what else the user should know before the engine is written.
+    `notes`: printed with the plan, before the engine is written.
     """
 
     version: str
@@ -59,7 +60,7 @@ class Description:
 
 @dataclass(frozen=True, kw_only=True)
 class Compilation:
-    """One rank's network to compile into `directory`, where its weights lie already.
+    """One rank's network to compile into `directory`, which already holds its weights.
 
     `rotary`: as in `Engine`. `description`: what `describe` said. `options`: the backend's options that were given.
     `progress`: show it on standard error.
@@ -91,21 +92,26 @@ class CompiledEngine:
 class Backend(ABC):
     """What the builder and the runtime ask of a backend. `name`: as `--backend` takes it.
 
-    `packages`: import names of packages that it needs, and the extra of this project that brings each. `options`: what
-    it takes of build.py's flags. `dynamic_rope`: whether it computes sequences beyond the context of dynamic rope.
+    `packages`: the packages it needs, by import name, and the extra of this project that installs each. `options`: its
+    flags of build.py. `dynamic_rope`: whether it computes sequences beyond the original context of dynamic rope.
+    `formats`: the weight formats that its `Ops.project` multiplies with.
     """
 
     name: str
     packages: Mapping[str, str] = {}
     options: tuple[Option, ...] = ()
     dynamic_rope = False
+    formats: tuple[str, ...] = (DENSE,)
 
     def rank_files(self, rank: int) -> tuple[str, ...]:
-        """The files that a rank cannot do without, relative to the engine directory."""
+        """The files that a rank needs, relative to the engine directory."""
         return (f"rank{rank}.safetensors",)
 
     def check_model(self, model: ModelConfig, limits: EngineLimits) -> None:
-        """Raises UserError for a model that the backend does not compute at these lengths."""
+        """Raises UserError for a model or a weight format that the backend does not compute at these lengths."""
+        if limits.weights not in self.formats:
+            known = " or ".join(self.formats)
+            raise UserError(f"--weights {limits.weights}: backend {self.name} does not support it: use {known}")
         context = model.rope.fixed_context
         if limits.max_seq_len > context and not self.dynamic_rope:
             able = " and ".join(name for name in names() if load(name).dynamic_rope)
@@ -116,12 +122,12 @@ class Backend(ABC):
 
     @abstractmethod
     def describe(self, limits: EngineLimits, options: Mapping[str, Any], ranks: tuple[RankPlan, ...]) -> Description:
-        """Checks what is asked of it, and says what it will build. Raises UserError for what it cannot do."""
+        """Checks the request and describes what will be built. Raises UserError for what the backend cannot do."""
 
-    def compile(self, compilation: Compilation) -> None:  # noqa: B027 (nothing, unless a backend has something to do)
-        """Turns a rank's weights into what its session needs: files named `rank{r}.*`, anywhere in the directory."""
+    def compile(self, compilation: Compilation) -> None:  # noqa: B027 (optional)
+        """Compiles a rank's network into files named `rank{r}.*`, anywhere in the directory."""
 
-    def finish(self, compiled: CompiledEngine) -> None:  # noqa: B027
+    def finish(self, compiled: CompiledEngine) -> None:  # noqa: B027 (optional)
         """Called once, when all ranks are compiled."""
 
     @abstractmethod
@@ -150,7 +156,7 @@ def load(name: str) -> Backend:
 
 
 def all_options() -> dict[str, tuple[Option, tuple[str, ...]]]:
-    """Every option by name, with the choices of all backends that have it, and these backends' names."""
+    """Every option by name, with the choices of all backends that have it, and the names of these backends."""
     found: dict[str, tuple[Option, tuple[str, ...]]] = {}
     for name in names():
         for option in load(name).options:

@@ -73,14 +73,15 @@ class Family:
         defaults: values of fields that config.json may omit and that differ between families: the defaults of
             transformers' configuration class.
         layer: part of a layer → its module in a checkpoint, within `model.layers.N`. Parts with the same module are
-            stacked in it, in the order of this mapping (a fused projection).
+            stacked in it, in the order of this mapping (a fused projection): write the mapping out where the order is
+            another one. Heads of q, k and v that alternate within one matrix cannot be described.
         activations: values of `hidden_act` that mean SiLU, the only activation that is supported.
         qkv_bias, o_bias, mlp_bias: whether those projections have a bias; a string names the field of config.json that
             decides.
         qk_norm: whether queries and keys get an RMSNorm per head.
         sliding_window: whether layers attend to only `sliding_window` tokens: never, always (unless the field is null),
             or if `use_sliding_window` is set.
-        lora_targets: the modules that PEFT adapts by default.
+        lora_targets: the modules that PEFT adapts by default; empty if PEFT has no default for the family.
         gguf: how llama.cpp stores the family; None if it stores it under another name, or not at all.
         reference: further arguments of transformers' configuration class, for a reference made from sizes alone.
     """
@@ -98,6 +99,21 @@ class Family:
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
     gguf: Gguf | None = None
     reference: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        fused = {part for part in self.layer if list(self.layer.values()).count(self.layer[part]) > 1}
+        if self.gguf is None:
+            return
+        names = list(self.gguf.layer.values())
+        if fused != {part for part in self.layer if names.count(self.gguf.layer[part]) > 1}:
+            raise ValueError(f"{self.architecture}: a GGUF file must fuse the same parts as a checkpoint")
+        if self.gguf.interleaved and fused & {"q", "k"}:
+            raise ValueError(f"{self.architecture}: rows of a fused q, k and v cannot be interleaved")
+
+    def switches(self, model: ModelConfig) -> dict[str, bool]:
+        """The fields of config.json that decide about biases, and what they are for this model."""
+        decided = ((self.qkv_bias, model.qkv_bias), (self.o_bias, model.o_bias), (self.mlp_bias, model.mlp_bias))
+        return {switch: bias for switch, bias in decided if isinstance(switch, str)}
 
     def place(self, part: str, sizes: Mapping[str, int]) -> tuple[str, int]:
         """The module that holds a part of a layer, and the part's first row in it; `sizes`: the rows of each part."""

@@ -1,4 +1,4 @@
-"""The C interface of the kernels, read from plugins/cqil_trt.h: Python declares none of it a second time.
+"""The C interface of the kernels, read from plugins/cqil_trt.h. Python does not declare it a second time.
 
 Structures, enumerations and constants of the header are attributes of this module under their names there:
 `abi.cqil_linear_shape(rows=1, ...)` is a ctypes.Structure, `abi.cqil_dtype.CQIL_FLOAT16` a member of an IntEnum,
@@ -91,7 +91,7 @@ class Interface:
 
     def _structure(self, name: str, node: Any) -> type[ctypes.Structure]:
         fields = [(member.name, self._type(member.type)) for member in node.decls]
-        # Without slots a keyword that is no field would be taken silently.
+        # Without slots, an unknown keyword would be accepted silently.
         return type(name, (ctypes.Structure,), {"_fields_": fields, "__slots__": ()})
 
     def _type(self, node: Any) -> Any:
@@ -183,7 +183,7 @@ def dtype_code(name: str) -> int:
 
 
 def __getattr__(name: str) -> Any:
-    # Names of Python's own are asked for before anything of the header is.
+    # Python looks up names of its own first.
     if not name.lower().startswith("cqil_") or name not in interface().names:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return globals().setdefault(name, interface().names[name])

@@ -11,7 +11,7 @@ from cuda.bindings import runtime
 from cqil_trt.errors import UserError
 
 _KIND = runtime.cudaMemcpyKind
-# What TensorRT asks of addresses.
+# TensorRT requires addresses with this alignment.
 ALIGNMENT = 256
 
 

@@ -1,4 +1,4 @@
-"""Joins the decoder's operations into the fused kernels of plugins/linear.cu, whatever calls them.
+"""Combines the decoder's operations into the fused kernels of plugins/linear.cu, for any GPU backend.
 
 A matrix product can include the RMSNorm of its input, and the gating of its result or an addition to it; the decoder
 calls these one by one. So `project`, `rms_norm` and `residual_norm` only record what is wanted. The kernel is called
@@ -20,7 +20,7 @@ V = TypeVar("V")
 
 
 def attention_fields(model: ModelConfig, shard: LayerShard, limits: EngineLimits) -> dict[str, int | float]:
-    """What cqil_attention_shape and the plugin CqilAttention say of a rank's share of a layer, type and pass aside."""
+    """The fields of cqil_attention_shape and of CqilAttention that describe a rank's share of a layer."""
     return {
         "heads": shard.num_heads,
         "kv_heads": shard.num_kv_heads,
@@ -35,7 +35,7 @@ def attention_fields(model: ModelConfig, shard: LayerShard, limits: EngineLimits
 
 @dataclass(eq=False)
 class _Deferred(Generic[V]):
-    """`value`: what was computed for it, once it was."""
+    """`value`: the result, once it is computed."""
 
     value: V | None = None
 
@@ -62,9 +62,9 @@ class _Product(_Deferred[V]):
 
 
 class FusedOps(Ops[V]):
-    """For backends that have these kernels; values are theirs or deferred ones, and `keep` makes them theirs.
+    """For backends that have these kernels. Values are the backend's or deferred; `keep` computes deferred ones.
 
-    Comes before the class that joins ranks in a backend's bases: see the collectives below.
+    Must precede the class that implements collectives in a backend's bases, because it wraps them.
     """
 
     @abstractmethod
@@ -152,7 +152,7 @@ class FusedOps(Ops[V]):
         if isinstance(delta, _Product) and delta.value is None:
             total = self.add(delta, residual)
             return total, _Norm(x=total, name=norm)
-        # The sum may never be asked for.
+        # The sum may never be needed.
         total = _Sum(x=self.keep(residual), y=self.keep(delta))
         return total, _Norm(x=total.x, delta=total.y, name=norm)
 

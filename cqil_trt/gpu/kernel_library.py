@@ -61,7 +61,7 @@ def build(tensorrt_root: Path | None = None, architectures: str | None = None, o
 
 
 def library_path() -> Path:
-    """The library to use: CQIL_TRT_PLUGINS, else the one in the cache. Raises UserError when there is none."""
+    """The library to use: CQIL_TRT_PLUGINS, else the one in the cache. Raises UserError if it does not exist."""
     named = os.environ.get("CQIL_TRT_PLUGINS")
     path = Path(named) if named else cache_directory() / LIBRARY
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Executes a rank's network on a GPU, whatever launches its kernels: numpy, mpi4py, cuda-bindings, our plugin library.
+"""Executes a rank's network on a GPU, for every GPU backend. Needs numpy, mpi4py, cuda-bindings and our kernels.
 
 Weights, caches and buffers are allocated when the session begins. Decode steps are CUDA graphs, one for each batch
 size: the network, the choice of a token over all ranks, and the input of the next step. The host reads a step's tokens
@@ -251,7 +251,7 @@ class CudaSession(Session):
         self._launch(1, sampled=False)
 
     def _prepare(self, tokens: np.ndarray, past: np.ndarray) -> None:
-        """Makes the step's inputs what the caller says, where the step before has not left them so."""
+        """Uploads the step's inputs, unless the previous step left the same ones on the GPU."""
         if self._on_device is None:  # after a prefill
             cuda.upload(self._memory["past"], past.astype(np.int32), self._stream)
         if self._on_device is None or not np.array_equal(tokens, self._on_device):
@@ -295,11 +295,11 @@ class CudaSession(Session):
     def _advanced(self, steps: int, sampled: bool) -> None:
         """Called after `steps` calls of `_advance` were enqueued."""
         self._advances += steps
-        # What the device has chosen is known when it is read; anything but that is uploaded again.
+        # The chosen tokens are known once they are read. A caller's other tokens are uploaded.
         self._chosen, self._on_device = not sampled, np.full(self._batch, -1)
 
     def _read(self, number: int) -> np.ndarray:
-        """The tokens of an advance, among the last _SLOTS, when they are there."""
+        """Waits for the tokens of an advance, one of the last _SLOTS."""
         with self._guard():
             while True:
                 done = cuda.is_done(self._stream)
@@ -346,7 +346,7 @@ class CudaSession(Session):
         self._begin(sampling, uniforms)
         counts = iter(_portions(steps - launched))
         for step in range(steps):
-            if launched == step + 1 < steps:  # the GPU goes on while the host reads the last that was launched
+            if launched == step + 1 < steps:  # keep the GPU busy while the host reads the last step
                 count = next(counts)
                 self._go_on(count, sampled)
                 launched += count
@@ -392,7 +392,7 @@ class CudaSession(Session):
             cuda.call("EventDestroy", event)
         return [time / count for time, count in zip(times, counts) for _ in range(count)]
 
-    # What the ranks say together
+    # Results of all ranks
 
     def _gather(self, columns: np.ndarray) -> np.ndarray:
         if self._comm is None:

@@ -20,7 +20,7 @@ TIMEOUT_SECONDS = 30.0
 
 
 def fuses_norm(hidden: int, dtype: str) -> bool:
-    """Whether cqil_all_reduce_residual_norm takes rows of so many elements."""
+    """Whether cqil_all_reduce_residual_norm supports rows of this many elements."""
     row_bytes = hidden * DTYPE_BYTES[dtype]
     return row_bytes % 16 == 0 and row_bytes <= _MAX_ROW_BYTES
 
@@ -79,7 +79,7 @@ class Workspace:
         self._together(lambda: self.library.cqil_workspace_open(self._workspace, b"".join(handles)))
 
     def _together(self, call: Callable[[], int]) -> None:
-        """Every rank learns of a failure of any, so that none goes on alone."""
+        """If the call fails on any rank, every rank raises."""
         try:
             failure = None if call() == 0 else self._message()
         except UserError as error:
@@ -99,11 +99,11 @@ class Workspace:
 
     @property
     def address(self) -> int:
-        """What the TensorRT plugins' input `workspace` is bound to."""
+        """The address to bind to the TensorRT plugins' input `workspace`."""
         return self.library.cqil_workspace_address(self._workspace)
 
     def share(self) -> None:
-        """Makes this the workspace of plugins in engines whose runtime does not bind it to them."""
+        """Makes this the process's workspace, for engines whose runtime binds no input to our plugins."""
         self.library.cqil_workspace_share(self._workspace)
 
     def failure(self) -> CollectiveError | None:
@@ -126,7 +126,7 @@ class Workspace:
             yield
 
     def close(self) -> None:
-        """Releases the memory, on every rank together; not after a failure, where the process's end does it."""
+        """Releases the memory. All ranks call it together. After a failure, the end of the process does it."""
         if self._workspace:
             self.library.cqil_workspace_close(self._workspace)
         self._comm.Barrier()  # memory that a peer still maps must not be freed
@@ -190,7 +190,7 @@ class CudaCommunicator(Communicator):
         return index.long()
 
     def gather_columns(self, x: torch.Tensor, widths: list[int]) -> torch.Tensor:
-        # Each rank contributes its columns and zeros elsewhere; x + 0 is exact, so the sum is the gathering.
+        # Each rank contributes its columns and zeros elsewhere. x + 0 is exact, so the sum gathers the columns.
         first = sum(widths[: self.rank])
         whole = x.new_zeros(x.shape[0], sum(widths))
         whole[:, first : first + x.shape[1]] = x

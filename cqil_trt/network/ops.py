@@ -103,7 +103,7 @@ class Ops(ABC, Generic[V]):
 
     @abstractmethod
     def bypass(self, x: V, d: int) -> V | None:
-        """The sum of the x of the min(d, rank) ranks just before this one; None on rank 0, which has none."""
+        """The sum of the x of the min(d, rank) ranks just before this one; None, or zeros, on rank 0."""
 
     # Fused forms
 

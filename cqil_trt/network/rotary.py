@@ -72,7 +72,7 @@ def _yarn(rope: RopeConfig, powers: torch.Tensor) -> torch.Tensor:
     dim = 2 * len(powers)
 
     def pair(turns: float) -> float:
-        """The index of the frequency that turns so often in the original context."""
+        """The index of the frequency that turns this many times in the original context."""
         return dim * math.log(rope.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = pair(rope.beta_fast), pair(rope.beta_slow)

@@ -89,9 +89,7 @@ def rank_weights(rank: Any, reader: Any, dtype: str = "float32") -> dict[str, An
     """The rank's tensors by name, put together from the builder's blocks: rounded to `dtype`, held in float32."""
     import torch
 
-    from cqil_trt.formats import Dense
-
-    blocks = [block.reshape(-1).float() for block in replace(rank, dtype=dtype, format=Dense(dtype)).blocks(reader)]
+    blocks = [block.reshape(-1).float() for block in replace(rank, dtype=dtype).blocks(reader)]
     parts = torch.cat([torch.empty(0), *blocks]).split([tensor.elements for tensor in rank.tensors])
     weights = {tensor.name: part.view(tensor.shape) for tensor, part in zip(rank.tensors, parts)}
     if rank.shares_embedding:

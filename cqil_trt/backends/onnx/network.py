@@ -1,8 +1,8 @@
-"""Emits the decoder as an ONNX graph of standard operators (opset 24), a node an operation or a few.
+"""Emits the decoder as an ONNX graph of standard operators (opset 24), one or a few nodes per operation.
 
-The collectives are custom operators with the names, inputs and fields of our TensorRT plugins (see
-plugins/tensorrt_plugins.cpp), and the standard ones are used within what TensorRT's parser knows since 10.15. Weights
-are external data: they stay in the rank's safetensors file.
+The collectives are custom operators with the names, inputs and fields of our TensorRT plugins
+(plugins/tensorrt_plugins.cpp). Standard operators are limited to those that TensorRT's parser knows since 10.15.
+Weights are external data: they stay in the rank's safetensors file.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16
 
 @dataclass(frozen=True)
 class OnnxPositions:
-    """Positions of the new tokens, int64 [B, T]; where they begin, int64 [B]; which keys they see, [B, 1, T, S]."""
+    """Positions of the new tokens, int64 [B, T]; the first of each sequence, int64 [B]; visible keys, [B, 1, T, S]."""
 
     index: str
     past: str
@@ -54,7 +54,7 @@ class OnnxOps(Ops[str]):
         self.initializers: dict[str, TensorProto] = {}
         self.inputs: dict[str, ValueInfoProto] = {}
         self.outputs: dict[str, ValueInfoProto] = {}
-        # What shape inference cannot know: the outputs of the custom operators.
+        # Outputs of the custom operators, which shape inference does not know.
         self.annotations: list[ValueInfoProto] = []
         # The last value that all ranks hold.
         self.joined: str | None = None
@@ -63,10 +63,10 @@ class OnnxOps(Ops[str]):
         self._limits, self._type = limits, TYPES[limits.dtype]
         self._cos, self._sin = rotary_tables(plan.model, rotary, limits.max_seq_len)
 
-    # Small words for nodes
+    # Helpers that add nodes
 
     def _nodes(self, operator: str, inputs: Sequence[str], outputs: int | Sequence[str] = 1, **attributes) -> list[str]:
-        """Adds a node; returns its outputs, which are given by name or by number."""
+        """Adds a node and returns its outputs. `outputs`: their names, or how many."""
         name = f"{operator}.{len(self.nodes)}"
         if isinstance(outputs, int):
             outputs = [f"{name}.{i}" for i in range(outputs)]
@@ -77,7 +77,7 @@ class OnnxOps(Ops[str]):
         return self._nodes(operator, inputs, **attributes)[0]
 
     def _constant(self, name: str, value: Any, dtype: int = TensorProto.INT64) -> str:
-        """A small tensor, kept in the graph itself; one of each name."""
+        """A small tensor, stored in the graph once per name."""
         if name not in self.initializers:
             array = np.asarray(value).astype(helper.tensor_dtype_to_np_dtype(dtype))
             self.initializers[name] = numpy_helper.from_array(array, name)
@@ -88,7 +88,7 @@ class OnnxOps(Ops[str]):
         return name
 
     def output(self, name: str, value: str, dtype: int, shape: Sequence[int | str]) -> None:
-        """Names a value as an output of the graph; in another type than its own it is converted."""
+        """Makes a value an output of the graph, converted to `dtype`."""
         self._nodes("Cast", [value], [name], to=dtype)
         self.outputs[name] = helper.make_tensor_value_info(name, dtype, shape)
 
@@ -116,7 +116,7 @@ class OnnxOps(Ops[str]):
         table, (first, last) = self._weight("embedding.weight"), self.plan.vocabulary
         if last - first == self.plan.model.vocab_size:
             return table
-        # Not an initializer over the same bytes: TensorRT refuses two that begin at one address and differ in size.
+        # Not a second initializer over the same bytes: TensorRT refuses two of different size at one address.
         ends = (self._constant("vocabulary.first", [first]), self._constant("vocabulary.last", [last]))
         return self._node("Slice", table, *ends, self._constant("axes.0", [0]))
 
@@ -126,7 +126,7 @@ class OnnxOps(Ops[str]):
         steps = self._node("Range", self._constant("zero", 0), length, self._constant("one", 1))
         index = self._node("Add", self._node("Unsqueeze", past, self._constant("axes.1", [1])), steps)
         keys = self._constant("positions", np.arange(self._limits.max_seq_len))
-        # A mask of our own: TensorRT takes no nonpad_kv_seqlen, and what Attention's is_causal means with it changed.
+        # An explicit mask: TensorRT has no nonpad_kv_seqlen, and the meaning of Attention's is_causal with it changed.
         mask = self._node("LessOrEqual", keys, self._node("Unsqueeze", index, self._constant("axes.1.3", [1, 3])))
         return OnnxPositions(index, past, mask)
 
@@ -141,7 +141,7 @@ class OnnxOps(Ops[str]):
 
     def rms_norm(self, x: str, name: str) -> str:
         weight = self._weight(f"{name}.weight")
-        # stash_type 1 is what the definition asks: in float32 and rounded to x's type before it is scaled.
+        # stash_type 1: computed in float32, and rounded to x's type before it is scaled.
         epsilon = self.plan.model.rms_norm_eps
         return self._node("RMSNormalization", x, weight, axis=-1, epsilon=epsilon, stash_type=1)
 
@@ -150,7 +150,7 @@ class OnnxOps(Ops[str]):
 
     def swiglu(self, gate_up: str) -> str:
         gate, up = self._nodes("Split", [gate_up], 2, axis=-1, num_outputs=2)
-        # Swish would be one node, which TensorRT's parser learned later than the others.
+        # Swish would be one node, but TensorRT's parser supports it only since a later release.
         return self._node("Mul", self._node("Mul", gate, self._node("Sigmoid", gate)), up)
 
     def zeros_like(self, x: str) -> str:
@@ -180,13 +180,13 @@ class OnnxOps(Ops[str]):
         shape = ("batch", shard.num_kv_heads, self._limits.max_seq_len, self.plan.model.head_dim)
         for part, new in (("key", k), ("value", v)):
             cache = self.input(f"cache.{shard.index}.{part}", self._type, shape)
-            # The runtime may bind it to the memory of the input: the cache is then updated in place.
+            # The runtime may bind the output to the input's memory: the cache is then updated in place.
             updated = f"{cache}.updated"
             cached += self._nodes("TensorScatter", [cache, new, positions.past], [updated], axis=-2, mode="linear")
             self.outputs[updated] = helper.make_tensor_value_info(updated, self._type, shape)
         if not shard.grouped:
             q = self._heads(q, shard.query_slots)
-        # No softmax_precision: TensorRT, which has it in float32, refuses the attribute.
+        # No softmax_precision: TensorRT always uses float32 and refuses the attribute.
         out = self._node("Attention", q, *cached, positions.mask)
         if not shard.grouped:
             out = self._heads(out, shard.slot_of)
@@ -226,12 +226,12 @@ class OnnxOps(Ops[str]):
         return self._collective("CqilBroadcast", given, rank=rank, hidden=model.hidden_size)[0]
 
     def bypass(self, x: str, d: int) -> str:
-        # Rank 0 receives zeros: it must send, and a node whose output nobody reads would be removed.
+        # Rank 0 receives zeros. It must send, and a node with an unused output would be removed.
         return self._collective("CqilBypass", x, distance=d)[0]
 
 
 def define_network(plan: RankPlan, weights: Path, rotary: Sequence[float], limits: EngineLimits) -> ModelProto:
-    """A rank's whole network; arguments as for `OnnxOps`. The file belongs beside `weights`.
+    """A rank's whole network; arguments as for `OnnxOps`. The file belongs next to `weights`.
 
     Inputs: tokens int32 [B, T]; past int32 [B]; select int32 [B, K] on a rank that predicts; cache.N.key and
     cache.N.value [B, key/value heads, max_seq_len, head_dim] for each layer whose heads the rank has; workspace

@@ -49,10 +49,10 @@ class OnnxSession(Session):
         }
 
     def _forward(self, tokens: np.ndarray, past: np.ndarray, select: np.ndarray) -> None:
-        # The evaluator passes over inputs that a rank's graph does not have.
+        # The evaluator ignores inputs that a rank's graph does not have.
         inputs = {"tokens": tokens, "past": past, "select": select, "workspace": np.zeros(1, np.int32)}
         inputs = {name: value.astype(np.int32) for name, value in inputs.items()} | self._cache
-        # exp overflows in the half of its sigmoid that it then leaves.
+        # Its sigmoid computes exp in both branches, and it overflows in the unused one.
         with np.errstate(over="ignore", invalid="ignore"):
             outputs = dict(zip(self._evaluator.output_names, self._evaluator.run(None, inputs)))
         self._cache = {name: outputs[f"{name}.updated"] for name in self._cache}
@@ -78,7 +78,7 @@ class OnnxSession(Session):
             values, tokens = self._kept.max(axis=1), self._offset + self._kept.argmax(axis=1)
         by_rank = _all_gather(self._comm, (values, tokens))
         values, tokens = np.stack([part[0] for part in by_rank]), np.stack([part[1] for part in by_rank])
-        # The first of equal ranks has the smaller ids.
+        # Lower ranks have smaller token ids: the first of equal values wins.
         return tokens[values.argmax(axis=0), np.arange(len(self._kept))]
 
     def _gather(self, columns: np.ndarray) -> np.ndarray:
@@ -100,14 +100,14 @@ def _rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
 
 
 class RMSNormalization(OpRun):
-    """The operator as the standard defines it: the evaluator's own squares in x's type, where float16 overflows."""
+    """The operator as the standard defines it. The evaluator's own version squares in x's type: float16 overflows."""
 
     def _run(self, x, weight, epsilon=None, **_):
         return (_rms_norm(x, weight, epsilon),)
 
 
 def _ordered_sum(parts: list[np.ndarray]) -> np.ndarray:
-    """In the order given, in float32."""
+    """The sum in float32, in this order."""
     total = parts[0].astype(np.float32)
     for part in parts[1:]:
         total = total + part.astype(np.float32)
@@ -115,7 +115,7 @@ def _ordered_sum(parts: list[np.ndarray]) -> np.ndarray:
 
 
 def _collectives(comm: Any) -> list[type[OpRun]]:
-    """The custom operators over an mpi4py communicator; `_` takes what only TensorRT asks for."""
+    """The custom operators over an mpi4py communicator. `_` takes the attributes that only TensorRT needs."""
 
     class CqilAllReduce(OpRun):
         op_domain = DOMAIN

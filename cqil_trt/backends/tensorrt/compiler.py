@@ -23,7 +23,7 @@ from cqil_trt.errors import UserError
 from cqil_trt.gpu import tensorrt_plugins
 from cqil_trt.gpu.sources import source_version
 
-# What TensorRT-RTX builds for, by compute capability, and its names for them.
+# Compute capabilities that TensorRT-RTX can build for, and its names for them.
 TARGETS = {"7.5": "SM75", "8.0": "SM80", "8.6": "SM86", "8.9": "SM89", "12.0": "SM120", "12.1": "SM121"}
 _PORTABLE = "8.0,8.6,8.9,12.0"
 _PACKAGES = ("tensorrt", "tensorrt_rtx")
@@ -131,9 +131,9 @@ def compile_rank(compilation: Compilation) -> None:
     _show_progress(trt, config, compilation)
     if library is not None:
         library.cqil_set_building(1)
-    # Plugins are not timed: classic networks have nothing for a cache.
+    # Plugins are not timed, so classic networks have no timings to cache.
     timings = _use_timing_cache(config, compilation) if lowering.native else None
-    log.first_error = ""  # what a cache that does not fit is refused with
+    log.first_error = ""  # of a timing cache that does not fit
     try:
         serialized = builder.build_serialized_network(network, config)
     finally:
@@ -154,7 +154,7 @@ def _set_flags(trt: Any, config: Any, lowering: Lowering, compilation: Compilati
         if compilation.limits.dtype == "float16":
             config.set_flag(trt.BuilderFlag.FP16)
         config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
-        # With plugins in the network it would ask for cuBLAS and cuDNN, which it has no use for.
+        # With plugins in the network it would load cuBLAS and cuDNN, which it does not use.
         config.set_tactic_sources(0)
         features = getattr(trt, "PreviewFeature", None)
         if features is not None and hasattr(features, "DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805"):
@@ -175,7 +175,7 @@ def _show_progress(trt: Any, config: Any, compilation: Compilation) -> None:
     from tqdm import tqdm
 
     class Progress(trt.IProgressMonitor):
-        """A bar for the outermost phase, which names the one that is running."""
+        """A bar for the outermost phase. It names the phase that is running."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
@@ -202,7 +202,7 @@ def _show_progress(trt: Any, config: Any, compilation: Compilation) -> None:
 def _use_timing_cache(config: Any, compilation: Compilation) -> Path:
     """Gives the builder the timings that earlier builds measured; returns the file for those of this one.
 
-    A file a rank, as ranks are built by processes of their own, and what one lacks another may have.
+    One file per rank, because ranks are built by separate processes. A rank without a file starts from another's.
     """
     tag = f"{compilation.description.version}-{compilation.description.architecture}".replace(", ", "-").replace(
         " ", ""

@@ -1,4 +1,4 @@
-"""An NCCL communicator for TensorRT's own collective layer, made with the NCCL library that the process finds."""
+"""An NCCL communicator for TensorRT's own collective layer, from the NCCL library that the process finds."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
-"""Emits the decoder into a TensorRT network definition, one call a layer or a few.
+"""Emits the decoder into a TensorRT network definition, one or a few layers per operation.
 
-Two lowerings of the operations that TensorRT versions differ in: *native* (TensorRT >= 10.15, 11, TensorRT-RTX), which
-have rotary embedding, KV-cache update and attention as layers, and *classic* (8.5 … 10.14), whose layers are plugins of
-ours. In primitive layers, TensorRT 8.5 hands most of a decoder with dynamic shapes to a compiler whose engines no CUDA
-graph takes, and its matrix products read a decode step's weights at 60% of the memory's speed and round more
-(docs/tensorrt.md). Networks are strongly typed where TensorRT can do that (10 and later). Collectives are our plugins,
-or TensorRT's own collective layer (NCCL).
+There are two lowerings. *Native* (TensorRT 10.15 and later, TensorRT-RTX) uses TensorRT's own layers for rotary
+embedding, KV-cache update and attention. *Classic* (8.5 to 10.14) uses our plugins for everything. From primitive
+layers, TensorRT 8.5 compiles most of a decoder with dynamic shapes into engines that CUDA graphs cannot capture. Its
+matrix products read a decode step's weights at 60% of the memory bandwidth and round more often (docs/tensorrt.md).
+Networks are strongly typed where TensorRT supports it (10 and later). Collectives are our plugins, or TensorRT's
+collective layer (NCCL).
 
-The residual stream is a matrix [N, H] here, N = B * T, so that every projection is one matrix product. Weights are
-inputs of the network, not constants: an engine is as small and as quick to build whatever the model's size, both
-profiles share them, and they go from the safetensors file to the GPU as they are.
+The residual stream is a matrix [N, H], N = B * T, so every projection is one matrix product. Weights are inputs of the
+network, not constants. So an engine is small and quick to build whatever the model's size, both profiles share the
+weights, and they go from the safetensors file to the GPU unchanged.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from cqil_trt.network.ops import Ops
 from cqil_trt.network.rotary import rotary_tables
 from cqil_trt.shard import LayerShard, RankPlan
 
-Tensor = Any  # an ITensor of whichever package provides TensorRT
+Tensor = Any  # an ITensor of tensorrt or tensorrt_rtx
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lowering:
-    """Which layers a network may have. `native`, `typed`: see above; `plugins`: whether it takes plugins."""
+    """What a network may use. `native`, `typed`: see above; `plugins`: our plugins; `nccl`: the collective layer."""
 
     native: bool
     typed: bool
@@ -57,7 +57,7 @@ class Lowering:
 
 @dataclass(frozen=True)
 class TensorRtPositions:
-    """Native: positions of the new tokens, int64 [B, T], and what they see, bool [B, 1, T, S]."""
+    """Native: positions of the new tokens, int64 [B, T], and the keys they see, bool [B, 1, T, S]."""
 
     index: Tensor
     mask: Tensor
@@ -66,7 +66,7 @@ class TensorRtPositions:
 class TensorRtOps(Ops[Tensor]):
     """What both lowerings share: adds layers to `network`.
 
-    The object must live until the engine is built, as TensorRT reads its arrays then.
+    Keep the object until the engine is built: TensorRT reads its arrays then.
 
     Args:
         trt: the package that made the network, tensorrt or tensorrt_rtx.
@@ -86,10 +86,10 @@ class TensorRtOps(Ops[Tensor]):
     ):
         self.plan = plan
         self.outputs: dict[str, Tensor] = {}
-        self._shape_dtype: Any = None  # of shape tensors, which differs between versions
+        self._shape_dtype: Any = None  # of shape tensors; it differs between versions
         self._trt, self._network, self._lowering, self._limits = trt, network, lowering, limits
         self._dtype = getattr(trt, limits.dtype)
-        # What every tensor holds, by name: a weakly typed network forgets until it is built.
+        # The type of every tensor, by name: a weakly typed network does not know it before it is built.
         self._types: dict[str, Any] = {}
         self._kept: list[Any] = []
         self._weights: dict[str, Tensor] = {}
@@ -107,7 +107,7 @@ class TensorRtOps(Ops[Tensor]):
     def _define_caches(self, rotary: Sequence[float]) -> None:
         """Adds the inputs that attention needs."""
 
-    # Small words for layers
+    # Helpers that add layers
 
     def _input(self, name: str, dtype: Any, shape: tuple[int, ...]) -> Tensor:
         tensor = self._network.add_input(name, dtype, shape)
@@ -210,7 +210,7 @@ class TensorRtOps(Ops[Tensor]):
         fields["dtype"] = abi.dtype_code(self._limits.dtype)
         plugin = tensorrt_plugins.create(self._trt, name, fields)
         layer = self._network.add_plugin_v2(inputs, plugin)
-        # A precision would be asked of its integer inputs too; the plugin takes the type of its field and no other.
+        # No layer precision: it would apply to integer inputs too. The plugin accepts only the type of its field.
         found = [layer.get_output(i) for i in range(outputs)]
         self._types |= {tensor.name: self._dtype for tensor in found}
         return found
@@ -226,7 +226,7 @@ class TensorRtOps(Ops[Tensor]):
         if self._workspace is not None:
             [out] = self._plugin("CqilAllReduce", [delta, residual, self._workspace], 1, mode=1, eps=0.0)
         else:
-            # In float32, as the definition asks; NCCL adds in an order of its own, the same on every rank.
+            # In float32, as defined. NCCL has its own order of summation, the same on every rank.
             wide = self._collective(self._cast(delta, self._trt.float32), "ALL_REDUCE", "SUM")
             out = self._cast(self.add(wide, self._cast(residual, self._trt.float32)), self.type_of(residual))
         self.outputs["joined"] = out
@@ -255,10 +255,10 @@ class TensorRtOps(Ops[Tensor]):
         return self._cast(self._collective(self._cast(x, wide), "BROADCAST", root=0), self._dtype)
 
     def bypass(self, x: Tensor, d: int) -> Tensor:
-        """On rank 0 zeros: a layer whose result nobody reads would be removed, and with it what it sends."""
+        """On rank 0 zeros: a layer with an unused result would be removed, and its sending with it."""
         if self._workspace is not None:
             return self._plugin("CqilBypass", [x, self._workspace], 1, distance=d)[0]
-        # There is no collective among some ranks only: all gather, each adds up what it needs.
+        # There is no collective on a subset of ranks: all ranks gather, and each adds up the parts it needs.
         rank = self.plan.rank
         wide = self._reshape(self._cast(x, self._trt.float32), (1, -1, self.plan.model.hidden_size))
         parts = self._collective(wide, "ALL_GATHER")
@@ -269,7 +269,7 @@ class TensorRtOps(Ops[Tensor]):
 
 
 class NativeOps(TensorRtOps):
-    """Layers of TensorRT for everything but, where it takes them, the plugins that join ranks."""
+    """TensorRT's own layers for everything except, where possible, the collectives."""
 
     def _define_caches(self, rotary: Sequence[float]) -> None:
         trt, network, length = self._trt, self._network, self._limits.max_seq_len
@@ -349,7 +349,7 @@ class NativeOps(TensorRtOps):
         cached = []
         for part, new in (("key", k), ("value", v)):
             layer = self._network.add_kv_cache_update(self._caches[index, part], new, self.past, trt.KVCacheMode.LINEAR)
-            # The runtime binds it to the memory of the input: the cache is updated in place.
+            # The runtime binds the output to the input's memory: the cache is updated in place.
             cached.append(self._out(layer, self._dtype))
             self.outputs[f"cache.{index}.{part}.updated"] = cached[-1]
         q = self._elementwise("PROD", q, self._scalar(self.plan.model.head_dim**-0.5, 4, self.type_of(q)))
@@ -366,7 +366,7 @@ class NativeOps(TensorRtOps):
 
 
 class ClassicOps(FusedOps[Tensor], TensorRtOps):
-    """Plugins. Caches are bound to memory in a layout of the attention's own, as int32 [1]."""
+    """Our plugins for everything. Caches have the layout of cqil_attention and are bound as int32 [1]."""
 
     def _define_caches(self, rotary: Sequence[float]) -> None:
         trt = self._trt
@@ -418,7 +418,7 @@ def define_network(
     rotary: Sequence[float],
     nccl: bool,
 ) -> TensorRtOps:
-    """Emits a rank's whole network; arguments as for `TensorRtOps`, which is returned to be kept until the build.
+    """Emits a rank's whole network; arguments as for `TensorRtOps`. Keep the result until the engine is built.
 
     Inputs: tokens int32 [B, T], past int32 [B], select int32 [R] (rows b * T + t to predict from), the rank's tensors
     under their names, and the plugins' workspace int32 [1]. Native: positions int32 [B, T], and for each layer of the
@@ -432,13 +432,13 @@ def define_network(
     outputs = dict(ops.outputs)
     if plan.schedule.predicts:
         outputs["logits"] = out
-    elif not outputs:  # a rank with nothing to do, which an engine must still show for
+    elif not outputs:  # a rank with nothing to do; an engine needs an output
         outputs["idle"] = network.add_identity(out).get_output(0)
     for name, tensor in outputs.items():
         dtype = ops.type_of(tensor)
         tensor.name = name
         network.mark_output(tensor)
-        if not lowering.typed:  # where it would hand out float32, whatever the layer computes in
+        if not lowering.typed:  # else it would be float32, whatever the layer computes in
             tensor.dtype = dtype
     return ops
 

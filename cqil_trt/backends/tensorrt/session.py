@@ -15,7 +15,7 @@ from cqil_trt.gpu.sources import source_version
 
 
 class TensorRtSession(CudaSession):
-    """One rank on one GPU. `device`: which, modulo those there are.
+    """One rank on one GPU. `device`: its number, modulo the number of GPUs.
 
     Raises UserError for an engine of another TensorRT or GPU, too little memory, or GPUs that cannot reach each other.
     """
@@ -93,7 +93,7 @@ class TensorRtSession(CudaSession):
         self._synchronize()
         for context, phase in zip(contexts, Phase):
             for name in self._names:
-                # A decode step's token is at the position that follows what is past.
+                # A decode step's token is at position `past`.
                 buffers = BUFFERS[phase] | ({"positions": "past"} if phase is Phase.DECODE else {})
                 source = buffers.get(name, name).removesuffix(".updated")
                 if name == "workspace" and self._workspace is not None:

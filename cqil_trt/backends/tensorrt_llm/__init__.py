@@ -19,7 +19,7 @@ COLLECTIVES = ("plugin", "trtllm")
 
 class TensorRtLlmBackend(Backend):
     name = "tensorrt-llm"
-    packages = {"tensorrt": "tensorrt", "cuda": "tensorrt"}
+    packages = {"tensorrt_llm": "tensorrt-llm", "tensorrt": "tensorrt-llm", "cuda": "tensorrt-llm"}
     options = (Option(name="collective", help="what joins ranks (default plugin where possible)", choices=COLLECTIVES),)
 
     def rank_files(self, rank: int) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ def describe(options: Mapping[str, Any], ranks: tuple[RankPlan, ...]) -> Descrip
     if model.qk_norm:
         raise UserError("--backend tensorrt-llm: head norms (Qwen3) are not supported there: use --backend tensorrt")
     rope = model.rope
-    # Its attention module has no factor for cosine and sine, and takes no frequencies of ours.
+    # Its attention module has no attention factor and takes no frequencies.
     if rope.kind == "yarn" or rope.divisors or rope.attention_factor != 1:
         what = "frequency factors (rope_freqs)" if rope.divisors else f"{rope.kind} rope with an attention factor"
         raise UserError(f"--backend tensorrt-llm: {what} is not supported there: use --backend tensorrt")
@@ -66,14 +66,14 @@ def configuration(ranks: tuple[RankPlan, ...], limits: EngineLimits, collective:
     model, cqil = ranks[0].model, ranks[0].cqil
     grouped = [isinstance(step, Group) for step in ranks[0].schedule.layers]
     return {
-        # The stock class's configuration is what every part of TensorRT-LLM can read; the model's class comes from us.
+        # Every part of TensorRT-LLM can read the stock class's configuration. The model's class is ours.
         "architecture": "LlamaForCausalLM",
         "dtype": limits.dtype,
         "logits_dtype": "float32",
         "num_hidden_layers": len(grouped),
         "num_attention_heads": model.num_heads,
         "num_key_value_heads": model.num_kv_heads,
-        # The runtime divides by the ranks, rounding up, what a layer here has whole on each.
+        # The runtime divides this by the number of ranks, rounding up. A layer of a group is whole on its rank.
         "num_kv_heads_per_layer": [model.num_kv_heads * (cqil.p if whole else 1) for whole in grouped],
         "hidden_size": model.hidden_size,
         "intermediate_size": model.intermediate_size,
@@ -105,7 +105,10 @@ def configuration(ranks: tuple[RankPlan, ...], limits: EngineLimits, collective:
 
 def _rotary_scaling(model: ModelConfig) -> dict[str, Any] | None:
     rope = model.rope
-    if rope.kind in ("default", "dynamic"):  # the same within the original context, which engines keep to
+    if rope.kind in (
+        "default",
+        "dynamic",
+    ):  # dynamic is the same within the original context, and engines go no further
         return None
     scaling = {"type": rope.kind, "rope_type": rope.kind, "factor": rope.factor}
     if rope.kind == "llama3":
@@ -118,7 +121,7 @@ def _rotary_scaling(model: ModelConfig) -> dict[str, Any] | None:
 
 
 def write_rank(compilation: Compilation) -> None:
-    """Writes the rank's checkpoint from its weights, which it replaces."""
+    """Writes the rank's checkpoint from its weights, and removes the weights."""
     source, directory = compilation.file("safetensors"), compilation.directory / CHECKPOINT
     directory.mkdir(exist_ok=True)
     _write(compilation.plan, source, directory / source.name)
@@ -126,7 +129,7 @@ def write_rank(compilation: Compilation) -> None:
 
 
 def _write(plan: RankPlan, source: Path, target: Path) -> None:
-    """Copies tensors from one safetensors file to another under their names there, or parts of them."""
+    """Copies tensors, or parts of them, from one safetensors file to another, under TensorRT-LLM's names."""
     parts = list(names.parts(plan))
     spans = tensor_spans(source)
     with open(source, "rb") as read, open(target, "wb") as write:
@@ -176,7 +179,7 @@ def build_command(checkpoint: Path, engines: Path, limits: EngineLimits) -> list
         *("--max_num_tokens", str(max(limits.prefill_chunk, limits.max_batch_size, limits.max_seq_len))),
         *("--gpt_attention_plugin", plugin, "--gemm_plugin", plugin, "--remove_input_padding", "enable"),
         *("--kv_cache_type", "paged", "--gather_context_logits", "--workers", "1"),
-        # They put collectives or modules of their own in the place of ours.
+        # These would replace our collectives or modules.
         *("--reduce_fusion", "disable", "--use_fused_mlp", "disable"),
     ]
 

@@ -1,11 +1,11 @@
 """The decoder as a TensorRT-LLM model, for `trtllm-build --model_cls_file THIS --model_cls_name CqilForCausalLM`.
 
-A second, thin definition beside decoder.py: TensorRT-LLM's parameters, names and KV cache belong to its modules, whose
-attention takes the projections with it, so that nothing would be left for an `Ops` to do. It differs from the stock
-LLaMA model in what joins the ranks. Outside the groups layers are tensor-parallel; inside them every rank runs one
-whole layer of its own, at the same place in its list, and one all-reduce joins the group (docs/tensorrt-llm.md).
+This is a second, thin definition next to network/decoder.py. TensorRT-LLM's modules own the parameters, their names and
+the KV cache, and its attention module includes the projections, so an `Ops` would have nothing left to do. It differs
+from the stock LLaMA model in what joins the ranks. Outside the groups, layers are tensor-parallel. Inside a group, each
+rank runs one whole layer, at the same place in its list, and one all-reduce joins the group (docs/tensorrt-llm.md).
 
-The checkpoint's config.json says under `cqil` which is which; backends/tensorrt_llm.py writes it.
+The checkpoint's config.json says under `cqil` which layers are grouped; checkpoint.py writes it.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from tensorrt_llm.module import Module
 from cqil_trt.backends.tensorrt_llm.versions import attention_arguments, load_plugins
 from cqil_trt.gpu import abi, tensorrt_plugins
 
-# The registry must have our plugins before a network asks for them, and before an engine with them is read.
+# Our plugins must be registered before a network uses them, and before an engine that has them is read.
 load_plugins()
 
 
 class CqilDecoderLayer(Module):
     """Place `layer_idx` in a rank's list: its share of a layer, or a layer of a concurrent group.
 
-    Takes and gives the residual stream and its norm, both [tokens, hidden] (or [batch, length, hidden]): the norm in
-    front of a layer is computed by what joins the layer before it. `following`: that norm's module.
+    Takes and returns the residual stream and its norm, both [tokens, hidden] (or [batch, length, hidden]): the join
+    after a layer also computes the next layer's norm. `following`: that norm's module.
     """
 
     def __init__(self, config: Any, layer_idx: int):
@@ -46,7 +46,7 @@ class CqilDecoderLayer(Module):
         self.grouped = cqil["grouped"][layer_idx]
         self._cqil, self._group = cqil, mapping.tp_group
         self._dtype = config.dtype
-        # A rank's own layer is not split. The matrices never join the ranks: `_join` does.
+        # A layer of a group is not split. `_join` joins the ranks, never the matrices.
         split = {"tp_group": None, "tp_size": 1 if self.grouped else mapping.tp_size}
         norm = {"normalized_shape": config.hidden_size, "eps": config.norm_epsilon, "dtype": config.dtype}
         self.input_layernorm = RmsNorm(**norm)
@@ -110,7 +110,7 @@ class CqilDecoderLayer(Module):
         return (joined, presents) if use_cache else joined
 
     def _own_layer(self, x: Tensor, a: Tensor) -> Tensor:
-        """What this rank's layer of a group adds to the residual stream."""
+        """The change that this rank's layer of a group makes to the residual stream."""
         distance = self._cqil["d"]
         attended = a + self._bypass(a, distance) if distance else a
         changed = self.mlp(self.post_layernorm(x + attended))
@@ -131,7 +131,7 @@ class CqilDecoderLayer(Module):
 
 
 def _plugin(name: str, inputs: list[Tensor], fields: Mapping[str, int | float]) -> list[Tensor]:
-    """The outputs of one of our plugins, which finds the workspace in its process: `shared`."""
+    """The outputs of one of our plugins. It uses the process's shared workspace (field `shared`)."""
     plugin = tensorrt_plugins.create(trt, name, dict(fields))
     layer = default_trtnet().add_plugin_v2([tensor.trt_tensor for tensor in inputs], plugin)
     return [_create_tensor(layer.get_output(i), layer) for i in range(layer.num_outputs)]
@@ -176,7 +176,7 @@ class CqilTransformer(Module):
 
 
 class CqilForCausalLM(DecoderModelForCausalLM):
-    """What trtllm-build builds. The architecture in config.json stays LlamaForCausalLM, which every runtime knows."""
+    """The model for trtllm-build. config.json names LlamaForCausalLM, which every runtime knows."""
 
     def __init__(self, config: Any):
         mapping = config.mapping
@@ -196,7 +196,7 @@ class CqilForCausalLM(DecoderModelForCausalLM):
         super().__init__(config, CqilTransformer(config), lm_head)
 
     def prepare_attention_inputs(self, *arguments: Any, **keywords: Any) -> Any:
-        """A place in the list where ranks have whole layers has more key/value heads than one where they share one."""
+        """Layers of a group have more key/value heads per rank than split layers."""
         heads = list(self.config.num_kv_heads_per_layer)
         keywords |= {"attn_layer_idx": list(range(len(heads))), "num_kv_heads_per_layer": heads}
         return super().prepare_attention_inputs(*arguments, **keywords)

@@ -1,9 +1,9 @@
-"""Runs a TensorRT-LLM engine with TensorRT-LLM's own C++ runner, one process a rank.
+"""Runs a TensorRT-LLM engine with TensorRT-LLM's C++ runner, one process per rank.
 
-Rank 0 enqueues requests, the other ranks' executors take part, and rank 0 tells them what came out. Generation is one
-request for each sequence, whose tokens come all together: the runner cannot take back a request, and one that nobody
-waits for would spoil the next. What validation asks for (logits of every token, one decode step at a time) is answered
-by requests of one token, each with everything before it as its prompt.
+Rank 0 enqueues requests, the other ranks' executors work on them, and rank 0 broadcasts the results. Generation is one
+request per sequence, and all its tokens come at once: the runner cannot cancel a request, and an abandoned one would
+disturb the next. Validation needs the logits of every token and single decode steps. These are requests for one token,
+with everything before it as the prompt.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from cqil_trt.session import Session
 
 
 class TensorRtLlmSession(Session):
-    """`device`: which GPU, modulo those there are. Raises UserError where the runner cannot load the engine."""
+    """`device`: the GPU's number, modulo the number of GPUs. Raises UserError if the runner cannot load the engine."""
 
     def __init__(self, engine: Engine, comm: Any, device: int):
         rank = 0 if comm is None else comm.Get_rank()
         super().__init__(engine, rank)
-        # It generates a token at least: a prompt that fills the engine is one too long.
+        # The runner generates at least one token, so a prompt must not fill the engine.
         self.limits = replace(engine.limits, max_seq_len=engine.limits.max_seq_len - 1)
         self._comm, self._workspace = comm, None
         cuda.use_device(device)
-        # Before the engine is read: it names plugins of ours, and they look for a workspace when they run.
+        # Before the engine is read: it contains our plugins, which look for a workspace when they run.
         if engine.build["collective"] == "plugin" and comm is not None:
             load_plugins()
             self._workspace = Workspace(comm)
@@ -71,14 +71,14 @@ class TensorRtLlmSession(Session):
         """The logits after every token, float32 [B, longest, vocabulary], on every rank."""
         logits = np.zeros((len(prompts), max(map(len, prompts)), self._plan.model.vocab_size), np.float32)
         for row, prompt in zip(logits, prompts):
-            # One at a time: the runner mixes up the logits of prompts that are not equally long.
+            # One at a time: the runner confuses the logits of prompts of different lengths.
             found = self._generate([prompt], 1)
             if self._plan.rank == 0:
                 row[: len(prompt)] = found["context_logits"][0][: len(prompt)].float().cpu().numpy()
         return logits if self._comm is None else self._comm.bcast(logits)
 
     def _generate(self, prompts: list[list[int]], count: int, **options: Any) -> Any:
-        """What the runner gives: on ranks other than 0 nothing."""
+        """The runner's results, on rank 0 only."""
         import torch
 
         options = {"end_id": -1, "pad_id": 0, "return_dict": True, "output_sequence_lengths": True, **options}
@@ -86,7 +86,7 @@ class TensorRtLlmSession(Session):
         return self._runner.generate(ids, max_new_tokens=count, **options)
 
     def _mine(self, logits: np.ndarray) -> np.ndarray:
-        """The columns this rank is asked for: together the ranks are asked for all."""
+        """This rank's share of the columns."""
         return logits[..., self._offset : self._offset + self._widths[self._plan.rank]]
 
     def _keep(self, rows: np.ndarray) -> None:
@@ -106,7 +106,7 @@ class TensorRtLlmSession(Session):
 
     def _step(self, tokens: np.ndarray, past: np.ndarray) -> None:
         for history, token in zip(self._history, tokens):
-            history[self.limits.max_seq_len - 1 :] = []  # one that is full stays at its last position
+            history[self.limits.max_seq_len - 1 :] = []  # a full sequence stays at its last position
             history.append(int(token))
         self._kept = None
 
@@ -122,7 +122,7 @@ class TensorRtLlmSession(Session):
     def tokens(
         self, sampling: SamplingConfig, uniforms: np.ndarray, ends: tuple[int, ...] = ()
     ) -> Iterator[np.ndarray]:
-        """As `Session.tokens`, but TensorRT-LLM draws for itself: a seed gives other tokens than other backends do."""
+        """As `Session.tokens`, but TensorRT-LLM samples: a seed gives other tokens than with other backends."""
         options: dict[str, Any] = {"top_k": 1}
         if sampling.temperature:
             seed = int(uniforms[0, 0] * 2**31)
@@ -133,14 +133,14 @@ class TensorRtLlmSession(Session):
         found = self._continue(len(uniforms), ends, options)
         found = found if self._comm is None else self._comm.bcast(found)
         for step in range(len(uniforms)):
-            # Behind its end a sequence repeats it.
+            # After its end a sequence repeats its last token.
             yield np.array([tokens[min(step, len(tokens) - 1)] for tokens in found], np.int64)
 
     def _continue(self, steps: int, ends: tuple[int, ...], options: dict[str, Any]) -> list[list[int]]:
         """Up to `steps` tokens of every sequence, at least one; on rank 0."""
         found: list[list[int]] = [[] for _ in self._history]
         room = [min(steps, self.limits.max_seq_len + 1 - len(history)) for history in self._history]
-        # The runner gives all prompts of a call the same number of tokens, for which each must have room.
+        # The runner generates the same number of tokens for all prompts of a call, and each needs room for them.
         for count in sorted(set(room)):
             rows = [row for row, size in enumerate(room) if size == count]
             words = {"stop_words_list": [[[end] for end in ends[1:]]] * len(rows)} if len(ends) > 1 else {}
@@ -151,9 +151,9 @@ class TensorRtLlmSession(Session):
         return found
 
     def time_decode(self, steps: int) -> list[float]:
-        """As `Session.time_decode`, each the mean of all: the runner does not say when which token came.
+        """As `Session.time_decode`, but every entry is the mean: the runner does not report times per token.
 
-        What a completion of one token takes, the prompt's part, is taken off.
+        The time of a completion of one token, which is mostly the prompt's, is subtracted.
         """
 
         def took(count: int) -> float:

@@ -1,4 +1,4 @@
-"""Which TensorRT-LLM this is, and what differs between those that are supported (0.20 … 1.2)."""
+"""The installed TensorRT-LLM, and what differs between the supported releases (0.20 to 1.2)."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def load_plugins() -> ctypes.CDLL:
 def attention_arguments(attention: Any, config: Any, place: int) -> dict[str, Any]:
     """Arguments that Attention takes in some releases only.
 
-    Until the KV cache's pool mapping had two columns (before 0.20; the newest sources that can be had whole are
-    older), a layer had to know which one of its pool it is: layers with equally many local heads share a pool.
+    Before 0.20 a layer had to know its index in the KV cache's pool, which layers with the same number of local heads
+    share. Since 0.20 the pool mapping has a second column for it.
     """
     if "layer_idx_in_cache_pool" not in inspect.signature(attention.__init__).parameters:
         return {}

@@ -1,4 +1,4 @@
-"""Executes the decoder on a GPU by our own kernels, as it calls them; inside a CUDA graph's capture it records them.
+"""Executes the decoder on a GPU with our own kernels, eagerly or while a CUDA graph is captured.
 
 Values are matrices [rows, width] in device memory. A matrix that is no longer referenced gives its memory to the next:
 kernels run in the order in which they are called, on one stream.
@@ -40,7 +40,7 @@ class Pool:
             self._arenas.append(cuda.Arena(size, "activations"))
             return self._arenas[-1].address
         except UserError as error:
-            # The other ranks are in the pass and cannot agree on it: this ends the job.
+            # The other ranks are in the middle of the pass and cannot agree on an error: this ends the job.
             raise cuda.CudaError(f"{error}: build with a smaller --prefill-chunk or --max-batch-size") from None
 
     def free(self) -> None:
@@ -72,7 +72,7 @@ class Matrix:
 
 
 class Library(Protocol):
-    """What a library does better with many rows; all arguments are matrices of the engine's type."""
+    """Operations that a library does better with many rows. All arguments are matrices of the engine's type."""
 
     def multiply(self, x: Matrix, weight: Matrix, added: Matrix | None, out: Matrix) -> None:
         """out = x @ weightᵀ + added; `added` has as many rows as out, or one."""
@@ -116,7 +116,7 @@ class _Collectives(Ops[Matrix]):
         return out, normed
 
     def _joined(self, like: Matrix) -> Matrix:
-        """Where an all-reduce's result goes: the last one's to where the session reads it."""
+        """Memory for an all-reduce's result. The last one goes where the session reads it."""
         self._left -= 1
         if self._left:
             return self._new(like.rows, like.width)
@@ -144,8 +144,8 @@ class CudaOps(FusedOps[Matrix], _Collectives):
     """One rank's operations, enqueued on `stream`.
 
     Args:
-        memory: addresses by name: weights, caches, rotary tables, and where `logits` and `joined` go.
-        library: computes what has many rows.
+        memory: addresses by name: weights, caches, rotary tables, `logits` and `joined`.
+        library: for operations with many rows.
     """
 
     def __init__(
@@ -169,9 +169,9 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         }
 
     def begin(self, batch: int, length: int, past: int, logits: int, common_past: int) -> None:
-        """What the next pass is about; `past` and `logits` are addresses that it reads and writes.
+        """Sets up the next pass; it reads the address `past` and writes the address `logits`.
 
-        `common_past`: what `past` holds, where several tokens are new.
+        `common_past`: the value of all entries of `past`, if several tokens are new.
         """
         self._batch, self._length, self._past, self._logits = batch, length, past, logits
         self._common_past = common_past
@@ -194,7 +194,7 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         return self.rows(self._weights["embedding.weight"], tokens)
 
     def select(self, x, indices):
-        # Of one token a sequence there is nothing to choose.
+        # With one token per sequence there is nothing to choose.
         return x if self._length == 1 else super().select(x, indices)
 
     def rows(self, x: Matrix, indices: Matrix) -> Matrix:

@@ -1,4 +1,4 @@
-"""The torch backend on a GPU: our own kernels execute the decoder, and PyTorch's libraries what has many rows."""
+"""Backend torch on a GPU: our kernels execute the decoder, and PyTorch's libraries the operations with many rows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def use_device(number: int) -> None:
 
 
 class TorchCudaSession(CudaSession):
-    """`device`: which GPU, modulo those there are; it becomes PyTorch's current one in this process.
+    """`device`: the GPU's number, modulo the number of GPUs. It becomes PyTorch's current device in this process.
 
     Raises UserError for too little memory, GPUs that cannot reach each other, or a missing plugin library.
     """

@@ -18,7 +18,7 @@ from cqil_trt.shard import LayerShard, RankPlan
 
 @dataclass(frozen=True)
 class TorchPositions:
-    """Where the new tokens stand, shared by all layers of a forward pass.
+    """Positions of the new tokens, shared by all layers of a forward pass.
 
     `past` is the common number of cached tokens, or None when sequences differ; `length` how many cached positions
     any query sees; `mask` [B, 1, T, length] True where a query sees a key, None when `causal` or everything is seen.
@@ -53,7 +53,7 @@ class TorchOps(Ops[torch.Tensor]):
         self._weights = weights
         self._communicator = communicator
         self._dtype = dtype
-        # The last value that all ranks hold, for those who check that they hold the same bits.
+        # The last value that all ranks hold, so that validation can compare their bits.
         self.joined: torch.Tensor | None = None
         self._eps = plan.model.rms_norm_eps
         self._epsilon = torch.tensor(self._eps)
@@ -89,7 +89,7 @@ class TorchOps(Ops[torch.Tensor]):
         self._cos, self._sin = self._decoding if tables is None else self._rows(tables)
 
     def begin_decode(self) -> None:
-        """The passes that follow take tokens one by one. Before any call of `begin` this is so already."""
+        """The passes that follow take one token per sequence. This is the initial state, too."""
         self._cos, self._sin = self._decoding
 
     def positions(self, tokens: torch.Tensor, past: torch.Tensor) -> TorchPositions:
@@ -150,7 +150,7 @@ class TorchOps(Ops[torch.Tensor]):
     def attention(self, qkv: torch.Tensor, positions: TorchPositions, shard: LayerShard) -> torch.Tensor:
         if self.plan.model.qk_norm:
             return super().attention(qkv, positions, shard)
-        # Queries and keys lie side by side and turn together: in a decode step every operation counts.
+        # Queries and keys are adjacent and rotate together: every operation counts in a decode step.
         batch, new, _ = qkv.shape
         heads = qkv.view(batch, new, -1, self.plan.model.head_dim).transpose(1, 2)
         turning, v = heads.split([shard.num_heads + shard.num_kv_heads, shard.num_kv_heads], dim=1)
@@ -172,7 +172,7 @@ class TorchOps(Ops[torch.Tensor]):
             index = self._kv_index[shard.index]
             keys, values = keys[:, index], values[:, index]
         elif new == 1:
-            # The query heads of one key/value head are its queries: no copy of the cache for grouped heads.
+            # Treats the query heads of a key/value head as its queries, so the cache is not copied for grouped heads.
             q = q.view(batch, shard.num_kv_heads, -1, dim)
         gqa = keys.shape[1] != q.shape[1]
         out = F.scaled_dot_product_attention(

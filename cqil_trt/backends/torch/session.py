@@ -94,7 +94,7 @@ class TorchSession(Session):
         kept = self._kept
         if kept.shape[-1]:
             values = kept.amax(dim=-1)
-            # max returns any of equal values; argmax of the whole would be the first.
+            # max may return any of several equal values; the first is wanted.
             indices = (kept == values[:, None]).int().argmax(dim=-1)
         else:
             values = torch.full((len(kept),), -torch.inf)

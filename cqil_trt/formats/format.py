@@ -1,0 +1,92 @@
+"""Tensors of an engine, and the interface of the formats that they are stored in."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+from cqil_trt.config import DTYPE_BYTES
+
+if TYPE_CHECKING:
+    import torch
+
+    from cqil_trt.weights import WeightReader
+
+# Elements per block: small enough that a block and its float32 copy stay in the caches while an adapter is
+# merged, large enough that a block's matrix product is efficient.
+_BLOCK_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows and columns of a checkpoint tensor; None means all of them."""
+
+    source: str
+    rows: tuple[int, int] | None = None
+    columns: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankTensor:
+    """A tensor of a rank's engine: `pieces` stacked along the first axis and rounded. `dtype`: one of DTYPE_BYTES.
+
+    A format whose tensors are made in another way derives a class from this one.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    pieces: tuple[Piece, ...]
+
+    @property
+    def elements(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.elements * DTYPE_BYTES[self.dtype]
+
+    def blocks(self, reader: WeightReader) -> Iterator[torch.Tensor]:
+        """The elements in order, in contiguous blocks of bounded size and of type `dtype`."""
+        import torch
+
+        dtype = getattr(torch, self.dtype)
+        for piece in self.pieces:
+            shape = reader.shapes()[piece.source]
+            first, last = piece.rows or (0, shape[0])
+            step = max(1, _BLOCK_ELEMENTS // (shape[1] if len(shape) > 1 else 1))
+            for row in range(first, last, step):
+                block = reader.read(piece.source, (row, min(row + step, last)), piece.columns)
+                yield block.to(dtype).contiguous()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projection:
+    """A rank's share of a linear map, regardless of how it is stored.
+
+    Attributes:
+        name: e.g. `layers.3.qkv`.
+        outputs, inputs: rows and columns of the matrix.
+        weight, bias: the pieces of the matrix and of the bias; empty without a bias.
+    """
+
+    name: str
+    outputs: int
+    inputs: int
+    weight: tuple[Piece, ...]
+    bias: tuple[Piece, ...] = ()
+
+
+class WeightFormat(ABC):
+    """How the projections of layers are stored.
+
+    Everything else is dense in every format: norms, the embedding table, and the last projection, which may be a view
+    of that table.
+    """
+
+    @abstractmethod
+    def tensors(self, projection: Projection, dtype: str) -> tuple[RankTensor, ...]:
+        """The tensors of a projection, in the order in which the network reads them. `dtype`: the engine's."""

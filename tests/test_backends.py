@@ -1,0 +1,52 @@
+"""The folders of backends and formats are their registries: nothing else has to list them."""
+
+import re
+
+import pytest
+from support import ROOT
+
+from cqil_trt import backends, formats
+from cqil_trt.config import CqilConfig, EngineLimits
+from cqil_trt.errors import UserError
+from cqil_trt.families import read_config
+from cqil_trt.shard import plan
+
+EXTRAS = set(re.findall(r"^([\w-]+) = \[$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", backends.names())
+def test_a_backend_is_called_after_its_folder_and_its_packages_come_with_an_extra(name):
+    backend = backends.load(name)
+    assert backend.name == name
+    assert set(backend.packages.values()) <= EXTRAS
+    assert set(backend.formats) <= set(formats.names())
+    assert all("0" in file for file in backend.rank_files(0))
+
+
+def test_a_format_is_added_by_a_file_and_refused_by_backends_that_do_not_know_it(tmp_path, monkeypatch):
+    from support.checkpoints import make_model
+
+    (tmp_path / "wide.py").write_text(
+        "from cqil_trt.formats.dense import Dense\n"
+        "class Wide(Dense):\n"
+        "    def tensors(self, projection, dtype):\n"
+        '        return super().tensors(projection, "float32")\n'
+        "FORMAT = Wide()\n"
+    )
+    monkeypatch.setattr(formats, "__path__", [*formats.__path__, str(tmp_path)])
+    formats.names.cache_clear()
+    try:
+        model = read_config(make_model(tmp_path / "model", num_hidden_layers=2) / "config.json")
+        dense, wide = (plan(model, CqilConfig(p=1), "float16", weights)[0] for weights in ("dense", "wide"))
+        types = {tensor.name: tensor.dtype for tensor in wide.tensors}
+        assert types["layers.0.qkv.weight"] == "float32" and types["layers.0.mlp_norm.weight"] == "float16"
+        matrices = sum(t.nbytes for t in dense.tensors if t.name.startswith("layers.") and "norm" not in t.name)
+        assert wide.stored_bytes == dense.stored_bytes + matrices
+        assert wide.bytes_per_token == dense.bytes_per_token + matrices
+        with pytest.raises(UserError, match="--weights wide: backend torch does not support it: use dense"):
+            backends.load("torch").check_model(model, EngineLimits(weights="wide", max_seq_len=8))
+    finally:
+        monkeypatch.undo()
+        formats.names.cache_clear()
+    with pytest.raises(UserError, match="--weights must be one of dense, found narrow"):
+        assert plan(model, CqilConfig(p=1), "float16", "narrow")[0].tensors
