@@ -632,9 +632,9 @@ public:
         Caches* caches = nullptr;
         if (find(stream, &caches)) return -1;
         // This handle means a different stream in every thread.
-        *overlap = stream != cudaStreamPerThread && caches->used.count(cache) == 0;
-        if (early && !*overlap) caches->used.clear();
-        caches->used.insert(cache);
+        *overlap = stream != cudaStreamPerThread && caches->count(cache) == 0;
+        if (early && !*overlap) caches->clear();
+        caches->insert(cache);
         return 0;
     }
 
@@ -642,31 +642,39 @@ public:
         std::lock_guard<std::mutex> lock(mutex_);
         Caches* caches = nullptr;
         if (find(stream, &caches)) return -1;
-        caches->used.clear();
+        caches->clear();
         return 0;
     }
 
 private:
-    struct Caches {
+    using Caches = std::set<const void*>;
+
+    // A graph starts after everything before it has ended, and ends before anything after it starts. So its kernels and
+    // the ones launched on the stream itself cannot overlap: each have their own set.
+    struct Stream {
+        Caches launched;
         unsigned long long capture = 0;  // 0: none
-        std::set<const void*> used;
+        Caches captured;
     };
 
-    // A graph starts after everything before it has ended, and ends before anything after it starts.
-    int find(cudaStream_t stream, Caches** caches) {
+    int find(cudaStream_t handle, Caches** caches) {
         int device = 0;
         CQIL_CUDA(cudaGetDevice(&device));
         cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
         unsigned long long capture = 0;
-        CQIL_CUDA(cudaStreamGetCaptureInfo(stream, &status, &capture));
+        CQIL_CUDA(cudaStreamGetCaptureInfo(handle, &status, &capture));
+        Stream& stream = streams_[{device, handle == nullptr ? cudaStreamLegacy : handle}];
         if (status != cudaStreamCaptureStatusActive) capture = 0;
-        *caches = &caches_[{device, stream}];
-        if ((*caches)->capture != capture) **caches = {capture, {}};
+        if (capture != stream.capture) {
+            stream.capture = capture;
+            stream.captured.clear();
+        }
+        *caches = capture == 0 ? &stream.launched : &stream.captured;
         return 0;
     }
 
     std::mutex mutex_;
-    std::map<std::pair<int, cudaStream_t>, Caches> caches_;
+    std::map<std::pair<int, cudaStream_t>, Stream> streams_;
 };
 
 Touched& touched() {
