@@ -150,7 +150,7 @@ def test_validate_passes_on_a_good_engine_and_fails_on_a_wrong_one(engine, model
     assert build(*arguments, "--probes", "always", "--output", wrong).returncode == 0
     assert build(*arguments, "--output", tmp_path / "unjudged").returncode == 0
     make_model(other, vocab_size=259, seed=1)
-    done = mpirun(2, "--engine", wrong, "--validate")
+    done = mpirun(2, "--engine", wrong, "--validate", env={})
     assert done.returncode == 1 and "validation FAILED" in done.stdout
 
     # Without a checkpoint the judge is what the reference said at build time, about the right weights.
@@ -257,12 +257,12 @@ def test_an_output_directory_that_exists(model, engine, tmp_path):
 
 @pytest.mark.slow
 def test_run_errors(engine, tmp_path):
-    def fails(ranks, *arguments):
-        return mpirun(ranks, "--engine", engine, *arguments)
+    def fails(ranks, *arguments, **options):
+        return mpirun(ranks, "--engine", engine, *arguments, **options)
 
     assert_user_error(fails(3), "needs 2 MPI ranks", "found 3")
-    assert_user_error(run(sys.executable, "runtime/run.py", "--engine", engine), "mpirun -n 2")
-    assert_user_error(fails(2, "--prompt", ""), "prompt 1 is empty")
+    assert_user_error(run(sys.executable, "runtime/run.py", "--engine", engine, env={}), "mpirun -n 2")
+    assert_user_error(fails(2, "--prompt", "", env={}), "prompt 1 is empty")
     assert_user_error(fails(2, "--prompt", "x" * 41), "41 tokens", "takes 40")
     assert_user_error(fails(2, "--prompt", "x", "--temperature", -1), "--temperature")
     assert_user_error(fails(2, "--no-such-flag"), "--no-such-flag")

@@ -55,7 +55,7 @@ def test_validation_finds_token_ids_that_differ(tmp_path):
     backend = llama2_json()
     backend.normalizer = None
     save_json(backend, model)
-    done = mpirun(1, "--engine", engine, "--validate")
+    done = mpirun(1, "--engine", engine, "--validate", env={})
     assert done.returncode == 1 and "validation FAILED" in done.stdout
     assert re.search(r"token ids of (\d+) texts against .*model: \d+ equal; the first that differs: ", done.stdout)
 

@@ -1,8 +1,8 @@
 """Python scripts in interpreters that stay: commands start by the dozen, and each would import PyTorch again.
 
-A script runs as `__main__` with its arguments, working directory and output, as in a process of its own. Processes of
-their own are for what is about processes: other environments, kills, time limits, GPUs. CQIL_TEST_PROCESSES=1 starts
-one for every command.
+A script runs as `__main__` with its arguments, working directory and output, as in a process of its own. A test that is
+about processes (other environments, kills, time limits, GPUs, or that a command works when started as users start it)
+passes `env`, which may be empty, and gets them. CQIL_TEST_PROCESSES=1 starts one for every command.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 import selectors
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -43,6 +44,7 @@ class Interpreter:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
+            start_new_session=True,  # with the processes that it starts
         )
         self._answer(120)
 
@@ -69,9 +71,10 @@ class Interpreter:
         """Ends it: idle, when its input ends; otherwise by a signal."""
         with suppress(OSError):
             self.process.stdin.close()
-        for end in (lambda: None, self.process.terminate, self.process.kill):
-            end()
-            with suppress(subprocess.TimeoutExpired):
+        for end in (None, signal.SIGTERM, signal.SIGKILL):
+            with suppress(subprocess.TimeoutExpired, ProcessLookupError):
+                if end is not None:
+                    os.killpg(self.process.pid, end)
                 self.process.wait(timeout=5)
                 break
         shutil.rmtree(self.directory, ignore_errors=True)

@@ -60,7 +60,7 @@ def run(*command: Any, timeout: float = 300, **options: Any) -> subprocess.Compl
     """Runs a command from the checkout's root. Skips the test when it fails by mpirun, which starts nothing here.
 
     A script of the checkout runs in an interpreter that stays (`support.interpreters`) unless `options` ask for more
-    than another working directory.
+    than another working directory: `env={}` starts a process.
     """
     arguments = [str(part) for part in command]
     if arguments[0] == "mpirun" and shutil.which("mpirun", path=environment()["PATH"]) is None:

@@ -4,17 +4,27 @@ usage: [mpirun -n RANKS] python warm_interpreter.py DIRECTORY, started by suppor
 
 Rank 0 reads requests from standard input, a JSON line each: [script, arguments, working directory]. What rank N prints
 goes to DIRECTORY/N.out and N.err. Rank 0 answers with a line: the exit codes of all ranks, OR-ed as mpirun does.
+
+Without MPI a script runs in a fork of this process, so that it finds nothing of the one before. Ranks cannot fork: they
+put back what a script changes in the libraries that it shares with the next.
 """
 
 import gc
 import json
 import os
+import random
 import runpy
 import signal
 import sys
 import time
 import traceback
+import warnings
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
+
+import numpy
+import torch
 
 DIRECTORY, HOME, ENVIRONMENT, STREAMS = Path(sys.argv[1]), os.getcwd(), dict(os.environ), (sys.stdout, sys.stderr)
 COMM = None
@@ -23,6 +33,12 @@ if any(name in os.environ for name in ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD
 
     COMM = MPI.COMM_WORLD.Dup()
 RANK = COMM.Get_rank() if COMM else 0
+TORCH = torch.get_num_threads(), torch.get_default_dtype(), torch.get_rng_state(), torch.is_grad_enabled()
+# The imports that take seconds.
+for module in ("cqil_trt.commands.build", "cqil_trt.commands.run", "cqil_trt.reference", "cqil_trt.checkpoint", "peft"):
+    with suppress(ImportError):
+        import_module(module)
+FILTERS = list(warnings.filters)
 
 
 def receive():
@@ -51,24 +67,15 @@ def run(script, arguments):
     return 0
 
 
-def capture(number, path):
-    """Sends file descriptor `number` to a new file."""
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+def redirect(number, path, flags=os.O_WRONLY | os.O_CREAT | os.O_TRUNC):
+    """Makes file descriptor `number` one of the file."""
+    file = os.open(path, flags)
     os.dup2(file, number)
     os.close(file)
 
 
-answers = os.fdopen(os.dup(1), "w")
-if RANK == 0:
-    print("ready", file=answers, flush=True)
-while request := receive():
-    script, arguments, directory = request
-    for number, name in ((1, "out"), (2, "err")):
-        capture(number, DIRECTORY / f"{RANK}.{name}")
-    os.chdir(directory)
-    sys.argv, path, sys.path[0] = [script, *arguments], list(sys.path), os.path.dirname(script)
-    code = run(script, arguments)
-    # As the next script would find a new process.
+def restore(path):
+    """Puts back what the next script would find in a new process."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     sys.stdout, sys.stderr = STREAMS
@@ -78,8 +85,38 @@ while request := receive():
     os.environ.update(ENVIRONMENT)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    warnings.resetwarnings()  # which also forgets what was shown once
+    warnings.filters[:] = FILTERS
+    random.seed()
+    numpy.random.seed()
+    threads, dtype, state, grad = TORCH
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+    torch.set_rng_state(state)
+    torch.set_grad_enabled(grad)
     gc.collect()
-    codes = COMM.gather(code) if COMM else [code]
+
+
+answers = os.fdopen(os.dup(1), "w")
+if RANK == 0:
+    print("ready", file=answers, flush=True)
+while request := receive():
+    script, arguments, directory = request
+    fork = 0 if COMM else os.fork()
+    if fork:
+        _, status = os.waitpid(fork, 0)
+        print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
+        continue
+    for number, name in ((1, "out"), (2, "err")):
+        redirect(number, DIRECTORY / f"{RANK}.{name}")
+    os.chdir(directory)
+    sys.argv, path, sys.path[0] = [script, *arguments], list(sys.path), os.path.dirname(script)
+    if not COMM:
+        redirect(0, os.devnull, os.O_RDONLY)
+        sys.exit(run(script, arguments))
+    code = run(script, arguments)
+    restore(path)
+    codes = COMM.gather(code)
     if RANK == 0:
         for other in codes:
             code |= other
