@@ -44,6 +44,9 @@ class EngineWeights:
                 f"--model {path}: an engine of backend {self.engine.backend}; only one of backend {backends.PLAIN} can "
                 "be compiled"
             )
+        missing = {f"rank{rank}.safetensors" for rank in range(self.engine.world_size)} - self.engine.files.keys()
+        if missing:
+            raise UserError(f"--model {path}: config.json lists no {min(missing)}, which every engine has")
 
     def write_shared(self, directory: Path) -> list[Path]:
         return [self._take(name, directory / name) for name in self.engine.shared_files if name != probes.FILE]
@@ -125,7 +128,7 @@ class BuildRequest:
         known = {f.name for f in fields(cls)}
         return cls(
             **{name: value for name, value in arguments.items() if name in known},
-            options={name: value for name, value in arguments.items() if name not in known and value},
+            options={name: value for name, value in arguments.items() if name not in known and _given(value)},
         )
 
     @property
@@ -197,8 +200,7 @@ class BuildPlan:
             "architecture": self.model.architecture,
             "layers": self.model.num_layers,
             "cqil": self.cqil.to_dict(),
-            "limits": self.limits.to_dict(),
-            "backend": self.backend,
+            "limits": {**self.limits.to_dict(), "backend": self.backend},
             "backend_version": self.description.version,
             "gpus": self.description.architecture,
             "output": str(self.output),
@@ -294,7 +296,7 @@ def _open_engine(request: BuildRequest, path: Path) -> _Opened:
         "no-tokenizer": None if request.tokenizer else True,
     }
     if given := [f"--{name}" for name, value in decided.items() if value is not None]:
-        raise UserError(f"--model {path}: an engine, which has decided {', '.join(given)} already: leave it out")
+        raise UserError(f"--model {path}: an engine, which fixes {', '.join(given)}: omit it")
     plain = f"-{backends.PLAIN}-"
     name = f"{path.name}-{request.backend}"
     if plain in path.name:
@@ -336,9 +338,14 @@ def _choose_limits(request: BuildRequest, opened: _Opened) -> EngineLimits:
     return limits
 
 
+def _given(option: Any) -> bool:
+    """Whether an option has a value: neither None nor, for a switch, False."""
+    return option is not None and option is not False
+
+
 def _backend_options(request: BuildRequest) -> dict[str, Any]:
     """The backend options in the request. Raises UserError for one that the backend does not have."""
-    options = {name: value for name, value in request.options.items() if value}
+    options = {name: value for name, value in request.options.items() if _given(value)}
     known = backends.all_options()
     for name in options:
         if name not in known:

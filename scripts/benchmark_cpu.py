@@ -21,6 +21,7 @@ import installed  # noqa: F401
 import numpy as np
 import torch
 
+from cqil_trt import backends
 from cqil_trt.commands import RankParser, check_at_least, check_file, run_ranks
 from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
@@ -81,8 +82,10 @@ def run(options: argparse.Namespace, job: Job) -> None:
 
 
 def check_engine(options: argparse.Namespace, engine: Engine) -> None:
-    if engine.backend != "torch":
-        raise UserError(f"--engine {options.engine}: of backend {engine.backend}, only torch can be measured")
+    if engine.backend != backends.PLAIN:
+        raise UserError(
+            f"--engine {options.engine}: of backend {engine.backend}, only {backends.PLAIN} can be measured"
+        )
     tokens = options.context + options.steps
     if tokens > engine.limits.max_seq_len:
         raise UserError(f"--context and --steps: {tokens} tokens, the engine holds {engine.limits.max_seq_len}")

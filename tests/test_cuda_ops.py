@@ -1,6 +1,6 @@
 """What CudaOps asks of the kernels, without a GPU: host memory, and kernels in PyTorch by the words of cqil_trt.h.
 
-The kernels themselves are judged on GPUs (test_kernels_cuda.py). This judges the calls: addresses, shapes, flags,
+The kernels themselves are judged on GPUs (test_collectives_cuda.py). This judges the calls: addresses, shapes, flags,
 order, and that memory is not used again while its value is needed.
 """
 

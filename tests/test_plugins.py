@@ -175,6 +175,7 @@ def exported(path):
     return {name for name in (line.split()[-1] for line in lines) if name.startswith("cqil_")}
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_the_library_exports_what_the_header_declares(built):
     only_for_tests = {"cqil_test_delays"}  # in a build with CQIL_TEST_DELAYS
@@ -267,6 +268,21 @@ def test_python_passes_what_another_header_says(tmp_path):
         abi.Interface("typedef int wchar_t; int cqil_f(wchar_t x);")
 
 
+@pytest.mark.parametrize(
+    "header, reason",
+    [
+        ("typedef struct cqil_s { int a : 3; } cqil_s;", "bit-fields"),
+        ("#pragma pack(1)\nint cqil_f(int x);", "#pragma pack"),
+        ("#ifdef _WIN32\nint cqil_f(int x);\n#endif", "#ifdef _WIN32"),
+        ("#define CQIL_LIMIT (1 << 4)", "#define CQIL_LIMIT"),
+    ],
+)
+def test_what_python_would_read_otherwise_is_refused(header, reason):
+    with pytest.raises(ValueError, match=reason):
+        abi.Interface(header)
+
+
+@pytest.mark.slow
 @needs_nvcc
 @pytest.mark.parametrize(
     "source, old, new",

@@ -354,7 +354,7 @@ def test_the_demo_model_is_compiled(tmp_path):
 
 @pytest.mark.slow
 def test_an_engine_of_backend_torch_is_compiled(models, tmp_path):
-    """Its weights are taken as they are; what it has decided cannot be decided again."""
+    """Its weights are taken as they are; what it fixes cannot be chosen again."""
     limits = {"max_batch_size": BATCH, "max_seq_len": LENGTH}
     source = cqil_trt.build(
         model=models["llama-odd-heads"], p=2, d=1, start=1, end=5, dtype="float16", output=tmp_path / "torch", **limits
@@ -380,7 +380,7 @@ def test_an_engine_of_backend_torch_is_compiled(models, tmp_path):
         "dtype": "float16",
     }
     for flag, value in decided.items():
-        with pytest.raises(UserError, match=f"has decided --{flag} already"):
+        with pytest.raises(UserError, match=f"which fixes --{flag}: omit it"):
             cqil_trt.build(output=tmp_path / "other", **compile_it, **{flag: value})
     with pytest.raises(UserError, match="backend tensorrt; only one of backend torch"):
         cqil_trt.build(output=tmp_path / "other", **{**compile_it, "model": engine.path})

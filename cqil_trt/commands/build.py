@@ -52,7 +52,8 @@ def parser() -> RankParser:
     own = p.add_argument_group("backend-specific options")
     for option, takers in backends.all_options().values():
         keywords = dict(option.keywords) if option.choices is None else {**option.keywords, "choices": option.choices}
-        own.add_argument(f"--{option.name.replace('_', '-')}", help=f"{', '.join(takers)}: {option.help}", **keywords)
+        text = option.help.replace("%", "%%")  # argparse formats it
+        own.add_argument(f"--{option.name.replace('_', '-')}", help=f"{', '.join(takers)}: {text}", **keywords)
     p.add_argument("--output", metavar="DIR", help="engine directory to create (default engines/NAME)")
     p.add_argument("--force", action="store_true", help="replace the engine at --output")
     p.add_argument("--version", action="version", version=f"cqil-trt {__version__}")
@@ -99,7 +100,7 @@ def describe(plan: dict[str, Any]) -> str:
     lines.append(f"CQIL       p={cqil['p']}{bypass}: {shape}, placement {cqil['placement']}")
     lines.append(
         f"limits     batch {limits['max_batch_size']}, {limits['max_seq_len']} tokens, {limits['dtype']}, "
-        f"backend {plan['backend']}"
+        f"backend {limits['backend']}"
     )
     if plan["gpus"] != "any":
         lines.append(f"compiler   {plan['backend_version']}, for GPUs of compute capability {plan['gpus']}")

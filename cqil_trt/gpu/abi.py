@@ -30,6 +30,11 @@ _SCALARS = {
 }
 # The names that <stddef.h> and <stdint.h> define; a parser only needs to know that they are types.
 _TYPEDEFS = f"typedef int {', '.join(name for name in _SCALARS if name.endswith('_t'))};"
+# All that the header may ask of a preprocessor. Declarations for tests count as declared.
+_DIRECTIVES = (
+    r"#(pragma once|include <std(def|int)\.h>|ifdef CQIL_TEST_DELAYS|endif|define CQIL_PLUGINS\(.*|"
+    r'define \w+ +(\d+|"[^"]*"))\s*$'
+)
 # Kinds of fields in CQIL_PLUGINS.
 _FIELD_TYPES = {"INT": int, "OPTIONAL_INT": int, "FLOAT": float}
 
@@ -67,6 +72,9 @@ class Interface:
 
         text = re.sub(r"//[^\n]*", "", header).replace("\\\n", " ")
         text = re.sub(r"#ifdef __cplusplus.*?#endif", "", text, flags=re.DOTALL)
+        for line in re.findall(r"^#.*$", text, re.MULTILINE):
+            if not re.match(_DIRECTIVES, line):
+                raise ValueError(f"cqil_trt.h: Python does not read {line}")
         self.names: dict[str, Any] = {}
         self.functions: dict[str, Function] = {}
         for name, value in re.findall(r'^#define (\w+) +(\d+|"[^"]*")$', text, re.MULTILINE):
@@ -90,6 +98,9 @@ class Interface:
         return Function(self._type(node.type), [] if arguments == [None] else arguments)
 
     def _structure(self, name: str, node: Any) -> type[ctypes.Structure]:
+        for member in node.decls:
+            if member.bitsize is not None:
+                raise ValueError(f"cqil_trt.h: Python does not read bit-fields ({member.coord})")
         fields = [(member.name, self._type(member.type)) for member in node.decls]
         # Without slots, an unknown keyword would be accepted silently.
         return type(name, (ctypes.Structure,), {"_fields_": fields, "__slots__": ()})

@@ -33,32 +33,32 @@ def attention_fields(model: ModelConfig, shard: LayerShard, limits: EngineLimits
     }
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class _Deferred(Generic[V]):
     """`value`: the result, once it is computed."""
 
     value: V | None = None
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class _Sum(_Deferred[V]):
-    x: V | None = None
-    y: V | None = None
+    x: V
+    y: V
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class _Norm(_Deferred[V]):
     """The RMSNorm of x, or of x + delta."""
 
-    x: V | None = None
+    x: V
     delta: V | None = None
-    name: str = ""
+    name: str
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class _Product(_Deferred[V]):
-    x: V | _Norm[V] | None = None
-    name: str = ""
+    x: V | _Norm[V]
+    name: str
 
 
 class FusedOps(Ops[V]):
@@ -92,19 +92,19 @@ class FusedOps(Ops[V]):
         """`select`, of a value."""
 
     @abstractmethod
-    def attention(self, qkv, positions, shard):
+    def attention(self, qkv: Any, positions: V, shard: LayerShard) -> V:
         """As `Ops.attention`, one kernel."""
 
-    def positions(self, tokens, past):
+    def positions(self, tokens: V, past: V) -> Any:
         """That kernel counts from `past`."""
 
-    def split_heads(self, qkv, shard):
+    def split_heads(self, qkv: Any, shard: LayerShard) -> Any:
         raise NotImplementedError("attention is one kernel")
 
-    def rotary(self, x, positions):
+    def rotary(self, x: Any, positions: Any) -> Any:
         raise NotImplementedError("attention is one kernel")
 
-    def cached_attention(self, q, k, v, positions, shard):
+    def cached_attention(self, q: Any, k: Any, v: Any, positions: Any, shard: LayerShard) -> Any:
         raise NotImplementedError("attention is one kernel")
 
     def head_norms(self, shard: LayerShard) -> list[str]:
@@ -112,7 +112,7 @@ class FusedOps(Ops[V]):
         names = ("q_norm", "k_norm") if self.plan.model.qk_norm else ()
         return [f"layers.{shard.index}.{name}.weight" for name in names]
 
-    def keep(self, x):
+    def keep(self, x: Any) -> Any:
         if not isinstance(x, _Deferred):
             return x
         if x.value is None:
@@ -120,7 +120,7 @@ class FusedOps(Ops[V]):
                 x.value = self.fused_add(x.x, x.y)
             elif isinstance(x, _Norm):
                 x.value = self.fused_norm(x.x, x.delta, x.name)
-            else:
+            elif isinstance(x, _Product):
                 x.value = self._multiply(x)
         return x.value
 
@@ -131,24 +131,24 @@ class FusedOps(Ops[V]):
             return self.fused_project(source, product.name, norm=x.name, delta=x.delta, **fused)
         return self.fused_project(self.keep(x), product.name, **fused)
 
-    def project(self, x, name):
+    def project(self, x: Any, name: str) -> Any:
         return _Product(x=x if isinstance(x, _Norm) else self.keep(x), name=name)
 
-    def swiglu(self, gate_up):
+    def swiglu(self, gate_up: Any) -> Any:
         if not isinstance(gate_up, _Product) or gate_up.value is not None:
             raise TypeError("only a projection that nothing else uses can be gated")
         return self._multiply(gate_up, gated=True)
 
-    def add(self, x, y):
+    def add(self, x: Any, y: Any) -> Any:
         for product, other in ((x, y), (y, x)):
             if isinstance(product, _Product) and product.value is None:
                 return self._multiply(product, residual=self.keep(other))
         return self.fused_add(self.keep(x), self.keep(y))
 
-    def rms_norm(self, x, name):
+    def rms_norm(self, x: Any, name: str) -> Any:
         return _Norm(x=self.keep(x), name=name)
 
-    def residual_norm(self, delta, residual, norm):
+    def residual_norm(self, delta: Any, residual: Any, norm: str) -> Any:
         if isinstance(delta, _Product) and delta.value is None:
             total = self.add(delta, residual)
             return total, _Norm(x=total, name=norm)
@@ -156,18 +156,18 @@ class FusedOps(Ops[V]):
         total = _Sum(x=self.keep(residual), y=self.keep(delta))
         return total, _Norm(x=total.x, delta=total.y, name=norm)
 
-    def select(self, x, indices):
+    def select(self, x: Any, indices: V) -> Any:
         if isinstance(x, _Norm) and x.value is None and x.delta is None:
             return _Norm(x=self.rows(x.x, indices), name=x.name)
         return self.rows(self.keep(x), indices)
 
-    # Collectives take values, not deferred ones
+    # Collectives take values, not deferred ones. The class that implements them is among the bases.
 
-    def all_reduce_residual(self, delta, residual):
-        return super().all_reduce_residual(self.keep(delta), self.keep(residual))
+    def all_reduce_residual(self, delta: Any, residual: Any) -> Any:
+        return super().all_reduce_residual(self.keep(delta), self.keep(residual))  # type: ignore[safe-super]
 
-    def all_reduce_residual_norm(self, delta, residual, norm):
+    def all_reduce_residual_norm(self, delta: Any, residual: Any, norm: str) -> Any:
         return super().all_reduce_residual_norm(self.keep(delta), self.keep(residual), norm)
 
-    def broadcast(self, x, tokens):
-        return super().broadcast(None if x is None else self.keep(x), tokens)
+    def broadcast(self, x: Any, tokens: V) -> Any:
+        return super().broadcast(None if x is None else self.keep(x), tokens)  # type: ignore[safe-super]

@@ -65,7 +65,9 @@ class OnnxOps(Ops[str]):
 
     # Helpers that add nodes
 
-    def _nodes(self, operator: str, inputs: Sequence[str], outputs: int | Sequence[str] = 1, **attributes) -> list[str]:
+    def _nodes(
+        self, operator: str, inputs: Sequence[str], outputs: int | Sequence[str] = 1, **attributes: Any
+    ) -> list[str]:
         """Adds a node and returns its outputs. `outputs`: their names, or how many."""
         name = f"{operator}.{len(self.nodes)}"
         if isinstance(outputs, int):

@@ -102,7 +102,7 @@ def _rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
 class RMSNormalization(OpRun):
     """The operator as the standard defines it. The evaluator's own version squares in x's type: float16 overflows."""
 
-    def _run(self, x, weight, epsilon=None, **_):
+    def _run(self, x: Any, weight: Any, epsilon: Any = None, **_: Any) -> tuple[Any]:
         return (_rms_norm(x, weight, epsilon),)
 
 
@@ -120,20 +120,20 @@ def _collectives(comm: Any) -> list[type[OpRun]]:
     class CqilAllReduce(OpRun):
         op_domain = DOMAIN
 
-        def _run(self, delta, residual, *rest, mode=None, eps=None, **_):
+        def _run(self, delta: Any, residual: Any, *rest: Any, mode: Any = None, eps: Any = None, **_: Any) -> Any:
             total = _ordered_sum([*comm.allgather(delta), residual]).astype(delta.dtype)
             return (total,) if mode == 1 else (total, _rms_norm(total, rest[0], eps))
 
     class CqilBroadcast(OpRun):
         op_domain = DOMAIN
 
-        def _run(self, x, workspace, **_):
+        def _run(self, x: Any, workspace: Any, **_: Any) -> tuple[Any]:
             return (comm.bcast(x, root=0),)
 
     class CqilBypass(OpRun):
         op_domain = DOMAIN
 
-        def _run(self, x, workspace, distance=None, **_):
+        def _run(self, x: Any, workspace: Any, distance: Any = None, **_: Any) -> tuple[Any]:
             rank = comm.Get_rank()
             before = comm.allgather(x)[max(0, rank - distance) : rank]
             return (_ordered_sum([np.zeros_like(x), *before]).astype(x.dtype),)

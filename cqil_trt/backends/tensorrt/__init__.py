@@ -24,15 +24,19 @@ class TensorRtBackend(Backend):
             help='build with TensorRT-RTX, for "portable" or compute capabilities like 8.6,8.9',
             keywords={"metavar": "LIST"},
         ),
-        Option(name="collective", help="what joins ranks (default plugin where possible)", choices=("plugin", "nccl")),
+        Option(
+            name="collective",
+            help="what the ranks communicate through (default: plugin where possible)",
+            choices=("plugin", "nccl"),
+        ),
         Option(
             name="timing_cache",
-            help="where timings are kept (default: next to the engine)",
+            help="timing cache file (default: next to the engine)",
             keywords={"metavar": "NAME"},
         ),
         Option(
             name="save_network_json",
-            help="write every layer's names, shapes, types",
+            help="write the names, shapes and types of all layers to a JSON file",
             keywords={"action": "store_true"},
         ),
         Option(name="verbose", help="show TensorRT's own warnings and errors", keywords={"action": "store_true"}),

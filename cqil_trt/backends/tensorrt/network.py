@@ -382,11 +382,19 @@ class ClassicOps(FusedOps[Tensor], TensorRtOps):
         """`indices` as those of `select_rows`: rows of the matrix."""
         return self._plugin("CqilGather", [x, indices], 1)[0]
 
-    def fused_project(self, x, name, norm=None, delta=None, residual=None, gated=False) -> Tensor:
+    def fused_project(
+        self,
+        x: Tensor,
+        name: str,
+        norm: str | None = None,
+        delta: Tensor | None = None,
+        residual: Tensor | None = None,
+        gated: bool = False,
+    ) -> Tensor:
         weight, bias = self._weight(f"{name}.weight"), self._bias(name)
-        norm = None if norm is None else self._weight(f"{norm}.weight")
-        inputs = [tensor for tensor in (x, delta, weight, bias, norm, residual) if tensor is not None]
-        given = {"delta": delta, "bias": bias, "norm": norm, "residual": residual}
+        scale = None if norm is None else self._weight(f"{norm}.weight")
+        inputs = [tensor for tensor in (x, delta, weight, bias, scale, residual) if tensor is not None]
+        given = {"delta": delta, "bias": bias, "norm": scale, "residual": residual}
         fields = {name: int(tensor is not None) for name, tensor in given.items()}
         return self._plugin("CqilLinear", inputs, 1, **fields, gated=int(gated), eps=self.plan.model.rms_norm_eps)[0]
 

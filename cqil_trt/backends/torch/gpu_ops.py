@@ -63,8 +63,8 @@ class Matrix:
     address: int
     rows: int
     width: int
-    size: int = 0
-    pool: Pool | None = field(default=None, repr=False)
+    size: int = field(default=0, kw_only=True)
+    pool: Pool | None = field(default=None, repr=False, kw_only=True)
 
     def __del__(self) -> None:
         if self.pool is not None:
@@ -183,7 +183,7 @@ class CudaOps(FusedOps[Matrix], _Collectives):
 
     def _new(self, rows: int, width: int) -> Matrix:
         size = rows * width * self._bytes
-        return Matrix(self._pool.take(size), rows, width, size, self._pool)
+        return Matrix(self._pool.take(size), rows, width, size=size, pool=self._pool)
 
     def _call(self, name: str, *arguments: Any) -> None:
         given = [argument.address if isinstance(argument, Matrix) else argument for argument in arguments]
@@ -193,7 +193,7 @@ class CudaOps(FusedOps[Matrix], _Collectives):
     def embedding(self, tokens: Matrix) -> Matrix:
         return self.rows(self._weights["embedding.weight"], tokens)
 
-    def select(self, x, indices):
+    def select(self, x: Any, indices: Matrix) -> Any:
         # With one token per sequence there is nothing to choose.
         return x if self._length == 1 else super().select(x, indices)
 
@@ -202,7 +202,15 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         self._call("gather_rows", x, indices, out, out.rows, out.width, self._dtype)
         return out
 
-    def fused_project(self, x, name, norm=None, delta=None, residual=None, gated=False) -> Matrix:
+    def fused_project(
+        self,
+        x: Matrix,
+        name: str,
+        norm: str | None = None,
+        delta: Matrix | None = None,
+        residual: Matrix | None = None,
+        gated: bool = False,
+    ) -> Matrix:
         weight, bias = self._weights[f"{name}.weight"], self._weights.get(f"{name}.bias")
         outputs = weight.rows // 2 if gated else weight.rows
         out = Matrix(self._logits, x.rows, outputs) if name == "lm_head" else self._new(x.rows, outputs)
@@ -228,7 +236,7 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         return out
 
     def _scratch(self, size: int) -> Matrix:
-        return Matrix(self._pool.take(size), 1, size, size, self._pool)
+        return Matrix(self._pool.take(size), 1, size, size=size, pool=self._pool)
 
     def fused_norm(self, x: Matrix, delta: Matrix | None, name: str) -> Matrix:
         weight = self._weights[f"{name}.weight"]

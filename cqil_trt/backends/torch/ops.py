@@ -16,7 +16,7 @@ from cqil_trt.network.rotary import Tables, decode_tables, prompt_tables
 from cqil_trt.shard import LayerShard, RankPlan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TorchPositions:
     """Positions of the new tokens, shared by all layers of a forward pass.
 
@@ -107,7 +107,7 @@ class TorchOps(Ops[torch.Tensor]):
             cos, sin = self._cos[0, 0, index][:, None], self._sin[0, 0, index][:, None]
             causal, masked = False, True
         mask = (torch.arange(length) <= index[..., None])[:, None] if masked else None
-        return TorchPositions(index, common, length, cos, sin, mask, causal)
+        return TorchPositions(index=index, past=common, length=length, cos=cos, sin=sin, mask=mask, causal=causal)
 
     def embedding(self, tokens: torch.Tensor) -> torch.Tensor:
         return F.embedding(tokens, self._weights["embedding.weight"])
@@ -138,7 +138,7 @@ class TorchOps(Ops[torch.Tensor]):
     def select(self, x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         return x.gather(1, indices[..., None].expand(-1, -1, x.shape[-1]))
 
-    def split_heads(self, qkv: torch.Tensor, shard: LayerShard):
+    def split_heads(self, qkv: torch.Tensor, shard: LayerShard) -> tuple[torch.Tensor, ...]:
         batch, new, _ = qkv.shape
         heads = qkv.view(batch, new, -1, self.plan.model.head_dim).transpose(1, 2)
         return heads.split([shard.num_heads, shard.num_kv_heads, shard.num_kv_heads], dim=1)
@@ -157,7 +157,9 @@ class TorchOps(Ops[torch.Tensor]):
         q, k = self.rotary(turning, positions).split([shard.num_heads, shard.num_kv_heads], dim=1)
         return self.cached_attention(q, k, v, positions, shard)
 
-    def cached_attention(self, q, k, v, positions: TorchPositions, shard: LayerShard) -> torch.Tensor:
+    def cached_attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: TorchPositions, shard: LayerShard
+    ) -> torch.Tensor:
         batch, heads, new, dim = q.shape
         keys, values = (part.narrow(0, 0, batch) for part in self._cache[shard.index])
         if positions.past is not None:
