@@ -1,6 +1,6 @@
 """What CudaOps asks of the kernels, without a GPU: host memory, and kernels in PyTorch by the words of cqil_trt.h.
 
-The kernels themselves are judged on GPUs (test_collectives_cuda.py). This judges the calls: addresses, shapes, flags,
+The kernels themselves are judged on GPUs (test_kernels.py). This judges the calls: addresses, shapes, flags,
 order, and that memory is not used again while its value is needed.
 """
 
@@ -14,7 +14,7 @@ from support.cases import ARCHITECTURES, RANK_SHAPES
 from support.checkpoints import make_model, rank_weights
 from support.fake_ops import Alone, HostKernels, at, norm
 
-from cqil_trt.backends.torch import gpu_ops as cuda_ops
+from cqil_trt.backends.torch import gpu_ops
 from cqil_trt.backends.torch.gpu_ops import CudaOps, Matrix
 from cqil_trt.backends.torch.ops import TorchOps
 from cqil_trt.checkpoint import Checkpoint
@@ -88,7 +88,7 @@ def host_memory(monkeypatch):
 
     monkeypatch.setattr(cuda, "Arena", HostArena)
     monkeypatch.setattr(
-        cuda_ops.cuda, "call", lambda name, address, value, size, stream: ctypes.memset(address, 0, size)
+        gpu_ops.cuda, "call", lambda name, address, value, size, stream: ctypes.memset(address, 0, size)
     )
     return kept
 
