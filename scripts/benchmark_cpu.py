@@ -74,9 +74,10 @@ def run(options: argparse.Namespace, job: Job) -> None:
         samples.append({**spent, "the rest": total - sum(spent.values()), "total": total})
     if job.rank:
         return
-    step = {name: float(np.median([sample[name] for sample in samples]) * 1e3) for name in samples[0]}
+    median = sorted(samples, key=lambda sample: sample["total"])[len(samples) // 2]
+    step = {name: seconds * 1e3 for name, seconds in median.items()}
     rows = [(name, f"{ms:.2f}", f"{ms / step['total']:.1%}") for name, ms in step.items()]
-    print(table(["a decode step", "ms", "share"], rows))
+    print(table(["the median decode step", "ms", "share"], rows))
     if options.json:
         options.json.write_text(json.dumps({"milliseconds": step, "threads": torch.get_num_threads()}, indent=1) + "\n")
 

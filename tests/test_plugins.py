@@ -1,12 +1,15 @@
 """The plugin library, as far as a machine without GPU goes: it compiles, loads, and TensorRT takes its plugins."""
 
 import ctypes.util
+import re
 import shutil
 import subprocess
 import sys
 from enum import IntEnum
+from functools import cache
 
 import pytest
+import torch
 from support import ROOT
 from support.processes import run
 
@@ -20,12 +23,21 @@ HEADERS = ROOT / "third_party" / "tensorrt_headers"
 HEADER = ROOT / "plugins" / "cqil_trt.h"
 
 
-@pytest.fixture(scope="module", params=[("10.14", "80"), ("11.1", "90")], ids=lambda param: param[0])
-def built(request, tmp_path_factory):
-    """The library for one architecture with the headers of one TensorRT; warnings are errors."""
-    headers, architecture = request.param
-    path = tmp_path_factory.mktemp(headers) / kernel_library.LIBRARY
-    return headers, kernel_library.build(HEADERS / headers, architecture, path)
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """The library for one architecture with the headers of one TensorRT, built once; warnings are errors."""
+
+    @cache
+    def build(headers, architecture):
+        path = tmp_path_factory.mktemp(headers) / kernel_library.LIBRARY
+        return kernel_library.build(HEADERS / headers, architecture, path)
+
+    return build
+
+
+@pytest.fixture(params=[("10.14", "80"), ("11.1", "90")], ids=lambda param: param[0])
+def built(request, library):
+    return request.param[0], library(*request.param)
 
 
 @pytest.mark.slow
@@ -329,3 +341,37 @@ def test_a_plugin_is_given_its_fields():
     for message, given in refused.items():
         with pytest.raises(TypeError, match=message):
             tensorrt_plugins.create(None, *given)  # before TensorRT sees it
+
+
+@pytest.mark.slow
+@needs_nvcc
+def test_a_plugin_that_fails_prints_its_own_reason_once(library, tmp_path):
+    headers, path = HEADERS / "11.1", library("11.1", "90")
+    program = tmp_path / "plugin_failures"
+    options = ["-std=c++17", "-Xcompiler=-Wno-deprecated-declarations", f"-I{headers}", f"-I{ROOT / 'plugins'}"]
+    source = ROOT / "tests" / "support" / "plugin_failures.cpp"
+    subprocess.run(["nvcc", *options, "-o", program, source, "-ldl"], check=True)
+    done = subprocess.run([program, path], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    said = {}
+    for part in re.split("^== ", done.stderr, flags=re.MULTILINE)[1:]:
+        name, *lines = part.splitlines()
+        said[name] = lines
+    reasons = {
+        "memset": "CqilAdd: cudaMemsetAsync",
+        "unbound broadcast": "CqilBroadcast: its input `workspace` is not bound",
+        "unbound bypass": "CqilBypass: its input `workspace` is not bound",
+        "unshared bypass": "CqilBypass: this process shares no workspace",
+    }
+    if torch.cuda.is_available():
+        reasons |= {
+            "wrong rank": "CqilBroadcast: the engine was built for rank 1, the workspace is that of rank 0",
+            "memcpy": "CqilBroadcast: cudaMemcpyAsync",
+            "distance": "CqilBypass: distance 1 is not from 0 to 0",
+        }
+    else:
+        assert said.pop("no GPU") == []
+    assert said.keys() == reasons.keys()
+    for name, reason in reasons.items():
+        assert len(said[name]) == 2 and said[name][1] == "status -1", (name, said[name])
+        assert said[name][0].startswith(f"error: {reason}"), (name, said[name])
