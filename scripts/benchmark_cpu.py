@@ -4,7 +4,7 @@
     python scripts/benchmark_cpu.py --engine engines/ENGINE
     mpirun -n 2 python scripts/benchmark_cpu.py --engine engines/ENGINE
 
-Rank 0 reports medians over steps, at a context of --context tokens. OMP_NUM_THREADS sets the threads per rank.
+Rank 0 reports the step of median length, at a context of --context tokens. OMP_NUM_THREADS sets the threads per rank.
 """
 
 from __future__ import annotations
