@@ -361,7 +361,7 @@ def test_self_generated_text_is_the_models_own(model, top_p):
     found = sample(SEED)
     assert found.shape == (40, 24) and set(found[:, 0]) <= set(first) and found.max() < 260
     assert (found == sample(SEED)).all() and (found != sample(SEED + 1)).any()
-    # The likeliest tokens behind the first, then draws: sampled, the text's loss is near the entropy of what is left.
+    # The likeliest tokens after the first, then draws: sampled, the text's loss is near the entropy of what is left.
     ids = torch.from_numpy(found.astype(np.int64))
     with torch.no_grad():
         logits = network(ids).logits
@@ -526,7 +526,7 @@ def test_training_compiled_for_the_gpu_is_the_same_training(model, text, tmp_pat
 
 
 @pytest.mark.slow
-def test_resumed_behind_a_kill_training_ends_where_it_would_have(model, text, adapter, tmp_path):
+def test_training_resumed_after_a_kill_ends_where_it_would_have(model, text, adapter, tmp_path):
     output = tmp_path / "adapter"
     command = [sys.executable, "scripts/finetune.py", "--model", model, *SHAPE, "--text", text, "--output", output]
     command += ["--sequence-length", 32, "--batch-size", 4, "--lora-rank", 4, "--steps", 30, "--save-steps", 8]
@@ -553,7 +553,7 @@ def test_resumed_behind_a_kill_training_ends_where_it_would_have(model, text, ad
     assert_user_error(finetune(model, text, output, "--resume"), "no unfinished training")
 
 
-def test_resumed_behind_its_last_step_training_takes_no_step_more(model, text, tmp_path, monkeypatch):
+def test_training_resumed_after_its_last_step_takes_no_step_more(model, text, tmp_path, monkeypatch):
     flags = ["--model", model, *SHAPE, "--text", text, "--sequence-length", 32, "--batch-size", 4, "--lora-rank", 4]
     flags += ["--steps", 4, "--save-steps", 2, "--output", tmp_path / "adapter"]
 

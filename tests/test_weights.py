@@ -389,7 +389,7 @@ DAMAGE = {
     "not JSON": lambda raw: raw[:8] + b"x" + raw[9:],
     "overlapping offsets": lambda raw: raw.replace(b"[48,68]", b"[40,60]"),
     "offsets and shape disagree": lambda raw: raw.replace(b"[3,4]", b"[3,3]"),
-    "data behind the end": lambda raw: raw + b"1234",
+    "data after the end": lambda raw: raw + b"1234",
 }
 
 

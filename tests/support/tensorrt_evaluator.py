@@ -78,7 +78,7 @@ class NetworkEvaluator:
             assert layer.num_outputs == 1 and layer.get_output(0).name not in makers
             makers[layer.get_output(0).name] = kind, layer
 
-        # In an order in which they can be computed: a shape given as a tensor stands behind the layer it is for.
+        # In an order in which they can be computed: a shape given as a tensor comes after the layer it is for.
         self._layers: list[tuple[str, Any, list[str | None], Declared]] = []
         depths = {tensor.name: 0 for tensor in self._inputs}
 
@@ -202,7 +202,7 @@ def _kv_cache_update(layer: Any, cache: Array, new: Array, write: Array) -> Arra
     """The output is the cache's own memory."""
     assert (layer.cache_mode.name, layer.update_form.name) == ("LINEAR", "PADDED_BHND")
     length = new.shape[2]
-    assert cache.shape[2] >= write.max() + length and write.min() >= 0, "a write behind the end of the cache"
+    assert cache.shape[2] >= write.max() + length and write.min() >= 0, "a write past the end of the cache"
     for row, update, first in zip(cache, new, write):
         row[:, first : first + length] = update
     return cache
@@ -235,7 +235,7 @@ def _shape(layer: Any, x: Array) -> Array:
 
 
 def _shuffle(layer: Any, x: Array, dims: Array | None = None) -> Array:
-    """A transpose, a reshape (0 keeps a size, -1 infers one), a transpose. Permutations are padded behind the rank."""
+    """A transpose, a reshape (0 keeps a size, -1 infers one), a transpose. Permutations are padded up to eight axes."""
     x = x.transpose(tuple(layer.first_transpose)[: x.ndim])
     # Asking for numbers that a tensor stands for logs a warning.
     sizes = layer.reshape_dims if dims is None else dims

@@ -1,4 +1,4 @@
-"""TensorRT-LLM's own runner on an engine directory, with nothing of cqil_trt: greedy tokens behind a prompt, as JSON.
+"""TensorRT-LLM's own runner on an engine directory, with nothing of cqil_trt: greedy tokens after a prompt, as JSON.
 
 mpirun -n 2 python tests/support/tensorrt_llm_runner.py ENGINE/trtllm PROMPT.json COUNT
 """
