@@ -210,6 +210,18 @@ def _load_directory(path: Path, dtype: torch.dtype) -> nn.Module:
     return kind.from_pretrained(path, dtype=dtype, trust_remote_code=False, local_files_only=True)
 
 
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """transformers parses a file at each use, which takes seconds for a large vocabulary: it gets ours, parsed once."""
+    import gguf
+
+    original, gguf.GGUFReader = gguf.GGUFReader, lambda path: open_gguf(Path(path))
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = original
+
+
 def _load_gguf(path: Path, dtype: torch.dtype) -> nn.Module:
     """The tensors as transformers reads them, with the rope and biases of the metadata, which it ignores.
 
@@ -228,7 +240,8 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> nn.Module:
         return default if found is None else found.contents()
 
     options = {"gguf_file": path.name, "trust_remote_code": False, "local_files_only": True}
-    config = AutoConfig.from_pretrained(path.parent, **options)
+    with _parsed_once():
+        config = AutoConfig.from_pretrained(path.parent, **options)
     kind, factor = field("rope.scaling.type", "linear"), field("rope.scaling.factor", field("rope.scale_linear", 0))
     rope = {"rope_type": "default", "rope_theta": field("rope.freq_base", 10000.0)}
     if factor and kind != "none":
@@ -248,7 +261,8 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> nn.Module:
         reader = GgufReader(path)
         network = from_reader(reader.model_config(), reader, dtype, pieces=False)
     else:
-        network = AutoModelForCausalLM.from_pretrained(path.parent, config=config, dtype=dtype, **options)
+        with _parsed_once():
+            network = AutoModelForCausalLM.from_pretrained(path.parent, config=config, dtype=dtype, **options)
     device = device_of(network)
     rotary = network.model.rotary_emb = type(network.model.rotary_emb)(config).to(device)
     if "rope_freqs.weight" in tensors:
