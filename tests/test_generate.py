@@ -52,10 +52,12 @@ def test_eos_ends_a_sequence_and_not_its_neighbours(llm):
         ended = llm.generate([[5, 9, 77], [200]], 16)
     finally:
         llm.engine = engine
-    first = free[0].tokens.index(stop)
-    assert ended[0].tokens == free[0].tokens[: first + 1] and ended[0].finish_reason == "eos"
-    expected = free[1].tokens
-    assert ended[1].tokens == (expected[: expected.index(stop) + 1] if stop in expected else expected)
+    ends = {stop, llm.tokenizer.special("eos_token")}
+    for found, tokens in zip(ended, (completion.tokens for completion in free), strict=True):
+        length = next((i for i, token in enumerate(tokens, start=1) if token in ends), 16)
+        assert found.tokens == tokens[:length]
+        assert found.finish_reason == ("eos" if tokens[length - 1] in ends else "length")
+    assert ended[0].finish_reason == "eos"
 
 
 def test_a_full_engine_ends_generation(llm):
