@@ -211,11 +211,11 @@ def _load_directory(path: Path, dtype: torch.dtype) -> nn.Module:
 
 
 @contextmanager
-def _parsed_once() -> Iterator[None]:
-    """transformers parses a file at each use, which takes seconds for a large vocabulary: it gets ours, parsed once."""
+def _parsed(file: Any) -> Iterator[None]:
+    """transformers parses a file at each use, which takes seconds for a large vocabulary: it gets this one, parsed."""
     import gguf
 
-    original, gguf.GGUFReader = gguf.GGUFReader, lambda path: open_gguf(Path(path))
+    original, gguf.GGUFReader = gguf.GGUFReader, lambda path: file
     try:
         yield
     finally:
@@ -240,7 +240,7 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> nn.Module:
         return default if found is None else found.contents()
 
     options = {"gguf_file": path.name, "trust_remote_code": False, "local_files_only": True}
-    with _parsed_once():
+    with _parsed(file):
         config = AutoConfig.from_pretrained(path.parent, **options)
     kind, factor = field("rope.scaling.type", "linear"), field("rope.scaling.factor", field("rope.scale_linear", 0))
     rope = {"rope_type": "default", "rope_theta": field("rope.freq_base", 10000.0)}
@@ -261,7 +261,7 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> nn.Module:
         reader = GgufReader(path)
         network = from_reader(reader.model_config(), reader, dtype, pieces=False)
     else:
-        with _parsed_once():
+        with _parsed(file):
             network = AutoModelForCausalLM.from_pretrained(path.parent, config=config, dtype=dtype, **options)
     device = device_of(network)
     rotary = network.model.rotary_emb = type(network.model.rotary_emb)(config).to(device)
