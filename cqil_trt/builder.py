@@ -44,9 +44,8 @@ class EngineWeights:
                 f"--model {path}: an engine of backend {self.engine.backend}; only one of backend {backends.PLAIN} can "
                 "be compiled"
             )
-        missing = {f"rank{rank}.safetensors" for rank in range(self.engine.world_size)} - self.engine.files.keys()
-        if missing:
-            raise UserError(f"--model {path}: config.json lists no {min(missing)}, which every engine has")
+        for rank in range(self.engine.world_size):
+            self.engine.files_of(rank, backends.load(backends.PLAIN).rank_files(rank))
 
     def write_shared(self, directory: Path) -> list[Path]:
         return [self._take(name, directory / name) for name in self.engine.shared_files if name != probes.FILE]
@@ -128,7 +127,7 @@ class BuildRequest:
         known = {f.name for f in fields(cls)}
         return cls(
             **{name: value for name, value in arguments.items() if name in known},
-            options={name: value for name, value in arguments.items() if name not in known and _given(value)},
+            options={name: value for name, value in arguments.items() if name not in known},
         )
 
     @property
@@ -338,14 +337,10 @@ def _choose_limits(request: BuildRequest, opened: _Opened) -> EngineLimits:
     return limits
 
 
-def _given(option: Any) -> bool:
-    """Whether an option has a value: neither None nor, for a switch, False."""
-    return option is not None and option is not False
-
-
 def _backend_options(request: BuildRequest) -> dict[str, Any]:
     """The backend options in the request. Raises UserError for one that the backend does not have."""
-    options = {name: value for name, value in request.options.items() if _given(value)}
+    # argparse gives None for an option and False for a switch that the user left out; 0 is a value.
+    options = {name: value for name, value in request.options.items() if value is not None and value is not False}
     known = backends.all_options()
     for name in options:
         if name not in known:

@@ -23,10 +23,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from cqil_trt.config import CqilConfig, EngineLimits
 from cqil_trt.errors import UserError
+from cqil_trt.formats import StoredTensor
 from cqil_trt.json_fields import read_json
 from cqil_trt.model import ModelConfig
 from cqil_trt.shard import RankPlan, plan
@@ -97,12 +98,16 @@ class Engine:
         if found != entry:
             raise UserError(f"{path}: the sha256 differs from config.json: the file is damaged, rebuild the engine")
 
-    def verify_rank(self, rank: int, needed: Sequence[str] = ()) -> None:
-        """Verifies the files that rank `rank` loads: its own (`needed` among them), and on rank 0 the shared ones."""
+    def files_of(self, rank: int, needed: Sequence[str] = ()) -> list[str]:
+        """The files of a rank. Raises UserError unless `needed` are among them."""
         own = [name for name, owner in self.owners.items() if owner == rank]
         if not {*needed} <= {*own}:
             raise _foreign(self.path)
-        for name in (*own, *(self.shared_files if rank == 0 else ())):
+        return own
+
+    def verify_rank(self, rank: int, needed: Sequence[str] = ()) -> None:
+        """Verifies the files that rank `rank` loads: its own (`needed` among them), and on rank 0 the shared ones."""
+        for name in (*self.files_of(rank, needed), *(self.shared_files if rank == 0 else ())):
             self.verify(name)
 
     @classmethod
@@ -153,20 +158,7 @@ def rank_file(rank: int, suffix: str = "safetensors") -> str:
     return f"rank{rank}.{suffix}"
 
 
-class _Tensor(Protocol):
-    """A tensor of a safetensors file. `dtype`: as in `RankTensor`."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def nbytes(self) -> int: ...
-
-
-def tensor_header(tensors: Iterable[_Tensor]) -> bytes:
+def tensor_header(tensors: Iterable[StoredTensor]) -> bytes:
     """The header of a safetensors file that holds these tensors in this order."""
     header, end = {}, 0
     for tensor in tensors:

@@ -12,9 +12,9 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from cqil_trt.errors import UserError
-from cqil_trt.formats.format import Piece, Projection, RankTensor, WeightFormat
+from cqil_trt.formats.format import Piece, Projection, RankTensor, StoredTensor, WeightFormat
 
-__all__ = ["DENSE", "Piece", "Projection", "RankTensor", "WeightFormat", "load", "names"]
+__all__ = ["DENSE", "Piece", "Projection", "RankTensor", "StoredTensor", "WeightFormat", "load", "names"]
 
 DENSE = "dense"
 

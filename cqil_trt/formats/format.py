@@ -30,16 +30,12 @@ class Piece:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankTensor:
-    """A tensor of a rank's engine: `pieces` stacked along the first axis and rounded. `dtype`: one of DTYPE_BYTES.
-
-    A format whose tensors are made in another way derives a class from this one.
-    """
+class StoredTensor:
+    """A tensor of a safetensors file. `dtype`: one of DTYPE_BYTES."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
-    pieces: tuple[Piece, ...]
 
     @property
     def elements(self) -> int:
@@ -48,6 +44,16 @@ class RankTensor:
     @property
     def nbytes(self) -> int:
         return self.elements * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankTensor(StoredTensor):
+    """A tensor of a rank's engine: `pieces` stacked along the first axis and rounded.
+
+    A format whose tensors are made in another way derives a class from this one.
+    """
+
+    pieces: tuple[Piece, ...]
 
     def blocks(self, reader: WeightReader) -> Iterator[torch.Tensor]:
         """The elements in order, in contiguous blocks of bounded size and of type `dtype`."""

@@ -8,29 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
 
-from cqil_trt.config import DTYPE_BYTES
+from cqil_trt.formats import StoredTensor
 from cqil_trt.shard import RankPlan
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """A tensor of the checkpoint: elements `first` … of our tensor `source`; zeros where there is none."""
+class Part(StoredTensor):
+    """A tensor of the checkpoint: elements of our tensor `source`, from `first` on. `source` None: zeros."""
 
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
     source: str | None
     first: int = 0
-
-    @property
-    def elements(self) -> int:
-        return prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.elements * DTYPE_BYTES[self.dtype]
 
 
 def parts(plan: RankPlan) -> Iterator[Part]:
