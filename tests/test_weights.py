@@ -307,6 +307,13 @@ def test_a_gguf_file_in_parts_is_one_whichever_part_is_given(given_part, split):
     assert checkpoint.source.model == str(parts[0])
 
 
+def test_a_gguf_file_in_more_parts_than_stay_open_is_one(tmp_path):
+    source = make_model(tmp_path / "hf", num_hidden_layers=3)
+    first = write_gguf(tmp_path / "model.gguf", source, split_max_tensors=1)
+    assert len(list(tmp_path.glob("*.gguf"))) > 16
+    assert_converted(first, source)
+
+
 def copied(split, directory):
     return [shutil.copy(part, directory) for part in split[1]]
 
