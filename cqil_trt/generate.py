@@ -1,15 +1,14 @@
-"""Tokens in, text out: stopping and streaming. Every rank runs this loop in lockstep and gets the same tokens."""
+"""Tokens in, text out: stopping and streaming. Every rank calls `generate` with the same prompts and gets the same."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from cqil_trt.errors import UserError
+from cqil_trt.runner import Runner
 from cqil_trt.sampling import SamplingConfig
-from cqil_trt.session import Session
+from cqil_trt.scheduler import Request
 from cqil_trt.tokenizer import Tokenizer
 
 
@@ -39,8 +38,8 @@ class Completion:
     finish_reason: str = ""
 
 
-class _Text:
-    """The growing text of a sequence, up to a stop text.
+class StoppingText:
+    """The growing text of a sequence, up to a stop text. Text that may become one is held back.
 
     A stop text may contain the text of control tokens, which is not part of the answer.
     """
@@ -51,22 +50,25 @@ class _Text:
         self._longest = max(map(len, stops), default=0)
         # The text that has not been taken yet, and for each character whether it is shown: "+" or "-".
         self._waiting, self._shown = "", ""
-        self._stopped = False
+        self.stopped: str | None = None  # the stop text that came
 
     def add(self, token: int) -> bool:
-        """Adds a token; returns whether a stop text is complete."""
+        """Adds a token; returns whether a stop text is complete. The token that ends a sequence is not added."""
         control = self._control_text(token) if self._stops else None
         if control is None:
             self._append(self._stream.add(token), "+")
         else:
             self._append(control, "-")
         found = [
-            places[place] for text, places in self._views() for stop in self._stops if (place := text.find(stop)) >= 0
+            (places[place], stop)
+            for text, places in self._views()
+            for stop in self._stops
+            if (place := text.find(stop)) >= 0
         ]
         if found:
-            self._stopped = True
-            self._waiting, self._shown = self._waiting[: min(found)], self._shown[: min(found)]
-        return self._stopped
+            end, self.stopped = min(found, key=lambda pair: pair[0])
+            self._waiting, self._shown = self._waiting[:end], self._shown[:end]
+        return bool(found)
 
     def _append(self, text: str, mark: str) -> None:
         self._waiting += text
@@ -74,7 +76,7 @@ class _Text:
 
     def take(self, done: bool) -> str:
         """Takes the text that is certain; all of it if the sequence is `done`."""
-        if done and not self._stopped:
+        if done and self.stopped is None:
             self._append(self._stream.finish(), "+")
         certain = len(self._waiting) if done else self._before_possible_stop()
         text = "".join(c for c, mark in zip(self._waiting[:certain], self._shown) if mark == "+")
@@ -101,71 +103,63 @@ class _Text:
 
 
 class _Sequence:
-    """One prompt in progress, with its own random stream and text, so that batching changes nothing."""
+    """One prompt in progress."""
 
     def __init__(self, prompt: Sequence[int], config: GenerationConfig, tokenizer: Tokenizer | None):
         self.completion = Completion(prompt=list(prompt))
-        self.random = np.random.Generator(np.random.Philox(config.sampling.seed))
-        self._config = config
-        self._text = None if tokenizer is None else _Text(tokenizer, config.stop)
+        self._text = None if tokenizer is None else StoppingText(tokenizer, config.stop)
 
-    @property
-    def done(self) -> bool:
-        return bool(self.completion.finish_reason)
-
-    def add(self, token: int, room: bool) -> str:
-        """Adds the next token; returns the text that is now certain. `room`: whether the engine can hold another."""
-        completion, config = self.completion, self._config
+    def add(self, token: int, finish_reason: str) -> str:
+        """Adds the next token; returns the text that is now certain. `finish_reason`: "" unless it is the last."""
+        completion = self.completion
         completion.tokens.append(token)
-        if token in config.eos_token_ids:
-            completion.finish_reason = "eos"
-        elif self._text is not None and self._text.add(token):
-            completion.finish_reason = "stop"
-        if not completion.finish_reason and (len(completion.tokens) == config.max_new_tokens or not room):
-            completion.finish_reason = "length"
+        completion.finish_reason = finish_reason
         if self._text is None:
             return ""
-        text = self._text.take(self.done)
+        if finish_reason != "eos" and self._text.add(token):
+            completion.finish_reason = "stop"
+        text = self._text.take(bool(completion.finish_reason))
         completion.text += text
         return text
 
 
 def generate(
-    session: Session,
+    runner: Runner,
     prompts: Sequence[Sequence[int]],
     config: GenerationConfig,
     tokenizer: Tokenizer | None = None,
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[Completion]:
-    """Completes every prompt (token ids), in batches of at most the engine's size.
+    """Completes every prompt (token ids, which the engine accepts).
 
     `on_text(index, text)` is called as text appears. Without a tokenizer completions carry tokens only, and `stop`
-    cannot be used. Raises UserError for a prompt that the engine does not accept.
+    cannot be used: UserError.
     """
     if config.stop and tokenizer is None:
         raise UserError("--stop needs a tokenizer, which this engine does not have")
-    completions: list[Completion] = []
-    size = session.limits.max_batch_size
-    for first in range(0, len(prompts), size):
-        batch = [_Sequence(prompt, config, tokenizer) for prompt in prompts[first : first + size]]
-        for number, text in _run(session, batch, config):
-            if on_text is not None and text:
-                on_text(first + number, text)
-        completions += [sequence.completion for sequence in batch]
-    return completions
-
-
-def _run(session: Session, batch: list[_Sequence], config: GenerationConfig) -> Iterator[tuple[int, str]]:
-    """Runs one batch to its end, yielding (sequence, text) as text appears."""
-    prompts, limit = [sequence.completion.prompt for sequence in batch], session.limits.max_seq_len
-    session.prefill(prompts)
-    # The length of the longest possible completion.
-    steps = min(config.max_new_tokens, limit + 1 - min(map(len, prompts)))
-    uniforms = np.stack([sequence.random.random(steps) for sequence in batch], axis=1)
-    for tokens in session.tokens(config.sampling, uniforms, config.eos_token_ids):
-        for number, (sequence, token) in enumerate(zip(batch, tokens)):
-            if not sequence.done:
-                used = len(sequence.completion.prompt) + len(sequence.completion.tokens)
-                yield number, sequence.add(int(token), room=used < limit)
-        if all(sequence.done for sequence in batch):
-            return
+    sequences = [_Sequence(prompt, config, tokenizer) for prompt in prompts]
+    running: dict[int, int] = {}
+    for index, prompt in enumerate(prompts):
+        request = Request(
+            prompt=tuple(prompt),
+            max_new_tokens=config.max_new_tokens,
+            eos_token_ids=config.eos_token_ids,
+            sampling=config.sampling,
+        )
+        running[runner.scheduler.add(request)] = index
+    while running:
+        for event in runner.turn():
+            if event.number not in running:
+                continue
+            index = running[event.number]
+            sequence = sequences[index]
+            for choice in event.choices:
+                last = choice is event.choices[-1]
+                text = sequence.add(choice.token, event.finish_reason if last else "")
+                if on_text is not None and text:
+                    on_text(index, text)
+                if sequence.completion.finish_reason:
+                    del running[event.number]
+                    runner.scheduler.abort(event.number)
+                    break
+    return [sequence.completion for sequence in sequences]

@@ -13,8 +13,10 @@ from cqil_trt.engine import Engine, find_engine
 from cqil_trt.errors import UserError
 from cqil_trt.generate import Completion, GenerationConfig, generate
 from cqil_trt.job import Job
+from cqil_trt.runner import Runner
 from cqil_trt.sampling import SamplingConfig
-from cqil_trt.session import Session, check_prompt
+from cqil_trt.scheduler import check_prompt
+from cqil_trt.session import Session
 from cqil_trt.tokenizer import Conversation, Tokenizer, has_tokenizer
 
 
@@ -22,10 +24,13 @@ class Llm:
     """One rank's part of a loaded engine. Every rank of the job makes one and calls its methods together.
 
     If the job has a multiple of the ranks that the engine needs, consecutive ranks form replicas, and prompts are
-    assigned to replicas round-robin. `device`: "cpu", "cuda" (each rank takes the next GPU), or "auto".
+    assigned to replicas round-robin. `device`: "cpu", "cuda" (each rank takes the next GPU), or "auto". `slots`: the
+    sequences that the KV cache holds, by default as many as the engine runs at a time; fewer where memory is short.
     """
 
-    def __init__(self, directory: Path | None = None, job: Job | None = None, device: str = "auto"):
+    def __init__(
+        self, directory: Path | None = None, job: Job | None = None, device: str = "auto", slots: int | None = None
+    ):
         if device not in backends.DEVICES:
             raise UserError(f"device must be one of {', '.join(backends.DEVICES)}, found {device!r}")
         self.job = job or Job()
@@ -36,7 +41,12 @@ class Llm:
         backend = backends.load(self.engine.backend)
         self.job.agree(lambda: self.engine.verify_rank(self.rank, backend.rank_files(self.rank)))
         _share_cores(self.job)
-        self.session: Session = self.job.agree(lambda: backend.open_session(self.engine, comm, device, self.job.rank))
+        wanted = slots or self.engine.limits.max_batch_size
+        self.session: Session = self.job.agree(
+            lambda: backend.open_session(self.engine, comm, device, self.job.rank, wanted)
+        )
+        # Closed sets of prompts: nobody waits for the next token of one while another is read.
+        self.runner = Runner.of(self.session, "throughput")
         self.tokenizer = Tokenizer(path) if has_tokenizer(path) else None
 
     @property
@@ -82,6 +92,10 @@ class Llm:
         stop: Sequence[str] = (),
         chat: bool = False,
         ignore_eos: bool = False,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
         on_text: Callable[[int, str], None] | None = None,
     ) -> list[Completion]:
         """Completes prompts (text, conversations, or lists of token ids); greedy unless `temperature` is above 0.
@@ -94,7 +108,16 @@ class Llm:
             max_new_tokens=max_new_tokens,
             eos_token_ids=() if ignore_eos else self.ends,
             stop=tuple(stop),
-            sampling=SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed),
+            sampling=SamplingConfig(
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                seed=seed,
+                repetition_penalty=repetition_penalty,
+                presence_penalty=presence_penalty,
+                frequency_penalty=frequency_penalty,
+            ),
         )
         mine = range(self.replica, len(ids), self.replicas)
         report = None
@@ -103,7 +126,7 @@ class Llm:
             def report(index: int, text: str) -> None:
                 on_text(mine[index], text)
 
-        completions = generate(self.session, [ids[i] for i in mine], config, self.tokenizer, report)
+        completions = generate(self.runner, [ids[i] for i in mine], config, self.tokenizer, report)
         return self.merge(completions, len(ids))
 
     def merge(self, mine: list[Any], count: int) -> list[Any]:

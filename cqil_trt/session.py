@@ -1,67 +1,89 @@
-"""Prefill and decode on one rank, independent of the backend; results are numpy arrays, the same on all ranks."""
+"""Executes steps on one rank, independent of the backend; results are numpy arrays, the same on all ranks."""
 
 from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from cqil_trt.config import DTYPE_BYTES
 from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
-from cqil_trt.sampling import SamplingConfig, sample
+from cqil_trt.sampling import Choice, Sampler, SamplingConfig
+from cqil_trt.scheduler import Chunk, Outcome, Start, Step
+
+
+def cache_bytes(engine: Engine, rank: int) -> int:
+    """Bytes of a rank's KV cache per sequence."""
+    plan = engine.plan(rank)
+    row = plan.model.head_dim * engine.limits.max_seq_len * DTYPE_BYTES[engine.limits.dtype]
+    return 2 * row * sum(shard.num_kv_heads for shard in plan.layers.values() if shard.num_heads)
+
+
+def available_memory() -> int:
+    """Bytes of the host's memory that programs can still take."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    raise RuntimeError("/proc/meminfo has no MemAvailable: Linux 3.14 or newer is needed")
+
+
+def fitting_slots(wanted: int, free: int, each: int, comm: Any) -> int:
+    """How many of the wanted sequences fit into `free` bytes on every rank, at `each` bytes per sequence.
+
+    `comm`: an mpi4py communicator of the ranks, None for one. Raises UserError on every rank when none fits.
+    """
+    mine = min(wanted, free // each) if each else wanted
+    found = mine if comm is None else min(comm.allgather(mine))
+    if found < 1:
+        raise UserError(
+            f"no memory for the KV cache of one sequence ({each / 1e9:.2f} GB on this rank, {free / 1e9:.2f} GB free): "
+            "build with a smaller --max-seq-len"
+        )
+    return found
 
 
 class Session(ABC):
-    """Runs batches of sequences through this rank's network. All ranks of an engine call the methods together.
+    """Runs this rank's network over sequences in slots of a KV cache. All ranks of an engine call its methods together.
 
-    After `prefill` and after `decode` the session holds each sequence's next-token prediction; `greedy` and `logits`
-    read it, with the same result on every rank. B: sequences, T: tokens of one pass, K: tokens to predict from.
+    `submit` begins a step, `collect` returns the outcome of the oldest one whose outcome was not collected. A step with
+    guided slots needs `choose` in between.
+
+    `slots`: sequences that the cache holds. `ahead`: steps that are worth submitting before the oldest is collected.
+    `burst`: the largest `Step.repeat` that pays. B: sequences of a pass, T: tokens of each, K: tokens to predict from.
     """
 
-    def __init__(self, engine: Engine, rank: int):
-        self.limits = engine.limits
+    ahead = 0
+    burst = 1
+    on_gpu = False
+
+    def __init__(self, engine: Engine, rank: int, slots: int):
+        self.limits, self.slots = engine.limits, slots
+        self.vocab_size = engine.model.vocab_size
+        # Keys of earlier tokens depend on the length of their prompt where dynamic rope rotates by it.
+        self.reuses = engine.limits.max_seq_len <= engine.model.rope.fixed_context
         self._plan = engine.plan(rank)
         spans = [engine.plan(other).vocabulary for other in range(engine.world_size)]
         self._offset = spans[rank][0]
         # The number of logits that each rank computes.
         self._widths = [last - first for first, last in spans]
-        self._past = np.zeros(0, np.int64)
-
-    # What a backend provides
 
     @abstractmethod
-    def _start(self, lengths: np.ndarray) -> None:
-        """Starts a new batch of prompts with these lengths, int64 [B]."""
+    def submit(self, step: Step) -> None:
+        """Begins a step. Its slots hold what earlier steps left there."""
 
     @abstractmethod
-    def _forward(self, tokens: np.ndarray, past: np.ndarray, select: np.ndarray) -> None:
-        """One forward pass: int64 tokens [B, T], past [B], select [B, K]; its logits stay with the backend."""
+    def choose(self, masks: Mapping[int, np.ndarray]) -> None:
+        """Ends the step submitted last: chooses tokens, of which `masks` (`Matcher.mask`) allow some, by slot."""
 
     @abstractmethod
-    def _keep(self, rows: np.ndarray) -> None:
-        """Makes the logits of the last pass, which had K = 1, the prediction in these rows (bool [B])."""
-
-    @abstractmethod
-    def _last_logits(self) -> np.ndarray:
-        """This rank's logits of the last pass, float32 [B, K, width]; width 0 on a rank that predicts nothing."""
-
-    @abstractmethod
-    def _prediction(self) -> np.ndarray:
-        """This rank's logits of every sequence's next token, float32 [B, width]."""
-
-    @abstractmethod
-    def _step(self, tokens: np.ndarray, past: np.ndarray) -> None:
-        """Appends one token to every sequence (int64 [B]) and predicts the next."""
-
-    @abstractmethod
-    def greedy(self) -> np.ndarray:
-        """The most likely next token of every sequence, int64 [B]; the smallest id among equals."""
-
-    @abstractmethod
-    def _gather(self, columns: np.ndarray) -> np.ndarray:
-        """Every rank's columns (float32 [rows, width]) side by side, on every rank."""
+    def collect(self) -> Outcome:
+        """The outcome of the oldest step that was not collected."""
 
     @abstractmethod
     def joined(self) -> bytes:
@@ -70,108 +92,118 @@ class Session(ABC):
         Empty if the ranks join nothing. Logits would prove little: all ranks receive them from the same senders.
         """
 
-    def tokens(
-        self, sampling: SamplingConfig, uniforms: np.ndarray, ends: tuple[int, ...] = ()
-    ) -> Iterator[np.ndarray]:
-        """Decodes: yields the next token of every sequence, int64 [B], at most len(uniforms) times.
+    @abstractmethod
+    def logits(self) -> np.ndarray:
+        """The logits after the last step, of the last token of each of its sequences, float32 [B, vocabulary]."""
 
-        `uniforms`, float64 [steps, B], are drawn from [0, 1) and consumed by sampling. Tokens of a sequence after one
-        of `ends` are meaningless. A caller may stop early; the session may then be a few steps ahead.
-        """
-        for step, draws in enumerate(uniforms, 1):
-            if sampling.temperature == 0:
-                chosen = self.greedy()
-            else:
-                pairs = zip(self.logits(), draws)
-                chosen = np.array([sample(row, sampling, draw) for row, draw in pairs], dtype=np.int64)
-            yield chosen
-            if step < len(uniforms):
-                self.decode(chosen)
+    def close(self) -> None:  # noqa: B027 (optional)
+        """Releases the session's resources, on all ranks together. The session cannot be used afterwards."""
 
-    def time_decode(self, steps: int) -> list[float]:
-        """Milliseconds of each of `steps` greedy decode steps, starting from the current prediction."""
+    # For measurements: a scheduler of the session must not be in use
+
+    def load(self, prompt: Sequence[int], slot: int = 0) -> int:
+        """Reads a prompt into a slot; returns its greedy next token."""
+        start = Start(slot=slot, prompt=tuple(prompt), sampling=SamplingConfig(), room=self.limits.max_seq_len)
+        size, starts = self.limits.prefill_chunk, [start]
+        outcome = Outcome()
+        for first in range(0, len(prompt), size):
+            tokens = tuple(prompt[first : first + size])
+            ends = first + len(tokens) == len(prompt)
+            chunk = Chunk(slot=slot, tokens=tokens, past=first, length=len(prompt), choose=ends)
+            self.submit(Step(starts=tuple(starts), chunk=chunk))
+            outcome, starts = self.collect(), []
+        return outcome.choices[slot][0].token
+
+    def time_decode(self, slots: Sequence[int], steps: int) -> list[float]:
+        """Milliseconds of each of `steps` decode steps of the sequences in these slots, from where they are."""
         times = []
-        tokens = self.greedy()
         for _ in range(steps):
             began = time.perf_counter()
-            self.decode(tokens)
-            tokens = self.greedy()
+            self.submit(Step(decode=tuple(slots)))
+            self.collect()
             times.append((time.perf_counter() - began) * 1e3)
         return times
 
-    def close(self) -> None:
-        """Releases the session's resources, on all ranks together. The session cannot be used afterwards."""
-        self._past = np.zeros(0, np.int64)
 
-    # What is built on it
+class HostSession(Session):
+    """A session that computes at once, in `submit` and `choose`, and chooses tokens on the host."""
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Starts a new batch of prompts (token ids) of any lengths.
+    def __init__(self, engine: Engine, rank: int, slots: int):
+        super().__init__(engine, rank, slots)
+        self._samplers: dict[int, Sampler] = {}
+        # By slot: the token to append next, and the tokens that the cache holds.
+        self._next, self._past = np.zeros(slots, np.int64), np.zeros(slots, np.int64)
+        self._outcomes: deque[Outcome] = deque()
+        self._choosing: tuple[Step, np.ndarray | None] | None = None
 
-        Raises UserError for an empty prompt, one longer than the engine, an unknown token, or too many prompts.
+    @abstractmethod
+    def _forward(
+        self, tokens: np.ndarray, past: np.ndarray, select: np.ndarray, slots: np.ndarray, length: int | None
+    ) -> None:
+        """One forward pass: int64 tokens [B, T], past [B], select [B, K], slots [B]; its logits stay with the backend.
+
+        `length`: of the whole prompt whose tokens these are, None when the sequences decode.
         """
-        self.check(prompts)
-        lengths = np.array([len(prompt) for prompt in prompts])
-        longest, chunk = int(lengths.max()), self.limits.prefill_chunk
-        tokens = np.zeros((len(prompts), longest), np.int64)
-        for row, prompt in zip(tokens, prompts):
-            row[: len(prompt)] = prompt
-        self._start(lengths)
-        for first in range(0, longest, chunk):
-            part = tokens[:, first : first + chunk]
-            # A prompt that has ended is padded, after every position that it is asked about.
-            select = np.clip(lengths - 1 - first, 0, part.shape[1] - 1)[:, None]
-            self._forward(part, np.full(len(prompts), first), select)
-            self._keep((lengths > first) & (lengths <= first + chunk))
-        self._past = np.minimum(lengths, self.limits.max_seq_len - 1)
 
-    def decode(self, tokens: np.ndarray) -> None:
-        """Appends one token to every sequence (int64 [B]).
+    @abstractmethod
+    def _last_logits(self) -> np.ndarray:
+        """This rank's logits of the last pass, float32 [B, K, width]; width 0 on a rank that predicts nothing."""
 
-        A full sequence stays at its last position, where its predictions are meaningless; the other sequences of the
-        batch continue.
-        """
-        self._step(tokens, self._past)
-        self._past = np.minimum(self._past + 1, self.limits.max_seq_len - 1)
+    @abstractmethod
+    def _greedy(self) -> np.ndarray:
+        """The most likely next tokens after the last pass, which had K = 1, int64 [B]; the smallest id among equals."""
+
+    @abstractmethod
+    def _copy(self, source: int, target: int, count: int) -> None:
+        """Copies the first `count` tokens of a slot's cache to another slot."""
+
+    @abstractmethod
+    def _gather(self, columns: np.ndarray) -> np.ndarray:
+        """Every rank's columns (float32 [rows, width]) side by side, on every rank."""
+
+    def submit(self, step: Step) -> None:
+        self._start(step.starts)
+        chunk = step.chunk
+        if chunk is not None:
+            select = np.arange(len(chunk.tokens) - chunk.predict, len(chunk.tokens))[None]
+            slot = np.array([chunk.slot])
+            self._forward(np.array([chunk.tokens]), np.array([chunk.past]), select, slot, chunk.length)
+            self._past[chunk.slot] = chunk.past + len(chunk.tokens)
+        else:
+            slots = np.array(step.decode)
+            tokens = np.array(step.given) if step.given else self._next[slots]
+            self._forward(tokens[:, None], self._past[slots], np.zeros((len(slots), 1), np.int64), slots, None)
+            # A full sequence stays at its last position, where its predictions are meaningless.
+            self._past[slots] = np.minimum(self._past[slots] + 1, self.limits.max_seq_len - 1)
+        scored = self._gather(self._last_logits()[0]) if chunk is not None and chunk.scored else None
+        self._choosing = step, scored
+        if not step.guided:
+            self.choose({})
+
+    def _start(self, starts: Sequence[Start]) -> None:
+        for start in starts:
+            if start.cached and start.source != start.slot:
+                self._copy(start.source, start.slot, start.cached)
+            self._samplers[start.slot] = Sampler(start.sampling, start.prompt, self.vocab_size)
+
+    def choose(self, masks: Mapping[int, np.ndarray]) -> None:
+        waiting = self._choosing
+        if waiting is None:
+            raise RuntimeError("no step waits for masks")
+        (step, scored), self._choosing = waiting, None
+        slots = step.choosing
+        choices: list[Choice] = []
+        if slots and all(self._samplers[slot].config.plain for slot in slots):
+            choices = [Choice(int(token)) for token in self._greedy()]
+        elif slots:
+            logits = self._gather(self._last_logits()[:, -1]) if scored is None else scored[-1:]
+            choices = [self._samplers[slot].choose(row, masks.get(slot)) for slot, row in zip(slots, logits)]
+        for slot, choice in zip(slots, choices):
+            self._next[slot] = choice.token
+        self._outcomes.append(Outcome(choices={s: [c] for s, c in zip(slots, choices)}, logits=scored))
+
+    def collect(self) -> Outcome:
+        return self._outcomes.popleft()
 
     def logits(self) -> np.ndarray:
-        """The next-token logits of every sequence, float32 [B, vocabulary]."""
-        return self._gather(self._prediction())
-
-    def score(self, prompt: Sequence[int], first: int = 0) -> np.ndarray:
-        """The logits after every token of one prompt from `first` on, float32 [tokens - first, vocabulary].
-
-        This ends the current batch and leaves no prediction: continue with `prefill`.
-        """
-        self.check([prompt])
-        tokens, chunk = np.array([list(prompt)]), self.limits.prefill_chunk
-        self._start(np.array([len(prompt)]))
-        parts = []
-        for begin in range(0, len(prompt), chunk):
-            part = tokens[:, begin : begin + chunk]
-            # A part before `first` predicts from one token, which is ignored: every pass predicts from at least one.
-            asked = min(max(first - begin, 0), part.shape[1])
-            select = np.arange(min(asked, part.shape[1] - 1), part.shape[1])
-            self._forward(part, np.array([begin]), select[None])
-            if asked < part.shape[1]:
-                parts.append(self._gather(self._last_logits()[0]))
-        self._past = np.array([min(len(prompt), self.limits.max_seq_len - 1)])
-        return np.concatenate(parts)
-
-    def check(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Raises UserError unless the engine can take these prompts in one batch."""
-        if len(prompts) > self.limits.max_batch_size:
-            raise UserError(f"{len(prompts)} prompts, the engine takes {self.limits.max_batch_size} at a time")
-        for number, prompt in enumerate(prompts, 1):
-            check_prompt(prompt, f"prompt {number}", self._plan.model.vocab_size, self.limits.max_seq_len)
-
-
-def check_prompt(prompt: Sequence[int], name: str, vocab_size: int, max_seq_len: int) -> None:
-    """Raises UserError for token ids that an engine does not accept as a prompt; `name` names them in the message."""
-    if not prompt:
-        raise UserError(f"{name} is empty")
-    if len(prompt) > max_seq_len:
-        raise UserError(f"{name} has {len(prompt)} tokens, the engine takes {max_seq_len} (build with --max-seq-len)")
-    for token in prompt:
-        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
-            raise UserError(f"{name}: {token!r:.40} is not a token id from 0 to {vocab_size - 1}")
+        return self._gather(self._last_logits()[:, -1])

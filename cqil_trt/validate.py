@@ -15,7 +15,8 @@ import numpy as np
 from cqil_trt import probes
 from cqil_trt.errors import UserError
 from cqil_trt.probes import Probe
-from cqil_trt.session import Session
+from cqil_trt.runner import Runner
+from cqil_trt.scheduler import Request
 from cqil_trt.tokenizer import find_tokenizer
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ def validate(llm: Llm, prompts: Sequence[Sequence[int]] | None = None, steps: in
     engine_logits: list[np.ndarray] = []
     engine_tokens: list[list[int]] = []
     for prompt, length in zip(prompts, lengths):
-        logits, tokens = answer(llm.session, prompt, length, state.update)
+        logits, tokens = answer(llm.runner, prompt, length, state.update)
         engine_logits.append(logits)
         engine_tokens.append(tokens)
 
@@ -207,21 +208,26 @@ def compare_tokens(llm: Llm) -> TokenParity | None:
 
 
 def answer(
-    session: Session, prompt: Sequence[int], steps: int, joined: Callable[[bytes], Any] = lambda state: None
+    runner: Runner, prompt: Sequence[int], steps: int, joined: Callable[[bytes], Any] = lambda state: None
 ) -> tuple[np.ndarray, list[int]]:
-    """The session's logits after every token of a prompt, float32 [tokens, vocabulary], and `steps` greedy tokens.
+    """The engine's logits after every token of a prompt, float32 [tokens, vocabulary], and `steps` greedy tokens.
 
-    `joined` is called with `Session.joined()`, which must agree on all ranks, after scoring and after each decode step.
+    `joined` is called with `Session.joined()`, which must agree on all ranks, after each step.
     """
-    logits = session.score(prompt)
-    joined(session.joined())
-    session.prefill([prompt])
-    tokens = [session.greedy()]
-    for _ in range(steps - 1):
-        session.decode(tokens[-1])
-        joined(session.joined())
-        tokens.append(session.greedy())
-    return logits, [int(token[0]) for token in tokens]
+    number = runner.scheduler.add(Request(prompt=tuple(prompt), max_new_tokens=steps, scored=0))
+    burst, runner.scheduler.burst = runner.scheduler.burst, 1
+    logits: list[np.ndarray] = []
+    tokens: list[int] = []
+    finished = False
+    while not finished:
+        for event in runner.turn():
+            if event.number == number:
+                logits += [] if event.logits is None else [event.logits]
+                tokens += [choice.token for choice in event.choices]
+                finished = bool(event.finish_reason)
+        joined(runner.session.joined())
+    runner.scheduler.burst = burst
+    return np.concatenate(logits), tokens
 
 
 def _stored(llm: Llm) -> list[probes.Probe] | None:

@@ -49,6 +49,8 @@ from cqil_trt.job import Job
 from cqil_trt.model import ModelConfig
 from cqil_trt.network.rotary import inverse_frequencies
 from cqil_trt.presets import PRESETS, preset
+from cqil_trt.runner import Runner
+from cqil_trt.scheduler import Step
 from cqil_trt.shard import RankPlan, plan
 from cqil_trt.table import table
 from cqil_trt.validate import answer, compare
@@ -93,7 +95,7 @@ class SyntheticSession(TorchCudaSession):
     def __init__(self, engine: Any, comm: Any, reader: WeightReader):
         self._reader = reader
         with saying_when_memory_is_full():
-            super().__init__(engine, comm, RANK)
+            super().__init__(engine, comm, RANK, engine.limits.max_batch_size)
 
     def _load_weights(self, engine: Any) -> None:
         dtype = getattr(torch, engine.limits.dtype)
@@ -341,19 +343,19 @@ def measure(session: Any, model: ModelConfig, options: argparse.Namespace, name:
 
 
 def decode(session: Any, prompts: list[list[int]], steps: int) -> list[float]:
-    session.prefill(prompts)
-    session.time_decode(steps // 2)
-    session.prefill(prompts)
-    session.time_decode(4)  # the first steps after a prefill see the clocks and caches that it left
-    return session.time_decode(steps)
+    slots = range(len(prompts))
+    for warming in (steps // 2, 4):  # the first steps after a prefill see the clocks and caches that it left
+        for slot, prompt in zip(slots, prompts):
+            session.load(prompt, slot)
+        session.time_decode(slots, warming)
+    return session.time_decode(slots, steps)
 
 
 def prefill(session: Any, prompt: list[int]) -> list[float]:
     times = []
     for _ in range(6):
         began = time.perf_counter()
-        session.prefill([prompt])
-        session.greedy()
+        session.load(prompt)
         times.append((time.perf_counter() - began) * 1e3)
     return times[1:]
 
@@ -362,7 +364,7 @@ def parity(session: Any, prompts: list[list[int]], probes: list[Any] | None) -> 
     """The engine against the reference's answers (None on ranks that have none)."""
     found = []
     for i, prompt in enumerate(prompts):
-        logits, tokens = answer(session, prompt, STEPS)
+        logits, tokens = answer(Runner.of(session, "latency"), prompt, STEPS)
         if probes is not None:
             found.append(compare(logits, tokens, probes[i], session.limits.dtype).to_dict())
     return found
@@ -370,15 +372,14 @@ def parity(session: Any, prompts: list[list[int]], probes: list[Any] | None) -> 
 
 def soak(session: Any, prompt: list[int], count: int) -> dict[str, Any]:
     """Generates `count` tokens; counts steps with equal residual streams on all ranks, and memory growth in bytes."""
-    session.prefill([prompt])
-    token = session.greedy()
-    session.decode(token)
+    session.load(prompt)
+    session.time_decode((0,), 1)
     before, equal = torch.cuda.mem_get_info()[0], 0
     for _ in range(count):
-        token = session.greedy()
-        states = COMM.allgather((hashlib.sha256(session.joined()).hexdigest(), int(token[0])))
+        session.submit(Step(decode=(0,)))
+        [choice] = session.collect().choices[0]
+        states = COMM.allgather((hashlib.sha256(session.joined()).hexdigest(), choice.token))
         equal += len(set(states)) == 1
-        session.decode(token)
     return {"tokens": count, "equal": equal, "grown_bytes": before - torch.cuda.mem_get_info()[0]}
 
 
@@ -387,10 +388,10 @@ def profile(session: Any, prompt: list[int], steps: int = 16) -> list[tuple[str,
 
     Kernels overlap, so each counts from the end of the previous one to its own end: these times add up to the step.
     """
-    session.prefill([prompt])
-    session.time_decode(4)
+    session.load(prompt)
+    session.time_decode((0,), 4)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
-        session.time_decode(steps)
+        session.time_decode((0,), steps)
     events = [e for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     events.sort(key=lambda event: event.time_range.end)
     names = [re.sub(r".*?(\w+_kernel).*", r"\1", e.name) + ("<gated>" if "true" in e.name else "") for e in events]

@@ -27,6 +27,7 @@ from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
 from cqil_trt.job import Job
 from cqil_trt.llm import Llm
+from cqil_trt.scheduler import Step
 from cqil_trt.table import table
 
 
@@ -44,7 +45,7 @@ def run(options: argparse.Namespace, job: Job) -> None:
     llm = Llm(options.engine, job, "cpu")
     job.agree(lambda: check_engine(options, llm.engine))
     prompt = np.random.default_rng(0).integers(3, llm.engine.model.vocab_size, size=options.context).tolist()
-    llm.session.prefill([prompt])
+    llm.session.load(prompt)
     spent: dict[str, float] = defaultdict(float)
 
     def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -64,12 +65,11 @@ def run(options: argparse.Namespace, job: Job) -> None:
         setattr(communicator, name, timed("MPI", getattr(communicator, name)))
 
     samples = []
-    token = llm.session.greedy()
     for _ in range(options.steps):
         spent.clear()
         began = time.perf_counter()
-        llm.session.decode(token)
-        token = llm.session.greedy()
+        llm.session.submit(Step(decode=(0,)))
+        llm.session.collect()
         total = time.perf_counter() - began
         samples.append({**spent, "the rest": total - sum(spent.values()), "total": total})
     if job.rank:

@@ -42,7 +42,7 @@ class Echo(Backend):
     def compile(self, compilation):
         compilation.file("echo").write_text(str(compilation.options.get("volume")))
 
-    def open_session(self, engine, comm, device, number):
+    def open_session(self, engine, comm, device, number, slots):
         raise NotImplementedError
 
 BACKEND = Echo()

@@ -9,7 +9,12 @@ from support.made_tokenizers import llama2_json, save_byte_tokenizer, save_json
 from support.processes import mpirun
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
-from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 import cqil_trt
 from cqil_trt.errors import UserError
@@ -163,7 +168,17 @@ def test_the_tokenizers_end_of_text_ends_too(tmp_path):
     assert (completion.tokens, completion.finish_reason) == ([end], "eos")
 
 
-@pytest.mark.parametrize("config", [{"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.6}, {"top_k": 9, "top_p": 0.8}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"temperature": 0.7},
+        {"top_k": 5},
+        {"top_p": 0.6},
+        {"top_k": 9, "top_p": 0.8},
+        {"min_p": 0.1},
+        {"top_k": 9, "top_p": 0.9, "min_p": 0.15},
+    ],
+)
 def test_sampling_draws_from_the_distribution_of_transformers(config):
     random = np.random.default_rng(SEED)
     logits = (3 * random.standard_normal(40)).astype(np.float32)
@@ -173,6 +188,8 @@ def test_sampling_draws_from_the_distribution_of_transformers(config):
         scores = TopKLogitsWarper(sampling.top_k)(None, scores)
     if sampling.top_p < 1:
         scores = TopPLogitsWarper(sampling.top_p)(None, scores)
+    if sampling.min_p:
+        scores = MinPLogitsWarper(sampling.min_p)(None, scores)
     expected = scores[0].softmax(-1).numpy()
     draws = 20_000
     counts = np.bincount([sample(logits, sampling, random.random()) for _ in range(draws)], minlength=40) / draws
@@ -195,6 +212,10 @@ def test_the_same_seed_draws_the_same_tokens(llm):
         ({"top_k": -1}, "top-k"),
         ({"top_p": 0.0}, "top-p"),
         ({"seed": -1}, "seed"),
+        ({"min_p": 1.5}, "min-p"),
+        ({"repetition_penalty": 0.0}, "repetition-penalty"),
+        ({"presence_penalty": float("inf")}, "presence-penalty"),
+        ({"logprobs": 21}, "logprobs"),
     ],
 )
 def test_wrong_sampling_is_refused(values, message):

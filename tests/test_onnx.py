@@ -165,7 +165,7 @@ def test_an_engine_of_backend_torch_is_compiled(models, tmp_path):
     engine = cqil_trt.build(model=source.path, backend="onnx", output=tmp_path / "onnx")
     assert engine.rank_file(0).read_bytes() == source.rank_file(0).read_bytes()
     prompt = list(range(3, 12))
-    found, expected = (cqil_trt.load(path).session.score(prompt) for path in (engine.path, source.path))
+    found, expected = (cqil_trt.load(path).runner.score(prompt) for path in (engine.path, source.path))
     assert relative(found, expected) < 1e-5
     os.link(engine.rank_file(0), tmp_path / "second name")
     with pytest.raises(UserError, match="rank0.onnx: cannot be loaded .*hard links"):

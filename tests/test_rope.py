@@ -11,6 +11,7 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import SEED, write_json
+from support.batches import Batch, score
 from support.checkpoints import checkpoint_logits, load_model, make_model, write_gguf
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -125,7 +126,7 @@ def test_an_engine_from_before_scaled_rope_still_describes_its_model():
 
 def session_of(directory, output, **options) -> TorchSession:
     """One rank of a fresh engine, in this process."""
-    return TorchSession(cqil_trt.build(model=directory, p=1, output=output, probes="never", **options), None)
+    return TorchSession(cqil_trt.build(model=directory, p=1, output=output, probes="never", **options), None, 2)
 
 
 def relative(found, expected):
@@ -166,11 +167,11 @@ def test_scaled_rope_equals_transformers_over_the_whole_stretched_context(name, 
     prompt = prompt_of(128)
     with torch.inference_mode():
         expected = load_model(directory)(torch.tensor([prompt]), use_cache=False).logits[0].numpy()
-    assert relative(session.score(prompt), expected) < 1e-5
-    session.prefill([prompt[:100]])
+    assert relative(score(session, prompt), expected) < 1e-5
+    batch = Batch(session, [prompt[:100]])
     for position in range(100, 128):
-        session.decode(np.array([prompt[position]]))
-        assert relative(session.logits()[0], expected[position]) < 1e-5
+        batch.decode([prompt[position]])
+        assert relative(batch.logits[0], expected[position]) < 1e-5
     # Without --max-seq-len an engine takes what it can, and never more.
     model = families.read_config(directory / "config.json")
     assert session_of(directory, tmp_path / "default").limits.max_seq_len == model.context >= 128
@@ -190,7 +191,7 @@ def dynamic(tmp_path_factory):
     )
     options = {"max_seq_len": 3 * ORIGINAL, "prefill_chunk": 16}
     engine = cqil_trt.build(model=directory, p=1, output=root / "engine", probes="never", **options)
-    return directory, engine, open_session(engine, None, "auto", 0)
+    return directory, engine, open_session(engine, None, "auto", 0, 4)
 
 
 @pytest.mark.parametrize("length", [7, ORIGINAL - 1, ORIGINAL, ORIGINAL + 1, 100])
@@ -200,18 +201,18 @@ def test_dynamic_rope_equals_transformers_within_and_beyond_the_context(length, 
     network = load_model(directory)
     with torch.inference_mode():
         expected = network(torch.tensor([prompt]), use_cache=False).logits[0].numpy()
-    assert relative(session.score(prompt), expected) < 1e-5
+    assert relative(score(session, prompt), expected) < 1e-5
     # A fresh model: transformers' module keeps the frequencies of the longest sequence it has seen.
     network = load_model(directory)
-    session.prefill([prompt])
+    batch = Batch(session, [prompt])
     new, cache = prompt, None
     for _ in range(steps):
         with torch.inference_mode():
             out = network(torch.tensor([new]), past_key_values=cache, use_cache=True)
         cache, logits = out.past_key_values, out.logits[0, -1]
-        assert relative(session.logits()[0], logits) < 1e-5
+        assert relative(batch.logits[0], logits) < 1e-5
         new = [int(logits.argmax())]
-        session.decode(np.array(new))
+        batch.decode(new)
 
 
 def test_dynamic_rope_of_a_sequence_does_not_depend_on_its_batch(dynamic):
@@ -219,12 +220,12 @@ def test_dynamic_rope_of_a_sequence_does_not_depend_on_its_batch(dynamic):
     prompts = [prompt_of(length, length) for length in (5, 90, ORIGINAL, 60)]
     follow = prompt_of(8, 8)
 
-    def answers(batch):
-        session.prefill(batch)
-        found = [session.logits()]
+    def answers(prompts):
+        batch = Batch(session, prompts)
+        found = [batch.logits]
         for token in follow:
-            session.decode(np.full(len(batch), token))
-            found.append(session.logits())
+            batch.decode([token] * len(prompts))
+            found.append(batch.logits)
         return np.stack(found, axis=1)
 
     together = answers(prompts)
@@ -264,7 +265,7 @@ def test_other_backends_refuse_dynamic_rope_beyond_the_context(backend, dynamic)
 
 def test_a_gpu_is_not_given_dynamic_rope_beyond_the_context(dynamic):
     with pytest.raises(UserError, match=f"--device cuda: dynamic rope beyond {ORIGINAL} tokens"):
-        open_session(dynamic[1], None, "cuda", 0)
+        open_session(dynamic[1], None, "cuda", 0, 4)
 
 
 def test_tensorrt_llm_refuses_what_its_attention_has_no_parameters_for(tmp_path):

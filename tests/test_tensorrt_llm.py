@@ -307,7 +307,7 @@ def test_the_session_asks_the_runner_for_what_generation_and_validation_need(mod
         for prompt, completion in zip(prompts, free):
             expected = network.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None)
             assert completion.tokens == expected[0, len(prompt) :].tolist()
-            logits, tokens = answer(llm.session, prompt, 5)
+            logits, tokens = answer(llm.runner, prompt, 5)
             torch.testing.assert_close(torch.tensor(logits), network(torch.tensor([prompt])).logits[0])
             assert tokens == completion.tokens[:5]
         # Sequences that end early, by either of two ends, among others that do not.
@@ -323,10 +323,12 @@ def test_the_session_asks_the_runner_for_what_generation_and_validation_need(mod
         assert loaded["runner"].calls == [(1, 3), (1, 12)]
         # A measured step is a share of a completion's time, less that of one token.
         loaded["runner"].calls.clear()
-        llm.session.prefill([[5, 9, 77]])
-        assert len(llm.session.time_decode(6)) == 6 and loaded["runner"].calls == [(1, 1), (1, 7)]
-        llm.session.prefill([[8] * 45])
-        assert len(llm.session.time_decode(6)) == 6 and loaded["runner"].calls[2:] == [(1, 1), (1, 3)]
+        assert llm.session.load([5, 9, 77]) == free[0].tokens[0]
+        loaded["runner"].calls.clear()
+        assert len(llm.session.time_decode((0,), 6)) == 6 and loaded["runner"].calls == [(1, 1), (1, 7)]
+        llm.session.load([8] * 45)
+        loaded["runner"].calls.clear()
+        assert len(llm.session.time_decode((0,), 6)) == 6 and loaded["runner"].calls == [(1, 1), (1, 3)]
     with pytest.raises(UserError, match="takes 47"):
         llm.generate([[5] * 48], 1)
 

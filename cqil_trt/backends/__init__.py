@@ -131,13 +131,14 @@ class Backend(ABC):
         """Called once, when all ranks are compiled."""
 
     @abstractmethod
-    def open_session(self, engine: Engine, comm: Any, device: str, number: int) -> Session:
+    def open_session(self, engine: Engine, comm: Any, device: str, number: int, slots: int) -> Session:
         """The session that executes the engine on this rank.
 
         Args:
             comm: an mpi4py communicator of the engine's ranks; None for one rank.
             device: one of DEVICES.
             number: which GPU, modulo the number of GPUs.
+            slots: the most sequences that the KV cache is to hold; fewer where memory does not suffice.
         """
 
 

@@ -169,7 +169,7 @@ def write_logits(llm: Any, prompt: list[int], path: Path) -> None:
 
     import numpy as np
 
-    logits = llm.session.score(prompt)
+    logits = llm.runner.score(prompt)
 
     def write() -> None:
         buffer = io.BytesIO()
@@ -249,15 +249,14 @@ def benchmark(
 
         def prefill(prompt: list[int] = prompt) -> float:
             began = time.perf_counter()
-            llm.session.prefill([prompt])
-            llm.session.greedy()
+            llm.session.load(prompt)
             return (time.perf_counter() - began) * 1e3
 
         prefill()  # warm up
         prefills = [prefill() for _ in range(5)]
-        llm.session.time_decode(count)
-        llm.session.prefill([prompt])
-        measured = {"prefill_ms": prefills, "decode_ms": llm.session.time_decode(count)}
+        llm.session.time_decode((0,), count)
+        llm.session.load(prompt)
+        measured = {"prefill_ms": prefills, "decode_ms": llm.session.time_decode((0,), count)}
         medians = {}
         for name, times in measured.items():
             low, median, high = np.percentile(times, (10, 50, 90))

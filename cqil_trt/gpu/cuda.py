@@ -118,6 +118,11 @@ def copy(target: int, source: int, size: int, stream: Any) -> None:
     call("MemcpyAsync", target, source, size, _KIND.cudaMemcpyDeviceToDevice, stream)
 
 
+def copy_rows(target: int, source: int, pitch: int, width: int, rows: int, stream: Any) -> None:
+    """Copies the first `width` bytes of each of `rows` rows, which are `pitch` bytes apart in both places."""
+    call("Memcpy2DAsync", target, pitch, source, pitch, width, rows, _KIND.cudaMemcpyDeviceToDevice, stream)
+
+
 class Graph:
     """What `record` enqueues on a stream, as a CUDA graph."""
 

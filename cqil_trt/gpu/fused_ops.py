@@ -19,14 +19,17 @@ from cqil_trt.shard import LayerShard
 V = TypeVar("V")
 
 
-def attention_fields(model: ModelConfig, shard: LayerShard, limits: EngineLimits) -> dict[str, int | float]:
-    """The fields of cqil_attention_shape and of CqilAttention that describe a rank's share of a layer."""
+def attention_fields(model: ModelConfig, shard: LayerShard, limits: EngineLimits, slots: int) -> dict[str, int | float]:
+    """The fields of cqil_attention_shape and of CqilAttention that describe a rank's share of a layer.
+
+    `slots`: sequences that the KV cache holds.
+    """
     return {
         "heads": shard.num_heads,
         "kv_heads": shard.num_kv_heads,
         "head_dim": model.head_dim,
         "capacity": limits.max_seq_len,
-        "max_batch": limits.max_batch_size,
+        "max_batch": slots,
         "group": model.group_size,
         "first": shard.first_in_group(model.group_size),
         "eps": model.rms_norm_eps,

@@ -1,17 +1,20 @@
 """Executes a rank's network on a GPU, for every GPU backend. Needs numpy, mpi4py, cuda-bindings and our kernels.
 
-Weights, caches and buffers are allocated when the session begins. Decode steps are CUDA graphs, one for each batch
-size: the network, the choice of a token over all ranks, and the input of the next step. The host reads a step's tokens
-while the next step runs.
+Weights, caches and buffers are allocated when the session begins. Decode steps are CUDA graphs, one for each number of
+sequences: the network, the choice of a token over all ranks, and the input of the next step. What a sequence needs from
+step to step (its last token, its length, how it is sampled) stays on the GPU, by slot; the rows of a step are arranged
+from it when they change. So a step can be enqueued before the tokens of the one before are known.
 """
 
 from __future__ import annotations
 
 import ctypes
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from enum import IntEnum
+from dataclasses import dataclass
+from enum import Enum, IntEnum
 from typing import Any
 
 import numpy as np
@@ -23,15 +26,17 @@ from cqil_trt.gpu import abi, cuda
 from cqil_trt.gpu.fused_ops import attention_fields
 from cqil_trt.gpu.workspace import Workspace, guard
 from cqil_trt.network.rotary import rotary_tables
-from cqil_trt.sampling import SamplingConfig
-from cqil_trt.session import Session
+from cqil_trt.sampling import MAX_LOGPROBS, Choice, SamplingConfig
+from cqil_trt.scheduler import Outcome, Start, Step
+from cqil_trt.session import Session, cache_bytes, fitting_slots
 
 _STAGING_BYTES = 64 << 20
-# Steps in one graph, when that many are left: the GPU pauses between two graphs. After the last token that is wanted,
-# up to this many more may be computed for nothing.
+# Steps in one graph, when that many are left: the GPU pauses between two graphs.
 _STEPS = 4
-# Rows of page-locked memory for tokens that the host has not read yet.
-_SLOTS = 2 * _STEPS
+# Rows of page-locked memory for tokens that the host has not read yet: those of a step, and of the one after it.
+_UNREAD = 2 * _STEPS
+# Device memory that is left to activations, libraries and graphs when the KV cache takes the rest.
+_RESERVED_BYTES = 2 << 30
 
 
 def _portions(steps: int) -> list[int]:
@@ -46,36 +51,81 @@ class Phase(IntEnum):
 
 # The buffers that a pass reads and writes, by the names of the decoder's inputs and outputs.
 BUFFERS: dict[Phase, dict[str, str]] = {
-    Phase.PREFILL: {"past": "prefill.past"},
+    Phase.PREFILL: {"past": "prefill.past", "slots": "prefill.slots"},
     # The decode step runs on what it wrote itself.
     Phase.DECODE: {"tokens": "next", "select": "each", "logits": "prediction"},
 }
+
+
+class _Part(Enum):
+    """What a graph contains."""
+
+    GREEDY = "a step whose sequences all take the likeliest token"
+    SAMPLED = "a step with any sampling"
+    FORWARD = "a step without the choice, which waits for masks"
+    CHOICE = "that choice"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rows:
+    """The names of the buffers with the rows of a pass: the token to feed or chosen, its position, the slot."""
+
+    tokens: str
+    past: str
+    slots: str
+
+
+_DECODE_ROWS = _Rows(tokens="next", past="past", slots="slots")
+# After a prompt: `past` is then the position of its last token.
+_PROMPT_ROWS = _Rows(tokens="prompt.next", past="prompt.past", slots="prefill.slots")
+
+
+@dataclass(kw_only=True)
+class _Flying:
+    """A step whose outcome was not collected.
+
+    `first`: the number of its first advance. `wanted`: how many log-probabilities each row reports. `reported`: an
+    event after which they are in `place` of the page-locked memory.
+    """
+
+    step: Step
+    first: int = 0
+    wanted: tuple[int | None, ...] = ()
+    scored: np.ndarray | None = None
+    reported: Any = None
+    place: int = 0
 
 
 class CudaSession(Session):
     """One rank on the current GPU. Raises UserError for too little memory, or GPUs that cannot reach each other.
 
     Subclasses find out what they execute, then call `_load`, after which `_memory` has the address of every buffer and
-    weight.
+    weight. `slots`: the most sequences that the KV cache is to hold.
     """
 
-    def __init__(self, engine: Engine, comm: Any, library: Any):
+    ahead = 1
+    burst = _STEPS
+    on_gpu = True
+
+    def __init__(self, engine: Engine, comm: Any, library: Any, slots: int):
         rank = 0 if comm is None else comm.Get_rank()
-        super().__init__(engine, rank)
+        super().__init__(engine, rank, slots)
         self._comm, self._library = comm, library
         self._stream = cuda.call("StreamCreate")
         self._workspace = None if comm is None else Workspace(comm)
         self._bytes, self._dtype_code = DTYPE_BYTES[engine.limits.dtype], abi.dtype_code(engine.limits.dtype)
         self._memory: dict[str, int] = {}
-        self._batch = 0
+        self._phase = Phase.PREFILL  # of the last pass
         self._rows = 0  # tokens of the last pass
-        self._selected: tuple[int, ...] = (0, 0)
-        self._common_past = 0  # tokens that every sequence had before the last prefill pass
-        self._on_device: np.ndarray | None = None  # what the decode step's token input holds
-        self._chosen = False  # whether `best` belongs to the current prediction
-        self._advances = 0  # how often `next` was filled by a choice, as the counter `step` on the GPU
-        # By batch size, steps, and whether tokens are sampled.
-        self._graphs: dict[tuple[int, int, bool], cuda.Graph] = {}
+        self._predicted = 1  # tokens that the last pass predicted from
+        self._common_past = 0  # tokens that the sequence had before the last prefill pass
+        self._slot = 0  # of that pass
+        self._configs: dict[int, SamplingConfig] = {}
+        self._arranged: tuple[int, ...] = ()  # the slots whose sequences are the rows of decode steps
+        self._advances = 0  # how often tokens were chosen, as the counter `step` on the GPU
+        self._reports = 0
+        self._flying: deque[_Flying] = deque()
+        self._graphs: dict[tuple[Any, ...], cuda.Graph] = {}
         self._arenas: list[cuda.Arena] = []
 
     @abstractmethod
@@ -93,7 +143,8 @@ class CudaSession(Session):
         self._finish()
         for graph in self._graphs.values():
             graph.destroy()
-        cuda.free_pinned(self._history)
+        for array in (self._history, self._report_ids, self._report_values):
+            cuda.free_pinned(array)
         if self._workspace is not None:
             self._workspace.close()
         for arena in self._arenas:
@@ -101,9 +152,26 @@ class CudaSession(Session):
         cuda.call("StreamDestroy", self._stream)
 
     def _load(self, engine: Engine) -> None:
+        self._load_weights(engine)
+        if not self._slots_are_fixed:
+            self.slots = fitting_slots(
+                self.slots, self._free_memory(), cache_bytes(engine, self._plan.rank), self._comm
+            )
         self._allocate()
         self._load_constants(engine)
-        self._load_weights(engine)
+
+    # Whether the network was compiled for a number of slots.
+    _slots_are_fixed = False
+
+    def _free_memory(self) -> int:
+        """Bytes of this GPU's memory that this rank may use for its cache; ranks that share a GPU share it."""
+        free = cuda.call("MemGetInfo")
+        here = cuda.call("DeviceGetPCIBusId", 32, cuda.call("GetDevice"))
+        if self._comm is not None:
+            sharing = self._comm.allgather(here).count(here)
+            self._comm.Barrier()
+            free //= sharing
+        return max(0, int(free) - _RESERVED_BYTES)
 
     def _cache_sizes(self) -> dict[str, int]:
         """Bytes of every cache, by name."""
@@ -111,7 +179,7 @@ class CudaSession(Session):
         for index, shard in self._plan.layers.items():
             if not shard.num_heads:
                 continue
-            fields = attention_fields(self._plan.model, shard, self.limits)
+            fields = attention_fields(self._plan.model, shard, self.limits, self.slots)
             shape = abi.cqil_attention_shape(**fields, dtype=self._dtype_code)
             sizes[f"cache.{index}"] = self._library.cqil_attention_cache_bytes(shape)
         return sizes
@@ -121,44 +189,64 @@ class CudaSession(Session):
         return {}
 
     def _allocate(self) -> None:
-        limits, model = self.limits, self._plan.model
+        limits, model, slots = self.limits, self._plan.model, self.slots
         batch, chunk = limits.max_batch_size, min(limits.prefill_chunk, limits.max_seq_len)
         width, hidden = self._widths[self._plan.rank], model.hidden_size * self._bytes
-        rows = max(chunk, batch)  # scoring predicts from a chunk of one prompt, prefill from one token of each
+        vocabulary = model.vocab_size
         sizes = {
-            "tokens": 4 * batch * chunk,
-            "select": 4 * rows,
-            "logits": self._bytes * rows * width,
-            "joined": hidden * batch * chunk,
-            "prefill.past": 4 * batch,
+            # Of a chunk of a prompt, and of the token chosen after it.
+            "tokens": 4 * chunk,
+            "select": 4 * chunk,
+            "logits": self._bytes * chunk * width,  # scoring predicts from all of its tokens
+            "prefill.past": 4,
+            "prefill.slots": 4,
+            "prompt.next": 4,
+            "prompt.past": 4,
+            # Of the rows of a decode step.
             "next": 4 * batch,
             "past": 4 * batch,
+            "slots": 4 * batch,
             "each": 4 * batch,
             "prediction": self._bytes * batch * width,
+            # Of either.
+            "joined": hidden * max(batch, chunk),
             "value": 4 * batch,
             "index": 4 * batch,
             "best_value": 4 * batch,
             "best": 4 * batch,
             "step": 4,
-            "sampling": ctypes.sizeof(abi.cqil_sampling),
-            "uniforms": 8 * batch * limits.max_seq_len,
-            "all_logits": self._bytes * batch * model.vocab_size,
+            "all_logits": self._bytes * batch * vocabulary,
+            "adjusted": 4 * batch * vocabulary,
+            "report.ids": 4 * batch * (MAX_LOGPROBS + 1),
+            "report.values": 4 * batch * (MAX_LOGPROBS + 1),
+            # By slot.
+            "slot.next": 4 * slots,
+            "slot.past": 4 * slots,
+            "settings": ctypes.sizeof(abi.cqil_sampling) * slots,
+            "uniforms": 8 * slots * limits.max_seq_len,
+            "counts": 4 * slots * vocabulary,
+            "bias": 4 * slots * vocabulary,
+            "mask": 4 * slots * -(-vocabulary // 32),
             **self._extra_sizes(),
         }
         tables = limits.max_seq_len * model.head_dim // 2 * 4
         sizes |= {"rotary.cos": tables, "rotary.sin": tables}
+        self._zeroed = {name: sizes[name] for name in ("step", "slot.next", "slot.past", "counts")}
         self._caches = self._cache_sizes()
         sizes |= self._caches
         arena = self._arena(sum(map(cuda.aligned, sizes.values())), "the KV cache and buffers")
         self._memory |= {name: arena.take(size) for name, size in sizes.items()}
-        self._history = cuda.pinned((_SLOTS, batch), np.int64)
+        self._history = cuda.pinned((_UNREAD, batch), np.int64)
+        self._history[:] = 0
+        self._report_ids = cuda.pinned((_UNREAD, batch, MAX_LOGPROBS + 1), np.int32)
+        self._report_values = cuda.pinned((_UNREAD, batch, MAX_LOGPROBS + 1), np.float32)
 
     def _load_constants(self, engine: Engine) -> None:
         cuda.upload(self._memory["each"], np.arange(self.limits.max_batch_size, dtype=np.int32), self._stream)
         tables = rotary_tables(engine.model, engine.rotary, self.limits.max_seq_len)
         for name, table in zip(("rotary.cos", "rotary.sin"), tables):
             cuda.upload(self._memory[name], table, self._stream)
-        for name, size in (*self._caches.items(), ("step", 4)):
+        for name, size in (*self._caches.items(), *self._zeroed.items()):
             cuda.call("MemsetAsync", self._memory[name], 0, size, self._stream)
         self._synchronize()
 
@@ -204,32 +292,30 @@ class CudaSession(Session):
     def _guard(self) -> AbstractContextManager[None]:
         return guard(self._library, self._workspace)
 
-    def _start(self, lengths: np.ndarray) -> None:
-        self._batch = len(lengths)
+    def _upload(self, name: str, values: Any, dtype: Any = np.int32, offset: int = 0) -> None:
+        """Fills a buffer from `offset` bytes on."""
+        cuda.upload(self._memory[name] + offset, np.asarray(values).astype(dtype, copy=False), self._stream)
 
-    def _forward(self, tokens: np.ndarray, past: np.ndarray, select: np.ndarray) -> None:
-        batch, length = tokens.shape
-        rows = (np.arange(batch)[:, None] * length + select).reshape(-1)
-        inputs = {"tokens": tokens, "prefill.past": past, "select": rows}
+    def _call(self, name: str, *arguments: Any) -> None:
+        if getattr(self._library, f"cqil_{name}")(*arguments, int(self._stream)):
+            raise RuntimeError(f"{name}: {self._library.cqil_last_error().decode()}")
+
+    def _forward(
+        self, tokens: np.ndarray, past: np.ndarray, select: np.ndarray, slots: np.ndarray, length: int | None
+    ) -> None:
+        """A chunk of one prompt."""
+        inputs = {"tokens": tokens, "prefill.past": past, "select": select, "prefill.slots": slots}
         for name, array in inputs.items():
-            cuda.upload(self._memory[name], array.astype(np.int32), self._stream)
-        self._common_past = int(past[0])
-        self._execute(Phase.PREFILL, batch, length, len(rows))
-        self._rows, self._selected = batch * length, select.shape
-        self._finish()
-
-    def _keep(self, rows: np.ndarray) -> None:
-        size = self._bytes * self._widths[self._plan.rank]
-        for row in np.flatnonzero(rows) if size else ():
-            offset = int(row) * size
-            cuda.copy(self._memory["prediction"] + offset, self._memory["logits"] + offset, size, self._stream)
-        self._chosen, self._on_device = False, None
+            self._upload(name, array)
+        self._phase, self._common_past, self._slot = Phase.PREFILL, int(past[0]), int(slots[0])
+        self._rows, self._predicted = tokens.size, select.size
+        self._execute(Phase.PREFILL, 1, tokens.size, select.size)
 
     def _last_logits(self) -> np.ndarray:
-        return self._fetch_floats("logits", (*self._selected, self._widths[self._plan.rank]))
-
-    def _prediction(self) -> np.ndarray:
-        return self._fetch_floats("prediction", (self._batch, self._widths[self._plan.rank]))
+        width = self._widths[self._plan.rank]
+        if self._phase is Phase.PREFILL:
+            return self._fetch_floats("logits", (1, self._predicted, width))
+        return self._fetch_floats("prediction", (self._rows, 1, width))
 
     def _fetch_floats(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """A tensor of the engine's type, as float32."""
@@ -244,149 +330,253 @@ class CudaSession(Session):
         self._finish()
         return array
 
-    # The decode step
+    # Slots
 
-    def _step(self, tokens: np.ndarray, past: np.ndarray) -> None:
-        self._prepare(tokens, past)
-        self._launch(1, sampled=False)
+    def _start(self, starts: Sequence[Start]) -> None:
+        for start in starts:
+            slot, config = start.slot, start.sampling
+            if start.cached and start.source != slot:
+                self._copy(start.source, slot, start.cached)
+            self._configs[slot] = config
+            settings = abi.cqil_sampling(
+                temperature=config.temperature,
+                top_p=config.top_p,
+                min_p=config.min_p,
+                repetition_penalty=config.repetition_penalty,
+                presence_penalty=config.presence_penalty,
+                frequency_penalty=config.frequency_penalty,
+                top_k=min(config.top_k, self.vocab_size),
+                logprobs=-1 if config.logprobs is None else config.logprobs,
+                masked=config.guided,
+                biased=bool(config.logit_bias),
+            )
+            self._upload("settings", np.frombuffer(settings, np.uint8), np.uint8, slot * ctypes.sizeof(settings))
+            if config.temperature > 0 and start.room:
+                # Token k is drawn at the position of the token before it.
+                draws = np.random.Generator(np.random.Philox(config.seed)).random(start.room)
+                first = slot * self.limits.max_seq_len + len(start.prompt) - 1
+                self._upload("uniforms", draws, np.float64, 8 * first)
+            row = 4 * slot * self.vocab_size
+            if config.penalizes:
+                counts = np.zeros(self.vocab_size, np.uint32)
+                counts[list(start.prompt)] = 1 << 31
+                self._upload("counts", counts, np.uint32, row)
+            if config.logit_bias:
+                bias = np.zeros(self.vocab_size, np.float32)
+                for token, value in config.logit_bias:
+                    bias[token] += np.float32(value)
+                self._upload("bias", bias, np.float32, row)
 
-    def _prepare(self, tokens: np.ndarray, past: np.ndarray) -> None:
-        """Uploads the step's inputs, unless the previous step left the same ones on the GPU."""
-        if self._on_device is None:  # after a prefill
-            cuda.upload(self._memory["past"], past.astype(np.int32), self._stream)
-        if self._on_device is None or not np.array_equal(tokens, self._on_device):
-            cuda.upload(self._memory["next"], tokens.astype(np.int32), self._stream)
+    def _copy(self, source: int, target: int, count: int) -> None:
+        dim = self._plan.model.head_dim * self._bytes
+        pitch = self.limits.max_seq_len * dim
+        for index, shard in self._plan.layers.items():
+            if not shard.num_heads:
+                continue
+            for cache in self._cache_parts(index):
+                rows = shard.num_kv_heads
+                to, start = (cache + slot * rows * pitch for slot in (target, source))
+                cuda.copy_rows(to, start, pitch, count * dim, rows, self._stream)
 
-    def _launch(self, steps: int, sampled: bool) -> None:
-        """Steps from what `next` and `past` hold."""
-        self._graph(steps, sampled).launch(self._stream)
-        self._advanced(steps, sampled)
-        self._rows = self._batch
+    def _cache_parts(self, index: int) -> tuple[int, int]:
+        """The addresses of a layer's keys and values, each [slots, key/value heads, max_seq_len, head_dim]."""
+        model, shard = self._plan.model, self._plan.layers[index]
+        size = self.slots * shard.num_kv_heads * self.limits.max_seq_len * model.head_dim * self._bytes
+        address = self._memory[f"cache.{index}"]
+        return address, address + size
 
-    def _graph(self, steps: int, sampled: bool) -> cuda.Graph:
-        key = self._batch, steps, sampled
-        if key not in self._graphs:
-            # Some things are set up when a shape first runs, which must not be during capture. The step runs once, then
-            # is captured and writes the same again. It starts after everything that was enqueued, because a step reads
-            # positions early (cqil_attention).
-            self._finish()
-            self._execute(Phase.DECODE, self._batch, 1, self._batch)
-            self._finish()
+    # Steps
 
-            def record() -> None:
-                for _ in range(steps):
-                    self._execute(Phase.DECODE, self._batch, 1, self._batch)
-                    self._choose(sampled)
-                    self._advance()
+    def submit(self, step: Step) -> None:
+        self._start(step.starts)
+        flying = _Flying(step=step)
+        chunk = step.chunk
+        with self._guard():
+            if chunk is not None:
+                select = np.arange(len(chunk.tokens) - chunk.predict, len(chunk.tokens))
+                slot = np.array([chunk.slot])
+                self._forward(np.array(chunk.tokens), np.array([chunk.past]), select, slot, chunk.length)
+                if chunk.slot in self._arranged:
+                    self._arranged = ()
+                if chunk.choose:
+                    self._upload("prompt.past", [chunk.past + len(chunk.tokens) - 1])
+                else:
+                    # What decodes beside it must not believe that the slot's tokens end before `past`.
+                    self._upload("slot.past", [chunk.past + len(chunk.tokens)], offset=4 * chunk.slot)
+                if chunk.scored:
+                    flying.scored = self._gather(self._last_logits()[0])
+            else:
+                self._arrange(step)
+                self._phase, self._rows = Phase.DECODE, len(step.decode)
+        self._flying.append(flying)
+        if not step.guided:
+            self.choose({})
+        elif chunk is None:
+            self._launch(_Part.FORWARD, 1)
 
-            self._graphs[key] = cuda.Graph(self._stream, record)
-        return self._graphs[key]
+    def choose(self, masks: Mapping[int, np.ndarray]) -> None:
+        flying = self._flying[-1]
+        step = flying.step
+        flying.first = self._advances
+        slots = step.choosing
+        for slot, mask in masks.items():
+            self._upload("mask", mask, np.uint32, slot * mask.nbytes)
+        plain = all(self._configs[slot].plain for slot in slots)
+        with self._guard():
+            if step.chunk is not None:
+                if slots:
+                    last = (self._predicted - 1) * self._widths[self._plan.rank] * self._bytes
+                    self._choose(1, self._memory["logits"] + last, plain, _PROMPT_ROWS)
+                    self._advance(1, _PROMPT_ROWS)
+            elif step.guided:
+                self._launch(_Part.CHOICE, 1)
+            else:
+                self._launch(_Part.GREEDY if plain else _Part.SAMPLED, step.repeat)
+        self._advances += step.repeat if slots else 0
+        flying.wanted = tuple(self._configs[slot].logprobs for slot in slots)
+        if any(wanted is not None for wanted in flying.wanted):
+            self._report(flying, len(slots))
 
-    def _call(self, name: str, *arguments: Any) -> None:
-        if getattr(self._library, f"cqil_{name}")(*arguments, int(self._stream)):
-            raise RuntimeError(f"{name}: {self._library.cqil_last_error().decode()}")
+    def _report(self, flying: _Flying, rows: int) -> None:
+        """Enqueues the copy of log-probabilities to the host."""
+        flying.place, self._reports = self._reports % _UNREAD, self._reports + 1
+        for name, target in (("report.ids", self._report_ids), ("report.values", self._report_values)):
+            cuda.download(target[flying.place, :rows], self._memory[name], self._stream)
+        flying.reported = cuda.call("EventCreate")
+        cuda.call("EventRecord", flying.reported, self._stream)
 
-    def _advance(self) -> None:
-        """What was chosen becomes the input of the next step, and goes to the host."""
-        memory, limits = self._memory, self.limits
-        state = memory["best"], memory["next"], memory["past"], self._batch, limits.max_seq_len - 1, memory["step"]
-        self._call("advance", *state, self._history.ctypes.data, _SLOTS, limits.max_batch_size)
+    def collect(self) -> Outcome:
+        flying = self._flying.popleft()
+        slots = flying.step.choosing
+        choices: dict[int, list[Choice]] = {slot: [] for slot in slots}
+        for number in range(flying.first, flying.first + flying.step.repeat) if slots else ():
+            for slot, token in zip(slots, self._read(number, len(slots))):
+                choices[slot].append(Choice(int(token)))
+        if flying.reported is not None:
+            with self._guard():
+                cuda.call("EventSynchronize", flying.reported)
+            cuda.call("EventDestroy", flying.reported)
+            for row, (slot, wanted) in enumerate(zip(slots, flying.wanted)):
+                if wanted is not None:
+                    ids = self._report_ids[flying.place, row, : wanted + 1].tolist()
+                    values = self._report_values[flying.place, row, : wanted + 1].tolist()
+                    choices[slot] = [Choice(choices[slot][0].token, tuple(zip(ids, values)))]
+        return Outcome(choices=choices, logits=flying.scored)
 
-    def _advanced(self, steps: int, sampled: bool) -> None:
-        """Called after `steps` calls of `_advance` were enqueued."""
-        self._advances += steps
-        # The chosen tokens are known once they are read. A caller's other tokens are uploaded.
-        self._chosen, self._on_device = not sampled, np.full(self._batch, -1)
-
-    def _read(self, number: int) -> np.ndarray:
-        """Waits for the tokens of an advance, one of the last _SLOTS."""
+    def _read(self, number: int, rows: int) -> np.ndarray:
+        """Waits for the tokens of an advance, one of the last _UNREAD."""
         with self._guard():
             while True:
                 done = cuda.is_done(self._stream)
-                words = self._history[number % _SLOTS, : self._batch].copy()
+                words = self._history[number % _UNREAD, :rows].copy()
                 if (words >> 32 == number + 1).all():
                     return words & 0xFFFFFFFF
                 if done:
                     raise RuntimeError(f"the GPU is done, and there are no tokens of advance {number}")
 
-    def _choose(self, sampled: bool) -> None:
-        """A token for every sequence, over the vocabulary of all ranks, into `best`."""
-        memory, width, dtype = self._memory, self._widths[self._plan.rank], self._dtype_code
-        batch, logits, together = self._batch, memory["prediction"], self._workspace is not None
-        if sampled:
-            everything = sum(self._widths)
-            if self._workspace is not None:
-                whole, count = memory["all_logits"], batch * everything
-                self._call("spread", logits, whole, batch, width, self._offset, everything, dtype)
-                self._workspace.call("all_reduce", whole, None, whole, count, dtype, int(self._stream))
-                logits = whole
-            draws = memory["sampling"], memory["uniforms"], memory["step"], batch
-            self._call("sample", logits, batch, everything, dtype, *draws, memory["best"])
-            return
-        value, index = memory["value"], memory["index"] if together else memory["best"]
-        self._call("row_argmax", logits, batch, width, self._offset, dtype, value, index)
-        if self._workspace is not None:
-            best = memory["best_value"], memory["best"]
-            self._workspace.call("argmax", value, index, *best, batch, int(self._stream))
+    def _arrange(self, step: Step) -> None:
+        """Makes the sequences in these slots the rows of decode steps."""
+        if step.decode != self._arranged:
+            memory, rows = self._memory, len(step.decode)
+            self._upload("slots", step.decode)
+            state = memory["slots"], memory["slot.next"], memory["slot.past"], memory["next"], memory["past"]
+            self._call("arrange", *state, rows)
+            self._arranged = step.decode
+        if step.given:
+            self._upload("next", step.given)
 
-    def greedy(self) -> np.ndarray:
-        if self._chosen:
-            self._on_device = self._read(self._advances - 1)
-            return self._on_device.copy()
-        self._choose(sampled=False)
-        return self._fetch("best", (self._batch,), np.int32).astype(np.int64)
+    # The decode step
 
-    def tokens(
-        self, sampling: SamplingConfig, uniforms: np.ndarray, ends: tuple[int, ...] = ()
-    ) -> Iterator[np.ndarray]:
-        steps, launched = len(uniforms), 1
-        if steps > self.limits.max_seq_len:
-            raise ValueError(f"{steps} steps, the engine holds {self.limits.max_seq_len} tokens")
-        sampled = sampling.temperature > 0
-        self._begin(sampling, uniforms)
-        counts = iter(_portions(steps - launched))
-        for step in range(steps):
-            if launched == step + 1 < steps:  # keep the GPU busy while the host reads the last step
-                count = next(counts)
-                self._go_on(count, sampled)
-                launched += count
-            yield self._read(step)
+    def _launch(self, part: _Part, steps: int) -> None:
+        """Steps from what the row buffers hold."""
+        self._graph(part, steps).launch(self._stream)
 
-    def _begin(self, sampling: SamplingConfig, uniforms: np.ndarray) -> None:
-        """Chooses the first token from the prediction, and makes it the input of the next step."""
-        uploads, sampled = {"past": (self._past - 1).astype(np.int32)}, sampling.temperature > 0
-        if sampled:
-            settings = abi.cqil_sampling(
-                temperature=sampling.temperature, top_p=sampling.top_p, top_k=min(sampling.top_k, sum(self._widths))
-            )
-            uploads |= {"sampling": np.frombuffer(settings, np.uint8), "uniforms": uniforms}
+    def _variant(self) -> Any:
+        """What else than the number of rows a captured step depends on."""
+
+    def _graph(self, part: _Part, steps: int) -> cuda.Graph:
+        rows = len(self._arranged)
+        key = rows, steps, part, self._variant()
+        if key not in self._graphs:
+            # Some things are set up when a shape first runs, which must not be during capture. The step runs once, then
+            # is captured and writes the same again. It starts after everything that was enqueued, because a step reads
+            # positions early (cqil_attention).
+            self._finish()
+            if part is not _Part.CHOICE:
+                self._execute(Phase.DECODE, rows, 1, rows)
+            self._finish()
+
+            def record() -> None:
+                for _ in range(steps):
+                    if part is not _Part.CHOICE:
+                        self._execute(Phase.DECODE, rows, 1, rows)
+                    if part is not _Part.FORWARD:
+                        self._choose(rows, self._memory["prediction"], part is _Part.GREEDY, _DECODE_ROWS)
+                        self._advance(rows, _DECODE_ROWS)
+
+            self._graphs[key] = cuda.Graph(self._stream, record)
+        return self._graphs[key]
+
+    def warm_up(self, rows: int) -> None:
+        """Captures the graphs of single decode steps of 1 to `rows` sequences. Nothing may be running.
+
+        All ranks call it together.
+        """
+        for count in range(1, rows + 1):
+            slots = tuple(range(count))
+            self._start([Start(slot=slot, prompt=(0,), sampling=SamplingConfig(), room=1) for slot in slots])
+            self._arrange(Step(decode=slots))
+            for part in (_Part.GREEDY, _Part.SAMPLED):
+                self._graph(part, 1)
+        self._arranged = ()
         self._finish()
-        self._history[:] = 0  # steps are counted anew
-        self._advances = 0
-        for name, array in uploads.items():
-            cuda.upload(self._memory[name], array, self._stream)
-        cuda.call("MemsetAsync", self._memory["step"], 0, 4, self._stream)
-        self._choose(sampled)
-        self._advance()  # which makes `past` what it is
-        self._advanced(1, sampled)
 
-    def _go_on(self, steps: int, sampled: bool) -> None:
-        """Launches the next steps as one graph."""
-        self._launch(steps, sampled)
-        self._past = np.minimum(self._past + steps, self.limits.max_seq_len - 1)
+    def _advance(self, count: int, rows: _Rows) -> None:
+        """What was chosen becomes the input of the next step, and goes to the host."""
+        memory, limits = self._memory, self.limits
+        row = memory[rows.slots], memory[rows.tokens], memory[rows.past], memory["slot.next"], memory["slot.past"]
+        counts = memory["counts"], self.vocab_size
+        history = self._history.ctypes.data, _UNREAD, limits.max_batch_size
+        self._call("advance", memory["best"], *row, *counts, count, limits.max_seq_len - 1, memory["step"], *history)
 
-    def time_decode(self, steps: int) -> list[float]:
+    def _choose(self, count: int, logits: int, plain: bool, rows: _Rows) -> None:
+        """A token for every row, over the vocabulary of all ranks, into `best`; and log-probabilities if wanted."""
+        memory, width, dtype = self._memory, self._widths[self._plan.rank], self._dtype_code
+        together = self._workspace is not None
+        if plain:
+            value, index = memory["value"], memory["index"] if together else memory["best"]
+            self._call("row_argmax", logits, count, width, self._offset, dtype, value, index)
+            if self._workspace is not None:
+                best = memory["best_value"], memory["best"]
+                self._workspace.call("argmax", value, index, *best, count, int(self._stream))
+            return
+        everything = self.vocab_size
+        if self._workspace is not None:
+            whole, elements = memory["all_logits"], count * everything
+            self._call("spread", logits, whole, count, width, self._offset, everything, dtype)
+            self._workspace.call("all_reduce", whole, None, whole, elements, dtype, int(self._stream))
+            logits = whole
+        settings = memory["settings"], memory[rows.slots]
+        state = memory["counts"], memory["bias"], memory["mask"], memory["adjusted"]
+        self._call("adjust", logits, count, everything, dtype, *settings, *state)
+        draws = memory["uniforms"], self.limits.max_seq_len, memory[rows.past], memory["best"]
+        self._call("sample", memory["adjusted"], count, everything, *settings, *draws)
+        report = memory["best"], MAX_LOGPROBS, memory["report.ids"], memory["report.values"]
+        self._call("logprobs", logits, count, everything, dtype, *settings, *report)
+
+    def time_decode(self, slots: Sequence[int], steps: int) -> list[float]:
         """As in Session, by CUDA events; steps of one graph share its time."""
-        self._begin(SamplingConfig(), np.zeros(0))
         counts = _portions(steps)
+        self._arrange(Step(decode=tuple(slots)))
         for count in sorted(set(counts)):
-            self._graph(count, sampled=False)
+            self._graph(_Part.GREEDY, count)
         events = [cuda.call("EventCreate") for _ in range(len(counts) + 1)]
         cuda.call("EventRecord", events[0], self._stream)
         for count, event in zip(counts, events[1:]):
-            self._go_on(count, sampled=False)
+            self.submit(Step(decode=tuple(slots), repeat=count))
             cuda.call("EventRecord", event, self._stream)
         self._finish()
+        self._flying.clear()
         times = [cuda.call("EventElapsedTime", a, b) for a, b in zip(events, events[1:])]
         for event in events:
             cuda.call("EventDestroy", event)
@@ -398,6 +588,9 @@ class CudaSession(Session):
         if self._comm is None:
             return columns
         return np.concatenate(self._comm.allgather(columns), axis=1)
+
+    def logits(self) -> np.ndarray:
+        return self._gather(self._last_logits()[:, -1])
 
     def joined(self) -> bytes:
         if not self._plan.schedule.all_reduces:

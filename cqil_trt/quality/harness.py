@@ -164,7 +164,7 @@ class EngineLM(TemplateLM):
 
     def _score_one(self, text: list[int], continuations: list[list[int]]) -> list[tuple[float, bool]]:
         longest = max(map(len, continuations))
-        logits = self.llm.session.score(text, first=len(text) - longest)
+        logits = self.llm.runner.score(text, first=len(text) - longest)
         likeliest = logits.argmax(-1)
         return [
             (

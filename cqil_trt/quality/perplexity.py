@@ -82,7 +82,7 @@ def score_engine(llm: Llm, blocks: np.ndarray, progress: bool = False) -> Scores
     found = []
     for block in _bar(mine, progress and llm.job.rank == 0):
         # The last token is only predicted.
-        logits = llm.session.score(block[:-1].tolist())
+        logits = llm.runner.score(block[:-1].tolist())
         found.append((negative_log_likelihood(logits, block[1:]), logits.argmax(-1).astype(np.int32)))
     found = llm.merge(found, len(blocks))
     return Scores(np.stack([nll for nll, _ in found]), np.stack([top1 for _, top1 in found]))

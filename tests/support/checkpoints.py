@@ -110,7 +110,7 @@ def checkpoint_logits(checkpoint: Any, prompt: list[int]) -> Any:
     [rank] = plan(checkpoint.model, CqilConfig(p=1))
     limits, weights = EngineLimits(max_batch_size=1, max_seq_len=len(prompt)), rank_weights(rank, checkpoint.reader)
     ops = TorchOps(rank, weights, LocalCommunicator(), limits, checkpoint.rotary)
-    ops.begin([len(prompt)])
+    ops.begin([0], len(prompt))
     tokens = torch.tensor([prompt])
     with torch.inference_mode():
         return decode(ops, tokens, torch.zeros(1, dtype=torch.long), torch.arange(len(prompt))[None])[0]

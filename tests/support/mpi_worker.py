@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from batches import Batch, score
 
 from cqil_trt.job import Job, command
 from cqil_trt.llm import Llm
+from cqil_trt.runner import Runner
 
 job = Job()
 with command(job):
@@ -19,25 +21,27 @@ with command(job):
         prompts, steps = case["prompts"], case["steps"]
         result, joined = {}, []
         for i, prompt in enumerate(prompts):
-            result[f"score{i}"] = llm.session.score(prompt)
+            result[f"score{i}"] = score(llm.session, prompt)
             joined.append(np.frombuffer(llm.session.joined(), np.uint8))
         # The batch, with the logits that every token was chosen from.
-        llm.session.prefill(prompts)
-        logits, tokens = [llm.session.logits()], [llm.session.greedy()]
+        batch = Batch(llm.session, prompts)
+        logits, tokens = [batch.logits], [batch.tokens]
         for _ in range(steps):
-            llm.session.decode(tokens[-1])
+            batch.decode(tokens[-1])
             joined.append(np.frombuffer(llm.session.joined(), np.uint8))
-            logits.append(llm.session.logits())
-            tokens.append(llm.session.greedy())
+            logits.append(batch.logits)
+            tokens.append(batch.tokens)
         # The residual stream itself, which each rank adds up on its own.
         result["joined"] = np.concatenate(joined)
         result |= {"logits": np.stack(logits, 1), "tokens": np.stack(tokens, 1)}
+        # The batch used the slots without the scheduler's knowledge.
+        llm.runner = Runner.of(llm.session, "throughput")
         for i, prompt in enumerate(prompts):
             alone = llm.generate([prompt], steps + 1, ignore_eos=True)[0].tokens
             result[f"alone{i}"] = np.array(alone)
         sampled = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "seed": 5, "ignore_eos": True}
-        batch = llm.generate(prompts, steps, **sampled)
+        drawn = llm.generate(prompts, steps, **sampled)
         for i, prompt in enumerate(prompts):
-            result[f"sampled{i}"] = np.array(batch[i].tokens)
+            result[f"sampled{i}"] = np.array(drawn[i].tokens)
             result[f"sampled_alone{i}"] = np.array(llm.generate([prompt], steps, **sampled)[0].tokens)
         np.savez(f"{case['out']}-{job.rank}.npz", **result)

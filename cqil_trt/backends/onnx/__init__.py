@@ -32,12 +32,12 @@ class OnnxBackend(Backend):
 
         write_network(compilation)
 
-    def open_session(self, engine: Engine, comm: Any, device: str, number: int) -> Session:
+    def open_session(self, engine: Engine, comm: Any, device: str, number: int, slots: int) -> Session:
         if device == "cuda":
             raise UserError("--device cuda: this backend computes on the CPU")
         from cqil_trt.backends.onnx.session import OnnxSession
 
-        return OnnxSession(engine, comm)
+        return OnnxSession(engine, comm, slots)
 
 
 BACKEND = OnnxBackend()

@@ -16,70 +16,65 @@ from onnx.reference.op_run import OpRun
 from cqil_trt.backends.onnx.network import DOMAIN, TYPES
 from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
-from cqil_trt.session import Session
+from cqil_trt.session import HostSession, available_memory, cache_bytes, fitting_slots
 
 
-class OnnxSession(Session):
+class OnnxSession(HostSession):
     """Executes on the CPU in numpy, with collectives over MPI."""
 
-    def __init__(self, engine: Engine, comm: Any):
+    def __init__(self, engine: Engine, comm: Any, slots: int):
         self._comm = comm
         rank = 0 if comm is None else comm.Get_rank()
-        super().__init__(engine, rank)
+        free = available_memory() // 2 // engine.world_size
+        super().__init__(engine, rank, fitting_slots(slots, free, cache_bytes(engine, rank), comm))
         network, path = ModelContainer(), engine.rank_file(rank, "onnx")
         try:
             network.load(str(path))
         except onnx.checker.ValidationError as error:  # the weights are a link
             raise UserError(f"{path}: cannot be loaded ({error})") from None
         self._evaluator = ReferenceEvaluator(network, new_ops=[RMSNormalization, *_collectives(comm)])
-        self._cache: dict[str, np.ndarray] = {}
         self._last: np.ndarray = np.zeros(0, np.float32)
-        self._kept: np.ndarray = self._last
         self._joined = np.zeros(0, np.float32)
-
-    def _start(self, lengths: np.ndarray) -> None:
-        self._kept = np.zeros((len(lengths), self._widths[self._plan.rank]), np.float32)
         length, dim = self.limits.max_seq_len, self._plan.model.head_dim
         dtype = onnx.helper.tensor_dtype_to_np_dtype(TYPES[self.limits.dtype])
         self._cache = {
-            f"cache.{index}.{part}": np.zeros((len(lengths), shard.num_kv_heads, length, dim), dtype)
+            f"cache.{index}.{part}": np.zeros((self.slots, shard.num_kv_heads, length, dim), dtype)
             for index, shard in self._plan.layers.items()
             if shard.num_heads
             for part in ("key", "value")
         }
 
-    def _forward(self, tokens: np.ndarray, past: np.ndarray, select: np.ndarray) -> None:
+    def _forward(
+        self, tokens: np.ndarray, past: np.ndarray, select: np.ndarray, slots: np.ndarray, length: int | None
+    ) -> None:
         # The evaluator ignores inputs that a rank's graph does not have.
         inputs = {"tokens": tokens, "past": past, "select": select, "workspace": np.zeros(1, np.int32)}
-        inputs = {name: value.astype(np.int32) for name, value in inputs.items()} | self._cache
+        caches = {name: cache[slots] for name, cache in self._cache.items()}
+        inputs = {name: value.astype(np.int32) for name, value in inputs.items()} | caches
         # Its sigmoid computes exp in both branches, and it overflows in the unused one.
         with np.errstate(over="ignore", invalid="ignore"):
             outputs = dict(zip(self._evaluator.output_names, self._evaluator.run(None, inputs)))
-        self._cache = {name: outputs[f"{name}.updated"] for name in self._cache}
+        for name, cache in self._cache.items():
+            cache[slots] = outputs[f"{name}.updated"]
         self._joined = outputs.get("joined", self._joined)
         self._last = outputs.get("logits", np.zeros((*select.shape, 0), np.float32))
-
-    def _keep(self, rows: np.ndarray) -> None:
-        self._kept[rows] = self._last[rows, 0]
 
     def _last_logits(self) -> np.ndarray:
         return self._last
 
-    def _prediction(self) -> np.ndarray:
-        return self._kept
+    def _copy(self, source: int, target: int, count: int) -> None:
+        for cache in self._cache.values():
+            cache[target, :, :count] = cache[source, :, :count]
 
-    def _step(self, tokens: np.ndarray, past: np.ndarray) -> None:
-        self._forward(tokens[:, None], past, np.zeros((len(tokens), 1), np.int64))
-        self._kept = self._last[:, 0]
-
-    def greedy(self) -> np.ndarray:
-        values, tokens = np.full(len(self._kept), -np.inf), np.zeros(len(self._kept), np.int64)
-        if self._kept.shape[1]:
-            values, tokens = self._kept.max(axis=1), self._offset + self._kept.argmax(axis=1)
+    def _greedy(self) -> np.ndarray:
+        last = self._last[:, -1]
+        values, tokens = np.full(len(last), -np.inf), np.zeros(len(last), np.int64)
+        if last.shape[1]:
+            values, tokens = last.max(axis=1), self._offset + last.argmax(axis=1)
         by_rank = _all_gather(self._comm, (values, tokens))
         values, tokens = np.stack([part[0] for part in by_rank]), np.stack([part[1] for part in by_rank])
         # Lower ranks have smaller token ids: the first of equal values wins.
-        return tokens[values.argmax(axis=0), np.arange(len(self._kept))]
+        return tokens[values.argmax(axis=0), np.arange(len(last))]
 
     def _gather(self, columns: np.ndarray) -> np.ndarray:
         return np.concatenate(_all_gather(self._comm, columns), axis=1)

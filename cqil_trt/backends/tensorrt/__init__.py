@@ -55,7 +55,7 @@ class TensorRtBackend(Backend):
 
         compile_rank(compilation)
 
-    def open_session(self, engine: Engine, comm: Any, device: str, number: int) -> Session:
+    def open_session(self, engine: Engine, comm: Any, device: str, number: int, slots: int) -> Session:
         if device == "cpu":
             raise UserError("--device cpu: a TensorRT engine runs on a GPU")
         from cqil_trt.backends.tensorrt.session import TensorRtSession

@@ -413,7 +413,7 @@ class ClassicOps(FusedOps[Tensor], TensorRtOps):
         model = self.plan.model
         norms = [self._weight(name) for name in self.head_norms(shard)]
         inputs = [self.keep(qkv), *self._tables, *norms, self.past, self._caches[shard.index]]
-        fields = attention_fields(model, shard, self._limits)
+        fields = attention_fields(model, shard, self._limits, self._limits.max_batch_size)
         return self._plugin("CqilAttention", inputs, 1, **fields, head_norms=int(model.qk_norm))[0]
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,13 +15,19 @@ from cqil_trt.errors import UserError
 from cqil_trt.gpu import cuda, kernel_library, tensorrt_plugins
 from cqil_trt.gpu.session import BUFFERS, CudaSession, Phase
 from cqil_trt.gpu.sources import source_version
+from cqil_trt.scheduler import Outcome, Step
 
 
 class TensorRtSession(CudaSession):
     """One rank on one GPU. `device`: its number, modulo the number of GPUs.
 
+    The KV cache holds as many sequences as the engine was compiled for. TensorRT's own cache layers take neighbouring
+    sequences only, so a step of others becomes several passes.
+
     Raises UserError for an engine of another TensorRT or GPU, too little memory, or GPUs that cannot reach each other.
     """
+
+    _slots_are_fixed = True
 
     def __init__(self, engine: Engine, comm: Any, device: int):
         package = engine.backend_version.split()[0]
@@ -39,7 +48,10 @@ class TensorRtSession(CudaSession):
                 f"{found}: compile it for this GPU" + (" (--target)" if package == "tensorrt_rtx" else "")
             )
         super().__init__(
-            engine, comm, tensorrt_plugins.register(trt) if package == "tensorrt" else kernel_library.load()
+            engine,
+            comm,
+            tensorrt_plugins.register(trt) if package == "tensorrt" else kernel_library.load(),
+            engine.limits.max_batch_size,
         )
         log, path = logger(trt), engine.rank_file(self._plan.rank, "engine")
         self._engine = trt.Runtime(log).deserialize_cuda_engine(path.read_bytes())
@@ -49,6 +61,8 @@ class TensorRtSession(CudaSession):
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         self._names = set(names)
         self._native = "positions" in self._names
+        self._passes: deque[int] = deque()  # of each step whose outcome was not collected
+        self._held: Step | None = None  # a step that begins when its masks come
         self._load(engine)
         self._contexts = self._make_contexts(trt)
         self._join_nccl(engine)
@@ -67,14 +81,61 @@ class TensorRtSession(CudaSession):
 
     def _extra_sizes(self) -> dict[str, int]:
         limits = self.limits
-        count = limits.max_batch_size * min(limits.prefill_chunk, limits.max_seq_len)
+        count = max(limits.max_batch_size, min(limits.prefill_chunk, limits.max_seq_len))
         return {name: 4 * count for name in ("positions", "idle")}
 
-    def _forward(self, tokens: np.ndarray, past: np.ndarray, select: np.ndarray) -> None:
+    def _cache_parts(self, index: int) -> tuple[int, int]:
+        if not self._native:
+            return super()._cache_parts(index)
+        return self._memory[f"cache.{index}.key"], self._memory[f"cache.{index}.value"]
+
+    def _forward(
+        self, tokens: np.ndarray, past: np.ndarray, select: np.ndarray, slots: np.ndarray, length: int | None
+    ) -> None:
         if self._native:
-            positions = np.minimum(past[:, None] + np.arange(tokens.shape[1]), self.limits.max_seq_len - 1)
-            cuda.upload(self._memory["positions"], positions.astype(np.int32), self._stream)
-        super()._forward(tokens, past, select)
+            self._upload("positions", np.minimum(past + np.arange(tokens.size), self.limits.max_seq_len - 1))
+        super()._forward(tokens, past, select, slots, length)
+
+    def submit(self, step: Step) -> None:
+        if not self._native:
+            super().submit(step)
+        elif step.guided:
+            self._held = step
+        else:
+            self._submit_runs(step)
+
+    def choose(self, masks: Mapping[int, np.ndarray]) -> None:
+        if self._held is None:
+            super().choose(masks)
+            return
+        step, self._held = self._held, None
+        self._submit_runs(step, masks)
+
+    def _submit_runs(self, step: Step, masks: Mapping[int, np.ndarray] | None = None) -> None:
+        """One pass for each run of neighbouring slots."""
+        given = dict(zip(step.decode, step.given))
+        runs: list[tuple[int, ...]] = [()] if step.chunk is not None else neighbours(step.decode)
+        for number, run in enumerate(runs):
+            super().submit(
+                replace(
+                    step,
+                    starts=step.starts if number == 0 else (),
+                    decode=run,
+                    given=tuple(given[slot] for slot in run if given),
+                )
+            )
+            if masks is not None:
+                super().choose(masks)
+        self._passes.append(len(runs))
+
+    def collect(self) -> Outcome:
+        if not self._native:
+            return super().collect()
+        parts = [super(TensorRtSession, self).collect() for _ in range(self._passes.popleft())]
+        return Outcome(choices={s: c for part in parts for s, c in part.choices.items()}, logits=parts[0].logits)
+
+    def _variant(self) -> Any:
+        return self._arranged[0] if self._native else None
 
     def _make_contexts(self, trt: Any) -> list[Any]:
         """One context for each profile; they share their scratch memory, as they never run at the same time."""
@@ -112,26 +173,24 @@ class TensorRtSession(CudaSession):
         for context in self._contexts:
             context.set_communicator(handle)
 
-    def _start(self, lengths: np.ndarray) -> None:
-        super()._start(lengths)
-        if self._native:
-            # The layer attends to the whole cache: what is masked has weight 0, and 0 * NaN is NaN.
-            for name, size in self._caches.items():
-                used = size * len(lengths) // self.limits.max_batch_size
-                cuda.call("MemsetAsync", self._memory[name], 0, used, self._stream)
-
     def _execute(self, phase: Phase, batch: int, length: int, rows: int) -> None:
         context = self._contexts[phase]
         shapes: dict[str, tuple[int, ...]] = {
             "tokens": (batch, length),
             "positions": (batch, length),
             "past": (batch,),
+            "slots": (batch,),
             "select": (rows,),
         }
         if self._native:
             for index, shard in self._plan.layers.items():
                 shape: tuple[int, ...] = (batch, shard.num_kv_heads, self.limits.max_seq_len, self._plan.model.head_dim)
-                shapes |= {f"cache.{index}.{part}": shape for part in ("key", "value")}
+                first = self._slot if phase is Phase.PREFILL else self._arranged[0]
+                offset = first * int(np.prod(shape[1:])) * self._bytes
+                for part, address in zip(("key", "value"), self._cache_parts(index)):
+                    shapes[f"cache.{index}.{part}"] = shape
+                    for name in (f"cache.{index}.{part}", f"cache.{index}.{part}.updated"):
+                        context.set_tensor_address(name, address + offset)
         for name, shape in shapes.items():
             if name in self._names and not context.set_input_shape(name, shape):
                 raise RuntimeError(f"TensorRT refuses the shape {shape} of {name}: {self._log.first_error}")
@@ -147,3 +206,14 @@ class TensorRtSession(CudaSession):
         self._contexts.clear()
         self._engine = None
         super().close()
+
+
+def neighbours(slots: Sequence[int]) -> list[tuple[int, ...]]:
+    """Sorted slots as runs without gaps."""
+    runs: list[tuple[int, ...]] = []
+    for slot in slots:
+        if runs and runs[-1][-1] == slot - 1:
+            runs[-1] += (slot,)
+        else:
+            runs.append((slot,))
+    return runs

@@ -40,7 +40,7 @@ class TensorRtLlmBackend(Backend):
 
         finish(compiled)
 
-    def open_session(self, engine: Engine, comm: Any, device: str, number: int) -> Session:
+    def open_session(self, engine: Engine, comm: Any, device: str, number: int, slots: int) -> Session:
         from cqil_trt.backends.tensorrt_llm.checkpoint import check_runnable
 
         check_runnable(engine, device)

@@ -24,10 +24,10 @@ class TorchBackend(Backend):
 
         return Description(version=f"torch {torch.__version__}")
 
-    def open_session(self, engine: Engine, comm: Any, device: str, number: int) -> Session:
+    def open_session(self, engine: Engine, comm: Any, device: str, number: int, slots: int) -> Session:
         from cqil_trt.backends.torch.session import open_session
 
-        return open_session(engine, comm, device, number)
+        return open_session(engine, comm, device, number, slots)
 
 
 BACKEND = TorchBackend()

@@ -77,10 +77,10 @@ class Library(Protocol):
     def multiply(self, x: Matrix, weight: Matrix, added: Matrix | None, out: Matrix) -> None:
         """out = x @ weightᵀ + added; `added` has as many rows as out, or one."""
 
-    def attend(self, queries: Matrix, cache: int, past: int, batch: int, shard: LayerShard, out: Matrix) -> None:
-        """Causal attention of rotated queries [batch * length, heads * head_dim] over a cache that has their keys.
+    def attend(self, queries: Matrix, cache: int, past: int, slot: int, shard: LayerShard, out: Matrix) -> None:
+        """Causal attention of rotated queries [length, heads * head_dim] over a slot of a cache that has their keys.
 
-        Every sequence had `past` tokens before.
+        The sequence had `past` tokens before.
         """
 
 
@@ -146,6 +146,7 @@ class CudaOps(FusedOps[Matrix], _Collectives):
     Args:
         memory: addresses by name: weights, caches, rotary tables, `logits` and `joined`.
         library: for operations with many rows.
+        slots: sequences that the caches hold.
     """
 
     def __init__(
@@ -157,9 +158,11 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         kernels: ctypes.CDLL,
         stream: int,
         library: Library,
+        slots: int,
     ):
         self.plan = plan
         self._limits, self._memory, self._workspace = limits, memory, workspace
+        self._cached = slots
         self._kernels, self._stream, self._library = kernels, stream, library
         self._bytes, self._dtype = DTYPE_BYTES[limits.dtype], abi.dtype_code(limits.dtype)
         self._pool = Pool()
@@ -168,13 +171,13 @@ class CudaOps(FusedOps[Matrix], _Collectives):
             for name, shape in plan.shapes.items()
         }
 
-    def begin(self, batch: int, length: int, past: int, logits: int, common_past: int) -> None:
-        """Sets up the next pass; it reads the address `past` and writes the address `logits`.
+    def begin(self, batch: int, length: int, past: int, slots: int, logits: int, prompt: tuple[int, int]) -> None:
+        """Sets up the next pass; it reads the addresses `past` and `slots`, and writes the address `logits`.
 
-        `common_past`: the value of all entries of `past`, if several tokens are new.
+        `prompt`: past and slot, if several tokens of one sequence are new.
         """
-        self._batch, self._length, self._past, self._logits = batch, length, past, logits
-        self._common_past = common_past
+        self._batch, self._length, self._past, self._slots, self._logits = batch, length, past, slots, logits
+        self._prompt = prompt
         self._left = self.plan.schedule.all_reduces
 
     def close(self) -> None:
@@ -257,7 +260,7 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         return out
 
     def attention(self, qkv: Matrix, positions: Any, shard: LayerShard) -> Matrix:
-        qkv, fields = self.keep(qkv), attention_fields(self.plan.model, shard, self._limits)
+        qkv, fields = self.keep(qkv), attention_fields(self.plan.model, shard, self._limits, self._cached)
         shape = abi.cqil_attention_shape(batch=self._batch, length=self._length, **fields, dtype=self._dtype)
         norms: list[Matrix | None] = [self._weights[name] for name in self.head_norms(shard)]
         norms = norms or [None, None]
@@ -267,8 +270,8 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         scratch = self._scratch(self._kernels.cqil_attention_scratch_bytes(shape))
         delegated = self._length > 1 and shard.grouped
         result = None if delegated else out
-        self._call("attention", shape, qkv, self._past, *tables, *norms, cache, result, scratch)
+        self._call("attention", shape, qkv, self._past, self._slots, *tables, *norms, cache, result, scratch)
         if delegated:
             queries = Matrix(scratch.address, out.rows, out.width)
-            self._library.attend(queries, cache, self._common_past, self._batch, shard, out)
+            self._library.attend(queries, cache, *self._prompt, shard, out)
         return out

@@ -31,19 +31,21 @@ class TorchCudaSession(CudaSession):
     Raises UserError for too little memory, GPUs that cannot reach each other, or a missing plugin library.
     """
 
-    def __init__(self, engine: Engine, comm: Any, device: int):
+    def __init__(self, engine: Engine, comm: Any, device: int, slots: int):
         use_device(device)
-        super().__init__(engine, comm, kernel_library.load())
+        super().__init__(engine, comm, kernel_library.load(), slots)
         self._load(engine)
         self._torch_stream = torch.cuda.ExternalStream(int(self._stream))
         kernels = self._memory, self._workspace, self._library, int(self._stream)
-        self._ops = CudaOps(self._plan, engine.limits, *kernels, TorchLibrary(engine))
+        self._ops = CudaOps(self._plan, engine.limits, *kernels, TorchLibrary(engine, self.slots), self.slots)
 
     def _execute(self, phase: Phase, batch: int, length: int, rows: int) -> None:
         address = {
-            name: self._memory[BUFFERS[phase].get(name, name)] for name in ("tokens", "past", "select", "logits")
+            name: self._memory[BUFFERS[phase].get(name, name)]
+            for name in ("tokens", "past", "slots", "select", "logits")
         }
-        self._ops.begin(batch, length, address["past"], address["logits"], self._common_past)
+        prompt = self._common_past, self._slot
+        self._ops.begin(batch, length, address["past"], address["slots"], address["logits"], prompt)
         tokens, select = Matrix(address["tokens"], batch * length, 1), Matrix(address["select"], rows, 1)
         with self._guard(), torch.inference_mode(), torch.cuda.stream(self._torch_stream):
             # `CudaOps` has the positions from `begin`.
@@ -60,11 +62,11 @@ class TorchLibrary:
     For an engine in float32 it switches TF32 off, in the whole process: validation compares with float32.
     """
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, slots: int):
         self._dtype = getattr(torch, engine.limits.dtype)
         if self._dtype == torch.float32:
             torch.backends.cuda.matmul.allow_tf32 = False
-        self._limits, self._head_dim = engine.limits, engine.model.head_dim
+        self._limits, self._head_dim, self._slots = engine.limits, engine.model.head_dim, slots
         self._views: dict[tuple[int, ...], torch.Tensor] = {}
 
     def view(self, address: int, *shape: int) -> torch.Tensor:
@@ -83,11 +85,11 @@ class TorchLibrary:
         else:
             torch.addmm(self.view(added.address, added.rows, added.width), left, right.T, out=to)
 
-    def attend(self, queries: Matrix, cache: int, past: int, batch: int, shard: LayerShard, out: Matrix) -> None:
-        length, dim, limits = queries.rows // batch, self._head_dim, self._limits
-        shape = 2, limits.max_batch_size, shard.num_kv_heads, limits.max_seq_len, dim
-        keys, values = self.view(cache, *shape)[:, :batch, :, : past + length]
-        q, to = (self.view(m.address, batch, length, shard.num_heads, dim) for m in (queries, out))
+    def attend(self, queries: Matrix, cache: int, past: int, slot: int, shard: LayerShard, out: Matrix) -> None:
+        length, dim = queries.rows, self._head_dim
+        shape = 2, self._slots, shard.num_kv_heads, self._limits.max_seq_len, dim
+        keys, values = self.view(cache, *shape)[:, slot : slot + 1, :, : past + length]
+        q, to = (self.view(m.address, 1, length, shard.num_heads, dim) for m in (queries, out))
         mask = None if past == 0 else causal_lower_right(length, past + length)
         gqa = shard.num_heads != shard.num_kv_heads
         q = q.transpose(1, 2)

@@ -20,11 +20,13 @@ from cqil_trt.shard import LayerShard, RankPlan
 class TorchPositions:
     """Positions of the new tokens, shared by all layers of a forward pass.
 
-    `past` is the common number of cached tokens, or None when sequences differ; `length` how many cached positions
-    any query sees; `mask` [B, 1, T, length] True where a query sees a key, None when `causal` or everything is seen.
+    `slots`: their places in the KV cache, a slice where they are neighbours. `past` is the common number of cached
+    tokens, or None when sequences differ; `length` how many cached positions any query sees; `mask` [B, 1, T, length]
+    True where a query sees a key, None when `causal` or everything is seen.
     """
 
     index: torch.Tensor  # [B, T]
+    slots: slice | torch.Tensor
     past: int | None
     length: int
     cos: torch.Tensor  # [B or 1, 1, T, D], for each element of a head
@@ -34,9 +36,10 @@ class TorchPositions:
 
 
 class TorchOps(Ops[torch.Tensor]):
-    """Executes on the device the weights are on. The KV cache has the size that `limits` allow.
+    """Executes on the device the weights are on.
 
-    `rotary`: inverse frequencies [head_dim / 2], radians per position.
+    `rotary`: inverse frequencies [head_dim / 2], radians per position. `slots`: sequences that the KV cache holds, by
+    default as many as a pass takes. Without `begin`, sequence b of a pass is in slot b, and its tokens are generated.
     """
 
     def __init__(
@@ -46,8 +49,9 @@ class TorchOps(Ops[torch.Tensor]):
         communicator: Communicator,
         limits: EngineLimits,
         rotary: Sequence[float],
+        slots: int | None = None,
     ):
-        batch_size, max_seq_len = limits.max_batch_size, limits.max_seq_len
+        slots, max_seq_len = slots or limits.max_batch_size, limits.max_seq_len
         dtype = getattr(torch, limits.dtype)
         self.plan = plan
         self._weights = weights
@@ -60,18 +64,17 @@ class TorchOps(Ops[torch.Tensor]):
         self._frequencies = rotary
         self._decoding = self._rows(decode_tables(plan.model, rotary, max_seq_len))
         self._cos, self._sin = self._decoding
+        self._slots: Sequence[int] | None = None
         # Zeros, not uninitialised memory: a masked position has weight 0, and 0 * NaN is NaN.
         try:
             self._cache = {
-                index: torch.zeros(
-                    2, batch_size, shard.num_kv_heads, max_seq_len, plan.model.head_dim, dtype=dtype
-                ).unbind()
+                index: torch.zeros(2, slots, shard.num_kv_heads, max_seq_len, plan.model.head_dim, dtype=dtype).unbind()
                 for index, shard in plan.layers.items()
                 if shard.num_heads
             }
         except RuntimeError:
             raise UserError(
-                f"no memory for the KV cache of {batch_size} sequences of {max_seq_len} tokens: build with a smaller "
+                f"no memory for the KV cache of {slots} sequences of {max_seq_len} tokens: build with a smaller "
                 "--max-batch-size or --max-seq-len"
             ) from None
         self._kv_index = {
@@ -83,17 +86,18 @@ class TorchOps(Ops[torch.Tensor]):
         cos, sin = (torch.from_numpy(table).reshape(-1, 1, *table.shape[-2:]) for table in tables)
         return torch.cat((cos, cos), -1).to(self._dtype), torch.cat((-sin, sin), -1).to(self._dtype)
 
-    def begin(self, lengths: Sequence[int]) -> None:
-        """The passes that follow take prompts of these lengths, until `begin_decode`."""
-        tables = prompt_tables(self.plan.model, self._frequencies, lengths)
+    def begin(self, slots: Sequence[int], length: int | None) -> None:
+        """The next passes take sequences in these slots: part of a prompt of `length` tokens, or generated ones."""
+        tables = None if length is None else prompt_tables(self.plan.model, self._frequencies, [length])
         self._cos, self._sin = self._decoding if tables is None else self._rows(tables)
-
-    def begin_decode(self) -> None:
-        """The passes that follow take one token per sequence. This is the initial state, too."""
-        self._cos, self._sin = self._decoding
+        self._slots = slots
 
     def positions(self, tokens: torch.Tensor, past: torch.Tensor) -> TorchPositions:
-        new = tokens.shape[1]
+        batch, new = tokens.shape
+        numbers = range(batch) if self._slots is None else self._slots
+        first = numbers[0]
+        together = list(numbers) == list(range(first, first + batch))
+        slots = slice(first, first + batch) if together else torch.tensor(numbers)
         pasts = past.tolist()
         common = pasts[0] if len(set(pasts)) == 1 else None
         length = max(pasts) + new
@@ -107,7 +111,9 @@ class TorchOps(Ops[torch.Tensor]):
             cos, sin = self._cos[0, 0, index][:, None], self._sin[0, 0, index][:, None]
             causal, masked = False, True
         mask = (torch.arange(length) <= index[..., None])[:, None] if masked else None
-        return TorchPositions(index=index, past=common, length=length, cos=cos, sin=sin, mask=mask, causal=causal)
+        return TorchPositions(
+            index=index, slots=slots, past=common, length=length, cos=cos, sin=sin, mask=mask, causal=causal
+        )
 
     def embedding(self, tokens: torch.Tensor) -> torch.Tensor:
         return F.embedding(tokens, self._weights["embedding.weight"])
@@ -161,15 +167,17 @@ class TorchOps(Ops[torch.Tensor]):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: TorchPositions, shard: LayerShard
     ) -> torch.Tensor:
         batch, heads, new, dim = q.shape
-        keys, values = (part.narrow(0, 0, batch) for part in self._cache[shard.index])
-        if positions.past is not None:
-            keys.narrow(2, positions.past, new).copy_(k)
-            values.narrow(2, positions.past, new).copy_(v)
+        keys, values = self._cache[shard.index]
+        slots = positions.slots
+        if positions.past is not None and isinstance(slots, slice):
+            keys[slots].narrow(2, positions.past, new).copy_(k)
+            values[slots].narrow(2, positions.past, new).copy_(v)
         else:
-            rows = torch.arange(batch)[:, None]
-            keys[rows, :, positions.index] = k.transpose(1, 2)
-            values[rows, :, positions.index] = v.transpose(1, 2)
-        keys, values = keys.narrow(2, 0, positions.length), values.narrow(2, 0, positions.length)
+            rows = torch.arange(slots.start, slots.stop) if isinstance(slots, slice) else slots
+            keys[rows[:, None], :, positions.index] = k.transpose(1, 2)
+            values[rows[:, None], :, positions.index] = v.transpose(1, 2)
+        # A slice is a view; slots that are apart are copied.
+        keys, values = (part.narrow(2, 0, positions.length)[slots] for part in (keys, values))
         if not shard.grouped:
             index = self._kv_index[shard.index]
             keys, values = keys[:, index], values[:, index]
@@ -183,6 +191,12 @@ class TorchOps(Ops[torch.Tensor]):
         if new > 1:
             out = out.transpose(1, 2)
         return out.reshape(batch, new, heads * dim)
+
+    def copy_cache(self, source: int, target: int, count: int) -> None:
+        """Copies the first `count` tokens of a slot to another one."""
+        for parts in self._cache.values():
+            for part in parts:
+                part[target, :, :count] = part[source, :, :count]
 
     def all_reduce_residual(self, delta: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         self.joined = self._communicator.all_reduce_residual(delta, residual)

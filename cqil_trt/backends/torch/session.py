@@ -14,21 +14,21 @@ from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
 from cqil_trt.gpu import kernel_library
 from cqil_trt.network.decoder import decode
-from cqil_trt.session import Session
+from cqil_trt.session import HostSession, Session, available_memory, cache_bytes, fitting_slots
 
 
-def open_session(engine: Engine, comm: Any, device: str, number: int) -> Session:
+def open_session(engine: Engine, comm: Any, device: str, number: int, slots: int) -> Session:
     """As `Backend.open_session`."""
     missing = None if device == "cpu" else _missing_for_cuda(engine)
     if device != "cpu" and missing is None:
         from cqil_trt.backends.torch.gpu_session import TorchCudaSession
 
-        return TorchCudaSession(engine, comm, number)
+        return TorchCudaSession(engine, comm, number, slots)
     if device == "cuda":
         raise UserError(f"--device cuda: {missing}")
     if missing is not None and number == 0 and torch.cuda.is_available():
         print(f"computing on the CPU, though there is a GPU: {missing}", file=sys.stderr)
-    return TorchSession(engine, comm)
+    return TorchSession(engine, comm, slots)
 
 
 def _missing_for_cuda(engine: Engine) -> str | None:
@@ -51,54 +51,46 @@ def _missing_for_cuda(engine: Engine) -> str | None:
     return None
 
 
-class TorchSession(Session):
+class TorchSession(HostSession):
     """Executes on the CPU, with collectives over MPI."""
 
-    def __init__(self, engine: Engine, comm: Any):
+    def __init__(self, engine: Engine, comm: Any, slots: int):
         from safetensors.torch import load_file
 
         self.communicator = LocalCommunicator() if comm is None else HostCommunicator(comm)
         rank = self.communicator.rank
-        super().__init__(engine, rank)
+        free = available_memory() // 2 // engine.world_size
+        super().__init__(engine, rank, fitting_slots(slots, free, cache_bytes(engine, rank), comm))
         weights = load_file(engine.rank_file(rank))
         if self._plan.shares_embedding:
             weights["lm_head.weight"] = weights["embedding.weight"][slice(*self._plan.vocabulary)]
-        self._ops = TorchOps(self._plan, weights, self.communicator, engine.limits, engine.rotary)
-        self._last = self._kept = torch.empty(0)
-
-    def _start(self, lengths: np.ndarray) -> None:
-        self._kept = torch.empty(len(lengths), self._widths[self._plan.rank])
-        self._ops.begin(lengths.tolist())
+        self._ops = TorchOps(self._plan, weights, self.communicator, engine.limits, engine.rotary, self.slots)
+        self._last = torch.empty(0)
 
     @torch.inference_mode()
-    def _forward(self, tokens: np.ndarray, past: np.ndarray, select: np.ndarray) -> None:
+    def _forward(
+        self, tokens: np.ndarray, past: np.ndarray, select: np.ndarray, slots: np.ndarray, length: int | None
+    ) -> None:
+        self._ops.begin(slots.tolist(), length)
         out = decode(self._ops, *(torch.from_numpy(array) for array in (tokens, past, select)))
         self._last = out.float() if self._plan.schedule.predicts else torch.empty(*select.shape, 0)
-
-    def _keep(self, rows: np.ndarray) -> None:
-        chosen = torch.from_numpy(rows)
-        self._kept[chosen] = self._last[chosen, 0]
 
     def _last_logits(self) -> np.ndarray:
         return self._last.numpy()
 
-    def _prediction(self) -> np.ndarray:
-        return self._kept.numpy()
+    @torch.inference_mode()
+    def _copy(self, source: int, target: int, count: int) -> None:
+        self._ops.copy_cache(source, target, count)
 
-    def _step(self, tokens: np.ndarray, past: np.ndarray) -> None:
-        self._ops.begin_decode()
-        self._forward(tokens[:, None], past, np.zeros((len(tokens), 1), np.int64))
-        self._kept = self._last[:, 0]
-
-    def greedy(self) -> np.ndarray:
-        kept = self._kept
-        if kept.shape[-1]:
-            values = kept.amax(dim=-1)
+    def _greedy(self) -> np.ndarray:
+        last = self._last[:, -1]
+        if last.shape[-1]:
+            values = last.amax(dim=-1)
             # max may return any of several equal values; the first is wanted.
-            indices = (kept == values[:, None]).int().argmax(dim=-1)
+            indices = (last == values[:, None]).int().argmax(dim=-1)
         else:
-            values = torch.full((len(kept),), -torch.inf)
-            indices = torch.zeros(len(kept), dtype=torch.long)
+            values = torch.full((len(last),), -torch.inf)
+            indices = torch.zeros(len(last), dtype=torch.long)
         return self.communicator.argmax(values, indices + self._offset).numpy()
 
     def _gather(self, columns: np.ndarray) -> np.ndarray:

@@ -1,0 +1,113 @@
+"""The loop of an engine: the scheduler plans steps, the session executes them. All that runs an engine uses it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from cqil_trt.scheduler import Event, Outcome, Request, Scheduler, Step
+from cqil_trt.session import Session
+
+# What a rank must do next: a step, or the masks that the step before waits for.
+Order = Step | Mapping[int, np.ndarray]
+
+
+class Runner:
+    """Runs requests through a session.
+
+    Either every rank makes the same calls, or rank 0 alone has a runner and passes its orders on: `send` is then called
+    with each order just before rank 0 executes it, and the other ranks give it to `follow`.
+    """
+
+    def __init__(self, session: Session, scheduler: Scheduler, send: Callable[[Order], None] | None = None):
+        self.session, self.scheduler = session, scheduler
+        self._send = send or (lambda order: None)
+
+    @classmethod
+    def of(
+        cls,
+        session: Session,
+        policy: str,
+        rows: int | None = None,
+        chunk: int | None = None,
+        send: Callable[[Order], None] | None = None,
+    ) -> Runner:
+        """A runner whose scheduler knows of nothing in the session's cache; arguments as in `Scheduler`.
+
+        `rows` and `chunk` are by default, and at most, what the engine was built for.
+        """
+        limits = session.limits
+        scheduler = Scheduler(
+            slots=session.slots,
+            rows=min(rows or limits.max_batch_size, limits.max_batch_size),
+            max_seq_len=limits.max_seq_len,
+            chunk=min(chunk or limits.prefill_chunk, limits.prefill_chunk),
+            policy=policy,
+            burst=session.burst if policy == "throughput" else 1,
+            reuse=session.reuses,
+        )
+        return cls(session, scheduler, send)
+
+    def turn(self) -> list[Event]:
+        """Submits the next step, then waits for the oldest one if no more can be submitted. Returns what is new."""
+        step = self.scheduler.plan()
+        events: list[Event] = []
+        if step is not None:
+            self._send(step)
+            self.session.submit(step)
+            if step.guided:
+                # What is allowed next depends on the tokens before.
+                while self.scheduler.in_flight > 1:
+                    events += self._collect()
+                masks = self.scheduler.masks(step)
+                self._send(masks)
+                self.session.choose(masks)
+        if self.scheduler.in_flight > (self.session.ahead if step is not None else 0):
+            events += self._collect()
+        return events
+
+    def _collect(self) -> list[Event]:
+        return self.scheduler.apply(self.session.collect())
+
+    def score(self, prompt: Sequence[int], first: int = 0) -> np.ndarray:
+        """The logits after every token of a prompt from `first` on, float32 [tokens - first, vocabulary].
+
+        Other requests go on meanwhile, but their events are lost: there should be none.
+        """
+        number = self.scheduler.add(Request(prompt=tuple(prompt), max_new_tokens=0, scored=first))
+        parts: list[np.ndarray] = []
+        while True:
+            for event in self.turn():
+                if event.number == number and event.logits is not None:
+                    parts.append(event.logits)
+                if event.number == number and event.finish_reason:
+                    return np.concatenate(parts)
+
+
+class Follower:
+    """A rank that executes rank 0's orders."""
+
+    def __init__(self, session: Session):
+        self._session = session
+        self._in_flight: deque[Step] = deque()
+
+    def follow(self, order: Order) -> list[Outcome]:
+        """Executes an order; returns the outcomes that are certain by now."""
+        if not isinstance(order, Step):
+            self._session.choose(order)
+            return []
+        self._session.submit(order)
+        self._in_flight.append(order)
+        outcomes = []
+        while len(self._in_flight) > self._session.ahead + 1:
+            self._in_flight.popleft()
+            outcomes.append(self._session.collect())
+        return outcomes
+
+    def finish(self) -> list[Outcome]:
+        """The remaining outcomes."""
+        outcomes = [self._session.collect() for _ in self._in_flight]
+        self._in_flight.clear()
+        return outcomes

@@ -1,0 +1,404 @@
+"""Decides which sequences run in which forward pass, and in which slots of the KV cache. No tensors, no MPI.
+
+A step is one forward pass: a chunk of one prompt, or one token of every sequence whose prompt is done. Decisions depend
+only on the calls made, so ranks that make the same calls decide the same.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from cqil_trt.errors import UserError
+from cqil_trt.sampling import Choice, SamplingConfig
+
+POLICIES = ("latency", "throughput")
+# Tokens that must be cached in another slot for a copy to pay: a copy waits for the slot it comes from.
+_COPIED = 16
+
+
+class Matcher(Protocol):
+    """The tokens that a grammar allows next. `mask`: uint32 [ceil(vocabulary / 32)], bit t of word t // 32."""
+
+    def mask(self) -> np.ndarray: ...
+
+    def advance(self, token: int) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a sequence is to become. Tokens after one of `eos_token_ids` are not generated.
+
+    `max_new_tokens` 0 only reads the prompt. `scored`: the first prompt token after which logits are wanted, None for
+    no logits. `matcher`: limits the tokens; it must be given if and only if `sampling.guided`.
+    """
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    eos_token_ids: tuple[int, ...] = ()
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    scored: int | None = None
+    matcher: Matcher | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """A sequence takes a slot. The first `cached` tokens of its prompt are in slot `source`, which may be the same.
+
+    `room`: the most tokens that it will generate. `ends`: the tokens that end it.
+    """
+
+    slot: int
+    prompt: tuple[int, ...]
+    sampling: SamplingConfig
+    room: int
+    ends: tuple[int, ...] = ()
+    source: int = 0
+    cached: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Tokens of a prompt after `past` cached ones. The logits after the last `predict` tokens are computed.
+
+    `scored`: they are part of the outcome. `choose`: the next token is chosen. `length`: of the whole prompt.
+    """
+
+    slot: int
+    tokens: tuple[int, ...]
+    past: int
+    length: int
+    predict: int = 1
+    scored: bool = False
+    choose: bool = False
+
+    @property
+    def ends(self) -> bool:
+        """Whether the prompt ends here."""
+        return self.past + len(self.tokens) == self.length
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One forward pass: `chunk`, or the next token of the sequences in the slots `decode`, `repeat` times.
+
+    `guided`: slots whose choice waits for masks (`Session.choose`). `given`: tokens to append instead of those that
+    were chosen, for measurements.
+    """
+
+    starts: tuple[Start, ...] = ()
+    chunk: Chunk | None = None
+    decode: tuple[int, ...] = ()
+    repeat: int = 1
+    guided: tuple[int, ...] = ()
+    given: tuple[int, ...] = ()
+
+    @property
+    def choosing(self) -> tuple[int, ...]:
+        """The slots that a token is chosen for, in the order of the pass's rows."""
+        if self.chunk is not None:
+            return (self.chunk.slot,) if self.chunk.choose else ()
+        return self.decode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a step gave: the choices of each slot, and the logits float32 [predict, vocabulary] of a scored chunk."""
+
+    choices: dict[int, list[Choice]] = field(default_factory=dict)
+    logits: np.ndarray | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """News of a sequence. `finish_reason`: "" while it runs, then eos or length. `cached`: prompt tokens reused."""
+
+    number: int
+    choices: tuple[Choice, ...] = ()
+    logits: np.ndarray | None = None
+    finish_reason: str = ""
+    cached: int = 0
+
+
+class _Sequence:
+    """`done`: prompt tokens in the cache, `fed`: tokens in the cache, `chosen`: choices planned; all after the steps
+    planned so far."""
+
+    def __init__(self, number: int, request: Request, slot: int, cached: int, room: int):
+        self.number, self.request, self.slot = number, request, slot
+        self.cached = self.done = self.fed = cached
+        self.chosen, self.room = 0, room
+        self.tokens = list(request.prompt)
+        self.finished = False
+
+    @property
+    def reading(self) -> bool:
+        return self.done < len(self.request.prompt)
+
+    @property
+    def known(self) -> int:
+        """Tokens in the cache whose ids are known."""
+        return min(self.fed, len(self.tokens))
+
+
+class _Slot:
+    """A place in the KV cache: the tokens that it holds, and when it was last used."""
+
+    def __init__(self) -> None:
+        self.tokens = np.zeros(0, np.int64)
+        self.sequence: _Sequence | None = None
+        self.used = 0
+
+    def held(self) -> np.ndarray:
+        if self.sequence is None:
+            return self.tokens
+        return np.array(self.sequence.tokens[: self.sequence.known], np.int64)
+
+
+class Scheduler:
+    """Plans steps for requests that come and go.
+
+    Args:
+        slots: sequences that the KV cache holds, running or remembered.
+        rows: sequences that run at the same time.
+        max_seq_len: tokens that a slot holds.
+        chunk: the most prompt tokens in one step.
+        policy: "latency" reads at most one chunk between two decode steps; "throughput" reads all prompts first.
+        burst: decode steps that may be launched as one while nobody waits.
+        reuse: whether a prompt that begins like an earlier one takes its part of the cache.
+    """
+
+    def __init__(
+        self,
+        *,
+        slots: int,
+        rows: int,
+        max_seq_len: int,
+        chunk: int,
+        policy: str = "latency",
+        burst: int = 1,
+        reuse: bool = True,
+    ):
+        if policy not in POLICIES:
+            raise UserError(f"--policy must be one of {', '.join(POLICIES)}, found {policy}")
+        self._slots = [_Slot() for _ in range(slots)]
+        self._rows, self._max_seq_len, self._chunk = min(rows, slots), max_seq_len, chunk
+        self._policy, self.burst, self._reuse = policy, burst, reuse
+        self._waiting: deque[tuple[int, Request]] = deque()
+        self._running: dict[int, _Sequence] = {}
+        # For each step in flight, the sequences that it chooses tokens for, by slot, and the one whose chunk it reads.
+        self._flying: deque[tuple[Step, dict[int, _Sequence]]] = deque()
+        self._number, self._clock = 0, 0
+        self._read_last = False
+
+    # What the caller says
+
+    def add(self, request: Request) -> int:
+        """Queues a request; returns the number that names it in events."""
+        self._number += 1
+        self._waiting.append((self._number, request))
+        return self._number
+
+    def abort(self, number: int) -> None:
+        """Ends a request, waiting or running; it gives no more events. Unknown numbers are ignored: it may be over."""
+        if number in self._running:
+            self._finish(self._running[number])
+        else:
+            self._waiting = deque(item for item in self._waiting if item[0] != number)
+
+    # What it tells
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def in_flight(self) -> int:
+        """Steps planned whose outcome has not been applied."""
+        return len(self._flying)
+
+    @property
+    def idle(self) -> bool:
+        return not self._waiting and not self._running and not self._flying
+
+    @property
+    def usage(self) -> float:
+        """The part of the KV cache that running sequences occupy, from 0 to 1."""
+        used = sum(sequence.fed for sequence in self._running.values())
+        return used / (len(self._slots) * self._max_seq_len)
+
+    # Planning
+
+    def plan(self) -> Step | None:
+        """The next step; None when there is nothing to do before an outcome is applied or a request comes."""
+        starts = tuple(self._admit())
+        reading = next((s for s in self._running.values() if s.reading), None)
+        ready = sorted((s for s in self._running.values() if not s.reading and s.chosen < s.room), key=lambda s: s.slot)
+        if reading is not None and (self._policy == "throughput" or not self._read_last or not ready):
+            self._read_last = True
+            return self._read(reading, starts)
+        self._read_last = False
+        if not ready:
+            return None
+        guided = tuple(s.slot for s in ready if s.request.sampling.guided)
+        reported = any(s.request.sampling.logprobs is not None for s in ready)
+        alone = not self._waiting and reading is None and not guided and not reported
+        repeat = min(self.burst, *(s.room - s.chosen for s in ready)) if alone else 1
+        for sequence in ready:
+            sequence.chosen += repeat
+            sequence.fed += repeat
+        step = Step(starts=starts, decode=tuple(s.slot for s in ready), repeat=repeat, guided=guided)
+        self._flying.append((step, {s.slot: s for s in ready}))
+        return step
+
+    def _admit(self) -> Iterator[Start]:
+        """Gives slots to waiting requests, in the order in which they came."""
+        while self._waiting and len(self._running) < self._rows:
+            # One at a time reads its prompt, so that the next one finds what this one leaves in the cache.
+            if any(s.reading for s in self._running.values()):
+                return
+            number, request = self._waiting.popleft()
+            slot, source, cached = self._place(request)
+            room = min(request.max_new_tokens, self._max_seq_len + 1 - len(request.prompt))
+            sequence = _Sequence(number, request, slot, cached, room)
+            self._slots[slot].sequence = self._running[number] = sequence
+            yield Start(
+                slot=slot,
+                prompt=request.prompt,
+                sampling=request.sampling,
+                room=room,
+                ends=request.eos_token_ids,
+                source=source,
+                cached=cached,
+            )
+
+    def _place(self, request: Request) -> tuple[int, int, int]:
+        """The slot for a request, the slot that holds the longest beginning of its prompt, and how much of it."""
+        self._clock += 1
+        free = [i for i, slot in enumerate(self._slots) if slot.sequence is None]
+        oldest = min(free, key=lambda i: self._slots[i].used)
+        # The last token is always computed: the next one is predicted from it. So are those with logits.
+        limit = len(request.prompt) - 1 if request.scored is None else min(request.scored, len(request.prompt) - 1)
+        source, cached = oldest, 0
+        if self._reuse and limit > 0:
+            prompt = np.array(request.prompt[:limit], np.int64)
+            common = [_common(prompt, slot.held()) for slot in self._slots]
+            source = max(range(len(common)), key=lambda i: (common[i], i in free))
+            cached = common[source]
+        # A slot that mostly holds this prompt is continued; another one keeps what it has and is copied from.
+        if source in free and 2 * cached >= len(self._slots[source].tokens):
+            target = source
+        else:
+            target = oldest
+        if source != target and cached < _COPIED:
+            source, cached = target, 0
+        self._slots[target].used = self._slots[source].used = self._clock
+        return target, source, cached
+
+    def _read(self, sequence: _Sequence, starts: tuple[Start, ...]) -> Step:
+        """The next chunk of a prompt."""
+        request = sequence.request
+        first = sequence.done
+        last = min(first + self._chunk, len(request.prompt))
+        scored = request.scored is not None and request.scored < last
+        predict = last - max(first, request.scored or 0) if scored else 1
+        ends = last == len(request.prompt)
+        choose = ends and sequence.room > 0
+        sequence.done = sequence.fed = last
+        sequence.chosen += choose
+        chunk = Chunk(
+            slot=sequence.slot,
+            tokens=request.prompt[first:last],
+            past=first,
+            length=len(request.prompt),
+            predict=predict,
+            scored=scored,
+            choose=choose,
+        )
+        guided = (sequence.slot,) if choose and request.sampling.guided else ()
+        step = Step(starts=starts, chunk=chunk, guided=guided)
+        self._flying.append((step, {sequence.slot: sequence}))
+        return step
+
+    # What came of it
+
+    def masks(self, step: Step) -> dict[int, np.ndarray]:
+        """The masks of the guided sequences of the step planned last, once all earlier outcomes are applied."""
+        _, sequences = self._flying[-1]
+        masks = {}
+        for slot in step.guided:
+            matcher = sequences[slot].request.matcher
+            if matcher is not None and not sequences[slot].finished:
+                masks[slot] = matcher.mask()
+        return masks
+
+    def apply(self, outcome: Outcome) -> list[Event]:
+        """Takes in the outcome of the oldest step in flight. Choices of a sequence that has ended are dropped."""
+        step, sequences = self._flying.popleft()
+        events = []
+        for slot, sequence in sequences.items():
+            if sequence.finished:
+                continue
+            taken: list[Choice] = []
+            reason = ""
+            request = sequence.request
+            for choice in outcome.choices.get(slot, ()):
+                taken.append(choice)
+                sequence.tokens.append(choice.token)
+                if request.matcher is not None:
+                    request.matcher.advance(choice.token)
+                if choice.token in request.eos_token_ids:
+                    reason = "eos"
+                elif len(sequence.tokens) - len(request.prompt) == sequence.room:
+                    reason = "length"
+                if reason:
+                    break
+            if sequence.room == 0 and step.chunk is not None and step.chunk.ends:
+                reason = "length"
+            if reason:
+                self._finish(sequence)
+            if taken or reason or outcome.logits is not None:
+                events.append(
+                    Event(
+                        number=sequence.number,
+                        choices=tuple(taken),
+                        logits=outcome.logits,
+                        finish_reason=reason,
+                        cached=sequence.cached,
+                    )
+                )
+        return events
+
+    def _finish(self, sequence: _Sequence) -> None:
+        sequence.finished = True
+        slot = self._slots[sequence.slot]
+        # A step in flight may write one more token, and at the end of a full slot it overwrites the last.
+        slot.tokens = np.array(sequence.tokens[: min(sequence.known, self._max_seq_len - 1)], np.int64)
+        slot.sequence, slot.used = None, self._clock
+        del self._running[sequence.number]
+
+
+def _common(a: np.ndarray, b: np.ndarray) -> int:
+    """The length of the longest common beginning."""
+    size = min(len(a), len(b))
+    differs = np.flatnonzero(a[:size] != b[:size])
+    return int(differs[0]) if len(differs) else size
+
+
+def check_prompt(prompt: Sequence[int], name: str, vocab_size: int, max_seq_len: int) -> None:
+    """Raises UserError for token ids that an engine does not accept as a prompt; `name` names them in the message."""
+    if not prompt:
+        raise UserError(f"{name} is empty")
+    if len(prompt) > max_seq_len:
+        raise UserError(f"{name} has {len(prompt)} tokens, the engine takes {max_seq_len} (build with --max-seq-len)")
+    for token in prompt:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+            raise UserError(f"{name}: {token!r:.40} is not a token id from 0 to {vocab_size - 1}")
