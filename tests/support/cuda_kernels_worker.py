@@ -701,7 +701,7 @@ def check_overlap(pick, dtype):
 
 
 def check_repeat(pick, dtype):
-    """Calls on one cache with no kernel between them that all wait for: a prefill, then tokens at positions laid ready."""
+    """Calls on one cache without a cqil_advance between them: a prefill, then tokens whose positions lie ready."""
     kv_heads, group, dim, prompt, steps = pick(1, 2), pick(1, 2), 64, pick(2, 9), 12
     heads, width = kv_heads * group, (kv_heads * group + 2 * kv_heads) * dim
     count, slots = some_slots(pick, 1)
