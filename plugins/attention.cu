@@ -74,11 +74,15 @@ __device__ uint32_t gave_up;  // 1 once a thread has
 struct Inputs {
     const void* qkv;
     const int32_t* past;
+    const int32_t* slots;  // null: sequence b is in slot b
     const float* cos;
     const float* sin;
     const void* q_norm;
     const void* k_norm;
     void* cache;
+
+    // Where the cache holds a sequence. Bypasses L1, as `past` does: a decode step reads both before it has waited.
+    __device__ int slot(int sequence) const { return slots == nullptr ? sequence : __ldcg(slots + sequence); }
 };
 
 // The part of a head that one of kLanes lanes holds: kElements of the first half or of the second. Each element's
@@ -197,7 +201,7 @@ __global__ void __launch_bounds__(kThreads) append_kernel(cqil_attention_shape s
     if (query || position >= s.capacity) return;
     const int kv = (h - s.heads) % s.kv_heads;
     T* cache = static_cast<T*>(in.cache) + (key ? 0 : cache_elements(s));
-    x.write(cache + ((size_t(sequence) * s.kv_heads + kv) * s.capacity + position) * s.head_dim, lane);
+    x.write(cache + ((size_t(in.slot(sequence)) * s.kv_heads + kv) * s.capacity + position) * s.head_dim, lane);
 }
 
 // Keys and values in flight, in shared memory. Each lane reads only what it requested itself.
@@ -347,14 +351,15 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kD
     const Lane<kElements> lane(threadIdx.x % kLanes, dim);
     const int token = kDecode ? 0 : blockIdx.y, row = sequence * s.length + token;
     const int kv = (head + s.first) / s.group, heads = s.heads + 2 * s.kv_heads;
-    // Bypasses L1: a decode step reads this before it has waited (launch.cuh).
+    // Bypasses L1: a decode step reads these before it has waited (launch.cuh).
     const int position = __ldcg(in.past + sequence) + token, count = min(position + 1, s.capacity);
+    const int cached = in.slot(sequence);
     const int share = (count + int(gridDim.y) - 1) / int(gridDim.y), span = kDecode ? max(share, kMinSpan) : count;
     const int spans = kDecode ? (count + span - 1) / span : 1;
     const int first = kDecode ? blockIdx.y * span : 0, last = kDecode ? min(first + span, count) : count;
     if (first >= last) return;
 
-    const size_t line = (size_t(sequence) * s.kv_heads + kv) * s.capacity;
+    const size_t line = (size_t(cached) * s.kv_heads + kv) * s.capacity;
     T* keys = static_cast<T*>(in.cache) + line * dim;
     const size_t to_values = cache_elements(s);
     const Joint joint(static_cast<char*>(in.cache) + align(2 * to_values * sizeof(T)), s, sequence, head);
@@ -527,7 +532,7 @@ __global__ void __launch_bounds__(kThreads)
     const int count = min(past + min(first + kTile, s.length), s.capacity);
     const size_t stride = size_t(s.heads) * kDim;
     const T* source = queries + size_t(sequence) * s.length * stride + size_t(head) * kDim;
-    const T* keys = static_cast<const T*>(in.cache) + (size_t(sequence) * s.kv_heads + kv) * s.capacity * kDim;
+    const T* keys = static_cast<const T*>(in.cache) + (size_t(in.slot(sequence)) * s.kv_heads + kv) * s.capacity * kDim;
     const T* values = keys + cache_elements(s);
     load_tile<T, kDim>(m.query, source, stride, first, s.length);
 
@@ -794,14 +799,14 @@ const char* cqil_attention_failure(void) {
     return text;
 }
 
-int cqil_attention(const cqil_attention_shape* s, const void* qkv, const int32_t* past, const float* cos,
-                   const float* sin, const void* q_norm, const void* k_norm, void* cache, void* out, void* scratch,
-                   void* stream) {
+int cqil_attention(const cqil_attention_shape* s, const void* qkv, const int32_t* past, const int32_t* slots,
+                   const float* cos, const float* sin, const void* q_norm, const void* k_norm, void* cache, void* out,
+                   void* scratch, void* stream) {
     if (check(*s)) return -1;
     if ((q_norm == nullptr) != (k_norm == nullptr)) return fail("one head norm of two is given");
     if (s->length == 1 && out == nullptr) return fail("one new token attends at once");
     if (s->batch == 0 || s->length == 0) return 0;
-    const Inputs in = {qkv, past, cos, sin, q_norm, k_norm, cache};
+    const Inputs in = {qkv, past, slots, cos, sin, q_norm, k_norm, cache};
     auto st = static_cast<cudaStream_t>(stream);
     return by_type(s->dtype,
                    [&](auto* type) { return attend<std::remove_pointer_t<decltype(type)>>(*s, in, out, scratch, st); });

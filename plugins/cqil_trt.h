@@ -118,27 +118,60 @@ int cqil_gather_rows(const void* table, const int32_t* indices, void* out, int r
 int cqil_row_argmax(const void* logits, int rows, int width, int offset, cqil_dtype dtype, float* value, int32_t* index,
                     void* stream);
 
-// How the next token is chosen. temperature is above 0; top_k 0 and top_p 1 keep every token.
+// A server's cache has slots for sequences. Row b of a step belongs to slot slots[b]; no two rows share a slot. What
+// follows keeps its state by slot.
+
+// How a slot's tokens are chosen. temperature 0: the likeliest token. top_k 0, top_p 1 and min_p 0 keep every token. A
+// repetition_penalty of 1, and 0 for the other penalties, change nothing; repetition_penalty is above 0. logprobs: how
+// many of the likeliest tokens cqil_logprobs reports, 0 for only the chosen one, -1 for nothing. masked, biased: 1 if
+// the slot's row of the mask and of the bias applies.
 typedef struct {
-    float temperature, top_p;
-    int32_t top_k;
+    float temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty;
+    int32_t top_k, logprobs, masked, biased;
 } cqil_sampling;
 
-// index[row]: a token chosen by temperature, then top-k, then top-p, from `rows` rows of `width` logits. Equal logits
-// are ordered by id. Draws with uniforms[*step * stride + row], which are in [0, 1). `sampling` is in device memory.
-int cqil_sample(const void* logits, int rows, int width, cqil_dtype dtype, const cqil_sampling* sampling,
-                const double* uniforms, const int32_t* step, int stride, int32_t* index, void* stream);
+// out [rows, width], float32: the logits, as the rows' slots want them adjusted. In this order, for token j of a row:
+// - biased: + bias[slot * width + j]
+// - counts[slot * width + j] says in its upper bit whether the token is in the prompt, in the others how often it was
+//   generated. If it is not 0, a positive value is divided by repetition_penalty and any other multiplied by it. Then
+//   - frequency_penalty * (how often it was generated), and - presence_penalty if it was generated
+// - masked: -infinity if bit j % 32 of mask[slot * ceil(width / 32) + j / 32] is 0
+// Of counts, bias and mask only what a row's slot uses is read; each may be NULL if none uses it. `settings` has an
+// entry for each slot, in device memory. out may be logits.
+int cqil_adjust(const void* logits, int rows, int width, cqil_dtype dtype, const cqil_sampling* settings,
+                const int32_t* slots, const uint32_t* counts, const float* bias, const uint32_t* mask, float* out,
+                void* stream);
+
+// index[row]: a token chosen from `rows` rows of `width` logits as settings[slots[row]] says. With temperature 0 it has
+// the largest logit. Else by temperature, then top-k, then top-p, then min_p, which keeps the tokens that are at least
+// min_p times as likely as the likeliest; draws with uniforms[slots[row] * stride + past[row]], which are in [0, 1).
+// Equal logits are ordered by id, the smallest first. -infinity and NaN are not chosen; a row of nothing else gives 0.
+int cqil_sample(const float* logits, int rows, int width, const cqil_sampling* settings, const int32_t* slots,
+                const double* uniforms, int stride, const int32_t* past, int32_t* index, void* stream);
+
+// Tokens and their log-probabilities (log-softmax of the logits as they are, in float32), for the rows whose settings
+// have logprobs >= 0, in ids and values [rows, limit + 1]: first chosen[row], then the min(logprobs, limit, width)
+// likeliest in falling order, the smaller id first among equals. The rest is not written. limit is at most 256.
+int cqil_logprobs(const void* logits, int rows, int width, cqil_dtype dtype, const cqil_sampling* settings,
+                  const int32_t* slots, const int32_t* chosen, int limit, int32_t* ids, float* values, void* stream);
 
 // out [rows, all]: part [rows, width] in the columns from `first` on, zeros elsewhere. Its sum over ranks puts all
 // ranks' columns side by side.
 int cqil_spread(const void* part, void* out, int rows, int width, int first, int all, cqil_dtype dtype, void* stream);
 
+// The input of a step whose rows are not those of the step before: tokens[row] = slot_tokens[slots[row]], past[row] =
+// slot_past[slots[row]].
+int cqil_arrange(const int32_t* slots, const int32_t* slot_tokens, const int32_t* slot_past, int32_t* tokens,
+                 int32_t* past, int rows, void* stream);
+
 // Makes the chosen tokens the input of the next step: tokens[row] = next[row], past[row] = min(past[row] + 1, last),
-// then *step += 1. Also writes history[*step % slots * stride + row] in one store: next[row] in the lower half and
-// *step + 1 in the upper half. In page-locked host memory this tells the host that the token is there before the
-// stream's work is done.
-int cqil_advance(const int32_t* next, int32_t* tokens, int32_t* past, int rows, int last, int32_t* step,
-                 uint64_t* history, int slots, int stride, void* stream);
+// both also in slot_tokens[slots[row]] and slot_past[slots[row]]. Unless counts is NULL, counts[slots[row] * vocabulary
+// + next[row]] += 1. Then *step += 1. Also writes history[*step % history_slots * stride + row] in one store: next[row]
+// in the lower half and *step + 1 in the upper half. In page-locked host memory this tells the host that the token is
+// there before the stream's work is done.
+int cqil_advance(const int32_t* next, const int32_t* slots, int32_t* tokens, int32_t* past, int32_t* slot_tokens,
+                 int32_t* slot_past, uint32_t* counts, int vocabulary, int rows, int last, int32_t* step,
+                 uint64_t* history, int history_slots, int stride, void* stream);
 
 // sum = residual + delta, normed = RMSNorm(sum) * weight, for `rows` rows of `hidden` elements. Without delta (NULL),
 // normed is that of residual, and sum is not written. sum may be residual.
@@ -168,8 +201,8 @@ size_t cqil_linear_scratch_bytes(const cqil_linear_shape* shape);
 int cqil_linear(const cqil_linear_shape* shape, const void* x, const void* delta, const void* weight, const void* bias,
                 const void* norm, const void* residual, void* out, void* scratch, void* stream);
 
-// `length` new tokens of `batch` sequences, starting at position past[b], and a cache for `max_batch` sequences of
-// `capacity` tokens. Query head i reads key/value head (i + first) / group. `eps` is for the head norms.
+// `length` new tokens of `batch` sequences, starting at position past[b], and a cache with `max_batch` slots for
+// sequences of `capacity` tokens. Query head i reads key/value head (i + first) / group. `eps` is for the head norms.
 typedef struct {
     int32_t batch, length, heads, kv_heads, head_dim, capacity, max_batch, group, first, dtype;
     float eps;
@@ -183,17 +216,18 @@ size_t cqil_attention_scratch_bytes(const cqil_attention_shape* shape);
 
 // Causal attention: applies head norms with weights [head_dim] unless they are NULL, rotates queries and keys (by
 // halves, as Hugging Face does; cos and sin are [capacity, head_dim / 2]), appends keys and values to the cache, and
-// attends. qkv [batch * length, heads + 2 * kv_heads, head_dim] -> out [batch * length, heads, head_dim]. With several
-// new tokens out may be NULL: then it only rotates and appends, and leaves the queries in scratch in the shape of out.
+// attends. qkv [batch * length, heads + 2 * kv_heads, head_dim] -> out [batch * length, heads, head_dim]. Sequence b is
+// in slot slots[b] of the cache, in slot b if slots is NULL; no two share a slot. With several new tokens out may be
+// NULL: then it only rotates and appends, and leaves the queries in scratch in the shape of out.
 //
-// With one new token, `past`, cos, sin and the cache may be read before earlier work on the stream is done. cos and sin
-// must not be results of that work. `past` may be written by cqil_advance, by a copy, or by a kernel of the caller's
-// that another such kernel or a copy follows. Earlier calls on the same cache are waited for: a call overlaps earlier
-// kernels only if a cqil_advance, or a call that did not overlap, lies between it and the last use of the cache on this
-// stream.
-int cqil_attention(const cqil_attention_shape* shape, const void* qkv, const int32_t* past, const float* cos,
-                   const float* sin, const void* q_norm, const void* k_norm, void* cache, void* out, void* scratch,
-                   void* stream);
+// With one new token, `past`, `slots`, cos, sin and the cache may be read before earlier work on the stream is done.
+// cos and sin must not be results of that work. `past` and `slots` may be written by cqil_advance or cqil_arrange, by a
+// copy, or by a kernel of the caller's that another such kernel or a copy follows. Earlier calls on the same cache are
+// waited for: a call overlaps earlier kernels only if a cqil_advance, a cqil_arrange, or a call that did not overlap
+// lies between it and the last use of the cache on this stream.
+int cqil_attention(const cqil_attention_shape* shape, const void* qkv, const int32_t* past, const int32_t* slots,
+                   const float* cos, const float* sin, const void* q_norm, const void* k_norm, void* cache, void* out,
+                   void* scratch, void* stream);
 
 // Bounds the wait of attention's blocks for each other, for later calls in this process. 30 s by default; 0: no limit.
 int cqil_attention_timeout(double seconds);

@@ -1,4 +1,5 @@
-// Small single-GPU kernels of a decode step: RMSNorm, sums, SwiGLU, rows of a table, the choice of the next token.
+// Small single-GPU kernels of a decode step: RMSNorm, sums, SwiGLU, rows of a table, the likeliest token, the next
+// step's input.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -137,17 +138,32 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
+// Begins a decode step of other rows; one block. Like advance_kernel it does not release its successor.
+__global__ void __launch_bounds__(kThreads)
+    arrange_kernel(const int32_t* slots, const int32_t* slot_tokens, const int32_t* slot_past, int32_t* tokens,
+                   int32_t* past, int rows) {
+    wait_for_predecessor();
+    for (int row = threadIdx.x; row < rows; row += blockDim.x) {
+        tokens[row] = slot_tokens[slots[row]];
+        past[row] = slot_past[slots[row]];
+    }
+    __threadfence();  // the step's attention reads `past` before it waits for this kernel
+}
+
 // Ends a decode step; one block. It does not release its successor, so the next step may read positions and caches
 // early (launch.cuh).
 __global__ void __launch_bounds__(kThreads)
-    advance_kernel(const int32_t* next, int32_t* tokens, int32_t* past, int rows, int last, int32_t* step,
-                   volatile uint64_t* history, int slots, int stride) {
+    advance_kernel(const int32_t* next, const int32_t* slots, int32_t* tokens, int32_t* past, int32_t* slot_tokens,
+                   int32_t* slot_past, uint32_t* counts, int vocabulary, int rows, int last, int32_t* step,
+                   volatile uint64_t* history, int history_slots, int stride) {
     wait_for_predecessor();
     const int now = *step;
     for (int row = threadIdx.x; row < rows; row += blockDim.x) {
-        tokens[row] = next[row];
-        past[row] = min(past[row] + 1, last);
-        history[size_t(now % slots) * stride + row] = uint64_t(now + 1) << 32 | uint32_t(next[row]);
+        const int token = next[row], slot = slots[row], position = min(past[row] + 1, last);
+        tokens[row] = slot_tokens[slot] = token;
+        past[row] = slot_past[slot] = position;
+        if (counts != nullptr) ++counts[size_t(slot) * vocabulary + token];  // no other row has this slot
+        history[size_t(now % history_slots) * stride + row] = uint64_t(now + 1) << 32 | uint32_t(token);
     }
     __threadfence();  // the next step's attention reads `past` before it waits for this kernel
     __syncthreads();
@@ -215,13 +231,25 @@ int cqil_row_argmax(const void* logits, int rows, int width, int offset, cqil_dt
     });
 }
 
-int cqil_advance(const int32_t* next, int32_t* tokens, int32_t* past, int rows, int last, int32_t* step,
-                 uint64_t* history, int slots, int stride, void* stream) {
-    if (rows < 0 || slots < 1 || stride < rows) return fail("%d rows, %d slots of %d", rows, slots, stride);
+int cqil_arrange(const int32_t* slots, const int32_t* slot_tokens, const int32_t* slot_past, int32_t* tokens,
+                 int32_t* past, int rows, void* stream) {
+    if (rows < 0) return fail("%d rows", rows);
     if (rows == 0) return 0;
     auto st = static_cast<cudaStream_t>(stream);
-    if (launch(advance_kernel, {1, rows > 32 ? kThreads : 32, st}, next, tokens, past, rows, last, step, history, slots,
-               stride))
+    if (launch(arrange_kernel, {1, rows > 32 ? kThreads : 32, st}, slots, slot_tokens, slot_past, tokens, past, rows))
+        return -1;
+    return note_full_wait(st);
+}
+
+int cqil_advance(const int32_t* next, const int32_t* slots, int32_t* tokens, int32_t* past, int32_t* slot_tokens,
+                 int32_t* slot_past, uint32_t* counts, int vocabulary, int rows, int last, int32_t* step,
+                 uint64_t* history, int history_slots, int stride, void* stream) {
+    if (rows < 0 || history_slots < 1 || stride < rows)
+        return fail("%d rows, a history of %d slots of %d", rows, history_slots, stride);
+    if (rows == 0) return 0;
+    auto st = static_cast<cudaStream_t>(stream);
+    if (launch(advance_kernel, {1, rows > 32 ? kThreads : 32, st}, next, slots, tokens, past, slot_tokens, slot_past,
+               counts, vocabulary, rows, last, step, history, history_slots, stride))
         return -1;
     return note_full_wait(st);
 }

@@ -21,11 +21,12 @@ namespace cqil_trt {
 //   it synchronises the device. Counters on the same cache lines are read after the wait and bypass L1 (load_system).
 // - all_reduce_kernel reads the norm's weight; stream_kernel reads W and the norm's weight; attend_kernel, when
 //   decoding, reads cos and sin. The header requires that none of them is the result of work still on the stream.
-// - attend_kernel, when decoding, reads `past`, the cache and the joints' counters, which earlier kernels write. So
-//   between two uses of a cache there must be a kernel that ends before any later kernel starts. cqil_advance is one:
-//   it waits, writes `past`, fences, and does not release its successor. Without one in between, cqil_attention
-//   launches without overlap (class Touched). `past` and the counters bypass L1; lines of the cache in L1 are
-//   invalidated when a kernel starts.
+// - attend_kernel, when decoding, reads `past`, `slots`, the cache and the joints' counters, which earlier work writes.
+//   So between two uses of a cache there must be a kernel that ends before any later kernel starts. Those of
+//   cqil_advance and cqil_arrange are such: they wait, write `past`, fence, and do not release their successor. Without
+//   one in between, cqil_attention launches without overlap (class Touched). `slots` is written by copies, which no
+//   kernel overlaps. `past`, `slots` and the counters bypass L1; lines of the cache in L1 are invalidated when a kernel
+//   starts.
 __device__ inline void wait_for_predecessor() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

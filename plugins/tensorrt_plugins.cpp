@@ -16,8 +16,8 @@
 //                   a field is 1 where its input is given
 //   CqilAdd         x, (y) -> x + y (terms 2), zeros (terms 0)
 //   CqilGather      table [M, H], indices int32 [N] -> table[indices] [N, H]
-//   CqilAttention   qkv, cos, sin, (q_norm, k_norm,) past int32 [B], cache -> [N, heads * head_dim]
-//                   as cqil_attention; cache is an int32 tensor bound to a layer's cache
+//   CqilAttention   qkv, cos, sin, (q_norm, k_norm,) past int32 [B], slots int32 [B], cache
+//                   -> [N, heads * head_dim], as cqil_attention; cache is an int32 tensor bound to a layer's cache
 
 #include <NvInfer.h>
 #include <cuda_runtime.h>
@@ -353,14 +353,14 @@ public:
 
 class CqilAttention final : public Plugin<CqilAttention, CqilAttentionFields> {
 public:
-    static constexpr int kIntegers = 2;
+    static constexpr int kIntegers = 3;
     using Plugin::Plugin;
 
     static bool valid(const Fields& f) {
         return f.heads > 0 && f.kv_heads > 0 && f.head_dim > 0 && f.capacity > 0 && f.max_batch > 0 && f.group > 0 &&
                f.first >= 0 && f.eps >= 0 && (f.head_norms == 0 || f.head_norms == 1) && valid_dtype(f.dtype);
     }
-    int32_t inputs() const { return fields_.head_norms ? 7 : 5; }
+    int32_t inputs() const { return fields_.head_norms ? 8 : 6; }
     int32_t outputs() const { return 1; }
     DimsExprs output_dimensions(DimsExprs const* in, IExprBuilder& builder) const {
         DimsExprs dims = in[0];
@@ -377,16 +377,16 @@ public:
     int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in, void* const* out,
             void* scratch, cudaStream_t stream) const {
         const cqil_attention_shape s = shape(input);
-        const int past = inputs() - 2;
-        return cqil_attention(&s, in[0], static_cast<const int32_t*>(in[past]), static_cast<const float*>(in[1]),
-                              static_cast<const float*>(in[2]), fields_.head_norms ? in[3] : nullptr,
-                              fields_.head_norms ? in[4] : nullptr, const_cast<void*>(in[past + 1]), out[0], scratch,
-                              stream);
+        const int past = inputs() - kIntegers;
+        return cqil_attention(
+            &s, in[0], static_cast<const int32_t*>(in[past]), static_cast<const int32_t*>(in[past + 1]),
+            static_cast<const float*>(in[1]), static_cast<const float*>(in[2]), fields_.head_norms ? in[3] : nullptr,
+            fields_.head_norms ? in[4] : nullptr, const_cast<void*>(in[past + 2]), out[0], scratch, stream);
     }
 
 private:
     cqil_attention_shape shape(PluginTensorDesc const* input) const {
-        const int batch = std::max(1, static_cast<int>(input[inputs() - 2].dims.d[0]));
+        const int batch = std::max(1, static_cast<int>(input[inputs() - kIntegers].dims.d[0]));
         const int length = static_cast<int>(input[0].dims.d[0]) / batch;
         const Fields& f = fields_;
         return {batch,       length,  f.heads, f.kv_heads, f.head_dim, f.capacity,

@@ -248,7 +248,7 @@ def test_python_passes_what_another_header_says(tmp_path):
     text = HEADER.read_text()
     changes = {
         "int cqil_workspace_rank(cqil_workspace* workspace)": "double cqil_workspace_rank(float a, int64_t b, double)",
-        "float temperature, top_p;": "double before;\n    float temperature, top_p;",
+        "float temperature, top_p,": "double before;\n    float temperature, top_p,",
     }
     for old, new in changes.items():
         assert old in text
@@ -257,10 +257,11 @@ def test_python_passes_what_another_header_says(tmp_path):
     (tmp_path / "other.c").write_text(f"""
     #include "{HEADER.name}"
     double cqil_workspace_rank(float a, int64_t b, double c) {{ return a * b + c; }}
-    int cqil_sample(const void* logits, int rows, int width, cqil_dtype dtype, const cqil_sampling* sampling,
-                    const double* uniforms, const int32_t* step, int stride, int32_t* index, void* stream) {{
-        *index = dtype;
-        return (int)(sampling->before * sampling->temperature) + sampling->top_k;
+    int cqil_adjust(const void* logits, int rows, int width, cqil_dtype dtype, const cqil_sampling* settings,
+                    const int32_t* slots, const uint32_t* counts, const float* bias, const uint32_t* mask, float* out,
+                    void* stream) {{
+        *out = dtype;
+        return (int)(settings->before * settings->temperature) + settings->top_k;
     }}
     """)
     subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "other.so", tmp_path / "other.c"], check=True)
@@ -268,12 +269,12 @@ def test_python_passes_what_another_header_says(tmp_path):
     interface.declare(library)
     assert library.cqil_workspace_rank(0.5, 1 << 40, 0.25) == (1 << 39) + 0.25
     sampling = interface.names["cqil_sampling"](before=12.0, temperature=2.0, top_k=7)
-    index = ctypes.c_int32()
+    out = ctypes.c_float()
     for given in (sampling, ctypes.addressof(sampling)):  # on the host, or an address
-        rest = None, None, 1, ctypes.byref(index), None
-        assert library.cqil_sample(None, 1, 1, abi.dtype_code("bfloat16"), given, *rest) == 31 and index.value == 2
+        rest = None, None, None, None, ctypes.byref(out), None
+        assert library.cqil_adjust(None, 1, 1, abi.dtype_code("bfloat16"), given, *rest) == 31 and out.value == 2
     with pytest.raises(ctypes.ArgumentError):
-        library.cqil_sample(None, 1, 1, 0, abi.cqil_linear_shape(), *rest)
+        library.cqil_adjust(None, 1, 1, 0, abi.cqil_linear_shape(), *rest)
     with pytest.raises(AttributeError, match="no attribute 'before'"):
         abi.cqil_sampling(before=1.0)
     with pytest.raises(AttributeError, match="cqil_nothing"):

@@ -114,7 +114,7 @@ class Network:
         return [value]
 
     def CqilAttention(self, f, x, inputs):
-        qkv, cos, sin, *norms, past, _ = x
+        qkv, cos, sin, *norms, past, slots, _ = x
         assert len(norms) == 2 * f.head_norms
         batch = len(past)
         s = SimpleNamespace(
@@ -126,10 +126,11 @@ class Network:
                 for name in ("heads", "kv_heads", "head_dim", "capacity", "group", "first", "eps")
             },
         )
-        addresses = [t.contiguous() for t in (qkv, past.to(torch.int32), cos, sin, *norms)]
-        q_norm, k_norm = (t.data_ptr() for t in addresses[4:]) if norms else (None, None)
+        integers = past.to(torch.int32), slots.to(torch.int32)
+        addresses = [t.contiguous() for t in (qkv, *integers, cos, sin, *norms)]
+        q_norm, k_norm = (t.data_ptr() for t in addresses[5:]) if norms else (None, None)
         out = torch.full((len(qkv), f.heads * f.head_dim), torch.nan)
-        pointers = [t.data_ptr() for t in addresses[:4]]
+        pointers = [t.data_ptr() for t in addresses[:5]]
         self._caches.cqil_attention(s, *pointers, q_norm, k_norm, inputs[-1].name, out.data_ptr(), None, None)
         return [out]
 
@@ -140,7 +141,8 @@ class Network:
     def CqilBroadcast(self, f, x, _):
         if f.rank == 0:
             return [x[0]]
-        return [torch.linspace(-1, 1, x[0].numel() * f.hidden).view(-1, f.hidden)]
+        given = torch.linspace(-1, 1, x[0].numel() * f.hidden).view(BATCH, -1, f.hidden)  # of the slots in order
+        return [given[self._given["slots"]].view(-1, f.hidden)]
 
     def CqilBypass(self, f, x, _):
         return [0.5 * x[0] if self._rank else torch.zeros_like(x[0])]
@@ -180,13 +182,15 @@ def test_classic_networks_compute_what_the_decoder_means(name, tmp_path):
                 pasts, select = torch.full((BATCH,), past), torch.full((BATCH, 1), new - 1)
                 expected = decode(plain, tokens, pasts, select)
                 rows = torch.arange(BATCH) * new + new - 1
-                given = {"tokens": tokens, "past": pasts, "select": rows, **constants, **weights}
+                slots = torch.randperm(BATCH)  # a sequence keeps its slot, not its row
+                inputs = {"tokens": tokens[slots], "past": pasts, "slots": slots, "select": rows}
+                given = inputs | constants | weights
                 network = Network(given, caches, rank.rank)
                 define_network(package(), network, LOWERING, rank, limits, checkpoint.rotary, nccl=False)
                 collectives = [p for p in network.plugins if p in ("CqilAllReduce", "CqilBroadcast")]
                 assert len(collectives) == rank.schedule.all_reduces + rank.schedule.broadcasts
                 if rank.schedule.predicts:
-                    torch.testing.assert_close(network.outputs["logits"], expected[:, 0], rtol=1e-4, atol=1e-5)
+                    torch.testing.assert_close(network.outputs["logits"], expected[slots, 0], rtol=1e-4, atol=1e-5)
                 if rank.schedule.all_reduces:
                     joined = network.outputs["joined"].view_as(plain.joined)
-                    torch.testing.assert_close(joined, plain.joined, rtol=1e-4, atol=1e-5)
+                    torch.testing.assert_close(joined, plain.joined[slots], rtol=1e-4, atol=1e-5)

@@ -7,7 +7,7 @@ library built with CQIL_TEST_DELAYS=ON, which CQIL_TRT_PLUGINS names:
 
   joins    attention whose earlier spans start late
   overlap  a decoder's steps, launched back to back and in graphs
-  repeat   attention on one cache again and again, without cqil_advance
+  repeat   attention on one cache again and again, without cqil_advance or cqil_arrange
   limit    attention that waits longer than its limit: ends with an error that says so
 """
 
@@ -19,10 +19,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import numpy as np
 import torch
 
 from cqil_trt.gpu import abi, kernel_library
-from cqil_trt.sampling import SamplingConfig, sample
 
 library = kernel_library.load()
 # Rounding of inputs is the same on both sides; what is left is that of results and of the rotated queries and keys.
@@ -83,7 +83,14 @@ def check_gather(pick, dtype):
     return 0.0
 
 
+def some_slots(pick, rows):
+    """How many slots there are, and which of them each row has."""
+    slots = rows + pick(0, 4)
+    return slots, torch.randperm(slots, device="cuda")[:rows].int()
+
+
 def check_choice(pick, dtype):
+    """The likeliest tokens become the input of the next step, and of a later one with other rows."""
     rows, width, offset = pick(1, 9), pick(1, 60000), pick(0, 999)
     logits = torch.randn(rows, width, device="cuda").half().to(dtype)  # many equal values
     value, index = torch.empty(rows, device="cuda"), torch.empty(rows, dtype=torch.int32, device="cuda")
@@ -91,44 +98,205 @@ def check_choice(pick, dtype):
     best = logits.amax(-1)
     first = (logits == best[:, None]).int().argmax(-1) + offset
     assert torch.equal(value, best.float()) and torch.equal(index.long(), first)
-    tokens, past = torch.zeros_like(index), torch.full_like(index, 5)
-    past[0] = 7
-    step, history = (
-        torch.full((1,), 6, dtype=torch.int32, device="cuda"),
-        torch.zeros(4, 12, dtype=torch.int64).pin_memory(),
-    )
-    call("advance", index, tokens, past, rows, 7, step, history, 4, 12)
-    assert torch.equal(tokens, index) and past[0] == 7 and (past[1:] == 6).all() and step.item() == 7
+
+    slots, slot_of = some_slots(pick, rows)
+    slot_tokens = torch.randint(1 << 30, (slots,), dtype=torch.int32, device="cuda")
+    slot_past = torch.randint(8, (slots,), dtype=torch.int32, device="cuda")
+    tokens, past = torch.full_like(index, -1), torch.full_like(index, -1)
+
+    def arrange(slot_of, rows):
+        call("arrange", slot_of, slot_tokens, slot_past, tokens, past, rows)
+        chosen = slot_of[:rows].long()
+        assert torch.equal(tokens[:rows], slot_tokens[chosen]) and torch.equal(past[:rows], slot_past[chosen])
+
+    arrange(slot_of, rows)
+    step = torch.full((1,), 6, dtype=torch.int32, device="cuda")
+    history = torch.zeros(4, 12, dtype=torch.int64).pin_memory()
+    vocabulary, counted = width + offset, bool(pick(0, 1))
+    counts = torch.randint(-(1 << 31), (1 << 31) - 1, (slots, vocabulary), device="cuda").int()
+    expected = slot_tokens.clone(), slot_past.clone(), counts.clone()
+    at = slot_of.long()
+    expected[0][at], expected[1][at] = index, (slot_past[at] + 1).clamp(max=7)
+    if counted:
+        expected[2][at, index.long()] += 1
+    state = index, slot_of, tokens, past, slot_tokens, slot_past, counts if counted else None, vocabulary
+    call("advance", *state, rows, 7, step, history, 4, 12)
+    assert torch.equal(tokens, index) and torch.equal(past, expected[1][at]) and step.item() == 7
+    assert all(torch.equal(*pair) for pair in zip((slot_tokens, slot_past, counts), expected))
     assert torch.equal(history[2, :rows], (7 << 32) + index.cpu().long()) and history.count_nonzero() == rows
+    arrange(slot_of.flip(0).contiguous(), pick(1, rows))
     return 0.0
 
 
-def check_sample(pick, dtype):
-    """Against the sampler in Python, which tests/test_generate.py compares with transformers."""
-    rows, width, steps = pick(1, 9), (pick(1, 300), pick(1000, 60000))[pick(0, 1)], 8
-    logits = (2.5 * torch.randn(rows, width, device="cuda")).half().to(dtype)  # many equal values
-    top_k, top_p = (0, pick(1, width))[pick(0, 1)], (1.0, pick(1, 999) / 1000)[pick(0, 1)]
-    config = SamplingConfig(temperature=pick(1, 30) / 10, top_k=top_k, top_p=top_p)
-    chosen = abi.cqil_sampling(temperature=config.temperature, top_p=top_p, top_k=top_k)
-    settings = torch.frombuffer(chosen, dtype=torch.uint8).cuda()
-    uniforms = torch.rand(steps, rows, dtype=torch.double, device="cuda")
-    index = torch.empty(rows, dtype=torch.int32, device="cuda")
-    parts, whole = torch.empty_like(logits), torch.empty_like(logits)
+def check_spread(pick, dtype):
+    rows, width = pick(1, 9), pick(1, 60000)
     first = pick(0, width)
+    logits = torch.randn(rows, width, device="cuda").to(dtype)
+    parts, whole = torch.empty_like(logits), torch.empty_like(logits)
     part = logits[:, first:].contiguous()
     call("spread", part, whole, rows, width - first, first, width, code(dtype))
     call("spread", logits[:, :first].contiguous(), parts, rows, first, 0, width, code(dtype))
     assert torch.equal(whole + parts, logits)
-    wide = logits.float().cpu().numpy()
-    for number in range(steps):
-        step = torch.full((1,), number, dtype=torch.int32, device="cuda")
-        call("sample", logits, rows, width, code(dtype), settings, uniforms, step, rows, index)
-        for row in range(rows):
-            draw = float(uniforms[number, row])
-            # Weights are rounded to 24 bits here: a draw at the border of two tokens may fall on either side.
-            near = (min(max(draw + offset, 0.0), 1 - 1e-12) for offset in (0.0, -2e-6, 2e-6))
-            assert index[row].item() in {sample(wide[row], config, uniform) for uniform in near}
     return 0.0
+
+
+def some_logits(pick, rows, width, dtype):
+    """Many equal values, both zeros, and in some rows many tokens that must not be chosen."""
+    logits = 2.5 * torch.randn(rows, width, device="cuda").half().to(dtype)
+    for zero in (0.0, -0.0):
+        logits[torch.rand(rows, width, device="cuda") < 0.02] = zero
+    forbidden = torch.rand(rows, 1, device="cuda") * pick(0, 1)
+    logits[torch.rand(rows, width, device="cuda") < forbidden] = -torch.inf
+    return logits
+
+
+def settings_of(slots, make):
+    """One cqil_sampling for each slot, whose fields `make` gives, in both memories."""
+    host = (abi.cqil_sampling * slots)(*(abi.cqil_sampling(**make()) for _ in range(slots)))
+    return host, torch.frombuffer(host, dtype=torch.uint8).cuda()
+
+
+def check_adjust(pick, dtype):
+    rows, width = pick(1, 9), (pick(1, 300), pick(1000, 60000))[pick(0, 1)]
+    slots, slot_of = some_slots(pick, rows)
+    logits, adjusted = some_logits(pick, rows, width, dtype), pick(0, 3) > 0
+
+    def make():
+        penalised, masked, biased = (adjusted and pick(0, 1) for _ in range(3))
+        neutral = {"repetition_penalty": 1, "temperature": pick(0, 1), "top_p": 1, "logprobs": -1}
+        penalties = {
+            "repetition_penalty": (1, pick(1, 30) / 10)[pick(0, 1)],
+            "presence_penalty": (0, pick(-20, 20) / 10)[pick(0, 1)],
+            "frequency_penalty": (0, pick(-20, 20) / 10)[pick(0, 1)],
+        }
+        return neutral | (penalties if penalised else {}) | {"masked": masked, "biased": biased}
+
+    host, settings = settings_of(slots, make)
+    generated = torch.randint(5, (slots, width), device="cuda") * (torch.rand(slots, width, device="cuda") < 0.3)
+    prompt = torch.rand(slots, width, device="cuda") < 0.3
+    counts = (generated - (prompt.long() << 31)).int()  # the upper bit of 32 is the sign
+    bias = torch.randn(slots, width, device="cuda")
+    mask = torch.randint(-(1 << 31), 1 << 31, (slots, -(-width // 32)), device="cuda").int()
+    allowed = (mask[..., None] >> torch.arange(32, device="cuda") & 1).view(slots, -1)[:, :width] == 1
+    expected = []
+    for row, slot in enumerate(slot_of.tolist()):
+        how, x, often = host[slot], logits[row].double(), generated[slot]
+        if how.biased:
+            x = x + bias[slot].double()
+        scaled = torch.where(x > 0, x / how.repetition_penalty, x * how.repetition_penalty)
+        x = torch.where(prompt[slot] | (often > 0), scaled, x)
+        x = x - how.frequency_penalty * often - how.presence_penalty * (often > 0)
+        expected.append(x.masked_fill(~allowed[slot], -torch.inf) if how.masked else x)
+    for slot in range(slots):
+        if not host[slot].biased:
+            bias[slot] = torch.nan  # which would show
+    used = (counts, bias, mask) if adjusted else (None, None, None)
+    out = logits if dtype == torch.float32 and pick(0, 1) else torch.empty(rows, width, device="cuda")
+    call("adjust", logits, rows, width, code(dtype), settings, slot_of, *used, out)
+    expected = torch.stack(expected)
+    assert torch.allclose(out.double(), expected, rtol=1e-5, atol=1e-5)
+    kept = expected.isfinite()
+    return relative(out[kept], expected[kept]) if kept.any() else 0.0
+
+
+def allowed_places(weights, how, uniform):
+    """The first and the last place, among tokens from the likeliest down, that a draw may fall on.
+
+    The kernel computes weights in float32 and rounds them to 40 bits, so a draw at the border of two tokens may fall on
+    either side, and so may the ends of the sets that are kept.
+    """
+    masses = np.cumsum(weights)
+
+    def place(slack):
+        keep = min(how.top_k, len(weights)) if how.top_k else len(weights)
+        ends = [keep]
+        if how.top_p < 1:
+            goal = min(max(how.top_p + slack, 0), 1) * masses[keep - 1]
+            ends.append(int(np.searchsorted(masses, goal)) + 1)
+        if how.min_p > 0:
+            ends.append(int((weights >= how.min_p * (1 - 3 * slack)).sum()))
+        kept = masses[: max(min(ends), 1)]
+        draw = min(max(uniform + slack, 0), 1) * kept[-1]
+        return min(int(np.searchsorted(kept, draw, side="right")), len(kept) - 1)
+
+    return place(-2e-6), place(2e-6)
+
+
+def check_sample(pick, dtype):
+    rows, width, steps = pick(1, 9), (pick(1, 300), pick(1000, 60000))[pick(0, 1)], 8
+    slots, slot_of = some_slots(pick, rows)
+    logits = some_logits(pick, rows, width, dtype).float()
+    if pick(0, 2) == 0:
+        logits[0] = (-torch.inf, torch.nan)[pick(0, 1)]
+    elif pick(0, 2) == 0:
+        logits[torch.rand(rows, width, device="cuda") < 0.01] = torch.nan
+
+    def make():
+        return {
+            "temperature": pick(0, 3) and pick(1, 30) / 10,
+            "top_k": (0, pick(1, width), pick(1, 40))[pick(0, 2)],
+            "top_p": (1, pick(1, 999) / 1000)[pick(0, 1)],
+            "min_p": (0, pick(1, 1000) / 1000, pick(1, 100) / 1000)[pick(0, 2)],
+            "repetition_penalty": 1,
+            "logprobs": -1,
+        }
+
+    host, settings = settings_of(slots, make)
+    stride = pick(steps, 2 * steps)
+    uniforms = torch.rand(slots, stride, dtype=torch.double, device="cuda")
+    uniforms[torch.rand(slots, stride, device="cuda") < 0.1] = 0
+    uniforms[torch.rand(slots, stride, device="cuda") < 0.1] = 1 - 2.0**-53
+    index, again = (torch.full((rows,), -1, dtype=torch.int32, device="cuda") for _ in range(2))
+    sorted_rows = []
+    for row, slot in enumerate(slot_of.tolist()):
+        values = logits[row].double().cpu().numpy()
+        values = np.where(np.isnan(values), -np.inf, values)
+        order = np.argsort(-values, kind="stable")
+        order = order[: int((values > -np.inf).sum())]
+        kept = values[order]
+        weights = np.exp((kept - kept[:1]) / (host[slot].temperature or 1))
+        sorted_rows.append((slot, order, weights))
+    for _ in range(steps):
+        past = torch.randint(stride, (rows,), dtype=torch.int32, device="cuda")
+        call("sample", logits, rows, width, settings, slot_of, uniforms, stride, past, index)
+        call("sample", logits, rows, width, settings, slot_of, uniforms, stride, past, again)
+        assert torch.equal(index, again)
+        for row, (slot, order, weights) in enumerate(sorted_rows):
+            found, how = index[row].item(), host[slot]
+            if not len(order):
+                assert found == 0
+            elif how.temperature == 0:
+                assert found == order[0], (found, order[0])
+            else:
+                low, high = allowed_places(weights, how, uniforms[slot, past[row].item()].item())
+                assert found in order[low : high + 1], (found, low, high, np.flatnonzero(order == found))
+    return 0.0
+
+
+def check_logprobs(pick, dtype):
+    rows, width = pick(1, 9), (pick(1, 300), pick(1000, 130000))[pick(0, 1)]
+    limit = (pick(0, 20), pick(0, 256))[pick(0, 1)]
+    slots, slot_of = some_slots(pick, rows)
+    logits = some_logits(pick, rows, width, dtype)
+    logits[:, pick(0, width - 1)] = 1  # not all -infinity
+    host, settings = settings_of(slots, lambda: {"logprobs": pick(-1, limit + 3), "temperature": pick(0, 2)})
+    chosen = torch.randint(width, (rows,), dtype=torch.int32, device="cuda")
+    ids = torch.full((rows, limit + 1), -7, dtype=torch.int32, device="cuda")
+    values = torch.full((rows, limit + 1), 7.0, device="cuda")
+    expected_ids, expected = ids.cpu().numpy(), values.double().cpu().numpy()
+    exact = logits.double().log_softmax(-1).cpu().numpy()
+    for row, slot in enumerate(slot_of.tolist()):
+        wanted = host[slot].logprobs
+        if wanted >= 0:
+            order = np.argsort(-logits[row].double().cpu().numpy(), kind="stable")[: min(wanted, limit)]
+            reported = [chosen[row].item(), *order]
+            expected_ids[row, : len(reported)], expected[row, : len(reported)] = reported, exact[row, reported]
+    call("logprobs", logits, rows, width, code(dtype), settings, slot_of, chosen, limit, ids, values)
+    assert np.array_equal(ids.cpu().numpy(), expected_ids)
+    found = values.double().cpu().numpy()
+    assert np.allclose(found, expected, rtol=1e-5, atol=1e-5)
+    finite = np.isfinite(expected)
+    return float(np.abs(found[finite] - expected[finite]).max() / (1 + np.abs(expected[finite]).max()))
 
 
 def check_linear(pick, dtype):
@@ -167,7 +335,7 @@ def check_attention(pick, dtype):
     if heads < 1 or (heads - 1 + first) // group != kv_heads - 1:
         first, heads = 0, kv_heads * group
     capacity, max_batch = pick(40, 700), pick(1, 5)
-    batch, norms, eps = pick(1, max_batch), bool(pick(0, 1)), 1e-6
+    slots, norms, eps = pick(1, max_batch), bool(pick(0, 1)), 1e-6
     shape = abi.cqil_attention_shape(
         heads=heads,
         kv_heads=kv_heads,
@@ -183,8 +351,9 @@ def check_attention(pick, dtype):
     angles = torch.arange(capacity)[:, None] * 10000.0 ** (-torch.arange(0, dim, 2) / dim)
     cos, sin = angles.cos().cuda(), angles.sin().cuda()
     q_norm, k_norm = ((1 + 0.2 * torch.randn(dim, device="cuda")).to(dtype) for _ in range(2))
-    seen = [([], []) for _ in range(batch)]
-    past = torch.zeros(batch, dtype=torch.int32, device="cuda")
+    in_order = pick(0, 3) == 0  # row b is in slot b
+    used = list(range(slots)) if in_order else torch.randperm(max_batch)[:slots].tolist()
+    seen = {slot: ([], []) for slot in used}
     kv_of = torch.tensor([(i + first) // group for i in range(heads)], device="cuda")
     worst = 0.0
 
@@ -197,32 +366,35 @@ def check_attention(pick, dtype):
         return torch.cat((a * c - b * s, b * c + a * s), -1)
 
     for length in (pick(1, capacity // 2), 1, pick(1, 9), 1, 1):
+        batch = pick(1, slots)
+        slot_of = used[:batch] if in_order else [used[i] for i in torch.randperm(slots)[:batch].tolist()]
+        pasts = [len(seen[slot][0]) for slot in slot_of]
+        past, rows = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in (pasts, slot_of))
         qkv = torch.randn(batch, length, heads + 2 * kv_heads, dim, device="cuda").to(dtype)
         shape.batch, shape.length = batch, length
         scratch = torch.empty(library.cqil_attention_scratch_bytes(shape), dtype=torch.uint8, device="cuda")
         out = torch.empty(batch, length, heads, dim, dtype=dtype, device="cuda")
         weights = (q_norm, k_norm) if norms else (None, None)
-        call("attention", shape, qkv, past, cos, sin, *weights, cache, out, scratch)
+        call("attention", shape, qkv, past, None if in_order else rows, cos, sin, *weights, cache, out, scratch)
         expected = torch.empty(batch, length, heads, dim, dtype=torch.double, device="cuda")
         for b in range(batch):
             for t in range(length):
-                position = int(past[b]) + t
+                position = pasts[b] + t
                 q, k, v = qkv[b, t].double().split([heads, kv_heads, kv_heads])
                 if norms:
                     q, k = rms_norm(q, q_norm.double(), eps), rms_norm(k, k_norm.double(), eps)
-                keys, values = seen[b]
+                keys, values = seen[slot_of[b]]
                 keys.append(rotate(k, position))
                 values.append(v)
             all_keys, all_values = torch.stack(keys), torch.stack(values)
             for t in range(length):
-                position = int(past[b]) + t
+                position = pasts[b] + t
                 q = qkv[b, t, :heads].double()
                 q = rotate(rms_norm(q, q_norm.double(), eps) if norms else q, position)
                 k, v = all_keys[: position + 1, kv_of], all_values[: position + 1, kv_of]
                 scores = torch.einsum("hd,khd->hk", q, k) / dim**0.5
                 expected[b, t] = torch.einsum("hk,khd->hd", scores.softmax(-1), v)
         worst = max(worst, relative(out, expected))
-        past += length
     return worst
 
 
@@ -280,18 +452,19 @@ def rotate_half(x, cos, sin):
 
 
 class Attention:
-    """One layer's attention, one token at a time, and the same in float64."""
+    """One layer's attention, one token at a time, and the same in float64. Row b is in slot `slots[b]` of `count`."""
 
-    def __init__(self, dtype, batch, heads, kv_heads, dim, capacity, filled):
-        self.dtype, self.batch, self.heads, self.kv_heads, self.dim = dtype, batch, heads, kv_heads, dim
+    def __init__(self, dtype, slots, count, heads, kv_heads, dim, capacity, filled):
+        self.dtype, self.slots, self.heads, self.kv_heads, self.dim = dtype, slots, heads, kv_heads, dim
+        self.batch = len(slots)
         self.shape = abi.cqil_attention_shape(
-            batch=batch,
+            batch=self.batch,
             length=1,
             heads=heads,
             kv_heads=kv_heads,
             head_dim=dim,
             capacity=capacity,
-            max_batch=batch,
+            max_batch=count,
             group=heads // kv_heads,
             first=0,
             dtype=code(dtype),
@@ -299,50 +472,58 @@ class Attention:
         )
         size = library.cqil_attention_cache_bytes(self.shape)
         self.memory = torch.zeros(size, dtype=torch.uint8, device="cuda")
-        self.cache = self.memory[: 2 * batch * kv_heads * capacity * dim * dtype.itemsize].view(dtype)
-        self.cache = self.cache.view(2, batch, kv_heads, capacity, dim)
-        self.cache[..., :filled, :] = torch.randn(2, batch, kv_heads, filled, dim, device="cuda").to(dtype)
+        self.cache = self.memory[: 2 * count * kv_heads * capacity * dim * dtype.itemsize].view(dtype)
+        self.cache = self.cache.view(2, count, kv_heads, capacity, dim)
+        self.cache[..., :filled, :] = torch.randn(2, count, kv_heads, filled, dim, device="cuda").to(dtype)
         self.seen = self.cache.double()
         angles = torch.arange(capacity)[:, None] * 10000.0 ** (-torch.arange(0, dim, 2) / dim)
         self.cos, self.sin = angles.cos().cuda(), angles.sin().cuda()
 
     def __call__(self, qkv, past, out, length=1, scratch=None):
         self.shape.length = length
-        call("attention", self.shape, qkv, past, self.cos, self.sin, None, None, self.memory, out, scratch)
+        call("attention", self.shape, qkv, past, self.slots, self.cos, self.sin, None, None, self.memory, out, scratch)
 
     def expected(self, qkv, position):
-        """Of one more token of every sequence at `position`."""
+        """Of one more token of every row's sequence at `position`."""
         rows = qkv.double().view(self.batch, self.heads + 2 * self.kv_heads, self.dim)
         q, k, v = rows.split([self.heads, self.kv_heads, self.kv_heads], 1)
         angle = self.cos[position].double(), self.sin[position].double()
         q, k = (rotate_half(x, *angle).to(self.dtype).double() for x in (q, k))
-        self.seen[0, :, :, position], self.seen[1, :, :, position] = k, v
-        keys, values = (x[:, :, : position + 1].repeat_interleave(self.heads // self.kv_heads, 1) for x in self.seen)
+        at = self.slots.long()
+        for seen, new in zip(self.seen, (k, v)):
+            seen[at, :, position] = new
+        keys, values = (x[at, :, : position + 1].repeat_interleave(self.heads // self.kv_heads, 1) for x in self.seen)
         weights = (torch.einsum("bhd,bhkd->bhk", q, keys) / self.dim**0.5).softmax(-1)
         return torch.einsum("bhk,bhkd->bhd", weights, values).reshape(self.batch, self.heads * self.dim)
 
 
 class Ending:
-    """What cqil_advance needs, and the positions it advances."""
+    """What cqil_arrange and cqil_advance need, and the positions that they write."""
 
-    def __init__(self, batch, position):
+    def __init__(self, batch, slots, position):
         self.batch = batch
+        self.slot_tokens = torch.zeros(slots, dtype=torch.int32, device="cuda")
+        self.slot_past = torch.full((slots,), position, dtype=torch.int32, device="cuda")
         self.next, self.tokens = (torch.zeros(batch, dtype=torch.int32, device="cuda") for _ in range(2))
         self.past = torch.full((batch,), position, dtype=torch.int32, device="cuda")
         self.step = torch.zeros(1, dtype=torch.int32, device="cuda")
         self.history = torch.zeros(4, batch, dtype=torch.int64).pin_memory()
 
-    def advance(self):
-        state = self.next, self.tokens, self.past, self.batch, 1 << 30, self.step
-        call("advance", *state, self.history, 4, self.batch)
+    def arrange(self, slots):
+        call("arrange", slots, self.slot_tokens, self.slot_past, self.tokens, self.past, self.batch)
+
+    def advance(self, slots):
+        state = self.tokens, self.past, self.slot_tokens, self.slot_past, None, 0
+        call("advance", self.next, slots, *state, self.batch, 1 << 30, self.step, self.history, 4, self.batch)
 
 
 def check_joins(pick, dtype):
     """The blocks of a head's earlier spans start after that of its last span has come to where it waits for them."""
     batch, kv_heads, group, dim = pick(1, 2), pick(1, 2), pick(1, 3), (64, 80, 128)[pick(0, 2)]
     heads, steps, position = kv_heads * group, 24, pick(200, 900)
-    attention = Attention(dtype, batch, heads, kv_heads, dim, position + steps, position)
-    ending = Ending(batch, position)
+    count, slots = some_slots(pick, batch)
+    attention = Attention(dtype, slots, count, heads, kv_heads, dim, position + steps, position)
+    ending = Ending(batch, count, position)
     qkv = torch.randn(steps, batch, (heads + 2 * kv_heads) * dim, device="cuda").to(dtype)
     out = torch.empty(steps, batch, heads * dim, dtype=dtype, device="cuda")
     for step in range(steps):
@@ -350,7 +531,7 @@ def check_joins(pick, dtype):
             late = pick(1, 4)  # spans
             delay(0, [pick(100_000, 400_000) if block // heads < late else 0 for block in range(8 * heads)])
         attention(qkv[step], ending.past, out[step])
-        ending.advance()
+        ending.advance(slots)
     torch.cuda.synchronize()
     delay(0, [])
     expected = torch.stack([attention.expected(qkv[step], position + step) for step in range(steps)])
@@ -359,15 +540,22 @@ def check_joins(pick, dtype):
 
 
 class Decoder:
-    """Layers that a token passes through by this library's kernels alone, so that each launch may overlap the last."""
+    """Layers that a token passes through by this library's kernels alone, so that each launch may overlap the last.
+
+    Each step has one row, for one of two sequences: that in slot order[step], which starts at starts[order[step]].
+    """
 
     HIDDEN, INNER, WORDS, HEADS, KV_HEADS, DIM = 256, 688, 512, 4, 2, 64
+    FIRST = 7, 9  # tokens
 
-    def __init__(self, dtype, layers, steps, position):
+    def __init__(self, dtype, layers, order, starts):
         def weight(*shape):
             return (torch.randn(shape, device="cuda") / shape[-1] ** 0.5).to(dtype)
 
-        self.dtype, self.steps, self.position = dtype, steps, position
+        self.dtype, self.order, self.starts, self.steps = dtype, order, starts, len(order)
+        self.slots = [torch.tensor([slot], dtype=torch.int32, device="cuda") for slot in range(2)]
+        filled, steps = max(starts), self.steps
+        shape = self.HEADS, self.KV_HEADS, self.DIM, filled + steps + 1, filled
         width, rows = (self.HEADS + 2 * self.KV_HEADS) * self.DIM, self.HEADS * self.DIM
         self.table = torch.randn(self.WORDS, self.HIDDEN, device="cuda").to(dtype)
         self.layers = [
@@ -378,7 +566,7 @@ class Decoder:
                 "mlp_norm": 1 + weight(self.HIDDEN),
                 "gate_up": weight(2 * self.INNER, self.HIDDEN),
                 "down": weight(self.HIDDEN, self.INNER),
-                "attention": Attention(dtype, 1, self.HEADS, self.KV_HEADS, self.DIM, position + steps + 1, position),
+                "attention": Attention(dtype, self.slots[0], 2, *shape),
             }
             for _ in range(layers)
         ]
@@ -394,13 +582,15 @@ class Decoder:
         self.scratch = torch.empty(1 << 20, dtype=torch.uint8, device="cuda")
         self.found = torch.empty(steps, self.HIDDEN, dtype=dtype, device="cuda")
         self.tokens = torch.empty(steps, dtype=torch.int32, device="cuda")
-        self.ending = Ending(1, position)
+        self.ending = Ending(1, 2, 0)
 
     def begin(self):
         for layer, cache in zip(self.layers, self.caches):
             layer["attention"].memory.copy_(cache)
-        self.ending.tokens.fill_(7)
-        self.ending.past.fill_(self.position)
+        self.ending.slot_tokens.copy_(torch.tensor(self.FIRST))
+        self.ending.slot_past.copy_(torch.tensor(self.starts))
+        self.ending.tokens.zero_()
+        self.ending.past.zero_()
         self.ending.step.zero_()
         self.found.fill_(-1)
         self.tokens.fill_(-1)
@@ -421,12 +611,17 @@ class Decoder:
     def run(self, after=lambda: None):
         """All steps; `after` is called after each kernel."""
         kind, x = code(self.dtype), self.x
-        for step in range(self.steps):
+        for step, slot in enumerate(self.order):
+            slots = self.slots[slot]
+            if step == 0 or slot != self.order[step - 1]:
+                self.ending.arrange(slots)
+                after()
             call("gather_rows", self.table, self.ending.tokens, x, 1, self.HIDDEN, kind)
             after()
             for layer in self.layers:
                 self.linear(x, layer["qkv"], self.qkv, norm=layer["norm"])
                 after()
+                layer["attention"].slots = slots
                 layer["attention"](self.qkv, self.ending.past, self.attended)
                 after()
                 self.linear(self.attended, layer["o"], x, residual=x)
@@ -441,7 +636,7 @@ class Decoder:
             after()
             call("row_argmax", self.logits, 1, self.WORDS, 0, kind, self.value, self.ending.next)
             after()
-            self.ending.advance()
+            self.ending.advance(slots)
             after()
             call("gather_rows", self.ending.tokens, self.zero_index, self.tokens[step], 1, 1, 0)
             after()
@@ -452,25 +647,29 @@ class Decoder:
         def stored(x):
             return x.to(self.dtype).double()
 
-        found = []
-        for step, token in enumerate([7, *tokens[:-1]]):
+        found, last, positions = [], list(self.FIRST), list(self.starts)
+        for slot, chosen in zip(self.order, tokens):
+            token, last[slot] = last[slot], chosen
             x = self.table[token].double()
             for layer in self.layers:
                 wide = {name: value.double() for name, value in layer.items() if name != "attention"}
                 normed = stored(stored(rms_norm(x, 1, 1e-5)) * wide["norm"])
                 qkv = stored(wide["qkv"] @ normed)
-                attended = stored(layer["attention"].expected(qkv, self.position + step))[0]
+                layer["attention"].slots = self.slots[slot]
+                attended = stored(layer["attention"].expected(qkv, positions[slot]))[0]
                 x = stored(wide["o"] @ attended + x)
                 normed = stored(stored(rms_norm(x, 1, 1e-5)) * wide["mlp_norm"])
                 gate, up = stored(wide["gate_up"] @ normed).chunk(2)
                 x = stored(wide["down"] @ stored(torch.nn.functional.silu(gate) * up) + x)
             found.append(x)
+            positions[slot] += 1
         return torch.stack(found)
 
 
 def check_overlap(pick, dtype):
     """Steps of back-to-back launches give the bits of launches that wait for each other, and those are right."""
-    decoder = Decoder(dtype, layers=pick(2, 6), steps=pick(8, 20), position=pick(1, 400))
+    order = [pick(0, 3) // 3 for _ in range(pick(8, 20))]
+    decoder = Decoder(dtype, pick(2, 6), order, starts=(pick(1, 400), pick(1, 400)))
     decoder.begin()
     decoder.run(after=torch.cuda.synchronize)
     right, tokens = decoder.found.clone(), decoder.tokens.tolist()
@@ -502,10 +701,11 @@ def check_overlap(pick, dtype):
 
 
 def check_repeat(pick, dtype):
-    """Calls on one cache without cqil_advance between them: a prefill, then tokens whose positions lie ready."""
+    """Calls on one cache without a cqil_advance between them: a prefill, then tokens whose positions lie ready."""
     kv_heads, group, dim, prompt, steps = pick(1, 2), pick(1, 2), 64, pick(2, 9), 12
     heads, width = kv_heads * group, (kv_heads * group + 2 * kv_heads) * dim
-    attention = Attention(dtype, 1, heads, kv_heads, dim, prompt + steps, 0)
+    count, slots = some_slots(pick, 1)
+    attention = Attention(dtype, slots, count, heads, kv_heads, dim, prompt + steps, 0)
     past = torch.cat((torch.zeros(1), torch.arange(prompt, prompt + steps))).to(torch.int32).cuda()
     # 16 bytes apart, as pointers are aligned.
     past = torch.nn.functional.pad(past[:, None], (0, 3)).contiguous()
@@ -524,12 +724,13 @@ def check_repeat(pick, dtype):
 
 def check_limit(pick, dtype):
     """A wait that exceeds the limit ends the kernel, and everything that can name the reason names it."""
-    attention, ending = Attention(dtype, 1, 2, 1, 64, 600, 500), Ending(1, 500)
+    slots = torch.ones(1, dtype=torch.int32, device="cuda")
+    attention, ending = Attention(dtype, slots, 2, 2, 1, 64, 600, 500), Ending(1, 2, 500)
     qkv, out = torch.randn(256, device="cuda").to(dtype), torch.empty(128, dtype=dtype, device="cuda")
     assert library.cqil_attention_timeout(-1.0) != 0
     assert library.cqil_attention_timeout(0.5) == 0
     attention(qkv, ending.past, out)
-    ending.advance()
+    ending.advance(slots)
     torch.cuda.synchronize()
     assert library.cqil_attention_failure() is None
     delay(0, [0, 3_000_000_000, 0, 0])  # span 0 of head 1, among others
@@ -545,7 +746,7 @@ def check_limit(pick, dtype):
     said = library.cqil_attention_failure().decode()
     print(said)
     assert "attention gave up waiting" in said and "head 1 of sequence 0" in said
-    assert library.cqil_advance(*[None] * 3, 1, 1, None, None, 1, 1, None) != 0
+    assert library.cqil_advance(*[None] * 7, 1, 1, 1, None, None, 1, 1, None) != 0
     assert said in library.cqil_last_error().decode(), library.cqil_last_error()
     print("the limit ends the wait and is named")
     sys.stdout.flush()
@@ -558,7 +759,10 @@ CHECKS = {
         check_swiglu,
         check_gather,
         check_choice,
+        check_spread,
+        check_adjust,
         check_sample,
+        check_logprobs,
         check_linear,
         check_attention,
     ),

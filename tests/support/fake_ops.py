@@ -80,12 +80,13 @@ class HostKernels:
     def cqil_attention_scratch_bytes(self, shape):
         return 4 * shape.batch * shape.length * shape.heads * shape.head_dim
 
-    def cqil_attention(self, s, qkv, past, cos, sin, q_norm, k_norm, cache, out, scratch, stream):
+    def cqil_attention(self, s, qkv, past, slots, cos, sin, q_norm, k_norm, cache, out, scratch, stream):
         dim, heads = s.head_dim, s.heads + 2 * s.kv_heads
         q, k, v = at(qkv, s.batch, s.length, heads, dim).split([s.heads, s.kv_heads, s.kv_heads], 2)
         if q_norm is not None:
             q, k = norm(q, at(q_norm, dim), s.eps), norm(k, at(k_norm, dim), s.eps)
         pasts = at(past, s.batch, dtype=torch.int32).long()
+        rows = torch.arange(s.batch) if slots is None else at(slots, s.batch, dtype=torch.int32).long()
         where = pasts[:, None] + torch.arange(s.length)
         c, n = (at(table, s.capacity, dim // 2)[where][:, :, None] for table in (cos, sin))
 
@@ -96,11 +97,11 @@ class HostKernels:
         q = rotated(q)
         keys, values = self.caches.setdefault(cache, torch.zeros(2, s.max_batch, s.capacity, s.kv_heads, dim))
         for b in range(s.batch):
-            keys[b, where[b]], values[b, where[b]] = rotated(k)[b], v[b]
+            keys[rows[b], where[b]], values[rows[b], where[b]] = rotated(k)[b], v[b]
         if out is None:
             at(scratch, s.batch, s.length, s.heads, dim)[:] = q
         else:
-            self.attend(s, q, where, keys, values, at(out, s.batch, s.length, s.heads, dim))
+            self.attend(s, q, where, keys[rows], values[rows], at(out, s.batch, s.length, s.heads, dim))
         return 0
 
     @staticmethod

@@ -371,6 +371,7 @@ class ClassicOps(FusedOps[Tensor], TensorRtOps):
     def _define_caches(self, rotary: Sequence[float]) -> None:
         trt = self._trt
         self._caches = {index: self._input(f"cache.{index}", trt.int32, (1,)) for index in self._with_heads}
+        self._slots = self._input("slots", trt.int32, (-1,)) if self._with_heads else None
         table = (self._limits.max_seq_len, self.plan.model.head_dim // 2)
         names = ("rotary.cos", "rotary.sin") if self._with_heads else ()
         self._tables = [self._input(name, trt.float32, table) for name in names]
@@ -412,7 +413,7 @@ class ClassicOps(FusedOps[Tensor], TensorRtOps):
     def attention(self, qkv: Tensor, positions: Any, shard: LayerShard) -> Tensor:
         model = self.plan.model
         norms = [self._weight(name) for name in self.head_norms(shard)]
-        inputs = [self.keep(qkv), *self._tables, *norms, self.past, self._caches[shard.index]]
+        inputs = [self.keep(qkv), *self._tables, *norms, self.past, self._slots, self._caches[shard.index]]
         fields = attention_fields(model, shard, self._limits, self._limits.max_batch_size)
         return self._plugin("CqilAttention", inputs, 1, **fields, head_norms=int(model.qk_norm))[0]
 
@@ -430,7 +431,8 @@ def define_network(
 
     Inputs: tokens int32 [B, T], past int32 [B], select int32 [R] (rows b * T + t to predict from), the rank's tensors
     under their names, and the plugins' workspace int32 [1]. Native: positions int32 [B, T], and for each layer of the
-    rank cache.N.key and cache.N.value [B, key/value heads, S, head_dim]; classic: cache.N int32 [1] and rotary.cos and
+    rank cache.N.key and cache.N.value [B, key/value heads, S, head_dim]; classic, where the rank has attention heads:
+    slots int32 [B] (row b of the pass is in slot slots[b] of the caches), cache.N int32 [1], and rotary.cos and
     rotary.sin float32 [S, head_dim / 2]. Outputs: logits [R, V] (where the rank predicts), joined [B * T, H] (the
     residual stream after the last all-reduce, where there is one), and native every cache, updated in place.
     """
@@ -465,7 +467,7 @@ def add_profiles(trt: Any, builder: Any, config: Any, network: Any, limits: Engi
             ranges: tuple[tuple[int, ...], ...]
             if name in ("tokens", "positions"):
                 ranges = (1, 1), (1, usual), (batch, longest)
-            elif name == "past":
+            elif name in ("past", "slots"):
                 ranges = (1,), (1,), (batch,)
             elif name == "select":
                 ranges = (1,), (1,), (batch * longest,)
