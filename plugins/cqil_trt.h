@@ -118,8 +118,7 @@ int cqil_gather_rows(const void* table, const int32_t* indices, void* out, int r
 int cqil_row_argmax(const void* logits, int rows, int width, int offset, cqil_dtype dtype, float* value, int32_t* index,
                     void* stream);
 
-// A server's cache has slots for sequences. Row b of a step belongs to slot slots[b]; no two rows share a slot. What
-// follows keeps its state by slot.
+// A cache has slots for sequences. Row b of a step belongs to slot slots[b]; no two rows of a step share a slot.
 
 // How a slot's tokens are chosen. temperature 0: the likeliest token. top_k 0, top_p 1 and min_p 0 keep every token. A
 // repetition_penalty of 1, and 0 for the other penalties, change nothing; repetition_penalty is above 0. logprobs: how
@@ -134,10 +133,10 @@ typedef struct {
 // - biased: + bias[slot * width + j]
 // - counts[slot * width + j] says in its upper bit whether the token is in the prompt, in the others how often it was
 //   generated. If it is not 0, a positive value is divided by repetition_penalty and any other multiplied by it. Then
-//   - frequency_penalty * (how often it was generated), and - presence_penalty if it was generated
+//   frequency_penalty is subtracted as often as the token was generated, and presence_penalty once if it was
 // - masked: -infinity if bit j % 32 of mask[slot * ceil(width / 32) + j / 32] is 0
 // Of counts, bias and mask only what a row's slot uses is read; each may be NULL if none uses it. `settings` has an
-// entry for each slot, in device memory. out may be logits.
+// entry for each slot, in device memory. out may be logits of float32.
 int cqil_adjust(const void* logits, int rows, int width, cqil_dtype dtype, const cqil_sampling* settings,
                 const int32_t* slots, const uint32_t* counts, const float* bias, const uint32_t* mask, float* out,
                 void* stream);
