@@ -39,14 +39,15 @@ class HostLibrary:
             value if added is None else value + at(added.address, added.rows, added.width)
         )
 
-    def attend(self, queries, cache, past, batch, shard, out):
-        dim, length = self._model.head_dim, queries.rows // batch
-        shape = batch, length, shard.num_heads, dim
-        where = (past + torch.arange(length)).expand(batch, length)
+    def attend(self, queries, cache, past, slot, shard, out):
+        dim, length = self._model.head_dim, queries.rows
+        shape = 1, length, shard.num_heads, dim
+        where = (past + torch.arange(length))[None]
         q, to = at(queries.address, *shape).clone(), at(out.address, *shape)
         size = self._model.group_size
         described = type("Shape", (), {"heads": shard.num_heads, "group": size, "first": shard.first_in_group(size)})
-        self._kernels.attend(described, q, where, *self._kernels.caches[cache], to)
+        keys, values = self._kernels.caches[cache][:, slot : slot + 1]
+        self._kernels.attend(described, q, where, keys, values, to)
 
 
 class HostWorkspace:
@@ -115,16 +116,20 @@ def test_cuda_ops_ask_for_what_the_decoder_means(name, tmp_path, host_memory):
             buffers |= {f"cache.{index}": torch.zeros(1) for index in rank.layers}
             memory = {key: value.data_ptr() for key, value in (weights | buffers).items()}
             workspace = HostWorkspace(rank.rank, model.rms_norm_eps) if shape["p"] > 1 else None
-            ops = CudaOps(rank, limits, memory, workspace, kernels, 0, HostLibrary(kernels, model))
+            ops = CudaOps(rank, limits, memory, workspace, kernels, 0, HostLibrary(kernels, model), BATCH)
             width = rank.vocabulary[1] - rank.vocabulary[0]
-            for new, past in ((7, 0), (3, 7), (1, 10), (1, 11)):
-                batch = 1 if past == 11 else BATCH
+            # Prompts one at a time, in slots that are not in order, then both sequences, then one of them.
+            prompts = [(new, past, (slot,)) for new, past in ((7, 0), (3, 7)) for slot in (1, 0)]
+            for new, past, places in (*prompts, (1, 10, (1, 0)), (1, 11, (1,))):
+                batch = len(places)
                 tokens = torch.randint(model.vocab_size, (batch, new), dtype=torch.int32)
                 pasts, select = torch.full((batch,), past, dtype=torch.int32), torch.full((batch, 1), new - 1)
+                plain.begin(places, None)
                 expected = decode(plain, tokens.long(), pasts.long(), select)
                 rows = (torch.arange(batch) * new + new - 1).to(torch.int32)
-                logits = torch.full((batch, width), torch.nan)
-                ops.begin(batch, new, pasts.data_ptr(), logits.data_ptr(), past)
+                logits, slots = torch.full((batch, width), torch.nan), torch.tensor(places, dtype=torch.int32)
+                addresses = (t.data_ptr() for t in (pasts, slots, logits))
+                ops.begin(batch, new, *addresses, (past, places[0]))
                 given = Matrix(tokens.data_ptr(), batch * new, 1), None, Matrix(rows.data_ptr(), batch, 1)
                 decode(ops, *given)
                 if rank.schedule.predicts:
@@ -134,6 +139,6 @@ def test_cuda_ops_ask_for_what_the_decoder_means(name, tmp_path, host_memory):
                     torch.testing.assert_close(joined, plain.joined, rtol=1e-4, atol=1e-5)
             # What a pass needed, the next of its shape finds.
             before = len(host_memory)
-            ops.begin(1, 1, pasts.data_ptr(), logits.data_ptr(), 11)
+            ops.begin(1, 1, *(t.data_ptr() for t in (pasts, slots, logits)), (11, 1))
             decode(ops, *given)
             assert len(host_memory) == before
