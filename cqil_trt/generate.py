@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from cqil_trt.errors import UserError
@@ -44,8 +44,9 @@ class StoppingText:
     A stop text may contain the text of control tokens, which is not part of the answer.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]):
-        self._stream, self._stops = tokenizer.stream(), stops
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], visible: Collection[str] = ()):
+        """`visible`: the control tokens, as text, that are part of the answer all the same."""
+        self._stream, self._stops, self._visible = tokenizer.stream(), stops, visible
         self._control_text = tokenizer.vocabulary.special_text
         self._longest = max(map(len, stops), default=0)
         # The text that has not been taken yet, and for each character whether it is shown: "+" or "-".
@@ -54,8 +55,10 @@ class StoppingText:
 
     def add(self, token: int) -> bool:
         """Adds a token; returns whether a stop text is complete. The token that ends a sequence is not added."""
-        control = self._control_text(token) if self._stops else None
-        if control is None:
+        control = self._control_text(token) if self._stops or self._visible else None
+        if control is not None and control in self._visible:
+            self._append(control, "+")
+        elif control is None:
             self._append(self._stream.add(token), "+")
         else:
             self._append(control, "-")

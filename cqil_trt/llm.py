@@ -56,8 +56,7 @@ class Llm:
     @property
     def ends(self) -> tuple[int, ...]:
         """The tokens that end a text: those of the model's configuration, and the tokenizer's EOS."""
-        eos = None if self.tokenizer is None else self.tokenizer.special("eos_token")
-        return tuple(sorted({*self.engine.model.eos_token_ids, *([] if eos is None else [eos])}))
+        return end_tokens(self.engine, self.tokenizer)
 
     def encode(self, prompts: Sequence[str | Conversation | Sequence[int]], chat: bool = False) -> list[list[int]]:
         """Token ids of prompts (texts, conversations or token ids); `chat`: each text is a user's message.
@@ -138,6 +137,12 @@ class Llm:
     def close(self) -> None:
         """Releases the engine's memory, on every rank together. No method can be called afterwards."""
         self.session.close()
+
+
+def end_tokens(engine: Engine, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """As `Llm.ends`."""
+    eos = None if tokenizer is None else tokenizer.special("eos_token")
+    return tuple(sorted({*engine.model.eos_token_ids, *([] if eos is None else [eos])}))
 
 
 def merge_replicas(by_rank: Sequence[Sequence[Any]], world_size: int, count: int) -> list[Any]:

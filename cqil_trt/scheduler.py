@@ -81,6 +81,11 @@ class Chunk:
         """Whether the prompt ends here."""
         return self.past + len(self.tokens) == self.length
 
+    @property
+    def first(self) -> int:
+        """The position of the first token whose logits are computed."""
+        return self.past + len(self.tokens) - self.predict
+
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
@@ -115,11 +120,16 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """News of a sequence. `finish_reason`: "" while it runs, then eos or length. `cached`: prompt tokens reused."""
+    """News of a sequence.
+
+    `logits`: after the prompt tokens from number `first` on. `finish_reason`: "" while it runs, then eos or length.
+    `cached`: prompt tokens that were reused.
+    """
 
     number: int
     choices: tuple[Choice, ...] = ()
     logits: np.ndarray | None = None
+    first: int = 0
     finish_reason: str = ""
     cached: int = 0
 
@@ -193,6 +203,7 @@ class Scheduler:
         # For each step in flight, the sequences that it chooses tokens for, by slot, and the one whose chunk it reads.
         self._flying: deque[tuple[Step, dict[int, _Sequence]]] = deque()
         self._number, self._clock = 0, 0
+        self._started: list[int] = []
         self._read_last = False
 
     # What the caller says
@@ -212,6 +223,11 @@ class Scheduler:
 
     # What it tells
 
+    def started(self) -> list[int]:
+        """The requests that took a slot since the last call."""
+        started, self._started = self._started, []
+        return started
+
     @property
     def waiting(self) -> int:
         return len(self._waiting)
@@ -219,6 +235,11 @@ class Scheduler:
     @property
     def running(self) -> int:
         return len(self._running)
+
+    @property
+    def rows(self) -> int:
+        """The most sequences that run at the same time."""
+        return self._rows
 
     @property
     def in_flight(self) -> int:
@@ -270,6 +291,7 @@ class Scheduler:
             room = min(request.max_new_tokens, self._max_seq_len + 1 - len(request.prompt))
             sequence = _Sequence(number, request, slot, cached, room)
             self._slots[slot].sequence = self._running[number] = sequence
+            self._started.append(number)
             yield Start(
                 slot=slot,
                 prompt=request.prompt,
@@ -371,6 +393,7 @@ class Scheduler:
                         number=sequence.number,
                         choices=tuple(taken),
                         logits=outcome.logits,
+                        first=0 if step.chunk is None else step.chunk.first,
                         finish_reason=reason,
                         cached=sequence.cached,
                     )

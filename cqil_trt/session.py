@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zlib
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -72,6 +73,8 @@ class Session(ABC):
         self._offset = spans[rank][0]
         # The number of logits that each rank computes.
         self._widths = [last - first for first, last in spans]
+        # Of all chosen tokens, to be compared with that of other ranks.
+        self.digest = 0
 
     @abstractmethod
     def submit(self, step: Step) -> None:
@@ -98,6 +101,16 @@ class Session(ABC):
 
     def close(self) -> None:  # noqa: B027 (optional)
         """Releases the session's resources, on all ranks together. The session cannot be used afterwards."""
+
+    def warm_up(self, rows: int) -> None:  # noqa: B027 (optional)
+        """Prepares decode steps of 1 to `rows` sequences, on all ranks together; nothing may be running."""
+
+    def _note(self, outcome: Outcome) -> Outcome:
+        """Counts an outcome that is about to be collected into the digest."""
+        for slot, choices in outcome.choices.items():
+            for choice in choices:
+                self.digest = zlib.crc32(b"%d %d" % (slot, choice.token), self.digest)
+        return outcome
 
     # For measurements: a scheduler of the session must not be in use
 
@@ -203,7 +216,7 @@ class HostSession(Session):
         self._outcomes.append(Outcome(choices={s: [c] for s, c in zip(slots, choices)}, logits=scored))
 
     def collect(self) -> Outcome:
-        return self._outcomes.popleft()
+        return self._note(self._outcomes.popleft())
 
     def logits(self) -> np.ndarray:
         return self._gather(self._last_logits()[:, -1])

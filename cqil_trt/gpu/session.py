@@ -461,7 +461,7 @@ class CudaSession(Session):
                     ids = self._report_ids[flying.place, row, : wanted + 1].tolist()
                     values = self._report_values[flying.place, row, : wanted + 1].tolist()
                     choices[slot] = [Choice(choices[slot][0].token, tuple(zip(ids, values)))]
-        return Outcome(choices=choices, logits=flying.scored)
+        return self._note(Outcome(choices=choices, logits=flying.scored))
 
     def _read(self, number: int, rows: int) -> np.ndarray:
         """Waits for the tokens of an advance, one of the last _UNREAD."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 from cqil_trt.errors import UserError
@@ -24,7 +25,9 @@ class Tokenizer:
         if vocabulary is None:
             raise UserError(f"{directory}: the checkpoint came without a tokenizer: use --token-ids")
         self.vocabulary = vocabulary
-        self._template = ChatTemplate(chat_templates(directory), vocabulary.names, source or str(directory))
+        templates = chat_templates(directory)
+        self.chat_template = templates.get("tool_use", templates.get("default"))  # as text
+        self._template = ChatTemplate(templates, vocabulary.names, source or str(directory))
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of `text`; `special`: with the special tokens the model expects around it."""
@@ -46,6 +49,19 @@ class Tokenizer:
         """A token as text, including control tokens."""
         special = self.vocabulary.special_text(token)
         return read_all(self.vocabulary, [token]) if special is None else special
+
+    def bytes_of(self, token: int) -> bytes:
+        """The bytes that a token stands for within a text; those of a control token's text."""
+        special = self.vocabulary.special_text(token)
+        if special is not None:
+            return special.encode()
+        reader = self.vocabulary.reader()
+        reader(self._inner)  # sentencepiece drops the space of a text's first token
+        return bytes(reader(token))
+
+    @cached_property
+    def _inner(self) -> int:
+        return self.plain_tokens()[0]
 
     def plain_tokens(self) -> list[int]:
         """Every token id that stands for text, i.e. without control tokens."""

@@ -84,7 +84,7 @@ class TensorRtLlmSession(Session):
             # After its end a sequence repeats its last token.
             wanted = (min(i, len(tokens) - 1) for i in range(first, first + step.repeat))
             choices[slot] = [Choice(tokens[i]) for i in wanted]
-        return Outcome(choices=choices, logits=scored)
+        return self._note(Outcome(choices=choices, logits=scored))
 
     def _ask(self, prompt: list[int]) -> np.ndarray:
         """The logits after every token, float32 [tokens, vocabulary], on every rank."""

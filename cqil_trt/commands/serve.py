@@ -1,0 +1,236 @@
+"""runtime/serve.py, cqil-serve: an engine behind OpenAI's API. Started by mpirun, on every rank."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import ssl
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from cqil_trt.backends import DEVICES
+from cqil_trt.commands import RankParser, check_at_least, run_ranks
+from cqil_trt.engine import Engine, find_engine
+from cqil_trt.errors import UserError
+from cqil_trt.job import Job
+from cqil_trt.scheduler import POLICIES
+
+# Packages of the extra `serve`, by import name.
+_PACKAGES = ("uvicorn", "starlette", "pydantic", "prometheus_client", "llguidance")
+# Tokens of a prompt between two decode steps on a CPU, where a longer chunk would hold up running sequences for long.
+_CPU_CHUNK = 128
+# Sequences that the KV cache remembers for each that runs, where memory suffices.
+_SLOTS_PER_ROW = 4
+
+
+def parser() -> RankParser:
+    p = RankParser(prog="serve.py", description="Serve an engine: mpirun -n P python runtime/serve.py [options]")
+    p.add_argument("--engine", metavar="DIR", type=Path, help="default: the newest under engines/ that fits the ranks")
+    p.add_argument("--device", choices=DEVICES, default="auto", help="where to compute (default: a GPU if available)")
+    p.add_argument("--host", default="127.0.0.1", help="the address to listen on (default 127.0.0.1)")
+    p.add_argument("--port", type=int, default=8000, help="0 for a free one (default 8000)")
+    p.add_argument("--model-name", metavar="NAME", action="append", help="default: the engine directory's name")
+    p.add_argument("--api-key-file", metavar="F", type=Path, help="one key per line; also the variable CQIL_API_KEYS")
+    p.add_argument("--tls-certificate", metavar="F", type=Path, help="PEM file with the certificate chain")
+    p.add_argument("--tls-key", metavar="F", type=Path, help="PEM file with its private key")
+    p.add_argument(
+        "--policy",
+        choices=POLICIES,
+        default="latency",
+        help="latency: at most one chunk of a prompt between two tokens of running sequences (default); throughput: "
+        "prompts first",
+    )
+    p.add_argument("--max-running", type=int, metavar="N", help="sequences at the same time (default: the engine's)")
+    p.add_argument(
+        "--slots",
+        type=int,
+        metavar="N",
+        help=f"sequences in the KV cache, running or remembered (default: {_SLOTS_PER_ROW} for each that runs, or what "
+        "memory allows)",
+    )
+    p.add_argument(
+        "--prefill-chunk",
+        type=int,
+        metavar="N",
+        help=f"prompt tokens in one step (default: the engine's, on a CPU at most {_CPU_CHUNK})",
+    )
+    p.add_argument("--max-waiting", type=int, default=256, metavar="N", help="requests in the queue; more get 429")
+    p.add_argument("--max-body-bytes", type=int, default=4 << 20, metavar="N", help="larger requests get 413")
+    p.add_argument("--queue-timeout", type=float, default=60.0, metavar="S", help="longer in the queue: 503")
+    p.add_argument("--request-timeout", type=float, default=600.0, metavar="S", help="the longest that a request takes")
+    p.add_argument("--drain-seconds", type=float, default=30.0, metavar="S", help="for running requests after SIGTERM")
+    p.add_argument("--step-timeout", type=float, default=4.0, metavar="S", help="a longer step means that it hangs")
+    p.add_argument("--log-text", action="store_true", help="also log the bodies of requests, with their prompts")
+    p.add_argument("--no-log", action="store_true", help="do not log requests")
+    return p
+
+
+@dataclass(frozen=True)
+class _Sockets:
+    """What rank 0 opens before anything else: `listener` for clients, `rendezvous` for the ranks."""
+
+    listener: socket.socket
+    orders: socket.socket
+    monitor: socket.socket
+    rendezvous: Any
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    run_ranks(parser, run, arguments)
+
+
+def run(options: argparse.Namespace, job: Job) -> None:
+    job.agree(lambda: check(options))
+    path = job.share(lambda: options.engine or find_engine(Path("engines"), job.size))
+    engine = job.agree(lambda: Engine.open(path))
+    job.agree(lambda: _check_engine(engine, job))
+    sockets = job.agree(lambda: _listen(options) if job.rank == 0 else None)
+    directory = job.share(lambda: str(sockets.rendezvous.directory))  # type: ignore[union-attr]
+    setup = job.agree(lambda: _setup(options, path, job) if job.rank == 0 else None)
+
+    from cqil_trt.serving import ranks, wire
+
+    http = child = None
+    if sockets is not None:
+        http, child = _start_http(setup, sockets)
+    pulse = ranks.Pulse(job.rank, Path(directory) / "monitor")
+    followers: list[wire.Connection] = []
+    orders: wire.Connection | None = None
+    if sockets is not None:
+        followers = [wire.Connection(sockets.orders.accept()[0]) for _ in range(job.size - 1)]
+        sockets.rendezvous.remove()
+    else:
+        orders = wire.connect(Path(directory) / "orders")
+
+    from cqil_trt.llm import Llm
+
+    rows = min(options.max_running or engine.limits.max_batch_size, engine.limits.max_batch_size)
+    llm = Llm(path, job, options.device, options.slots or _SLOTS_PER_ROW * rows)
+    chunk = options.prefill_chunk or (None if llm.session.on_gpu else _CPU_CHUNK)
+    chosen = ranks.Options(policy=options.policy, rows=rows, chunk=chunk)
+    ranks.warm_up(llm, chosen)
+    if http is None or child is None or sockets is None:
+        ranks.ignore_signals()
+        ranks.follow(llm, orders, pulse)  # type: ignore[arg-type]
+    else:
+        scheme = "https" if options.tls_certificate else "http"
+        host, port = sockets.listener.getsockname()[:2]
+        print(f"{path}: {engine.backend}, {job.size} ranks, {llm.session.slots} slots, {rows} at a time")
+        print(f"serving at {scheme}://{host}:{port}", flush=True)
+        ranks.lead(llm, chosen, followers, http, pulse)
+    pulse.end()
+    ranks.agree_on_the_end(llm, job)
+    if http is not None and child is not None:
+        http.close()
+        child.wait()
+    if job.rank == 0:
+        print("stopped: all ranks hold identical bits", flush=True)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises UserError for options that cannot be."""
+    missing = [name for name in _PACKAGES if find_spec(name) is None]
+    if missing:
+        raise UserError(f"the server needs {', '.join(missing)}: pip install 'cqil-trt[serve]'")
+    check_at_least(options, 1, "max_running", "slots", "prefill_chunk", "max_body_bytes")
+    check_at_least(options, 0, "max_waiting", "drain_seconds")
+    for name in ("queue_timeout", "request_timeout", "step_timeout"):
+        if getattr(options, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} must be above 0, found {getattr(options, name):g}")
+    if not 0 <= options.port <= 65535:
+        raise UserError(f"--port must be from 0 to 65535, found {options.port}")
+    if (options.tls_certificate is None) != (options.tls_key is None):
+        raise UserError("--tls-certificate and --tls-key go together")
+
+
+def _check_engine(engine: Engine, job: Job) -> None:
+    if engine.world_size != job.size:
+        raise UserError(
+            f"the engine needs {engine.world_size} MPI ranks, found {job.size}: start with mpirun -n "
+            f"{engine.world_size} (one server is one replica)"
+        )
+    if engine.backend == "tensorrt-llm":
+        raise UserError("an engine of backend tensorrt-llm is served by TensorRT-LLM's own trtllm-serve")
+
+
+def _listen(options: argparse.Namespace) -> _Sockets:
+    from cqil_trt.serving.wire import Rendezvous
+
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    try:
+        listener = socket.create_server((options.host, options.port), family=family, backlog=1024)
+    except OSError as error:
+        raise UserError(f"--host {options.host} --port {options.port}: {error.strerror or error}") from None
+    if options.tls_certificate is not None:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(options.tls_certificate, options.tls_key)
+        except (OSError, ssl.SSLError) as error:
+            raise UserError(
+                f"--tls-certificate {options.tls_certificate}, --tls-key {options.tls_key}: cannot be used "
+                f"({error.strerror or error})"
+            ) from None
+    rendezvous = Rendezvous()
+    return _Sockets(listener, rendezvous.listen("orders"), rendezvous.listen("monitor"), rendezvous)
+
+
+def _setup(options: argparse.Namespace, path: Path, job: Job) -> Any:
+    from cqil_trt.serving.wire import Setup
+
+    return Setup(
+        engine=str(path),
+        model_names=tuple(options.model_name or [path.resolve().name]),
+        keys=_keys(options.api_key_file),
+        certificate=None if options.tls_certificate is None else str(options.tls_certificate),
+        key=None if options.tls_key is None else str(options.tls_key),
+        max_waiting=options.max_waiting,
+        max_body_bytes=options.max_body_bytes,
+        queue_seconds=options.queue_timeout,
+        request_seconds=options.request_timeout,
+        drain_seconds=options.drain_seconds,
+        step_seconds=options.step_timeout,
+        log_text=options.log_text,
+        log_requests=not options.no_log,
+        world_size=job.size,
+    )
+
+
+def _keys(path: Path | None) -> tuple[str, ...]:
+    """API keys of the file and of CQIL_API_KEYS. Raises UserError for a file without any."""
+    keys = [key for key in os.environ.get("CQIL_API_KEYS", "").split(",") if key]
+    if path is not None:
+        try:
+            found = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--api-key-file {path}: cannot be read ({error})") from None
+        if not found:
+            raise UserError(f"--api-key-file {path}: has no key")
+        keys += found
+    return tuple(keys)
+
+
+def _start_http(setup: Any, sockets: _Sockets) -> tuple[Any, subprocess.Popen[bytes]]:
+    """Starts the HTTP process. It is in a session of its own: mpirun must not end it with the ranks."""
+    from cqil_trt.serving.wire import Connection
+
+    ours, theirs = socket.socketpair()
+    numbers = [sock.fileno() for sock in (theirs, sockets.monitor, sockets.listener)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PMI", "OMPI_", "PMIX"))}
+    root = str(Path(__file__).resolve().parents[2])
+    paths = [root, *filter(None, [environment.get("PYTHONPATH")])]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "cqil_trt.serving.frontend", *map(str, numbers)],
+        pass_fds=numbers,
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        env={**environment, "PYTHONPATH": os.pathsep.join(paths)},
+    )
+    theirs.close()
+    http = Connection(ours)
+    http.send(setup)
+    return http, child

@@ -1,0 +1,241 @@
+"""From a request's body to the engine, and from its tokens to an answer's text, tool calls and log-probabilities."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cqil_trt.errors import UserError
+from cqil_trt.generate import StoppingText
+from cqil_trt.sampling import Choice, SamplingConfig
+from cqil_trt.serving import api, tool_calls
+from cqil_trt.serving.client import EngineClient, Ticket, Update
+from cqil_trt.tokenizer import Conversation, Tokenizer
+
+# The control tokens that tool calls are made of, in models where they are control tokens.
+_TOOL_MARKS = ("<tool_call>", "</tool_call>", "<|python_tag|>")
+
+
+class Refused(Exception):
+    """A request that is answered with an error. `field`: the part of the body that is wrong, if any."""
+
+    def __init__(self, status: int, message: str, field: str | None = None, retry: float | None = None):
+        super().__init__(message)
+        self.status, self.message, self.field, self.retry = status, message, field, retry
+
+
+def sampling_of(body: api.Sampled, logprobs: int | None, index: int, guided: bool, vocabulary: int) -> SamplingConfig:
+    """The sampling of choice `index`. Raises Refused for tokens that do not exist."""
+    bias = []
+    for name, value in (body.logit_bias or {}).items():
+        if not name.isdecimal() or int(name) >= vocabulary:
+            raise Refused(400, f"{name!r:.40} is not a token id from 0 to {vocabulary - 1}", "logit_bias")
+        bias.append((int(name), value))
+
+    def given(value: Any, default: Any) -> Any:
+        return default if value is None else value
+
+    seed = secrets.randbits(63) if body.seed is None else (body.seed + index) % 2**64
+    return SamplingConfig(
+        temperature=float(given(body.temperature, 1.0)),
+        top_k=max(given(body.top_k, 0), 0),
+        top_p=float(given(body.top_p, 1.0)),
+        min_p=float(given(body.min_p, 0.0)),
+        seed=seed,
+        repetition_penalty=float(given(body.repetition_penalty, 1.0)),
+        presence_penalty=float(given(body.presence_penalty, 0.0)),
+        frequency_penalty=float(given(body.frequency_penalty, 0.0)),
+        logit_bias=tuple(bias),
+        logprobs=logprobs,
+        guided=guided,
+    )
+
+
+def grammar_of(body: api.Sampled) -> tuple[str, str] | None:
+    """The grammar that an answer must follow and the field that asks for it. Raises Refused for a wrong one."""
+    from cqil_trt.serving import grammars
+
+    try:
+        if body.guided_json is not None:
+            return grammars.json_schema(body.guided_json), "guided_json"
+        if body.guided_regex is not None:
+            return grammars.regex(body.guided_regex), "guided_regex"
+        if body.guided_choice is not None:
+            return grammars.choice(body.guided_choice), "guided_choice"
+        if body.guided_grammar is not None:
+            return grammars.lark(body.guided_grammar), "guided_grammar"
+        if isinstance(body, api.ChatBody) and body.response_format is not None and body.wants_json:
+            given = body.response_format.json_schema
+            schema = {"type": "object"} if given is None or given.schema_ is None else given.schema_
+            return grammars.json_schema(schema), "response_format"
+    except UserError as error:
+        raise Refused(400, str(error), "response_format") from None
+    return None
+
+
+def conversation_of(body: api.ChatBody | api.TokenizeBody) -> Conversation:
+    """The messages in the form that chat templates take."""
+    messages = []
+    for message in body.messages or ():
+        values = message.model_dump(exclude_none=True)
+        if isinstance(message.content, list):
+            values["content"] = "".join(part.text for part in message.content)
+        for call in values.get("tool_calls", ()):
+            # Templates write arguments as JSON themselves.
+            call["function"]["arguments"] = _parsed(call["function"]["arguments"])
+        messages.append(values)
+    tools = variables = None
+    if isinstance(body, api.ChatBody):
+        variables = body.chat_template_kwargs
+        if body.tools and body.tool_choice != "none":
+            tools = [tool.model_dump(exclude_none=True) for tool in body.tools]
+    value = {"messages": messages, "tools": tools, "chat_template_kwargs": variables}
+    return Conversation.of_json(value, "messages")
+
+
+def _parsed(arguments: str) -> Any:
+    import json
+
+    try:
+        return json.loads(arguments)
+    except ValueError:
+        return arguments
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tools:
+    """What the answer may call. `forced`: it must, one function or several."""
+
+    format: str
+    names: frozenset[str]
+    grammar: str | None = None
+
+
+def tools_of(body: api.ChatBody, tokenizer: Tokenizer) -> Tools | None:
+    """Raises Refused if the model's format of tool calls is not known."""
+    if not body.tools or body.tool_choice == "none":
+        return None
+    form = tool_calls.format_of(tokenizer.chat_template or "")
+    if form is None:
+        raise Refused(400, "the model's chat template has no format of tool calls that is known here", "tools")
+    names = frozenset(tool.function.name for tool in body.tools)
+    if body.tool_choice in (None, "auto"):
+        return Tools(format=form, names=names)
+    wanted = names
+    if isinstance(body.tool_choice, api.NamedTool):
+        wanted = frozenset({body.tool_choice.function.name})
+    functions = [tool.function for tool in body.tools if tool.function.name in wanted]
+    described = [{"name": function.name, "parameters": function.parameters} for function in functions]
+    several = body.parallel_tool_calls is not False and body.tool_choice == "required"
+    from cqil_trt.serving import grammars
+
+    return Tools(
+        format=form, names=names, grammar=grammars.lark(tool_calls.tool_grammar(form, described, parallel=several))
+    )
+
+
+@dataclass(kw_only=True)
+class Piece:
+    """What is new of an answer. `finish_reason`: as in OpenAI's API, None while it runs."""
+
+    index: int
+    text: str = ""
+    calls: list[tool_calls.Delta] = field(default_factory=list)
+    choices: tuple[Choice, ...] = ()
+    finish_reason: str | None = None
+    prompt_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+
+
+class Answer:
+    """One choice of a response."""
+
+    def __init__(self, ticket: Ticket, tokenizer: Tokenizer | None, stops: Sequence[str], tools: Tools | None = None):
+        self.ticket = ticket
+        visible: Collection[str] = _TOOL_MARKS if tools is not None else ()
+        self._text = None if tokenizer is None else StoppingText(tokenizer, stops, visible)
+        self._parser = None if tools is None else tool_calls.ToolParser(tools.format, set(tools.names))
+        self.finished = False
+        self.reason: str | None = None
+        self.tokens = 0  # of the answer, up to a stop text
+        self.cached = 0
+
+    def add(self, update: Update) -> Piece:
+        """Takes in what came from the engine."""
+        piece = Piece(index=self.ticket.index, prompt_logprobs=update.prompt_logprobs)
+        kept: list[Choice] = []
+        stopped = False
+        for number, choice in enumerate(update.choices, 1):
+            kept.append(choice)
+            ends = update.finish_reason == "eos" and number == len(update.choices)
+            if not ends and self._text is not None and self._text.add(choice.token):
+                stopped = True
+                break
+        self.tokens += len(kept)
+        self.cached = max(self.cached, update.cached)
+        piece.choices = tuple(kept)
+        self.finished = stopped or bool(update.finish_reason)
+        text = "" if self._text is None else self._text.take(self.finished)
+        if self._parser is None:
+            piece.text = text
+        else:
+            deltas = self._parser.add(text) + (self._parser.finish() if self.finished else [])
+            piece.text = "".join(delta.text for delta in deltas if delta.index is None)
+            piece.calls = [delta for delta in deltas if delta.index is not None]
+        if self.finished:
+            length = not stopped and update.finish_reason == "length"
+            called = self._parser is not None and self._parser.called
+            self.reason = piece.finish_reason = "length" if length else "tool_calls" if called else "stop"
+        return piece
+
+
+class Exchange:
+    """The answers to one HTTP request, as they grow: `choices` for each prompt. Ends what still runs when closed."""
+
+    def __init__(self, client: EngineClient, choices: int, seconds: float, queue_seconds: float):
+        self._client, self.choices = client, choices
+        self._updates: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
+        self._seconds, self._queue_seconds = seconds, queue_seconds
+        self.answers: list[Answer] = []
+        self._deadline = asyncio.get_running_loop().time() + seconds
+        self._queue_deadline = asyncio.get_running_loop().time() + queue_seconds
+
+    def ask(self, tokenizer: Tokenizer | None, stops: Sequence[str], tools: Tools | None, **fields: Any) -> None:
+        ticket = self._client.submit(self._updates, len(self.answers), **fields)
+        self.answers.append(Answer(ticket, tokenizer, stops, tools))
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Raises Refused when the engine fails or time is over."""
+        loop = asyncio.get_running_loop()
+        left = len(self.answers)
+        while left:
+            queued = all(answer.ticket.started_at is None for answer in self.answers)
+            deadline = min(self._deadline, self._queue_deadline) if queued else self._deadline
+            try:
+                index, update = await asyncio.wait_for(self._updates.get(), deadline - loop.time())
+            except asyncio.TimeoutError:
+                if queued and all(answer.ticket.started_at is None for answer in self.answers):
+                    self._client.metrics.refused("timeout")
+                    raise Refused(503, "the request waited too long for its turn", retry=1) from None
+                if loop.time() < self._deadline:
+                    continue
+                raise Refused(503, f"the request took longer than {self._seconds:g} s") from None
+            answer = self.answers[index]
+            if answer.finished:
+                continue
+            if update.finish_reason == "error":
+                raise Refused(503, update.error, retry=5)
+            if not (update.choices or update.finish_reason or update.prompt_logprobs):
+                continue
+            piece = answer.add(update)
+            if answer.finished:
+                left -= 1
+                # A stop text ends the answer before the engine knows.
+                self._client.abort(answer.ticket)
+            yield piece
+
+    def close(self) -> None:
+        for answer in self.answers:
+            self._client.abort(answer.ticket)

@@ -1,0 +1,272 @@
+"""The HTTP process's side of the engine: requests in flight, and what is known of the ranks."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from cqil_trt.sampling import Choice
+from cqil_trt.serving import wire
+from cqil_trt.serving.metrics import Metrics
+
+# A rank that has not said for so long that it lives is taken for stopped.
+SILENCE_SECONDS = 3.0
+_WATCH_SECONDS = 0.1
+# After a failure the server still answers for so long, so that clients and probes hear of it.
+LINGER_SECONDS = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """Tokens of a request, and why it ended: "" while it runs, then eos, length or error."""
+
+    choices: tuple[Choice, ...] = ()
+    finish_reason: str = ""
+    error: str = ""
+    cached: int = 0
+    prompt_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+    arrived: float = 0.0
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request at the engine. Its updates come through `updates`, which several may share, with its `index`.
+
+    Times are those of time.monotonic().
+    """
+
+    number: int
+    index: int
+    prompt_tokens: int
+    updates: asyncio.Queue[tuple[int, Update]]
+    queued_at: float
+    started_at: float | None = None
+    first_at: float | None = None
+    last_at: float | None = None
+    generated: int = 0
+
+    def tell(self, update: Update) -> None:
+        self.updates.put_nowait((self.index, update))
+
+
+@dataclass
+class RankState:
+    seen: float
+    process: int
+    busy_since: float | None = None
+    doing: str = ""
+
+
+class EngineClient:
+    """Sends requests to rank 0 and hands out what comes back. Lives in one event loop.
+
+    `exit_code`: None while the server runs; `failure`: why it cannot go on.
+    """
+
+    def __init__(self, setup: wire.Setup, control: socket.socket, monitor: socket.socket, metrics: Metrics):
+        self.setup, self.metrics = setup, metrics
+        self.ready: wire.Ready | None = None
+        self.draining = False
+        self.failure: str | None = None
+        self.ended = asyncio.Event()
+        self.exit_code = 0
+        self.running, self.waiting, self.usage = 0, 0, 0.0
+        self._control, self._monitor = control, monitor
+        self._ranks: dict[int, RankState] = {}
+        self._tickets: dict[int, Ticket] = {}
+        self._number = 0
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._stopping = False
+
+    async def start(self) -> None:
+        self._reader, self._writer = await asyncio.open_unix_connection(sock=self._control)
+        await asyncio.start_unix_server(self._listen_to_rank, sock=self._monitor)
+        self._spawn(self._listen_to_engine())
+        self._spawn(self._watch())
+
+    def _spawn(self, coroutine: Any) -> None:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # Requests
+
+    @property
+    def active(self) -> int:
+        return len(self._tickets)
+
+    @property
+    def healthy(self) -> bool:
+        return self.failure is None
+
+    def submit(self, updates: asyncio.Queue[tuple[int, Update]], index: int, **fields: Any) -> Ticket:
+        """Sends a request; `fields` as in `wire.Add`, but the number."""
+        self._number += 1
+        ticket = Ticket(self._number, index, len(fields["prompt"]), updates, time.monotonic())
+        self._tickets[ticket.number] = ticket
+        self.metrics.request_started(ticket.prompt_tokens)
+        self._send(wire.Add(number=ticket.number, **fields))
+        return ticket
+
+    def abort(self, ticket: Ticket) -> None:
+        """Ends a request that nobody waits for. One that is over stays so."""
+        if self._tickets.pop(ticket.number, None) is not None:
+            self._send(wire.Abort(numbers=(ticket.number,)))
+
+    def _send(self, message: Any) -> None:
+        self._writer.write(wire.pack(message))
+
+    # What comes from the ranks
+
+    async def _receive(self, reader: asyncio.StreamReader) -> Any:
+        header = await reader.readexactly(wire.HEADER_BYTES)
+        return wire.unpack(await reader.readexactly(wire.body_bytes(header)))
+
+    async def _listen_to_engine(self) -> None:
+        try:
+            while True:
+                self._take(await self._receive(self._reader))
+        except (asyncio.IncompleteReadError, OSError):
+            if self._stopping:
+                self.ended.set()
+            else:
+                self.fail("rank 0 has ended")
+
+    def _take(self, message: Any) -> None:
+        if isinstance(message, wire.Ready):
+            self.ready = message
+        elif isinstance(message, wire.Draining):
+            if message.now:
+                self.end_now()
+            else:
+                self.drain()
+        elif isinstance(message, wire.Progress):
+            self.running, self.waiting, self.usage = message.running, message.waiting, message.usage
+            self.metrics.step(message.tokens, message.step_seconds)
+            now = time.monotonic()
+            for news in message.news:
+                self._tell(news, now)
+
+    def _tell(self, news: wire.News, now: float) -> None:
+        ticket = self._tickets.get(news.number)
+        if ticket is None:
+            return
+        if ticket.started_at is None:
+            ticket.started_at = now
+            self.metrics.queued(now - ticket.queued_at)
+        if ticket.first_at is None and news.choices:
+            ticket.first_at = now
+            self.metrics.first_token(now - ticket.queued_at)
+            self.metrics.prefix(ticket.prompt_tokens, news.cached)
+            self.metrics.tokens([0.0] * (len(news.choices) - 1))
+        elif news.choices and ticket.last_at is not None:
+            each = (now - ticket.last_at) / len(news.choices)
+            self.metrics.tokens([each] * len(news.choices))
+        ticket.last_at = now if news.choices else ticket.last_at
+        ticket.generated += len(news.choices)
+        if news.finish_reason:
+            del self._tickets[news.number]
+        ticket.tell(
+            Update(
+                choices=news.choices,
+                finish_reason=news.finish_reason,
+                error=news.error,
+                cached=news.cached,
+                prompt_logprobs=news.prompt_logprobs,
+                arrived=now,
+            )
+        )
+
+    async def _listen_to_rank(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        rank: int | None = None
+        try:
+            while True:
+                beat = await self._receive(reader)
+                rank = beat.rank
+                self._ranks[rank] = RankState(time.monotonic(), beat.process, beat.busy_since, beat.doing)
+                self.metrics.rank_seen(rank)
+        except (asyncio.IncompleteReadError, OSError):
+            if rank is not None and not self._stopping:
+                self.fail(f"rank {rank} (process {self._ranks[rank].process}) has ended")
+        finally:
+            writer.close()
+
+    async def _watch(self) -> None:
+        """Finds ranks that are stopped and steps that do not end."""
+        late = time.monotonic()
+        while True:
+            await asyncio.sleep(_WATCH_SECONDS)
+            now = time.monotonic()
+            # If this process itself was stopped, ranks are not to blame for what it has not read yet.
+            stalled, late = now - late > 1.0, now
+            if stalled:
+                for state in self._ranks.values():
+                    state.seen = now
+            for rank, state in self._ranks.items():
+                if now - state.seen > SILENCE_SECONDS:
+                    self.fail(f"rank {rank} (process {state.process}) has been silent for {now - state.seen:.1f} s")
+                elif self.ready is not None and state.busy_since is not None:
+                    seconds = now - state.busy_since
+                    if seconds > self.setup.step_seconds:
+                        self.fail(
+                            f"{state.doing} on rank {rank} (process {state.process}) has not ended for {seconds:.1f} s"
+                        )
+            healthy = self.failure is None
+            self.metrics.gauges(self.running, self.waiting, self.usage, healthy)
+
+    # The end
+
+    def fail(self, reason: str) -> None:
+        """The engine cannot go on: tells every client, then ends all ranks and the server with exit code 1."""
+        if self.failure is not None or self._stopping:
+            return
+        self.failure = reason
+        print(f"error: {reason}: ending the job", file=sys.stderr, flush=True)
+        for ticket in list(self._tickets.values()):
+            ticket.tell(Update(finish_reason="error", error=f"the engine failed: {reason}"))
+        self._tickets.clear()
+        self._spawn(self._linger())
+
+    async def _linger(self) -> None:
+        await asyncio.sleep(LINGER_SECONDS)
+        self.exit_code = 1
+        self.kill()
+        self.ended.set()
+
+    def kill(self) -> None:
+        """Ends every rank at once."""
+        for state in self._ranks.values():
+            try:
+                os.kill(state.process, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+
+    def drain(self) -> None:
+        """Lets running requests finish, takes no new ones, then stops the ranks."""
+        if not self.draining:
+            self.draining = True
+            self._spawn(self._drain())
+
+    async def _drain(self) -> None:
+        end = time.monotonic() + self.setup.drain_seconds
+        while self._tickets and time.monotonic() < end and self.failure is None:
+            await asyncio.sleep(0.02)
+        if self.failure is None:
+            self.end_now()
+
+    def end_now(self) -> None:
+        """Stops the ranks; requests that still run end with an error."""
+        self.draining = True
+        if self._stopping:
+            return
+        for ticket in list(self._tickets.values()):
+            ticket.tell(Update(finish_reason="error", error="the server is shutting down"))
+        self._tickets.clear()
+        self._stopping = True
+        self._send(wire.Stop())

@@ -1,0 +1,84 @@
+"""The HTTP process: `python -m cqil_trt.serving.frontend CONTROL MONITOR LISTEN`, file descriptors that it inherits.
+
+CONTROL is connected to rank 0, which sends a `wire.Setup` first; every rank connects to MONITOR; clients to LISTEN.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from cqil_trt.engine import Engine
+from cqil_trt.llm import end_tokens
+from cqil_trt.serving import wire
+from cqil_trt.serving.app import Server, application
+from cqil_trt.serving.client import EngineClient
+from cqil_trt.serving.metrics import Metrics
+from cqil_trt.tokenizer import Tokenizer, has_tokenizer
+
+
+class _Uvicorn(uvicorn.Server):
+    """Signals are rank 0's matter."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def serve(setup: wire.Setup, control: socket.socket, monitor: socket.socket, listener: socket.socket) -> int:
+    """Serves until the engine ends; returns the exit code."""
+    path = Path(setup.engine)
+    engine = Engine.open(path)
+    tokenizer = Tokenizer(path) if has_tokenizer(path) else None
+    server = Server(setup, engine, tokenizer, end_tokens(engine, tokenizer))
+    metrics = Metrics(setup.model_names[0], engine.limits.max_seq_len)
+    server.client = client = EngineClient(setup, control, monitor, metrics)
+    await client.start()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, client.drain)
+    config = uvicorn.Config(
+        application(server),
+        log_level="error",
+        access_log=False,
+        lifespan="off",
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=2,
+        ssl_certfile=setup.certificate,
+        ssl_keyfile=setup.key,
+        server_header=False,
+        date_header=False,
+    )
+    http = _Uvicorn(config)
+    serving = asyncio.create_task(http.serve([listener]))
+    await client.ended.wait()
+    http.should_exit = True
+    await serving
+    return client.exit_code
+
+
+def main(arguments: list[str]) -> int:
+    control, monitor, listener = (socket.socket(fileno=int(number)) for number in arguments)
+    connection = wire.Connection(control)
+    try:
+        setup: Any = connection.receive()
+    except wire.Closed:
+        return 1
+    for sock in (control, monitor, listener):
+        sock.setblocking(False)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return asyncio.run(serve(setup, control, monitor, listener))
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stderr.flush()
+    os._exit(code)  # threads that tokenize may still run

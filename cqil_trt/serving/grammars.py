@@ -1,0 +1,100 @@
+"""Which tokens a grammar allows next, by llguidance."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+
+from cqil_trt.errors import UserError
+from cqil_trt.tokenizer import Tokenizer
+
+
+class _Tokens:
+    """A tokenizer in the form that llguidance reads."""
+
+    def __init__(self, tokenizer: Tokenizer, size: int, ends: Sequence[int]):
+        vocabulary = tokenizer.vocabulary
+        self.eos_token_id = ends[0]
+        self.bos_token_id = tokenizer.special("bos_token")
+        self.tokens: list[bytes] = []
+        self.special_token_ids: list[int] = []
+        for token in range(size):
+            known = token < vocabulary.size()
+            if not known or vocabulary.special_text(token) is not None:
+                self.special_token_ids.append(token)
+            self.tokens.append(tokenizer.bytes_of(token) if known else f"<unused {token}>".encode())
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        found = text.decode(errors="replace") if isinstance(text, bytes) else text
+        return self._tokenizer.encode(found, special=False)
+
+
+class Grammars:
+    """Grammars over an engine's tokens. `size`: of the vocabulary; `ends`: the tokens that end a text."""
+
+    def __init__(self, tokenizer: Tokenizer, size: int, ends: Sequence[int]):
+        self._tokenizer, self._size, self._ends = tokenizer, size, list(ends)
+
+    @cached_property
+    def _tokens(self) -> LLTokenizer:
+        if not self._ends:
+            raise UserError("the model has no token that ends a text, which grammars need")
+        wrapped = TokenizerWrapper(_Tokens(self._tokenizer, self._size, self._ends))
+        return LLTokenizer(wrapped, n_vocab=self._size, eos_token=self._ends)
+
+    def check(self, grammar: str) -> None:
+        """Raises UserError for a grammar that is wrong or too complex."""
+        failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, self._tokens)
+        if failed:
+            raise UserError(" ".join(messages[0].split())[:300])
+
+    def matcher(self, grammar: str) -> GrammarMatcher:
+        """Raises UserError for a grammar that is wrong or too complex."""
+        matcher = LLMatcher(self._tokens, grammar, log_level=0)
+        if matcher.is_error():
+            raise UserError(" ".join(matcher.get_error().split())[:300])
+        return GrammarMatcher(matcher, self._size)
+
+
+class GrammarMatcher:
+    """The state of one sequence: `scheduler.Matcher`."""
+
+    def __init__(self, matcher: LLMatcher, size: int):
+        self._matcher, self._words = matcher, -(-size // 32)
+
+    def mask(self) -> np.ndarray:
+        """The tokens allowed next, uint32 [ceil(vocabulary / 32)]."""
+        found = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
+        mask = np.zeros(self._words, np.uint32)
+        mask[: len(found)] = found[: self._words]
+        return mask
+
+    def advance(self, token: int) -> None:
+        self._matcher.consume_token(token)
+
+
+def json_schema(schema: Mapping[str, Any] | str) -> str:
+    """The grammar of JSON texts that a schema allows. Raises UserError for what is no schema."""
+    try:
+        return LLMatcher.grammar_from_json_schema(schema if isinstance(schema, str) else json.dumps(schema))
+    except ValueError as error:
+        raise UserError(f"not a JSON schema: {error}") from None
+
+
+def regex(expression: str) -> str:
+    return LLMatcher.grammar_from_regex(expression)
+
+
+def lark(grammar: str) -> str:
+    return LLMatcher.grammar_from_lark(grammar)
+
+
+def choice(options: Sequence[str]) -> str:
+    """One of several texts."""
+    return lark("start: " + " | ".join(json.dumps(option) for option in options))

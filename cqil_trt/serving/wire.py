@@ -1,0 +1,243 @@
+"""Messages between the processes of a server: pickled frames over Unix sockets. A frame costs a few microseconds.
+
+The sockets are in a directory that only this user can enter, or were inherited, so frames are as trusted as the code.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import select
+import socket
+import struct
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cqil_trt.sampling import Choice, SamplingConfig
+
+_LENGTH = struct.Struct("<I")
+# More than all that a step says, so that a sender does not wait for a reader that is late.
+_BUFFER_BYTES = 8 << 20
+
+
+class Closed(Exception):
+    """The process at the other end is gone."""
+
+
+def pack(message: Any) -> bytes:
+    """A frame: 4 bytes with the length, little-endian, and the pickled message."""
+    body = pickle.dumps(message, protocol=5)
+    return _LENGTH.pack(len(body)) + body
+
+
+class Connection:
+    """One end of a socket. `receive` waits; `poll` does not."""
+
+    def __init__(self, sock: socket.socket):
+        self.socket = sock
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            sock.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
+        self._received = bytearray()
+
+    def send(self, message: Any) -> None:
+        """Raises Closed if the other end is gone."""
+        try:
+            self.socket.sendall(pack(message))
+        except OSError:
+            raise Closed from None
+
+    def receive(self) -> Any:
+        """The next message. Raises Closed at the end."""
+        while (message := self._next()) is None:
+            self._read()
+        return message
+
+    def poll(self, seconds: float) -> list[Any]:
+        """The messages that are there, after at most `seconds` if there is none. Raises Closed at the end."""
+        messages = self._all()
+        if messages:
+            seconds = 0
+        readable, _, _ = select.select([self.socket], [], [], seconds)
+        if readable:
+            self._read()
+        return messages + self._all()
+
+    def _all(self) -> list[Any]:
+        messages = []
+        while (message := self._next()) is not None:
+            messages.append(message)
+        return messages
+
+    def _next(self) -> Any:
+        if len(self._received) < _LENGTH.size:
+            return None
+        end = _LENGTH.size + _LENGTH.unpack_from(self._received)[0]
+        if len(self._received) < end:
+            return None
+        message = unpack(bytes(memoryview(self._received)[_LENGTH.size : end]))
+        del self._received[:end]
+        return message
+
+    def _read(self) -> None:
+        try:
+            found = self.socket.recv(1 << 20)
+        except OSError:
+            raise Closed from None
+        if not found:
+            raise Closed
+        self._received += found
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+HEADER_BYTES = _LENGTH.size
+
+
+def body_bytes(header: bytes) -> int:
+    """The length that a frame's first HEADER_BYTES tell."""
+    return int(_LENGTH.unpack(header)[0])
+
+
+def unpack(body: bytes) -> Any:
+    return pickle.loads(body)
+
+
+class Rendezvous:
+    """Sockets in a directory of their own, where the processes of a server find each other."""
+
+    def __init__(self) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="cqil-serve-"))
+
+    def listen(self, name: str) -> socket.socket:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(str(self.directory / name))
+        listener.listen(64)
+        return listener
+
+    def remove(self) -> None:
+        for path in self.directory.iterdir():
+            path.unlink(missing_ok=True)
+        os.rmdir(self.directory)
+
+
+def connect(path: Path) -> Connection:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.connect(str(path))
+    return Connection(sock)
+
+
+# From the HTTP process to rank 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Add:
+    """A request. `number` names it; `grammar`: what its answer must follow, in llguidance's form."""
+
+    number: int
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    eos_token_ids: tuple[int, ...]
+    sampling: SamplingConfig
+    scored: int | None = None
+    grammar: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Abort:
+    numbers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stop:
+    """End the job, with exit code 0 if all ranks hold the same."""
+
+
+# From rank 0 to the HTTP process
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """The engine is loaded and warm. `slots`: sequences in the KV cache, `rows`: sequences at the same time."""
+
+    slots: int
+    rows: int
+    max_seq_len: int
+    device: str
+
+
+@dataclass(frozen=True)
+class Draining:
+    """Rank 0 was told to end (SIGTERM). `now`: for the second time."""
+
+    now: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class News:
+    """What happened to a request.
+
+    The first one says nothing else: the request has left the queue. `finish_reason`: "", eos, length, or error with
+    `error` saying why. `cached`: prompt tokens that were reused. `prompt_logprobs`: of each prompt token from
+    `Add.scored` + 1 on, as in `Choice.logprobs`.
+    """
+
+    number: int
+    choices: tuple[Choice, ...] = ()
+    finish_reason: str = ""
+    cached: int = 0
+    error: str = ""
+    prompt_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What a turn of the loop gave, and the state after it.
+
+    `step_seconds`: time since the turn before if both decoded. `usage`: the part of the KV cache in use.
+    """
+
+    news: tuple[News, ...] = ()
+    running: int = 0
+    waiting: int = 0
+    usage: float = 0.0
+    step_seconds: float | None = None
+    tokens: int = 0
+
+
+# From every rank to the HTTP process
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beat:
+    """A sign of life. `busy_since`: CLOCK_MONOTONIC when what the rank is doing began, None if it waits for work."""
+
+    rank: int
+    process: int
+    busy_since: float | None
+    doing: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What the HTTP process needs to know, sent first. Times in seconds, sizes in bytes.
+
+    `keys`: API keys, none for no check. `certificate`, `key`: files for TLS.
+    """
+
+    engine: str
+    model_names: tuple[str, ...]
+    keys: tuple[str, ...] = ()
+    certificate: str | None = None
+    key: str | None = None
+    max_waiting: int = 256
+    max_body_bytes: int = 4 << 20
+    queue_seconds: float = 60.0
+    request_seconds: float = 600.0
+    drain_seconds: float = 30.0
+    step_seconds: float = 4.0
+    log_text: bool = False
+    log_requests: bool = True
+    world_size: int = 1
