@@ -75,10 +75,11 @@ def main(arguments: list[str]) -> int:
     for sock in (control, monitor, listener):
         sock.setblocking(False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return asyncio.run(serve(setup, control, monitor, listener))
+    # Not asyncio.run: it would cancel what listens to the ranks, and wait for threads.
+    return asyncio.new_event_loop().run_until_complete(serve(setup, control, monitor, listener))
 
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
     sys.stderr.flush()
-    os._exit(code)  # threads that tokenize may still run
+    os._exit(code)
