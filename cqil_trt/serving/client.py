@@ -192,7 +192,9 @@ class EngineClient:
                 self._ranks[rank] = RankState(time.monotonic(), beat.process, beat.busy_since, beat.doing)
                 self.metrics.rank_seen(rank)
         except (asyncio.IncompleteReadError, OSError):
-            if rank is not None and not self._stopping:
+            if rank is not None and self._stopping:
+                del self._ranks[rank]  # as it should
+            elif rank is not None:
                 self.fail(f"rank {rank} (process {self._ranks[rank].process}) has ended")
         finally:
             writer.close()
@@ -224,7 +226,7 @@ class EngineClient:
 
     def fail(self, reason: str) -> None:
         """The engine cannot go on: tells every client, then ends all ranks and the server with exit code 1."""
-        if self.failure is not None or self._stopping:
+        if self.failure is not None:
             return
         self.failure = reason
         print(f"error: {reason}: ending the job", file=sys.stderr, flush=True)
