@@ -164,7 +164,13 @@ def assert_over(server, *fragments):
     assert "Traceback" not in server.output, server.output
     assert "stopped: all ranks" not in server.output
     host, port = server.url.removeprefix("http://").split(":")
-    socket.create_server((host, int(port))).close()
+    while True:
+        try:
+            socket.create_server((host, int(port))).close()
+            return
+        except OSError:  # a process that ends closes its sockets last
+            assert time.monotonic() < end, "the port is still in use"
+            time.sleep(0.05)
 
 
 async def assert_told(streams):
@@ -501,6 +507,13 @@ def test_sigterm_twice(engine):
     with serving(engine, "--drain-seconds", 60) as server:
         asyncio.run(scenario())
         assert_stopped(server, 5)
+
+
+def test_sigterm_and_a_rank_that_is_stopped(engine):
+    with serving(engine) as server:
+        os.kill(server.all[1], signal.SIGSTOP)
+        terminate(server)
+        assert_over(server, "rank 1", "silent")
 
 
 def test_sigterm_with_a_client_that_reads_nothing(engine):
