@@ -625,9 +625,20 @@ async def unless_gone(request: Request, work: Awaitable[Any]) -> Any:
             raise Gone
         return task.result()
     finally:
-        for pending in (task, gone):
-            pending.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        await ended(task, gone)
+
+
+async def ended(*tasks: asyncio.Future[Any]) -> None:
+    """Cancels tasks and waits for their end.
+
+    Until Python 3.12 `asyncio.wait_for` swallows a cancellation that comes just when what it waits for is done, so one
+    is not enough.
+    """
+    while pending := [task for task in tasks if not task.done()]:
+        for task in pending:
+            task.cancel()
+        await asyncio.wait(pending, timeout=0.01)
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class EventStream(Response):
@@ -659,10 +670,8 @@ class EventStream(Response):
                 with contextlib.suppress(asyncio.TimeoutError, OSError):
                     writing.result()
         finally:
-            for task in (writing, watching):
-                task.cancel()
-            await asyncio.gather(writing, watching, return_exceptions=True)
             self._close()
+            await ended(writing, watching)
 
 
 class Gate:
