@@ -321,6 +321,43 @@ def test_many_clients_come_and_go_at_once(shared):
     asyncio.run(scenario())
 
 
+def test_clients_go_at_any_moment(narrow):
+    async def scenario():
+        for pause in range(15):
+            async with await HttpConnection.open(narrow.url) as http:
+                await http.send("POST", "/v1/completions", {**ENDLESS, "stream": pause % 3 > 0})
+                await asyncio.sleep(0.05 + 0.003 * pause)
+            await until_running(narrow, 0)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("swallowed", [0, 1, 3])
+def test_a_task_that_overhears_its_cancellation_ends(swallowed):
+    """As those do until Python 3.12 that wait with `asyncio.wait_for`."""
+    from cqil_trt.serving.app import ended
+
+    async def scenario():
+        heard = 0
+
+        async def work():
+            nonlocal heard
+            while True:
+                try:
+                    await asyncio.sleep(60)
+                except asyncio.CancelledError:
+                    heard += 1
+                    if heard > swallowed:
+                        raise
+
+        task = asyncio.create_task(work())
+        await asyncio.sleep(0)
+        await asyncio.wait_for(ended(task), 2)
+        assert task.cancelled() and heard == swallowed + 1
+
+    asyncio.run(scenario())
+
+
 async def answers(server):
     """A normal request is answered, and soon."""
     body = {"prompt": "hello", "max_tokens": 3, "temperature": 0, "ignore_eos": True}
@@ -348,7 +385,7 @@ def test_a_client_that_reads_nothing_slows_nobody(shared):
             await until_running(shared, 1, 3)
             assert await rate() < 3 * usual + 1
             assert await rate() < 3 * usual + 1
-            assert await metric(shared.url, "vllm:num_requests_running") == 1
+            await until_running(shared, 1)
         await until_running(shared, 0)
         await answers(shared)
 
@@ -543,7 +580,6 @@ def test_what_the_command_refuses(engine, tmp_path):
         port = taken.getsockname()[1]
         refuses(engine, "--port", port, fragments=[f"--port {port}", "in use"])
     refuses(engine, ranks=1, fragments=["needs 2 MPI ranks", "found 1", "mpirun -n 2"])
-    refuses(engine, ranks=3, fragments=["needs 2 MPI ranks", "found 3"])
     refuses(engine, ranks=4, fragments=["needs 2 MPI ranks", "found 4"])
     refuses(tmp_path / "none", fragments=["none"])
     refuses(tmp_path, fragments=["not an engine directory"])
