@@ -322,6 +322,13 @@ class World:
         started = scheduler.started()
         assert started == sorted(started)
 
+    def stop(self):
+        """The end of a server, whatever runs."""
+        self.runner.finish()
+        self.follower.finish()
+        assert self.scheduler.in_flight == 0 and not self.session.outcomes and not self.other.outcomes
+        assert self.session.digest == self.other.digest
+
 
 # Texts that prompts begin with, so that they share prefixes.
 DOCUMENTS = [[(i * i * step + i // 3) % VOCABULARY for i in range(64)] for step in (1, 2, 5)]
@@ -382,8 +389,8 @@ def wanted_of(values, world):
 
 
 @settings(max_examples=400, deadline=None)
-@given(worlds(), st.lists(ACTIONS, min_size=1, max_size=40))
-def test_every_request_gets_what_it_gets_alone(options, actions):
+@given(worlds(), st.lists(ACTIONS, min_size=1, max_size=40), st.booleans())
+def test_every_request_gets_what_it_gets_alone(options, actions, stops):
     world = World(**options)
     for kind, value in actions:
         if kind == "add":
@@ -393,7 +400,7 @@ def test_every_request_gets_what_it_gets_alone(options, actions):
         else:
             for _ in range(value):
                 world.turn()
-    world.finish()
+    world.stop() if stops else world.finish()
 
 
 @settings(max_examples=150, deadline=None)

@@ -10,7 +10,9 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from support.checkpoints import make_model
@@ -19,6 +21,9 @@ from support.made_tokenizers import save_byte_tokenizer
 from support.needs import need
 from support.processes import assert_user_error, build, mpirun
 from support.serving import ServerProcess, processes
+
+from cqil_trt.sampling import Choice, SamplingConfig
+from cqil_trt.scheduler import Outcome
 
 pytestmark = pytest.mark.slow
 
@@ -796,3 +801,95 @@ def test_a_connection_ends(end, fake):
         assert fake.killed()
 
     asyncio.run(scenario())
+
+
+class FakeSession:
+    """A session that runs a step ahead, as those on GPUs do."""
+
+    ahead, burst, slots, reuses, on_gpu = 1, 1, 2, True, False
+    limits = SimpleNamespace(max_batch_size=2, max_seq_len=10**6, prefill_chunk=8)
+
+    def __init__(self):
+        self.outcomes, self.collected = [], []
+
+    def submit(self, step):
+        token = len(self.outcomes) + len(self.collected)
+        self.outcomes.append(Outcome(choices={slot: [Choice(token)] for slot in step.choosing}))
+        time.sleep(0.002)
+
+    def collect(self):
+        self.collected.append(self.outcomes.pop(0))
+        return self.collected[-1]
+
+
+def lead_and_follow(client):
+    """Runs the loops of two ranks while `client(http)` acts as the HTTP process; returns their sessions."""
+    from cqil_trt.serving import ranks, wire
+
+    http, theirs = (wire.Connection(sock, "it") for sock in socket.socketpair())
+    orders, mine = (wire.Connection(sock, "it") for sock in socket.socketpair())
+    sessions = FakeSession(), FakeSession()
+    first, second = (SimpleNamespace(session=session, tokenizer=None) for session in sessions)
+    pulse = SimpleNamespace(busy=lambda doing: contextlib.nullcontext())
+    threads = [
+        threading.Thread(target=client, args=(theirs,), daemon=True),
+        threading.Thread(target=ranks.follow, args=(second, orders, pulse), daemon=True),
+    ]
+    for thread in threads:
+        thread.start()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        ranks.lead(first, ranks.Options(policy="latency", rows=None, chunk=None), [mine], http, pulse)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for thread in threads:
+        thread.join(5)
+        assert not thread.is_alive()
+    return sessions
+
+
+def add(number):
+    from cqil_trt.serving import wire
+
+    fields = {"max_new_tokens": 10**6, "eos_token_ids": (), "sampling": SamplingConfig()}
+    return wire.Add(number=number, prompt=(1, 2, 3), **fields)
+
+
+def progress(http, condition):
+    """Reads what rank 0 tells until the condition holds."""
+    from cqil_trt.serving import wire
+
+    while not (isinstance(message := http.receive(), wire.Progress) and condition(message)):
+        pass
+
+
+def test_ranks_agree_when_they_are_stopped_in_a_step():
+    from cqil_trt.serving import wire
+
+    def client(http):
+        http.send(add(1))
+        progress(http, lambda told: told.running == 1 and told.tokens)
+        http.send(wire.Stop())
+
+    first, second = lead_and_follow(client)
+    assert first.collected == second.collected and not first.outcomes and not second.outcomes
+
+
+def test_rank_0_tells_that_a_request_is_gone():
+    from cqil_trt.serving import wire
+
+    def client(http):
+        for number in (1, 2, 3):
+            http.send(add(number))
+        progress(http, lambda told: (told.running, told.waiting) == (2, 1))
+        http.send(wire.Abort(numbers=(3, 99)))
+        progress(http, lambda told: (told.running, told.waiting) == (2, 0))
+        http.send(wire.Abort(numbers=(1, 2)))
+        progress(http, lambda told: (told.running, told.waiting, told.usage) == (0, 0, 0))
+        http.send(add(4))
+        progress(http, lambda told: told.running == 1 and told.tokens)
+        http.send(wire.Stop())
+
+    first, second = lead_and_follow(client)
+    assert first.collected == second.collected
