@@ -1,6 +1,7 @@
 """Whatever comes in as a request's body, the answer is a result or says what is wrong, and the server goes on."""
 
 import asyncio
+import copy
 import json
 import math
 import random
@@ -200,6 +201,7 @@ def changed(body, changes):
     body = json.loads(json.dumps(body))
     doubles = []
     for kind, number, value in changes:
+        value = copy.deepcopy(value)  # drawn objects are used again
         known = places(body)
         container, key = known[number % len(known)] if known else (body, "prompt")
         if kind == "set":

@@ -1,0 +1,312 @@
+"""The processes of a server, each with stand-ins for the others."""
+
+import asyncio
+import contextlib
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from cqil_trt.sampling import Choice, SamplingConfig
+from cqil_trt.scheduler import Outcome
+
+for name in ("uvicorn", "starlette", "pydantic", "prometheus_client"):
+    pytest.importorskip(name)
+
+
+# The HTTP process, and ranks that are not real
+
+
+class FakeRanks:
+    """An EngineClient, and this end of its sockets. Ranks are said to be a process that sleeps."""
+
+    def __init__(self, tmp_path, monkeypatch, **setup):
+        from cqil_trt.serving import client, wire
+        from cqil_trt.serving.metrics import Metrics
+
+        monkeypatch.setattr(client, "LINGER_SECONDS", 0.1)
+        self.path = tmp_path / "monitor"
+        control, theirs = socket.socketpair()
+        monitor = socket.socket(socket.AF_UNIX)
+        monitor.bind(str(self.path))
+        monitor.listen()
+        for sock in (theirs, monitor):
+            sock.setblocking(False)
+        self.control = wire.Connection(control, "it")
+        values = wire.Setup(engine="", model_names=("m",), world_size=2, **setup)
+        self.client = client.EngineClient(values, theirs, monitor, Metrics("m"))
+        self.process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        self.ready = wire.Ready(slots=4, rows=2, max_seq_len=64, device="cpu")
+
+    def beat(self, connection, rank, busy_since=None):
+        from cqil_trt.serving import wire
+
+        doing = "" if busy_since is None else "a step"
+        connection.send(wire.Beat(rank=rank, process=self.process.pid, busy_since=busy_since, doing=doing))
+
+    async def fails(self, *fragments, seconds=5.0):
+        """The client finds the failure, tells a request, and ends the ranks."""
+        updates = asyncio.Queue()
+        fields = {"prompt": (1,), "max_new_tokens": 1, "eos_token_ids": (), "sampling": None}
+        self.client.submit(updates, 0, **fields)
+        _, update = await asyncio.wait_for(updates.get(), seconds)
+        assert update.finish_reason == "error"
+        for fragment in fragments:
+            assert fragment in update.error and fragment in self.client.failure
+        await asyncio.wait_for(self.client.ended.wait(), 2)
+        assert self.client.exit_code == 1
+
+    def killed(self):
+        return self.process.wait(2) == -signal.SIGKILL
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    made = FakeRanks(tmp_path, monkeypatch, step_seconds=0.5)
+    yield made
+    made.process.kill()
+    made.process.wait()
+
+
+def test_a_step_that_does_not_end(fake):
+    from cqil_trt.serving import wire
+
+    async def scenario():
+        await fake.client.start()
+        fake.control.send(fake.ready)
+        first, second = wire.connect(fake.path, "it"), wire.connect(fake.path, "it")
+        fake.beat(first, 0)
+        fake.beat(second, 1, time.monotonic() - 0.2)  # in time
+        await asyncio.sleep(0.25)
+        assert fake.client.failure is None
+        began = time.monotonic()
+        fake.beat(first, 0)
+        await fake.fails("a step on rank 1", "has not ended for", f"process {fake.process.pid}")
+        assert time.monotonic() - began < 1
+        assert fake.killed()
+
+    asyncio.run(scenario())
+
+
+def test_a_step_may_take_long_while_the_engine_loads(fake):
+    from cqil_trt.serving import wire
+
+    async def scenario():
+        await fake.client.start()
+        connection = wire.connect(fake.path, "it")
+        fake.beat(connection, 0, time.monotonic() - 100)
+        await asyncio.sleep(0.4)
+        assert fake.client.failure is None
+        fake.control.send(fake.ready)
+        await fake.fails("a step on rank 0")
+
+    asyncio.run(scenario())
+
+
+def test_a_rank_is_silent(fake, monkeypatch):
+    from cqil_trt.serving import client, wire
+
+    monkeypatch.setattr(client, "SILENCE_SECONDS", 0.5)
+
+    async def scenario():
+        await fake.client.start()
+        fake.control.send(fake.ready)
+        first, second = wire.connect(fake.path, "it"), wire.connect(fake.path, "it")
+        fake.beat(second, 1)
+        for _ in range(4):
+            fake.beat(first, 0)
+            await asyncio.sleep(0.1)
+        fake.beat(first, 0)
+        await fake.fails("rank 1", "silent")
+        assert fake.killed()
+
+    asyncio.run(scenario())
+
+
+def test_ranks_are_not_blamed_while_this_process_is_held_up(fake, monkeypatch):
+    from cqil_trt.serving import client, wire
+
+    monkeypatch.setattr(client, "SILENCE_SECONDS", 1.2)
+
+    async def scenario():
+        await fake.client.start()
+        fake.control.send(fake.ready)
+        connection = wire.connect(fake.path, "it")
+        fake.beat(connection, 0)
+        await asyncio.sleep(0.2)
+        time.sleep(1.5)  # noqa: ASYNC251
+        await asyncio.sleep(0.5)
+        assert fake.client.failure is None
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("end", ["monitor", "control"])
+def test_a_connection_ends(end, fake):
+    from cqil_trt.serving import wire
+
+    async def scenario():
+        await fake.client.start()
+        fake.control.send(fake.ready)
+        connection = wire.connect(fake.path, "it")
+        fake.beat(connection, 1)
+        await asyncio.sleep(0.1)
+        if end == "monitor":
+            connection.close()
+            await fake.fails("rank 1", "has ended")
+        else:
+            task = asyncio.create_task(fake.fails("rank 0 has ended"))
+            await asyncio.sleep(0.1)
+            fake.control.close()
+            await task
+        assert fake.killed()
+
+    asyncio.run(scenario())
+
+
+class FakeSession:
+    """A session that runs a step ahead, as those on GPUs do."""
+
+    ahead, burst, slots, reuses, on_gpu = 1, 1, 2, True, False
+    limits = SimpleNamespace(max_batch_size=2, max_seq_len=10**6, prefill_chunk=8)
+
+    def __init__(self):
+        self.outcomes, self.collected = [], []
+
+    def submit(self, step):
+        token = len(self.outcomes) + len(self.collected)
+        self.outcomes.append(Outcome(choices={slot: [Choice(token)] for slot in step.choosing}))
+        time.sleep(0.002)
+
+    def collect(self):
+        self.collected.append(self.outcomes.pop(0))
+        return self.collected[-1]
+
+
+def lead_and_follow(client):
+    """Runs the loops of two ranks while `client(http)` acts as the HTTP process; returns their sessions."""
+    from cqil_trt.serving import ranks, wire
+
+    http, theirs = (wire.Connection(sock, "it") for sock in socket.socketpair())
+    orders, mine = (wire.Connection(sock, "it") for sock in socket.socketpair())
+    sessions = FakeSession(), FakeSession()
+    first, second = (SimpleNamespace(session=session, tokenizer=None) for session in sessions)
+    pulse = SimpleNamespace(busy=lambda doing: contextlib.nullcontext())
+    threads = [
+        threading.Thread(target=client, args=(theirs,), daemon=True),
+        threading.Thread(target=ranks.follow, args=(second, orders, pulse), daemon=True),
+    ]
+    for thread in threads:
+        thread.start()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        ranks.lead(first, ranks.Options(policy="latency", rows=None, chunk=None), [mine], http, pulse)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for thread in threads:
+        thread.join(5)
+        assert not thread.is_alive()
+    return sessions
+
+
+def add(number):
+    from cqil_trt.serving import wire
+
+    fields = {"max_new_tokens": 10**6, "eos_token_ids": (), "sampling": SamplingConfig()}
+    return wire.Add(number=number, prompt=(1, 2, 3), **fields)
+
+
+def progress(http, condition):
+    """Reads what rank 0 tells until the condition holds."""
+    from cqil_trt.serving import wire
+
+    while not (isinstance(message := http.receive(), wire.Progress) and condition(message)):
+        pass
+
+
+def test_ranks_agree_when_they_are_stopped_in_a_step():
+    from cqil_trt.serving import wire
+
+    def client(http):
+        http.send(add(1))
+        progress(http, lambda told: told.running == 1 and told.tokens)
+        http.send(wire.Stop())
+
+    first, second = lead_and_follow(client)
+    assert first.collected == second.collected and not first.outcomes and not second.outcomes
+
+
+def test_rank_0_tells_that_a_request_is_gone():
+    from cqil_trt.serving import wire
+
+    def client(http):
+        for number in (1, 2, 3):
+            http.send(add(number))
+        progress(http, lambda told: (told.running, told.waiting) == (2, 1))
+        http.send(wire.Abort(numbers=(3, 99)))
+        progress(http, lambda told: (told.running, told.waiting) == (2, 0))
+        http.send(wire.Abort(numbers=(1, 2)))
+        progress(http, lambda told: (told.running, told.waiting, told.usage) == (0, 0, 0))
+        http.send(add(4))
+        progress(http, lambda told: told.running == 1 and told.tokens)
+        http.send(wire.Stop())
+
+    first, second = lead_and_follow(client)
+    assert first.collected == second.collected
+
+
+# Clients
+
+
+def test_a_client_that_takes_nothing_for_long_is_given_up(monkeypatch):
+    from cqil_trt.serving import app
+
+    monkeypatch.setattr(app, "_STALLED_SECONDS", 0.1)
+    closed = []
+
+    async def events():
+        while True:
+            yield b"data: more\n\n"
+
+    async def receive():
+        await asyncio.Event().wait()
+
+    async def send(message):
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    response = app.EventStream(events(), lambda: closed.append(True))
+    asyncio.run(asyncio.wait_for(response({"type": "http"}, receive, send), 5))
+    assert closed == [True]
+
+
+@pytest.mark.parametrize("swallowed", [0, 1, 3])
+def test_a_task_that_overhears_its_cancellation_ends(swallowed):
+    """As those do until Python 3.12 that wait with `asyncio.wait_for`."""
+    from cqil_trt.serving.app import ended
+
+    async def scenario():
+        heard = 0
+
+        async def work():
+            nonlocal heard
+            while True:
+                try:
+                    await asyncio.sleep(60)
+                except asyncio.CancelledError:
+                    heard += 1
+                    if heard > swallowed:
+                        raise
+
+        task = asyncio.create_task(work())
+        await asyncio.sleep(0)
+        await asyncio.wait_for(ended(task), 2)
+        assert task.cancelled() and heard == swallowed + 1
+
+    asyncio.run(scenario())
