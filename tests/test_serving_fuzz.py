@@ -213,7 +213,7 @@ def changed(body, changes):
         elif kind == "double":
             doubles.append((FIELDS[number % len(FIELDS)], value))
         elif kind == "deep":
-            for _ in range(number):
+            for _ in range(number % 250):
                 value = [value] if number % 2 else {"a": value}
             container[key] = value
     text = json.dumps(body)
