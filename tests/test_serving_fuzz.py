@@ -7,7 +7,7 @@ import math
 import random
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from support import SEED
 from support.checkpoints import make_model
@@ -60,7 +60,7 @@ class Fuzzer:
         await http.send("POST", path, raw, headers)
         status = await http.head()
         if http.headers.get("content-type", "").startswith("text/event-stream"):
-            answer = [event if event == "[DONE]" else json.loads(event) async for event in http.events()]
+            answer = [data if data == "[DONE]" else json.loads(data) async for data in http.events()]
         else:
             answer = json.loads(await http.body(), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
         if http.headers.get("connection") == "close":
@@ -73,7 +73,7 @@ class Fuzzer:
         assert 200 <= status < 300 or 400 <= status < 500, (status, answer)
         if isinstance(answer, list):
             assert status == 200 and answer[-1] == "[DONE]", answer[-1]
-            assert all("error" not in event for event in answer[:-1])
+            assert all("error" not in chunk for chunk in answer[:-1])
         elif status >= 400:
             error = answer["error"]
             assert isinstance(error["message"], str) and error["message"]
@@ -228,6 +228,111 @@ def test_changed_bodies(fuzzer, data):
     path, bodies = data.draw(st.sampled_from(BODIES))
     body, changes = data.draw(st.sampled_from(bodies)), data.draw(CHANGES)
     fuzzer.check(path, changed(body, changes).encode())
+
+
+# Values of the right type, at and beyond the limits of what is allowed.
+ANY_TEXT = st.text(max_size=12) | st.sampled_from(["", "\x00", "a\n", "é", "😀😀", "<eos>", "x" * 200])
+SCHEMAS = st.recursive(
+    st.sampled_from(
+        [
+            *({}, True, False, {"type": "string"}, {"type": "integer", "minimum": 3}, {"type": "number"}),
+            *({"type": "null"}, {"enum": [1, "a", None]}, {"const": {"a": [1]}}, {"type": ["string", "null"]}),
+            *({"type": "string", "pattern": "^[a-c]{2,5}$"}, {"type": "string", "pattern": "(?<=a)b"}, {"type": "x"}),
+            *({"type": "string", "format": "date"}, {"$ref": "#/$defs/none"}, {"$ref": "http://127.0.0.1:1/"}),
+            *({"type": "string", "minLength": 5, "maxLength": 2}, {"type": "integer", "multipleOf": 0}, {"not": {}}),
+            {"type": "array", "minItems": 10**6},
+        ]
+    ),
+    lambda inner: st.one_of(
+        st.builds(lambda item: {"type": "array", "items": item, "maxItems": 3}, inner),
+        st.builds(
+            lambda fields, more: {"type": "object", "properties": fields, "required": [*fields, "z"][:more]},
+            st.dictionaries(ANY_TEXT, inner, max_size=3),
+            st.integers(0, 4),
+        ),
+        st.builds(lambda kind, parts: {kind: parts}, st.sampled_from(["anyOf", "allOf", "oneOf"]), st.lists(inner)),
+    ),
+    max_leaves=5,
+)
+PATTERNS = st.text("ab01()[]{}*+?|.\\^$-,é\n", max_size=10)
+GRAMMARS = st.one_of(
+    st.sampled_from(["start: start", 'start: "a"*', 'start: a b\na: "x"\nb: /[0-9]+/', "start: /(/", "%import x"]),
+    st.builds(lambda text: f"start: {text}", st.text('ab"/()|*+: \n', max_size=12)),
+)
+SAMPLED = {
+    "n": st.integers(0, 17),
+    "seed": st.integers(-(2**65), 2**65),
+    "stop": st.one_of(ANY_TEXT, st.lists(ANY_TEXT, max_size=18)),
+    "stream": st.booleans(),
+    "temperature": st.floats(-0.5, 2.5) | st.integers(-1, 3) | st.just(5e-324),
+    "top_p": st.floats(-0.5, 1.5) | st.just(5e-324),
+    "top_k": st.integers(-2, 300) | st.integers(2**31 - 2, 2**31 + 1),
+    "min_p": st.floats(-0.5, 1.5),
+    "presence_penalty": st.floats(-2.5, 2.5),
+    "frequency_penalty": st.floats(-2.5, 2.5),
+    "repetition_penalty": st.floats(-1, 11) | st.just(5e-324),
+    "logit_bias": st.dictionaries(st.integers(-2, 270).map(str) | ANY_TEXT, st.floats(-110, 110), max_size=4)
+    | st.just({str(token): -100 for token in range(259)}),
+    "ignore_eos": st.booleans(),
+    "max_tokens": st.integers(-1, 12),
+    "max_completion_tokens": st.integers(-1, 12),
+    "guided_json": SCHEMAS | SCHEMAS.map(json.dumps),
+    "guided_regex": PATTERNS,
+    "guided_choice": st.lists(ANY_TEXT, max_size=4),
+    "guided_grammar": GRAMMARS,
+}
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["system", "developer", "user", "assistant", "tool"]), "content": ANY_TEXT},
+        optional={
+            "name": ANY_TEXT,
+            "tool_calls": st.just([{"id": "a", "function": {"name": "f", "arguments": "{"}}]),
+            "reasoning_content": ANY_TEXT,
+        },
+    ),
+    max_size=4,
+)
+IDS_OF = st.lists(st.integers(-1, 260), max_size=LENGTH + 2)
+
+
+def fields(required, optional):
+    """Bodies with a few of the optional fields."""
+    chosen = st.lists(st.sampled_from(sorted(optional)), max_size=5, unique=True)
+    return chosen.flatmap(lambda names: st.fixed_dictionaries({**required, **{name: optional[name] for name in names}}))
+
+
+NEAR = {
+    CHAT: fields(
+        {"messages": MESSAGES},
+        {
+            **SAMPLED,
+            "logprobs": st.booleans(),
+            "top_logprobs": st.integers(-1, 21),
+            "response_format": st.one_of(
+                st.just({"type": "json_object"}),
+                SCHEMAS.map(lambda schema: {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}}),
+            ),
+            "chat_template_kwargs": st.dictionaries(ANY_TEXT, ANY_TEXT, max_size=2),
+        },
+    ),
+    TEXT: fields(
+        {"prompt": st.one_of(ANY_TEXT, st.lists(ANY_TEXT, max_size=4), IDS_OF, st.lists(IDS_OF, max_size=3))},
+        {**SAMPLED, "logprobs": st.integers(-1, 21), "echo": st.booleans()},
+    ),
+    TOKENIZE: st.one_of(
+        st.fixed_dictionaries({"prompt": ANY_TEXT, "add_special_tokens": st.booleans()}),
+        st.fixed_dictionaries({"messages": MESSAGES}),
+    ),
+    DETOKENIZE: st.fixed_dictionaries({"tokens": IDS_OF}),
+}
+
+
+@settings(SETTINGS, max_examples=250)
+@given(st.sampled_from([CHAT, CHAT, TEXT, TEXT, TEXT, TOKENIZE, DETOKENIZE]), st.data())
+def test_values_near_the_limits(fuzzer, path, data):
+    body = data.draw(NEAR[path])
+    status = fuzzer.check(path, json.dumps(body).encode())
+    event(f"{path}: {status}")
 
 
 @settings(SETTINGS, max_examples=60)
