@@ -102,7 +102,7 @@ class Sampler:
         draw = self._random.random()
         adjusted = self._adjust(logits, mask) if config.adjusts else logits
         if config.temperature == 0:
-            token = int(adjusted.argmax())
+            token = int(_ordered(adjusted).argmax())
         else:
             token = sample(adjusted, config, draw)
         if self._counts is not None:
@@ -117,8 +117,9 @@ class Sampler:
             x[tokens] += values
         if self._counts is not None and self._in_prompt is not None:
             occurred = self._in_prompt | (self._counts > 0)
-            r = np.float32(config.repetition_penalty)
-            x = np.where(occurred, np.where(x > 0, x / r, x * r), x)
+            with np.errstate(all="ignore"):  # a tiny penalty makes logits infinite
+                r = np.float32(config.repetition_penalty)
+                x = np.where(occurred, np.where(x > 0, x / r, x * r), x)
             x -= np.float32(config.frequency_penalty) * self._counts.astype(np.float32)
             x -= np.float32(config.presence_penalty) * (self._counts > 0)
         if mask is not None:
@@ -131,14 +132,19 @@ def sample(logits: np.ndarray, config: SamplingConfig, uniform: float) -> int:
     """One token from float32 logits [vocabulary]: temperature, then top-k, then top-p, then min-p.
 
     `uniform` is drawn from [0, 1). Tokens are ordered by probability, equal ones by id; top-p keeps the smallest set of
-    most likely tokens that reaches it, min-p those with at least min_p times the probability of the likeliest.
+    most likely tokens that reaches it, min-p those with at least min_p times the probability of the likeliest. NaN is
+    a token that is not possible; if none is, 0 is chosen.
     """
+    logits = _ordered(logits)
     # A stable sort makes ties go to the smaller id, on every rank alike.
     order = np.argsort(-logits, kind="stable")
     if config.top_k:
         order = order[: config.top_k]
     ordered = logits[order].astype(np.float64)
-    weights = np.exp((ordered - ordered[0]) / config.temperature)
+    if ordered[0] == -np.inf:
+        return 0
+    with np.errstate(all="ignore"):  # infinity less infinity, or divided by a tiny temperature
+        weights = np.where(ordered == ordered[0], 1, np.exp((ordered - ordered[0]) / config.temperature))
     cumulative = np.cumsum(weights)
     cumulative /= cumulative[-1]
     keep = int(np.searchsorted(cumulative, config.top_p)) + 1 if config.top_p < 1 else len(order)
@@ -146,6 +152,11 @@ def sample(logits: np.ndarray, config: SamplingConfig, uniform: float) -> int:
     keep = min(keep, int((weights >= config.min_p).sum()), int((weights > 0).sum()))
     kept = cumulative[:keep]
     return int(order[np.searchsorted(kept, uniform * kept[-1], side="right").clip(max=len(kept) - 1)])
+
+
+def _ordered(logits: np.ndarray) -> np.ndarray:
+    """Logits of which NaN is the smallest, as in plugins/sampling.cu."""
+    return np.where(np.isnan(logits), np.float32(-np.inf), logits)
 
 
 def log_probabilities(logits: np.ndarray, token: int, count: int) -> tuple[tuple[int, float], ...]:

@@ -19,7 +19,7 @@ from transformers.generation.logits_process import (
 import cqil_trt
 from cqil_trt.errors import UserError
 from cqil_trt.generate import GenerationConfig
-from cqil_trt.sampling import SamplingConfig, sample
+from cqil_trt.sampling import Sampler, SamplingConfig, sample
 from cqil_trt.tokenizer import Tokenizer
 
 
@@ -249,3 +249,22 @@ def test_a_gpu_draws_what_a_cpu_draws(ranks, tmp_path):
         found[device] = np.load(f"{case['out']}-0.npz")
     keys = [key for key in found["cpu"] if key.startswith(("tokens", "alone", "sampled"))]
     assert len(keys) == 10 and all(np.array_equal(found["cpu"][key], found["cuda"][key]) for key in keys)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 5e-324, 1e-6, 1.0, 2.0])
+@pytest.mark.parametrize("penalty", [5e-324, 1e-310, 1e-39, 1.0])
+@pytest.mark.parametrize("top_p", [5e-324, 0.5, 1.0])
+def test_extreme_sampling_gives_a_token(temperature, penalty, top_p):
+    inf, nan = float("inf"), float("nan")
+    config = SamplingConfig(temperature=temperature, repetition_penalty=penalty, top_p=top_p, guided=True, min_p=5e-324)
+    sampler = Sampler(config, [0, 1, 2], 4)
+    for logits, mask, possible in (
+        ([1, 2, -3, 0.5], 0b1111, {0, 1, 2, 3}),
+        ([1, 2, -3, 0.5], 0b1100, {2, 3}),
+        ([1, 2, -3, 0.5], 0, {0}),  # nothing is possible: as on GPUs
+        ([nan, -inf, nan, -1e30], 0b1111, {3}),
+        ([nan, nan, nan, nan], 0b1111, {0}),
+        ([inf, 0, inf, nan], 0b1111, {0, 2}),
+        ([-inf, -inf, -inf, -inf], 0b1111, {0}),
+    ):
+        assert sampler.choose(np.array(logits, np.float32), np.array([mask], np.uint32)).token in possible
