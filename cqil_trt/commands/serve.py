@@ -90,9 +90,9 @@ def run(options: argparse.Namespace, job: Job) -> None:
     path = job.share(lambda: options.engine or find_engine(Path("engines"), job.size))
     engine = job.agree(lambda: Engine.open(path))
     job.agree(lambda: _check_engine(engine, job))
+    setup = job.agree(lambda: _setup(options, path, job) if job.rank == 0 else None)
     sockets = job.agree(lambda: _listen(options) if job.rank == 0 else None)
     directory = job.share(lambda: str(sockets.rendezvous.directory))  # type: ignore[union-attr]
-    setup = job.agree(lambda: _setup(options, path, job) if job.rank == 0 else None)
 
     from cqil_trt.serving import ranks, wire
 
