@@ -196,11 +196,14 @@ class Exchange:
 
     def __init__(self, client: EngineClient, choices: int, seconds: float, queue_seconds: float):
         self._client, self.choices = client, choices
-        self._updates: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
-        self._seconds, self._queue_seconds = seconds, queue_seconds
+        # An update without a request is the time being over.
+        self._updates: asyncio.Queue[tuple[int, Update | None]] = asyncio.Queue()
+        self._seconds = seconds
         self.answers: list[Answer] = []
-        self._deadline = asyncio.get_running_loop().time() + seconds
-        self._queue_deadline = asyncio.get_running_loop().time() + queue_seconds
+        loop = asyncio.get_running_loop()
+        self._deadline = loop.time() + seconds
+        late = (min(queue_seconds, seconds), seconds)
+        self._timers = [loop.call_later(delay, self._updates.put_nowait, (0, None)) for delay in late]
 
     def ask(self, tokenizer: Tokenizer | None, stops: Sequence[str], tools: Tools | None, **fields: Any) -> None:
         ticket = self._client.submit(self._updates, len(self.answers), **fields)
@@ -211,17 +214,14 @@ class Exchange:
         loop = asyncio.get_running_loop()
         left = len(self.answers)
         while left:
-            queued = all(answer.ticket.started_at is None for answer in self.answers)
-            deadline = min(self._deadline, self._queue_deadline) if queued else self._deadline
-            try:
-                index, update = await asyncio.wait_for(self._updates.get(), deadline - loop.time())
-            except asyncio.TimeoutError:
-                if queued and all(answer.ticket.started_at is None for answer in self.answers):
+            index, update = await self._updates.get()
+            if update is None:
+                if all(answer.ticket.started_at is None for answer in self.answers):
                     self._client.metrics.refused("timeout")
-                    raise Refused(503, "the request waited too long for its turn", retry=1) from None
+                    raise Refused(503, "the request waited too long for its turn", retry=1)
                 if loop.time() < self._deadline:
                     continue
-                raise Refused(503, f"the request took longer than {self._seconds:g} s") from None
+                raise Refused(503, f"the request took longer than {self._seconds:g} s")
             answer = self.answers[index]
             if answer.finished:
                 continue
@@ -237,5 +237,7 @@ class Exchange:
             yield piece
 
     def close(self) -> None:
+        for timer in self._timers:
+            timer.cancel()
         for answer in self.answers:
             self._client.abort(answer.ticket)

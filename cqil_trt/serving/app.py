@@ -641,27 +641,35 @@ class EventStream(Response):
         self._events, self._close = events, close
 
     async def __call__(self, scope: Any, receive: Any, send: Send) -> None:
-        async def watch() -> None:
+        sending: float | None = None  # since when the client takes nothing
+
+        async def write() -> None:
+            nonlocal sending
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async for body in self._events:
+                sending = time.monotonic()
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+                sending = None
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+        async def gone() -> None:
             while (await receive())["type"] != "http.disconnect":
                 pass
 
-        async def write() -> None:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async for body in self._events:
-                message = {"type": "http.response.body", "body": body, "more_body": True}
-                await asyncio.wait_for(send(message), _STALLED_SECONDS)
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        async def stalled() -> None:
+            while sending is None or time.monotonic() - sending < _STALLED_SECONDS:
+                await asyncio.sleep(_STALLED_SECONDS / 10)
 
-        writing, watching = asyncio.create_task(write()), asyncio.create_task(watch())
+        tasks = [asyncio.create_task(work()) for work in (write, gone, stalled)]
         try:
-            await asyncio.wait({writing, watching}, return_when=asyncio.FIRST_COMPLETED)
-            if writing.done():
-                with contextlib.suppress(asyncio.TimeoutError, OSError):
-                    writing.result()
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if tasks[0].done():
+                with contextlib.suppress(OSError):
+                    tasks[0].result()
         finally:
-            for task in (writing, watching):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(writing, watching, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             self._close()
 
 

@@ -44,7 +44,7 @@ class Ticket:
     number: int
     index: int
     prompt_tokens: int
-    updates: asyncio.Queue[tuple[int, Update]]
+    updates: asyncio.Queue[tuple[int, Update | None]]
     queued_at: float
     started_at: float | None = None
     first_at: float | None = None
@@ -105,7 +105,7 @@ class EngineClient:
     def healthy(self) -> bool:
         return self.failure is None
 
-    def submit(self, updates: asyncio.Queue[tuple[int, Update]], index: int, **fields: Any) -> Ticket:
+    def submit(self, updates: asyncio.Queue[tuple[int, Update | None]], index: int, **fields: Any) -> Ticket:
         """Sends a request; `fields` as in `wire.Add`, but the number."""
         self._number += 1
         ticket = Ticket(self._number, index, len(fields["prompt"]), updates, time.monotonic())
