@@ -33,8 +33,8 @@ from cqil_trt.session import Session, cache_bytes, fitting_slots
 _STAGING_BYTES = 64 << 20
 # Steps in one graph, when that many are left: the GPU pauses between two graphs.
 _STEPS = 4
-# Rows of page-locked memory for tokens that the host has not read yet: those of a step, and of the one after it.
-_UNREAD = 2 * _STEPS
+# Steps whose tokens the host may not have read yet: one, that after it, and, on ranks that follow rank 0, one more.
+_FLYING = 3
 # Device memory that is left to activations, libraries and graphs when the KV cache takes the rest.
 _RESERVED_BYTES = 2 << 30
 
@@ -160,11 +160,14 @@ class CudaSession(Session):
         self._allocate()
         self._load_constants(engine)
 
-    # Whether the network was compiled for a number of slots.
+    # Whether the network was compiled for a number of slots, and the most passes that it needs for a step.
     _slots_are_fixed = False
+    _passes_of_step = 1
 
     def _free_memory(self) -> int:
         """Bytes of this GPU's memory that this rank may use for its cache; ranks that share a GPU share it."""
+        if self._comm is not None:
+            self._comm.Barrier()  # all have their weights
         free = cuda.call("MemGetInfo")
         here = cuda.call("DeviceGetPCIBusId", 32, cuda.call("GetDevice"))
         if self._comm is not None:
@@ -236,10 +239,12 @@ class CudaSession(Session):
         sizes |= self._caches
         arena = self._arena(sum(map(cuda.aligned, sizes.values())), "the KV cache and buffers")
         self._memory |= {name: arena.take(size) for name, size in sizes.items()}
-        self._history = cuda.pinned((_UNREAD, batch), np.int64)
+        # In page-locked memory: what the host has not read yet.
+        unread = _FLYING * _STEPS * self._passes_of_step
+        self._history = cuda.pinned((unread, batch), np.int64)
         self._history[:] = 0
-        self._report_ids = cuda.pinned((_UNREAD, batch, MAX_LOGPROBS + 1), np.int32)
-        self._report_values = cuda.pinned((_UNREAD, batch, MAX_LOGPROBS + 1), np.float32)
+        self._report_ids = cuda.pinned((unread, batch, MAX_LOGPROBS + 1), np.int32)
+        self._report_values = cuda.pinned((unread, batch, MAX_LOGPROBS + 1), np.float32)
 
     def _load_constants(self, engine: Engine) -> None:
         cuda.upload(self._memory["each"], np.arange(self.limits.max_batch_size, dtype=np.int32), self._stream)
@@ -433,13 +438,14 @@ class CudaSession(Session):
             else:
                 self._launch(_Part.GREEDY if plain else _Part.SAMPLED, step.repeat)
         self._advances += step.repeat if slots else 0
-        flying.wanted = tuple(self._configs[slot].logprobs for slot in slots)
+        wanted = (self._configs[slot].logprobs for slot in slots)
+        flying.wanted = tuple(None if count is None else min(count, self.vocab_size) for count in wanted)
         if any(wanted is not None for wanted in flying.wanted):
             self._report(flying, len(slots))
 
     def _report(self, flying: _Flying, rows: int) -> None:
         """Enqueues the copy of log-probabilities to the host."""
-        flying.place, self._reports = self._reports % _UNREAD, self._reports + 1
+        flying.place, self._reports = self._reports % len(self._report_ids), self._reports + 1
         for name, target in (("report.ids", self._report_ids), ("report.values", self._report_values)):
             cuda.download(target[flying.place, :rows], self._memory[name], self._stream)
         flying.reported = cuda.call("EventCreate")
@@ -464,11 +470,11 @@ class CudaSession(Session):
         return self._note(Outcome(choices=choices, logits=flying.scored))
 
     def _read(self, number: int, rows: int) -> np.ndarray:
-        """Waits for the tokens of an advance, one of the last _UNREAD."""
+        """Waits for the tokens of an advance, one of those that the history holds."""
         with self._guard():
             while True:
                 done = cuda.is_done(self._stream)
-                words = self._history[number % _UNREAD, :rows].copy()
+                words = self._history[number % len(self._history), :rows].copy()
                 if (words >> 32 == number + 1).all():
                     return words & 0xFFFFFFFF
                 if done:
@@ -536,7 +542,7 @@ class CudaSession(Session):
         memory, limits = self._memory, self.limits
         row = memory[rows.slots], memory[rows.tokens], memory[rows.past], memory["slot.next"], memory["slot.past"]
         counts = memory["counts"], self.vocab_size
-        history = self._history.ctypes.data, _UNREAD, limits.max_batch_size
+        history = self._history.ctypes.data, len(self._history), limits.max_batch_size
         self._call("advance", memory["best"], *row, *counts, count, limits.max_seq_len - 1, memory["step"], *history)
 
     def _choose(self, count: int, logits: int, plain: bool, rows: _Rows) -> None:
