@@ -12,5 +12,9 @@ class UserError(Exception):
         super().__init__(" ".join("".join(c if c.isprintable() else " " for c in message).split()))
 
 
-class CollectiveError(RuntimeError):
+class JobError(RuntimeError):
+    """The job cannot go on, for a reason that is not in this process. The message says it; a traceback would not."""
+
+
+class CollectiveError(JobError):
     """A kernel gave up waiting for a peer, or for one of its own blocks. The process's CUDA context is lost."""

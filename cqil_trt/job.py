@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cqil_trt.errors import CollectiveError, UserError
+from cqil_trt.errors import JobError, UserError
 from cqil_trt.packages import missing
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def command(job: Job | None = None) -> Iterator[None]:
         if isinstance(error, OSError) and error.filename and (job is None or job.comm is None):
             print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
             sys.exit(2)
-        if isinstance(error, CollectiveError):  # its message says which rank waited for which
+        if isinstance(error, JobError):
             print(f"error: {error}", file=sys.stderr)
         else:
             traceback.print_exc()

@@ -103,10 +103,10 @@ def run(options: argparse.Namespace, job: Job) -> None:
     followers: list[wire.Connection] = []
     orders: wire.Connection | None = None
     if sockets is not None:
-        followers = [wire.Connection(sockets.orders.accept()[0]) for _ in range(job.size - 1)]
+        followers = [wire.Connection(sockets.orders.accept()[0], "another rank") for _ in range(job.size - 1)]
         sockets.rendezvous.remove()
     else:
-        orders = wire.connect(Path(directory) / "orders")
+        orders = wire.connect(Path(directory) / "orders", "rank 0")
 
     from cqil_trt.llm import Llm
 
@@ -115,15 +115,18 @@ def run(options: argparse.Namespace, job: Job) -> None:
     chunk = options.prefill_chunk or (None if llm.session.on_gpu else _CPU_CHUNK)
     chosen = ranks.Options(policy=options.policy, rows=rows, chunk=chunk)
     ranks.warm_up(llm, chosen)
-    if http is None or child is None or sockets is None:
-        ranks.ignore_signals()
-        ranks.follow(llm, orders, pulse)  # type: ignore[arg-type]
-    else:
-        scheme = "https" if options.tls_certificate else "http"
-        host, port = sockets.listener.getsockname()[:2]
-        print(f"{path}: {engine.backend}, {job.size} ranks, {llm.session.slots} slots, {rows} at a time")
-        print(f"serving at {scheme}://{host}:{port}", flush=True)
-        ranks.lead(llm, chosen, followers, http, pulse)
+    try:
+        if http is None or child is None or sockets is None:
+            ranks.ignore_signals()
+            ranks.follow(llm, orders, pulse)  # type: ignore[arg-type]
+        else:
+            scheme = "https" if options.tls_certificate else "http"
+            host, port = sockets.listener.getsockname()[:2]
+            print(f"{path}: {engine.backend}, {job.size} ranks, {llm.session.slots} slots, {rows} at a time")
+            print(f"serving at {scheme}://{host}:{port}", flush=True)
+            ranks.lead(llm, chosen, followers, http, pulse)
+    except wire.Closed as closed:
+        raise wire.Closed(f"rank {job.rank}: {closed}") from None
     pulse.end()
     ranks.agree_on_the_end(llm, job)
     if http is not None and child is not None:
@@ -216,6 +219,7 @@ def _keys(path: Path | None) -> tuple[str, ...]:
 
 def _start_http(setup: Any, sockets: _Sockets) -> tuple[Any, subprocess.Popen[bytes]]:
     """Starts the HTTP process. It is in a session of its own: mpirun must not end it with the ranks."""
+    from cqil_trt.serving.ranks import HTTP
     from cqil_trt.serving.wire import Connection
 
     ours, theirs = socket.socketpair()
@@ -231,6 +235,6 @@ def _start_http(setup: Any, sockets: _Sockets) -> tuple[Any, subprocess.Popen[by
         env={**environment, "PYTHONPATH": os.pathsep.join(paths)},
     )
     theirs.close()
-    http = Connection(ours)
+    http = Connection(ours, HTTP)
     http.send(setup)
     return http, child

@@ -67,7 +67,7 @@ async def serve(setup: wire.Setup, control: socket.socket, monitor: socket.socke
 
 def main(arguments: list[str]) -> int:
     control, monitor, listener = (socket.socket(fileno=int(number)) for number in arguments)
-    connection = wire.Connection(control)
+    connection = wire.Connection(control, "rank 0")
     try:
         setup: Any = connection.receive()
     except wire.Closed:

@@ -34,6 +34,7 @@ from cqil_trt.serving.wire import (
     connect,
 )
 
+HTTP = "the HTTP process"
 # A rank says this often that it lives.
 BEAT_SECONDS = 0.5
 # How long rank 0 waits for requests before it looks whether it was told to end.
@@ -47,7 +48,7 @@ class Pulse:
     """
 
     def __init__(self, rank: int, path: Path):
-        self._rank, self._connection = rank, connect(path)
+        self._rank, self._connection = rank, connect(path, HTTP)
         self._busy: tuple[float, str] | None = None
         self._ended = False
         threading.Thread(target=self._run, name="pulse", daemon=True).start()
@@ -68,10 +69,10 @@ class Pulse:
             since, doing = (None, "") if busy is None else busy
             try:
                 self._connection.send(Beat(rank=self._rank, process=os.getpid(), busy_since=since, doing=doing))
-            except Closed:
+            except Closed as closed:
                 if not self._ended:
                     # Without the HTTP process nobody can ask for anything; the rank may be waiting for another one.
-                    print(f"error: rank {self._rank}: the HTTP process has ended", file=sys.stderr, flush=True)
+                    print(f"error: rank {self._rank}: {closed}", file=sys.stderr, flush=True)
                     os._exit(1)
                 return
             time.sleep(BEAT_SECONDS)

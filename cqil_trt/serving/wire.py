@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cqil_trt.errors import JobError
 from cqil_trt.sampling import Choice, SamplingConfig
 
 _LENGTH = struct.Struct("<I")
@@ -22,8 +23,8 @@ _LENGTH = struct.Struct("<I")
 _BUFFER_BYTES = 8 << 20
 
 
-class Closed(Exception):
-    """The process at the other end is gone."""
+class Closed(JobError):
+    """The process at the other end is gone; the message names it."""
 
 
 def pack(message: Any) -> bytes:
@@ -33,10 +34,10 @@ def pack(message: Any) -> bytes:
 
 
 class Connection:
-    """One end of a socket. `receive` waits; `poll` does not."""
+    """One end of a socket. `receive` waits; `poll` does not. `peer`: the other end, for messages."""
 
-    def __init__(self, sock: socket.socket):
-        self.socket = sock
+    def __init__(self, sock: socket.socket, peer: str):
+        self.socket, self.peer = sock, peer
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             sock.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
         self._received = bytearray()
@@ -46,7 +47,7 @@ class Connection:
         try:
             self.socket.sendall(pack(message))
         except OSError:
-            raise Closed from None
+            raise self._closed() from None
 
     def receive(self) -> Any:
         """The next message. Raises Closed at the end."""
@@ -84,10 +85,13 @@ class Connection:
         try:
             found = self.socket.recv(1 << 20)
         except OSError:
-            raise Closed from None
+            raise self._closed() from None
         if not found:
-            raise Closed
+            raise self._closed()
         self._received += found
+
+    def _closed(self) -> Closed:
+        return Closed(f"{self.peer} has ended")
 
     def close(self) -> None:
         self.socket.close()
@@ -123,10 +127,10 @@ class Rendezvous:
         os.rmdir(self.directory)
 
 
-def connect(path: Path) -> Connection:
+def connect(path: Path, peer: str) -> Connection:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.connect(str(path))
-    return Connection(sock)
+    return Connection(sock, peer)
 
 
 # From the HTTP process to rank 0
