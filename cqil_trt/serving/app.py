@@ -498,7 +498,8 @@ class CompletionForm(Form):
             name = self._name(token)
             found["tokens"].append(name)
             found["token_logprobs"].append(None if value is None else finite(value))
-            alternatives = None if top is None else {self._name(other): finite(p) for other, p in top}
+            # Parts of characters share a name, which then means the likeliest.
+            alternatives = None if top is None else {self._name(other): finite(p) for other, p in reversed(top)}
             found["top_logprobs"].append(alternatives)
             found["text_offset"].append(self._sizes[index])
             self._sizes[index] += len(name)
@@ -575,8 +576,7 @@ def parse(kind: type[B], body: bytes) -> B:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
-        found = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        place = [str(part) for part in found["loc"] if not (isinstance(part, str) and re.search(r"[\[\]\-(]", part))]
+        found, place = _deepest(error, body)
         message = found["msg"].removeprefix("Value error, ")
         name, _, rest = message.partition(": ")
         if found["type"] == "value_error" and rest:
@@ -586,6 +586,30 @@ def parse(kind: type[B], body: bytes) -> B:
             message = "is not supported"
         field = ".".join(place) or None
         raise Refused(400, f"{field or 'the body'}: {message}", field) from None
+
+
+def _deepest(error: ValidationError, body: bytes) -> tuple[Any, list[str]]:
+    """The error to report and its place in the body: of a field that takes several forms, the form that fits best."""
+    try:
+        value = json.loads(body)
+    except ValueError:
+        value = None
+    errors = error.errors(include_url=False, include_context=False, include_input=False)
+    placed = [(found, _place(found, value)) for found in errors if found["loc"][:1] == errors[0]["loc"][:1]]
+    return max(placed, key=lambda pair: len(pair[1]))
+
+
+def _place(found: Any, value: Any) -> list[str]:
+    """Where in the body an error is. Pydantic's own place also has the names of types, which no client knows."""
+    place = []
+    for number, part in enumerate(found["loc"], 1):
+        last = number == len(found["loc"])
+        inside = part in value if isinstance(value, dict) else isinstance(value, list) and isinstance(part, int)
+        if inside:
+            value = value[part]
+        if inside or (last and found["type"] == "missing"):
+            place.append(str(part))
+    return place
 
 
 def event(value: dict[str, Any]) -> bytes:

@@ -1,4 +1,4 @@
-"""A small random model that can be talked to: a byte-level tokenizer, ChatML, and tool calls as Hermes and Qwen write."""
+"""A small random model to talk to: a byte-level tokenizer, ChatML, and tool calls as Hermes and Qwen write them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TEMPLATE = """\
 {%- if tools %}
 {{- '<|im_start|>system\\nTools:' }}
 {%- for tool in tools %}{{- '\\n' + (tool | tojson) }}{%- endfor %}
-{{- '\\nAnswer within <tool_call></tool_call> tags: {\\"name\\": <function-name>, \\"arguments\\": <args>}<|im_end|>\\n' }}
+{{- '\\nAnswer within <tool_call></tool_call>: {\\"name\\": <name>, \\"arguments\\": <arguments>}<|im_end|>\\n' }}
 {%- endif %}
 {%- for message in messages %}
 {%- if message.role == 'tool' %}
