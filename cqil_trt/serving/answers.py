@@ -58,21 +58,27 @@ def grammar_of(body: api.Sampled) -> tuple[str, str] | None:
     """The grammar that an answer must follow and the field that asks for it. Raises Refused for a wrong one."""
     from cqil_trt.serving import grammars
 
+    field = ""
     try:
         if body.guided_json is not None:
-            return grammars.json_schema(body.guided_json), "guided_json"
+            field = "guided_json"
+            return grammars.json_schema(body.guided_json), field
         if body.guided_regex is not None:
-            return grammars.regex(body.guided_regex), "guided_regex"
+            field = "guided_regex"
+            return grammars.regex(body.guided_regex), field
         if body.guided_choice is not None:
-            return grammars.choice(body.guided_choice), "guided_choice"
+            field = "guided_choice"
+            return grammars.choice(body.guided_choice), field
         if body.guided_grammar is not None:
-            return grammars.lark(body.guided_grammar), "guided_grammar"
+            field = "guided_grammar"
+            return grammars.lark(body.guided_grammar), field
         if isinstance(body, api.ChatBody) and body.response_format is not None and body.wants_json:
+            field = "response_format"
             given = body.response_format.json_schema
             schema = {"type": "object"} if given is None or given.schema_ is None else given.schema_
-            return grammars.json_schema(schema), "response_format"
+            return grammars.json_schema(schema), field
     except UserError as error:
-        raise Refused(400, str(error), "response_format") from None
+        raise Refused(400, str(error), field) from None
     return None
 
 
