@@ -111,7 +111,12 @@ def run(options: argparse.Namespace, job: Job) -> None:
     from cqil_trt.llm import Llm
 
     rows = min(options.max_running or engine.limits.max_batch_size, engine.limits.max_batch_size)
-    llm = Llm(path, job, options.device, options.slots or _SLOTS_PER_ROW * rows)
+    try:
+        llm = Llm(path, job, options.device, options.slots or _SLOTS_PER_ROW * rows)
+    except UserError:
+        if http is not None:
+            http.send(wire.GivenUp())
+        raise
     chunk = options.prefill_chunk or (None if llm.session.on_gpu else _CPU_CHUNK)
     chosen = ranks.Options(policy=options.policy, rows=rows, chunk=chunk)
     ranks.warm_up(llm, chosen)

@@ -18,6 +18,8 @@ from cqil_trt.serving.metrics import Metrics
 # A rank that has not said for so long that it lives is taken for stopped.
 SILENCE_SECONDS = 3.0
 _WATCH_SECONDS = 0.1
+# While the engine loads, rank 0's word that it gives up may come after the end of another rank.
+_GIVING_UP_SECONDS = 0.5
 # After a failure the server still answers for so long, so that clients and probes hear of it.
 LINGER_SECONDS = 2.0
 
@@ -133,14 +135,15 @@ class EngineClient:
             while True:
                 self._take(await self._receive(self._reader))
         except (asyncio.IncompleteReadError, OSError):
+            await self._lost("rank 0 has ended")
             if self._stopping:
                 self.ended.set()
-            else:
-                self.fail("rank 0 has ended")
 
     def _take(self, message: Any) -> None:
         if isinstance(message, wire.Ready):
             self.ready = message
+        elif isinstance(message, wire.GivenUp):
+            self._stopping = True
         elif isinstance(message, wire.Draining):
             if message.now:
                 self.end_now()
@@ -192,8 +195,8 @@ class EngineClient:
                 self._ranks[rank] = RankState(time.monotonic(), beat.process, beat.busy_since, beat.doing)
                 self.metrics.rank_seen(rank)
         except (asyncio.IncompleteReadError, OSError):
-            if rank is not None and not self._stopping:
-                self.fail(f"rank {rank} (process {self._ranks[rank].process}) has ended")
+            if rank is not None:
+                await self._lost(f"rank {rank} (process {self._ranks[rank].process}) has ended")
         finally:
             writer.close()
 
@@ -221,6 +224,11 @@ class EngineClient:
             self.metrics.gauges(self.running, self.waiting, self.usage, healthy)
 
     # The end
+
+    async def _lost(self, reason: str) -> None:
+        if self.ready is None:
+            await asyncio.sleep(_GIVING_UP_SECONDS)
+        self.fail(reason)
 
     def fail(self, reason: str) -> None:
         """The engine cannot go on: tells every client, then ends all ranks and the server with exit code 1."""
