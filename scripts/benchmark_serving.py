@@ -112,18 +112,23 @@ def complete(port: int, prompt: list[int], count: int, served: Served) -> None:
 
 def load(port: int, options: argparse.Namespace, clients: int, vocabulary: int, random: Any) -> Served:
     """What `clients` see that each send one request after another."""
-    served = [Served() for _ in range(clients)]
+    served, failures = [Served() for _ in range(clients)], []
     prompts = random.integers(vocabulary, size=(clients, options.rounds, options.prompt_tokens)).tolist()
 
     def run(number: int) -> None:
-        for prompt in prompts[number]:
-            complete(port, prompt, options.new_tokens, served[number])
+        try:
+            for prompt in prompts[number]:
+                complete(port, prompt, options.new_tokens, served[number])
+        except (UserError, OSError) as error:
+            failures.append(error)
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(clients)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    if failures:
+        raise UserError(str(failures[0]))
     return Served([t for one in served for t in one.first], [t for one in served for t in one.between])
 
 
@@ -144,7 +149,7 @@ def run(options: argparse.Namespace) -> None:
         for count in tqdm(clients, desc="clients", disable=not sys.stderr.isatty(), leave=False):
             found[count] = load(port, options, count, engine.model.vocab_size, random)
     finally:
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGUSR1)  # which the mpirun of every MPI hands on
         code = process.wait()
     if code:
         raise UserError(f"serve.py ended with exit code {code}")

@@ -68,11 +68,18 @@ class RankState:
 class EngineClient:
     """Sends requests to rank 0 and hands out what comes back. Lives in one event loop.
 
-    `exit_code`: None while the server runs; `failure`: why it cannot go on.
+    `address`: where clients connect. `failure`: why the server cannot go on. `exit_code`: once it has `ended`.
     """
 
-    def __init__(self, setup: wire.Setup, control: socket.socket, monitor: socket.socket, metrics: Metrics):
-        self.setup, self.metrics = setup, metrics
+    def __init__(
+        self,
+        setup: wire.Setup,
+        address: tuple[str, int],
+        control: socket.socket,
+        monitor: socket.socket,
+        metrics: Metrics,
+    ):
+        self.setup, self.address, self.metrics = setup, address, metrics
         self.ready: wire.Ready | None = None
         self.draining = False
         self.failure: str | None = None
@@ -142,6 +149,13 @@ class EngineClient:
     def _take(self, message: Any) -> None:
         if isinstance(message, wire.Ready):
             self.ready = message
+            host, port = self.address
+            scheme = "http" if self.setup.certificate is None else "https"
+            print(
+                f"{self.setup.engine}: {message.slots} slots, {message.rows} sequences at a time, on {message.device}\n"
+                f"serving at {scheme}://{f'[{host}]' if ':' in host else host}:{port}",
+                flush=True,
+            )
         elif isinstance(message, wire.GivenUp):
             self._stopping = True
         elif isinstance(message, wire.Draining):
