@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# mpirun may lose what a rank says just before it ends the job.
+HEARD_SECONDS = 0.2
+
 # Environment variables in which the launchers of MPICH, Open MPI and PMIx pass the number of ranks, or just a rank.
 _SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
 _LAUNCH_VARIABLES = (*_SIZE_VARIABLES, "PMI_RANK", "PMIX_RANK")
@@ -153,5 +156,6 @@ def command(job: Job | None = None) -> Iterator[None]:
             traceback.print_exc()
         if job is not None and job.comm is not None:
             sys.stderr.flush()
+            time.sleep(HEARD_SECONDS)
             job.comm.Abort(1)
         sys.exit(1)

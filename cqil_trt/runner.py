@@ -71,6 +71,11 @@ class Runner:
     def _collect(self) -> list[Event]:
         return self.scheduler.apply(self.session.collect())
 
+    def finish(self) -> None:
+        """Waits for the steps in flight; their events are lost."""
+        while self.scheduler.in_flight:
+            self._collect()
+
     def score(self, prompt: Sequence[int], first: int = 0) -> np.ndarray:
         """The logits after every token of a prompt from `first` on, float32 [tokens - first, vocabulary].
 

@@ -42,10 +42,11 @@ def seen(what):
 
 
 class FakeMatcher:
-    def __init__(self):
-        self.tokens = []
+    def __init__(self, ends):
+        self.tokens, self.ends = [], ends
 
     def mask(self):
+        assert not set(self.tokens) & set(self.ends), "a mask for a text that has ended"
         return np.array([allowed(self.tokens)], np.uint32)
 
     def advance(self, token):
@@ -75,7 +76,7 @@ class Wanted:
             eos_token_ids=self.ends,
             sampling=SamplingConfig(guided=self.guided, logprobs=self.logprobs),
             scored=self.scored,
-            matcher=FakeMatcher() if self.guided else None,
+            matcher=FakeMatcher(self.ends) if self.guided else None,
         )
 
     def alone(self, max_seq_len):
@@ -482,6 +483,23 @@ def test_a_common_beginning_is_copied_while_its_owner_runs():
     world.add(second)
     world.finish()
     assert (first.cached, second.cached) == (0, 30)
+
+
+def test_the_slot_that_was_not_used_for_longest_is_given_up():
+    world = World(slots=3, rows=1, max_seq_len=100, chunk=64, policy="latency", burst=1, reuse=True, ahead=1)
+
+    def cached(prompt):
+        wanted = Wanted(prompt=tuple(prompt), max_new_tokens=1)
+        world.add(wanted)
+        world.finish()
+        return wanted.cached
+
+    assert cached(DOCUMENTS[0]) == cached(DOCUMENTS[1]) == 0
+    assert cached([*DOCUMENTS[0][:20], 7, 7]) == 20  # in the third slot, so the first one was used
+    assert cached([6] * 40) == 0  # instead of the second one
+    assert cached([*DOCUMENTS[0], 1]) == len(DOCUMENTS[0])
+    assert cached([6] * 41) == 40
+    assert cached([*DOCUMENTS[1], 1]) == 0
 
 
 def test_a_long_prompt_does_not_hold_up_a_running_sequence():

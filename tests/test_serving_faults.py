@@ -164,7 +164,13 @@ def assert_over(server, *fragments):
     assert "Traceback" not in server.output, server.output
     assert "stopped: all ranks" not in server.output
     host, port = server.url.removeprefix("http://").split(":")
-    socket.create_server((host, int(port))).close()
+    while True:
+        try:
+            socket.create_server((host, int(port))).close()
+            return
+        except OSError:  # a process that ends closes its sockets last
+            assert time.monotonic() < end, "the port is still in use"
+            time.sleep(0.05)
 
 
 async def assert_told(streams):
@@ -315,6 +321,43 @@ def test_many_clients_come_and_go_at_once(shared):
     asyncio.run(scenario())
 
 
+def test_clients_go_at_any_moment(narrow):
+    async def scenario():
+        for pause in range(15):
+            async with await HttpConnection.open(narrow.url) as http:
+                await http.send("POST", "/v1/completions", {**ENDLESS, "stream": pause % 3 > 0})
+                await asyncio.sleep(0.05 + 0.003 * pause)
+            await until_running(narrow, 0)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("swallowed", [0, 1, 3])
+def test_a_task_that_overhears_its_cancellation_ends(swallowed):
+    """As those do until Python 3.12 that wait with `asyncio.wait_for`."""
+    from cqil_trt.serving.app import ended
+
+    async def scenario():
+        heard = 0
+
+        async def work():
+            nonlocal heard
+            while True:
+                try:
+                    await asyncio.sleep(60)
+                except asyncio.CancelledError:
+                    heard += 1
+                    if heard > swallowed:
+                        raise
+
+        task = asyncio.create_task(work())
+        await asyncio.sleep(0)
+        await asyncio.wait_for(ended(task), 2)
+        assert task.cancelled() and heard == swallowed + 1
+
+    asyncio.run(scenario())
+
+
 async def answers(server):
     """A normal request is answered, and soon."""
     body = {"prompt": "hello", "max_tokens": 3, "temperature": 0, "ignore_eos": True}
@@ -342,7 +385,7 @@ def test_a_client_that_reads_nothing_slows_nobody(shared):
             await until_running(shared, 1, 3)
             assert await rate() < 3 * usual + 1
             assert await rate() < 3 * usual + 1
-            assert await metric(shared.url, "vllm:num_requests_running") == 1
+            await until_running(shared, 1)
         await until_running(shared, 0)
         await answers(shared)
 
@@ -503,6 +546,13 @@ def test_sigterm_twice(engine):
         assert_stopped(server, 5)
 
 
+def test_sigterm_and_a_rank_that_is_stopped(engine):
+    with serving(engine) as server:
+        os.kill(server.all[1], signal.SIGSTOP)
+        terminate(server)
+        assert_over(server, "rank 1", "silent")
+
+
 def test_sigterm_with_a_client_that_reads_nothing(engine):
     async def scenario():
         async with await HttpConnection.open(server.url, receive_buffer=4096) as slow:
@@ -530,7 +580,6 @@ def test_what_the_command_refuses(engine, tmp_path):
         port = taken.getsockname()[1]
         refuses(engine, "--port", port, fragments=[f"--port {port}", "in use"])
     refuses(engine, ranks=1, fragments=["needs 2 MPI ranks", "found 1", "mpirun -n 2"])
-    refuses(engine, ranks=3, fragments=["needs 2 MPI ranks", "found 3"])
     refuses(engine, ranks=4, fragments=["needs 2 MPI ranks", "found 4"])
     refuses(tmp_path / "none", fragments=["none"])
     refuses(tmp_path, fragments=["not an engine directory"])
@@ -619,7 +668,7 @@ class FakeRanks:
             sock.setblocking(False)
         self.control = wire.Connection(control, "it")
         values = wire.Setup(engine="", model_names=("m",), world_size=2, **setup)
-        self.client = client.EngineClient(values, theirs, monitor, Metrics("m"))
+        self.client = client.EngineClient(values, ("127.0.0.1", 0), theirs, monitor, Metrics("m"))
         self.process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
         self.ready = wire.Ready(slots=4, rows=2, max_seq_len=64, device="cpu")
 

@@ -143,9 +143,11 @@ def check(options: argparse.Namespace) -> None:
     if missing:
         raise UserError(f"the server needs {', '.join(missing)}: pip install 'cqil-trt[serve]'")
     check_at_least(options, 1, "max_running", "slots", "prefill_chunk", "max_body_bytes")
-    check_at_least(options, 0, "max_waiting", "drain_seconds")
+    check_at_least(options, 0, "max_waiting")
+    if not options.drain_seconds >= 0:  # NaN is not
+        raise UserError(f"--drain-seconds must be at least 0, found {options.drain_seconds:g}")
     for name in ("queue_timeout", "request_timeout", "step_timeout"):
-        if getattr(options, name) <= 0:
+        if not getattr(options, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} must be above 0, found {getattr(options, name):g}")
     if not 0 <= options.port <= 65535:
         raise UserError(f"--port must be from 0 to 65535, found {options.port}")

@@ -677,9 +677,20 @@ async def unless_gone(request: Request, work: Awaitable[Any]) -> Any:
             raise Gone
         return task.result()
     finally:
-        for pending in (task, gone):
-            pending.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        await ended(task, gone)
+
+
+async def ended(*tasks: asyncio.Future[Any]) -> None:
+    """Cancels tasks and waits for their end.
+
+    Until Python 3.12 `asyncio.wait_for` swallows a cancellation that comes just when what it waits for is done, so one
+    is not enough.
+    """
+    while pending := [task for task in tasks if not task.done()]:
+        for task in pending:
+            task.cancel()
+        await asyncio.wait(pending, timeout=0.01)
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class EventStream(Response):
@@ -719,10 +730,8 @@ class EventStream(Response):
                 with contextlib.suppress(OSError):
                     tasks[0].result()
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
             self._close()
+            await ended(*tasks)
 
 
 class Gate:

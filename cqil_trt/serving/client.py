@@ -211,6 +211,8 @@ class EngineClient:
         except (asyncio.IncompleteReadError, OSError):
             if rank is not None:
                 await self._lost(f"rank {rank} (process {self._ranks[rank].process}) has ended")
+                if self._stopping:
+                    del self._ranks[rank]  # as it should
         finally:
             writer.close()
 
@@ -242,11 +244,12 @@ class EngineClient:
     async def _lost(self, reason: str) -> None:
         if self.ready is None:
             await asyncio.sleep(_GIVING_UP_SECONDS)
-        self.fail(reason)
+        if not self._stopping:
+            self.fail(reason)
 
     def fail(self, reason: str) -> None:
         """The engine cannot go on: tells every client, then ends all ranks and the server with exit code 1."""
-        if self.failure is not None or self._stopping:
+        if self.failure is not None:
             return
         self.failure = reason
         print(f"error: {reason}: ending the job", file=sys.stderr, flush=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cqil_trt.errors import UserError
-from cqil_trt.job import Job
+from cqil_trt.job import HEARD_SECONDS, Job
 from cqil_trt.llm import Llm
 from cqil_trt.runner import Follower, Order, Runner
 from cqil_trt.sampling import log_probabilities
@@ -74,6 +74,7 @@ class Pulse:
                 if not self._ended:
                     # Without the HTTP process nobody can ask for anything; the rank may be waiting for another one.
                     print(f"error: rank {self._rank}: {closed}", file=sys.stderr, flush=True)
+                    time.sleep(HEARD_SECONDS)
                     os._exit(1)
                 return
             time.sleep(BEAT_SECONDS)
@@ -122,11 +123,13 @@ def lead(llm: Llm, options: Options, followers: list[Connection], http: Connecti
     names: dict[int, int] = {}  # and back
     wants_prompt: dict[int, Add] = {}
     last_decode: float | None = None
+    told = 0, 0  # requests running and waiting, as the HTTP process knows
     while True:
         news: list[News] = []
         for message in http.poll(0 if not scheduler.idle else _IDLE_SECONDS):
             if isinstance(message, Stop):
                 send_stop(followers)
+                runner.finish()
                 return
             if isinstance(message, Abort):
                 for number in message.numbers:
@@ -156,8 +159,9 @@ def lead(llm: Llm, options: Options, followers: list[Connection], http: Connecti
         signals.check()
         if scheduler.idle:
             last_decode = None
-            if news:
+            if news or told != (0, 0):
                 http.send(Progress(news=tuple(news)))
+                told = 0, 0
             continue
         with pulse.busy("a step"):
             events = runner.turn()
@@ -174,7 +178,10 @@ def lead(llm: Llm, options: Options, followers: list[Connection], http: Connecti
         # A turn whose step only read a prompt is no decode step.
         seconds = now - last_decode if tokens and last_decode is not None else None
         last_decode = now if tokens else None
-        if news or tokens:
+        # A request that its client gave up gives no news.
+        state = scheduler.running, scheduler.waiting
+        if news or tokens or told != state:
+            told = state
             http.send(
                 Progress(
                     news=tuple(news),
