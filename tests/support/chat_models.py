@@ -54,11 +54,12 @@ def chat_tokenizer() -> Tokenizer:
     return backend
 
 
-def make_chat_model(directory: Path, template: str | None = TEMPLATE, **changes: Any) -> Path:
-    """A random checkpoint with this tokenizer; `template` None: it cannot chat."""
+def make_chat_model(
+    directory: Path, template: str | None = TEMPLATE, end: str | None = "<|im_end|>", **changes: Any
+) -> Path:
+    """A random checkpoint with this tokenizer. Without a template it cannot chat; without an end it never stops."""
     backend = chat_tokenizer()
     values = {"vocab_size": backend.get_vocab_size(), "max_position_embeddings": 1024, **changes}
-    end = backend.token_to_id("<|im_end|>")
-    make_model(directory, eos_token_id=end, **values)
-    config = {} if template is None else {"chat_template": template}
-    return save_json(backend, directory, eos_token="<|im_end|>", **config)
+    make_model(directory, eos_token_id=None if end is None else backend.token_to_id(end), **values)
+    config = {"chat_template": template, "eos_token": end}
+    return save_json(backend, directory, **{name: value for name, value in config.items() if value is not None})
