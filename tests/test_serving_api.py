@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 from support import ROOT
-from support.chat_models import PLAIN, chat_tokenizer, make_chat_model
+from support.chat_models import PLAIN, TEMPLATE, chat_tokenizer, make_chat_model
 from support.checkpoints import load_model
-from support.made_tokenizers import gpt2_alphabet
+from support.made_tokenizers import gpt2_alphabet, save_json
 from support.needs import need
 from support.processes import build, mpirun
 from support.serving import ServerProcess
@@ -23,6 +23,11 @@ from support.serving import ServerProcess
 need("openai", "llguidance", "starlette", "uvicorn", "pydantic", "prometheus_client")
 import openai  # noqa: E402
 from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
+
+from cqil_trt.serving import api  # noqa: E402
+from cqil_trt.serving.answers import tools_of  # noqa: E402
+from cqil_trt.serving.grammars import Grammars  # noqa: E402
+from cqil_trt.tokenizer import Tokenizer  # noqa: E402
 
 # As the engine computes in float32, and Hugging Face too.
 CLOSE = 1e-4
@@ -371,15 +376,16 @@ def test_several_prompts_and_token_ids(served, expected):
 
 
 def long_text(served, **more):
-    """A text of many different tokens, the same each time."""
-    return served.complete(max_tokens=40, temperature=1.3, seed=11, ignore_eos=True, **more)
+    """A text of many different tokens, the same each time. A stop text could be part of a control token: none here."""
+    bias = {served.tokenizer.token_to_id(text): -100 for text in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")}
+    return served.complete(max_tokens=40, temperature=1.3, seed=11, logit_bias=bias, **more)
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_stop_texts_end_a_text_before_them(stream, served):
     whole = long_text(served).choices[0].text
     # From every place a text of two to five characters, so that some reach over the border of two tokens.
-    for start in range(1, len(whole) - 5, 3):
+    for start in range(1, len(whole) - 5, 5):
         stop = whole[start : start + 2 + start % 4]
         given = stop if start % 2 else ["\u2060never", stop]
         answer = long_text(served, stop=given, stream=stream)
@@ -438,11 +444,10 @@ def test_penalties(served):
 def test_a_bias_forces_and_forbids(served):
     [token] = served.ids("z")
     assert served.complete(max_tokens=5, logit_bias={token: 100}).choices[0].text == "zzzzz"
-    free = served.complete(max_tokens=1, logprobs=2, ignore_eos=True).choices[0].logprobs
     content = served.chat(max_tokens=1, ignore_eos=True, logprobs=True, top_logprobs=2).choices[0].logprobs.content
     best, second = (served.id_of(entry.bytes) for entry in content[0].top_logprobs)
     found = served.chat(max_tokens=1, ignore_eos=True, logprobs=True, logit_bias={best: -100}).choices[0].logprobs
-    assert served.id_of(found.content[0].bytes) == second and len(free.tokens) == 1
+    assert served.id_of(found.content[0].bytes) == second
 
 
 def test_lengths(served):
@@ -513,15 +518,16 @@ def test_an_echoed_prompt_with_its_log_probabilities(prompt, served):
         best = rows[at - 1].sort(descending=True)
         assert 1 <= len(found.top_logprobs[at]) <= 3
         for name, value in found.top_logprobs[at].items():
-            named = [
-                v for v, i in zip(best.values[:3], best.indices[:3]) if served.tokenizer.decode([i], False) == name
-            ]
+            named = [float(p) for p, token in zip(*best) if served.tokenizer.decode([int(token)], False) == name]
             assert abs(named[0] - value) < CLOSE
     # Where each token begins in the text, the parts of a character where it begins.
     data = b""
     for token, offset in zip(ids, found.text_offset):
         assert offset == len(data.decode(errors="ignore"))
         data += served.bytes_of(token)
+    for name, offset in zip(found.tokens, found.text_offset):
+        if "\ufffd" not in name and "<|" not in name:  # a broken character before it shows with it
+            assert choice.text[offset:].lstrip("\ufffd").startswith(name)
     only = served.complete(prompt, echo=True, logprobs=0, max_tokens=0)
     assert only.choices[0].text == text and only.usage.completion_tokens == 0
     assert only.choices[0].logprobs.token_logprobs[1:] == pytest.approx(found.token_logprobs[1 : len(ids)], abs=CLOSE)
@@ -602,12 +608,11 @@ def test_json_does_not_run_on_in_white_space(served):
 
 
 def test_any_json_object(served, no_space):
+    ends = {token: 3 for text in '"}]' for token in served.ids(text)}
     complete = 0
-    for seed in range(6):
-        answer = served.chat(
-            max_tokens=150, temperature=1, seed=seed, response_format={"type": "json_object"}, logit_bias=no_space
-        )
-        [choice] = answer.choices
+    for seed in range(4):
+        given = {"response_format": {"type": "json_object"}, "logit_bias": {**no_space, **ends}}
+        [choice] = served.chat(max_tokens=100, temperature=1, seed=seed, **given).choices
         assert choice.message.content.startswith("{")
         if choice.finish_reason == "stop":
             assert isinstance(json.loads(choice.message.content), dict)
@@ -620,15 +625,15 @@ def test_choices_regular_expressions_and_grammars(served):
         more = {"temperature": 1, "seed": seed, "max_tokens": 40}
         text = served.complete(guided_choice=["Paris", 'a "quoted" \\ é\n', "Par"], **more).choices[0].text
         assert text in ("Paris", 'a "quoted" \\ é\n', "Par")
-        text = served.complete(guided_regex=r"[a-c]{3}-\d{2}", **more).choices[0].text
-        assert re.fullmatch(r"[a-c]{3}-\d{2}", text)
+        text = served.complete(guided_regex=r"[a-c]{3}-[0-9]{2}", **more).choices[0].text
+        assert re.fullmatch(r"[a-c]{3}-[0-9]{2}", text)
         grammar = 'start: "(" (NUMBER | start) ")"\nNUMBER: /[0-9]{1,3}/'
         choice = served.complete(guided_grammar=grammar, **more).choices[0]
-        whole = re.fullmatch(r"(\(+)(\d{1,3})(\)+)", choice.text)
+        whole = re.fullmatch(r"(\(+)([0-9]{1,3})(\)+)", choice.text)
         if choice.finish_reason == "stop":
             assert whole and len(whole[1]) == len(whole[3])
         else:
-            assert re.match(r"\(+(\d{1,3}\)*)?$", choice.text)
+            assert re.match(r"\(+([0-9]{1,3}\)*)?$", choice.text)
 
 
 @pytest.mark.parametrize(
@@ -704,7 +709,7 @@ def check_call(name, arguments):
 @pytest.mark.parametrize("choice", ["required", "go_to", "wait"])
 def test_a_forced_call_obeys_its_schema(choice, served):
     named = choice if choice == "required" else {"type": "function", "function": {"name": choice}}
-    for seed in range(3):
+    for seed in range(2):
         given = {"tools": TOOLS, "tool_choice": named, "max_tokens": 120, "temperature": 1, "seed": seed}
         [found] = served.chat(parallel_tool_calls=False, **given).choices
         [call] = found.message.tool_calls
@@ -712,14 +717,13 @@ def test_a_forced_call_obeys_its_schema(choice, served):
         assert call.type == "function" and call.id and choice in ("required", call.function.name)
         check_call(call.function.name, call.function.arguments)
         calls, content, reason = put_together(served.chat(parallel_tool_calls=False, stream=True, **given))
-        assert [call[1:] for call in calls] == [[call.function.name, call.function.arguments] for call in [call]]
+        assert [part[1:] for part in calls] == [[call.function.name, call.function.arguments]]
         assert (content, reason) == ("", "tool_calls")
 
 
 def test_several_calls_at_once(served):
-    given = {"tools": TOOLS, "tool_choice": "required", "max_tokens": 150, "temperature": 1}
-    most = 0
-    for seed in range(4):
+    given = {"tools": TOOLS, "tool_choice": "required", "max_tokens": 120, "temperature": 1}
+    for seed in range(2):
         [found] = served.chat(seed=seed, **given).choices
         calls = [(call.function.name, call.function.arguments) for call in found.message.tool_calls]
         for name, arguments in calls if found.finish_reason == "tool_calls" else calls[:-1]:
@@ -727,8 +731,7 @@ def test_several_calls_at_once(served):
         parts, _, reason = put_together(served.chat(seed=seed, stream=True, **given))
         assert [tuple(part[1:]) for part in parts] == calls and reason == found.finish_reason
         assert len({call.id for call in found.message.tool_calls}) == len(calls)
-        most = max(most, len(calls))
-    assert most >= 1
+        assert calls
 
 
 def test_free_answers_with_tools(served):
@@ -755,6 +758,22 @@ def test_a_call_that_the_model_writes_by_itself(served):
     other = text.replace("wait", "fly")
     [found] = served.chat(tools=TOOLS, guided_choice=[other], max_tokens=100).choices
     assert (found.message.content, found.message.tool_calls, found.finish_reason) == (other, None, "stop")
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_the_marks_of_a_call_are_the_models_tokens(special, tmp_path):
+    """Where they are control tokens the model writes those, not their letters; both are part of the text."""
+    backend = chat_tokenizer(special)
+    tokenizer = Tokenizer(save_json(backend, tmp_path, eos_token="<|im_end|>", chat_template=TEMPLATE))
+    end, size = backend.token_to_id("<|im_end|>"), backend.get_vocab_size()
+    body = api.ChatBody.model_validate({**CHAT, "tools": TOOLS, "tool_choice": "required"})
+    matcher = Grammars(tokenizer, size, [end]).matcher(tools_of(body, tokenizer).grammar)
+    text = '<tool_call>\n{"name": "wait", "arguments": {"long": true}}\n</tool_call>'
+    ids = backend.encode(text).ids
+    assert [ids[0], ids[-1]] == [backend.token_to_id(mark) for mark in ("<tool_call>", "</tool_call>")]
+    for token in [*ids, end]:
+        assert matcher.mask()[token // 32] >> token % 32 & 1, backend.id_to_token(token)
+        matcher.advance(token)
 
 
 def test_calls_and_results_are_rendered(served):
@@ -928,6 +947,18 @@ def test_a_body_that_is_no_object(body, served):
         answer = ask(served.server, path, body, "POST")
         assert answer[0] == 400
         refusal(answer)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/detokenize"])
+def test_bodies_made_to_be_slow(path, served):
+    """Wrong in a million places, or nested without end: refused, and the server does not hang over it."""
+    name = {"/v1/completions": "prompt", "/detokenize": "tokens"}.get(path, "messages")
+    many = f'{{"{name}": [{"-1," * 1_000_000}-1]}}'
+    nested = f'{{"{name}": {"[" * 1_000_000}'
+    for body in (many, nested, f"{nested}{']' * 1_000_000}}}"):
+        start = time.monotonic()
+        assert refusal(ask(served.server, path, body.encode()))["code"] == 400
+        assert time.monotonic() - start < 5
 
 
 def test_names_of_requests(served):

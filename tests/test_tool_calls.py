@@ -244,7 +244,7 @@ OBJECTS = st.dictionaries(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(OBJECTS, st.booleans(), st.booleans(), st.booleans(), st.sampled_from([None, 1]))
 def test_any_arguments_come_through(value, ascii, encoded, last, indent):
     source = json.dumps(value, ensure_ascii=ascii, indent=indent)

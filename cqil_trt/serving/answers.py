@@ -138,9 +138,11 @@ def tools_of(body: api.ChatBody, tokenizer: Tokenizer) -> Tools | None:
     several = body.parallel_tool_calls is not False and body.tool_choice == "required"
     from cqil_trt.serving import grammars
 
-    return Tools(
-        format=form, names=names, grammar=grammars.lark(tool_calls.tool_grammar(form, described, parallel=several))
-    )
+    # Where the marks are control tokens, their letters are not what the model has learned to write.
+    mark = tokenizer.vocabulary.id_of(_TOOL_MARKS[0])
+    special = mark is not None and tokenizer.vocabulary.special_text(mark) is not None
+    grammar = grammars.lark(tool_calls.tool_grammar(form, described, several, special))
+    return Tools(format=form, names=names, grammar=grammar)
 
 
 @dataclass(kw_only=True)

@@ -45,6 +45,8 @@ Send = Callable[[Any], Awaitable[None]]
 
 # Texts of more characters are tokenized beside the event loop, which other clients' tokens pass through.
 _LONG_TEXT = 20_000
+# Errors of a body that are looked at; to list a million of them would take seconds.
+_MANY_ERRORS = 10_000
 # A client that takes nothing for so long is given up.
 _STALLED_SECONDS = 60.0
 _PAGE = Path(__file__).with_name("page.html")
@@ -604,6 +606,8 @@ def parse(kind: type[B], body: bytes) -> B:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
+        if error.error_count() > _MANY_ERRORS:
+            raise Refused(400, f"the body is wrong in {error.error_count()} places") from None
         found, place = _deepest(error, body)
         message = found["msg"].removeprefix("Value error, ")
         name, _, rest = message.partition(": ")
@@ -620,7 +624,7 @@ def _deepest(error: ValidationError, body: bytes) -> tuple[Any, list[str]]:
     """The error to report and its place in the body: of a field that takes several forms, the form that fits best."""
     try:
         value = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     errors = error.errors(include_url=False, include_context=False, include_input=False)
     placed = [(found, _place(found, value)) for found in errors if found["loc"][:1] == errors[0]["loc"][:1]]

@@ -40,8 +40,8 @@ PLAIN = (
 )
 
 
-def chat_tokenizer() -> Tokenizer:
-    """As Qwen ships it: <tool_call> is a token of its own but no control token."""
+def chat_tokenizer(special_calls: bool = False) -> Tokenizer:
+    """As Qwen ships it: <tool_call> is a token of its own but, unless `special_calls`, no control token."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -50,7 +50,7 @@ def chat_tokenizer() -> Tokenizer:
     backend.add_special_tokens(
         [AddedToken(text, special=True) for text in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
     )
-    backend.add_tokens([AddedToken(text, special=False) for text in ("<tool_call>", "</tool_call>")])
+    backend.add_tokens([AddedToken(text, special=special_calls) for text in ("<tool_call>", "</tool_call>")])
     return backend
 
 
