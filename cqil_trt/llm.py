@@ -45,6 +45,8 @@ class Llm:
         self.session: Session = self.job.agree(
             lambda: backend.open_session(self.engine, comm, device, self.job.rank, wanted)
         )
+        if slots is None and self.session.slots < wanted and self.job.rank == 0:
+            print(f"the KV cache has room for {self.session.slots} of {wanted} sequences", file=sys.stderr)
         # Closed sets of prompts: nobody waits for the next token of one while another is read.
         self.runner = Runner.of(self.session, "throughput")
         self.tokenizer = Tokenizer(path) if has_tokenizer(path) else None

@@ -45,7 +45,6 @@ class Runner:
             max_seq_len=limits.max_seq_len,
             chunk=min(chunk or limits.prefill_chunk, limits.prefill_chunk),
             policy=policy,
-            burst=session.burst if policy == "throughput" else 1,
             reuse=session.reuses,
         )
         return cls(session, scheduler, send)

@@ -89,8 +89,9 @@ class Sampler:
         self._random = np.random.Generator(np.random.Philox(config.seed))
         self._bias: tuple[np.ndarray, np.ndarray] | None = None
         if config.logit_bias:
-            tokens, values = zip(*config.logit_bias)
-            self._bias = np.array(tokens), np.array(values, np.float32)
+            tokens, places = np.unique([token for token, _ in config.logit_bias], return_inverse=True)
+            self._bias = tokens, np.zeros(len(tokens), np.float32)
+            np.add.at(self._bias[1], places, np.array([value for _, value in config.logit_bias], np.float32))
         self._counts = np.zeros(vocabulary, np.int32) if config.penalizes else None
         self._in_prompt = np.zeros(vocabulary, bool) if config.penalizes else None
         if self._in_prompt is not None:

@@ -89,7 +89,7 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One forward pass: `chunk`, or the next token of the sequences in the slots `decode`, `repeat` times.
+    """One forward pass: `chunk`, or the next token of the sequences in the slots `decode`.
 
     `guided`: slots whose choice waits for masks (`Session.choose`). `given`: tokens to append instead of those that
     were chosen, for measurements.
@@ -98,7 +98,6 @@ class Step:
     starts: tuple[Start, ...] = ()
     chunk: Chunk | None = None
     decode: tuple[int, ...] = ()
-    repeat: int = 1
     guided: tuple[int, ...] = ()
     given: tuple[int, ...] = ()
 
@@ -178,7 +177,6 @@ class Scheduler:
         max_seq_len: tokens that a slot holds.
         chunk: the most prompt tokens in one step.
         policy: "latency" reads at most one chunk between two decode steps; "throughput" reads all prompts first.
-        burst: decode steps that may be launched as one while nobody waits.
         reuse: whether a prompt that begins like an earlier one takes its part of the cache.
     """
 
@@ -190,14 +188,13 @@ class Scheduler:
         max_seq_len: int,
         chunk: int,
         policy: str = "latency",
-        burst: int = 1,
         reuse: bool = True,
     ):
         if policy not in POLICIES:
             raise UserError(f"--policy must be one of {', '.join(POLICIES)}, found {policy}")
         self._slots = [_Slot() for _ in range(slots)]
         self._rows, self._max_seq_len, self._chunk = min(rows, slots), max_seq_len, chunk
-        self._policy, self.burst, self._reuse = policy, burst, reuse
+        self._policy, self._reuse = policy, reuse
         self._waiting: deque[tuple[int, Request]] = deque()
         self._running: dict[int, _Sequence] = {}
         # For each step in flight, the sequences that it chooses tokens for, by slot, and the one whose chunk it reads.
@@ -270,13 +267,10 @@ class Scheduler:
         if not ready:
             return None
         guided = tuple(s.slot for s in ready if s.request.sampling.guided)
-        reported = any(s.request.sampling.logprobs is not None for s in ready)
-        alone = not self._waiting and reading is None and not guided and not reported
-        repeat = min(self.burst, *(s.room - s.chosen for s in ready)) if alone else 1
         for sequence in ready:
-            sequence.chosen += repeat
-            sequence.fed += repeat
-        step = Step(starts=starts, decode=tuple(s.slot for s in ready), repeat=repeat, guided=guided)
+            sequence.chosen += 1
+            sequence.fed += 1
+        step = Step(starts=starts, decode=tuple(s.slot for s in ready), guided=guided)
         self._flying.append((step, {s.slot: s for s in ready}))
         return step
 

@@ -56,11 +56,10 @@ class Session(ABC):
     guided slots needs `choose` in between.
 
     `slots`: sequences that the cache holds. `ahead`: steps that are worth submitting before the oldest is collected.
-    `burst`: the largest `Step.repeat` that pays. B: sequences of a pass, T: tokens of each, K: tokens to predict from.
+    B: sequences of a pass, T: tokens of each, K: tokens to predict from.
     """
 
     ahead = 0
-    burst = 1
     on_gpu = False
 
     def __init__(self, engine: Engine, rank: int, slots: int):

@@ -215,7 +215,6 @@ def answer(
     `joined` is called with `Session.joined()`, which must agree on all ranks, after each step.
     """
     number = runner.scheduler.add(Request(prompt=tuple(prompt), max_new_tokens=steps, scored=0))
-    burst, runner.scheduler.burst = runner.scheduler.burst, 1
     logits: list[np.ndarray] = []
     tokens: list[int] = []
     finished = False
@@ -226,7 +225,6 @@ def answer(
                 tokens += [choice.token for choice in event.choices]
                 finished = bool(event.finish_reason)
         joined(runner.session.joined())
-    runner.scheduler.burst = burst
     return np.concatenate(logits), tokens
 
 

@@ -23,6 +23,7 @@ constexpr int kAhead = 8;  // loads in flight in each thread
 constexpr int kBins = 256;
 constexpr int kCopies = 8;     // of a histogram, so neighbouring lanes rarely contend
 constexpr int kMassBits = 40;  // of the likeliest token's weight; 2^18 such tokens fit in 64 bits
+constexpr int kPartBits = 14;  // of a mass, for atomic additions of 32 bits; a copy's sums of 2^18 parts fit
 constexpr int kMaxRanked = 256;
 constexpr int kAdjustThreads = 256;
 constexpr int kAdjustEach = 4;  // elements of each thread
@@ -46,6 +47,22 @@ struct Count {
 
     __device__ Count operator+(const Count& c) const { return {tokens + c.tokens, mass + c.mass}; }
     __device__ bool reaches(Mass goal, bool by_mass) const { return (by_mass ? mass : tokens) >= goal; }
+};
+
+// A count to which threads add at once. Shared memory has no atomic addition of 64 bits: a loop would stand in for it.
+struct Tally {
+    uint32_t tokens, parts[3];
+
+    static_assert(3 * kPartBits > kMassBits, "a mass of 2^kMassBits has one more bit");
+
+    __device__ void add(Mass mass) {
+        atomicAdd(&parts[0], uint32_t(mass) & ((1u << kPartBits) - 1));
+        atomicAdd(&parts[1], uint32_t(mass >> kPartBits) & ((1u << kPartBits) - 1));
+        atomicAdd(&parts[2], uint32_t(mass >> 2 * kPartBits));
+    }
+    __device__ Count count() const {
+        return {tokens, parts[0] + (Mass(parts[1]) << kPartBits) + (Mass(parts[2]) << 2 * kPartBits)};
+    }
 };
 
 // A prefix of the tokens sorted by falling logit, smaller ids first among equals, that is just long enough for some sum
@@ -113,7 +130,7 @@ __device__ uint64_t first_of(const Row<T>& row) {
 }
 
 struct Memory {
-    Count histogram[kBins][kCopies];
+    Tally histogram[kBins][kCopies];
     Count total[kBins];
     Count above;  // tokens with larger keys than those left
     Count level;  // the bin found
@@ -121,9 +138,9 @@ struct Memory {
 };
 
 // The shortest prefix whose token count, or mass, reaches `goal` (from 1 to the total). All threads of the block call
-// it.
+// it. Unless `weighed`, masses are not added up, and the prefix has none.
 template <typename T>
-__device__ Prefix search(const Row<T>& row, Mass goal, bool by_mass, Memory& m) {
+__device__ Prefix search(const Row<T>& row, Mass goal, bool by_mass, Memory& m, bool weighed = true) {
     uint32_t known = 0;
     int shift = 32;
     __syncthreads();
@@ -137,14 +154,14 @@ __device__ Prefix search(const Row<T>& row, Mass goal, bool by_mass, Memory& m) 
             const uint32_t key = key_of(logit);
             // Only keys whose upper bytes are those found at the levels before count.
             if ((uint64_t(key) >> (shift + 8)) != known) return;
-            Count& count = m.histogram[key >> shift & (kBins - 1)][threadIdx.x % kCopies];
-            atomicAdd(&count.tokens, 1u);
-            atomicAdd(&count.mass, row.mass(logit));
+            Tally& tally = m.histogram[key >> shift & (kBins - 1)][threadIdx.x % kCopies];
+            atomicAdd(&tally.tokens, 1u);
+            if (weighed) tally.add(row.mass(logit));
         });
         __syncthreads();
         if (threadIdx.x < kBins) {
             Count sum = {};
-            for (const Count& copy : m.histogram[threadIdx.x]) sum = sum + copy;
+            for (const Tally& copy : m.histogram[threadIdx.x]) sum = sum + copy.count();
             m.total[threadIdx.x] = sum;
         }
         __syncthreads();
@@ -311,7 +328,7 @@ __global__ void __launch_bounds__(kThreads)
     __shared__ int32_t last;
     __shared__ int found;
     if (threadIdx.x == 0) found = 0;
-    const Prefix prefix = search(row, count, false, memory);
+    const Prefix prefix = search(row, count, false, memory, false);
     last_of(row, prefix, &last);
     __syncthreads();
     row.each([&](int id, float logit) {

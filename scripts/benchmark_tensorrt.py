@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -173,10 +172,10 @@ def benchmark(
 
 def describe(plans: dict[str, Any], results: dict[str, Any]) -> str:
     """The table: weights read, milliseconds per token by context, compared with sequential, and parity."""
-    contexts = [measured["prompt_tokens"] for measured in results["sequential, 1 GPU"]["benchmark"]]
+    contexts = [m["prompt_tokens"] for m in _decode(results["sequential, 1 GPU"]["benchmark"])]
     rows, first = [], None
     for name, result in results.items():
-        times = [statistics.median(measured["decode_ms"]) for measured in result["benchmark"]]
+        times = [measured["median_ms"] for measured in _decode(result["benchmark"])]
         first = first or times
         read = plans[name]["bytes_per_token_critical_path"]
         cells = [f"{t:.3f} ({t / base - 1:+.1%})" for t, base in zip(times, first)]
@@ -185,11 +184,15 @@ def describe(plans: dict[str, Any], results: dict[str, Any]) -> str:
         verdict = "pass" if result["validation"]["passed"] else "FAIL"
         rows.append((name, f"{read / 1e9:.2f}", *cells, f"{read / times[0] / 1e9:.2f}", f"{worst:.1e}", equal, verdict))
         if "torch" in result:
-            without = [statistics.median(measured["decode_ms"]) for measured in result["torch"]]
+            without = [measured["median_ms"] for measured in _decode(result["torch"])]
             cells = [f"{t:.3f} ({t / base - 1:+.1%})" for t, base in zip(without, first)]
             rows.append(("  without TensorRT", "", *cells, f"{read / without[0] / 1e9:.2f}", "", "", ""))
     header = ["", "GB read", *(f"ms at {context}" for context in contexts)]
     return table([*header, "TB/s", "relative L2", "equal tokens", "validation"], rows)
+
+
+def _decode(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [m for m in measured if m["step"] == "decode"]
 
 
 if __name__ == "__main__":

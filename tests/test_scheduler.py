@@ -126,17 +126,16 @@ class FakeSession:
             if chunk.scored:
                 # In place of the logits, the number that stands for the prefix.
                 logits = np.array([[likeliest(cache[: p + 1])] for p in range(chunk.first, self.past[chunk.slot])])
-        for _ in range(step.repeat):
-            for slot in step.decode:
-                self.cache[slot][self.past[slot]] = self.next[slot]  # IndexError: it would write into another slot
-                self.past[slot] += 1
-            for slot in step.choosing:
-                self.left[slot] -= 1
-                assert self.left[slot] >= 0, "there is no random number for this token"
-                mask = int(masks[slot][0]) if slot in masks else (1 << VOCABULARY) - 1
-                assert slot not in masks or self.guided[slot]
-                self.next[slot] = pick(likeliest(self.cache[slot][: self.past[slot]]), mask)
-                choices[slot].append(Choice(self.next[slot]))
+        for slot in step.decode:
+            self.cache[slot][self.past[slot]] = self.next[slot]  # IndexError: it would write into another slot
+            self.past[slot] += 1
+        for slot in step.choosing:
+            self.left[slot] -= 1
+            assert self.left[slot] >= 0, "there is no random number for this token"
+            mask = int(masks[slot][0]) if slot in masks else (1 << VOCABULARY) - 1
+            assert slot not in masks or self.guided[slot]
+            self.next[slot] = pick(likeliest(self.cache[slot][: self.past[slot]]), mask)
+            choices[slot].append(Choice(self.next[slot]))
         self.outcomes.append(Outcome(choices=choices, logits=logits))
 
     def collect(self):
@@ -148,11 +147,11 @@ class FakeSession:
 class World:
     """A scheduler, a runner, two devices that must agree, and what is checked at every step."""
 
-    def __init__(self, *, slots, rows, max_seq_len, chunk, policy, burst, reuse, ahead):
-        self.max_seq_len, self.chunk, self.policy, self.burst, self.reuse = max_seq_len, chunk, policy, burst, reuse
+    def __init__(self, *, slots, rows, max_seq_len, chunk, policy, reuse, ahead):
+        self.max_seq_len, self.chunk, self.policy, self.reuse = max_seq_len, chunk, policy, reuse
         self.rows = min(rows, slots)
         self.scheduler = Scheduler(
-            slots=slots, rows=rows, max_seq_len=max_seq_len, chunk=chunk, policy=policy, burst=burst, reuse=reuse
+            slots=slots, rows=rows, max_seq_len=max_seq_len, chunk=chunk, policy=policy, reuse=reuse
         )
         self.session, self.other = (FakeSession(slots, max_seq_len, ahead) for _ in range(2))
         self.follower = Follower(self.other)
@@ -270,7 +269,7 @@ class World:
         number = self.owner[chunk.slot]
         wanted = self.wanted[number]
         assert not (self.policy == "latency" and self.last_was_chunk and decodable)
-        assert not order.decode and order.repeat == 1
+        assert not order.decode
         assert chunk.past == self.read[number] and chunk.length == len(wanted.prompt)
         assert 1 <= len(chunk.tokens) <= self.chunk
         self.read[number] += len(chunk.tokens)
@@ -290,15 +289,10 @@ class World:
         assert not (self.policy == "throughput" and reading)
         members = [self.wanted[self.owner[slot]] for slot in order.decode]
         assert order.guided == tuple(s for s, wanted in zip(order.decode, members) if wanted.guided)
-        assert 1 <= order.repeat <= self.burst
-        if order.repeat > 1:
-            assert not self.queue and not reading and not order.guided
-            assert all(wanted.logprobs is None for wanted in members)
-            seen("a burst")
         for slot in order.decode:
             number = self.owner[slot]
             wanted, past = self.wanted[number], self.session.past[slot]
-            self.chosen[number] += order.repeat
+            self.chosen[number] += 1
             # Its slot holds its own tokens: the prompt, then those that came out so far.
             mine = [*wanted.prompt, *wanted.tokens]
             known = min(past, len(mine))
@@ -343,7 +337,6 @@ def worlds(draw):
         max_seq_len=draw(st.sampled_from([1, 2, 7, 24, 40, 64])),
         chunk=draw(st.sampled_from([1, 2, 5, 16, 64])),
         policy=draw(st.sampled_from(["latency", "throughput"])),
-        burst=draw(st.integers(1, 4)),
         reuse=draw(st.sampled_from([True, True, True, False])),
         ahead=draw(st.integers(0, 2)),
     )
@@ -437,7 +430,6 @@ def test_busy_servers(policy, ahead):
             max_seq_len=rng.choice([7, 24, 40, 64, 90]),
             chunk=rng.choice([1, 2, 5, 16, 64]),
             policy=policy,
-            burst=rng.randint(1, 4),
             reuse=rng.random() < 0.9,
             ahead=ahead,
         )
@@ -455,7 +447,7 @@ def test_busy_servers(policy, ahead):
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 2), st.lists(st.tuples(st.integers(1, 20), st.integers(1, 6)), min_size=2, max_size=8))
 def test_a_conversation_continues_in_its_slot(ahead, turns):
-    world = World(slots=3, rows=2, max_seq_len=200, chunk=8, policy="latency", burst=1, reuse=True, ahead=ahead)
+    world = World(slots=3, rows=2, max_seq_len=200, chunk=8, policy="latency", reuse=True, ahead=ahead)
     history = []
     for number, (said, answered) in enumerate(turns, 1):
         history += [DOCUMENTS[number % 3][i] for i in range(said)]
@@ -469,7 +461,7 @@ def test_a_conversation_continues_in_its_slot(ahead, turns):
 
 
 def test_two_conversations_keep_their_slots():
-    world = World(slots=2, rows=1, max_seq_len=200, chunk=8, policy="latency", burst=1, reuse=True, ahead=1)
+    world = World(slots=2, rows=1, max_seq_len=200, chunk=8, policy="latency", reuse=True, ahead=1)
     histories = [[1] * 20, [2] * 20]
     for turn in range(6):
         history = histories[turn % 2]
@@ -482,7 +474,7 @@ def test_two_conversations_keep_their_slots():
 
 
 def test_a_common_beginning_is_copied_while_its_owner_runs():
-    world = World(slots=3, rows=2, max_seq_len=100, chunk=64, policy="latency", burst=1, reuse=True, ahead=1)
+    world = World(slots=3, rows=2, max_seq_len=100, chunk=64, policy="latency", reuse=True, ahead=1)
     first = Wanted(prompt=tuple(DOCUMENTS[1][:40]), max_new_tokens=20)
     second = Wanted(prompt=tuple([*DOCUMENTS[1][:30], 7, 7, 7]), max_new_tokens=4)
     world.add(first)
@@ -493,7 +485,7 @@ def test_a_common_beginning_is_copied_while_its_owner_runs():
 
 
 def test_the_slot_that_was_not_used_for_longest_is_given_up():
-    world = World(slots=3, rows=1, max_seq_len=100, chunk=64, policy="latency", burst=1, reuse=True, ahead=1)
+    world = World(slots=3, rows=1, max_seq_len=100, chunk=64, policy="latency", reuse=True, ahead=1)
 
     def cached(prompt):
         wanted = Wanted(prompt=tuple(prompt), max_new_tokens=1)
@@ -510,7 +502,7 @@ def test_the_slot_that_was_not_used_for_longest_is_given_up():
 
 
 def test_a_long_prompt_does_not_hold_up_a_running_sequence():
-    world = World(slots=2, rows=2, max_seq_len=64, chunk=2, policy="latency", burst=1, reuse=True, ahead=0)
+    world = World(slots=2, rows=2, max_seq_len=64, chunk=2, policy="latency", reuse=True, ahead=0)
     runs = Wanted(prompt=(1,), max_new_tokens=60)
     reads = Wanted(prompt=tuple(DOCUMENTS[0][:60]), max_new_tokens=1)
     world.add(runs)
@@ -525,7 +517,7 @@ def test_a_long_prompt_does_not_hold_up_a_running_sequence():
 
 
 def test_an_aborted_request_frees_its_row_at_once():
-    world = World(slots=1, rows=1, max_seq_len=64, chunk=8, policy="latency", burst=1, reuse=True, ahead=2)
+    world = World(slots=1, rows=1, max_seq_len=64, chunk=8, policy="latency", reuse=True, ahead=2)
     world.add(Wanted(prompt=(1, 2, 3), max_new_tokens=60))
     world.add(Wanted(prompt=(1, 2, 4), max_new_tokens=2))
     for _ in range(5):

@@ -39,7 +39,7 @@ class FakeRanks:
             sock.setblocking(False)
         self.control = wire.Connection(control, "it")
         values = wire.Setup(engine="", model_names=("m",), world_size=2, **setup)
-        self.client = client.EngineClient(values, theirs, monitor, Metrics("m"))
+        self.client = client.EngineClient(values, ("127.0.0.1", 0), theirs, monitor, Metrics("m"))
         self.process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
         self.ready = wire.Ready(slots=4, rows=2, max_seq_len=64, device="cpu")
 
@@ -172,7 +172,7 @@ def test_a_connection_ends(end, fake):
 class FakeSession:
     """A session that runs a step ahead, as those on GPUs do."""
 
-    ahead, burst, slots, reuses, on_gpu = 1, 1, 2, True, False
+    ahead, slots, reuses, on_gpu = 1, 2, True, False
     limits = SimpleNamespace(max_batch_size=2, max_seq_len=10**6, prefill_chunk=8)
 
     def __init__(self):

@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -472,3 +473,21 @@ def test_unreadable_tokenizers_are_refused(tmp_path):
     shutil.rmtree(source)
     with pytest.raises(UserError, match="not text that can be written as UTF-8"):
         Tokenizer(save_json(byte_level_json(), source)).encode("a\ud800")
+
+
+def test_threads_tokenize_what_users_and_templates_write(tmp_path):
+    """A server does both at once: a control token that a user spells stays text, also after a template's."""
+    tokenizer = Tokenizer(save_json(byte_level_json(), tmp_path, split_special_tokens=True))
+    text = "hello <|im_end|> " * 200
+    as_text, as_control = tokenizer.encode(text), tokenizer.vocabulary.encode(text, control=True)
+    assert len(as_control) < len(as_text)
+
+    def work(control):
+        return all(
+            tokenizer.vocabulary.encode(text, control=control) == (as_control if control else as_text[1:])
+            for _ in range(30)
+        )
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, [False, True] * 8))
+    assert tokenizer.encode(text) == as_text

@@ -8,13 +8,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from cqil_trt import __version__
 from cqil_trt.backends import DEVICES
-from cqil_trt.commands import RankParser, run_ranks
+from cqil_trt.commands import RankParser, numbers, run_ranks
 from cqil_trt.errors import UserError
 from cqil_trt.job import Job
 from cqil_trt.table import table
@@ -40,6 +40,12 @@ def parser() -> RankParser:
     p.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
     p.add_argument("--top-k", type=int, default=0, help="sample from the K most likely tokens; 0 for all")
     p.add_argument("--top-p", type=float, default=1.0, help="sample from the most likely tokens that together reach P")
+    p.add_argument("--min-p", type=float, default=0.0, help="leave out tokens with less than P times the top's chance")
+    p.add_argument("--repetition-penalty", type=float, default=1.0, help="divides logits of tokens that occurred")
+    p.add_argument("--presence-penalty", type=float, default=0.0, help="subtracted for generated tokens")
+    p.add_argument(
+        "--frequency-penalty", type=float, default=0.0, help="subtracted for each time a token was generated"
+    )
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--stop", metavar="TEXT", action="append", default=[], help="stop before this text; may be repeated")
     p.add_argument("--chat", action="store_true", help="render each prompt with the model's chat template")
@@ -50,6 +56,9 @@ def parser() -> RankParser:
         "--contexts",
         metavar="N,N",
         help="lengths of the random prompts for --benchmark (default: the first prompt)",
+    )
+    p.add_argument(
+        "--batches", metavar="N,N", default="1", help="for --benchmark: sequences in a decode step (default 1)"
     )
     p.add_argument(
         "--logits-out", metavar="F.npy", type=Path, help="the first prompt's logits, float32 [tokens, vocabulary]"
@@ -74,9 +83,8 @@ def run(options: argparse.Namespace, job: Job) -> bool:
 
     texts = job.share(lambda: read_prompts(options))
     # Constructed only for its checks: a wrong flag should be reported before the engine is loaded.
-    sampling = SamplingConfig(
-        temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=options.seed
-    )
+    names = [field.name for field in fields(SamplingConfig) if hasattr(options, field.name)]
+    sampling = SamplingConfig(**{name: getattr(options, name) for name in names})
     GenerationConfig(max_new_tokens=options.max_new_tokens, stop=tuple(options.stop), sampling=sampling)
 
     llm = Llm(options.engine, job, options.device)
@@ -107,7 +115,8 @@ def run(options: argparse.Namespace, job: Job) -> bool:
     if options.validate:
         passed = validate(llm, prompts if texts else None, say, report)
     if options.benchmark:
-        benchmark(llm, measured or prompts[:1], options.max_new_tokens, say, report)
+        batches = numbers(options.batches, "--batches", 1, limits.max_batch_size)
+        benchmark(llm, measured or prompts[:1], batches, options.max_new_tokens, say, report)
     if texts or not (options.validate or options.benchmark):
         complete(llm, texts or None, prompts, options, say, report)
     if options.json is not None:
@@ -235,10 +244,17 @@ def random_prompts(contexts: str | None, vocab_size: int) -> list[list[int]]:
 
 
 def benchmark(
-    llm: Any, prompts: list[list[int]], steps: int, say: Callable[[str], None], report: dict[str, Any]
+    llm: Any,
+    prompts: list[list[int]],
+    batches: list[int],
+    steps: int,
+    say: Callable[[str], None],
+    report: dict[str, Any],
 ) -> None:
-    """Measures prefill and decode step latency of one sequence on rank 0: wall clock, or CUDA events on a GPU."""
+    """Measures on rank 0 how long a prompt takes, and a decode step: wall clock, or CUDA events on a GPU."""
     import numpy as np
+
+    from cqil_trt.runner import Runner
 
     rows: list[tuple[Any, ...]] = []
     report["benchmark"] = []
@@ -254,19 +270,25 @@ def benchmark(
 
         prefill()  # warm up
         prefills = [prefill() for _ in range(5)]
-        llm.session.time_decode((0,), count)
-        llm.session.load(prompt)
-        measured = {"prefill_ms": prefills, "decode_ms": llm.session.time_decode((0,), count)}
-        medians = {}
-        for name, times in measured.items():
+        measured = [("prefill", 1, prefills)]
+        for size in batches:
+            for warming in (count, 0):
+                for slot in range(size):
+                    llm.session.load(prompt, slot)
+                if warming:
+                    llm.session.time_decode(range(size), warming)
+            measured.append(("decode", size, llm.session.time_decode(range(size), count)))
+        for step, size, times in measured:
             low, median, high = np.percentile(times, (10, 50, 90))
-            tokens = len(prompt) if name == "prefill_ms" else 1
-            medians[f"median_{name}"] = median
-            step = name.removesuffix("_ms")
+            tokens = len(prompt) if step == "prefill" else size
             spread = (f"{median:.3f}", f"{low:.3f}", f"{high:.3f}")
-            rows.append((step, len(prompt), tokens, *spread, f"{tokens / median * 1e3:.0f}"))
-        report["benchmark"].append({"prompt_tokens": len(prompt), **medians, **measured})
-    say(table(("step", "prompt", "tokens", "median ms", "10%", "90%", "tokens/s"), rows))
+            rows.append((step, len(prompt), size, *spread, f"{tokens / median * 1e3:.0f}"))
+            report["benchmark"].append(
+                {"step": step, "prompt_tokens": len(prompt), "batch": size, "median_ms": median, "ms": times}
+            )
+    # The measurements used the cache without the scheduler's knowledge.
+    llm.runner = Runner.of(llm.session, "throughput")
+    say(table(("step", "prompt", "batch", "median ms", "10%", "90%", "tokens/s"), rows))
 
 
 def complete(
@@ -302,6 +324,10 @@ def complete(
         options.top_p,
         options.seed,
         options.stop,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        presence_penalty=options.presence_penalty,
+        frequency_penalty=options.frequency_penalty,
         on_text=stream if options.stream else None,
     )
     shown = texts if texts is not None else [None] * len(prompts)

@@ -111,19 +111,20 @@ def run(options: argparse.Namespace, job: Job) -> None:
     from cqil_trt.llm import Llm
 
     rows = min(options.max_running or engine.limits.max_batch_size, engine.limits.max_batch_size)
-    llm = Llm(path, job, options.device, options.slots or _SLOTS_PER_ROW * rows)
+    try:
+        llm = Llm(path, job, options.device, options.slots or _SLOTS_PER_ROW * rows)
+    except UserError:
+        if http is not None:
+            http.send(wire.GivenUp())
+        raise
     chunk = options.prefill_chunk or (None if llm.session.on_gpu else _CPU_CHUNK)
     chosen = ranks.Options(policy=options.policy, rows=rows, chunk=chunk)
     ranks.warm_up(llm, chosen)
     try:
-        if http is None or child is None or sockets is None:
+        if http is None:
             ranks.ignore_signals()
             ranks.follow(llm, orders, pulse)  # type: ignore[arg-type]
         else:
-            scheme = "https" if options.tls_certificate else "http"
-            host, port = sockets.listener.getsockname()[:2]
-            print(f"{path}: {engine.backend}, {job.size} ranks, {llm.session.slots} slots, {rows} at a time")
-            print(f"serving at {scheme}://{host}:{port}", flush=True)
             ranks.lead(llm, chosen, followers, http, pulse)
     except wire.Closed as closed:
         raise wire.Closed(f"rank {job.rank}: {closed}") from None

@@ -31,17 +31,10 @@ from cqil_trt.scheduler import Outcome, Start, Step
 from cqil_trt.session import Session, cache_bytes, fitting_slots
 
 _STAGING_BYTES = 64 << 20
-# Steps in one graph, when that many are left: the GPU pauses between two graphs.
-_STEPS = 4
-# Rows of page-locked memory for tokens that the host has not read yet: those of a step, and of the one after it.
-_UNREAD = 2 * _STEPS
+# Steps whose tokens the host may not have read yet: one, that after it, and, on ranks that follow rank 0, one more.
+_FLYING = 3
 # Device memory that is left to activations, libraries and graphs when the KV cache takes the rest.
 _RESERVED_BYTES = 2 << 30
-
-
-def _portions(steps: int) -> list[int]:
-    """The steps of each graph that is launched, to make `steps` in all."""
-    return [_STEPS] * (steps // _STEPS) + [1] * (steps % _STEPS)
 
 
 class Phase(IntEnum):
@@ -84,12 +77,12 @@ _PROMPT_ROWS = _Rows(tokens="prompt.next", past="prompt.past", slots="prefill.sl
 class _Flying:
     """A step whose outcome was not collected.
 
-    `first`: the number of its first advance. `wanted`: how many log-probabilities each row reports. `reported`: an
+    `advance`: the number of its advance. `wanted`: how many log-probabilities each row reports. `reported`: an
     event after which they are in `place` of the page-locked memory.
     """
 
     step: Step
-    first: int = 0
+    advance: int = 0
     wanted: tuple[int | None, ...] = ()
     scored: np.ndarray | None = None
     reported: Any = None
@@ -104,7 +97,6 @@ class CudaSession(Session):
     """
 
     ahead = 1
-    burst = _STEPS
     on_gpu = True
 
     def __init__(self, engine: Engine, comm: Any, library: Any, slots: int):
@@ -160,11 +152,14 @@ class CudaSession(Session):
         self._allocate()
         self._load_constants(engine)
 
-    # Whether the network was compiled for a number of slots.
+    # Whether the network was compiled for a number of slots, and the most passes that it needs for a step.
     _slots_are_fixed = False
+    _passes_of_step = 1
 
     def _free_memory(self) -> int:
         """Bytes of this GPU's memory that this rank may use for its cache; ranks that share a GPU share it."""
+        if self._comm is not None:
+            self._comm.Barrier()  # all have their weights
         free = cuda.call("MemGetInfo")
         here = cuda.call("DeviceGetPCIBusId", 32, cuda.call("GetDevice"))
         if self._comm is not None:
@@ -236,10 +231,12 @@ class CudaSession(Session):
         sizes |= self._caches
         arena = self._arena(sum(map(cuda.aligned, sizes.values())), "the KV cache and buffers")
         self._memory |= {name: arena.take(size) for name, size in sizes.items()}
-        self._history = cuda.pinned((_UNREAD, batch), np.int64)
+        # In page-locked memory: what the host has not read yet.
+        unread = _FLYING * self._passes_of_step
+        self._history = cuda.pinned((unread, batch), np.int64)
         self._history[:] = 0
-        self._report_ids = cuda.pinned((_UNREAD, batch, MAX_LOGPROBS + 1), np.int32)
-        self._report_values = cuda.pinned((_UNREAD, batch, MAX_LOGPROBS + 1), np.float32)
+        self._report_ids = cuda.pinned((unread, batch, MAX_LOGPROBS + 1), np.int32)
+        self._report_values = cuda.pinned((unread, batch, MAX_LOGPROBS + 1), np.float32)
 
     def _load_constants(self, engine: Engine) -> None:
         cuda.upload(self._memory["each"], np.arange(self.limits.max_batch_size, dtype=np.int32), self._stream)
@@ -412,12 +409,12 @@ class CudaSession(Session):
         if not step.guided:
             self.choose({})
         elif chunk is None:
-            self._launch(_Part.FORWARD, 1)
+            self._launch(_Part.FORWARD)
 
     def choose(self, masks: Mapping[int, np.ndarray]) -> None:
         flying = self._flying[-1]
         step = flying.step
-        flying.first = self._advances
+        flying.advance = self._advances
         slots = step.choosing
         for slot, mask in masks.items():
             self._upload("mask", mask, np.uint32, slot * mask.nbytes)
@@ -429,17 +426,18 @@ class CudaSession(Session):
                     self._choose(1, self._memory["logits"] + last, plain, _PROMPT_ROWS)
                     self._advance(1, _PROMPT_ROWS)
             elif step.guided:
-                self._launch(_Part.CHOICE, 1)
+                self._launch(_Part.CHOICE)
             else:
-                self._launch(_Part.GREEDY if plain else _Part.SAMPLED, step.repeat)
-        self._advances += step.repeat if slots else 0
-        flying.wanted = tuple(self._configs[slot].logprobs for slot in slots)
+                self._launch(_Part.GREEDY if plain else _Part.SAMPLED)
+        self._advances += bool(slots)
+        wanted = (self._configs[slot].logprobs for slot in slots)
+        flying.wanted = tuple(None if count is None else min(count, self.vocab_size) for count in wanted)
         if any(wanted is not None for wanted in flying.wanted):
             self._report(flying, len(slots))
 
     def _report(self, flying: _Flying, rows: int) -> None:
         """Enqueues the copy of log-probabilities to the host."""
-        flying.place, self._reports = self._reports % _UNREAD, self._reports + 1
+        flying.place, self._reports = self._reports % len(self._report_ids), self._reports + 1
         for name, target in (("report.ids", self._report_ids), ("report.values", self._report_values)):
             cuda.download(target[flying.place, :rows], self._memory[name], self._stream)
         flying.reported = cuda.call("EventCreate")
@@ -448,10 +446,8 @@ class CudaSession(Session):
     def collect(self) -> Outcome:
         flying = self._flying.popleft()
         slots = flying.step.choosing
-        choices: dict[int, list[Choice]] = {slot: [] for slot in slots}
-        for number in range(flying.first, flying.first + flying.step.repeat) if slots else ():
-            for slot, token in zip(slots, self._read(number, len(slots))):
-                choices[slot].append(Choice(int(token)))
+        tokens = self._read(flying.advance, len(slots)) if slots else ()
+        choices = {slot: [Choice(int(token))] for slot, token in zip(slots, tokens)}
         if flying.reported is not None:
             with self._guard():
                 cuda.call("EventSynchronize", flying.reported)
@@ -464,11 +460,11 @@ class CudaSession(Session):
         return self._note(Outcome(choices=choices, logits=flying.scored))
 
     def _read(self, number: int, rows: int) -> np.ndarray:
-        """Waits for the tokens of an advance, one of the last _UNREAD."""
+        """Waits for the tokens of an advance, one of those that the history holds."""
         with self._guard():
             while True:
                 done = cuda.is_done(self._stream)
-                words = self._history[number % _UNREAD, :rows].copy()
+                words = self._history[number % len(self._history), :rows].copy()
                 if (words >> 32 == number + 1).all():
                     return words & 0xFFFFFFFF
                 if done:
@@ -487,16 +483,16 @@ class CudaSession(Session):
 
     # The decode step
 
-    def _launch(self, part: _Part, steps: int) -> None:
-        """Steps from what the row buffers hold."""
-        self._graph(part, steps).launch(self._stream)
+    def _launch(self, part: _Part) -> None:
+        """A step from what the row buffers hold."""
+        self._graph(part).launch(self._stream)
 
     def _variant(self) -> Any:
         """What else than the number of rows a captured step depends on."""
 
-    def _graph(self, part: _Part, steps: int) -> cuda.Graph:
+    def _graph(self, part: _Part) -> cuda.Graph:
         rows = len(self._arranged)
-        key = rows, steps, part, self._variant()
+        key = rows, part, self._variant()
         if key not in self._graphs:
             # Some things are set up when a shape first runs, which must not be during capture. The step runs once, then
             # is captured and writes the same again. It starts after everything that was enqueued, because a step reads
@@ -507,12 +503,11 @@ class CudaSession(Session):
             self._finish()
 
             def record() -> None:
-                for _ in range(steps):
-                    if part is not _Part.CHOICE:
-                        self._execute(Phase.DECODE, rows, 1, rows)
-                    if part is not _Part.FORWARD:
-                        self._choose(rows, self._memory["prediction"], part is _Part.GREEDY, _DECODE_ROWS)
-                        self._advance(rows, _DECODE_ROWS)
+                if part is not _Part.CHOICE:
+                    self._execute(Phase.DECODE, rows, 1, rows)
+                if part is not _Part.FORWARD:
+                    self._choose(rows, self._memory["prediction"], part is _Part.GREEDY, _DECODE_ROWS)
+                    self._advance(rows, _DECODE_ROWS)
 
             self._graphs[key] = cuda.Graph(self._stream, record)
         return self._graphs[key]
@@ -527,7 +522,7 @@ class CudaSession(Session):
             self._start([Start(slot=slot, prompt=(0,), sampling=SamplingConfig(), room=1) for slot in slots])
             self._arrange(Step(decode=slots))
             for part in (_Part.GREEDY, _Part.SAMPLED):
-                self._graph(part, 1)
+                self._graph(part)
         self._arranged = ()
         self._finish()
 
@@ -536,7 +531,7 @@ class CudaSession(Session):
         memory, limits = self._memory, self.limits
         row = memory[rows.slots], memory[rows.tokens], memory[rows.past], memory["slot.next"], memory["slot.past"]
         counts = memory["counts"], self.vocab_size
-        history = self._history.ctypes.data, _UNREAD, limits.max_batch_size
+        history = self._history.ctypes.data, len(self._history), limits.max_batch_size
         self._call("advance", memory["best"], *row, *counts, count, limits.max_seq_len - 1, memory["step"], *history)
 
     def _choose(self, count: int, logits: int, plain: bool, rows: _Rows) -> None:
@@ -565,22 +560,21 @@ class CudaSession(Session):
         self._call("logprobs", logits, count, everything, dtype, *settings, *report)
 
     def time_decode(self, slots: Sequence[int], steps: int) -> list[float]:
-        """As in Session, by CUDA events; steps of one graph share its time."""
-        counts = _portions(steps)
-        self._arrange(Step(decode=tuple(slots)))
-        for count in sorted(set(counts)):
-            self._graph(_Part.GREEDY, count)
-        events = [cuda.call("EventCreate") for _ in range(len(counts) + 1)]
+        """As in Session, by CUDA events; steps are enqueued without waiting for their tokens."""
+        step = Step(decode=tuple(slots))
+        self._arrange(step)
+        self._graph(_Part.GREEDY)
+        events = [cuda.call("EventCreate") for _ in range(steps + 1)]
         cuda.call("EventRecord", events[0], self._stream)
-        for count, event in zip(counts, events[1:]):
-            self.submit(Step(decode=tuple(slots), repeat=count))
+        for event in events[1:]:
+            self.submit(step)
             cuda.call("EventRecord", event, self._stream)
         self._finish()
         self._flying.clear()
         times = [cuda.call("EventElapsedTime", a, b) for a, b in zip(events, events[1:])]
         for event in events:
             cuda.call("EventDestroy", event)
-        return [time / count for time, count in zip(times, counts) for _ in range(count)]
+        return times
 
     # Results of all ranks
 

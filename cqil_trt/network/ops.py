@@ -79,8 +79,7 @@ class Ops(ABC, Generic[V]):
     def cached_attention(self, q: V, k: V, v: V, positions: Any, shard: LayerShard) -> V:
         """Appends k and v to the layer's KV cache and attends: → [B, T, heads * D].
 
-        A query at position i sees the cached keys at positions 0 … i. Right-padded sequences need no mask: a padding
-        token comes after every real one, and the next real token overwrites what it left in the cache.
+        A query at position i sees the cached keys at positions 0 … i.
         """
 
     def attention(self, qkv: V, positions: Any, shard: LayerShard) -> V:

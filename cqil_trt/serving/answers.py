@@ -58,21 +58,27 @@ def grammar_of(body: api.Sampled) -> tuple[str, str] | None:
     """The grammar that an answer must follow and the field that asks for it. Raises Refused for a wrong one."""
     from cqil_trt.serving import grammars
 
+    field = ""
     try:
         if body.guided_json is not None:
-            return grammars.json_schema(body.guided_json), "guided_json"
+            field = "guided_json"
+            return grammars.json_schema(body.guided_json), field
         if body.guided_regex is not None:
-            return grammars.regex(body.guided_regex), "guided_regex"
+            field = "guided_regex"
+            return grammars.regex(body.guided_regex), field
         if body.guided_choice is not None:
-            return grammars.choice(body.guided_choice), "guided_choice"
+            field = "guided_choice"
+            return grammars.choice(body.guided_choice), field
         if body.guided_grammar is not None:
-            return grammars.lark(body.guided_grammar), "guided_grammar"
+            field = "guided_grammar"
+            return grammars.lark(body.guided_grammar), field
         if isinstance(body, api.ChatBody) and body.response_format is not None and body.wants_json:
+            field = "response_format"
             given = body.response_format.json_schema
             schema = {"type": "object"} if given is None or given.schema_ is None else given.schema_
-            return grammars.json_schema(schema), "response_format"
+            return grammars.json_schema(schema), field
     except UserError as error:
-        raise Refused(400, str(error), "response_format") from None
+        raise Refused(400, str(error), field) from None
     return None
 
 
@@ -132,9 +138,11 @@ def tools_of(body: api.ChatBody, tokenizer: Tokenizer) -> Tools | None:
     several = body.parallel_tool_calls is not False and body.tool_choice == "required"
     from cqil_trt.serving import grammars
 
-    return Tools(
-        format=form, names=names, grammar=grammars.lark(tool_calls.tool_grammar(form, described, parallel=several))
-    )
+    # Where the marks are control tokens, their letters are not what the model has learned to write.
+    mark = tokenizer.vocabulary.id_of(_TOOL_MARKS[0])
+    special = mark is not None and tokenizer.vocabulary.special_text(mark) is not None
+    grammar = grammars.lark(tool_calls.tool_grammar(form, described, several, special))
+    return Tools(format=form, names=names, grammar=grammar)
 
 
 @dataclass(kw_only=True)
@@ -196,11 +204,14 @@ class Exchange:
 
     def __init__(self, client: EngineClient, choices: int, seconds: float, queue_seconds: float):
         self._client, self.choices = client, choices
-        self._updates: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
-        self._seconds, self._queue_seconds = seconds, queue_seconds
+        # An update without a request is the time being over.
+        self._updates: asyncio.Queue[tuple[int, Update | None]] = asyncio.Queue()
+        self._seconds = seconds
         self.answers: list[Answer] = []
-        self._deadline = asyncio.get_running_loop().time() + seconds
-        self._queue_deadline = asyncio.get_running_loop().time() + queue_seconds
+        loop = asyncio.get_running_loop()
+        self._deadline = loop.time() + seconds
+        late = (min(queue_seconds, seconds), seconds)
+        self._timers = [loop.call_later(delay, self._updates.put_nowait, (0, None)) for delay in late]
 
     def ask(self, tokenizer: Tokenizer | None, stops: Sequence[str], tools: Tools | None, **fields: Any) -> None:
         ticket = self._client.submit(self._updates, len(self.answers), **fields)
@@ -211,17 +222,14 @@ class Exchange:
         loop = asyncio.get_running_loop()
         left = len(self.answers)
         while left:
-            queued = all(answer.ticket.started_at is None for answer in self.answers)
-            deadline = min(self._deadline, self._queue_deadline) if queued else self._deadline
-            try:
-                index, update = await asyncio.wait_for(self._updates.get(), deadline - loop.time())
-            except asyncio.TimeoutError:
-                if queued and all(answer.ticket.started_at is None for answer in self.answers):
+            index, update = await self._updates.get()
+            if update is None:
+                if all(answer.ticket.started_at is None for answer in self.answers):
                     self._client.metrics.refused("timeout")
-                    raise Refused(503, "the request waited too long for its turn", retry=1) from None
+                    raise Refused(503, "the request waited too long for its turn", retry=1)
                 if loop.time() < self._deadline:
                     continue
-                raise Refused(503, f"the request took longer than {self._seconds:g} s") from None
+                raise Refused(503, f"the request took longer than {self._seconds:g} s")
             answer = self.answers[index]
             if answer.finished:
                 continue
@@ -237,5 +245,7 @@ class Exchange:
             yield piece
 
     def close(self) -> None:
+        for timer in self._timers:
+            timer.cancel()
         for answer in self.answers:
             self._client.abort(answer.ticket)

@@ -45,6 +45,8 @@ Send = Callable[[Any], Awaitable[None]]
 
 # Texts of more characters are tokenized beside the event loop, which other clients' tokens pass through.
 _LONG_TEXT = 20_000
+# Errors of a body that are looked at; to list a million of them would take seconds.
+_MANY_ERRORS = 10_000
 # A client that takes nothing for so long is given up.
 _STALLED_SECONDS = 60.0
 _PAGE = Path(__file__).with_name("page.html")
@@ -178,7 +180,8 @@ class Server:
         try:
             prompt = await self._apart(_size(body.messages), lambda: tokenizer.chat(conversation_of(body)))
         except UserError as error:
-            raise Refused(400, str(error), "messages") from None
+            variables = "chat_template_kwargs"
+            raise Refused(400, str(error), variables if variables in str(error) else "messages") from None
         room = self._room([prompt], body.limit, "messages")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         exchange = await self._ask(body, [prompt], [room], logprobs, tools=tools)
@@ -471,7 +474,7 @@ class CompletionForm(Form):
         self._texts: dict[int, str] = {}
         self._logprobs: dict[int, dict[str, list[Any]]] = {}
         self._reasons: dict[int, str] = {}
-        self._sizes: dict[int, int] = {}  # characters so far
+        self._offsets: dict[int, _Offset] = {}
 
     def _prompt(self, index: int) -> list[int]:
         return self._prompts[index // (self._body.n or 1)]
@@ -480,28 +483,27 @@ class CompletionForm(Form):
         """The text and the log-probabilities that a piece adds."""
         index = piece.index
         text = piece.text
-        entries: list[tuple[int, float | None, Any]] = []
-        if index not in self._sizes:
-            self._sizes[index] = 0
+        prompt: list[tuple[int, float | None, Any]] = []
+        if index not in self._offsets:
+            self._offsets[index] = _Offset(self._tokenizer)
             if self._body.echo:
-                prompt = self._prompt(index)
-                text = ("" if self._tokenizer is None else "".join(_read(self._tokenizer, prompt))) + text
-                entries.append((prompt[0], None, None))
-        entries += [(pairs[0][0], pairs[0][1], pairs[1:]) for pairs in piece.prompt_logprobs]
-        entries += [
+                ids = self._prompt(index)
+                text = ("" if self._tokenizer is None else "".join(_read(self._tokenizer, ids))) + text
+                prompt.append((ids[0], None, None))
+        prompt += [(pairs[0][0], pairs[0][1], pairs[1:]) for pairs in piece.prompt_logprobs]
+        answer = [
             (choice.logprobs[0][0], choice.logprobs[0][1], choice.logprobs[1:])
             for choice in piece.choices
             if choice.logprobs is not None
         ]
         found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for token, value, top in entries:
-            name = self._name(token)
-            found["tokens"].append(name)
+        for number, (token, value, top) in enumerate([*prompt, *answer]):
+            found["tokens"].append(self._name(token))
             found["token_logprobs"].append(None if value is None else finite(value))
-            alternatives = None if top is None else {self._name(other): finite(p) for other, p in top}
+            # Parts of characters share a name, which then means the likeliest.
+            alternatives = None if top is None else {self._name(other): finite(p) for other, p in reversed(top)}
             found["top_logprobs"].append(alternatives)
-            found["text_offset"].append(self._sizes[index])
-            self._sizes[index] += len(name)
+            found["text_offset"].append(self._offsets[index].of(token, number < len(prompt)))
         return text, found
 
     def take(self, piece: Piece) -> None:
@@ -538,6 +540,30 @@ class CompletionForm(Form):
         return [self._chunk(choice, exchange)]
 
 
+class _Offset:
+    """Where each token begins in an answer's text, which has the prompt before it if that is echoed."""
+
+    def __init__(self, tokenizer: Tokenizer | None):
+        self._tokenizer = tokenizer
+        self._stream = None if tokenizer is None else tokenizer.stream()
+        self._size, self._in_prompt = 0, True
+
+    def of(self, token: int, in_prompt: bool) -> int:
+        if self._tokenizer is None or self._stream is None:
+            return 0
+        if self._in_prompt and not in_prompt:
+            self._size += len(self._stream.finish())
+            self._stream = self._tokenizer.stream()
+        self._in_prompt = in_prompt
+        start = self._size
+        control = _control(self._tokenizer, token)
+        if control is None:
+            self._size += len(self._stream.add(token))
+        elif in_prompt:  # an answer does not show them
+            self._size += len(control)
+        return start
+
+
 def usage(exchange: Exchange) -> dict[str, Any]:
     first = exchange.answers[:: exchange.choices]  # the prompt of several choices counts once
     prompt = sum(answer.ticket.prompt_tokens for answer in first)
@@ -561,9 +587,14 @@ def _read(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     stream = tokenizer.stream()
     parts = []
     for token in ids:
-        special = tokenizer.vocabulary.special_text(token) if token < tokenizer.vocabulary.size() else ""
-        parts.append(stream.add(token) if special is None else special)
+        control = _control(tokenizer, token)
+        parts.append(stream.add(token) if control is None else control)
     return [*parts, stream.finish()]
+
+
+def _control(tokenizer: Tokenizer, token: int) -> str | None:
+    """The text of a control token; of a token that only the embedding has, none."""
+    return tokenizer.vocabulary.special_text(token) if token < tokenizer.vocabulary.size() else ""
 
 
 def _size(messages: list[api.Message] | None) -> int:
@@ -575,8 +606,9 @@ def parse(kind: type[B], body: bytes) -> B:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
-        found = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        place = [str(part) for part in found["loc"] if not (isinstance(part, str) and re.search(r"[\[\]\-(]", part))]
+        if error.error_count() > _MANY_ERRORS:
+            raise Refused(400, f"the body is wrong in {error.error_count()} places") from None
+        found, place = _deepest(error, body)
         message = found["msg"].removeprefix("Value error, ")
         name, _, rest = message.partition(": ")
         if found["type"] == "value_error" and rest:
@@ -586,6 +618,30 @@ def parse(kind: type[B], body: bytes) -> B:
             message = "is not supported"
         field = ".".join(place) or None
         raise Refused(400, f"{field or 'the body'}: {message}", field) from None
+
+
+def _deepest(error: ValidationError, body: bytes) -> tuple[Any, list[str]]:
+    """The error to report and its place in the body: of a field that takes several forms, the form that fits best."""
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        value = None
+    errors = error.errors(include_url=False, include_context=False, include_input=False)
+    placed = [(found, _place(found, value)) for found in errors if found["loc"][:1] == errors[0]["loc"][:1]]
+    return max(placed, key=lambda pair: len(pair[1]))
+
+
+def _place(found: Any, value: Any) -> list[str]:
+    """Where in the body an error is. Pydantic's own place also has the names of types, which no client knows."""
+    place = []
+    for number, part in enumerate(found["loc"], 1):
+        last = number == len(found["loc"])
+        inside = part in value if isinstance(value, dict) else isinstance(value, list) and isinstance(part, int)
+        if inside:
+            value = value[part]
+        if inside or (last and found["type"] == "missing"):
+            place.append(str(part))
+    return place
 
 
 def event(value: dict[str, Any]) -> bytes:
@@ -652,26 +708,34 @@ class EventStream(Response):
         self._events, self._close = events, close
 
     async def __call__(self, scope: Any, receive: Any, send: Send) -> None:
-        async def watch() -> None:
+        sending: float | None = None  # since when the client takes nothing
+
+        async def write() -> None:
+            nonlocal sending
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async for body in self._events:
+                sending = time.monotonic()
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+                sending = None
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+        async def gone() -> None:
             while (await receive())["type"] != "http.disconnect":
                 pass
 
-        async def write() -> None:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async for body in self._events:
-                message = {"type": "http.response.body", "body": body, "more_body": True}
-                await asyncio.wait_for(send(message), _STALLED_SECONDS)
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        async def stalled() -> None:
+            while sending is None or time.monotonic() - sending < _STALLED_SECONDS:
+                await asyncio.sleep(_STALLED_SECONDS / 10)
 
-        writing, watching = asyncio.create_task(write()), asyncio.create_task(watch())
+        tasks = [asyncio.create_task(work()) for work in (write, gone, stalled)]
         try:
-            await asyncio.wait({writing, watching}, return_when=asyncio.FIRST_COMPLETED)
-            if writing.done():
-                with contextlib.suppress(asyncio.TimeoutError, OSError):
-                    writing.result()
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if tasks[0].done():
+                with contextlib.suppress(OSError):
+                    tasks[0].result()
         finally:
             self._close()
-            await ended(writing, watching)
+            await ended(*tasks)
 
 
 class Gate:

@@ -18,6 +18,8 @@ from cqil_trt.serving.metrics import Metrics
 # A rank that has not said for so long that it lives is taken for stopped.
 SILENCE_SECONDS = 3.0
 _WATCH_SECONDS = 0.1
+# While the engine loads, rank 0's word that it gives up may come after the end of another rank.
+_GIVING_UP_SECONDS = 0.5
 # After a failure the server still answers for so long, so that clients and probes hear of it.
 LINGER_SECONDS = 2.0
 
@@ -44,7 +46,7 @@ class Ticket:
     number: int
     index: int
     prompt_tokens: int
-    updates: asyncio.Queue[tuple[int, Update]]
+    updates: asyncio.Queue[tuple[int, Update | None]]
     queued_at: float
     started_at: float | None = None
     first_at: float | None = None
@@ -66,11 +68,18 @@ class RankState:
 class EngineClient:
     """Sends requests to rank 0 and hands out what comes back. Lives in one event loop.
 
-    `exit_code`: None while the server runs; `failure`: why it cannot go on.
+    `address`: where clients connect. `failure`: why the server cannot go on. `exit_code`: once it has `ended`.
     """
 
-    def __init__(self, setup: wire.Setup, control: socket.socket, monitor: socket.socket, metrics: Metrics):
-        self.setup, self.metrics = setup, metrics
+    def __init__(
+        self,
+        setup: wire.Setup,
+        address: tuple[str, int],
+        control: socket.socket,
+        monitor: socket.socket,
+        metrics: Metrics,
+    ):
+        self.setup, self.address, self.metrics = setup, address, metrics
         self.ready: wire.Ready | None = None
         self.draining = False
         self.failure: str | None = None
@@ -105,7 +114,7 @@ class EngineClient:
     def healthy(self) -> bool:
         return self.failure is None
 
-    def submit(self, updates: asyncio.Queue[tuple[int, Update]], index: int, **fields: Any) -> Ticket:
+    def submit(self, updates: asyncio.Queue[tuple[int, Update | None]], index: int, **fields: Any) -> Ticket:
         """Sends a request; `fields` as in `wire.Add`, but the number."""
         self._number += 1
         ticket = Ticket(self._number, index, len(fields["prompt"]), updates, time.monotonic())
@@ -133,14 +142,22 @@ class EngineClient:
             while True:
                 self._take(await self._receive(self._reader))
         except (asyncio.IncompleteReadError, OSError):
+            await self._lost("rank 0 has ended")
             if self._stopping:
                 self.ended.set()
-            else:
-                self.fail("rank 0 has ended")
 
     def _take(self, message: Any) -> None:
         if isinstance(message, wire.Ready):
             self.ready = message
+            host, port = self.address
+            scheme = "http" if self.setup.certificate is None else "https"
+            print(
+                f"{self.setup.engine}: {message.slots} slots, {message.rows} sequences at a time, on {message.device}\n"
+                f"serving at {scheme}://{f'[{host}]' if ':' in host else host}:{port}",
+                flush=True,
+            )
+        elif isinstance(message, wire.GivenUp):
+            self._stopping = True
         elif isinstance(message, wire.Draining):
             if message.now:
                 self.end_now()
@@ -192,10 +209,10 @@ class EngineClient:
                 self._ranks[rank] = RankState(time.monotonic(), beat.process, beat.busy_since, beat.doing)
                 self.metrics.rank_seen(rank)
         except (asyncio.IncompleteReadError, OSError):
-            if rank is not None and self._stopping:
-                del self._ranks[rank]  # as it should
-            elif rank is not None:
-                self.fail(f"rank {rank} (process {self._ranks[rank].process}) has ended")
+            if rank is not None:
+                await self._lost(f"rank {rank} (process {self._ranks[rank].process}) has ended")
+                if self._stopping:
+                    del self._ranks[rank]  # as it should
         finally:
             writer.close()
 
@@ -223,6 +240,12 @@ class EngineClient:
             self.metrics.gauges(self.running, self.waiting, self.usage, healthy)
 
     # The end
+
+    async def _lost(self, reason: str) -> None:
+        if self.ready is None:
+            await asyncio.sleep(_GIVING_UP_SECONDS)
+        if not self._stopping:
+            self.fail(reason)
 
     def fail(self, reason: str) -> None:
         """The engine cannot go on: tells every client, then ends all ranks and the server with exit code 1."""

@@ -13,6 +13,10 @@ from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 from cqil_trt.errors import UserError
 from cqil_trt.tokenizer import Tokenizer
 
+# White space in JSON: none, a space, or a new line with its indentation. Without a bound a model can go on forever with
+# nothing but new lines.
+_WHITE_SPACE = r"( |\n[ \t]{0,40})?"
+
 
 class _Tokens:
     """A tokenizer in the form that llguidance reads."""
@@ -82,7 +86,8 @@ class GrammarMatcher:
 def json_schema(schema: Mapping[str, Any] | str) -> str:
     """The grammar of JSON texts that a schema allows. Raises UserError for what is no schema."""
     try:
-        return LLMatcher.grammar_from_json_schema(schema if isinstance(schema, str) else json.dumps(schema))
+        text = schema if isinstance(schema, str) else json.dumps(schema)
+        return LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": _WHITE_SPACE})
     except ValueError as error:
         raise UserError(f"not a JSON schema: {error}") from None
 

@@ -35,6 +35,7 @@ from cqil_trt.serving.wire import (
 )
 
 HTTP = "the HTTP process"
+ENDING = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 # A rank says this often that it lives.
 BEAT_SECONDS = 0.5
 # How long rank 0 waits for requests before it looks whether it was told to end.
@@ -250,11 +251,14 @@ def _refuse() -> Any:
 
 
 class _Signals:
-    """SIGTERM and SIGINT, passed on to the HTTP process: the first means drain, the second end now."""
+    """Signals that end the server, passed on to the HTTP process: the first means drain, the second end now.
+
+    Open MPI's mpirun ends the ranks when it gets SIGTERM or SIGINT, but hands SIGUSR1 on.
+    """
 
     def __init__(self, http: Connection):
         self._http, self._came, self._told = http, 0, 0
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in ENDING:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: Any) -> None:
@@ -268,5 +272,5 @@ class _Signals:
 
 def ignore_signals() -> None:
     """On the other ranks: mpirun passes signals to all ranks, and rank 0 decides."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in ENDING:
         signal.signal(number, signal.SIG_IGN)

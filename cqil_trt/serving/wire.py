@@ -173,6 +173,11 @@ class Ready:
 
 
 @dataclass(frozen=True)
+class GivenUp:
+    """The engine cannot be loaded, which rank 0 reports itself."""
+
+
+@dataclass(frozen=True)
 class Draining:
     """Rank 0 was told to end (SIGTERM). `now`: for the second time."""
 

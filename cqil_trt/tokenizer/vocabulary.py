@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -90,7 +91,9 @@ class JsonVocabulary(Vocabulary):
         self.backend.no_truncation()
         self.backend.no_padding()
         self._add(settings, source)
-        self.backend.encode_special_tokens = bool(settings.split_special)
+        self._split = bool(settings.split_special)
+        self._splitting = threading.Lock()
+        self.backend.encode_special_tokens = self._split
         self._added: dict[int, Any] = self.backend.get_added_tokens_decoder()
         self.names = dict(settings.names)
         self.prefix, self.suffix = self._around()
@@ -155,14 +158,17 @@ class JsonVocabulary(Vocabulary):
         return self.backend.get_vocab_size()
 
     def encode(self, text: str, control: bool = False) -> list[int]:
-        split = self.backend.encode_special_tokens
-        self.backend.encode_special_tokens = split and not control
         try:
-            return self.backend.encode(text, add_special_tokens=False).ids
+            if not self._split:
+                return self.backend.encode(text, add_special_tokens=False).ids
+            with self._splitting:  # a server tokenizes in several threads
+                self.backend.encode_special_tokens = not control
+                try:
+                    return self.backend.encode(text, add_special_tokens=False).ids
+                finally:
+                    self.backend.encode_special_tokens = True
         except Exception as error:  # a vocabulary without an unknown token
             raise UserError(f"{text!r:.60} cannot be tokenized ({error})") from None
-        finally:
-            self.backend.encode_special_tokens = split
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.backend.encode_batch(list(texts), add_special_tokens=False)]

@@ -61,6 +61,8 @@ class TensorRtSession(CudaSession):
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         self._names = set(names)
         self._native = "positions" in self._names
+        if self._native:
+            self._passes_of_step = -(-engine.limits.max_batch_size // 2)
         self._passes: deque[int] = deque()  # of each step whose outcome was not collected
         self._held: Step | None = None  # a step that begins when its masks come
         self._load(engine)

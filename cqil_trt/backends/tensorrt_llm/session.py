@@ -68,7 +68,7 @@ class TensorRtLlmSession(Session):
         for slot in step.choosing:
             sequence = self._sequences[slot]
             places[slot] = sequence, sequence.given
-            sequence.given += step.repeat
+            sequence.given += 1
         self._flying.append((step, places, scored))
 
     def choose(self, masks: Mapping[int, np.ndarray]) -> None:
@@ -79,11 +79,10 @@ class TensorRtLlmSession(Session):
         if any(sequence.tokens is None for sequence, _ in places.values()):
             self._complete([s for s in self._sequences.values() if s.tokens is None and s.start.room])
         choices = {}
-        for slot, (sequence, first) in places.items():
+        for slot, (sequence, place) in places.items():
             tokens = sequence.tokens or []
             # After its end a sequence repeats its last token.
-            wanted = (min(i, len(tokens) - 1) for i in range(first, first + step.repeat))
-            choices[slot] = [Choice(tokens[i]) for i in wanted]
+            choices[slot] = [Choice(tokens[min(place, len(tokens) - 1)])]
         return self._note(Outcome(choices=choices, logits=scored))
 
     def _ask(self, prompt: list[int]) -> np.ndarray:

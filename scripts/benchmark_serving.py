@@ -1,0 +1,191 @@
+#!/usr/bin/env python
+"""Latency at the clients of cqil-serve, beside the engine's own steps, measured one after the other.
+
+Starts run.py --benchmark and then serve.py on the engine, and streams completions of random prompts of token ids, which
+share no beginning. A client's interval is the time between two events that carry tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from cqil_trt.commands import Parser, check_at_least, check_file, numbers
+from cqil_trt.engine import Engine
+from cqil_trt.errors import UserError
+from cqil_trt.job import command
+from cqil_trt.table import table
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def parser() -> Parser:
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--engine", type=Path, required=True)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--concurrency", default="1,4,8", metavar="N,N")
+    parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N")
+    parser.add_argument("--new-tokens", type=int, default=128, metavar="N")
+    parser.add_argument("--rounds", type=int, default=6, metavar="N", help="requests of each client (default 6)")
+    parser.add_argument("--mpirun", default="mpirun", help='how to start ranks, e.g. "mpirun --bind-to none"')
+    parser.add_argument("--json", metavar="F", type=Path)
+    return parser
+
+
+@dataclass
+class Served:
+    """Milliseconds to the first token of each request, and between tokens."""
+
+    first: list[float] = field(default_factory=list)
+    between: list[float] = field(default_factory=list)
+
+
+def engine_alone(options: argparse.Namespace, ranks: int, batches: list[int]) -> list[dict[str, Any]]:
+    """What run.py measures: the prompt, and decode steps of as many sequences as there are clients."""
+    with tempfile.TemporaryDirectory() as directory:
+        report = Path(directory) / "report.json"
+        flags = ["--benchmark", "--contexts", options.prompt_tokens, "--batches", ",".join(map(str, batches))]
+        arguments = ["runtime/run.py", "--engine", options.engine, "--device", options.device, *flags]
+        arguments += ["--max-new-tokens", options.new_tokens, "--json", report]
+        done = subprocess.run(_mpirun(options, ranks, arguments), cwd=ROOT, stdout=subprocess.DEVNULL, check=False)
+        if done.returncode:
+            raise UserError(f"run.py ended with exit code {done.returncode}")
+        return json.loads(report.read_text())["benchmark"]
+
+
+def _mpirun(options: argparse.Namespace, ranks: int, arguments: list[Any]) -> list[str]:
+    return [*shlex.split(options.mpirun), "-n", str(ranks), sys.executable, *map(str, arguments)]
+
+
+def start(options: argparse.Namespace, ranks: int) -> tuple[subprocess.Popen[str], int]:
+    """The server and its port."""
+    arguments = ["runtime/serve.py", "--engine", options.engine, "--device", options.device, "--port", 0, "--no-log"]
+    process = subprocess.Popen(_mpirun(options, ranks, arguments), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout or ():
+        if found := re.search(r"serving at http://\S+:(\d+)", line):
+            return process, int(found[1])
+    raise UserError(f"serve.py ended with exit code {process.wait()}")
+
+
+def complete(port: int, prompt: list[int], count: int, served: Served) -> None:
+    """Streams one completion."""
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    body = {"prompt": prompt, "max_tokens": count, "temperature": 0, "ignore_eos": True, "stream": True}
+    body["stream_options"] = {"include_usage": False, "continuous_usage_stats": True}
+    began = last = time.perf_counter()
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    if response.status != 200:
+        raise UserError(f"the server answered {response.status}: {response.read().decode()[:200]}")
+    tokens = 0
+    while line := response.readline():
+        now = time.perf_counter()
+        if not line.startswith(b"data: {"):
+            continue
+        event = json.loads(line[6:])
+        new = event["usage"]["completion_tokens"] - tokens
+        tokens += new
+        if tokens == new:
+            served.first.append((now - began) * 1e3)
+        else:
+            served.between += [(now - last) * 1e3 / new] * new
+        last = now
+    connection.close()
+    if tokens != count:
+        raise UserError(f"{tokens} of {count} tokens came")
+
+
+def load(port: int, options: argparse.Namespace, clients: int, vocabulary: int, random: Any) -> Served:
+    """What `clients` see that each send one request after another."""
+    served, failures = [Served() for _ in range(clients)], []
+    prompts = random.integers(vocabulary, size=(clients, options.rounds, options.prompt_tokens)).tolist()
+
+    def run(number: int) -> None:
+        try:
+            for prompt in prompts[number]:
+                complete(port, prompt, options.new_tokens, served[number])
+        except (UserError, OSError) as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise UserError(str(failures[0]))
+    return Served([t for one in served for t in one.first], [t for one in served for t in one.between])
+
+
+def run(options: argparse.Namespace) -> None:
+    check_at_least(options, 1, "prompt_tokens", "rounds")
+    check_at_least(options, 2, "new_tokens")
+    check_file(options.json, "--json")
+    engine = Engine.open(options.engine)
+    clients = numbers(options.concurrency, "--concurrency", 1, engine.limits.max_batch_size)
+    if options.prompt_tokens + options.new_tokens > engine.limits.max_seq_len:
+        raise UserError(f"--prompt-tokens and --new-tokens: the engine holds {engine.limits.max_seq_len}")
+    alone = engine_alone(options, engine.world_size, clients)
+    process, port = start(options, engine.world_size)
+    random = np.random.default_rng(0)
+    found: dict[int, Served] = {}
+    try:
+        load(port, options, 1, engine.model.vocab_size, random)  # warm up
+        for count in tqdm(clients, desc="clients", disable=not sys.stderr.isatty(), leave=False):
+            found[count] = load(port, options, count, engine.model.vocab_size, random)
+    finally:
+        process.send_signal(signal.SIGUSR1)  # which the mpirun of every MPI hands on
+        code = process.wait()
+    if code:
+        raise UserError(f"serve.py ended with exit code {code}")
+    prefill = next(m["median_ms"] for m in alone if m["step"] == "prefill")
+    steps = {m["batch"]: m["median_ms"] for m in alone if m["step"] == "decode"}
+    rows, report = [], []
+    for count, served in found.items():
+        p50, p99 = np.percentile(served.between, (50, 99))
+        first = float(np.median(served.first))
+        rows.append(
+            (
+                count,
+                f"{steps[count]:.3f}",
+                f"{p50:.3f}",
+                f"{p50 / steps[count] - 1:+.1%}",
+                f"{p99:.3f}",
+                f"{p99 / steps[count] - 1:+.1%}",
+                f"{prefill:.2f}",
+                f"{first:.2f}",
+            )
+        )
+        report.append(
+            {
+                "clients": count,
+                "engine_step_ms": steps[count],
+                "between_tokens_ms": {"median": p50, "p99": p99},
+                "engine_prefill_ms": prefill,
+                "first_token_ms": {"median": first, "all": served.first},
+            }
+        )
+    header = ("clients", "engine's step ms", "median ms", "", "p99 ms", "", "engine's prefill ms", "first token ms")
+    print(table(header, rows))
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    with command():
+        run(parser().parse_args())
