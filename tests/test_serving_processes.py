@@ -289,7 +289,7 @@ def test_a_client_that_takes_nothing_for_long_is_given_up(monkeypatch):
 @pytest.mark.parametrize("swallowed", [0, 1, 3])
 def test_a_task_that_overhears_its_cancellation_ends(swallowed):
     """As those do until Python 3.12 that wait with `asyncio.wait_for`."""
-    from cqil_trt.serving.app import ended
+    from cqil_trt.serving.streams import ended
 
     async def scenario():
         heard = 0

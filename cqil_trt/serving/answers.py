@@ -13,18 +13,11 @@ from cqil_trt.generate import StoppingText
 from cqil_trt.sampling import Choice, SamplingConfig
 from cqil_trt.serving import api, tool_calls
 from cqil_trt.serving.client import EngineClient, Ticket, Update
+from cqil_trt.serving.refusals import Refused
 from cqil_trt.tokenizer import Conversation, Tokenizer
 
 # The control tokens that tool calls are made of, in models where they are control tokens.
 _TOOL_MARKS = ("<tool_call>", "</tool_call>", "<|python_tag|>")
-
-
-class Refused(Exception):
-    """A request that is answered with an error. `field`: the part of the body that is wrong, if any."""
-
-    def __init__(self, status: int, message: str, field: str | None = None, retry: float | None = None):
-        super().__init__(message)
-        self.status, self.message, self.field, self.retry = status, message, field, retry
 
 
 def sampling_of(body: api.Sampled, logprobs: int | None, index: int, guided: bool, vocabulary: int) -> SamplingConfig:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import json
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cqil_trt.sampling import MAX_LOGPROBS
+from cqil_trt.serving.refusals import Refused
+
+B = TypeVar("B", bound=BaseModel)
 
 MAX_CHOICES = 16
 MAX_STOPS = 16
+# Errors of a body that are looked at; to list a million of them would take seconds.
+_MANY_ERRORS = 10_000
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -219,3 +225,46 @@ class TokenizeBody(Body):
 class DetokenizeBody(Body):
     model: str | None = None
     tokens: list[Annotated[int, Field(ge=0)]]
+
+
+def parse(kind: type[B], body: bytes) -> B:
+    """The body as `kind`. Raises Refused that names the field that is wrong."""
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        if error.error_count() > _MANY_ERRORS:
+            raise Refused(400, f"the body is wrong in {error.error_count()} places") from None
+        found, place = _deepest(error, body)
+        message = found["msg"].removeprefix("Value error, ")
+        name, _, rest = message.partition(": ")
+        if found["type"] == "value_error" and rest:
+            place.append(name)
+            message = rest
+        if found["type"] == "extra_forbidden":
+            message = "is not supported"
+        field = ".".join(place) or None
+        raise Refused(400, f"{field or 'the body'}: {message}", field) from None
+
+
+def _deepest(error: ValidationError, body: bytes) -> tuple[Any, list[str]]:
+    """The error to report and its place in the body: of a field that takes several forms, the form that fits best."""
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        value = None
+    errors = error.errors(include_url=False, include_context=False, include_input=False)
+    placed = [(found, _place(found, value)) for found in errors if found["loc"][:1] == errors[0]["loc"][:1]]
+    return max(placed, key=lambda pair: len(pair[1]))
+
+
+def _place(found: Any, value: Any) -> list[str]:
+    """Where in the body an error is. Pydantic's own place also has the names of types, which no client knows."""
+    place = []
+    for number, part in enumerate(found["loc"], 1):
+        last = number == len(found["loc"])
+        inside = part in value if isinstance(value, dict) else isinstance(value, list) and isinstance(part, int)
+        if inside:
+            value = value[part]
+        if inside or (last and found["type"] == "missing"):
+            place.append(str(part))
+    return place

@@ -39,10 +39,10 @@ async def serve(setup: wire.Setup, control: socket.socket, monitor: socket.socke
     path = Path(setup.engine)
     engine = Engine.open(path)
     tokenizer = Tokenizer(path) if has_tokenizer(path) else None
-    server = Server(setup, engine, tokenizer, end_tokens(engine, tokenizer))
     metrics = Metrics(setup.model_names[0], engine.limits.max_seq_len)
-    server.client = client = EngineClient(setup, listener.getsockname()[:2], control, monitor, metrics)
+    client = EngineClient(setup, listener.getsockname()[:2], control, monitor, metrics)
     await client.start()
+    server = Server(client, engine, tokenizer, end_tokens(engine, tokenizer))
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, client.drain)
     config = uvicorn.Config(

@@ -1,0 +1,130 @@
+"""What every request passes: its id, its key, its size, and the log."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import secrets
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from cqil_trt.serving import wire
+from cqil_trt.serving.answers import Exchange
+from cqil_trt.serving.metrics import Metrics
+from cqil_trt.serving.refusals import REASONS, Refused, error_response
+
+# Served without an API key: what probes ask, and the page that asks for the key.
+_OPEN = frozenset({"/", "/health", "/ready"})
+
+
+@dataclass
+class Note:
+    """What the log says about a request."""
+
+    id: str
+    began: float
+    status: int = 0
+    prompt_tokens: int | None = None
+    exchange: Exchange | None = None
+    body: bytes | None = None
+
+
+class Gate:
+    """Before every request: its id, its key, its size; after it: the log."""
+
+    def __init__(self, app: Any, setup: wire.Setup, metrics: Metrics):
+        self._app, self._setup, self._metrics = app, setup, metrics
+        self._keys = [hashlib.sha256(key.encode()).digest() for key in setup.keys]
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"").decode("latin-1")
+        note = Note(
+            id=given if re.fullmatch(r"[\w.:-]{1,128}", given) else secrets.token_hex(8), began=time.monotonic()
+        )
+        scope.setdefault("state", {})["note"] = note
+        begun = False
+
+        async def answer(message: Any) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = True
+                note.status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", note.id.encode())]
+            await send(message)
+
+        size = 0
+        limit = self._setup.max_body_bytes
+
+        async def limited() -> Any:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > limit:
+                raise Refused(413, f"the body is larger than {limit} bytes")
+            if self._setup.log_text:
+                note.body = (note.body or b"") + message.get("body", b"")
+            return message
+
+        try:
+            self._check_key(scope["path"], headers)
+            length = headers.get(b"content-length", b"0")
+            if length.isdigit() and int(length) > limit:
+                raise Refused(413, f"the body is larger than {limit} bytes")
+            await self._app(scope, limited, answer)
+        except Refused as refused:
+            self._metrics.refused(REASONS[refused.status])
+            if not begun:
+                await error_response(refused)(scope, receive, answer)
+        except Exception as error:
+            # Starlette has answered with status 500.
+            print(f"error: request {note.id}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        finally:
+            self._log(scope, note)
+
+    def _check_key(self, path: str, headers: dict[bytes, bytes]) -> None:
+        if not self._keys or path in _OPEN:
+            return
+        scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+        digest = hashlib.sha256(token).digest()
+        # Every key is compared, and in constant time.
+        known = [secrets.compare_digest(digest, key) for key in self._keys]
+        if scheme.lower() != b"bearer" or not any(known):
+            raise Refused(401, "a valid API key is needed: Authorization: Bearer KEY")
+
+    def _log(self, scope: Any, note: Note) -> None:
+        metrics = self._metrics
+        line: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "id": note.id,
+            "method": scope["method"],
+            "path": scope["path"],
+            "status": note.status,
+            "seconds": round(time.monotonic() - note.began, 6),
+        }
+        if note.exchange is not None:
+            answers = note.exchange.answers
+            for answer in answers:
+                finish = {"tool_calls": "stop"}.get(answer.reason or "abort", answer.reason or "abort")
+                ticket = answer.ticket
+                now = time.monotonic()
+                prefill = None if ticket.first_at is None else ticket.first_at - (ticket.started_at or ticket.queued_at)
+                decode = None if ticket.first_at is None else (ticket.last_at or now) - ticket.first_at
+                if note.status >= 500:
+                    finish = "error"
+                metrics.finished(finish, now - ticket.queued_at, ticket.prompt_tokens, answer.tokens, prefill, decode)
+            first = min((a.ticket.first_at for a in answers if a.ticket.first_at is not None), default=None)
+            line["prompt_tokens"] = note.prompt_tokens
+            line["completion_tokens"] = sum(answer.tokens for answer in answers)
+            line["first_token_seconds"] = None if first is None else round(first - note.began, 6)
+            line["finish"] = [answer.reason or "abort" for answer in answers]
+        if note.body is not None:
+            line["body"] = note.body.decode(errors="replace")
+        if self._setup.log_requests and scope["path"] not in ("/health", "/ready", "/metrics"):
+            print(json.dumps(line, ensure_ascii=False), file=sys.stderr, flush=True)

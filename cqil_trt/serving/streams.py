@@ -1,0 +1,96 @@
+"""Responses that last: server-sent events, and what happens when a client goes away."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+# A client that takes nothing for so long is given up.
+_STALLED_SECONDS = 60.0
+
+
+def event(value: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+class Gone(Exception):
+    """The client closed its connection."""
+
+
+async def unless_gone(request: Request, work: Awaitable[Any]) -> Any:
+    """The result of `work`, which is cancelled when the client closes its connection. Raises Gone then."""
+
+    async def disconnected() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task = asyncio.ensure_future(work)
+    gone = asyncio.create_task(disconnected())
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Gone
+        return task.result()
+    finally:
+        await ended(task, gone)
+
+
+async def ended(*tasks: asyncio.Future[Any]) -> None:
+    """Cancels tasks and waits for their end.
+
+    Until Python 3.12 `asyncio.wait_for` swallows a cancellation that comes just when what it waits for is done, so one
+    is not enough.
+    """
+    while pending := [task for task in tasks if not task.done()]:
+        for task in pending:
+            task.cancel()
+        await asyncio.wait(pending, timeout=0.01)
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class EventStream(Response):
+    """Server-sent events. Ends when the client has gone or takes nothing for long; `close` is called in any case."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]):
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._events, self._close = events, close
+
+    async def __call__(self, scope: Any, receive: Any, send: Callable[[Any], Awaitable[None]]) -> None:
+        sending: float | None = None  # since when the client takes nothing
+
+        async def write() -> None:
+            nonlocal sending
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async for body in self._events:
+                sending = time.monotonic()
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+                sending = None
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+        async def gone() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
+        async def stalled() -> None:
+            while sending is None or time.monotonic() - sending < _STALLED_SECONDS:
+                await asyncio.sleep(_STALLED_SECONDS / 10)
+
+        tasks = [asyncio.create_task(work()) for work in (write, gone, stalled)]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if tasks[0].done():
+                with contextlib.suppress(OSError):
+                    tasks[0].result()
+        finally:
+            self._close()
+            await ended(*tasks)
