@@ -265,9 +265,9 @@ def test_rank_0_tells_that_a_request_is_gone():
 
 
 def test_a_client_that_takes_nothing_for_long_is_given_up(monkeypatch):
-    from cqil_trt.serving import app
+    from cqil_trt.serving import streams
 
-    monkeypatch.setattr(app, "_STALLED_SECONDS", 0.1)
+    monkeypatch.setattr(streams, "_STALLED_SECONDS", 0.1)
     closed = []
 
     async def events():
@@ -281,7 +281,7 @@ def test_a_client_that_takes_nothing_for_long_is_given_up(monkeypatch):
         if message["type"] == "http.response.body":
             await asyncio.Event().wait()
 
-    response = app.EventStream(events(), lambda: closed.append(True))
+    response = streams.EventStream(events(), lambda: closed.append(True))
     asyncio.run(asyncio.wait_for(response({"type": "http"}, receive, send), 5))
     assert closed == [True]
 

@@ -259,7 +259,7 @@ def usage(exchange: Exchange) -> dict[str, Any]:
 
 def finite(value: float) -> float:
     """JSON has no infinities; OpenAI's API gives -9999 for what cannot happen."""
-    return max(value, -9999.0)
+    return value if value > -9999.0 else -9999.0  # NaN too
 
 
 def read_tokens(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
