@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import installed  # noqa: F401
 import numpy as np
 from tqdm import tqdm
 
@@ -32,6 +33,8 @@ from cqil_trt.job import command
 from cqil_trt.table import table
 
 ROOT = Path(__file__).resolve().parent.parent
+# No event comes later than this, and the server has started and ended by then; otherwise something hangs.
+_PATIENCE = 300.0
 
 
 def parser() -> Parser:
@@ -62,7 +65,12 @@ def engine_alone(options: argparse.Namespace, ranks: int, batches: list[int]) ->
         flags = ["--benchmark", "--contexts", options.prompt_tokens, "--batches", ",".join(map(str, batches))]
         arguments = ["runtime/run.py", "--engine", options.engine, "--device", options.device, *flags]
         arguments += ["--max-new-tokens", options.new_tokens, "--json", report]
-        done = subprocess.run(_mpirun(options, ranks, arguments), cwd=ROOT, stdout=subprocess.DEVNULL, check=False)
+        try:
+            done = subprocess.run(
+                _mpirun(options, ranks, arguments), cwd=ROOT, stdout=subprocess.DEVNULL, timeout=_PATIENCE, check=False
+            )
+        except subprocess.TimeoutExpired:
+            raise UserError(f"run.py has not ended after {_PATIENCE:g} s") from None
         if done.returncode:
             raise UserError(f"run.py ended with exit code {done.returncode}")
         return json.loads(report.read_text())["benchmark"]
@@ -76,15 +84,23 @@ def start(options: argparse.Namespace, ranks: int) -> tuple[subprocess.Popen[str
     """The server and its port."""
     arguments = ["runtime/serve.py", "--engine", options.engine, "--device", options.device, "--port", 0, "--no-log"]
     process = subprocess.Popen(_mpirun(options, ranks, arguments), cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout or ():
-        if found := re.search(r"serving at http://\S+:(\d+)", line):
-            return process, int(found[1])
-    raise UserError(f"serve.py ended with exit code {process.wait()}")
+    late = threading.Timer(_PATIENCE, process.kill)
+    late.start()
+    try:
+        for line in process.stdout or ():
+            if found := re.search(r"serving at http://\S+:(\d+)", line):
+                return process, int(found[1])
+    except BaseException:
+        process.kill()
+        raise
+    finally:
+        late.cancel()
+    raise UserError(f"serve.py ended with exit code {process.wait()} before it took requests")
 
 
 def complete(port: int, prompt: list[int], count: int, served: Served) -> None:
     """Streams one completion."""
-    connection = http.client.HTTPConnection("127.0.0.1", port)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_PATIENCE)
     body = {"prompt": prompt, "max_tokens": count, "temperature": 0, "ignore_eos": True, "stream": True}
     body["stream_options"] = {"include_usage": False, "continuous_usage_stats": True}
     began = last = time.perf_counter()
@@ -119,7 +135,7 @@ def load(port: int, options: argparse.Namespace, clients: int, vocabulary: int, 
         try:
             for prompt in prompts[number]:
                 complete(port, prompt, options.new_tokens, served[number])
-        except (UserError, OSError) as error:
+        except (UserError, OSError, http.client.HTTPException) as error:
             failures.append(error)
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(clients)]
@@ -128,7 +144,7 @@ def load(port: int, options: argparse.Namespace, clients: int, vocabulary: int, 
     for thread in threads:
         thread.join()
     if failures:
-        raise UserError(str(failures[0]))
+        raise UserError(f"a client: {failures[0]!r}")
     return Served([t for one in served for t in one.first], [t for one in served for t in one.between])
 
 
@@ -136,11 +152,14 @@ def run(options: argparse.Namespace) -> None:
     check_at_least(options, 1, "prompt_tokens", "rounds")
     check_at_least(options, 2, "new_tokens")
     check_file(options.json, "--json")
+    options.engine = options.engine.resolve()
     engine = Engine.open(options.engine)
     clients = numbers(options.concurrency, "--concurrency", 1, engine.limits.max_batch_size)
     if options.prompt_tokens + options.new_tokens > engine.limits.max_seq_len:
         raise UserError(f"--prompt-tokens and --new-tokens: the engine holds {engine.limits.max_seq_len}")
+    print("measuring the engine ...", file=sys.stderr)
     alone = engine_alone(options, engine.world_size, clients)
+    print("measuring the server ...", file=sys.stderr)
     process, port = start(options, engine.world_size)
     random = np.random.default_rng(0)
     found: dict[int, Served] = {}
@@ -150,7 +169,11 @@ def run(options: argparse.Namespace) -> None:
             found[count] = load(port, options, count, engine.model.vocab_size, random)
     finally:
         process.send_signal(signal.SIGUSR1)  # which the mpirun of every MPI hands on
-        code = process.wait()
+        try:
+            code = process.wait(_PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = process.wait()
     if code:
         raise UserError(f"serve.py ended with exit code {code}")
     prefill = next(m["median_ms"] for m in alone if m["step"] == "prefill")

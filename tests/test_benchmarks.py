@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from support import ROOT
+from support.chat_models import make_chat_model
 from support.checkpoints import make_model
 from support.processes import assert_user_error, mpirun, run
 
@@ -32,6 +33,20 @@ def test_the_parts_of_a_step_add_up(ranks, tmp_path):
     assert "matrix products" in done.stdout
 
 
+@pytest.mark.slow
+def test_serving_is_measured_beside_the_engine(tmp_path):
+    make_chat_model(tmp_path / "model")
+    cqil_trt.build(model=tmp_path / "model", p=2, output=tmp_path / "engine", max_seq_len=64, probes="never")
+    flags = ("--engine", tmp_path / "engine", "--concurrency", "1,3", "--prompt-tokens", 7, "--new-tokens", 5)
+    done = run(sys.executable, "scripts/benchmark_serving.py", *flags, "--rounds", 2, "--json", tmp_path / "found.json")
+    assert done.returncode == 0, done.stderr
+    for found, clients in zip(json.loads((tmp_path / "found.json").read_text()), (1, 3)):
+        assert found["clients"] == clients and len(found["first_token_ms"]["all"]) == 2 * clients
+        times = found["engine_step_ms"], found["between_tokens_ms"]["median"], found["first_token_ms"]["median"]
+        assert all(time > 0 for time in times)
+    assert "engine's step ms" in done.stdout
+
+
 @pytest.mark.parametrize(
     "line, said",
     [
@@ -51,6 +66,8 @@ def test_the_parts_of_a_step_add_up(ranks, tmp_path):
         ("benchmark_tensorrt", "needs 2 GPUs, this host has 0"),
         ("benchmark_build", "GB of disk are free, 42 are needed"),
         ("benchmark_cpu --engine nowhere", "nowhere: not an engine directory"),
+        ("benchmark_serving --engine nowhere", "nowhere: not an engine directory"),
+        ("benchmark_serving --engine nowhere --new-tokens 1", "--new-tokens must be at least 2"),
     ],
 )
 def test_refusals_are_one_line(line, said, refused, monkeypatch):
