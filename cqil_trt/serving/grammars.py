@@ -52,6 +52,11 @@ class Grammars:
         wrapped = TokenizerWrapper(_Tokens(self._tokenizer, self._size, self._ends))
         return LLTokenizer(wrapped, n_vocab=self._size, eos_token=self._ends)
 
+    def prepare(self) -> None:
+        """Does what the first grammar would otherwise wait for."""
+        if self._ends:
+            _ = self._tokens
+
     def check(self, grammar: str) -> None:
         """Raises UserError for a grammar that is wrong or too complex."""
         failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, self._tokens)

@@ -102,101 +102,118 @@ def warm_up(llm: Llm, options: Options) -> None:
 
 def lead(llm: Llm, options: Options, followers: list[Connection], http: Connection, pulse: Pulse) -> None:
     """Rank 0: runs requests until the HTTP process says stop."""
+    _Leader(llm, options, followers, http).run(pulse)
 
-    def send(order: Order) -> None:
-        for follower in followers:
+
+class _Leader:
+    """Requests come from the HTTP process, with its numbers; the scheduler has numbers of its own."""
+
+    def __init__(self, llm: Llm, options: Options, followers: list[Connection], http: Connection):
+        self._followers, self._http = followers, http
+        self._runner = Runner.of(llm.session, options.policy, options.rows, options.chunk, self._send)
+        self._scheduler = self._runner.scheduler
+        self._matchers = _matchers(llm)
+        self._numbers: dict[int, int] = {}  # theirs to ours
+        self._requests: dict[int, Add] = {}  # by our numbers
+        self._last: float | None = None  # when the last turn ended, if it gave tokens
+        self._told = 0, 0  # requests running and waiting, as the HTTP process knows
+        self._signals = _Signals(http)
+        session = llm.session
+        http.send(
+            Ready(
+                slots=session.slots,
+                rows=self._scheduler.rows,
+                max_seq_len=session.limits.max_seq_len,
+                device="cuda" if session.on_gpu else "cpu",
+            )
+        )
+
+    def _send(self, order: Order | Stop) -> None:
+        for follower in self._followers:
             follower.send(order)
 
-    runner = Runner.of(llm.session, options.policy, options.rows, options.chunk, send)
-    matchers = _matchers(llm)
-    scheduler = runner.scheduler
-    http.send(
-        Ready(
-            slots=llm.session.slots,
-            rows=scheduler.rows,
-            max_seq_len=llm.session.limits.max_seq_len,
-            device="cuda" if llm.session.on_gpu else "cpu",
+    def run(self, pulse: Pulse) -> None:
+        while True:
+            news: list[News] = []
+            for message in self._http.poll(_IDLE_SECONDS if self._scheduler.idle else 0):
+                if isinstance(message, Stop):
+                    self._send(message)
+                    self._runner.finish()
+                    return
+                if isinstance(message, Abort):
+                    self._abort(message)
+                elif isinstance(message, Add):
+                    news += self._add(message)
+            self._signals.check()
+            tokens, seconds = 0, None
+            if self._scheduler.idle:
+                self._last = None
+            else:
+                with pulse.busy("a step"):
+                    events = self._runner.turn()
+                tokens, seconds = self._time(events)
+                news += self._news(events)
+            self._tell(news, tokens, seconds)
+
+    def _add(self, message: Add) -> list[News]:
+        try:
+            matcher = None if message.grammar is None else self._matchers(message.grammar)
+        except UserError as error:
+            return [News(number=message.number, finish_reason="error", error=str(error))]
+        request = Request(
+            prompt=message.prompt,
+            max_new_tokens=message.max_new_tokens,
+            eos_token_ids=message.eos_token_ids,
+            sampling=message.sampling,
+            scored=message.scored,
+            matcher=matcher,
         )
-    )
-    signals = _Signals(http)
-    numbers: dict[int, int] = {}  # the HTTP process's numbers to the scheduler's
-    names: dict[int, int] = {}  # and back
-    wants_prompt: dict[int, Add] = {}
-    last_decode: float | None = None
-    told = 0, 0  # requests running and waiting, as the HTTP process knows
-    while True:
-        news: list[News] = []
-        for message in http.poll(0 if not scheduler.idle else _IDLE_SECONDS):
-            if isinstance(message, Stop):
-                send_stop(followers)
-                runner.finish()
-                return
-            if isinstance(message, Abort):
-                for number in message.numbers:
-                    if number in numbers:
-                        names.pop(scheduler_number := numbers.pop(number), None)
-                        scheduler.abort(scheduler_number)
-                        wants_prompt.pop(number, None)
-            if isinstance(message, Add):
-                try:
-                    matcher = None if message.grammar is None else matchers(message.grammar)
-                except UserError as error:
-                    news.append(News(number=message.number, finish_reason="error", error=str(error)))
-                    continue
-                added = scheduler.add(
-                    Request(
-                        prompt=message.prompt,
-                        max_new_tokens=message.max_new_tokens,
-                        eos_token_ids=message.eos_token_ids,
-                        sampling=message.sampling,
-                        scored=message.scored,
-                        matcher=matcher,
-                    )
-                )
-                numbers[message.number], names[added] = added, message.number
-                if message.scored is not None:
-                    wants_prompt[message.number] = message
-        signals.check()
-        if scheduler.idle:
-            last_decode = None
-            if news or told != (0, 0):
-                http.send(Progress(news=tuple(news)))
-                told = 0, 0
-            continue
-        with pulse.busy("a step"):
-            events = runner.turn()
-        now = time.monotonic()
+        number = self._scheduler.add(request)
+        self._numbers[message.number], self._requests[number] = number, message
+        return []
+
+    def _abort(self, message: Abort) -> None:
+        for theirs in message.numbers:
+            number = self._numbers.pop(theirs, None)
+            if number is not None:
+                del self._requests[number]
+                self._scheduler.abort(number)
+
+    def _time(self, events: list[Event]) -> tuple[int, float | None]:
+        """The tokens of a turn, and the seconds since the turn before if both gave some."""
+        now, last = time.monotonic(), self._last
         tokens = sum(len(event.choices) for event in events)
-        news += [News(number=names[started]) for started in scheduler.started() if started in names]
+        self._last = now if tokens else None
+        return tokens, now - last if tokens and last is not None else None
+
+    def _news(self, events: list[Event]) -> list[News]:
+        started = (self._requests.get(number) for number in self._scheduler.started())
+        news = [News(number=request.number) for request in started if request is not None]
         for event in events:
-            if event.number not in names:
+            request = self._requests.get(event.number)
+            if request is None:
                 continue
-            number = names[event.number]
-            news.append(_news(event, number, wants_prompt.get(number)))
+            news.append(_news(event, request))
             if event.finish_reason:
-                names.pop(event.number), numbers.pop(number), wants_prompt.pop(number, None)
-        # A turn whose step only read a prompt is no decode step.
-        seconds = now - last_decode if tokens and last_decode is not None else None
-        last_decode = now if tokens else None
-        # A request that its client gave up gives no news.
-        state = scheduler.running, scheduler.waiting
-        if news or tokens or told != state:
-            told = state
-            http.send(
-                Progress(
-                    news=tuple(news),
-                    running=scheduler.running,
-                    waiting=scheduler.waiting,
-                    usage=scheduler.usage,
-                    step_seconds=seconds,
-                    tokens=tokens,
-                )
+                del self._requests[event.number], self._numbers[request.number]
+        return news
+
+    def _tell(self, news: list[News], tokens: int, seconds: float | None) -> None:
+        """Also without news if what runs and waits has changed: a request that its client gave up gives none."""
+        state = self._scheduler.running, self._scheduler.waiting
+        if not news and not tokens and state == self._told:
+            return
+        self._told = state
+        self._http.send(
+            Progress(
+                news=tuple(news),
+                running=state[0],
+                waiting=state[1],
+                usage=self._scheduler.usage,
+                step_seconds=seconds,
+                tokens=tokens,
             )
-
-
-def send_stop(followers: list[Connection]) -> None:
-    for follower in followers:
-        follower.send(Stop())
+        )
 
 
 def follow(llm: Llm, orders: Connection, pulse: Pulse) -> None:
@@ -220,17 +237,16 @@ def agree_on_the_end(llm: Llm, job: Job) -> None:
         raise RuntimeError("the ranks do not hold the same bits: their residual streams or tokens differ")
 
 
-def _news(event: Event, number: int, scored: Add | None) -> News:
+def _news(event: Event, request: Add) -> News:
     prompt: list[tuple[tuple[int, float], ...]] = []
-    if scored is not None and event.logits is not None:
+    if event.logits is not None:
         # Row i predicts the token after it; the last one of the prompt predicts a token that is not there.
-        wanted = scored.sampling.logprobs or 0
         for offset, row in enumerate(event.logits):
             following = event.first + offset + 1
-            if following < len(scored.prompt):
-                prompt.append(log_probabilities(row, scored.prompt[following], wanted))
+            if following < len(request.prompt):
+                prompt.append(log_probabilities(row, request.prompt[following], request.sampling.logprobs or 0))
     return News(
-        number=number,
+        number=request.number,
         choices=event.choices,
         finish_reason=event.finish_reason,
         cached=event.cached,
@@ -243,7 +259,9 @@ def _matchers(llm: Llm) -> Callable[[str], Matcher]:
         return lambda grammar: _refuse()
     from cqil_trt.serving.grammars import Grammars
 
-    return Grammars(llm.tokenizer, llm.engine.model.vocab_size, llm.ends).matcher
+    grammars = Grammars(llm.tokenizer, llm.engine.model.vocab_size, llm.ends)
+    grammars.prepare()
+    return grammars.matcher
 
 
 def _refuse() -> Any:
