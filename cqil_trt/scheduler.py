@@ -22,7 +22,12 @@ _COPIED = 16
 
 
 class Matcher(Protocol):
-    """The tokens that a grammar allows next. `mask`: uint32 [ceil(vocabulary / 32)], bit t of word t // 32."""
+    """The tokens that a grammar allows next. `mask`: uint32 [ceil(vocabulary / 32)], bit t of word t // 32.
+
+    `failure`: why it cannot go on, "" while it can.
+    """
+
+    failure: str
 
     def mask(self) -> np.ndarray: ...
 
@@ -121,8 +126,8 @@ class Outcome:
 class Event:
     """News of a sequence.
 
-    `logits`: after the prompt tokens from number `first` on. `finish_reason`: "" while it runs, then eos or length.
-    `cached`: prompt tokens that were reused.
+    `logits`: after the prompt tokens from number `first` on. `finish_reason`: "" while it runs, then eos, length, or
+    error with `error` saying why. `cached`: prompt tokens that were reused.
     """
 
     number: int
@@ -131,6 +136,7 @@ class Event:
     first: int = 0
     finish_reason: str = ""
     cached: int = 0
+    error: str = ""
 
 
 class _Sequence:
@@ -364,14 +370,17 @@ class Scheduler:
             if sequence.finished:
                 continue
             taken: list[Choice] = []
-            reason = ""
+            reason = error = ""
             request = sequence.request
             for choice in outcome.choices.get(slot, ()):
                 taken.append(choice)
                 sequence.tokens.append(choice.token)
                 if request.matcher is not None:
                     request.matcher.advance(choice.token)
-                if choice.token in request.eos_token_ids:
+                    error = request.matcher.failure
+                if error:
+                    reason = "error"
+                elif choice.token in request.eos_token_ids:
                     reason = "eos"
                 elif len(sequence.tokens) - len(request.prompt) == sequence.room:
                     reason = "length"
@@ -390,6 +399,7 @@ class Scheduler:
                         first=0 if step.chunk is None else step.chunk.first,
                         finish_reason=reason,
                         cached=sequence.cached,
+                        error=error,
                     )
                 )
         return events

@@ -34,7 +34,7 @@ from cqil_trt.table import table
 
 ROOT = Path(__file__).resolve().parent.parent
 # No event comes later than this, and the server has started and ended by then; otherwise something hangs.
-_PATIENCE = 300.0
+_PATIENCE = 120.0
 
 
 def parser() -> Parser:
@@ -114,6 +114,8 @@ def complete(port: int, prompt: list[int], count: int, served: Served) -> None:
         if not line.startswith(b"data: {"):
             continue
         event = json.loads(line[6:])
+        if "error" in event:
+            raise UserError(event["error"]["message"])
         new = event["usage"]["completion_tokens"] - tokens
         tokens += new
         if tokens == new:
@@ -135,7 +137,7 @@ def load(port: int, options: argparse.Namespace, clients: int, vocabulary: int, 
         try:
             for prompt in prompts[number]:
                 complete(port, prompt, options.new_tokens, served[number])
-        except (UserError, OSError, http.client.HTTPException) as error:
+        except (UserError, OSError, ValueError, KeyError, http.client.HTTPException) as error:
             failures.append(error)
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(clients)]

@@ -42,6 +42,8 @@ def seen(what):
 
 
 class FakeMatcher:
+    failure = ""
+
     def __init__(self, ends):
         self.tokens, self.ends = [], ends
 

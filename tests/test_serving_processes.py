@@ -11,6 +11,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from support import ROOT
 
 from cqil_trt.sampling import Choice, SamplingConfig
 from cqil_trt.scheduler import Outcome
@@ -20,6 +21,35 @@ for name in ("uvicorn", "starlette", "pydantic", "prometheus_client"):
 
 
 # The HTTP process, and ranks that are not real
+
+
+def test_what_rank_0_says_right_after_the_setup_is_not_lost(tmp_path):
+    from support.chat_models import make_chat_model
+
+    import cqil_trt
+    from cqil_trt.serving import wire
+
+    engine = cqil_trt.build(model=make_chat_model(tmp_path / "model"), p=1, output=tmp_path / "engine", probes="never")
+    ours, theirs = socket.socketpair()
+    monitor, listener = socket.socket(socket.AF_UNIX), socket.create_server(("127.0.0.1", 0))
+    monitor.bind(str(tmp_path / "monitor"))
+    monitor.listen()
+    control = wire.Connection(ours, "it")
+    control.send(wire.Setup(engine=str(engine.path), model_names=("m",)))
+    control.send(wire.Ready(slots=4, rows=2, max_seq_len=64, device="cpu"))
+    numbers = [sock.fileno() for sock in (theirs, monitor, listener)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cqil_trt.serving.frontend", *map(str, numbers)],
+        pass_fds=numbers,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    try:
+        assert "4 slots" in process.stdout.readline() and "serving at" in process.stdout.readline()
+    finally:
+        process.kill()
+        process.wait()
 
 
 class FakeRanks:

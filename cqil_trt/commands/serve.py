@@ -208,7 +208,10 @@ def _setup(options: argparse.Namespace, path: Path, job: Job) -> Any:
 
 def _keys(path: Path | None) -> tuple[str, ...]:
     """API keys of the file and of CQIL_API_KEYS. Raises UserError for a file without any."""
-    keys = [key for key in os.environ.get("CQIL_API_KEYS", "").split(",") if key]
+    given = os.environ.get("CQIL_API_KEYS", "")
+    keys = [key.strip() for key in given.split(",") if key.strip()]
+    if given and not keys:
+        raise UserError("CQIL_API_KEYS is set, but has no key")
     if path is not None:
         try:
             found = [line.strip() for line in path.read_text().splitlines() if line.strip()]
@@ -237,7 +240,9 @@ def _start_http(setup: Any, sockets: _Sockets) -> tuple[Any, subprocess.Popen[by
         stdin=subprocess.DEVNULL,
         env={**environment, "PYTHONPATH": os.pathsep.join(paths)},
     )
-    theirs.close()
+    # Closed here, so that nobody connects to them once the HTTP process has ended.
+    for sock in (theirs, sockets.monitor, sockets.listener):
+        sock.close()
     http = Connection(ours, HTTP)
     http.send(setup)
     return http, child

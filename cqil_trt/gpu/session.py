@@ -513,7 +513,7 @@ class CudaSession(Session):
         return self._graphs[key]
 
     def warm_up(self, rows: int) -> None:
-        """Captures the graphs of single decode steps of 1 to `rows` sequences. Nothing may be running.
+        """Captures the graphs of decode steps of 1 to `rows` sequences. Nothing may be running.
 
         All ranks call it together.
         """
@@ -521,7 +521,7 @@ class CudaSession(Session):
             slots = tuple(range(count))
             self._start([Start(slot=slot, prompt=(0,), sampling=SamplingConfig(), room=1) for slot in slots])
             self._arrange(Step(decode=slots))
-            for part in (_Part.GREEDY, _Part.SAMPLED):
+            for part in _Part:
                 self._graph(part)
         self._arranged = ()
         self._finish()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ def sampling_of(body: api.Sampled, logprobs: int | None, index: int, guided: boo
     """The sampling of choice `index`. Raises Refused for tokens that do not exist."""
     bias = []
     for name, value in (body.logit_bias or {}).items():
-        if not name.isdecimal() or int(name) >= vocabulary:
+        if not re.fullmatch("[0-9]{1,10}", name) or int(name) >= vocabulary:
             raise Refused(400, f"{name!r:.40} is not a token id from 0 to {vocabulary - 1}", "logit_bias")
         bias.append((int(name), value))
 
@@ -178,7 +179,9 @@ class Answer:
         self.cached = max(self.cached, update.cached)
         piece.choices = tuple(kept)
         self.finished = stopped or bool(update.finish_reason)
-        text = "" if self._text is None else self._text.take(self.finished)
+        # Without a tokenizer the text is the token ids, as run.py prints them.
+        ids = "".join(f"{choice.token} " for choice in kept)
+        text = ids if self._text is None else self._text.take(self.finished)
         if self._parser is None:
             piece.text = text
         else:

@@ -220,18 +220,6 @@ class Server:
     ) -> Exchange:
         """Sends the requests of one body to the engine. Raises Refused if there is no room or no engine."""
         client, setup = self.client, self.setup
-        if client.failure is not None:
-            raise Refused(503, f"the engine failed: {client.failure}", retry=5)
-        if client.draining:
-            client.metrics.refused("draining")
-            raise Refused(503, "the server is shutting down", retry=5)
-        if client.ready is None:
-            raise Refused(503, "the engine is loading", retry=2)
-        count = body.n or 1
-        rows = client.ready.rows
-        if client.active + count * len(prompts) > rows + setup.max_waiting:
-            client.metrics.refused("queue_full")
-            raise Refused(429, f"{client.active} requests are running or waiting, no more are taken", retry=1)
         found = grammar_of(body)
         if tools is not None and tools.grammar is not None:
             if found is not None:
@@ -242,6 +230,9 @@ class Server:
         grammar = None if found is None else found[0]
         if self.tokenizer is None and body.stops:
             raise Refused(400, "this engine has no tokenizer, which stop texts need", "stop")
+        # From here on nothing is awaited: what is checked holds until the requests are sent.
+        count = body.n or 1
+        self._check_room(count * len(prompts))
         exchange = Exchange(client, count, setup.request_seconds, setup.queue_seconds)
         vocabulary = self.engine.model.vocab_size
         for prompt, room in zip(prompts, rooms):
@@ -258,6 +249,20 @@ class Server:
                     grammar=grammar,
                 )
         return exchange
+
+    def _check_room(self, count: int) -> None:
+        """Raises Refused if there is no engine, or no room for so many more requests."""
+        client = self.client
+        if client.failure is not None:
+            raise Refused(503, f"the engine failed: {client.failure}", retry=5)
+        if client.draining:
+            client.metrics.refused("draining")
+            raise Refused(503, "the server is shutting down", retry=5)
+        if client.ready is None:
+            raise Refused(503, "the engine is loading", retry=2)
+        if client.active + count > client.ready.rows + self.setup.max_waiting:
+            client.metrics.refused("queue_full")
+            raise Refused(429, f"{client.active} requests are running or waiting, no more are taken", retry=1)
 
     async def _check_grammar(self, grammar: str, field: str) -> None:
         from cqil_trt.serving.grammars import Grammars
@@ -288,10 +293,10 @@ class Server:
         finally:
             if not body.stream:
                 exchange.close()
-        return EventStream(self._stream(first, pieces, exchange, form, body), exchange.close)
+        return EventStream(self._stream(first, pieces, exchange, form, body, note), exchange.close)
 
     async def _stream(
-        self, first: Piece, pieces: AsyncIterator[Piece], exchange: Exchange, form: Form, body: api.Sampled
+        self, first: Piece, pieces: AsyncIterator[Piece], exchange: Exchange, form: Form, body: api.Sampled, note: Note
     ) -> AsyncIterator[bytes]:
         options = body.stream_options or api.StreamOptions()
         try:
@@ -305,6 +310,7 @@ class Server:
                 yield event(form.envelope([], usage(exchange)))
             yield b"data: [DONE]\n\n"
         except Refused as refused:
+            note.failed = True
             yield event(error_body(refused))
 
 

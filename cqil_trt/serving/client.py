@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
-import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,8 @@ from cqil_trt.serving.metrics import Metrics
 
 # A rank that has not said for so long that it lives is taken for stopped.
 SILENCE_SECONDS = 3.0
+# While it loads: libraries are opened and CUDA is started in calls that let no other thread run.
+_LOADING_SILENCE_SECONDS = 60.0
 _WATCH_SECONDS = 0.1
 # While the engine loads, rank 0's word that it gives up may come after the end of another rank.
 _GIVING_UP_SECONDS = 0.5
@@ -88,6 +90,8 @@ class EngineClient:
         self.running, self.waiting, self.usage = 0, 0, 0.0
         self._control, self._monitor = control, monitor
         self._ranks: dict[int, RankState] = {}
+        # Of the ranks' processes: a process id may soon be another's.
+        self._handles: dict[int, int] = {}
         self._tickets: dict[int, Ticket] = {}
         self._number = 0
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -151,11 +155,12 @@ class EngineClient:
             self.ready = message
             host, port = self.address
             scheme = "http" if self.setup.certificate is None else "https"
-            print(
-                f"{self.setup.engine}: {message.slots} slots, {message.rows} sequences at a time, on {message.device}\n"
-                f"serving at {scheme}://{f'[{host}]' if ':' in host else host}:{port}",
-                flush=True,
-            )
+            with contextlib.suppress(OSError):  # nobody may read it
+                print(
+                    f"{self.setup.engine}: {message.slots} slots, {message.rows} sequences at a time, on "
+                    f"{message.device}\nserving at {scheme}://{f'[{host}]' if ':' in host else host}:{port}",
+                    flush=True,
+                )
         elif isinstance(message, wire.GivenUp):
             self._stopping = True
         elif isinstance(message, wire.Draining):
@@ -206,13 +211,13 @@ class EngineClient:
             while True:
                 beat = await self._receive(reader)
                 rank = beat.rank
+                if rank not in self._handles:
+                    self._handles[rank] = os.pidfd_open(beat.process)
                 self._ranks[rank] = RankState(time.monotonic(), beat.process, beat.busy_since, beat.doing)
                 self.metrics.rank_seen(rank)
         except (asyncio.IncompleteReadError, OSError):
             if rank is not None:
-                await self._lost(f"rank {rank} (process {self._ranks[rank].process}) has ended")
-                if self._stopping:
-                    del self._ranks[rank]  # as it should
+                await self._lost(f"rank {rank} (process {self._ranks.pop(rank).process}) has ended")
         finally:
             writer.close()
 
@@ -227,8 +232,9 @@ class EngineClient:
             if stalled:
                 for state in self._ranks.values():
                     state.seen = now
+            silence = _LOADING_SILENCE_SECONDS if self.ready is None else SILENCE_SECONDS
             for rank, state in self._ranks.items():
-                if now - state.seen > SILENCE_SECONDS:
+                if now - state.seen > silence:
                     self.fail(f"rank {rank} (process {state.process}) has been silent for {now - state.seen:.1f} s")
                 elif self.ready is not None and state.busy_since is not None:
                     seconds = now - state.busy_since
@@ -252,25 +258,25 @@ class EngineClient:
         if self.failure is not None:
             return
         self.failure = reason
-        print(f"error: {reason}: ending the job", file=sys.stderr, flush=True)
         for ticket in list(self._tickets.values()):
             ticket.tell(Update(finish_reason="error", error=f"the engine failed: {reason}"))
         self._tickets.clear()
         self._spawn(self._linger())
+        wire.say(f"error: {reason}: ending the job")
 
     async def _linger(self) -> None:
         await asyncio.sleep(LINGER_SECONDS)
         self.exit_code = 1
-        self.kill()
-        self.ended.set()
+        try:
+            self.kill()
+        finally:
+            self.ended.set()
 
     def kill(self) -> None:
         """Ends every rank at once."""
-        for state in self._ranks.values():
-            try:
-                os.kill(state.process, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+        for handle in self._handles.values():
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(handle, signal.SIGKILL)
 
     def drain(self) -> None:
         """Lets running requests finish, takes no new ones, then stops the ranks."""

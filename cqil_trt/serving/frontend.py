@@ -59,19 +59,26 @@ async def serve(setup: wire.Setup, control: socket.socket, monitor: socket.socke
     )
     http = _Uvicorn(config)
     serving = asyncio.create_task(http.serve([listener]))
-    await client.ended.wait()
+    ending = asyncio.create_task(client.ended.wait())
+    await asyncio.wait({serving, ending}, return_when=asyncio.FIRST_COMPLETED)
+    if serving.done():
+        client.fail(f"the HTTP server has ended ({serving.exception()})")
+        await ending
     http.should_exit = True
-    await serving
+    with contextlib.suppress(Exception):  # it was told
+        await serving
     return client.exit_code
 
 
 def main(arguments: list[str]) -> int:
     control, monitor, listener = (socket.socket(fileno=int(number)) for number in arguments)
-    connection = wire.Connection(control, "rank 0")
     try:
-        setup: Any = connection.receive()
+        setup: Any = wire.receive_one(control)
     except wire.Closed:
         return 1
+    # The rank that started this process may be bound to one core, which it keeps busy.
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
     for sock in (control, monitor, listener):
         sock.setblocking(False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -80,6 +87,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    sys.stderr.flush()
-    os._exit(code)
+    os._exit(main(sys.argv[1:]))

@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 import secrets
-import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +29,7 @@ class Note:
     prompt_tokens: int | None = None
     exchange: Exchange | None = None
     body: bytes | None = None
+    failed: bool = False  # after the response had begun
 
 
 class Gate:
@@ -46,7 +46,8 @@ class Gate:
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         note = Note(
-            id=given if re.fullmatch(r"[\w.:-]{1,128}", given) else secrets.token_hex(8), began=time.monotonic()
+            id=given if re.fullmatch(r"[\w.:-]{1,128}", given, re.ASCII) else secrets.token_hex(8),
+            began=time.monotonic(),
         )
         scope.setdefault("state", {})["note"] = note
         begun = False
@@ -84,7 +85,7 @@ class Gate:
                 await error_response(refused)(scope, receive, answer)
         except Exception as error:
             # Starlette has answered with status 500.
-            print(f"error: request {note.id}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            wire.say(f"error: request {note.id}: {type(error).__name__}: {error}")
         finally:
             self._log(scope, note)
 
@@ -116,7 +117,7 @@ class Gate:
                 now = time.monotonic()
                 prefill = None if ticket.first_at is None else ticket.first_at - (ticket.started_at or ticket.queued_at)
                 decode = None if ticket.first_at is None else (ticket.last_at or now) - ticket.first_at
-                if note.status >= 500:
+                if note.status >= 500 or note.failed:
                     finish = "error"
                 metrics.finished(finish, now - ticket.queued_at, ticket.prompt_tokens, answer.tokens, prefill, decode)
             first = min((a.ticket.first_at for a in answers if a.ticket.first_at is not None), default=None)
@@ -127,4 +128,4 @@ class Gate:
         if note.body is not None:
             line["body"] = note.body.decode(errors="replace")
         if self._setup.log_requests and scope["path"] not in ("/health", "/ready", "/metrics"):
-            print(json.dumps(line, ensure_ascii=False), file=sys.stderr, flush=True)
+            wire.say(json.dumps(line, ensure_ascii=False))

@@ -76,16 +76,24 @@ class GrammarMatcher:
 
     def __init__(self, matcher: LLMatcher, size: int):
         self._matcher, self._words = matcher, -(-size // 32)
+        self.failure = ""
 
     def mask(self) -> np.ndarray:
         """The tokens allowed next, uint32 [ceil(vocabulary / 32)]."""
         found = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
         mask = np.zeros(self._words, np.uint32)
         mask[: len(found)] = found[: self._words]
+        self._check()
         return mask
 
     def advance(self, token: int) -> None:
         self._matcher.consume_token(token)
+        self._check()
+
+    def _check(self) -> None:
+        """llguidance does not raise: once it has failed, it allows the end of the text only."""
+        if self._matcher.is_error():
+            self.failure = f"the grammar: {' '.join(self._matcher.get_error().split())[:300]}"
 
 
 def json_schema(schema: Mapping[str, Any] | str) -> str:

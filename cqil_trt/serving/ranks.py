@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +31,7 @@ from cqil_trt.serving.wire import (
     Ready,
     Stop,
     connect,
+    say,
 )
 
 HTTP = "the HTTP process"
@@ -57,8 +57,10 @@ class Pulse:
     @contextmanager
     def busy(self, doing: str) -> Iterator[None]:
         self._busy = time.monotonic(), doing
-        yield
-        self._busy = None
+        try:
+            yield
+        finally:
+            self._busy = None
 
     def end(self) -> None:
         """From now on the HTTP process may end."""
@@ -73,7 +75,7 @@ class Pulse:
             except Closed as closed:
                 if not self._ended:
                     # Without the HTTP process nobody can ask for anything; the rank may be waiting for another one.
-                    print(f"error: rank {self._rank}: {closed}", file=sys.stderr, flush=True)
+                    say(f"error: rank {self._rank}: {closed}")
                     time.sleep(HEARD_SECONDS)
                     os._exit(1)
                 return
@@ -250,6 +252,7 @@ def _news(event: Event, request: Add) -> News:
         choices=event.choices,
         finish_reason=event.finish_reason,
         cached=event.cached,
+        error=event.error,
         prompt_logprobs=tuple(prompt),
     )
 

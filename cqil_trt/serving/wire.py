@@ -5,11 +5,13 @@ The sockets are in a directory that only this user can enter, or were inherited,
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import select
 import socket
 import struct
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ from cqil_trt.errors import JobError
 from cqil_trt.sampling import Choice, SamplingConfig
 
 _LENGTH = struct.Struct("<I")
-# More than all that a step says, so that a sender does not wait for a reader that is late.
+# Room for what a step says while the reader is late; the system may allow less (net.core.wmem_max).
 _BUFFER_BYTES = 8 << 20
 
 
@@ -95,6 +97,25 @@ class Connection:
 
     def close(self) -> None:
         self.socket.close()
+
+
+def receive_one(sock: socket.socket) -> Any:
+    """The next message, and not a byte of what follows it, which somebody else is to read. Raises Closed at the end."""
+    size = HEADER_BYTES
+    header = sock.recv(size, socket.MSG_WAITALL)
+    body = b""
+    if len(header) == size:
+        size = body_bytes(header)
+        body = sock.recv(size, socket.MSG_WAITALL)
+    if len(body) != size:
+        raise Closed("the sender has ended")
+    return unpack(body)
+
+
+def say(*lines: str) -> None:
+    """Prints to standard error, whose reader may be gone: that must not keep anything from going on."""
+    with contextlib.suppress(OSError, ValueError):
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
 HEADER_BYTES = _LENGTH.size

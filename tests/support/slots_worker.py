@@ -33,6 +33,8 @@ SAMPLED = [
 class Residues:
     """A matcher that allows the tokens t with t % 5 equal to the number of tokens so far % 5."""
 
+    failure = ""
+
     def __init__(self, vocabulary):
         self._vocabulary, self._count = vocabulary, 0
 
