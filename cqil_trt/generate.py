@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from cqil_trt.errors import UserError
 from cqil_trt.runner import Runner
 from cqil_trt.sampling import SamplingConfig
-from cqil_trt.scheduler import Request
+from cqil_trt.scheduler import Request, check_prompt
 from cqil_trt.tokenizer import Tokenizer
 
 
@@ -133,13 +133,16 @@ def generate(
     tokenizer: Tokenizer | None = None,
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[Completion]:
-    """Completes every prompt (token ids, which the engine accepts).
+    """Completes every prompt (token ids). Raises UserError for one that the engine does not accept.
 
     `on_text(index, text)` is called as text appears. Without a tokenizer completions carry tokens only, and `stop`
     cannot be used: UserError.
     """
     if config.stop and tokenizer is None:
         raise UserError("--stop needs a tokenizer, which this engine does not have")
+    session = runner.session
+    for number, prompt in enumerate(prompts, 1):  # a session may hold less than its engine says
+        check_prompt(prompt, f"prompt {number}", session.vocab_size, session.limits.max_seq_len)
     sequences = [_Sequence(prompt, config, tokenizer) for prompt in prompts]
     running: dict[int, int] = {}
     for index, prompt in enumerate(prompts):

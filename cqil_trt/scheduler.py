@@ -212,7 +212,9 @@ class Scheduler:
     # What the caller says
 
     def add(self, request: Request) -> int:
-        """Queues a request; returns the number that names it in events."""
+        """Queues a request; returns the number that names it in events. Raises ValueError for one that does not fit."""
+        if not 0 < len(request.prompt) <= self._max_seq_len:
+            raise ValueError(f"a prompt of {len(request.prompt)} tokens, a slot holds {self._max_seq_len}")
         self._number += 1
         self._waiting.append((self._number, request))
         return self._number
