@@ -111,6 +111,12 @@ def run(options: argparse.Namespace, job: Job) -> None:
     from cqil_trt.llm import Llm
 
     rows = min(options.max_running or engine.limits.max_batch_size, engine.limits.max_batch_size)
+
+    def say(text: str) -> None:
+        if job.rank == 0:
+            print(text, flush=True)
+
+    say(f"{path}: loading ...")
     try:
         llm = Llm(path, job, options.device, options.slots or _SLOTS_PER_ROW * rows)
     except UserError:
@@ -119,6 +125,7 @@ def run(options: argparse.Namespace, job: Job) -> None:
         raise
     chunk = options.prefill_chunk or (None if llm.session.on_gpu else _CPU_CHUNK)
     chosen = ranks.Options(policy=options.policy, rows=rows, chunk=chunk)
+    say("warming up ...")
     ranks.warm_up(llm, chosen)
     try:
         if http is None:
