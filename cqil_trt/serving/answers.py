@@ -230,7 +230,7 @@ class Exchange:
             if answer.finished:
                 continue
             if update.finish_reason == "error":
-                raise Refused(503, update.error, retry=5)
+                raise Refused(update.status, update.error, retry=5 if update.status == 503 else None)
             if not (update.choices or update.finish_reason or update.prompt_logprobs):
                 continue
             piece = answer.add(update)

@@ -28,11 +28,15 @@ LINGER_SECONDS = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """Tokens of a request, and why it ended: "" while it runs, then eos, length or error."""
+    """Tokens of a request, and why it ended: "" while it runs, then eos, length or error.
+
+    `status`: of an error, whether it is the request's (400) or the server's (503).
+    """
 
     choices: tuple[Choice, ...] = ()
     finish_reason: str = ""
     error: str = ""
+    status: int = 503
     cached: int = 0
     prompt_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
     arrived: float = 0.0
@@ -199,6 +203,7 @@ class EngineClient:
                 choices=news.choices,
                 finish_reason=news.finish_reason,
                 error=news.error,
+                status=400,  # rank 0 refuses or gives up a request for its grammar only
                 cached=news.cached,
                 prompt_logprobs=news.prompt_logprobs,
                 arrived=now,

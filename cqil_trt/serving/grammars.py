@@ -62,6 +62,10 @@ class Grammars:
         failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, self._tokens)
         if failed:
             raise UserError(" ".join(messages[0].split())[:300])
+        matcher = self.matcher(grammar)
+        matcher.mask()  # which fails for a grammar that derives no text
+        if matcher.failure:
+            raise UserError(matcher.failure)
 
     def matcher(self, grammar: str) -> GrammarMatcher:
         """Raises UserError for a grammar that is wrong or too complex."""
