@@ -51,10 +51,20 @@ class StoppingText:
         self._longest = max(map(len, stops), default=0)
         # The text that has not been taken yet, and for each character whether it is shown: "+" or "-".
         self._waiting, self._shown = "", ""
-        self.stopped: str | None = None  # the stop text that came
+        self._stopped = False
 
-    def add(self, token: int) -> bool:
-        """Adds a token; returns whether a stop text is complete. The token that ends a sequence is not added."""
+    def feed(self, tokens: Sequence[int], finish_reason: str) -> tuple[int, str]:
+        """Adds tokens up to a stop text; returns how many that were, and why the sequence ends: stop, or as given.
+
+        With eos, the last token has no text.
+        """
+        for number, token in enumerate(tokens, 1):
+            if not (finish_reason == "eos" and number == len(tokens)) and self._add(token):
+                return number, "stop"
+        return len(tokens), finish_reason
+
+    def _add(self, token: int) -> bool:
+        """Adds a token; returns whether a stop text is complete."""
         control = self._control_text(token) if self._stops or self._visible else None
         if control is not None and control in self._visible:
             self._append(control, "+")
@@ -63,15 +73,12 @@ class StoppingText:
         else:
             self._append(control, "-")
         found = [
-            (places[place], stop)
-            for text, places in self._views()
-            for stop in self._stops
-            if (place := text.find(stop)) >= 0
+            places[place] for text, places in self._views() for stop in self._stops if (place := text.find(stop)) >= 0
         ]
         if found:
-            end, self.stopped = min(found, key=lambda pair: pair[0])
-            self._waiting, self._shown = self._waiting[:end], self._shown[:end]
-        return bool(found)
+            self._stopped = True
+            self._waiting, self._shown = self._waiting[: min(found)], self._shown[: min(found)]
+        return self._stopped
 
     def _append(self, text: str, mark: str) -> None:
         self._waiting += text
@@ -79,7 +86,7 @@ class StoppingText:
 
     def take(self, done: bool) -> str:
         """Takes the text that is certain; all of it if the sequence is `done`."""
-        if done and self.stopped is None:
+        if done and not self._stopped:
             self._append(self._stream.finish(), "+")
         certain = len(self._waiting) if done else self._before_possible_stop()
         text = "".join(c for c, mark in zip(self._waiting[:certain], self._shown) if mark == "+")
@@ -112,15 +119,15 @@ class _Sequence:
         self.completion = Completion(prompt=list(prompt))
         self._text = None if tokenizer is None else StoppingText(tokenizer, config.stop)
 
-    def add(self, token: int, finish_reason: str) -> str:
-        """Adds the next token; returns the text that is now certain. `finish_reason`: "" unless it is the last."""
+    def add(self, tokens: Sequence[int], finish_reason: str) -> str:
+        """Adds the next tokens; returns the text that is now certain. `finish_reason`: "" while there are more."""
         completion = self.completion
-        completion.tokens.append(token)
-        completion.finish_reason = finish_reason
         if self._text is None:
+            completion.tokens += tokens
+            completion.finish_reason = finish_reason
             return ""
-        if finish_reason != "eos" and self._text.add(token):
-            completion.finish_reason = "stop"
+        count, completion.finish_reason = self._text.feed(tokens, finish_reason)
+        completion.tokens += tokens[:count]
         text = self._text.take(bool(completion.finish_reason))
         completion.text += text
         return text
@@ -159,13 +166,10 @@ def generate(
                 continue
             index = running[event.number]
             sequence = sequences[index]
-            for choice in event.choices:
-                last = choice is event.choices[-1]
-                text = sequence.add(choice.token, event.finish_reason if last else "")
-                if on_text is not None and text:
-                    on_text(index, text)
-                if sequence.completion.finish_reason:
-                    del running[event.number]
-                    runner.scheduler.abort(event.number)
-                    break
+            text = sequence.add([choice.token for choice in event.choices], event.finish_reason)
+            if on_text is not None and text:
+                on_text(index, text)
+            if sequence.completion.finish_reason:
+                del running[event.number]
+                runner.scheduler.abort(event.number)
     return [sequence.completion for sequence in sequences]

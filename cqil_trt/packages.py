@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from cqil_trt import backends
 
 # Import names of packages that no backend lists, and the extra that installs each (None: a plain dependency).
@@ -9,7 +11,15 @@ _EXTRAS: dict[str, str | None] = {
     **dict.fromkeys(("numpy", "tqdm", "tokenizers", "sentencepiece", "jinja2", "safetensors", "pycparser")),
     **dict.fromkeys(("gguf", "transformers", "peft", "huggingface_hub", "google"), "torch"),
     **dict.fromkeys(("datasets", "lm_eval", "matplotlib", "nltk"), "quality"),
+    **dict.fromkeys(("uvicorn", "starlette", "pydantic", "prometheus_client", "llguidance"), "serve"),
 }
+
+
+def check(extra: str) -> None:
+    """Raises ModuleNotFoundError, which `missing` explains, for a package of this extra that is not installed."""
+    for name, installs in _EXTRAS.items():
+        if installs == extra and find_spec(name) is None:
+            raise ModuleNotFoundError(name=name)
 
 
 def missing(error: ModuleNotFoundError) -> str | None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from cqil_trt.scheduler import Event, Outcome, Request, Scheduler, Step
+from cqil_trt.scheduler import Event, Request, Scheduler, Step
 from cqil_trt.session import Session
 
 # What a rank must do next: a step, or the masks that the step before waits for.
@@ -95,23 +94,23 @@ class Follower:
 
     def __init__(self, session: Session):
         self._session = session
-        self._in_flight: deque[Step] = deque()
+        self._in_flight = 0
 
-    def follow(self, order: Order) -> list[Outcome]:
-        """Executes an order; returns the outcomes that are certain by now."""
+    def follow(self, order: Order) -> None:
+        """Executes an order, and collects the outcomes that are due by now."""
         if not isinstance(order, Step):
             self._session.choose(order)
-            return []
+            return
         self._session.submit(order)
-        self._in_flight.append(order)
-        outcomes = []
-        while len(self._in_flight) > self._session.ahead + 1:
-            self._in_flight.popleft()
-            outcomes.append(self._session.collect())
-        return outcomes
+        self._in_flight += 1
+        while self._in_flight > self._session.ahead + 1:
+            self._collect()
 
-    def finish(self) -> list[Outcome]:
-        """The remaining outcomes."""
-        outcomes = [self._session.collect() for _ in self._in_flight]
-        self._in_flight.clear()
-        return outcomes
+    def finish(self) -> None:
+        """Collects the remaining outcomes."""
+        while self._in_flight:
+            self._collect()
+
+    def _collect(self) -> None:
+        self._session.collect()
+        self._in_flight -= 1

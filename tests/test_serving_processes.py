@@ -36,7 +36,7 @@ def test_what_rank_0_says_right_after_the_setup_is_not_lost(tmp_path):
     monitor.listen()
     control = wire.Connection(ours, "it")
     control.send(wire.Setup(engine=str(engine.path), model_names=("m",)))
-    control.send(wire.Ready(slots=4, rows=2, max_seq_len=64, device="cpu"))
+    control.send(wire.Ready(slots=4, rows=2, device="cpu"))
     numbers = [sock.fileno() for sock in (theirs, monitor, listener)]
     process = subprocess.Popen(
         [sys.executable, "-m", "cqil_trt.serving.frontend", *map(str, numbers)],
@@ -68,10 +68,10 @@ class FakeRanks:
         for sock in (theirs, monitor):
             sock.setblocking(False)
         self.control = wire.Connection(control, "it")
-        values = wire.Setup(engine="", model_names=("m",), world_size=2, **setup)
+        values = wire.Setup(engine="", model_names=("m",), **setup)
         self.client = client.EngineClient(values, ("127.0.0.1", 0), theirs, monitor, Metrics("m"))
         self.process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-        self.ready = wire.Ready(slots=4, rows=2, max_seq_len=64, device="cpu")
+        self.ready = wire.Ready(slots=4, rows=2, device="cpu")
 
     def beat(self, connection, rank, busy_since=None):
         from cqil_trt.serving import wire

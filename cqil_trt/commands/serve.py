@@ -1,4 +1,4 @@
-"""runtime/serve.py, cqil-serve: an engine behind OpenAI's API. Started by mpirun, on every rank."""
+"""runtime/serve.py, cqil-serve: an OpenAI-compatible server in front of an engine. Started by mpirun, on every rank."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from cqil_trt import packages
 from cqil_trt.backends import DEVICES
 from cqil_trt.commands import RankParser, check_at_least, run_ranks
 from cqil_trt.engine import Engine, find_engine
@@ -21,8 +21,6 @@ from cqil_trt.errors import UserError
 from cqil_trt.job import Job
 from cqil_trt.scheduler import POLICIES
 
-# Packages of the extra `serve`, by import name.
-_PACKAGES = ("uvicorn", "starlette", "pydantic", "prometheus_client", "llguidance")
 # Tokens of a prompt between two decode steps on a CPU, where a longer chunk would hold up running sequences for long.
 _CPU_CHUNK = 128
 # Sequences that the KV cache remembers for each that runs, where memory suffices.
@@ -90,7 +88,7 @@ def run(options: argparse.Namespace, job: Job) -> None:
     path = job.share(lambda: options.engine or find_engine(Path("engines"), job.size))
     engine = job.agree(lambda: Engine.open(path))
     job.agree(lambda: _check_engine(engine, job))
-    setup = job.agree(lambda: _setup(options, path, job) if job.rank == 0 else None)
+    setup = job.agree(lambda: _setup(options, path) if job.rank == 0 else None)
     sockets = job.agree(lambda: _listen(options) if job.rank == 0 else None)
     directory = job.share(lambda: str(sockets.rendezvous.directory))  # type: ignore[union-attr]
 
@@ -140,15 +138,12 @@ def run(options: argparse.Namespace, job: Job) -> None:
     if http is not None and child is not None:
         http.close()
         child.wait()
-    if job.rank == 0:
-        print("stopped: all ranks hold identical bits", flush=True)
+    say("stopped: all ranks hold identical bits")
 
 
 def check(options: argparse.Namespace) -> None:
-    """Raises UserError for options that cannot be."""
-    missing = [name for name in _PACKAGES if find_spec(name) is None]
-    if missing:
-        raise UserError(f"the server needs {', '.join(missing)}: pip install 'cqil-trt[serve]'")
+    """Raises UserError for options that cannot be, ModuleNotFoundError for a missing package."""
+    packages.check("serve")
     check_at_least(options, 1, "max_running", "slots", "prefill_chunk", "max_body_bytes")
     check_at_least(options, 0, "max_waiting")
     if not options.drain_seconds >= 0:  # NaN is not
@@ -192,7 +187,7 @@ def _listen(options: argparse.Namespace) -> _Sockets:
     return _Sockets(listener, rendezvous.listen("orders"), rendezvous.listen("monitor"), rendezvous)
 
 
-def _setup(options: argparse.Namespace, path: Path, job: Job) -> Any:
+def _setup(options: argparse.Namespace, path: Path) -> Any:
     from cqil_trt.serving.wire import Setup
 
     return Setup(
@@ -209,7 +204,6 @@ def _setup(options: argparse.Namespace, path: Path, job: Job) -> Any:
         step_seconds=options.step_timeout,
         log_text=options.log_text,
         log_requests=not options.no_log,
-        world_size=job.size,
     )
 
 

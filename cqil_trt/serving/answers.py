@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import secrets
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from cqil_trt.errors import UserError
 from cqil_trt.generate import StoppingText
 from cqil_trt.sampling import Choice, SamplingConfig
-from cqil_trt.serving import api, tool_calls
+from cqil_trt.serving import api, grammars, tool_calls
 from cqil_trt.serving.client import EngineClient, Ticket, Update
 from cqil_trt.serving.refusals import Refused
 from cqil_trt.tokenizer import Conversation, Tokenizer
@@ -50,29 +51,23 @@ def sampling_of(body: api.Sampled, logprobs: int | None, index: int, guided: boo
 
 def grammar_of(body: api.Sampled) -> tuple[str, str] | None:
     """The grammar that an answer must follow and the field that asks for it. Raises Refused for a wrong one."""
-    from cqil_trt.serving import grammars
-
-    field = ""
-    try:
-        if body.guided_json is not None:
-            field = "guided_json"
-            return grammars.json_schema(body.guided_json), field
-        if body.guided_regex is not None:
-            field = "guided_regex"
-            return grammars.regex(body.guided_regex), field
-        if body.guided_choice is not None:
-            field = "guided_choice"
-            return grammars.choice(body.guided_choice), field
-        if body.guided_grammar is not None:
-            field = "guided_grammar"
-            return grammars.lark(body.guided_grammar), field
-        if isinstance(body, api.ChatBody) and body.response_format is not None and body.wants_json:
-            field = "response_format"
-            given = body.response_format.json_schema
-            schema = {"type": "object"} if given is None or given.schema_ is None else given.schema_
-            return grammars.json_schema(schema), field
-    except UserError as error:
-        raise Refused(400, str(error), field) from None
+    makers: dict[str, Callable[[Any], str]] = {
+        "guided_json": grammars.json_schema,
+        "guided_regex": grammars.regex,
+        "guided_choice": grammars.choice,
+        "guided_grammar": grammars.lark,
+    }
+    wanted = {name: getattr(body, name) for name in makers}
+    if isinstance(body, api.ChatBody) and body.response_format is not None and body.wants_json:
+        given = body.response_format.json_schema
+        makers["response_format"] = grammars.json_schema
+        wanted["response_format"] = {"type": "object"} if given is None or given.schema_ is None else given.schema_
+    for name, value in wanted.items():
+        if value is not None:  # the body has at most one
+            try:
+                return makers[name](value), name
+            except UserError as error:
+                raise Refused(400, str(error), name) from None
     return None
 
 
@@ -97,8 +92,6 @@ def conversation_of(body: api.ChatBody | api.TokenizeBody) -> Conversation:
 
 
 def _parsed(arguments: str) -> Any:
-    import json
-
     try:
         return json.loads(arguments)
     except ValueError:
@@ -107,7 +100,7 @@ def _parsed(arguments: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Tools:
-    """What the answer may call. `forced`: it must, one function or several."""
+    """What the answer may call; with a `grammar` it must."""
 
     format: str
     names: frozenset[str]
@@ -130,8 +123,6 @@ def tools_of(body: api.ChatBody, tokenizer: Tokenizer) -> Tools | None:
     functions = [tool.function for tool in body.tools if tool.function.name in wanted]
     described = [{"name": function.name, "parameters": function.parameters} for function in functions]
     several = body.parallel_tool_calls is not False and body.tool_choice == "required"
-    from cqil_trt.serving import grammars
-
     # Where the marks are control tokens, their letters are not what the model has learned to write.
     mark = tokenizer.vocabulary.id_of(_TOOL_MARKS[0])
     special = mark is not None and tokenizer.vocabulary.special_text(mark) is not None
@@ -167,21 +158,18 @@ class Answer:
     def add(self, update: Update) -> Piece:
         """Takes in what came from the engine."""
         piece = Piece(index=self.ticket.index, prompt_logprobs=update.prompt_logprobs)
-        kept: list[Choice] = []
-        stopped = False
-        for number, choice in enumerate(update.choices, 1):
-            kept.append(choice)
-            ends = update.finish_reason == "eos" and number == len(update.choices)
-            if not ends and self._text is not None and self._text.add(choice.token):
-                stopped = True
-                break
-        self.tokens += len(kept)
+        tokens, reason = [choice.token for choice in update.choices], update.finish_reason
+        if self._text is None:
+            self.finished = bool(reason)
+            text = "".join(f"{token} " for token in tokens)  # as run.py prints them
+        else:
+            count, reason = self._text.feed(tokens, reason)
+            tokens = tokens[:count]
+            self.finished = bool(reason)
+            text = self._text.take(self.finished)
+        self.tokens += len(tokens)
         self.cached = max(self.cached, update.cached)
-        piece.choices = tuple(kept)
-        self.finished = stopped or bool(update.finish_reason)
-        # Without a tokenizer the text is the token ids, as run.py prints them.
-        ids = "".join(f"{choice.token} " for choice in kept)
-        text = ids if self._text is None else self._text.take(self.finished)
+        piece.choices = update.choices[: len(tokens)]
         if self._parser is None:
             piece.text = text
         else:
@@ -189,9 +177,8 @@ class Answer:
             piece.text = "".join(delta.text for delta in deltas if delta.index is None)
             piece.calls = [delta for delta in deltas if delta.index is not None]
         if self.finished:
-            length = not stopped and update.finish_reason == "length"
             called = self._parser is not None and self._parser.called
-            self.reason = piece.finish_reason = "length" if length else "tool_calls" if called else "stop"
+            self.reason = piece.finish_reason = "length" if reason == "length" else "tool_calls" if called else "stop"
         return piece
 
 

@@ -33,6 +33,7 @@ from cqil_trt.serving.answers import (
 from cqil_trt.serving.client import EngineClient
 from cqil_trt.serving.forms import ChatForm, CompletionForm, Form, read_tokens, usage
 from cqil_trt.serving.gate import Gate, Note
+from cqil_trt.serving.grammars import Grammars
 from cqil_trt.serving.refusals import REASONS, Refused, error_body, error_response
 from cqil_trt.serving.streams import EventStream, Gone, event, unless_gone
 from cqil_trt.tokenizer import Tokenizer
@@ -50,7 +51,9 @@ class Server:
         self.engine, self.tokenizer, self.ends = engine, tokenizer, ends
         self.limits = engine.limits
         self.created = int(time.time())
-        self._grammars: Any = None
+        self._page = _PAGE.read_text()
+        self._policy = content_security_policy(self._page)
+        self._grammars = None if tokenizer is None else Grammars(tokenizer, engine.model.vocab_size, ends)
 
     def routes(self) -> list[Route]:
         post = ["POST"]
@@ -72,8 +75,7 @@ class Server:
     # State
 
     async def page(self, request: Request) -> Response:
-        html = _PAGE.read_text()
-        return HTMLResponse(html, headers={"Content-Security-Policy": content_security_policy(html)})
+        return HTMLResponse(self._page, headers={"Content-Security-Policy": self._policy})
 
     async def health(self, request: Request) -> Response:
         failure = self.client.failure
@@ -126,7 +128,7 @@ class Server:
                 ids = await self._apart(_size(body.messages), lambda: tokenizer.chat(conversation_of(body)))
             else:
                 text = body.prompt or ""
-                ids = await self._apart(len(text), lambda: tokenizer.encode(text, body.add_special_tokens))
+                ids = await self._apart(len(text), tokenizer.encode, text, body.add_special_tokens)
         except UserError as error:
             raise Refused(400, str(error), "messages" if body.messages else "prompt") from None
         return JSONResponse({"count": len(ids), "max_model_len": self.limits.max_seq_len, "tokens": ids})
@@ -134,20 +136,17 @@ class Server:
     async def detokenize(self, request: Request) -> Response:
         body = api.parse(api.DetokenizeBody, await request.body())
         self._check_model(body.model)
-        self._check_tokens(body.tokens, "tokens")
+        size = self.engine.model.vocab_size
+        if any(token >= size for token in body.tokens):
+            raise Refused(400, f"a token id is not from 0 to {size - 1}", "tokens")
         tokenizer = self._tokenizer()
-        text = await self._apart(len(body.tokens), lambda: "".join(read_tokens(tokenizer, body.tokens)))
+        text = await self._apart(len(body.tokens), read_tokens, tokenizer, body.tokens)
         return JSONResponse({"prompt": text})
 
     def _tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise Refused(400, "this engine has no tokenizer: give prompts as token ids to /v1/completions", "prompt")
         return self.tokenizer
-
-    def _check_tokens(self, tokens: list[int], field: str) -> None:
-        size = self.engine.model.vocab_size
-        if any(token >= size for token in tokens):
-            raise Refused(400, f"a token id is not from 0 to {size - 1}", field)
 
     async def _apart(self, size: int, work: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.to_thread(work, *arguments) if size > _LONG_TEXT else work(*arguments)
@@ -169,7 +168,7 @@ class Server:
         except UserError as error:
             variables = "chat_template_kwargs"
             raise Refused(400, str(error), variables if variables in str(error) else "messages") from None
-        room = self._room([prompt], body.limit, "messages")
+        room = self._room(prompt, body.limit, "messages")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         exchange = await self._ask(body, [prompt], [room], logprobs, tools=tools)
         form = ChatForm(body, self.setup.model_names[0], self.tokenizer)
@@ -192,21 +191,20 @@ class Server:
             prompts.append(ids)
         if body.limit == 0 and not body.echo:
             raise Refused(400, "0 needs echo to be true", "max_tokens")
-        rooms = [self._room([prompt], body.limit, "prompt") for prompt in prompts]
+        rooms = [self._room(prompt, body.limit, "prompt") for prompt in prompts]
         scored = 0 if body.echo and body.logprobs is not None else None
         exchange = await self._ask(body, prompts, rooms, body.logprobs, scored=scored)
         form = CompletionForm(body, self.setup.model_names[0], self.tokenizer, prompts)
         return await self._respond(request, body, exchange, form)
 
-    def _room(self, prompts: list[list[int]], limit: int | None, field: str) -> int:
+    def _room(self, prompt: list[int], limit: int | None, field: str) -> int:
         """The most tokens to generate. Raises Refused for a prompt that the engine does not take."""
         longest = self.limits.max_seq_len
-        for prompt in prompts:
-            try:
-                check_prompt(prompt, "the prompt", self.engine.model.vocab_size, longest)
-            except UserError as error:
-                raise Refused(400, str(error), field) from None
-        room = longest + 1 - max(map(len, prompts))
+        try:
+            check_prompt(prompt, "the prompt", self.engine.model.vocab_size, longest)
+        except UserError as error:
+            raise Refused(400, str(error), field) from None
+        room = longest + 1 - len(prompt)
         return room if limit is None else min(limit, room)
 
     async def _ask(
@@ -265,10 +263,8 @@ class Server:
             raise Refused(429, f"{client.active} requests are running or waiting, no more are taken", retry=1)
 
     async def _check_grammar(self, grammar: str, field: str) -> None:
-        from cqil_trt.serving.grammars import Grammars
-
         if self._grammars is None:
-            self._grammars = Grammars(self._tokenizer(), self.engine.model.vocab_size, self.ends)
+            raise Refused(400, "this engine has no tokenizer, which grammars need", field)
         try:
             await asyncio.to_thread(self._grammars.check, grammar)
         except UserError as error:
@@ -278,7 +274,6 @@ class Server:
 
     async def _respond(self, request: Request, body: api.Sampled, exchange: Exchange, form: Form) -> Response:
         note: Note = request.state.note
-        note.prompt_tokens = sum(answer.ticket.prompt_tokens for answer in exchange.answers)
         note.exchange = exchange
         pieces = exchange.pieces()
         try:
@@ -300,9 +295,8 @@ class Server:
     ) -> AsyncIterator[bytes]:
         options = body.stream_options or api.StreamOptions()
         try:
-            for piece in [first]:
-                for chunk in form.chunks(piece, exchange):
-                    yield event(chunk)
+            for chunk in form.chunks(first, exchange):
+                yield event(chunk)
             async for piece in pieces:
                 for chunk in form.chunks(piece, exchange):
                     yield event(chunk)

@@ -15,14 +15,14 @@ from cqil_trt.sampling import Choice
 from cqil_trt.serving import wire
 from cqil_trt.serving.metrics import Metrics
 
-# A rank that has not said for so long that it lives is taken for stopped.
+# A rank whose last sign of life is older is taken for stopped.
 SILENCE_SECONDS = 3.0
 # While it loads: libraries are opened and CUDA is started in calls that let no other thread run.
 _LOADING_SILENCE_SECONDS = 60.0
 _WATCH_SECONDS = 0.1
 # While the engine loads, rank 0's word that it gives up may come after the end of another rank.
 _GIVING_UP_SECONDS = 0.5
-# After a failure the server still answers for so long, so that clients and probes hear of it.
+# How long the server still answers after a failure, so that clients and probes see it.
 LINGER_SECONDS = 2.0
 
 
@@ -39,7 +39,6 @@ class Update:
     status: int = 503
     cached: int = 0
     prompt_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
-    arrived: float = 0.0
 
 
 @dataclass(eq=False)
@@ -57,7 +56,6 @@ class Ticket:
     started_at: float | None = None
     first_at: float | None = None
     last_at: float | None = None
-    generated: int = 0
 
     def tell(self, update: Update) -> None:
         self.updates.put_nowait((self.index, update))
@@ -117,10 +115,6 @@ class EngineClient:
     @property
     def active(self) -> int:
         return len(self._tickets)
-
-    @property
-    def healthy(self) -> bool:
-        return self.failure is None
 
     def submit(self, updates: asyncio.Queue[tuple[int, Update | None]], index: int, **fields: Any) -> Ticket:
         """Sends a request; `fields` as in `wire.Add`, but the number."""
@@ -195,7 +189,6 @@ class EngineClient:
             each = (now - ticket.last_at) / len(news.choices)
             self.metrics.tokens([each] * len(news.choices))
         ticket.last_at = now if news.choices else ticket.last_at
-        ticket.generated += len(news.choices)
         if news.finish_reason:
             del self._tickets[news.number]
         ticket.tell(
@@ -206,7 +199,6 @@ class EngineClient:
                 status=400,  # rank 0 refuses or gives up a request for its grammar only
                 cached=news.cached,
                 prompt_logprobs=news.prompt_logprobs,
-                arrived=now,
             )
         )
 
@@ -247,8 +239,7 @@ class EngineClient:
                         self.fail(
                             f"{state.doing} on rank {rank} (process {state.process}) has not ended for {seconds:.1f} s"
                         )
-            healthy = self.failure is None
-            self.metrics.gauges(self.running, self.waiting, self.usage, healthy)
+            self.metrics.gauges(self.running, self.waiting, self.usage, healthy=self.failure is None)
 
     # The end
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from cqil_trt import __version__
-from cqil_trt.serving import api
+from cqil_trt.serving import api, tool_calls
 from cqil_trt.serving.answers import Exchange, Piece
 from cqil_trt.tokenizer import Tokenizer
 
@@ -26,6 +26,9 @@ class Form:
         self.model = body.model or model
         self._options = body.stream_options or api.StreamOptions()
         self._tokenizer = tokenizer
+        # Of each choice of a whole response.
+        self._texts: dict[int, str] = {}
+        self._reasons: dict[int, str] = {}
 
     def envelope(
         self, choices: list[dict[str, Any]], used: dict[str, Any] | None, whole: bool = False
@@ -52,7 +55,13 @@ class Form:
             self.take(piece)
 
     def take(self, piece: Piece) -> None:
+        """Takes in a piece of a whole response."""
         raise NotImplementedError
+
+    def _add(self, piece: Piece, text: str) -> None:
+        self._texts[piece.index] = self._texts.get(piece.index, "") + text
+        if piece.finish_reason is not None:
+            self._reasons[piece.index] = piece.finish_reason
 
     def chunks(self, piece: Piece, exchange: Exchange) -> list[dict[str, Any]]:
         raise NotImplementedError
@@ -71,10 +80,8 @@ class ChatForm(Form):
         super().__init__(body, model, tokenizer)
         self._logprobs = bool(body.logprobs)
         self._begun: set[int] = set()
-        self._texts: dict[int, str] = {}
-        self._calls: dict[int, list[dict[str, Any]]] = {}
+        self._calls: dict[int, list[tool_calls.Delta]] = {}
         self._tokens: dict[int, list[dict[str, Any]]] = {}
-        self._reasons: dict[int, str] = {}
 
     def _content(self, piece: Piece) -> list[dict[str, Any]]:
         return [
@@ -88,25 +95,21 @@ class ChatForm(Form):
         return {"token": self._name(token), "logprob": finite(value), "bytes": list(raw)}
 
     def take(self, piece: Piece) -> None:
-        index = piece.index
-        self._texts[index] = self._texts.get(index, "") + piece.text
-        self._tokens.setdefault(index, []).extend(self._content(piece))
-        calls = self._calls.setdefault(index, [])
-        for delta in piece.calls:
-            if delta.id is not None:
-                calls.append({"id": delta.id, "type": "function", "function": {"name": delta.name, "arguments": ""}})
-            calls[delta.index or 0]["function"]["arguments"] += delta.arguments
-        if piece.finish_reason is not None:
-            self._reasons[index] = piece.finish_reason
+        self._add(piece, piece.text)
+        self._tokens.setdefault(piece.index, []).extend(self._content(piece))
+        self._calls.setdefault(piece.index, []).extend(piece.calls)
 
     def whole(self, exchange: Exchange) -> dict[str, Any]:
         choices = []
         for index in range(len(exchange.answers)):
-            calls = self._calls[index]
+            _, calls = tool_calls.collect(self._calls[index])
             text = self._texts[index]
             message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None}
             if calls:
-                message["tool_calls"] = calls
+                message["tool_calls"] = [
+                    {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                    for call in calls
+                ]
             choices.append(
                 {
                     "index": index,
@@ -138,7 +141,7 @@ class ChatForm(Form):
         return [self._chunk(choice, exchange)]
 
 
-def _call_delta(call: Any) -> dict[str, Any]:
+def _call_delta(call: tool_calls.Delta) -> dict[str, Any]:
     function: dict[str, Any] = {"arguments": call.arguments}
     if call.id is None:
         return {"index": call.index, "function": function}
@@ -151,9 +154,7 @@ class CompletionForm(Form):
     def __init__(self, body: api.CompletionBody, model: str, tokenizer: Tokenizer | None, prompts: list[list[int]]):
         super().__init__(body, model, tokenizer)
         self._body, self._prompts = body, prompts
-        self._texts: dict[int, str] = {}
         self._logprobs: dict[int, dict[str, list[Any]]] = {}
-        self._reasons: dict[int, str] = {}
         self._offsets: dict[int, _Offset] = {}
 
     def _prompt(self, index: int) -> list[int]:
@@ -168,7 +169,7 @@ class CompletionForm(Form):
             self._offsets[index] = _Offset(self._tokenizer)
             if self._body.echo:
                 ids = self._prompt(index)
-                text = ("" if self._tokenizer is None else "".join(read_tokens(self._tokenizer, ids))) + text
+                text = ("" if self._tokenizer is None else read_tokens(self._tokenizer, ids)) + text
                 prompt.append((ids[0], None, None))
         prompt += [(pairs[0][0], pairs[0][1], pairs[1:]) for pairs in piece.prompt_logprobs]
         answer = [
@@ -188,12 +189,10 @@ class CompletionForm(Form):
 
     def take(self, piece: Piece) -> None:
         text, logprobs = self._new(piece)
-        self._texts[piece.index] = self._texts.get(piece.index, "") + text
+        self._add(piece, text)
         kept = self._logprobs.setdefault(piece.index, {name: [] for name in logprobs})
         for name, values in logprobs.items():
             kept[name] += values
-        if piece.finish_reason is not None:
-            self._reasons[piece.index] = piece.finish_reason
 
     def whole(self, exchange: Exchange) -> dict[str, Any]:
         choices = [
@@ -262,14 +261,14 @@ def finite(value: float) -> float:
     return value if value > -9999.0 else -9999.0  # NaN too
 
 
-def read_tokens(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+def read_tokens(tokenizer: Tokenizer, ids: list[int]) -> str:
     """The text of tokens, control tokens included."""
     stream = tokenizer.stream()
     parts = []
     for token in ids:
         control = control_text(tokenizer, token)
         parts.append(stream.add(token) if control is None else control)
-    return [*parts, stream.finish()]
+    return "".join([*parts, stream.finish()])
 
 
 def control_text(tokenizer: Tokenizer, token: int) -> str | None:

@@ -26,7 +26,6 @@ class Note:
     id: str
     began: float
     status: int = 0
-    prompt_tokens: int | None = None
     exchange: Exchange | None = None
     body: bytes | None = None
     failed: bool = False  # after the response had begun
@@ -121,7 +120,7 @@ class Gate:
                     finish = "error"
                 metrics.finished(finish, now - ticket.queued_at, ticket.prompt_tokens, answer.tokens, prefill, decode)
             first = min((a.ticket.first_at for a in answers if a.ticket.first_at is not None), default=None)
-            line["prompt_tokens"] = note.prompt_tokens
+            line["prompt_tokens"] = sum(answer.ticket.prompt_tokens for answer in answers)
             line["completion_tokens"] = sum(answer.tokens for answer in answers)
             line["first_token_seconds"] = None if first is None else round(first - note.began, 6)
             line["finish"] = [answer.reason or "abort" for answer in answers]

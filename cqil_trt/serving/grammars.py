@@ -59,9 +59,6 @@ class Grammars:
 
     def check(self, grammar: str) -> None:
         """Raises UserError for a grammar that is wrong or too complex."""
-        failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, self._tokens)
-        if failed:
-            raise UserError(" ".join(messages[0].split())[:300])
         matcher = self.matcher(grammar)
         matcher.mask()  # which fails for a grammar that derives no text
         if matcher.failure:
@@ -71,7 +68,7 @@ class Grammars:
         """Raises UserError for a grammar that is wrong or too complex."""
         matcher = LLMatcher(self._tokens, grammar, log_level=0)
         if matcher.is_error():
-            raise UserError(" ".join(matcher.get_error().split())[:300])
+            raise UserError(_error(matcher))
         return GrammarMatcher(matcher, self._size)
 
 
@@ -97,7 +94,12 @@ class GrammarMatcher:
     def _check(self) -> None:
         """llguidance does not raise: once it has failed, it allows the end of the text only."""
         if self._matcher.is_error():
-            self.failure = f"the grammar: {' '.join(self._matcher.get_error().split())[:300]}"
+            self.failure = f"the grammar: {_error(self._matcher)}"
+
+
+def _error(matcher: LLMatcher) -> str:
+    """Why it failed, on one line."""
+    return " ".join(matcher.get_error().split())[:300]
 
 
 def json_schema(schema: Mapping[str, Any] | str) -> str:

@@ -19,6 +19,7 @@ from cqil_trt.llm import Llm
 from cqil_trt.runner import Follower, Order, Runner
 from cqil_trt.sampling import log_probabilities
 from cqil_trt.scheduler import Event, Matcher, Request
+from cqil_trt.serving.grammars import Grammars
 from cqil_trt.serving.wire import (
     Abort,
     Add,
@@ -36,7 +37,7 @@ from cqil_trt.serving.wire import (
 
 HTTP = "the HTTP process"
 ENDING = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
-# A rank says this often that it lives.
+# Between two signs of life of a rank.
 BEAT_SECONDS = 0.5
 # How long rank 0 waits for requests before it looks whether it was told to end.
 _IDLE_SECONDS = 0.5
@@ -125,7 +126,6 @@ class _Leader:
             Ready(
                 slots=session.slots,
                 rows=self._scheduler.rows,
-                max_seq_len=session.limits.max_seq_len,
                 device="cuda" if session.on_gpu else "cpu",
             )
         )
@@ -259,15 +259,13 @@ def _news(event: Event, request: Add) -> News:
 
 def _matchers(llm: Llm) -> Callable[[str], Matcher]:
     if llm.tokenizer is None:
-        return lambda grammar: _refuse()
-    from cqil_trt.serving.grammars import Grammars
-
+        return _no_grammars
     grammars = Grammars(llm.tokenizer, llm.engine.model.vocab_size, llm.ends)
     grammars.prepare()
     return grammars.matcher
 
 
-def _refuse() -> Any:
+def _no_grammars(grammar: str) -> Matcher:
     raise UserError("this engine has no tokenizer, which grammars need")
 
 

@@ -21,6 +21,7 @@ from cqil_trt.errors import JobError
 from cqil_trt.sampling import Choice, SamplingConfig
 
 _LENGTH = struct.Struct("<I")
+HEADER_BYTES = _LENGTH.size
 # Room for what a step says while the reader is late; the system may allow less (net.core.wmem_max).
 _BUFFER_BYTES = 8 << 20
 
@@ -33,6 +34,15 @@ def pack(message: Any) -> bytes:
     """A frame: 4 bytes with the length, little-endian, and the pickled message."""
     body = pickle.dumps(message, protocol=5)
     return _LENGTH.pack(len(body)) + body
+
+
+def body_bytes(header: bytes | bytearray) -> int:
+    """The length that a frame's first HEADER_BYTES tell."""
+    return int(_LENGTH.unpack_from(header)[0])
+
+
+def unpack(body: bytes) -> Any:
+    return pickle.loads(body)
 
 
 class Connection:
@@ -74,12 +84,12 @@ class Connection:
         return messages
 
     def _next(self) -> Any:
-        if len(self._received) < _LENGTH.size:
+        if len(self._received) < HEADER_BYTES:
             return None
-        end = _LENGTH.size + _LENGTH.unpack_from(self._received)[0]
+        end = HEADER_BYTES + body_bytes(self._received)
         if len(self._received) < end:
             return None
-        message = unpack(bytes(memoryview(self._received)[_LENGTH.size : end]))
+        message = unpack(bytes(memoryview(self._received)[HEADER_BYTES:end]))
         del self._received[:end]
         return message
 
@@ -116,18 +126,6 @@ def say(*lines: str) -> None:
     """Prints to standard error, whose reader may be gone: that must not keep anything from going on."""
     with contextlib.suppress(OSError, ValueError):
         print(*lines, sep="\n", file=sys.stderr, flush=True)
-
-
-HEADER_BYTES = _LENGTH.size
-
-
-def body_bytes(header: bytes) -> int:
-    """The length that a frame's first HEADER_BYTES tell."""
-    return int(_LENGTH.unpack(header)[0])
-
-
-def unpack(body: bytes) -> Any:
-    return pickle.loads(body)
 
 
 class Rendezvous:
@@ -189,7 +187,6 @@ class Ready:
 
     slots: int
     rows: int
-    max_seq_len: int
     device: str
 
 
@@ -270,4 +267,3 @@ class Setup:
     step_seconds: float = 4.0
     log_text: bool = False
     log_requests: bool = True
-    world_size: int = 1
