@@ -8,8 +8,10 @@ share no beginning. A client's interval is the time between two events that carr
 from __future__ import annotations
 
 import argparse
+import contextlib
 import http.client
 import json
+import os
 import re
 import shlex
 import signal
@@ -35,6 +37,7 @@ from cqil_trt.table import table
 ROOT = Path(__file__).resolve().parent.parent
 # No event comes later than this, and the server has started and ended by then; otherwise something hangs.
 _PATIENCE = 120.0
+PERCENTILES = (1, 10, 25, 50, 75, 90, 95, 99, 99.9)
 
 
 def parser() -> Parser:
@@ -80,9 +83,10 @@ def _mpirun(options: argparse.Namespace, ranks: int, arguments: list[Any]) -> li
     return [*shlex.split(options.mpirun), "-n", str(ranks), sys.executable, *map(str, arguments)]
 
 
-def start(options: argparse.Namespace, ranks: int) -> tuple[subprocess.Popen[str], int]:
+def start(options: argparse.Namespace, ranks: int, pid_file: Path) -> tuple[subprocess.Popen[str], int]:
     """The server and its port."""
     arguments = ["runtime/serve.py", "--engine", options.engine, "--device", options.device, "--port", 0, "--no-log"]
+    arguments += ["--pid-file", pid_file]
     process = subprocess.Popen(_mpirun(options, ranks, arguments), cwd=ROOT, stdout=subprocess.PIPE, text=True)
     late = threading.Timer(_PATIENCE, process.kill)
     late.start()
@@ -96,6 +100,17 @@ def start(options: argparse.Namespace, ranks: int) -> tuple[subprocess.Popen[str
     finally:
         late.cancel()
     raise UserError(f"serve.py ended with exit code {process.wait()} before it took requests")
+
+
+def stop(process: subprocess.Popen[str], pid_file: Path) -> int:
+    """Ends the server; returns its exit code."""
+    with contextlib.suppress(OSError, ValueError):  # it has ended
+        os.kill(int(pid_file.read_text()), signal.SIGTERM)
+    try:
+        return process.wait(_PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
 
 
 def complete(port: int, prompt: list[int], count: int, served: Served) -> None:
@@ -162,22 +177,17 @@ def run(options: argparse.Namespace) -> None:
     print("measuring the engine ...", file=sys.stderr)
     alone = engine_alone(options, engine.world_size, clients)
     print("measuring the server ...", file=sys.stderr)
-    process, port = start(options, engine.world_size)
     random = np.random.default_rng(0)
     found: dict[int, Served] = {}
-    try:
-        load(port, options, 1, engine.model.vocab_size, random)  # warm up
-        for count in tqdm(clients, desc="clients", disable=not sys.stderr.isatty(), leave=False):
-            found[count] = load(port, options, count, engine.model.vocab_size, random)
-    finally:
-        process.send_signal(signal.SIGUSR1)  # which the mpirun of every MPI hands on
+    with tempfile.TemporaryDirectory() as directory:
+        pid_file = Path(directory) / "pid"
+        process, port = start(options, engine.world_size, pid_file)
         try:
-            code = process.wait(_PATIENCE)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            code = process.wait()
-    if code:
-        raise UserError(f"serve.py ended with exit code {code}")
+            load(port, options, 1, engine.model.vocab_size, random)  # warm up
+            for count in tqdm(clients, desc="clients", disable=not sys.stderr.isatty(), leave=False):
+                found[count] = load(port, options, count, engine.model.vocab_size, random)
+        finally:
+            code = stop(process, pid_file)
     prefill = next(m["median_ms"] for m in alone if m["step"] == "prefill")
     steps = {m["batch"]: m["median_ms"] for m in alone if m["step"] == "decode"}
     rows, report = [], []
@@ -200,15 +210,17 @@ def run(options: argparse.Namespace) -> None:
             {
                 "clients": count,
                 "engine_step_ms": steps[count],
-                "between_tokens_ms": {"median": p50, "p99": p99},
+                "between_tokens_ms": {str(q): float(np.percentile(served.between, q)) for q in PERCENTILES},
                 "engine_prefill_ms": prefill,
-                "first_token_ms": {"median": first, "all": served.first},
+                "first_token_ms": served.first,
             }
         )
     header = ("clients", "engine's step ms", "median ms", "", "p99 ms", "", "engine's prefill ms", "first token ms")
     print(table(header, rows))
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
+    if code:
+        raise UserError(f"serve.py ended with exit code {code}")
 
 
 if __name__ == "__main__":

@@ -497,6 +497,29 @@ def test_sigterm_twice(engine):
         assert_stopped(server, 5)
 
 
+def test_a_signal_to_the_process_in_the_pid_file(engine, tmp_path):
+    """As mpirun does not hand signals on with every launcher."""
+    file = tmp_path / "pid"
+
+    async def scenario():
+        stream = Stream(server, max_tokens=100)
+        await stream.begun(5)
+        os.kill(int(file.read_text()), signal.SIGTERM)
+        await until_draining(server)
+        await asyncio.wait_for(stream.task, 25)
+        assert stream.events[-1] == "[DONE]"
+
+    with serving(engine, "--pid-file", file) as server:
+        assert int(file.read_text()) in server.ranks()
+        asyncio.run(scenario())
+        assert_stopped(server, 5)
+        assert not file.exists()
+
+
+def test_a_pid_file_that_cannot_be_written(engine, tmp_path):
+    refuses(engine, "--pid-file", tmp_path / "missing" / "pid", fragments=["--pid-file", "missing/pid"])
+
+
 def test_sigterm_and_a_rank_that_is_stopped(engine):
     with serving(engine) as server:
         os.kill(server.all[1], signal.SIGSTOP)

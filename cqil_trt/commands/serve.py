@@ -64,6 +64,7 @@ def parser() -> RankParser:
     p.add_argument("--request-timeout", type=float, default=600.0, metavar="S", help="the longest that a request takes")
     p.add_argument("--drain-seconds", type=float, default=30.0, metavar="S", help="for running requests after SIGTERM")
     p.add_argument("--step-timeout", type=float, default=4.0, metavar="S", help="a longer step means that it hangs")
+    p.add_argument("--pid-file", metavar="F", type=Path, help="where to write the process that takes signals, rank 0's")
     p.add_argument("--log-text", action="store_true", help="also log the bodies of requests, with their prompts")
     p.add_argument("--no-log", action="store_true", help="do not log requests")
     return p
@@ -89,6 +90,8 @@ def run(options: argparse.Namespace, job: Job) -> None:
     engine = job.agree(lambda: Engine.open(path))
     job.agree(lambda: _check_engine(engine, job))
     setup = job.agree(lambda: _setup(options, path) if job.rank == 0 else None)
+    if options.pid_file is not None:
+        job.agree(lambda: _write_process(options.pid_file) if job.rank == 0 else None)
     sockets = job.agree(lambda: _listen(options) if job.rank == 0 else None)
     directory = job.share(lambda: str(sockets.rendezvous.directory))  # type: ignore[union-attr]
 
@@ -138,6 +141,8 @@ def run(options: argparse.Namespace, job: Job) -> None:
     if http is not None and child is not None:
         http.close()
         child.wait()
+    if options.pid_file is not None and job.rank == 0:
+        options.pid_file.unlink(missing_ok=True)
     say("stopped: all ranks hold identical bits")
 
 
@@ -205,6 +210,13 @@ def _setup(options: argparse.Namespace, path: Path) -> Any:
         log_text=options.log_text,
         log_requests=not options.no_log,
     )
+
+
+def _write_process(path: Path) -> None:
+    try:
+        path.write_text(f"{os.getpid()}\n")
+    except OSError as error:
+        raise UserError(f"--pid-file {path}: cannot be written ({error.strerror})") from None
 
 
 def _keys(path: Path | None) -> tuple[str, ...]:
