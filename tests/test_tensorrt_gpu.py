@@ -6,15 +6,20 @@ names it.
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from support import SEED
+from support import SEED, write_json
 from support.cases import ARCHITECTURES
+from support.chat_models import make_chat_model
 from support.checkpoints import make_model
 from support.processes import build, mpirun, run
+from support.serving import ServerProcess
 
 PYTHON = os.environ.get("CQIL_TENSORRT_PYTHON", sys.executable)
 
@@ -76,6 +81,72 @@ def test_a_batch_answers_as_each_prompt_alone(tmp_path):
         assert start.returncode == 0, start.stderr
         completions[engine] = [c["tokens"] for c in json.loads(report.read_text())["completions"]]
     assert completions["engine"] == completions["torch"]
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=lambda ranks: f"p{ranks}")
+def engines(request, tmp_path_factory):
+    """An engine of backend torch and what TensorRT compiled from it, in float32, whose rounding changes no token."""
+    root, ranks = tmp_path_factory.mktemp("engines"), request.param
+    model = make_chat_model(root / "model")
+    shape = ["--p", 1] if ranks == 1 else ["--p", 2, "--start", 1, "--end", 3]
+    limits = ["--max-batch-size", 8, "--max-seq-len", 96, "--prefill-chunk", 8]
+    assert build("--model", model, *shape, *limits, "--output", root / "torch").returncode == 0
+    compiling = ["--model", root / "torch", "--backend", "tensorrt", "--max-batch-size", 8]
+    done = run("mpirun", "-n", ranks, PYTHON, "builders/build.py", *compiling, "--output", root / "tensorrt")
+    assert done.returncode == 0, done.stderr
+    return ranks, root
+
+
+def test_slots_are_those_of_the_torch_backend(engines):
+    """Together, joining, leaving, reusing prefixes, sampled, guided, by orders: the tokens that a CPU gives."""
+    ranks, root = engines
+    found = {}
+    for backend, python, device in (("torch", sys.executable, "cpu"), ("tensorrt", PYTHON, "cuda")):
+        case = {"engine": str(root / backend), "device": device, "seed": SEED, "out": str(root / f"{backend}-slots")}
+        worker = "tests/support/slots_worker.py", write_json(root / f"{backend}.json", case)
+        done = run("mpirun", "-n", ranks, python, *worker)
+        assert done.returncode == 0, done.stderr
+        found[backend] = [json.loads((root / f"{backend}-slots-{rank}.json").read_text()) for rank in range(ranks)]
+    assert all(other == found["tensorrt"][0] for other in found["tensorrt"])
+    torch_, tensorrt = found["torch"][0], found["tensorrt"][0]
+    assert tensorrt["together"] == tensorrt["alone"] == torch_["together"]
+    for name in ("joining", "few rows", "sampled", "guided", "logprobs"):
+        assert [s["tokens"] for s in tensorrt[name]] == [s["tokens"] for s in torch_[name]], name
+    reused = [[s["tokens"] for s in results["reused"]["found"]] for results in (torch_, tensorrt)]
+    assert reused[0] == reused[1]
+    assert sum(s["cached"] for s in tensorrt["reused"]["found"]) > 60
+
+
+def test_a_server_answers_as_run_does(engines):
+    ranks, root = engines
+    found = subprocess.run([PYTHON, "-c", "import uvicorn, starlette, pydantic, llguidance"], capture_output=True)
+    if found.returncode:
+        pytest.skip(f"{PYTHON} has not what the server needs ({found.stderr.decode().splitlines()[-1]})")
+    prompts = [[5, 6, 7], list(range(20, 45)), [9], [5, 6, 8, 11], list(range(20, 40)), [30, 31], [8] * 17, [12, 3]]
+    file, report = root / "prompts.json", root / "served.json"
+    file.write_text(json.dumps(prompts))
+    options = ["--engine", root / "tensorrt", "--token-ids", file, "--max-new-tokens", 12, "--json", report]
+    done = run("mpirun", "-n", ranks, PYTHON, "runtime/run.py", *options)
+    assert done.returncode == 0, done.stderr
+    texts = [completion["text"] for completion in json.loads(report.read_text())["completions"]]
+    pid_file = root / "pid"
+    server = ServerProcess(ranks, root / "tensorrt", "--no-log", "--pid-file", pid_file, python=PYTHON)
+
+    def ask(prompt):
+        body = json.dumps({"prompt": prompt, "max_tokens": 12, "temperature": 0}).encode()
+        request = urllib.request.Request(server.url + "/v1/completions", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return json.load(response)["choices"][0]["text"]
+
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(ask, prompts)) == texts
+        assert [ask(prompt) for prompt in prompts] == texts
+        os.kill(int(pid_file.read_text()), signal.SIGTERM)
+        assert server.wait() == 0, server.output
+    finally:
+        server.process.kill()
+    assert "stopped: all ranks hold identical bits" in server.output
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -1,7 +1,8 @@
 """Executes a rank's network on a GPU, for every GPU backend. Needs numpy, mpi4py, cuda-bindings and our kernels.
 
 Weights, caches and buffers are allocated when the session begins. Decode steps are CUDA graphs, one for each number of
-sequences: the network, the choice of a token over all ranks, and the input of the next step. What a sequence needs from
+sequences: the network, the choice of a token over all ranks, and the input of the next step. Chunks of prompts are
+graphs too where launching their kernels one by one would take longer than executing them. What a sequence needs from
 step to step (its last token, its length, how it is sampled) stays on the GPU, by slot; the rows of a step are arranged
 from it when they change. So a step can be enqueued before the tokens of the one before are known.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 from abc import abstractmethod
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from cqil_trt.session import Session, cache_bytes, fitting_slots
 _STAGING_BYTES = 64 << 20
 # Steps whose tokens the host may not have read yet: one, that after it, and, on ranks that follow rank 0, one more.
 _FLYING = 3
+# Graphs of chunks, each with a node for every kernel; those that were not used for longest go first.
+_MAX_PROMPT_GRAPHS = 32
 # Device memory that is left to activations, libraries and graphs when the KV cache takes the rest.
 _RESERVED_BYTES = 2 << 30
 
@@ -110,14 +113,15 @@ class CudaSession(Session):
         self._phase = Phase.PREFILL  # of the last pass
         self._rows = 0  # tokens of the last pass
         self._predicted = 1  # tokens that the last pass predicted from
-        self._common_past = 0  # tokens that the sequence had before the last prefill pass
-        self._slot = 0  # of that pass
+        self._slot = 0  # of the last prefill pass
         self._configs: dict[int, SamplingConfig] = {}
         self._arranged: tuple[int, ...] = ()  # the slots whose sequences are the rows of decode steps
         self._advances = 0  # how often tokens were chosen, as the counter `step` on the GPU
         self._reports = 0
         self._flying: deque[_Flying] = deque()
         self._graphs: dict[tuple[Any, ...], cuda.Graph] = {}
+        # By the length of the chunk, the one that was used last at the end; None once such a chunk has run.
+        self._prompts: OrderedDict[int, cuda.Graph | None] = OrderedDict()
         self._arenas: list[cuda.Arena] = []
 
     @abstractmethod
@@ -133,8 +137,9 @@ class CudaSession(Session):
 
     def close(self) -> None:
         self._finish()
-        for graph in self._graphs.values():
-            graph.destroy()
+        for graph in (*self._graphs.values(), *self._prompts.values()):
+            if graph is not None:
+                graph.destroy()
         for array in (self._history, self._report_ids, self._report_values):
             cuda.free_pinned(array)
         if self._workspace is not None:
@@ -297,16 +302,52 @@ class CudaSession(Session):
         if getattr(self._library, f"cqil_{name}")(*arguments, int(self._stream)):
             raise RuntimeError(f"{name}: {self._library.cqil_last_error().decode()}")
 
+    # Lengths of chunks that are executed as CUDA graphs, in rising order; shorter ones are filled up.
+    _prompt_lengths: Sequence[int] = ()
+
     def _forward(
         self, tokens: np.ndarray, past: np.ndarray, select: np.ndarray, slots: np.ndarray, length: int | None
     ) -> None:
         """A chunk of one prompt."""
-        inputs = {"tokens": tokens, "prefill.past": past, "select": select, "prefill.slots": slots}
+        before, slot = int(past[0]), int(slots[0])
+        room = self.limits.max_seq_len - before
+        lengths = self._prompt_lengths if select.size == 1 else ()
+        full = next((known for known in lengths if tokens.size <= known <= room), None)
+        # What fills it up follows the prompt, whose tokens do not see it; the sequence will overwrite it in the cache.
+        filled = tokens if full is None else np.pad(tokens, (0, full - tokens.size))
+        inputs = {"tokens": filled, "prefill.past": past, "select": select, "prefill.slots": slots}
         for name, array in inputs.items():
             self._upload(name, array)
-        self._phase, self._common_past, self._slot = Phase.PREFILL, int(past[0]), int(slots[0])
+        self._describe_chunk(tokens.size, before, slot)
+        self._phase, self._slot = Phase.PREFILL, slot
         self._rows, self._predicted = tokens.size, select.size
-        self._execute(Phase.PREFILL, 1, tokens.size, select.size)
+        if full is None:
+            self._execute(Phase.PREFILL, 1, tokens.size, select.size)
+        else:
+            self._launch_prompt(full)
+
+    def _describe_chunk(self, count: int, past: int, slot: int) -> None:
+        """Uploads what else the network reads about a chunk."""
+
+    def _launch_prompt(self, length: int) -> None:
+        """Executes a chunk that fills `length`: kernel by kernel for the first time, as a graph from then on."""
+
+        def record() -> None:
+            self._execute(Phase.PREFILL, 1, length, 1)
+
+        if length not in self._prompts:
+            self._prompts[length] = None
+            record()
+            return
+        graph = self._prompts[length]
+        if graph is None:
+            self._finish()
+            captured = [known for known, graph in self._prompts.items() if graph is not None]
+            if len(captured) >= _MAX_PROMPT_GRAPHS:
+                self._prompts.pop(captured[0]).destroy()  # type: ignore[union-attr]
+            graph = self._prompts[length] = cuda.Graph(self._stream, record)
+        self._prompts.move_to_end(length)
+        graph.launch(self._stream)
 
     def _last_logits(self) -> np.ndarray:
         width = self._widths[self._plan.rank]
@@ -513,10 +554,15 @@ class CudaSession(Session):
         return self._graphs[key]
 
     def warm_up(self, rows: int) -> None:
-        """Captures the graphs of decode steps of 1 to `rows` sequences. Nothing may be running.
+        """Captures the graphs of prompts, and of decode steps of 1 to `rows` sequences. Nothing may be running.
 
         All ranks call it together.
         """
+        with self._guard():
+            for length in self._prompt_lengths[-_MAX_PROMPT_GRAPHS:]:
+                for _ in range(2):
+                    one = np.zeros(1, np.int32)
+                    self._forward(np.zeros(length, np.int32), one, one + length - 1, one, None)
         for count in range(1, rows + 1):
             slots = tuple(range(count))
             self._start([Start(slot=slot, prompt=(0,), sampling=SamplingConfig(), room=1) for slot in slots])

@@ -18,9 +18,17 @@ from support.processes import environment
 class ServerProcess:
     """Started in the constructor, which returns when it is ready; raises RuntimeError with its output if it ends."""
 
-    def __init__(self, ranks: int, engine: Any, *flags: Any, api_key: str | None = None, timeout: float = 120):
+    def __init__(
+        self,
+        ranks: int,
+        engine: Any,
+        *flags: Any,
+        api_key: str | None = None,
+        timeout: float = 120,
+        python: str = "python",
+    ):
         self.api_key = api_key
-        command = ["mpirun", "-n", ranks, "python", ROOT / "runtime" / "serve.py", "--engine", engine, "--port", 0]
+        command = ["mpirun", "-n", ranks, python, ROOT / "runtime" / "serve.py", "--engine", engine, "--port", 0]
         env = environment() | {"OMP_NUM_THREADS": "1"} | ({} if api_key is None else {"CQIL_API_KEYS": api_key})
         self.process = subprocess.Popen(
             [str(part) for part in (*command, *flags)],

@@ -91,12 +91,9 @@ class TensorRtSession(CudaSession):
             return super()._cache_parts(index)
         return self._memory[f"cache.{index}.key"], self._memory[f"cache.{index}.value"]
 
-    def _forward(
-        self, tokens: np.ndarray, past: np.ndarray, select: np.ndarray, slots: np.ndarray, length: int | None
-    ) -> None:
+    def _describe_chunk(self, count: int, past: int, slot: int) -> None:
         if self._native:
-            self._upload("positions", np.minimum(past + np.arange(tokens.size), self.limits.max_seq_len - 1))
-        super()._forward(tokens, past, select, slots, length)
+            self._upload("positions", np.minimum(past + np.arange(count), self.limits.max_seq_len - 1))
 
     def submit(self, step: Step) -> None:
         if not self._native:

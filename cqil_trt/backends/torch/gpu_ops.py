@@ -77,10 +77,13 @@ class Library(Protocol):
     def multiply(self, x: Matrix, weight: Matrix, added: Matrix | None, out: Matrix) -> None:
         """out = x @ weightᵀ + added; `added` has as many rows as out, or one."""
 
-    def attend(self, queries: Matrix, cache: int, past: int, slot: int, shard: LayerShard, out: Matrix) -> None:
+    def attends(self, shard: LayerShard) -> bool:
+        """Whether it does the attention of this layer."""
+
+    def attend(self, queries: Matrix, cache: int, shard: LayerShard, out: Matrix) -> None:
         """Causal attention of rotated queries [length, heads * head_dim] over a slot of a cache that has their keys.
 
-        The sequence had `past` tokens before.
+        The slot and the sequence's length are what the session said about the chunk.
         """
 
 
@@ -171,13 +174,9 @@ class CudaOps(FusedOps[Matrix], _Collectives):
             for name, shape in plan.shapes.items()
         }
 
-    def begin(self, batch: int, length: int, past: int, slots: int, logits: int, prompt: tuple[int, int]) -> None:
-        """Sets up the next pass; it reads the addresses `past` and `slots`, and writes the address `logits`.
-
-        `prompt`: past and slot, if several tokens of one sequence are new.
-        """
+    def begin(self, batch: int, length: int, past: int, slots: int, logits: int) -> None:
+        """Sets up the next pass; it reads the addresses `past` and `slots`, and writes the address `logits`."""
         self._batch, self._length, self._past, self._slots, self._logits = batch, length, past, slots, logits
-        self._prompt = prompt
         self._left = self.plan.schedule.all_reduces
 
     def close(self) -> None:
@@ -268,10 +267,10 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         cache = self._memory[f"cache.{shard.index}"]
         out = self._new(qkv.rows, shard.num_heads * self.plan.model.head_dim)
         scratch = self._scratch(self._kernels.cqil_attention_scratch_bytes(shape))
-        delegated = self._length > 1 and shard.grouped
+        delegated = self._length > 1 and self._library.attends(shard)
         result = None if delegated else out
         self._call("attention", shape, qkv, self._past, self._slots, *tables, *norms, cache, result, scratch)
         if delegated:
             queries = Matrix(scratch.address, out.rows, out.width)
-            self._library.attend(queries, cache, *self._prompt, shard, out)
+            self._library.attend(queries, cache, shard, out)
         return out

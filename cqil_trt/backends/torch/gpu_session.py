@@ -6,8 +6,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 from cqil_trt.backends.torch.gpu_ops import CudaOps, Matrix
 from cqil_trt.engine import Engine
@@ -17,6 +15,11 @@ from cqil_trt.network.decoder import decode
 from cqil_trt.shard import LayerShard
 
 _MAX_VIEWS = 4096
+# 32-bit words that describe a chunk, and as many for each number of key/value heads: 16 bytes, as kernels align them.
+_CHUNK_WORDS = 4
+# The lengths of chunks that are graphs, from each entry's first to the next entry's, in its steps: what fills a chunk
+# up is computed in vain.
+_LENGTH_STEPS = ((16, 16), (64, 32), (128, 64), (512, 128), (2048, 256))
 
 
 def use_device(number: int) -> None:
@@ -34,18 +37,30 @@ class TorchCudaSession(CudaSession):
     def __init__(self, engine: Engine, comm: Any, device: int, slots: int):
         use_device(device)
         super().__init__(engine, comm, kernel_library.load(), slots)
+        self._heads = sorted({shard.num_kv_heads for shard in self._plan.layers.values() if shard.num_heads})
+        self._prompt_lengths = prompt_lengths(min(engine.limits.prefill_chunk, engine.limits.max_seq_len))
         self._load(engine)
         self._torch_stream = torch.cuda.ExternalStream(int(self._stream))
         kernels = self._memory, self._workspace, self._library, int(self._stream)
-        self._ops = CudaOps(self._plan, engine.limits, *kernels, TorchLibrary(engine, self.slots), self.slots)
+        library = TorchLibrary(engine, self.slots, self._memory["chunk"], self._heads)
+        self._ops = CudaOps(self._plan, engine.limits, *kernels, library, self.slots)
+
+    def _extra_sizes(self) -> dict[str, int]:
+        return {"chunk": 4 * _CHUNK_WORDS * (len(self._heads) + 1)}
+
+    def _describe_chunk(self, count: int, past: int, slot: int) -> None:
+        words = [[0, count, past + count, 0]]
+        for heads in self._heads:
+            first = slot * heads * self.limits.max_seq_len
+            words.append([first, first + self.limits.max_seq_len, 0, 0])
+        self._upload("chunk", words)
 
     def _execute(self, phase: Phase, batch: int, length: int, rows: int) -> None:
         address = {
             name: self._memory[BUFFERS[phase].get(name, name)]
             for name in ("tokens", "past", "slots", "select", "logits")
         }
-        prompt = self._common_past, self._slot
-        self._ops.begin(batch, length, address["past"], address["slots"], address["logits"], prompt)
+        self._ops.begin(batch, length, address["past"], address["slots"], address["logits"])
         tokens, select = Matrix(address["tokens"], batch * length, 1), Matrix(address["select"], rows, 1)
         with self._guard(), torch.inference_mode(), torch.cuda.stream(self._torch_stream):
             # `CudaOps` has the positions from `begin`.
@@ -56,18 +71,32 @@ class TorchCudaSession(CudaSession):
         self._ops.close()
 
 
+def prompt_lengths(most: int) -> list[int]:
+    """The lengths of chunks that are graphs, up to `most`."""
+    ends = [first for first, _ in _LENGTH_STEPS[1:]] + [most + 1]
+    found = [n for (first, step), end in zip(_LENGTH_STEPS, ends) for n in range(first, min(end, most + 1), step)]
+    return found if most in found else [*found, most]
+
+
 class TorchLibrary:
-    """`gpu_ops.Library` by cuBLAS and PyTorch's attention (flash where it applies), on PyTorch's current stream.
+    """`gpu_ops.Library` by cuBLAS and PyTorch's flash attention, on PyTorch's current stream.
 
     For an engine in float32 it switches TF32 off, in the whole process: validation compares with float32.
+
+    `chunk`: the address of int32 words about the chunk, _CHUNK_WORDS for each line: 0, its tokens, and the tokens of
+    its sequence with it; then for each number of key/value heads in `heads` the first row of the slot in a layer's keys
+    [slots * heads * capacity, head_dim], and the row after a head's last one.
     """
 
-    def __init__(self, engine: Engine, slots: int):
+    def __init__(self, engine: Engine, slots: int, chunk: int, heads: list[int]):
         self._dtype = getattr(torch, engine.limits.dtype)
         if self._dtype == torch.float32:
             torch.backends.cuda.matmul.allow_tf32 = False
         self._limits, self._head_dim, self._slots = engine.limits, engine.model.head_dim, slots
         self._views: dict[tuple[int, ...], torch.Tensor] = {}
+        words = device_tensor(chunk, (len(heads) + 1, _CHUNK_WORDS), torch.int32)
+        self._queries_end, self._keys_end = words[0, :2], words[0, 2:3]
+        self._keys = {count: words[line + 1, :2] for line, count in enumerate(heads)}
 
     def view(self, address: int, *shape: int) -> torch.Tensor:
         """Device memory as a tensor of the engine's type."""
@@ -85,16 +114,32 @@ class TorchLibrary:
         else:
             torch.addmm(self.view(added.address, added.rows, added.width), left, right.T, out=to)
 
-    def attend(self, queries: Matrix, cache: int, past: int, slot: int, shard: LayerShard, out: Matrix) -> None:
-        length, dim = queries.rows, self._head_dim
-        shape = 2, self._slots, shard.num_kv_heads, self._limits.max_seq_len, dim
-        keys, values = self.view(cache, *shape)[:, slot : slot + 1, :, : past + length]
-        q, to = (self.view(m.address, 1, length, shard.num_heads, dim) for m in (queries, out))
-        mask = None if past == 0 else causal_lower_right(length, past + length)
-        gqa = shard.num_heads != shard.num_kv_heads
-        q = q.transpose(1, 2)
-        found = F.scaled_dot_product_attention(q, keys, values, mask, is_causal=mask is None, enable_gqa=gqa)
-        to.copy_(found.transpose(1, 2))
+    def attends(self, shard: LayerShard) -> bool:
+        # What the flash kernels take; every layer but for an odd deal of heads is grouped.
+        return shard.grouped and self._dtype != torch.float32 and self._head_dim % 8 == 0 and self._head_dim <= 256
+
+    def attend(self, queries: Matrix, cache: int, shard: LayerShard, out: Matrix) -> None:
+        length, dim, capacity = queries.rows, self._head_dim, self._limits.max_seq_len
+        count = shard.num_kv_heads
+        every = self.view(cache, 2, self._slots * count * capacity, dim)
+        # Row i of head h is capacity rows behind row i of head h - 1.
+        rows = self._slots * count * capacity - (count - 1) * capacity
+        keys, values = (part.as_strided((rows, count, dim), (dim, capacity * dim, 1)) for part in every)
+        q, to = (self.view(m.address, length, shard.num_heads, dim) for m in (queries, out))
+        found, *_ = torch.ops.aten._flash_attention_forward(
+            q,
+            keys,
+            values,
+            self._queries_end,
+            self._keys[count],
+            length,
+            capacity,
+            0.0,
+            True,
+            False,
+            seqused_k=self._keys_end,
+        )
+        to.copy_(found)
 
 
 def device_tensor(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
