@@ -42,11 +42,9 @@ __host__ __device__ size_t cache_elements(const cqil_attention_shape& s) {
     return size_t(s.max_batch) * s.kv_heads * s.capacity * s.head_dim;
 }
 
-// Blocks for one head of one sequence. In total about one per multiprocessor, so the next kernel finds room for its
-// prefetches.
-int span_count(const cqil_attention_shape& s, int processors) {
-    return std::clamp(processors / (s.heads * s.batch), 1, kMaxSpans);
-}
+// Blocks for one head of one sequence. With one sequence about one per multiprocessor in total, so the next kernel finds
+// room for its prefetches. With more the same, so that a sequence's result does not depend on how many there are.
+int span_count(const cqil_attention_shape& s, int processors) { return std::clamp(processors / s.heads, 1, kMaxSpans); }
 
 template <typename T>
 __device__ float wide(T x) {

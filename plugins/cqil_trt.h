@@ -190,6 +190,10 @@ typedef struct {
     float eps;
 } cqil_linear_shape;
 
+// Up to how many rows W is read at the speed of memory on the current device: 16 or 1. From 2 to that many, a row's
+// result has the same bits whatever the others are, and however many; more rows are for a library. Negative: an error.
+int cqil_linear_rows(cqil_dtype dtype);
+
 // Bytes of scratch memory per call.
 size_t cqil_linear_scratch_bytes(const cqil_linear_shape* shape);
 

@@ -1,8 +1,9 @@
 // Matrix products of a decoder layer: out = activation(norm(x + delta) · Wᵀ + bias) + residual.
 //
-// One row (a decode step) is bound by reading W. Each warp streams whole rows of W through a ring in shared memory. The
-// bulk copies start before the previous kernel has finished (weights are constants), so memory hardly idles between
-// kernels. Several rows are a product on tensor cores. A plain kernel takes the rest.
+// Few rows (a decode step) are bound by reading W. Each warp streams it through a ring in shared memory. The bulk copies
+// start before the previous kernel has finished (weights are constants), so memory hardly idles between kernels. One row
+// is multiplied by the ordinary cores, two to sixteen by the tensor cores. More rows are a product in tiles of x and W. A
+// plain kernel takes the rest.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -126,10 +127,15 @@ __device__ uint64_t streaming_policy() {
     return policy;
 }
 
-// Starts a copy of `bytes` to shared memory. Its arrival completes the barrier's phase.
+// The arrival of so many bytes completes the barrier's phase.
+__device__ void expect_bytes(uint64_t* barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+}
+
+// Starts a copy of `bytes` to shared memory.
 __device__ void bulk_copy(void* to, const void* from, int bytes, uint64_t* barrier, uint64_t policy) {
     const unsigned b = shared_address(barrier);
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(b), "r"(bytes) : "memory");
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
             "r"(shared_address(to)),
@@ -188,9 +194,10 @@ __global__ void __launch_bounds__(kThreads, 4) stream_kernel(Operands o) {
             if (fetch_piece >= pieces) return false;  // the warp's next piece is several rows ahead
         }
         const bool up = kGated && fetch_piece >= chunks;
-        const int begin = (up ? fetch_piece - chunks : fetch_piece) * kChunk;
-        bulk_copy(ring + fetch_stage * kChunk, from + (up ? size_t(o.outputs) * row_bytes : 0) + begin,
-                  min(kChunk, row_bytes - begin), &barriers[warp][fetch_stage], policy);
+        const int begin = (up ? fetch_piece - chunks : fetch_piece) * kChunk, bytes = min(kChunk, row_bytes - begin);
+        expect_bytes(&barriers[warp][fetch_stage], bytes);
+        bulk_copy(ring + fetch_stage * kChunk, from + (up ? size_t(o.outputs) * row_bytes : 0) + begin, bytes,
+                  &barriers[warp][fetch_stage], policy);
         if (++fetch_stage == kStages) fetch_stage = 0;
         fetch_piece += fetched < alone ? 1 : kWarps;
         if (++fetched == alone) {
@@ -332,6 +339,224 @@ __device__ void multiply_accumulate(float (&c)[4], const unsigned (&a)[4], const
             "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
             : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Two to sixteen rows: streaming W, 16 rows of it at a time (if gated, 8 of gate and 8 of up). A block takes every
+// gridDim.x-th of these tiles, up to kTiles of them in a pass, so that it reads x once a pass. Its warps share the depth
+// in chunks, and add up what they have at the end of a pass. The order in which a result is summed depends neither on
+// the number of rows nor on what is in the others.
+
+constexpr int kFewRows = 16;
+constexpr int kFewWarps = 4, kFewThreads = 32 * kFewWarps, kFewDepth = 4;  // stages of a warp's ring
+constexpr int kTileRows = 16, kTileDepth = 128;                            // of W in a stage
+// Two rows and half a cache line, so that the eight lanes that read a packet at once, of two rows, hit different banks.
+constexpr int kTileRow = kTileDepth * 2, kRowPair = 2 * kTileRow + 64, kTileBytes = kTileRows / 2 * kRowPair;
+
+__host__ __device__ constexpr int tiles_of_pass(int columns) { return columns == 8 ? 4 : 3; }
+
+// Shared memory for the ring, the sums of the warps, and the norm's weight.
+size_t few_bytes(int columns, int inputs, bool norm) {
+    return size_t(kFewWarps) * kFewDepth * kTileBytes +
+           sizeof(float) * kFewWarps * tiles_of_pass(columns) * kTileRows * columns + (norm ? size_t(inputs) * 2 : 0);
+}
+
+// kColumns: rows of x that there is room for, 8 or 16.
+template <typename T, bool kGated, int kColumns>
+__global__ void __launch_bounds__(kFewThreads, 4) few_rows_kernel(Operands o) {
+#if __CUDA_ARCH__ >= 900
+    using Two = typename Pair<T>::Type;
+    constexpr int kTiles = tiles_of_pass(kColumns), kOctets = kColumns / 8, kSteps = kTileDepth / 32;
+    constexpr int kPerTile = kGated ? 8 : 16;  // results of a row of x
+    extern __shared__ __align__(128) char memory[];
+    __shared__ uint64_t barriers[kFewWarps][kFewDepth];
+    __shared__ float scales[kColumns];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    char* ring = memory + warp * kFewDepth * kTileBytes;
+    auto* sums = reinterpret_cast<float*>(memory + kFewWarps * kFewDepth * kTileBytes);
+    auto* norm = reinterpret_cast<uint4*>(sums + kFewWarps * kTiles * kTileRows * kColumns);
+    const int tiles = (o.outputs + kPerTile - 1) / kPerTile, mine = (tiles - 1 - int(blockIdx.x)) / int(gridDim.x) + 1;
+    const int chunks = (o.inputs + kTileDepth - 1) / kTileDepth;
+    const int total = mine * ((chunks - warp + kFewWarps - 1) / kFewWarps);
+
+    // Lanes 0 to 15 request a row each.
+    const int half = kGated ? lane / 8 % 2 : 0, row_of_lane = kGated ? lane % 8 : lane;
+    const char* weight = static_cast<const char*>(o.weight) + size_t(half) * o.outputs * o.inputs * 2;
+    char* const place = ring + lane / 2 * kRowPair + lane % 2 * (kTileRow + 64);
+    const uint64_t policy = streaming_policy();
+    int fetched = 0, fetch_first = 0, fetch_tile = 0, fetch_chunk = warp, fetch_stage = 0;
+    auto fetch = [&] {
+        const int first = (int(blockIdx.x) + (fetch_first + fetch_tile) * int(gridDim.x)) * kPerTile;
+        const int begin = fetch_chunk * kTileDepth, bytes = min(kTileDepth, o.inputs - begin) * 2;
+        uint64_t* barrier = &barriers[warp][fetch_stage];
+        if (lane == 0) expect_bytes(barrier, min(kPerTile, o.outputs - first) * (kGated ? 2 : 1) * bytes);
+        if (lane < kTileRows && first + row_of_lane < o.outputs)
+            bulk_copy(place + fetch_stage * kTileBytes, weight + (size_t(first + row_of_lane) * o.inputs + begin) * 2,
+                      bytes, barrier, policy);
+        ++fetched;
+        if (++fetch_stage == kFewDepth) fetch_stage = 0;
+        if (++fetch_tile == min(kTiles, mine - fetch_first)) {
+            fetch_tile = 0;
+            fetch_chunk += kFewWarps;
+            if (fetch_chunk >= chunks) {
+                fetch_chunk = warp;
+                fetch_first += kTiles;
+            }
+        }
+    };
+    if (lane == 0) {
+        for (int stage = 0; stage < kFewDepth; ++stage) barrier_init(&barriers[warp][stage]);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncwarp();
+#pragma unroll 1
+    while (fetched < min(kFewDepth, total)) fetch();
+    if (o.norm != nullptr)
+#pragma unroll 1
+        for (int i = threadIdx.x; i < o.inputs / 8; i += kFewThreads) norm[i] = static_cast<const uint4*>(o.norm)[i];
+    release_successor();
+    wait_for_predecessor();
+
+    const auto* x = static_cast<const T*>(o.x);
+    if (o.norm != nullptr) {
+#pragma unroll 1
+        for (int row = warp; row < o.rows; row += kFewWarps) {
+            float square = 0;
+#pragma unroll 8
+            for (int i = lane; i < o.inputs / 8; i += 32) {
+                const uint4 packet = reinterpret_cast<const uint4*>(x + size_t(row) * o.inputs)[i];
+                square = dot<T>(packet, packet, square);
+            }
+            square = warp_sum(square);
+            if (lane == 0) scales[row] = rsqrtf(square / float(o.inputs) + o.eps);
+        }
+        __syncthreads();
+    }
+
+    // A lane has rows lane / 4 of x, and of W rows lane / 4 and lane / 4 + 8; 8 elements of 32 in each. The tensor cores
+    // take them in two steps of 4. Which elements meet in a step does not matter, as long as W and x agree.
+    const int column = lane / 4, quarter = lane % 4;
+    float scale[kOctets];
+#pragma unroll
+    for (int i = 0; i < kOctets; ++i)
+        scale[i] = o.norm != nullptr && i * 8 + column < o.rows ? scales[i * 8 + column] : 0.0f;
+    uint4 next[kOctets][kSteps];
+    auto load = [&](int chunk) {
+#pragma unroll
+        for (int i = 0; i < kOctets; ++i)
+#pragma unroll
+            for (int step = 0; step < kSteps; ++step) {
+                const int row = i * 8 + column, k = chunk * kTileDepth + step * 32 + quarter * 8;
+                next[i][step] = uint4{};
+                if (row < o.rows && k < o.inputs)
+                    next[i][step] = *reinterpret_cast<const uint4*>(x + size_t(row) * o.inputs + k);
+            }
+    };
+    if (warp < chunks) load(warp);
+    int stage = 0;
+    unsigned phase = 0;
+#pragma unroll 1
+    for (int first = 0; first < mine; first += kTiles) {
+        const int count = min(kTiles, mine - first);
+        auto output_of = [&](int tile) { return (int(blockIdx.x) + (first + tile) * int(gridDim.x)) * kPerTile; };
+        // The results that a thread will write.
+        constexpr int kResults = kTiles * kPerTile * kColumns / kFewThreads;
+        auto tile_of = [&](int i) { return (int(threadIdx.x) + i * kFewThreads) / (kPerTile * kColumns); };
+        auto row_of = [&](int i) { return (int(threadIdx.x) + i * kFewThreads) / kPerTile % kColumns; };
+        const int within = threadIdx.x % kPerTile;
+        float added[kResults] = {};
+        if (!kGated && o.residual != nullptr) {
+#pragma unroll
+            for (int i = 0; i < kResults; ++i) {
+                const int output = output_of(tile_of(i)) + within;
+                if (tile_of(i) < count && output < o.outputs && row_of(i) < o.rows)
+                    added[i] = float(static_cast<const T*>(o.residual)[size_t(row_of(i)) * o.outputs + output]);
+            }
+        }
+        float c[kTiles][kOctets][4] = {};
+#pragma unroll 1
+        for (int chunk = warp; chunk < chunks; chunk += kFewWarps) {
+            uint4 b[kOctets][kSteps];
+#pragma unroll
+            for (int step = 0; step < kSteps; ++step) {
+                uint4 factors = {};
+                if (o.norm != nullptr)
+                    factors = norm[min(chunk * (kTileDepth / 8) + step * 4 + quarter, o.inputs / 8 - 1)];
+#pragma unroll
+                for (int i = 0; i < kOctets; ++i) {
+                    b[i][step] = next[i][step];
+                    if (o.norm == nullptr) continue;
+#pragma unroll
+                    for (int j = 0; j < 4; ++j) {
+                        auto& two = reinterpret_cast<Two*>(&b[i][step])[j];
+                        const float2 wide = Pair<T>::wide(two);
+                        two = __hmul2(Pair<T>::narrow(wide.x * scale[i], wide.y * scale[i]),
+                                      reinterpret_cast<const Two*>(&factors)[j]);
+                    }
+                }
+            }
+            if (chunk + kFewWarps < chunks)
+                load(chunk + kFewWarps);
+            else if (first + kTiles < mine)
+                load(warp);
+            const int left = o.inputs - chunk * kTileDepth;
+#pragma unroll
+            for (int tile = 0; tile < kTiles; ++tile) {
+                if (tile >= count) continue;
+                barrier_wait(&barriers[warp][stage], phase);
+                const char* w =
+                    ring + stage * kTileBytes + column / 2 * kRowPair + column % 2 * (kTileRow + 64) + quarter * 16;
+#pragma unroll
+                for (int step = 0; step < kSteps; ++step) {
+                    uint4 top = *reinterpret_cast<const uint4*>(w + step * 64);
+                    uint4 bottom = *reinterpret_cast<const uint4*>(w + step * 64 + 4 * kRowPair);
+                    // Beyond the end of a row is what was there before, which may be no number.
+                    if (step * 32 + quarter * 8 >= left) top = bottom = uint4{};
+                    const unsigned low[4] = {top.x, bottom.x, top.y, bottom.y};
+                    const unsigned high[4] = {top.z, bottom.z, top.w, bottom.w};
+#pragma unroll
+                    for (int i = 0; i < kOctets; ++i) {
+                        multiply_accumulate<T>(c[tile][i], low, &b[i][step].x);
+                        multiply_accumulate<T>(c[tile][i], high, &b[i][step].z);
+                    }
+                }
+                __syncwarp();
+                if (fetched < total) fetch();
+                if (++stage == kFewDepth) {
+                    stage = 0;
+                    phase ^= 1;
+                }
+            }
+        }
+        __syncthreads();  // the sums of the pass before have been read
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+            for (int i = 0; i < kOctets; ++i)
+#pragma unroll
+                for (int lower = 0; lower < 2; ++lower) {
+                    const int row = column + 8 * lower, at = ((warp * kTiles + tile) * kTileRows + row) * kColumns;
+                    *reinterpret_cast<float2*>(sums + at + i * 8 + quarter * 2) =
+                        float2{c[tile][i][2 * lower], c[tile][i][2 * lower + 1]};
+                }
+        __syncthreads();
+        const auto* bias = static_cast<const T*>(o.bias);
+#pragma unroll
+        for (int i = 0; i < kResults; ++i) {
+            const int tile = tile_of(i), row = row_of(i), output = output_of(tile) + within;
+            if (tile >= count || output >= o.outputs || row >= o.rows) continue;
+            float y[2] = {};
+#pragma unroll
+            for (int part = 0; part < (kGated ? 2 : 1); ++part) {
+#pragma unroll
+                for (int w = 0; w < kFewWarps; ++w)
+                    y[part] += sums[((w * kTiles + tile) * kTileRows + part * 8 + within) * kColumns + row];
+                if (bias != nullptr) y[part] += float(bias[part * o.outputs + output]);
+            }
+            static_cast<T*>(o.out)[size_t(row) * o.outputs + output] =
+                kGated ? swiglu(T(y[0]), T(y[1])) : T(y[0] + added[i]);
+        }
+    }
+#endif
 }
 
 __device__ void load_matrices(unsigned (&r)[4], unsigned address) {
@@ -528,6 +753,19 @@ int stream(const Operands& o, const Device& device, cudaStream_t st) {
                                                                          : stream<T, kGated, kFewStages>(o, device, st);
 }
 
+template <typename T, bool kGated, int kColumns>
+int few_rows(const Operands& o, const Device& device, cudaStream_t st) {
+    constexpr int kPerTile = kGated ? 8 : 16;
+    const int blocks = std::min(device.processors, (o.outputs + kPerTile - 1) / kPerTile);
+    const size_t bytes = few_bytes(kColumns, o.inputs, o.norm != nullptr);
+    return launch(few_rows_kernel<T, kGated, kColumns>, {dim3(blocks), kFewThreads, st, true, bytes}, o);
+}
+
+template <typename T, bool kGated>
+int few_rows(const Operands& o, const Device& device, cudaStream_t st) {
+    return o.rows <= 8 ? few_rows<T, kGated, 8>(o, device, st) : few_rows<T, kGated, 16>(o, device, st);
+}
+
 template <typename T, int kW, int kX, int kAcrossW, int kAcrossX, int kAcrossK, int kBuffers>
 int product(const Operands& o, cudaStream_t st) {
     const dim3 grid((o.outputs + kW - 1) / kW, (o.rows + kX - 1) / kX);
@@ -566,12 +804,24 @@ int linear(const cqil_linear_shape& s, Operands o, char* scratch, cudaStream_t s
         if (s.rows == 1 && aligned && fits && is_modern(stream_kernel<T, false, kManyStages>, &modern)) return -1;
         if (modern) return s.gated ? stream<T, true>(o, device, st) : stream<T, false>(o, device, st);
     }
+    bool few = false;
+    if constexpr (!std::is_same_v<T, float>) {
+        const size_t bytes = few_bytes(kFewRows, s.inputs, o.norm != nullptr && o.delta == nullptr);
+        if (s.rows <= kFewRows && aligned && bytes + 1024 <= size_t(device.shared_bytes) &&
+            is_modern(few_rows_kernel<T, false, 8>, &few))
+            return -1;
+        if (few && o.delta == nullptr)
+            return s.gated ? few_rows<T, true>(o, device, st) : few_rows<T, false>(o, device, st);
+    }
     if (o.norm != nullptr) {
         void* sum = o.delta != nullptr ? scratch + normed_bytes(s) : nullptr;
         if (cqil_residual_norm(o.delta, o.x, o.norm, sum, scratch, s.rows, s.inputs, o.eps, type, st)) return -1;
         o.x = scratch;
+        o.norm = nullptr;
         scratch += 2 * normed_bytes(s);
     }
+    if constexpr (!std::is_same_v<T, float>)
+        if (few) return s.gated ? few_rows<T, true>(o, device, st) : few_rows<T, false>(o, device, st);
     if constexpr (!std::is_same_v<T, float>) {
         if (s.rows > 1 && aligned) {
             if (!s.gated) return product<T>(o, st);
@@ -588,6 +838,12 @@ int linear(const cqil_linear_shape& s, Operands o, char* scratch, cudaStream_t s
 }  // namespace
 
 extern "C" {
+
+int cqil_linear_rows(cqil_dtype dtype) {
+    bool modern = false;
+    if (dtype != CQIL_FLOAT32 && is_modern(few_rows_kernel<__half, false, 8>, &modern)) return -1;
+    return modern ? kFewRows : 1;
+}
 
 size_t cqil_linear_scratch_bytes(const cqil_linear_shape* s) {
     return 2 * normed_bytes(*s) + align(size_t(s->rows) * 2 * s->outputs * element_bytes(s->dtype));

@@ -28,10 +28,11 @@ BATCH, CAPACITY = 2, 32
 
 
 class HostLibrary:
-    """`gpu_ops.Library`."""
+    """`gpu_ops.Library`. `chunk`: past and slot of the next one."""
 
     def __init__(self, kernels, model):
         self._kernels, self._model = kernels, model
+        self.chunk = 0, 0
 
     def multiply(self, x, weight, added, out):
         value = at(x.address, x.rows, x.width) @ at(weight.address, weight.rows, weight.width).T
@@ -39,7 +40,11 @@ class HostLibrary:
             value if added is None else value + at(added.address, added.rows, added.width)
         )
 
-    def attend(self, queries, cache, past, slot, shard, out):
+    def attends(self, shard):
+        return shard.grouped
+
+    def attend(self, queries, cache, shard, out):
+        past, slot = self.chunk
         dim, length = self._model.head_dim, queries.rows
         shape = 1, length, shard.num_heads, dim
         where = (past + torch.arange(length))[None]
@@ -116,7 +121,8 @@ def test_cuda_ops_ask_for_what_the_decoder_means(name, tmp_path, host_memory):
             buffers |= {f"cache.{index}": torch.zeros(1) for index in rank.layers}
             memory = {key: value.data_ptr() for key, value in (weights | buffers).items()}
             workspace = HostWorkspace(rank.rank, model.rms_norm_eps) if shape["p"] > 1 else None
-            ops = CudaOps(rank, limits, memory, workspace, kernels, 0, HostLibrary(kernels, model), BATCH)
+            library = HostLibrary(kernels, model)
+            ops = CudaOps(rank, limits, memory, workspace, kernels, 0, library, BATCH)
             width = rank.vocabulary[1] - rank.vocabulary[0]
             # Prompts one at a time, in slots that are not in order, then both sequences, then one of them.
             prompts = [(new, past, (slot,)) for new, past in ((7, 0), (3, 7)) for slot in (1, 0)]
@@ -129,7 +135,8 @@ def test_cuda_ops_ask_for_what_the_decoder_means(name, tmp_path, host_memory):
                 rows = (torch.arange(batch) * new + new - 1).to(torch.int32)
                 logits, slots = torch.full((batch, width), torch.nan), torch.tensor(places, dtype=torch.int32)
                 addresses = (t.data_ptr() for t in (pasts, slots, logits))
-                ops.begin(batch, new, *addresses, (past, places[0]))
+                library.chunk = past, places[0]
+                ops.begin(batch, new, *addresses)
                 given = Matrix(tokens.data_ptr(), batch * new, 1), None, Matrix(rows.data_ptr(), batch, 1)
                 decode(ops, *given)
                 if rank.schedule.predicts:
@@ -139,6 +146,6 @@ def test_cuda_ops_ask_for_what_the_decoder_means(name, tmp_path, host_memory):
                     torch.testing.assert_close(joined, plain.joined, rtol=1e-4, atol=1e-5)
             # What a pass needed, the next of its shape finds.
             before = len(host_memory)
-            ops.begin(1, 1, *(t.data_ptr() for t in (pasts, slots, logits)), (11, 1))
+            ops.begin(1, 1, *(t.data_ptr() for t in (pasts, slots, logits)))
             decode(ops, *given)
             assert len(host_memory) == before

@@ -23,7 +23,6 @@ from cqil_trt.scheduler import check_prompt
 from cqil_trt.serving import api
 from cqil_trt.serving.answers import (
     Exchange,
-    Piece,
     Tools,
     conversation_of,
     grammar_of,
@@ -275,35 +274,29 @@ class Server:
     async def _respond(self, request: Request, body: api.Sampled, exchange: Exchange, form: Form) -> Response:
         note: Note = request.state.note
         note.exchange = exchange
-        pieces = exchange.pieces()
+        if body.stream:
+            return EventStream(self._stream(exchange, form, body, note), exchange.close)
         try:
-            if not body.stream:
-                await unless_gone(request, form.take_all(pieces))
-                return JSONResponse(form.whole(exchange))
-            # What goes wrong before the first token has a status of its own.
-            first = await unless_gone(request, anext(pieces))
-        except BaseException:
-            exchange.close()
-            raise
+            await unless_gone(request, form.take_all(exchange.pieces()))
+            return JSONResponse(form.whole(exchange))
         finally:
-            if not body.stream:
-                exchange.close()
-        return EventStream(self._stream(first, pieces, exchange, form, body, note), exchange.close)
+            exchange.close()
 
-    async def _stream(
-        self, first: Piece, pieces: AsyncIterator[Piece], exchange: Exchange, form: Form, body: api.Sampled, note: Note
-    ) -> AsyncIterator[bytes]:
+    async def _stream(self, exchange: Exchange, form: Form, body: api.Sampled, note: Note) -> AsyncIterator[bytes]:
+        """Raises Refused before the first event, which then is a status of its own; later it is an event."""
         options = body.stream_options or api.StreamOptions()
+        begun = False
         try:
-            for chunk in form.chunks(first, exchange):
-                yield event(chunk)
-            async for piece in pieces:
+            async for piece in exchange.pieces():
                 for chunk in form.chunks(piece, exchange):
                     yield event(chunk)
+                    begun = True
             if options.include_usage:
                 yield event(form.envelope([], usage(exchange)))
             yield b"data: [DONE]\n\n"
         except Refused as refused:
+            if not begun:
+                raise
             note.failed = True
             yield event(error_body(refused))
 

@@ -56,7 +56,10 @@ async def ended(*tasks: asyncio.Future[Any]) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events. Ends when the client has gone or takes nothing for long; `close` is called in any case."""
+    """Server-sent events. Ends when the client has gone or takes nothing for long; `close` is called in any case.
+
+    The response begins with the first event: what `events` raises before it, and Gone, are raised.
+    """
 
     media_type = "text/event-stream"
 
@@ -67,12 +70,15 @@ class EventStream(Response):
 
     async def __call__(self, scope: Any, receive: Any, send: Callable[[Any], Awaitable[None]]) -> None:
         sending: float | None = None  # since when the client takes nothing
+        begun = False
 
         async def write() -> None:
-            nonlocal sending
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            nonlocal sending, begun
             async for body in self._events:
                 sending = time.monotonic()
+                if not begun:
+                    begun = True
+                    await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                 await send({"type": "http.response.body", "body": body, "more_body": True})
                 sending = None
             await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -91,6 +97,8 @@ class EventStream(Response):
             if tasks[0].done():
                 with contextlib.suppress(OSError):
                     tasks[0].result()
+            elif not begun:
+                raise Gone
         finally:
             self._close()
             await ended(*tasks)

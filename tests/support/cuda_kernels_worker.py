@@ -436,6 +436,71 @@ def check_one_swiglu(pick, dtype):
     return relative(direct, exact)
 
 
+def check_rows(pick, dtype):
+    """A row's product and attention have the same bits in every batch of two or more."""
+    rows = library.cqil_linear_rows(code(dtype))
+    assert rows == (1 if dtype == torch.float32 else 16), "this GPU has no kernel for few rows"
+    if rows == 1:
+        return 0.0
+    outputs, inputs = pick(1, 3000), pick(1, 1400) * 8
+    gated, normed, added = (bool(pick(0, 1)) for _ in range(3))
+    x = (torch.randn(rows, inputs, device="cuda") * 10 ** torch.randn(rows, 1, device="cuda")).to(dtype)
+    delta = torch.randn(rows, inputs, device="cuda").to(dtype) if normed and pick(0, 2) == 0 else None
+    weight = (torch.randn(outputs * (1 + gated), inputs, device="cuda") / inputs**0.5).to(dtype)
+    norm = (1 + 0.2 * torch.randn(inputs, device="cuda")).to(dtype) if normed else None
+    residual = torch.randn(rows, outputs, device="cuda").to(dtype) if added and not gated else None
+
+    def product(chosen):
+        chosen = torch.tensor(chosen, device="cuda")
+        shape = abi.cqil_linear_shape(
+            rows=len(chosen), outputs=outputs, inputs=inputs, gated=gated, dtype=code(dtype), eps=1e-5
+        )
+        scratch = torch.empty(library.cqil_linear_scratch_bytes(shape), dtype=torch.uint8, device="cuda")
+        out = torch.full((len(chosen), outputs), torch.nan, dtype=dtype, device="cuda")
+        part, more, old = (None if t is None else t[chosen].contiguous() for t in (x, delta, residual))
+        call("linear", shape, part, more, weight, None, norm, old, out, scratch)
+        return out
+
+    whole = product(range(rows))
+    for _ in range(8):
+        chosen = torch.randperm(rows)[: pick(2, rows)].tolist()
+        different = int((product(chosen) != whole[chosen]).sum())
+        assert different == 0, f"{different} elements differ between {len(chosen)} and {rows} rows"
+    assert torch.isfinite(whole).all()
+    return 0.0
+
+
+def check_sequences(pick, dtype):
+    """A sequence's attention has the same bits in every batch."""
+    heads, group, dim, capacity, batch = pick(1, 8), pick(1, 4), (64, 128)[pick(0, 1)], pick(40, 2000), 16
+    fields = {"heads": heads * group, "kv_heads": heads, "head_dim": dim, "capacity": capacity, "max_batch": batch}
+    fields |= {"group": group, "first": 0, "dtype": code(dtype), "eps": 1e-6}
+    past = torch.tensor([pick(0, capacity - 1) for _ in range(batch)], dtype=torch.int32, device="cuda")
+    qkv = torch.randn(batch, heads * (group + 2), dim, device="cuda").to(dtype)
+    table = torch.ones(capacity, dim // 2, device="cuda"), torch.zeros(capacity, dim // 2, device="cuda")
+    size = library.cqil_attention_cache_bytes(abi.cqil_attention_shape(batch=1, length=1, **fields))
+    elements = 2 * batch * heads * capacity * dim
+    cache = torch.zeros(size, dtype=torch.uint8, device="cuda")
+    cache[: elements * dtype.itemsize].view(dtype).normal_()
+
+    def attended(chosen):
+        shape = abi.cqil_attention_shape(batch=len(chosen), length=1, **fields)
+        slots = torch.tensor(chosen, dtype=torch.int32, device="cuda")
+        out = torch.empty(len(chosen), heads * group * dim, dtype=dtype, device="cuda")
+        scratch = torch.empty(library.cqil_attention_scratch_bytes(shape), dtype=torch.uint8, device="cuda")
+        inputs = qkv[chosen].contiguous(), past[chosen].contiguous(), slots
+        call("attention", shape, *inputs, *table, None, None, cache, out, scratch)
+        torch.cuda.synchronize()
+        return out
+
+    whole = attended(list(range(batch)))
+    for _ in range(6):
+        chosen = torch.randperm(batch)[: pick(1, batch)].tolist()
+        different = int((attended(chosen) != whole[chosen]).sum())
+        assert different == 0, f"{different} elements differ between {len(chosen)} and {batch} sequences"
+    return 0.0
+
+
 # Checks of kernels that overlap, with delays that make unlucky orders happen
 
 
@@ -767,6 +832,7 @@ CHECKS = {
         check_attention,
     ),
     "swiglu": (check_one_swiglu,),
+    "rows": (check_rows, check_sequences),
     "joins": (check_joins,),
     "overlap": (check_overlap,),
     "repeat": (check_repeat,),

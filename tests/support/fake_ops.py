@@ -60,6 +60,9 @@ class HostKernels:
         at(out, rows, inner)[:] = F.silu(gate) * up
         return 0
 
+    def cqil_linear_rows(self, dtype):
+        return 1
+
     def cqil_linear_scratch_bytes(self, shape):
         return 64
 

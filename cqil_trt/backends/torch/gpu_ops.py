@@ -21,9 +21,6 @@ from cqil_trt.gpu.workspace import Workspace, fuses_norm
 from cqil_trt.network.ops import Ops
 from cqil_trt.shard import LayerShard, RankPlan
 
-# Up to this many rows our own products are used (docs/performance.md compares them with cuBLAS).
-_OWN_ROWS = 1
-
 
 class Pool:
     """Device memory by size: reuses what was given back, and allocates what is missing."""
@@ -168,6 +165,7 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         self._cached = slots
         self._kernels, self._stream, self._library = kernels, stream, library
         self._bytes, self._dtype = DTYPE_BYTES[limits.dtype], abi.dtype_code(limits.dtype)
+        self._few = kernels.cqil_linear_rows(self._dtype)
         self._pool = Pool()
         self._weights = {
             name: Matrix(memory[name], shape[0] if len(shape) > 1 else 1, shape[-1])
@@ -216,7 +214,7 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         weight, bias = self._weights[f"{name}.weight"], self._weights.get(f"{name}.bias")
         outputs = weight.rows // 2 if gated else weight.rows
         out = Matrix(self._logits, x.rows, outputs) if name == "lm_head" else self._new(x.rows, outputs)
-        if x.rows > _OWN_ROWS:
+        if x.rows > self._few:
             if norm is not None:
                 x = self.fused_norm(x, delta, norm)
             product = self._new(x.rows, weight.rows) if gated else out
