@@ -342,74 +342,83 @@ __device__ void multiply_accumulate(float (&c)[4], const unsigned (&a)[4], const
 }
 
 // Two to sixteen rows: streaming W, 16 rows of it at a time (if gated, 8 of gate and 8 of up). A block takes every
-// gridDim.x-th of these tiles, up to kTiles of them in a pass, so that it reads x once a pass. Its warps share the depth
-// in chunks, and add up what they have at the end of a pass. The order in which a result is summed depends neither on
-// the number of rows nor on what is in the others.
+// gridDim.x-th of these tiles, up to kTiles of them in a pass, so that it reads x once a pass. Its warps share the depth,
+// each with a ring of its own, and add up what they have at the end of a pass. The order in which a result is summed
+// depends neither on the number of rows nor on what is in the others.
+//
+// A lane copies 16 bytes at a time: bulk copies, which serve one row here, would be issued lane by lane.
 
 constexpr int kFewRows = 16;
-constexpr int kFewWarps = 4, kFewThreads = 32 * kFewWarps, kFewDepth = 4;  // stages of a warp's ring
-constexpr int kTileRows = 16, kTileDepth = 128;                            // of W in a stage
-// Two rows and half a cache line, so that the eight lanes that read a packet at once, of two rows, hit different banks.
-constexpr int kTileRow = kTileDepth * 2, kRowPair = 2 * kTileRow + 64, kTileBytes = kTileRows / 2 * kRowPair;
+constexpr int kFewWarps = 8, kFewThreads = 32 * kFewWarps;
+constexpr int kRingStages = 4;
+constexpr int kTileRows = 16, kShare = 64;  // rows and depth of W in a stage: lines of 128 bytes
+constexpr int kTileBytes = kTileRows * kShare * 2, kTileDepth = kFewWarps * kShare;
 
 __host__ __device__ constexpr int tiles_of_pass(int columns) { return columns == 8 ? 4 : 3; }
 
-// Shared memory for the ring, the sums of the warps, and the norm's weight.
+// Shared memory for the rings, the sums of the warps, and the norm's weight.
 size_t few_bytes(int columns, int inputs, bool norm) {
-    return size_t(kFewWarps) * kFewDepth * kTileBytes +
+    return size_t(kFewWarps) * kRingStages * kTileBytes +
            sizeof(float) * kFewWarps * tiles_of_pass(columns) * kTileRows * columns + (norm ? size_t(inputs) * 2 : 0);
+}
+
+// Copies 16 bytes that are read once to shared memory, or zeros unless `valid`.
+__device__ void copy_once(unsigned to, const void* from, bool valid, uint64_t policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from),
+                 "r"(valid ? 16 : 0), "l"(policy)
+                 : "memory");
 }
 
 // kColumns: rows of x that there is room for, 8 or 16.
 template <typename T, bool kGated, int kColumns>
-__global__ void __launch_bounds__(kFewThreads, 4) few_rows_kernel(Operands o) {
+__global__ void __launch_bounds__(kFewThreads, 2) few_rows_kernel(Operands o) {
 #if __CUDA_ARCH__ >= 900
     using Two = typename Pair<T>::Type;
-    constexpr int kTiles = tiles_of_pass(kColumns), kOctets = kColumns / 8, kSteps = kTileDepth / 32;
+    constexpr int kTiles = tiles_of_pass(kColumns), kOctets = kColumns / 8;
+    constexpr int kSteps = kShare / 32;
     constexpr int kPerTile = kGated ? 8 : 16;  // results of a row of x
     extern __shared__ __align__(128) char memory[];
-    __shared__ uint64_t barriers[kFewWarps][kFewDepth];
     __shared__ float scales[kColumns];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    char* ring = memory + warp * kFewDepth * kTileBytes;
-    auto* sums = reinterpret_cast<float*>(memory + kFewWarps * kFewDepth * kTileBytes);
+    char* const ring = memory + warp * kRingStages * kTileBytes;
+    auto* sums = reinterpret_cast<float*>(memory + kFewWarps * kRingStages * kTileBytes);
     auto* norm = reinterpret_cast<uint4*>(sums + kFewWarps * kTiles * kTileRows * kColumns);
     const int tiles = (o.outputs + kPerTile - 1) / kPerTile, mine = (tiles - 1 - int(blockIdx.x)) / int(gridDim.x) + 1;
-    const int chunks = (o.inputs + kTileDepth - 1) / kTileDepth;
-    const int total = mine * ((chunks - warp + kFewWarps - 1) / kFewWarps);
+    const int chunks = (o.inputs + kTileDepth - 1) / kTileDepth, total = mine * chunks;
 
-    // Lanes 0 to 15 request a row each.
-    const int half = kGated ? lane / 8 % 2 : 0, row_of_lane = kGated ? lane % 8 : lane;
-    const char* weight = static_cast<const char*>(o.weight) + size_t(half) * o.outputs * o.inputs * 2;
-    char* const place = ring + lane / 2 * kRowPair + lane % 2 * (kTileRow + 64);
+    // A lane copies a packet of rows lane / 8, + 4, + 8 and + 12. The eight lanes that later read a packet at once, of two
+    // rows, hit different banks, as the halves of odd rows are exchanged.
+    const int line = lane / 8, row_bytes = o.inputs * 2;
+    const unsigned to = shared_address(ring) + line * 128 + ((lane % 8) ^ (line % 2 * 4)) * 16;
+    const char* const weight = static_cast<const char*>(o.weight) + warp * kShare * 2 + lane % 8 * 16;
     const uint64_t policy = streaming_policy();
-    int fetched = 0, fetch_first = 0, fetch_tile = 0, fetch_chunk = warp, fetch_stage = 0;
+    int fetched = 0, fetch_first = 0, fetch_tile = 0, fetch_chunk = 0, fetch_stage = 0;
     auto fetch = [&] {
-        const int first = (int(blockIdx.x) + (fetch_first + fetch_tile) * int(gridDim.x)) * kPerTile;
-        const int begin = fetch_chunk * kTileDepth, bytes = min(kTileDepth, o.inputs - begin) * 2;
-        uint64_t* barrier = &barriers[warp][fetch_stage];
-        if (lane == 0) expect_bytes(barrier, min(kPerTile, o.outputs - first) * (kGated ? 2 : 1) * bytes);
-        if (lane < kTileRows && first + row_of_lane < o.outputs)
-            bulk_copy(place + fetch_stage * kTileBytes, weight + (size_t(first + row_of_lane) * o.inputs + begin) * 2,
-                      bytes, barrier, policy);
-        ++fetched;
-        if (++fetch_stage == kFewDepth) fetch_stage = 0;
-        if (++fetch_tile == min(kTiles, mine - fetch_first)) {
-            fetch_tile = 0;
-            fetch_chunk += kFewWarps;
-            if (fetch_chunk >= chunks) {
-                fetch_chunk = warp;
-                fetch_first += kTiles;
+        if (fetched < total) {
+            const int output = (int(blockIdx.x) + (fetch_first + fetch_tile) * int(gridDim.x)) * kPerTile + line;
+            const char* from = weight + size_t(output) * row_bytes + fetch_chunk * (kTileDepth * 2);
+            const bool inside = fetch_chunk * kTileDepth + warp * kShare + lane % 8 * 8 < o.inputs;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int more = kGated ? i % 2 * 4 : i * 4;
+                const bool valid = inside && output + more < o.outputs;
+                const size_t beyond = size_t(more + (kGated ? i / 2 * o.outputs : 0)) * row_bytes;
+                copy_once(to + fetch_stage * kTileBytes + i * 512, valid ? from + beyond : weight, valid, policy);
+            }
+            ++fetched;
+            if (++fetch_stage == kRingStages) fetch_stage = 0;
+            if (++fetch_tile == min(kTiles, mine - fetch_first)) {
+                fetch_tile = 0;
+                if (++fetch_chunk == chunks) {
+                    fetch_chunk = 0;
+                    fetch_first += kTiles;
+                }
             }
         }
+        asm volatile("cp.async.commit_group;" ::: "memory");
     };
-    if (lane == 0) {
-        for (int stage = 0; stage < kFewDepth; ++stage) barrier_init(&barriers[warp][stage]);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    }
-    __syncwarp();
 #pragma unroll 1
-    while (fetched < min(kFewDepth, total)) fetch();
+    for (int i = 0; i < kRingStages; ++i) fetch();
     if (o.norm != nullptr)
 #pragma unroll 1
         for (int i = threadIdx.x; i < o.inputs / 8; i += kFewThreads) norm[i] = static_cast<const uint4*>(o.norm)[i];
@@ -445,21 +454,21 @@ __global__ void __launch_bounds__(kFewThreads, 4) few_rows_kernel(Operands o) {
         for (int i = 0; i < kOctets; ++i)
 #pragma unroll
             for (int step = 0; step < kSteps; ++step) {
-                const int row = i * 8 + column, k = chunk * kTileDepth + step * 32 + quarter * 8;
+                const int row = i * 8 + column, k = chunk * kTileDepth + warp * kShare + step * 32 + quarter * 8;
                 next[i][step] = uint4{};
                 if (row < o.rows && k < o.inputs)
                     next[i][step] = *reinterpret_cast<const uint4*>(x + size_t(row) * o.inputs + k);
             }
     };
-    if (warp < chunks) load(warp);
+    load(0);
     int stage = 0;
-    unsigned phase = 0;
+    const char* const w = ring + column * 128;
 #pragma unroll 1
     for (int first = 0; first < mine; first += kTiles) {
         const int count = min(kTiles, mine - first);
         auto output_of = [&](int tile) { return (int(blockIdx.x) + (first + tile) * int(gridDim.x)) * kPerTile; };
         // The results that a thread will write.
-        constexpr int kResults = kTiles * kPerTile * kColumns / kFewThreads;
+        constexpr int kResults = (kTiles * kPerTile * kColumns + kFewThreads - 1) / kFewThreads;
         auto tile_of = [&](int i) { return (int(threadIdx.x) + i * kFewThreads) / (kPerTile * kColumns); };
         auto row_of = [&](int i) { return (int(threadIdx.x) + i * kFewThreads) / kPerTile % kColumns; };
         const int within = threadIdx.x % kPerTile;
@@ -474,13 +483,14 @@ __global__ void __launch_bounds__(kFewThreads, 4) few_rows_kernel(Operands o) {
         }
         float c[kTiles][kOctets][4] = {};
 #pragma unroll 1
-        for (int chunk = warp; chunk < chunks; chunk += kFewWarps) {
+        for (int chunk = 0; chunk < chunks; ++chunk) {
             uint4 b[kOctets][kSteps];
 #pragma unroll
             for (int step = 0; step < kSteps; ++step) {
                 uint4 factors = {};
                 if (o.norm != nullptr)
-                    factors = norm[min(chunk * (kTileDepth / 8) + step * 4 + quarter, o.inputs / 8 - 1)];
+                    factors =
+                        norm[min((chunk * kTileDepth + warp * kShare) / 8 + step * 4 + quarter, o.inputs / 8 - 1)];
 #pragma unroll
                 for (int i = 0; i < kOctets; ++i) {
                     b[i][step] = next[i][step];
@@ -494,23 +504,20 @@ __global__ void __launch_bounds__(kFewThreads, 4) few_rows_kernel(Operands o) {
                     }
                 }
             }
-            if (chunk + kFewWarps < chunks)
-                load(chunk + kFewWarps);
+            if (chunk + 1 < chunks)
+                load(chunk + 1);
             else if (first + kTiles < mine)
-                load(warp);
-            const int left = o.inputs - chunk * kTileDepth;
+                load(0);
 #pragma unroll
             for (int tile = 0; tile < kTiles; ++tile) {
                 if (tile >= count) continue;
-                barrier_wait(&barriers[warp][stage], phase);
-                const char* w =
-                    ring + stage * kTileBytes + column / 2 * kRowPair + column % 2 * (kTileRow + 64) + quarter * 16;
+                asm volatile("cp.async.wait_group %0;" ::"n"(kRingStages - 1) : "memory");
+                __syncwarp();
 #pragma unroll
                 for (int step = 0; step < kSteps; ++step) {
-                    uint4 top = *reinterpret_cast<const uint4*>(w + step * 64);
-                    uint4 bottom = *reinterpret_cast<const uint4*>(w + step * 64 + 4 * kRowPair);
-                    // Beyond the end of a row is what was there before, which may be no number.
-                    if (step * 32 + quarter * 8 >= left) top = bottom = uint4{};
+                    const char* at = w + stage * kTileBytes + ((step * 4 + quarter) ^ (column % 2 * 4)) * 16;
+                    const uint4 top = *reinterpret_cast<const uint4*>(at);
+                    const uint4 bottom = *reinterpret_cast<const uint4*>(at + 8 * 128);
                     const unsigned low[4] = {top.x, bottom.x, top.y, bottom.y};
                     const unsigned high[4] = {top.z, bottom.z, top.w, bottom.w};
 #pragma unroll
@@ -520,11 +527,8 @@ __global__ void __launch_bounds__(kFewThreads, 4) few_rows_kernel(Operands o) {
                     }
                 }
                 __syncwarp();
-                if (fetched < total) fetch();
-                if (++stage == kFewDepth) {
-                    stage = 0;
-                    phase ^= 1;
-                }
+                fetch();
+                if (++stage == kRingStages) stage = 0;
             }
         }
         __syncthreads();  // the sums of the pass before have been read
@@ -548,8 +552,8 @@ __global__ void __launch_bounds__(kFewThreads, 4) few_rows_kernel(Operands o) {
 #pragma unroll
             for (int part = 0; part < (kGated ? 2 : 1); ++part) {
 #pragma unroll
-                for (int w = 0; w < kFewWarps; ++w)
-                    y[part] += sums[((w * kTiles + tile) * kTileRows + part * 8 + within) * kColumns + row];
+                for (int of = 0; of < kFewWarps; ++of)
+                    y[part] += sums[((of * kTiles + tile) * kTileRows + part * 8 + within) * kColumns + row];
                 if (bias != nullptr) y[part] += float(bias[part * o.outputs + output]);
             }
             static_cast<T*>(o.out)[size_t(row) * o.outputs + output] =

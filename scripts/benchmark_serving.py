@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import http.client
 import json
 import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -113,34 +113,51 @@ def stop(process: subprocess.Popen[str], pid_file: Path) -> int:
         return process.wait()
 
 
-def complete(port: int, prompt: list[int], count: int, served: Served) -> None:
-    """Streams one completion."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_PATIENCE)
-    body = {"prompt": prompt, "max_tokens": count, "temperature": 0, "ignore_eos": True, "stream": True}
-    body["stream_options"] = {"include_usage": False, "continuous_usage_stats": True}
-    began = last = time.perf_counter()
-    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-    response = connection.getresponse()
-    if response.status != 200:
-        raise UserError(f"the server answered {response.status}: {response.read().decode()[:200]}")
-    tokens = 0
-    while line := response.readline():
-        now = time.perf_counter()
-        if not line.startswith(b"data: {"):
-            continue
-        event = json.loads(line[6:])
-        if "error" in event:
-            raise UserError(event["error"]["message"])
-        new = event["usage"]["completion_tokens"] - tokens
-        tokens += new
-        if tokens == new:
-            served.first.append((now - began) * 1e3)
-        else:
-            served.between += [(now - last) * 1e3 / new] * new
-        last = now
-    connection.close()
-    if tokens != count:
-        raise UserError(f"{tokens} of {count} tokens came")
+class Client:
+    """A connection that stays, and as little else as can be measured with."""
+
+    def __init__(self, port: int):
+        self._socket = socket.create_connection(("127.0.0.1", port), timeout=_PATIENCE)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._lines = self._socket.makefile("rb")
+
+    def complete(self, prompt: list[int], count: int, served: Served) -> None:
+        """Streams one completion."""
+        wanted = {"prompt": prompt, "max_tokens": count, "temperature": 0, "ignore_eos": True, "stream": True}
+        wanted["stream_options"] = {"include_usage": False, "continuous_usage_stats": True}
+        body = json.dumps(wanted).encode()
+        head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+        began = last = time.perf_counter()
+        self._socket.sendall(request)
+        status = self._lines.readline()
+        if b" 200 " not in status:
+            raise UserError(f"the server answered {status.decode().strip()}")
+        tokens = 0
+        # An event is a line of a chunk of its own; the last chunk is empty.
+        while (line := self._lines.readline()) != b"0\r\n":
+            now = time.perf_counter()
+            if not line:
+                raise UserError("the server closed the connection")
+            if not line.startswith(b"data: {"):
+                continue
+            event = json.loads(line[6:])
+            if "error" in event:
+                raise UserError(event["error"]["message"])
+            new = event["usage"]["completion_tokens"] - tokens
+            tokens += new
+            if tokens == new:
+                served.first.append((now - began) * 1e3)
+            else:
+                served.between += [(now - last) * 1e3 / new] * new
+            last = now
+        self._lines.readline()
+        if tokens != count:
+            raise UserError(f"{tokens} of {count} tokens came")
+
+    def close(self) -> None:
+        self._lines.close()
+        self._socket.close()
 
 
 def load(port: int, options: argparse.Namespace, clients: int, vocabulary: int, random: Any) -> Served:
@@ -150,9 +167,10 @@ def load(port: int, options: argparse.Namespace, clients: int, vocabulary: int, 
 
     def run(number: int) -> None:
         try:
-            for prompt in prompts[number]:
-                complete(port, prompt, options.new_tokens, served[number])
-        except (UserError, OSError, ValueError, KeyError, http.client.HTTPException) as error:
+            with contextlib.closing(Client(port)) as client:
+                for prompt in prompts[number]:
+                    client.complete(prompt, options.new_tokens, served[number])
+        except (UserError, OSError, ValueError, KeyError) as error:
             failures.append(error)
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(clients)]

@@ -444,7 +444,7 @@ def check_rows(pick, dtype):
         return 0.0
     outputs, inputs = pick(1, 3000), pick(1, 1400) * 8
     gated, normed, added = (bool(pick(0, 1)) for _ in range(3))
-    x = (torch.randn(rows, inputs, device="cuda") * 10 ** torch.randn(rows, 1, device="cuda")).to(dtype)
+    x = (torch.randn(rows, inputs, device="cuda") * 10 ** (0.3 * torch.randn(rows, 1, device="cuda"))).to(dtype)
     delta = torch.randn(rows, inputs, device="cuda").to(dtype) if normed and pick(0, 2) == 0 else None
     weight = (torch.randn(outputs * (1 + gated), inputs, device="cuda") / inputs**0.5).to(dtype)
     norm = (1 + 0.2 * torch.randn(inputs, device="cuda")).to(dtype) if normed else None
