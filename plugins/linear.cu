@@ -369,9 +369,10 @@ __device__ void copy_once(unsigned to, const void* from, bool valid, uint64_t po
                  : "memory");
 }
 
-// kColumns: rows of x that there is room for, 8 or 16.
+// kColumns: rows of x that there is room for, 8 or 16. Registers allow three blocks: two of them fit on a multiprocessor
+// next to attention, as above.
 template <typename T, bool kGated, int kColumns>
-__global__ void __launch_bounds__(kFewThreads, 2) few_rows_kernel(Operands o) {
+__global__ void __launch_bounds__(kFewThreads, 3) few_rows_kernel(Operands o) {
 #if __CUDA_ARCH__ >= 900
     using Two = typename Pair<T>::Type;
     constexpr int kTiles = tiles_of_pass(kColumns), kOctets = kColumns / 8;
