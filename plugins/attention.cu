@@ -34,7 +34,7 @@ constexpr int kGroups = kThreads / kLanes;
 constexpr int kAttendThreads = 256;
 constexpr int kAttendGroups = kAttendThreads / kLanes;
 constexpr int kMaxSpans = kAttendThreads / 32;  // per head, one block each
-constexpr int kManySpans = 4;                   // of a block
+constexpr int kFewSequences = 8;
 constexpr int kMinSpan = 2 * kAttendGroups;
 constexpr int kMaxHeadDim = 256;
 constexpr float kLog2e = 1.4426950408889634f;
@@ -43,10 +43,12 @@ __host__ __device__ size_t cache_elements(const cqil_attention_shape& s) {
     return size_t(s.max_batch) * s.kv_heads * s.capacity * s.head_dim;
 }
 
-// The most spans of one head of one sequence. With one sequence they give about a block for each multiprocessor, so the
-// next kernel finds room for its prefetches. With more the same, so that a sequence's result does not depend on how many
-// there are; but then a block takes kManySpans.
-int span_count(const cqil_attention_shape& s, int processors) { return std::clamp(processors / s.heads, 1, kMaxSpans); }
+// Blocks for one head of one sequence. With one sequence about one per multiprocessor in total, so the next kernel finds
+// room for its prefetches. With a few the same, so that a sequence's result does not depend on how many there are.
+int span_count(const cqil_attention_shape& s, int processors) {
+    const int sequences = s.batch <= kFewSequences ? 1 : s.batch;
+    return std::clamp(processors / (s.heads * sequences), 1, kMaxSpans);
+}
 
 template <typename T>
 __device__ float wide(T x) {
@@ -174,7 +176,7 @@ struct Rotation {
 #pragma unroll
         for (int i = 0; i < kElements; ++i) {
             const float mine = wide(x.value[i]), other = __shfl_xor_sync(~0u, mine, kLanes / 2);
-            if (wanted) x.value[i] = narrow<T>(fmaf(mine, cos[i], sign * other * sin[i]));
+            if (wanted) x.value[i] = narrow<T>(mine * cos[i] + sign * other * sin[i]);
         }
     }
 };
@@ -242,7 +244,8 @@ struct Ring {
     }
 };
 
-// How the blocks of one head send their spans' results to its last block, in memory after the layer's cache. Each value carries the number of the join, one more than the head's counter, so a stale value is recognised.
+// How the blocks of one head send their spans' results to the block of its last span, in memory after the layer's
+// cache. Each value carries the number of the join, one more than the head's counter, so a stale value is recognised.
 // The receiving block was the last of them to start, so it never waits for a block that waits for room. It advances the
 // counter only after it has received everything: every sender has read the counter by then.
 struct Joint {
@@ -325,22 +328,19 @@ private:
 };
 
 // Blocks per multiprocessor that registers must leave room for when decoding. Without it nvcc aims higher and spills.
-template <typename T, int kElements, bool kDecode, int kSpans>
+template <typename T, int kElements, bool kDecode>
 constexpr int attend_blocks() {
     if (!kDecode) return 0;  // no constraint
-    if (kSpans > 1) return kElements <= 8 ? 2 : 1;
     return kElements <= 4 ? 4 : kElements <= 8 ? 3 : std::is_same_v<T, float> ? 1 : 2;
 }
 
-// One query against the keys. A head's keys are dealt to spans, 16 neighbouring ones at a time, and within a span to
-// groups of lanes. Decoding: rotates the query and the new key itself, and reads the older part of the cache while the
-// previous kernel still computes them; grid: heads, blocks of kSpans of the at most `parts` spans, sequences. Prefill
-// (kDecode false): `queries` are rotated and the keys are in the cache; grid: heads, tokens, sequences; one span. The code
-// is kept small, as in linear.cu. Products and sums are written as fmaf where the compiler could choose, so that the
-// result does not depend on kSpans.
-template <typename T, int kElements, bool kPacked, bool kDecode, int kSpans>
-__global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kDecode, kSpans>())
-    attend_kernel(cqil_attention_shape s, Inputs in, const T* queries, T* out, int parts, Limit limit) {
+// One query against a span of the keys. Decoding: rotates the query and the new key itself, and reads the older part of
+// the cache while the previous kernel still computes them; grid: heads, spans, sequences. Prefill (kDecode false):
+// `queries` are rotated and the keys are in the cache; grid: heads, tokens, sequences, and a span is the whole cache.
+// The code is kept small, as in linear.cu.
+template <typename T, int kElements, bool kPacked, bool kDecode>
+__global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kDecode>())
+    attend_kernel(cqil_attention_shape s, Inputs in, const T* queries, T* out, Limit limit) {
     using R = Ring<T, kElements, kPacked>;
     using H = Head<T, kElements, kPacked>;
     __shared__ union {
@@ -356,26 +356,23 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kD
     // Bypasses L1: a decode step reads these before it has waited (launch.cuh).
     const int position = __ldcg(in.past + sequence) + token, count = min(position + 1, s.capacity);
     const int cached = in.slot(sequence);
-    const int spans = kDecode ? min((count + kMinSpan - 1) / kMinSpan, parts) : 1;
-    const int own = kDecode ? blockIdx.y * kSpans : 0, mine = min(kSpans, spans - own);
-    if (mine <= 0) return;
+    const int share = (count + int(gridDim.y) - 1) / int(gridDim.y), span = kDecode ? max(share, kMinSpan) : count;
+    const int spans = kDecode ? (count + span - 1) / span : 1;
+    const int first = kDecode ? blockIdx.y * span : 0, last = kDecode ? min(first + span, count) : count;
+    if (first >= last) return;
 
     const size_t line = (size_t(cached) * s.kv_heads + kv) * s.capacity;
     T* keys = static_cast<T*>(in.cache) + line * dim;
     const size_t to_values = cache_elements(s);
     const Joint joint(static_cast<char*>(in.cache) + align(2 * to_values * sizeof(T)), s, sequence, head);
     const int fresh = kDecode ? position : INT32_MAX;  // the key that is not in the cache yet
-    int asked = own * kAttendGroups + group, asked_span = 0;
+    int asked = first + group;
     auto ask = [&](int slot) {  // requests the group's next key; commits a group even if it is empty
-        if (asked < count && asked != fresh && lane.count > 0) {
+        if (asked < last && asked != fresh && lane.count > 0) {
             R::ask(memory.ring, slot, 0, keys + size_t(asked) * dim, lane);
             R::ask(memory.ring, slot, 1, keys + to_values + size_t(asked) * dim, lane);
         }
         asked += kAttendGroups;
-        if (kSpans == 1 || ++asked_span == mine) {
-            asked_span = 0;
-            asked += (spans - mine) * kAttendGroups;
-        }
         asm volatile("cp.async.commit_group;" ::: "memory");
     };
 #pragma unroll 1
@@ -395,10 +392,8 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kD
         }
         rotation.apply(q, true, lane);
         rotation.apply(fresh_key, true, lane);
-        // The first of the query heads that share this key appends it, in the block that has its span.
-        const int span = fresh / kAttendGroups % spans;
-        if (group == 0 && fresh < count && span >= own && span < own + mine &&
-            (head == 0 || (head - 1 + s.first) / s.group != kv)) {
+        // The first of the query heads that share this key appends it.
+        if (group == 0 && fresh >= first && fresh < last && (head == 0 || (head - 1 + s.first) / s.group != kv)) {
             fresh_key.write(keys + size_t(fresh) * dim, lane);
             fresh_value.write(keys + to_values + size_t(fresh) * dim, lane);
         }
@@ -406,108 +401,92 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kD
         q.read(queries + (size_t(row) * s.heads + head) * dim, lane);
     }
 
-    // An online softmax for each span: maximum (times log2 e), sum of weights, weighted values. All lanes of a warp stay
-    // in the loop together because they shuffle.
-    float most[kSpans], sum[kSpans] = {}, value[kSpans][kElements] = {};
-#pragma unroll
-    for (float& m : most) m = -INFINITY;
+    // An online softmax: maximum (times log2 e), sum of weights, weighted values. All lanes of a warp stay in the loop
+    // together because they shuffle.
+    float most = -INFINITY, sum = 0, value[kElements] = {};
     const float scale = rsqrtf(float(dim)) * kLog2e;
     int slot = 0;
 #pragma unroll 1
-    for (int base = own * kAttendGroups; base < count; base += spans * kAttendGroups) {
-#pragma unroll
-        for (int n = 0; n < kSpans; ++n) {
-            if (n >= mine) continue;
-            const int j = base + n * kAttendGroups + group;
-            H k, v;
-            asm volatile("cp.async.wait_group %0;" ::"n"(R::kSlots - 1) : "memory");
-            R::get(memory.ring, slot, 0, k);
-            R::get(memory.ring, slot, 1, v);
-            ask(slot);
-            slot = slot + 1 == R::kSlots ? 0 : slot + 1;
-            if (kDecode && j == fresh) {
-                k = fresh_key;
-                v = fresh_value;
-            }
-            float score = 0;
-#pragma unroll
-            for (int i = 0; i < kElements; ++i)
-                if (i < lane.count) score = fmaf(wide(q.value[i]), wide(k.value[i]), score);
-            for (int step = kLanes / 2; step > 0; step /= 2) score += __shfl_xor_sync(~0u, score, step);
-            if (j >= count) continue;
-            score *= scale;
-            const float larger = fmaxf(most[n], score), before = exp2f(most[n] - larger),
-                        weight = exp2f(score - larger);
-            most[n] = larger;
-            sum[n] = fmaf(sum[n], before, weight);
-#pragma unroll
-            for (int i = 0; i < kElements; ++i) value[n][i] = fmaf(weight, wide(v.value[i]), value[n][i] * before);
+    for (int j = first + group; j - group < last; j += kAttendGroups) {
+        H k, v;
+        asm volatile("cp.async.wait_group %0;" ::"n"(R::kSlots - 1) : "memory");
+        R::get(memory.ring, slot, 0, k);
+        R::get(memory.ring, slot, 1, v);
+        ask(slot);
+        slot = slot + 1 == R::kSlots ? 0 : slot + 1;
+        if (kDecode && j == fresh) {
+            k = fresh_key;
+            v = fresh_value;
         }
-    }
-
-    // First all threads combine the groups of each span, then the head's last block combines the spans. A thread has a
-    // column.
-    static_assert(kMaxHeadDim <= kAttendThreads, "every column has a thread");
-    __shared__ float mosts[kAttendGroups], sums[kAttendGroups], factors[kAttendGroups];
-    __shared__ float span_mosts[kMaxSpans], span_sums[kMaxSpans];
-    const int j = threadIdx.x;
-    auto combine = [&](int count, const float* m, const float* l, float& top, float& total) {
-        __syncthreads();
-        top = -INFINITY;
-        total = 0;
-#pragma unroll 4
-        for (int g = 0; g < count; ++g) top = fmaxf(top, m[g]);
-        if (j < count) factors[j] = m[j] == -INFINITY ? 0 : exp2f(m[j] - top);
-        __syncthreads();
-#pragma unroll 4
-        for (int g = 0; g < count; ++g) total = fmaf(l[g], factors[g], total);
-        float x = 0;
-        if (j < dim) {
-#pragma unroll 4
-            for (int g = 0; g < count; ++g) x = fmaf(memory.part[g][j], factors[g], x);
-        }
-        return x;
-    };
-    T* result = out + (size_t(row) * s.heads + head) * dim;
-    const bool sends = own + mine < spans;
-    float top, total, kept[kSpans];
-#pragma unroll
-    for (int n = 0; n < kSpans; ++n) {
-        if (n >= mine) continue;
-        __syncthreads();  // the memory of the ring, or of the span before, is reused
-        if (lane.number == 0) {
-            mosts[group] = most[n];
-            sums[group] = sum[n];
-        }
+        float score = 0;
 #pragma unroll
         for (int i = 0; i < kElements; ++i)
-            if (i < lane.count) memory.part[group][lane.begin + i] = value[n][i];
-        kept[n] = combine(kAttendGroups, mosts, sums, top, total);
-        if (sends) {
-            if (j < dim) joint.send(own + n, 2 + j, kept[n]);
-            if (j < 2) joint.send(own + n, j, j == 0 ? top : total);
-        } else if (j == 0) {
-            span_mosts[own + n] = top;
-            span_sums[own + n] = total;
-        }
-    }
-    if (sends) return;
-    if (spans == 1) {
-        if (j < dim) result[j] = narrow<T>(kept[0] / total);
-        return;
-    }
-    __syncthreads();  // all have read the last span's groups
+            if (i < lane.count) score = fmaf(wide(q.value[i]), wide(k.value[i]), score);
+        for (int step = kLanes / 2; step > 0; step /= 2) score += __shfl_xor_sync(~0u, score, step);
+        if (j >= last) continue;
+        score *= scale;
+        const float larger = fmaxf(most, score), before = exp2f(most - larger), weight = exp2f(score - larger);
+        most = larger;
+        sum = sum * before + weight;
 #pragma unroll
-    for (int n = 0; n < kSpans; ++n)
-        if (n < mine && j < dim) memory.part[own + n][j] = kept[n];
-    if (own > 0)
+        for (int i = 0; i < kElements; ++i) value[i] = value[i] * before + weight * wide(v.value[i]);
+    }
+
+    // First all threads combine the groups, then the block of the head's last span combines the spans.
+    __shared__ float mosts[kAttendGroups], sums[kAttendGroups], factors[kAttendGroups];
+    __syncthreads();  // the ring's memory is reused
+    if (lane.number == 0) {
+        mosts[group] = most;
+        sums[group] = sum;
+    }
+#pragma unroll
+    for (int i = 0; i < kElements; ++i)
+        if (i < lane.count) memory.part[group][lane.begin + i] = value[i];
+    T* result = out + (size_t(row) * s.heads + head) * dim;
+    const int own = blockIdx.y;
+    bool final = spans == 1;
+#pragma unroll 1
+    for (int parts = kAttendGroups;; parts = spans) {
+        __syncthreads();
+        float top = -INFINITY, total = 0;
+#pragma unroll 4
+        for (int g = 0; g < parts; ++g) top = fmaxf(top, mosts[g]);
+        if (int(threadIdx.x) < parts)
+            factors[threadIdx.x] = mosts[threadIdx.x] == -INFINITY ? 0 : exp2f(mosts[threadIdx.x] - top);
+        __syncthreads();
+#pragma unroll 4
+        for (int g = 0; g < parts; ++g) total = fmaf(sums[g], factors[g], total);
+#pragma unroll 1
+        for (int j = threadIdx.x; j < dim; j += kAttendThreads) {
+            float x = 0;
+#pragma unroll 4
+            for (int g = 0; g < parts; ++g) x = fmaf(memory.part[g][j], factors[g], x);
+            if (final)
+                result[j] = narrow<T>(x / total);
+            else if (own == spans - 1)
+                memory.part[own][j] = x;  // no other thread reads this column
+            else
+                joint.send(own, 2 + j, x);
+        }
+        if (final) {
+            if (spans > 1 && threadIdx.x == 0) joint.end();
+            return;
+        }
+        if (own < spans - 1) {
+            if (threadIdx.x < 2) joint.send(own, threadIdx.x, threadIdx.x == 0 ? top : total);
+            return;
+        }
+        __syncthreads();  // all have read the groups' maxima and sums
+        if (threadIdx.x == 0) {
+            mosts[own] = top;
+            sums[own] = total;
+        }
         joint.receive(own, limit, [&](int span, int i, float first, float second) {
-            (i == 0 ? span_mosts[span] : memory.part[span][i - 2]) = first;
-            (i == 0 ? span_sums[span] : memory.part[span][i - 1]) = second;
+            (i == 0 ? mosts[span] : memory.part[span][i - 2]) = first;
+            (i == 0 ? sums[span] : memory.part[span][i - 1]) = second;
         });
-    const float x = combine(spans, span_mosts, span_sums, top, total);
-    if (j < dim) result[j] = narrow<T>(x / total);
-    if (own > 0 && j == 0) joint.end();
+        final = true;
+    }
 }
 
 // Prefill on tensor cores. A block takes kTile queries of one head against tiles of kTile keys; a warp takes 16 of the
@@ -743,17 +722,11 @@ int attend(const cqil_attention_shape& s, const Inputs& in, void* out, void* scr
     if (s.length == 1) {
         int processors = 0;
         if (device_attribute(cudaDevAttrMultiProcessorCount, &processors)) return -1;
-        const int spans = span_count(s, processors);
+        const dim3 grid(s.heads, span_count(s, processors), s.batch);
         Limit limit = {};
         if (find_limit(&limit)) return -1;
-        auto start = [&](auto* kernel, int of_block) {
-            const dim3 grid(s.heads, (spans + of_block - 1) / of_block, s.batch);
-            return launch(kernel, {grid, kAttendThreads, stream, overlap}, s, in, nullptr, result, spans, limit);
-        };
-        // Blocks that are more than run at a time would wait for each other's latency.
-        if (s.batch * s.heads * spans > 2 * processors)
-            return start(attend_kernel<T, kElements, kPacked, true, kManySpans>, kManySpans);
-        return start(attend_kernel<T, kElements, kPacked, true, 1>, 1);
+        return launch(attend_kernel<T, kElements, kPacked, true>, {grid, kAttendThreads, stream, overlap}, s, in,
+                      nullptr, result, limit);
     }
     T* queries = static_cast<T*>(scratch);
     const int heads = s.heads + 2 * s.kv_heads;
@@ -764,8 +737,8 @@ int attend(const cqil_attention_shape& s, const Inputs& in, void* out, void* scr
         if (s.head_dim == 64) return prefill<T, 64>(s, in, queries, result, stream);
         if (s.head_dim == 128) return prefill<T, 128>(s, in, queries, result, stream);
     }
-    return launch(attend_kernel<T, kElements, kPacked, false, 1>,
-                  {dim3(s.heads, s.length, s.batch), kAttendThreads, stream}, s, in, queries, result, 1, Limit{});
+    return launch(attend_kernel<T, kElements, kPacked, false>,
+                  {dim3(s.heads, s.length, s.batch), kAttendThreads, stream}, s, in, queries, result, Limit{});
 }
 
 template <typename T, int kElements>

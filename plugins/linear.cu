@@ -349,6 +349,7 @@ __device__ void multiply_accumulate(float (&c)[4], const unsigned (&a)[4], const
 // A lane copies 16 bytes at a time: bulk copies, which serve one row here, would be issued lane by lane.
 
 constexpr int kFewRows = 16;
+constexpr int kQuickRows = 8;  // with more, a step is faster with a library's products (docs/performance.md)
 constexpr int kFewWarps = 8, kFewThreads = 32 * kFewWarps;
 constexpr int kRingStages = 4;
 constexpr int kTileRows = 16, kShare = 64;  // rows and depth of W in a stage: lines of 128 bytes
@@ -369,10 +370,9 @@ __device__ void copy_once(unsigned to, const void* from, bool valid, uint64_t po
                  : "memory");
 }
 
-// kColumns: rows of x that there is room for, 8 or 16. Registers allow three blocks: two of them fit on a multiprocessor
-// next to attention, as above.
+// kColumns: rows of x that there is room for, 8 or 16.
 template <typename T, bool kGated, int kColumns>
-__global__ void __launch_bounds__(kFewThreads, 3) few_rows_kernel(Operands o) {
+__global__ void __launch_bounds__(kFewThreads, 2) few_rows_kernel(Operands o) {
 #if __CUDA_ARCH__ >= 900
     using Two = typename Pair<T>::Type;
     constexpr int kTiles = tiles_of_pass(kColumns), kOctets = kColumns / 8;
@@ -847,7 +847,7 @@ extern "C" {
 int cqil_linear_rows(cqil_dtype dtype) {
     bool modern = false;
     if (dtype != CQIL_FLOAT32 && is_modern(few_rows_kernel<__half, false, 8>, &modern)) return -1;
-    return modern ? kFewRows : 1;
+    return modern ? kQuickRows : 1;
 }
 
 size_t cqil_linear_scratch_bytes(const cqil_linear_shape* s) {
