@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -340,3 +341,91 @@ def test_a_task_that_overhears_its_cancellation_ends(swallowed):
         assert task.cancelled() and heard == swallowed + 1
 
     asyncio.run(scenario())
+
+
+# What every request passes, without a server
+
+
+def through_gate(monkeypatch, messages, headers=(), method="POST", pause=0.0):
+    """The status of a request whose body comes in `messages`, the last of which is `pause` seconds late."""
+    from cqil_trt.serving import gate, wire
+    from cqil_trt.serving.metrics import Metrics
+
+    monkeypatch.setattr(gate, "BODY_SECONDS", 0.2)
+    statuses = []
+
+    async def app(scope, receive, send):
+        while (await receive()).get("more_body"):
+            pass
+        await asyncio.sleep(0.3)  # longer than a body may take
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def scenario():
+        left = list(messages)
+
+        async def receive():
+            if len(left) == 1:
+                await asyncio.sleep(pause)
+            return left.pop(0)
+
+        async def send(message):
+            if message["type"] == "http.response.start":
+                statuses.append(message["status"])
+
+        setup = wire.Setup(engine="", model_names=("m",), log_requests=False)
+        scope = {"type": "http", "method": method, "path": "/v1/completions", "headers": list(headers)}
+        await gate.Gate(app, setup, Metrics("m", 8))(scope, receive, send)
+
+    asyncio.run(scenario())
+    [status] = statuses
+    return status
+
+
+JSON = [(b"content-type", b"application/json")]
+PARTS = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.request", "body": b"}"}]
+
+
+def test_a_body_that_does_not_come(monkeypatch):
+    assert through_gate(monkeypatch, PARTS, JSON) == 200
+    assert through_gate(monkeypatch, PARTS, JSON, pause=0.1) == 200
+    assert through_gate(monkeypatch, PARTS, JSON, pause=5) == 408
+
+
+def test_bodies_that_any_page_may_send(monkeypatch):
+    for kind in (b"text/plain", b"application/x-www-form-urlencoded", b"multipart/form-data; boundary=x", b""):
+        assert through_gate(monkeypatch, PARTS, [(b"content-type", kind)]) == 415
+    assert through_gate(monkeypatch, PARTS) == 415
+    assert through_gate(monkeypatch, PARTS[1:], method="GET") == 200
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_an_http_process_that_does_not_answer(answers, tmp_path):
+    from cqil_trt.serving import wire
+
+    path = tmp_path / "monitor"
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen()
+    program = f"""
+import subprocess, sys, time
+from pathlib import Path
+from cqil_trt.serving import ranks
+ranks.DEAF_SECONDS, ranks.BEAT_SECONDS = 0.6, 0.05
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+print(child.pid, flush=True)
+ranks.Pulse(3, Path({str(path)!r}), child)
+time.sleep(2.5)
+child.kill()
+"""
+    rank = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    connection = wire.Connection(listener.accept()[0], "the rank")
+    with contextlib.suppress(wire.Closed):
+        while answers:
+            assert isinstance(connection.receive(), wire.Beat)
+            connection.send(wire.Heard())
+    said, error = rank.communicate(timeout=20)
+    assert rank.returncode == (0 if answers else 1)
+    assert error == ("" if answers else "error: rank 3: the HTTP process has not answered for 0.6 s\n")
+    state = Path(f"/proc/{int(said)}/stat")  # of the child, which has ended too
+    assert not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z"

@@ -100,7 +100,7 @@ def run(options: argparse.Namespace, job: Job) -> None:
     http = child = None
     if sockets is not None:
         http, child = _start_http(setup, sockets)
-    pulse = ranks.Pulse(job.rank, Path(directory) / "monitor")
+    pulse = ranks.Pulse(job.rank, Path(directory) / "monitor", child)
     followers: list[wire.Connection] = []
     orders: wire.Connection | None = None
     if sockets is not None:

@@ -212,6 +212,7 @@ class EngineClient:
                     self._handles[rank] = os.pidfd_open(beat.process)
                 self._ranks[rank] = RankState(time.monotonic(), beat.process, beat.busy_since, beat.doing)
                 self.metrics.rank_seen(rank)
+                writer.write(wire.pack(wire.Heard()))
         except (asyncio.IncompleteReadError, OSError):
             if rank is not None:
                 await self._lost(f"rank {rank} (process {self._ranks.pop(rank).process}) has ended")

@@ -1,7 +1,8 @@
-"""What every request passes: its id, its key, its size, and the log."""
+"""What every request passes: its id, its key, its type, size and pace, and the log."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import re
@@ -19,6 +20,10 @@ from cqil_trt.serving.refusals import REASONS, Refused, error_response
 _OPEN = frozenset({"/", "/health", "/ready"})
 
 
+# A body that has not come after so long is not waited for.
+BODY_SECONDS = 30.0
+
+
 @dataclass
 class Note:
     """What the log says about a request."""
@@ -32,7 +37,7 @@ class Note:
 
 
 class Gate:
-    """Before every request: its id, its key, its size; after it: the log."""
+    """Before every request: its id, its key, the type, size and pace of its body; after it: the log."""
 
     def __init__(self, app: Any, setup: wire.Setup, metrics: Metrics):
         self._app, self._setup, self._metrics = app, setup, metrics
@@ -59,13 +64,30 @@ class Gate:
                 message["headers"] = [*message["headers"], (b"x-request-id", note.id.encode())]
             await send(message)
 
-        size = 0
+        size, complete, late = 0, False, False
+        task: Any = asyncio.current_task()
+
+        def expire() -> None:
+            nonlocal late
+            if not complete:
+                late = True
+                task.cancel()
+
+        timer = asyncio.get_running_loop().call_later(BODY_SECONDS, expire)
         limit = self._setup.max_body_bytes
 
         async def limited() -> Any:
-            nonlocal size
-            message = await receive()
+            nonlocal size, complete
+            try:
+                message = await receive()
+            except asyncio.CancelledError:
+                if late:
+                    raise Refused(408, f"the body did not come within {BODY_SECONDS:g} s") from None
+                raise
             size += len(message.get("body", b""))
+            if not message.get("more_body", False):
+                complete = True
+                timer.cancel()
             if size > limit:
                 raise Refused(413, f"the body is larger than {limit} bytes")
             if self._setup.log_text:
@@ -74,6 +96,10 @@ class Gate:
 
         try:
             self._check_key(scope["path"], headers)
+            kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+            if scope["method"] == "POST" and kind != b"application/json":
+                # Any page in a browser may send other types here without asking.
+                raise Refused(415, "the request needs Content-Type: application/json")
             length = headers.get(b"content-length", b"0")
             if length.isdigit() and int(length) > limit:
                 raise Refused(413, f"the body is larger than {limit} bytes")
@@ -86,6 +112,7 @@ class Gate:
             # Starlette has answered with status 500.
             wire.say(f"error: request {note.id}: {type(error).__name__}: {error}")
         finally:
+            timer.cancel()
             self._log(scope, note)
 
     def _check_key(self, path: str, headers: dict[bytes, bytes]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -39,6 +40,8 @@ HTTP = "the HTTP process"
 ENDING = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 # Between two signs of life of a rank.
 BEAT_SECONDS = 0.5
+# The HTTP process answers signs of life while it starts, too, but for the time it takes to load the tokenizer.
+DEAF_SECONDS = 30.0
 # How long rank 0 waits for requests before it looks whether it was told to end.
 _IDLE_SECONDS = 0.5
 
@@ -46,11 +49,12 @@ _IDLE_SECONDS = 0.5
 class Pulse:
     """Tells the HTTP process that this rank lives, and since when it has been doing what it does.
 
-    A thread of its own says it, so that a rank that computes for long is not taken for one that is stopped.
+    A thread of its own says it, so that a rank that computes for long is not taken for one that is stopped. It ends the
+    rank when the HTTP process, `child` on rank 0, ends or does not answer.
     """
 
-    def __init__(self, rank: int, path: Path):
-        self._rank, self._connection = rank, connect(path, HTTP)
+    def __init__(self, rank: int, path: Path, child: subprocess.Popen[bytes] | None = None):
+        self._rank, self._connection, self._child = rank, connect(path, HTTP), child
         self._busy: tuple[float, str] | None = None
         self._ended = False
         threading.Thread(target=self._run, name="pulse", daemon=True).start()
@@ -68,19 +72,30 @@ class Pulse:
         self._ended = True
 
     def _run(self) -> None:
+        heard = time.monotonic()
         while True:
             busy = self._busy
             since, doing = (None, "") if busy is None else busy
             try:
                 self._connection.send(Beat(rank=self._rank, process=os.getpid(), busy_since=since, doing=doing))
+                time.sleep(BEAT_SECONDS)
+                if self._connection.poll(0):
+                    heard = time.monotonic()
             except Closed as closed:
-                if not self._ended:
-                    # Without the HTTP process nobody can ask for anything; the rank may be waiting for another one.
-                    say(f"error: rank {self._rank}: {closed}")
-                    time.sleep(HEARD_SECONDS)
-                    os._exit(1)
+                self._give_up(str(closed))
                 return
-            time.sleep(BEAT_SECONDS)
+            if time.monotonic() - heard > DEAF_SECONDS:
+                if self._child is not None:
+                    self._child.kill()
+                self._give_up(f"{HTTP} has not answered for {DEAF_SECONDS:g} s")
+                return
+
+    def _give_up(self, reason: str) -> None:
+        """Without the HTTP process nobody can ask for anything; the rank may be waiting for another one."""
+        if not self._ended:
+            say(f"error: rank {self._rank}: {reason}")
+            time.sleep(HEARD_SECONDS)
+            os._exit(1)
 
 
 @dataclass(frozen=True, kw_only=True)

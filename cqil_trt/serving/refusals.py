@@ -7,7 +7,15 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 # What the metrics call them, by HTTP status.
-REASONS = {400: "invalid", 401: "unauthorized", 404: "invalid", 413: "too_large", 422: "invalid"}
+REASONS = {
+    400: "invalid",
+    401: "unauthorized",
+    404: "invalid",
+    408: "too_slow",
+    413: "too_large",
+    415: "invalid",
+    422: "invalid",
+}
 
 
 class Refused(Exception):

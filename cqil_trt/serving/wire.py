@@ -247,6 +247,14 @@ class Beat:
     doing: str = ""
 
 
+# From the HTTP process to every rank
+
+
+@dataclass(frozen=True)
+class Heard:
+    """The answer to a Beat."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Setup:
     """What the HTTP process needs to know, sent first. Times in seconds, sizes in bytes.
