@@ -150,7 +150,7 @@ SAMPLED = {"temperature": 1, "seed": 5, "top_k": 50, "top_p": 0.95}
 def ask(server, path, body=None, method=None, **headers):
     """The status, the headers, and the JSON of an answer, if it is that."""
     data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    headers = {"Content-Type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
     request = urllib.request.Request(server.url + path, data, headers, method=method)
     try:
         with urllib.request.urlopen(request, timeout=30) as response:
@@ -1046,7 +1046,7 @@ def test_a_body_too_large_in_parts(guarded):
 
     connection = http.client.HTTPConnection(guarded.url.removeprefix("http://"), timeout=30)
     parts = (b" " * 500 for _ in range(10))
-    headers = {"Authorization": "Bearer first-key"}
+    headers = {"Authorization": "Bearer first-key", "Content-Type": "application/json"}
     connection.request("POST", "/v1/completions", parts, headers, encode_chunked=True)
     response = connection.getresponse()
     assert response.status == 413 and json.loads(response.read())["error"]["code"] == 413

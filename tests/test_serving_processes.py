@@ -8,9 +8,11 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from support import ROOT
 
@@ -214,6 +216,9 @@ class FakeSession:
         self.outcomes.append(Outcome(choices={slot: [Choice(token)] for slot in step.choosing}))
         time.sleep(0.002)
 
+    def choose(self, masks):
+        pass
+
     def collect(self):
         self.collected.append(self.outcomes.pop(0))
         return self.collected[-1]
@@ -271,6 +276,51 @@ def test_ranks_agree_when_they_are_stopped_in_a_step():
 
     first, second = lead_and_follow(client)
     assert first.collected == second.collected and not first.outcomes and not second.outcomes
+
+
+def test_a_grammar_that_takes_long_holds_nobody_up(monkeypatch):
+    from cqil_trt.errors import UserError
+    from cqil_trt.serving import ranks, wire
+
+    class Anything:
+        failure = ""
+
+        def mask(self):
+            return np.full(4, 0xFFFFFFFF, np.uint32)
+
+        def advance(self, token):
+            pass
+
+    compiled, go = [], threading.Event()
+
+    def matcher(grammar):
+        compiled.append(grammar)
+        if grammar == "wrong":
+            raise UserError("it is wrong")
+        assert go.wait(10)
+        return Anything()
+
+    monkeypatch.setattr(ranks, "_matchers", lambda llm: matcher)
+    guided = SamplingConfig(guided=True)
+
+    def client(http):
+        http.send(add(1))
+        progress(http, lambda told: told.running == 1 and told.tokens)
+        for number, grammar in ((2, "long"), (3, "given up"), (4, "wrong")):
+            http.send(replace(add(number), sampling=guided, grammar=grammar))
+        progress(http, lambda told: told.waiting == 3)
+        for _ in range(20):
+            progress(http, lambda told: told.tokens and [news.number for news in told.news] == [1])
+        http.send(wire.Abort(numbers=(3,)))
+        progress(http, lambda told: told.waiting == 2)
+        go.set()
+        progress(http, lambda told: [news.error for news in told.news if news.number == 4] == ["it is wrong"])
+        progress(http, lambda told: {news.number for news in told.news if news.choices} == {1, 2})
+        http.send(wire.Stop())
+
+    first, second = lead_and_follow(client)
+    assert first.collected == second.collected
+    assert compiled == ["long", "wrong"]
 
 
 def test_rank_0_tells_that_a_request_is_gone():

@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,8 @@ ENDING = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 BEAT_SECONDS = 0.5
 # The HTTP process answers signs of life while it starts, too, but for the time it takes to load the tokenizer.
 DEAF_SECONDS = 30.0
+# How often rank 0 looks for a compiled grammar while it has nothing else to do.
+_COMPILING_SECONDS = 0.001
 # How long rank 0 waits for requests before it looks whether it was told to end.
 _IDLE_SECONDS = 0.5
 
@@ -131,6 +134,9 @@ class _Leader:
         self._runner = Runner.of(llm.session, options.policy, options.rows, options.chunk, self._send)
         self._scheduler = self._runner.scheduler
         self._matchers = _matchers(llm)
+        # Grammars that would hold up running sequences are compiled beside them, one after the other.
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        self._compiling: dict[int, tuple[Add, Future[Matcher]]] = {}  # by their numbers
         self._numbers: dict[int, int] = {}  # theirs to ours
         self._requests: dict[int, Add] = {}  # by our numbers
         self._last: float | None = None  # when the last turn ended, if it gave tokens
@@ -152,8 +158,10 @@ class _Leader:
     def run(self, pulse: Pulse) -> None:
         while True:
             news: list[News] = []
-            for message in self._http.poll(_IDLE_SECONDS if self._scheduler.idle else 0):
+            wait = 0.0 if not self._scheduler.idle else _COMPILING_SECONDS if self._compiling else _IDLE_SECONDS
+            for message in self._http.poll(wait):
                 if isinstance(message, Stop):
+                    self._compiler.shutdown(wait=False, cancel_futures=True)
                     self._send(message)
                     self._runner.finish()
                     return
@@ -161,6 +169,10 @@ class _Leader:
                     self._abort(message)
                 elif isinstance(message, Add):
                     news += self._add(message)
+            for message, matcher in list(self._compiling.values()):
+                if matcher.done():
+                    del self._compiling[message.number]
+                    news += self._begin(message, matcher.result)
             self._signals.check()
             tokens, seconds = 0, None
             if self._scheduler.idle:
@@ -173,8 +185,17 @@ class _Leader:
             self._tell(news, tokens, seconds)
 
     def _add(self, message: Add) -> list[News]:
+        grammar = message.grammar
+        if grammar is None:
+            return self._begin(message, lambda: None)
+        if self._scheduler.idle and not self._compiling:
+            return self._begin(message, lambda: self._matchers(grammar))
+        self._compiling[message.number] = message, self._compiler.submit(self._matchers, grammar)
+        return []
+
+    def _begin(self, message: Add, get_matcher: Callable[[], Matcher | None]) -> list[News]:
         try:
-            matcher = None if message.grammar is None else self._matchers(message.grammar)
+            matcher = get_matcher()
         except UserError as error:
             return [News(number=message.number, finish_reason="error", error=str(error))]
         request = Request(
@@ -191,6 +212,8 @@ class _Leader:
 
     def _abort(self, message: Abort) -> None:
         for theirs in message.numbers:
+            if theirs in self._compiling:
+                self._compiling.pop(theirs)[1].cancel()
             number = self._numbers.pop(theirs, None)
             if number is not None:
                 del self._requests[number]
@@ -217,7 +240,7 @@ class _Leader:
 
     def _tell(self, news: list[News], tokens: int, seconds: float | None) -> None:
         """Also without news if what runs and waits has changed: a request that its client gave up gives none."""
-        state = self._scheduler.running, self._scheduler.waiting
+        state = self._scheduler.running, self._scheduler.waiting + len(self._compiling)
         if not news and not tokens and state == self._told:
             return
         self._told = state
