@@ -16,6 +16,7 @@ from support.fake_ops import Alone, HostKernels, at, norm
 
 from cqil_trt.backends.torch import gpu_ops
 from cqil_trt.backends.torch.gpu_ops import CudaOps, Matrix
+from cqil_trt.backends.torch.gpu_session import prompt_lengths
 from cqil_trt.backends.torch.ops import TorchOps
 from cqil_trt.checkpoint import Checkpoint
 from cqil_trt.config import CqilConfig, EngineLimits
@@ -149,3 +150,12 @@ def test_cuda_ops_ask_for_what_the_decoder_means(name, tmp_path, host_memory):
             ops.begin(1, 1, *(t.data_ptr() for t in (pasts, slots, logits)))
             decode(ops, *given)
             assert len(host_memory) == before
+
+
+@pytest.mark.parametrize("most", [1, 8, 16, 17, 64, 100, 128, 500, 1024, 2048, 5000])
+def test_lengths_of_chunks_that_are_graphs(most):
+    lengths = prompt_lengths(most)
+    assert lengths == sorted(set(lengths)) and lengths[-1] == most
+    for count in range(1, most + 1):
+        full = next(length for length in lengths if length >= count)
+        assert full - count < max(16, count / 2), "too much would be computed in vain"
