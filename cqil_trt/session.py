@@ -101,8 +101,11 @@ class Session(ABC):
     def close(self) -> None:  # noqa: B027 (optional)
         """Releases the session's resources, on all ranks together. The session cannot be used afterwards."""
 
-    def warm_up(self, rows: int) -> None:  # noqa: B027 (optional)
-        """Prepares decode steps of 1 to `rows` sequences, on all ranks together; nothing may be running."""
+    def warm_up(self, rows: int, chunk: int) -> None:  # noqa: B027 (optional)
+        """Prepares decode steps of 1 to `rows` sequences and chunks of up to `chunk` tokens.
+
+        All ranks call it together; nothing may be running.
+        """
 
     def _note(self, outcome: Outcome) -> Outcome:
         """Counts an outcome that is about to be collected into the digest."""

@@ -1,6 +1,6 @@
 // Matrix products of a decoder layer: out = activation(norm(x + delta) · Wᵀ + bias) + residual.
 //
-// Few rows (a decode step) are bound by reading W. Each warp streams it through a ring in shared memory. The bulk copies
+// Few rows (a decode step) are bound by reading W. Each warp streams it through a ring in shared memory. The copies
 // start before the previous kernel has finished (weights are constants), so memory hardly idles between kernels. One row
 // is multiplied by the ordinary cores, two to sixteen by the tensor cores. More rows are a product in tiles of x and W. A
 // plain kernel takes the rest.

@@ -80,6 +80,9 @@ def test_a_row_has_the_same_bits_in_every_batch():
     assert "agree with float64" in kernels(SEED % 100_000, 20, "rows")
 
 
+@pytest.mark.slow
+@needs_gpu
+@pytest.mark.usefixtures("library")
 def test_swiglu_is_one_function():
     assert "agree with float64" in kernels(SEED % 100_000, 1, "swiglu")
 

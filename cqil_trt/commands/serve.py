@@ -90,9 +90,19 @@ def run(options: argparse.Namespace, job: Job) -> None:
     engine = job.agree(lambda: Engine.open(path))
     job.agree(lambda: _check_engine(engine, job))
     setup = job.agree(lambda: _setup(options, path) if job.rank == 0 else None)
+    sockets = job.agree(lambda: _listen(options) if job.rank == 0 else None)
     if options.pid_file is not None:
         job.agree(lambda: _write_process(options.pid_file) if job.rank == 0 else None)
-    sockets = job.agree(lambda: _listen(options) if job.rank == 0 else None)
+    try:
+        _serve(options, job, engine, path, setup, sockets)
+    finally:
+        if options.pid_file is not None and job.rank == 0:
+            options.pid_file.unlink(missing_ok=True)
+
+
+def _serve(
+    options: argparse.Namespace, job: Job, engine: Engine, path: Path, setup: Any, sockets: _Sockets | None
+) -> None:
     directory = job.share(lambda: str(sockets.rendezvous.directory))  # type: ignore[union-attr]
 
     from cqil_trt.serving import ranks, wire
@@ -141,8 +151,6 @@ def run(options: argparse.Namespace, job: Job) -> None:
     if http is not None and child is not None:
         http.close()
         child.wait()
-    if options.pid_file is not None and job.rank == 0:
-        options.pid_file.unlink(missing_ok=True)
     say("stopped: all ranks hold identical bits")
 
 

@@ -313,12 +313,13 @@ class CudaSession(Session):
         room = self.limits.max_seq_len - before
         lengths = self._prompt_lengths if select.size == 1 else ()
         full = next((known for known in lengths if tokens.size <= known <= room), None)
-        # What fills it up follows the prompt, whose tokens do not see it; the sequence will overwrite it in the cache.
+        # What fills it up is computed like a prompt's tokens, which do not see it as it follows them; the sequence will
+        # overwrite it in the cache.
         filled = tokens if full is None else np.pad(tokens, (0, full - tokens.size))
         inputs = {"tokens": filled, "prefill.past": past, "select": select, "prefill.slots": slots}
         for name, array in inputs.items():
             self._upload(name, array)
-        self._describe_chunk(tokens.size, before, slot)
+        self._describe_chunk(filled.size, before, slot)
         self._phase, self._slot = Phase.PREFILL, slot
         self._rows, self._predicted = tokens.size, select.size
         if full is None:
@@ -553,13 +554,12 @@ class CudaSession(Session):
             self._graphs[key] = cuda.Graph(self._stream, record)
         return self._graphs[key]
 
-    def warm_up(self, rows: int) -> None:
-        """Captures the graphs of prompts, and of decode steps of 1 to `rows` sequences. Nothing may be running.
-
-        All ranks call it together.
-        """
+    def warm_up(self, rows: int, chunk: int) -> None:
+        """As in Session: captures the graphs of both, of chunks as many as are kept, the shortest first."""
+        used = [n for n in self._prompt_lengths if n <= chunk]
+        used += [n for n in self._prompt_lengths if n > chunk][: not used or used[-1] < chunk]
         with self._guard():
-            for length in self._prompt_lengths[-_MAX_PROMPT_GRAPHS:]:
+            for length in used[:_MAX_PROMPT_GRAPHS]:
                 for _ in range(2):
                     one = np.zeros(1, np.int32)
                     self._forward(np.zeros(length, np.int32), one, one + length - 1, one, None)

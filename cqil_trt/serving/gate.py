@@ -62,6 +62,8 @@ class Gate:
                 begun = True
                 note.status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", note.id.encode())]
+                if note.status == 408:
+                    message["headers"].append((b"connection", b"close"))
             await send(message)
 
         size, complete, late = 0, False, False

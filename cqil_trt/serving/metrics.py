@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
-REFUSE_REASONS = ("queue_full", "draining", "too_large", "invalid", "unauthorized", "timeout")
+REFUSE_REASONS = ("queue_full", "draining", "too_large", "too_slow", "invalid", "unauthorized", "timeout")
 OTHER_REASON = "other"
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import queue
 import signal
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,7 @@ HTTP = "the HTTP process"
 ENDING = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 # Between two signs of life of a rank.
 BEAT_SECONDS = 0.5
-# The HTTP process answers signs of life while it starts, too, but for the time it takes to load the tokenizer.
+# An HTTP process that answers no sign of life for so long is taken for stopped.
 DEAF_SECONDS = 30.0
 # How often rank 0 looks for a compiled grammar while it has nothing else to do.
 _COMPILING_SECONDS = 0.001
@@ -75,7 +76,9 @@ class Pulse:
         self._ended = True
 
     def _run(self) -> None:
-        heard = time.monotonic()
+        # Beats without an answer, counted from the first answer on: it may take long to start. Counted, as time says
+        # nothing when the whole machine was held up.
+        unheard: int | None = None
         while True:
             busy = self._busy
             since, doing = (None, "") if busy is None else busy
@@ -83,11 +86,13 @@ class Pulse:
                 self._connection.send(Beat(rank=self._rank, process=os.getpid(), busy_since=since, doing=doing))
                 time.sleep(BEAT_SECONDS)
                 if self._connection.poll(0):
-                    heard = time.monotonic()
+                    unheard = 0
+                elif unheard is not None:
+                    unheard += 1
             except Closed as closed:
                 self._give_up(str(closed))
                 return
-            if time.monotonic() - heard > DEAF_SECONDS:
+            if unheard is not None and unheard * BEAT_SECONDS > DEAF_SECONDS:
                 if self._child is not None:
                     self._child.kill()
                 self._give_up(f"{HTTP} has not answered for {DEAF_SECONDS:g} s")
@@ -118,7 +123,7 @@ def warm_up(llm: Llm, options: Options) -> None:
     room = session.limits.max_seq_len - 1
     for length in sorted({1, min(chunk, room), min(chunk + 1, room)}):
         session.load([0] * max(length, 1))
-    session.warm_up(rows)
+    session.warm_up(rows, chunk)
 
 
 def lead(llm: Llm, options: Options, followers: list[Connection], http: Connection, pulse: Pulse) -> None:
@@ -134,9 +139,10 @@ class _Leader:
         self._runner = Runner.of(llm.session, options.policy, options.rows, options.chunk, self._send)
         self._scheduler = self._runner.scheduler
         self._matchers = _matchers(llm)
-        # Grammars that would hold up running sequences are compiled beside them, one after the other.
-        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        # Grammars are compiled beside the loop, one after the other: some take seconds.
         self._compiling: dict[int, tuple[Add, Future[Matcher]]] = {}  # by their numbers
+        self._grammars: queue.SimpleQueue[tuple[str, Future[Matcher]]] = queue.SimpleQueue()
+        threading.Thread(target=self._compile, name="grammars", daemon=True).start()
         self._numbers: dict[int, int] = {}  # theirs to ours
         self._requests: dict[int, Add] = {}  # by our numbers
         self._last: float | None = None  # when the last turn ended, if it gave tokens
@@ -161,7 +167,6 @@ class _Leader:
             wait = 0.0 if not self._scheduler.idle else _COMPILING_SECONDS if self._compiling else _IDLE_SECONDS
             for message in self._http.poll(wait):
                 if isinstance(message, Stop):
-                    self._compiler.shutdown(wait=False, cancel_futures=True)
                     self._send(message)
                     self._runner.finish()
                     return
@@ -185,13 +190,21 @@ class _Leader:
             self._tell(news, tokens, seconds)
 
     def _add(self, message: Add) -> list[News]:
-        grammar = message.grammar
-        if grammar is None:
+        if message.grammar is None:
             return self._begin(message, lambda: None)
-        if self._scheduler.idle and not self._compiling:
-            return self._begin(message, lambda: self._matchers(grammar))
-        self._compiling[message.number] = message, self._compiler.submit(self._matchers, grammar)
+        matcher: Future[Matcher] = Future()
+        self._compiling[message.number] = message, matcher
+        self._grammars.put((message.grammar, matcher))
         return []
+
+    def _compile(self) -> None:
+        while True:
+            grammar, matcher = self._grammars.get()
+            if matcher.set_running_or_notify_cancel():
+                try:
+                    matcher.set_result(self._matchers(grammar))
+                except Exception as error:
+                    matcher.set_exception(error)
 
     def _begin(self, message: Add, get_matcher: Callable[[], Matcher | None]) -> list[News]:
         try:

@@ -120,7 +120,7 @@ def main(case, job):
     random = np.random.default_rng(case["seed"])
     prompts = [random.integers(3, vocabulary, size=length).tolist() for length in LENGTHS]
     if session.on_gpu:
-        session.warm_up(3)  # nothing has run yet
+        session.warm_up(3, 8)  # nothing has run yet
     result = {"prompts": prompts}
 
     together = llm.generate(prompts, STEPS, ignore_eos=True)

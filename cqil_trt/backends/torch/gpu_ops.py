@@ -166,6 +166,8 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         self._kernels, self._stream, self._library = kernels, stream, library
         self._bytes, self._dtype = DTYPE_BYTES[limits.dtype], abi.dtype_code(limits.dtype)
         self._few = kernels.cqil_linear_rows(self._dtype)
+        if self._few < 1:
+            raise RuntimeError(f"linear_rows: {kernels.cqil_last_error().decode()}")
         self._pool = Pool()
         self._weights = {
             name: Matrix(memory[name], shape[0] if len(shape) > 1 else 1, shape[-1])

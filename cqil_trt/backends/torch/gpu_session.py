@@ -6,6 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 from cqil_trt.backends.torch.gpu_ops import CudaOps, Matrix
 from cqil_trt.engine import Engine
@@ -38,17 +40,19 @@ class TorchCudaSession(CudaSession):
         use_device(device)
         super().__init__(engine, comm, kernel_library.load(), slots)
         self._heads = sorted({shard.num_kv_heads for shard in self._plan.layers.values() if shard.num_heads})
-        self._prompt_lengths = prompt_lengths(min(engine.limits.prefill_chunk, engine.limits.max_seq_len))
+        if takes_flash(engine):
+            self._prompt_lengths = prompt_lengths(min(engine.limits.prefill_chunk, engine.limits.max_seq_len))
         self._load(engine)
         self._torch_stream = torch.cuda.ExternalStream(int(self._stream))
         kernels = self._memory, self._workspace, self._library, int(self._stream)
-        library = TorchLibrary(engine, self.slots, self._memory["chunk"], self._heads)
-        self._ops = CudaOps(self._plan, engine.limits, *kernels, library, self.slots)
+        self._attention = TorchLibrary(engine, self.slots, self._memory["chunk"], self._heads)
+        self._ops = CudaOps(self._plan, engine.limits, *kernels, self._attention, self.slots)
 
     def _extra_sizes(self) -> dict[str, int]:
         return {"chunk": 4 * _CHUNK_WORDS * (len(self._heads) + 1)}
 
     def _describe_chunk(self, count: int, past: int, slot: int) -> None:
+        self._attention.chunk = past, slot
         words = [[0, count, past + count, 0]]
         for heads in self._heads:
             first = slot * heads * self.limits.max_seq_len
@@ -78,14 +82,20 @@ def prompt_lengths(most: int) -> list[int]:
     return found if most in found else [*found, most]
 
 
+def takes_flash(engine: Engine) -> bool:
+    """Whether PyTorch's flash kernels attend for the engine: they read from memory where a chunk is."""
+    dim = engine.model.head_dim
+    return engine.limits.dtype != "float32" and dim % 8 == 0 and dim <= 256
+
+
 class TorchLibrary:
-    """`gpu_ops.Library` by cuBLAS and PyTorch's flash attention, on PyTorch's current stream.
+    """`gpu_ops.Library` by cuBLAS and PyTorch's attention, on PyTorch's current stream.
 
     For an engine in float32 it switches TF32 off, in the whole process: validation compares with float32.
 
-    `chunk`: the address of int32 words about the chunk, _CHUNK_WORDS for each line: 0, its tokens, and the tokens of
-    its sequence with it; then for each number of key/value heads in `heads` the first row of the slot in a layer's keys
-    [slots * heads * capacity, head_dim], and the row after a head's last one.
+    `chunk`, for flash attention: the address of int32 words about the chunk, _CHUNK_WORDS for each line: 0, its tokens,
+    and the tokens of its sequence with it; then for each number of key/value heads in `heads` the first row of the slot
+    in a layer's keys [slots * heads * capacity, head_dim], and the row after a head's last one.
     """
 
     def __init__(self, engine: Engine, slots: int, chunk: int, heads: list[int]):
@@ -94,6 +104,10 @@ class TorchLibrary:
             torch.backends.cuda.matmul.allow_tf32 = False
         self._limits, self._head_dim, self._slots = engine.limits, engine.model.head_dim, slots
         self._views: dict[tuple[int, ...], torch.Tensor] = {}
+        self._flash = takes_flash(engine)
+        self.chunk = 0, 0  # its past and slot, for other attention
+        # Graphs hold addresses of what attention allocates, so nobody else may get them.
+        self._pool = torch.cuda.MemPool()
         words = device_tensor(chunk, (len(heads) + 1, _CHUNK_WORDS), torch.int32)
         self._queries_end, self._keys_end = words[0, :2], words[0, 2:3]
         self._keys = {count: words[line + 1, :2] for line, count in enumerate(heads)}
@@ -115,31 +129,38 @@ class TorchLibrary:
             torch.addmm(self.view(added.address, added.rows, added.width), left, right.T, out=to)
 
     def attends(self, shard: LayerShard) -> bool:
-        # What the flash kernels take; every layer but for an odd deal of heads is grouped.
-        return shard.grouped and self._dtype != torch.float32 and self._head_dim % 8 == 0 and self._head_dim <= 256
+        return shard.grouped
 
     def attend(self, queries: Matrix, cache: int, shard: LayerShard, out: Matrix) -> None:
-        length, dim, capacity = queries.rows, self._head_dim, self._limits.max_seq_len
-        count = shard.num_kv_heads
-        every = self.view(cache, 2, self._slots * count * capacity, dim)
+        shape = queries.rows, shard.num_heads, self._head_dim
+        q, to = (self.view(matrix.address, *shape) for matrix in (queries, out))
+        if self._flash:
+            with torch.cuda.use_mem_pool(self._pool):
+                to.copy_(self._flash_attention(q, cache, shard.num_kv_heads))
+        else:
+            to.copy_(self._plain_attention(q, cache, shard.num_kv_heads))
+
+    def _flash_attention(self, q: torch.Tensor, cache: int, heads: int) -> torch.Tensor:
+        length, dim, capacity = len(q), self._head_dim, self._limits.max_seq_len
+        every = self.view(cache, 2, self._slots * heads * capacity, dim)
         # Row i of head h is capacity rows behind row i of head h - 1.
-        rows = self._slots * count * capacity - (count - 1) * capacity
-        keys, values = (part.as_strided((rows, count, dim), (dim, capacity * dim, 1)) for part in every)
-        q, to = (self.view(m.address, length, shard.num_heads, dim) for m in (queries, out))
+        rows = self._slots * heads * capacity - (heads - 1) * capacity
+        keys, values = (part.as_strided((rows, heads, dim), (dim, capacity * dim, 1)) for part in every)
+        ends = self._queries_end, self._keys[heads], length, capacity
         found, *_ = torch.ops.aten._flash_attention_forward(
-            q,
-            keys,
-            values,
-            self._queries_end,
-            self._keys[count],
-            length,
-            capacity,
-            0.0,
-            True,
-            False,
-            seqused_k=self._keys_end,
+            q, keys, values, *ends, 0.0, True, False, seqused_k=self._keys_end
         )
-        to.copy_(found)
+        return found
+
+    def _plain_attention(self, q: torch.Tensor, cache: int, heads: int) -> torch.Tensor:
+        (past, slot), length = self.chunk, len(q)
+        shape = 2, self._slots, heads, self._limits.max_seq_len, self._head_dim
+        keys, values = self.view(cache, *shape)[:, slot : slot + 1, :, : past + length]
+        mask = None if past == 0 else causal_lower_right(length, past + length)
+        gqa = q.shape[1] != heads
+        q = q.transpose(0, 1)[None]
+        found = F.scaled_dot_product_attention(q, keys, values, mask, is_causal=mask is None, enable_gqa=gqa)
+        return found[0].transpose(0, 1)
 
 
 def device_tensor(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
