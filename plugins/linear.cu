@@ -353,7 +353,7 @@ constexpr int kQuickRows = 8;  // with more, a step is faster with a library's p
 constexpr int kFewWarps = 8, kFewThreads = 32 * kFewWarps;
 constexpr int kRingStages = 4;
 constexpr int kTileRows = 16, kShare = 64;  // rows and depth of W in a stage: lines of 128 bytes
-constexpr int kTileBytes = kTileRows * kShare * 2, kTileDepth = kFewWarps * kShare;
+constexpr int kTileBytes = kTileRows * kShare * 2;
 
 __host__ __device__ constexpr int tiles_of_pass(int columns) { return columns == 8 ? 4 : 3; }
 
@@ -363,12 +363,14 @@ size_t few_bytes(int columns, int inputs, bool norm) {
            sizeof(float) * kFewWarps * tiles_of_pass(columns) * kTileRows * columns + (norm ? size_t(inputs) * 2 : 0);
 }
 
+#if __CUDA_ARCH__ >= 900
 // Copies 16 bytes that are read once to shared memory, or zeros unless `valid`.
 __device__ void copy_once(unsigned to, const void* from, bool valid, uint64_t policy) {
     asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from),
                  "r"(valid ? 16 : 0), "l"(policy)
                  : "memory");
 }
+#endif
 
 // kColumns: rows of x that there is room for, 8 or 16.
 template <typename T, bool kGated, int kColumns>
@@ -376,7 +378,7 @@ __global__ void __launch_bounds__(kFewThreads, 2) few_rows_kernel(Operands o) {
 #if __CUDA_ARCH__ >= 900
     using Two = typename Pair<T>::Type;
     constexpr int kTiles = tiles_of_pass(kColumns), kOctets = kColumns / 8;
-    constexpr int kSteps = kShare / 32;
+    constexpr int kSteps = kShare / 32, kTileDepth = kFewWarps * kShare;
     constexpr int kPerTile = kGated ? 8 : 16;  // results of a row of x
     extern __shared__ __align__(128) char memory[];
     __shared__ float scales[kColumns];
