@@ -43,8 +43,9 @@ __host__ __device__ size_t cache_elements(const cqil_attention_shape& s) {
     return size_t(s.max_batch) * s.kv_heads * s.capacity * s.head_dim;
 }
 
-// Blocks for one head of one sequence. With one sequence about one per multiprocessor in total, so the next kernel finds
-// room for its prefetches. With a few the same, so that a sequence's result does not depend on how many there are.
+// Blocks for one head of one sequence. For a single sequence, about one per multiprocessor in total, so the next kernel
+// finds room for its prefetches. For up to kFewSequences as many, so that a sequence's result does not depend on how
+// many there are.
 int span_count(const cqil_attention_shape& s, int processors) {
     const int sequences = s.batch <= kFewSequences ? 1 : s.batch;
     return std::clamp(processors / (s.heads * sequences), 1, kMaxSpans);

@@ -190,7 +190,8 @@ typedef struct {
     float eps;
 } cqil_linear_shape;
 
-// Up to how many rows cqil_linear is meant for on the current device: 8 or 1; more are for a library. Negative: an error.
+// The most rows for which cqil_linear should be used on the current device, 8 or 1; a library is faster with more.
+// Negative: an error.
 int cqil_linear_rows(cqil_dtype dtype);
 
 // Bytes of scratch memory per call.
@@ -198,9 +199,10 @@ size_t cqil_linear_scratch_bytes(const cqil_linear_shape* shape);
 
 // out [rows, outputs] = activation(RMSNorm(x + delta) * norm · Wᵀ + bias) + residual, for x [rows, inputs] and W
 // [outputs, inputs] ([2 * outputs, inputs] when gated). Without norm (NULL) x is used as it is, and delta must be NULL.
-// delta, bias and residual may be NULL. Sums are in float32. In half types on compute capability 9.0 and later, with 2 to
-// 16 rows of a multiple of 8 inputs, a row's result has the same bits whatever the others are, and however many. W and norm may be read before earlier work on the stream
+// delta, bias and residual may be NULL. Sums are in float32. W and norm may be read before earlier work on the stream
 // is done, so they must not be results of that work. out may be residual, but not x. A gated product takes no residual.
+// In half types on compute capability 9.0 and later, with 2 to 16 rows and a multiple of 8 inputs, a row's result has
+// the same bits whatever the other rows are, and however many.
 int cqil_linear(const cqil_linear_shape* shape, const void* x, const void* delta, const void* weight, const void* bias,
                 const void* norm, const void* residual, void* out, void* scratch, void* stream);
 
@@ -221,8 +223,8 @@ size_t cqil_attention_scratch_bytes(const cqil_attention_shape* shape);
 // halves, as Hugging Face does; cos and sin are [capacity, head_dim / 2]), appends keys and values to the cache, and
 // attends. qkv [batch * length, heads + 2 * kv_heads, head_dim] -> out [batch * length, heads, head_dim]. Sequence b is
 // in slot slots[b] of the cache, in slot b if slots is NULL; no two share a slot. With several new tokens out may be
-// NULL: then it only rotates and appends, and leaves the queries in scratch in the shape of out. With one new token and up
-// to 8 sequences, a sequence's result has the same bits whatever the others are, and however many.
+// NULL: then it only rotates and appends, and leaves the queries in scratch in the shape of out. With one new token and
+// up to 8 sequences, a sequence's result has the same bits whatever the other sequences are, and however many.
 //
 // With one new token, `past`, `slots`, cos, sin and the cache may be read before earlier work on the stream is done.
 // cos and sin must not be results of that work. `past` and `slots` may be written by cqil_advance or cqil_arrange, by a

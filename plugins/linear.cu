@@ -817,19 +817,16 @@ int linear(const cqil_linear_shape& s, Operands o, char* scratch, cudaStream_t s
         if (s.rows <= kFewRows && aligned && bytes + 1024 <= size_t(device.shared_bytes) &&
             is_modern(few_rows_kernel<T, false, 8>, &few))
             return -1;
-        if (few && o.delta == nullptr)
-            return s.gated ? few_rows<T, true>(o, device, st) : few_rows<T, false>(o, device, st);
     }
-    if (o.norm != nullptr) {
+    if (o.norm != nullptr && !(few && o.delta == nullptr)) {
         void* sum = o.delta != nullptr ? scratch + normed_bytes(s) : nullptr;
         if (cqil_residual_norm(o.delta, o.x, o.norm, sum, scratch, s.rows, s.inputs, o.eps, type, st)) return -1;
         o.x = scratch;
         o.norm = nullptr;
         scratch += 2 * normed_bytes(s);
     }
-    if constexpr (!std::is_same_v<T, float>)
-        if (few) return s.gated ? few_rows<T, true>(o, device, st) : few_rows<T, false>(o, device, st);
     if constexpr (!std::is_same_v<T, float>) {
+        if (few) return s.gated ? few_rows<T, true>(o, device, st) : few_rows<T, false>(o, device, st);
         if (s.rows > 1 && aligned) {
             if (!s.gated) return product<T>(o, st);
             void* out = o.out;

@@ -41,9 +41,6 @@ class HostLibrary:
             value if added is None else value + at(added.address, added.rows, added.width)
         )
 
-    def attends(self, shard):
-        return shard.grouped
-
     def attend(self, queries, cache, shard, out):
         past, slot = self.chunk
         dim, length = self._model.head_dim, queries.rows

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 from abc import abstractmethod
+from bisect import bisect_left
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -302,7 +303,7 @@ class CudaSession(Session):
         if getattr(self._library, f"cqil_{name}")(*arguments, int(self._stream)):
             raise RuntimeError(f"{name}: {self._library.cqil_last_error().decode()}")
 
-    # Lengths of chunks that are executed as CUDA graphs, in rising order; shorter ones are filled up.
+    # Lengths of chunks that are executed as CUDA graphs, in rising order; shorter chunks are padded.
     _prompt_lengths: Sequence[int] = ()
 
     def _forward(
@@ -312,26 +313,25 @@ class CudaSession(Session):
         before, slot = int(past[0]), int(slots[0])
         room = self.limits.max_seq_len - before
         lengths = self._prompt_lengths if select.size == 1 else ()
-        full = next((known for known in lengths if tokens.size <= known <= room), None)
-        # What fills it up is computed like a prompt's tokens, which do not see it as it follows them; the sequence will
-        # overwrite it in the cache.
-        filled = tokens if full is None else np.pad(tokens, (0, full - tokens.size))
-        inputs = {"tokens": filled, "prefill.past": past, "select": select, "prefill.slots": slots}
+        padded = next((known for known in lengths if tokens.size <= known <= room), None)
+        # The padding comes after the prompt, whose tokens do not see it; the sequence will overwrite it in the cache.
+        fed = tokens if padded is None else np.pad(tokens, (0, padded - tokens.size))
+        inputs = {"tokens": fed, "prefill.past": past, "select": select, "prefill.slots": slots}
         for name, array in inputs.items():
             self._upload(name, array)
-        self._describe_chunk(filled.size, before, slot)
+        self._describe_chunk(fed.size, before, slot)
         self._phase, self._slot = Phase.PREFILL, slot
         self._rows, self._predicted = tokens.size, select.size
-        if full is None:
+        if padded is None:
             self._execute(Phase.PREFILL, 1, tokens.size, select.size)
         else:
-            self._launch_prompt(full)
+            self._launch_prompt(padded)
 
     def _describe_chunk(self, count: int, past: int, slot: int) -> None:
-        """Uploads what else the network reads about a chunk."""
+        """Uploads what else the network reads about a chunk of `count` tokens, padding included."""
 
     def _launch_prompt(self, length: int) -> None:
-        """Executes a chunk that fills `length`: kernel by kernel for the first time, as a graph from then on."""
+        """Executes a chunk of `length` tokens: kernel by kernel the first time, as a graph from then on."""
 
         def record() -> None:
             self._execute(Phase.PREFILL, 1, length, 1)
@@ -556,10 +556,9 @@ class CudaSession(Session):
 
     def warm_up(self, rows: int, chunk: int) -> None:
         """As in Session: captures the graphs of both, of chunks as many as are kept, the shortest first."""
-        used = [n for n in self._prompt_lengths if n <= chunk]
-        used += [n for n in self._prompt_lengths if n > chunk][: not used or used[-1] < chunk]
+        used = bisect_left(self._prompt_lengths, chunk) + 1  # up to the first that holds such a chunk
         with self._guard():
-            for length in used[:_MAX_PROMPT_GRAPHS]:
+            for length in self._prompt_lengths[: min(used, _MAX_PROMPT_GRAPHS)]:
                 for _ in range(2):
                     one = np.zeros(1, np.int32)
                     self._forward(np.zeros(length, np.int32), one, one + length - 1, one, None)

@@ -18,9 +18,7 @@ from cqil_trt.serving.refusals import REASONS, Refused, error_response
 
 # Served without an API key: what probes ask, and the page that asks for the key.
 _OPEN = frozenset({"/", "/health", "/ready"})
-
-
-# A body that has not come after so long is not waited for.
+# How long a body may take to arrive.
 BODY_SECONDS = 30.0
 
 

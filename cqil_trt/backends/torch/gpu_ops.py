@@ -74,9 +74,6 @@ class Library(Protocol):
     def multiply(self, x: Matrix, weight: Matrix, added: Matrix | None, out: Matrix) -> None:
         """out = x @ weightᵀ + added; `added` has as many rows as out, or one."""
 
-    def attends(self, shard: LayerShard) -> bool:
-        """Whether it does the attention of this layer."""
-
     def attend(self, queries: Matrix, cache: int, shard: LayerShard, out: Matrix) -> None:
         """Causal attention of rotated queries [length, heads * head_dim] over a slot of a cache that has their keys.
 
@@ -267,7 +264,7 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         cache = self._memory[f"cache.{shard.index}"]
         out = self._new(qkv.rows, shard.num_heads * self.plan.model.head_dim)
         scratch = self._scratch(self._kernels.cqil_attention_scratch_bytes(shape))
-        delegated = self._length > 1 and self._library.attends(shard)
+        delegated = self._length > 1 and shard.grouped
         result = None if delegated else out
         self._call("attention", shape, qkv, self._past, self._slots, *tables, *norms, cache, result, scratch)
         if delegated:

@@ -19,8 +19,8 @@ from cqil_trt.shard import LayerShard
 _MAX_VIEWS = 4096
 # 32-bit words that describe a chunk, and as many for each number of key/value heads: 16 bytes, as kernels align them.
 _CHUNK_WORDS = 4
-# The lengths of chunks that are graphs, from each entry's first to the next entry's, in its steps: what fills a chunk
-# up is computed in vain.
+# The lengths of chunks that are graphs: from an entry's first up to the next entry's first, in its steps. The padding
+# of a chunk is computed in vain.
 _LENGTH_STEPS = ((16, 16), (64, 32), (128, 64), (512, 128), (2048, 256))
 
 
@@ -45,14 +45,14 @@ class TorchCudaSession(CudaSession):
         self._load(engine)
         self._torch_stream = torch.cuda.ExternalStream(int(self._stream))
         kernels = self._memory, self._workspace, self._library, int(self._stream)
-        self._attention = TorchLibrary(engine, self.slots, self._memory["chunk"], self._heads)
-        self._ops = CudaOps(self._plan, engine.limits, *kernels, self._attention, self.slots)
+        self._torch_library = TorchLibrary(engine, self.slots, self._memory["chunk"], self._heads)
+        self._ops = CudaOps(self._plan, engine.limits, *kernels, self._torch_library, self.slots)
 
     def _extra_sizes(self) -> dict[str, int]:
         return {"chunk": 4 * _CHUNK_WORDS * (len(self._heads) + 1)}
 
     def _describe_chunk(self, count: int, past: int, slot: int) -> None:
-        self._attention.chunk = past, slot
+        self._torch_library.chunk = past, slot
         words = [[0, count, past + count, 0]]
         for heads in self._heads:
             first = slot * heads * self.limits.max_seq_len
@@ -128,9 +128,6 @@ class TorchLibrary:
         else:
             torch.addmm(self.view(added.address, added.rows, added.width), left, right.T, out=to)
 
-    def attends(self, shard: LayerShard) -> bool:
-        return shard.grouped
-
     def attend(self, queries: Matrix, cache: int, shard: LayerShard, out: Matrix) -> None:
         shape = queries.rows, shard.num_heads, self._head_dim
         q, to = (self.view(matrix.address, *shape) for matrix in (queries, out))
@@ -143,7 +140,7 @@ class TorchLibrary:
     def _flash_attention(self, q: torch.Tensor, cache: int, heads: int) -> torch.Tensor:
         length, dim, capacity = len(q), self._head_dim, self._limits.max_seq_len
         every = self.view(cache, 2, self._slots * heads * capacity, dim)
-        # Row i of head h is capacity rows behind row i of head h - 1.
+        # Row i of a head comes `capacity` rows after row i of the head before.
         rows = self._slots * heads * capacity - (heads - 1) * capacity
         keys, values = (part.as_strided((rows, heads, dim), (dim, capacity * dim, 1)) for part in every)
         ends = self._queries_end, self._keys[heads], length, capacity
