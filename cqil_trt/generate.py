@@ -30,12 +30,18 @@ class GenerationConfig:
 
 @dataclass(kw_only=True)
 class Completion:
-    """A completed prompt. `finish_reason`: eos, stop, or length (also when the engine is full)."""
+    """A completed prompt. `finish_reason`: eos, stop, or length (also when the engine is full).
+
+    `steps`: passes that gave tokens. `drafted` and `accepted`: tokens that were drafted for them, and that came true.
+    """
 
     prompt: list[int]
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: str = ""
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
 
 class StoppingText:
@@ -166,6 +172,9 @@ def generate(
                 continue
             index = running[event.number]
             sequence = sequences[index]
+            sequence.completion.steps += bool(event.choices)
+            sequence.completion.drafted += event.drafted
+            sequence.completion.accepted += max(len(event.choices) - 1, 0)
             text = sequence.add([choice.token for choice in event.choices], event.finish_reason)
             if on_text is not None and text:
                 on_text(index, text)

@@ -17,6 +17,7 @@ from cqil_trt.runner import Runner
 from cqil_trt.sampling import SamplingConfig
 from cqil_trt.scheduler import check_prompt
 from cqil_trt.session import Session
+from cqil_trt.speculation import Speculation
 from cqil_trt.tokenizer import Conversation, Tokenizer, has_tokenizer
 
 
@@ -26,10 +27,16 @@ class Llm:
     If the job has a multiple of the ranks that the engine needs, consecutive ranks form replicas, and prompts are
     assigned to replicas round-robin. `device`: "cpu", "cuda" (each rank takes the next GPU), or "auto". `slots`: the
     sequences that the KV cache holds, by default as many as the engine runs at a time; fewer where memory is short.
+    `speculation`: how tokens are drafted, None for not at all; UserError where the backend cannot verify drafts.
     """
 
     def __init__(
-        self, directory: Path | None = None, job: Job | None = None, device: str = "auto", slots: int | None = None
+        self,
+        directory: Path | None = None,
+        job: Job | None = None,
+        device: str = "auto",
+        slots: int | None = None,
+        speculation: Speculation | None = None,
     ):
         if device not in backends.DEVICES:
             raise UserError(f"device must be one of {', '.join(backends.DEVICES)}, found {device!r}")
@@ -47,9 +54,14 @@ class Llm:
         )
         if slots is None and self.session.slots < wanted and self.job.rank == 0:
             print(f"the KV cache has room for {self.session.slots} of {wanted} sequences", file=sys.stderr)
-        # Closed sets of prompts: nobody waits for the next token of one while another is read.
-        self.runner = Runner.of(self.session, "throughput")
+        self.speculation = speculation
+        self.runner = self.job.agree(self.new_runner)
         self.tokenizer = Tokenizer(path) if has_tokenizer(path) else None
+
+    def new_runner(self) -> Runner:
+        """A runner whose scheduler knows of nothing in the cache: needed after the session was used without it."""
+        # Closed sets of prompts: nobody waits for the next token of one while another is read.
+        return Runner.of(self.session, "throughput", speculation=self.speculation)
 
     @property
     def replicas(self) -> int:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
+from cqil_trt.errors import UserError
 from cqil_trt.scheduler import Event, Request, Scheduler, Step
 from cqil_trt.session import Session
+from cqil_trt.speculation import Speculation, Speculator
 
 # What a rank must do next: a step, or the masks that the step before waits for.
 Order = Step | Mapping[int, np.ndarray]
@@ -32,12 +35,19 @@ class Runner:
         rows: int | None = None,
         chunk: int | None = None,
         send: Callable[[Order], None] | None = None,
+        speculation: Speculation | None = None,
     ) -> Runner:
         """A runner whose scheduler knows of nothing in the session's cache; arguments as in `Scheduler`.
 
-        `rows` and `chunk` are by default, and at most, what the engine was built for.
+        `rows` and `chunk` are by default, and at most, what the engine was built for. Raises UserError for
+        `speculation` on a session that cannot verify drafts.
         """
         limits = session.limits
+        speculator = None
+        if speculation is not None:
+            if session.row_cost is None:
+                raise UserError("--speculate: this backend verifies drafts on CPUs only (--device cpu)")
+            speculator = partial(Speculator, speculation, session.row_cost)
         scheduler = Scheduler(
             slots=session.slots,
             rows=min(rows or limits.max_batch_size, limits.max_batch_size),
@@ -45,6 +55,7 @@ class Runner:
             chunk=min(chunk or limits.prefill_chunk, limits.prefill_chunk),
             policy=policy,
             reuse=session.reuses,
+            speculator=speculator,
         )
         return cls(session, scheduler, send)
 

@@ -1,13 +1,13 @@
 """Decides which sequences run in which forward pass, and in which slots of the KV cache. No tensors, no MPI.
 
-A step is one forward pass: a chunk of one prompt, or one token of every sequence whose prompt is done. Decisions depend
-only on the calls made, so ranks that make the same calls decide the same.
+A step is one forward pass: a chunk of one prompt, or one token of every sequence whose prompt is done, and the drafted
+ones after it. Decisions depend only on the calls made, so ranks that make the same calls decide the same.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from cqil_trt.errors import UserError
 from cqil_trt.sampling import Choice, SamplingConfig
+from cqil_trt.speculation import Speculator
 
 POLICIES = ("latency", "throughput")
 # Tokens that must be cached in another slot for a copy to pay: a copy waits for the slot it comes from.
@@ -96,15 +97,22 @@ class Chunk:
 class Step:
     """One forward pass: `chunk`, or the next token of the sequences in the slots `decode`.
 
-    `guided`: slots whose choice waits for masks (`Session.choose`). `given`: tokens to append instead of those that
-    were chosen, for measurements.
+    `drafts`: for each of them, tokens that may follow; () when there is none for any. After a draft that is the token
+    chosen in its place, one more token is chosen. `guided`: slots whose choice waits for masks (`Session.choose`).
+    `given`: tokens to append instead of those that were chosen, for measurements.
     """
 
     starts: tuple[Start, ...] = ()
     chunk: Chunk | None = None
     decode: tuple[int, ...] = ()
+    drafts: tuple[tuple[int, ...], ...] = ()
     guided: tuple[int, ...] = ()
     given: tuple[int, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """Tokens that a decode step feeds to each sequence."""
+        return 1 + max(map(len, self.drafts), default=0)
 
     @property
     def choosing(self) -> tuple[int, ...]:
@@ -127,7 +135,7 @@ class Event:
     """News of a sequence.
 
     `logits`: after the prompt tokens from number `first` on. `finish_reason`: "" while it runs, then eos, length, or
-    error with `error` saying why. `cached`: prompt tokens that were reused.
+    error with `error` saying why. `cached`: prompt tokens that were reused. `drafted`: tokens drafted for the step.
     """
 
     number: int
@@ -137,17 +145,19 @@ class Event:
     finish_reason: str = ""
     cached: int = 0
     error: str = ""
+    drafted: int = 0
 
 
 class _Sequence:
     """`done`: prompt tokens in the cache, `fed`: tokens in the cache, `chosen`: choices planned; all after the steps
-    planned so far."""
+    planned so far, as if no draft of those in flight were accepted."""
 
-    def __init__(self, number: int, request: Request, slot: int, cached: int, room: int):
+    def __init__(self, number: int, request: Request, slot: int, cached: int, room: int, speculator: Speculator | None):
         self.number, self.request, self.slot = number, request, slot
         self.cached = self.done = self.fed = cached
         self.chosen, self.room = 0, room
         self.tokens = list(request.prompt)
+        self.speculator = speculator
         self.finished = False
 
     @property
@@ -184,6 +194,8 @@ class Scheduler:
         chunk: the most prompt tokens in one step.
         policy: "latency" reads at most one chunk between two decode steps; "throughput" reads all prompts first.
         reuse: whether a prompt that begins like an earlier one takes its part of the cache.
+        speculator: makes what drafts tokens of a sequence; None for no drafts. Tokens are drafted while no step is in
+            flight.
     """
 
     def __init__(
@@ -195,12 +207,13 @@ class Scheduler:
         chunk: int,
         policy: str = "latency",
         reuse: bool = True,
+        speculator: Callable[[], Speculator] | None = None,
     ):
         if policy not in POLICIES:
             raise UserError(f"--policy must be one of {', '.join(POLICIES)}, found {policy}")
         self._slots = [_Slot() for _ in range(slots)]
         self._rows, self._max_seq_len, self._chunk = min(rows, slots), max_seq_len, chunk
-        self._policy, self._reuse = policy, reuse
+        self._policy, self._reuse, self._speculator = policy, reuse, speculator
         self._waiting: deque[tuple[int, Request]] = deque()
         self._running: dict[int, _Sequence] = {}
         # For each step in flight, the sequences that it chooses tokens for, by slot, and the one whose chunk it reads.
@@ -275,12 +288,21 @@ class Scheduler:
         if not ready:
             return None
         guided = tuple(s.slot for s in ready if s.request.sampling.guided)
+        drafts = () if self._flying else self._draft(ready)
         for sequence in ready:
             sequence.chosen += 1
             sequence.fed += 1
-        step = Step(starts=starts, decode=tuple(s.slot for s in ready), guided=guided)
+        step = Step(starts=starts, decode=tuple(s.slot for s in ready), drafts=drafts, guided=guided)
         self._flying.append((step, {s.slot: s for s in ready}))
         return step
+
+    def _draft(self, ready: Sequence[_Sequence]) -> tuple[tuple[int, ...], ...]:
+        """The drafts of sequences that decode. All of them must have room for the longest in their slots."""
+        space = self._max_seq_len - max(s.fed for s in ready) - 1
+        drafts = tuple(
+            s.speculator.draft(min(space, s.room - s.chosen - 1)) if s.speculator is not None else () for s in ready
+        )
+        return drafts if any(drafts) else ()
 
     def _admit(self) -> Iterator[Start]:
         """Gives slots to waiting requests, in the order in which they came."""
@@ -291,7 +313,11 @@ class Scheduler:
             number, request = self._waiting.popleft()
             slot, source, cached = self._place(request)
             room = min(request.max_new_tokens, self._max_seq_len + 1 - len(request.prompt))
-            sequence = _Sequence(number, request, slot, cached, room)
+            # What a grammar allows depends on the tokens before, of which drafts are not known to be any.
+            speculator = None
+            if self._speculator is not None and room > 1 and not request.sampling.guided:
+                speculator = self._speculator()
+            sequence = _Sequence(number, request, slot, cached, room, speculator)
             self._slots[slot].sequence = self._running[number] = sequence
             self._started.append(number)
             yield Start(
@@ -336,6 +362,8 @@ class Scheduler:
         predict = last - max(first, request.scored or 0) if scored else 1
         ends = last == len(request.prompt)
         choose = ends and sequence.room > 0
+        if sequence.speculator is not None:
+            sequence.speculator.extend(request.prompt[first if first > sequence.cached else 0 : last])
         sequence.done = sequence.fed = last
         sequence.chosen += choose
         chunk = Chunk(
@@ -367,6 +395,7 @@ class Scheduler:
     def apply(self, outcome: Outcome) -> list[Event]:
         """Takes in the outcome of the oldest step in flight. Choices of a sequence that has ended are dropped."""
         step, sequences = self._flying.popleft()
+        drafted = {slot: len(draft) for slot, draft in zip(step.decode, step.drafts)}
         events = []
         for slot, sequence in sequences.items():
             if sequence.finished:
@@ -374,7 +403,15 @@ class Scheduler:
             taken: list[Choice] = []
             reason = error = ""
             request = sequence.request
-            for choice in outcome.choices.get(slot, ()):
+            choices = outcome.choices.get(slot, ())
+            if step.chunk is None:
+                sequence.chosen += len(choices) - 1
+                sequence.fed += len(choices) - 1
+            if sequence.speculator is not None:
+                sequence.speculator.extend([choice.token for choice in choices])
+                if step.chunk is None:
+                    sequence.speculator.verified(drafted.get(slot, 0), len(choices) - 1)
+            for choice in choices:
                 taken.append(choice)
                 sequence.tokens.append(choice.token)
                 if request.matcher is not None:
@@ -402,6 +439,7 @@ class Scheduler:
                         finish_reason=reason,
                         cached=sequence.cached,
                         error=error,
+                        drafted=drafted.get(slot, 0),
                     )
                 )
         return events

@@ -7,6 +7,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,12 @@ class Session(ABC):
     guided slots needs `choose` in between.
 
     `slots`: sequences that the cache holds. `ahead`: steps that are worth submitting before the oldest is collected.
-    B: sequences of a pass, T: tokens of each, K: tokens to predict from.
+    `row_cost`: what one more token a sequence costs in a decode step, as a part of the step; None where a decode step
+    takes one token of each sequence. B: sequences of a pass, T: tokens of each, K: tokens to predict from.
     """
 
     ahead = 0
+    row_cost: float | None = None
     on_gpu = False
 
     def __init__(self, engine: Engine, rank: int, slots: int):
@@ -143,6 +146,8 @@ class Session(ABC):
 class HostSession(Session):
     """A session that computes at once, in `submit` and `choose`, and chooses tokens on the host."""
 
+    row_cost = 0.15  # scripts/benchmark_speculation.py, on two cores
+
     def __init__(self, engine: Engine, rank: int, slots: int):
         super().__init__(engine, rank, slots)
         self._samplers: dict[int, Sampler] = {}
@@ -165,8 +170,11 @@ class HostSession(Session):
         """This rank's logits of the last pass, float32 [B, K, width]; width 0 on a rank that predicts nothing."""
 
     @abstractmethod
-    def _greedy(self) -> np.ndarray:
-        """The most likely next tokens after the last pass, which had K = 1, int64 [B]; the smallest id among equals."""
+    def _greedy(self, count: int) -> np.ndarray:
+        """The likeliest next tokens after the last `count` of the last pass's K tokens, int64 [B, count].
+
+        Among equals it is the smallest id.
+        """
 
     @abstractmethod
     def _copy(self, source: int, target: int, count: int) -> None:
@@ -185,11 +193,12 @@ class HostSession(Session):
             self._forward(np.array([chunk.tokens]), np.array([chunk.past]), select, slot, chunk.length)
             self._past[chunk.slot] = chunk.past + len(chunk.tokens)
         else:
-            slots = np.array(step.decode)
-            tokens = np.array(step.given) if step.given else self._next[slots]
-            self._forward(tokens[:, None], self._past[slots], np.zeros((len(slots), 1), np.int64), slots, None)
-            # A full sequence stays at its last position, where its predictions are meaningless.
-            self._past[slots] = np.minimum(self._past[slots] + 1, self.limits.max_seq_len - 1)
+            slots, width = np.array(step.decode), step.width
+            tokens = np.zeros((len(slots), width), np.int64)
+            tokens[:, 0] = step.given or self._next[slots]
+            for row, draft in zip(tokens, step.drafts):
+                row[1 : 1 + len(draft)] = draft  # what fills the row up comes after it, and will be overwritten
+            self._forward(tokens, self._past[slots], np.tile(np.arange(width), (len(slots), 1)), slots, None)
         scored = self._gather(self._last_logits()[0]) if chunk is not None and chunk.scored else None
         self._choosing = step, scored
         if not step.guided:
@@ -207,15 +216,33 @@ class HostSession(Session):
             raise RuntimeError("no step waits for masks")
         (step, scored), self._choosing = waiting, None
         slots = step.choosing
-        choices: list[Choice] = []
-        if slots and all(self._samplers[slot].config.plain for slot in slots):
-            choices = [Choice(int(token)) for token in self._greedy()]
-        elif slots:
-            logits = self._gather(self._last_logits()[:, -1]) if scored is None else scored[-1:]
-            choices = [self._samplers[slot].choose(row, masks.get(slot)) for slot, row in zip(slots, logits)]
-        for slot, choice in zip(slots, choices):
-            self._next[slot] = choice.token
-        self._outcomes.append(Outcome(choices={s: [c] for s, c in zip(slots, choices)}, logits=scored))
+        choices: dict[int, list[Choice]] = {}
+        if slots:
+            plain = all(self._samplers[slot].config.plain for slot in slots)
+            rows = self._greedy(step.width) if plain else self._to_choose_from(step.width, scored)
+            for slot, row, draft in zip(slots, rows, step.drafts or repeat(())):
+                choices[slot] = []
+                for prediction, expected in zip(row, (*draft, None)):
+                    if plain:
+                        choice = Choice(int(prediction))
+                    else:
+                        choice = self._samplers[slot].choose(prediction, masks.get(slot))
+                    choices[slot].append(choice)
+                    if choice.token != expected:
+                        break
+        for slot, chosen in choices.items():
+            self._next[slot] = chosen[-1].token
+        for slot in step.decode:
+            # A full sequence stays at its last position, where its predictions are meaningless.
+            self._past[slot] = min(self._past[slot] + len(choices[slot]), self.limits.max_seq_len - 1)
+        self._outcomes.append(Outcome(choices=choices, logits=scored))
+
+    def _to_choose_from(self, count: int, scored: np.ndarray | None) -> np.ndarray:
+        """The logits after the last `count` tokens of each sequence, [B, count, vocabulary]; `scored`: of a chunk."""
+        if scored is not None:
+            return scored[None, -count:]
+        last = self._last_logits()[:, -count:]
+        return self._gather(last.reshape(-1, last.shape[-1])).reshape(*last.shape[:2], -1)
 
     def collect(self) -> Outcome:
         return self._note(self._outcomes.popleft())

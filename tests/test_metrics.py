@@ -22,6 +22,9 @@ EXPECTED = {
     "vllm:generation_tokens_total": "counter",
     "vllm:prefix_cache_queries_total": "counter",
     "vllm:prefix_cache_hits_total": "counter",
+    "vllm:spec_decode_num_drafts_total": "counter",
+    "vllm:spec_decode_num_draft_tokens_total": "counter",
+    "vllm:spec_decode_num_accepted_tokens_total": "counter",
     "vllm:request_success_total": "counter",
     "vllm:time_to_first_token_seconds": "histogram",
     "vllm:inter_token_latency_seconds": "histogram",
@@ -134,6 +137,14 @@ def test_values(metrics):
     assert value(metrics, "vllm:inter_token_latency_seconds_bucket", le="0.00125") == 2
     assert value(metrics, "vllm:inter_token_latency_seconds_bucket", le="0.0015") == 3
     assert value(metrics, "vllm:inter_token_latency_seconds_bucket", le="+Inf") == 3
+
+
+def test_drafts_are_counted(metrics):
+    metrics.drafts(2, 9, 4)
+    metrics.drafts(1, 7, 0)
+    assert value(metrics, "vllm:spec_decode_num_drafts_total") == 3
+    assert value(metrics, "vllm:spec_decode_num_draft_tokens_total") == 16
+    assert value(metrics, "vllm:spec_decode_num_accepted_tokens_total") == 4
 
 
 def test_listed_reasons_start_at_zero(metrics):

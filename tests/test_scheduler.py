@@ -128,16 +128,24 @@ class FakeSession:
             if chunk.scored:
                 # In place of the logits, the number that stands for the prefix.
                 logits = np.array([[likeliest(cache[: p + 1])] for p in range(chunk.first, self.past[chunk.slot])])
+        drafts = dict(zip(step.decode, step.drafts))
         for slot in step.decode:
-            self.cache[slot][self.past[slot]] = self.next[slot]  # IndexError: it would write into another slot
+            draft = drafts.get(slot, ())
+            fed = [self.next[slot], *draft, *[None] * (step.width - 1 - len(draft))]
+            for place, token in enumerate(fed, self.past[slot]):
+                self.cache[slot][place] = token  # IndexError: it would write into another slot
             self.past[slot] += 1
         for slot in step.choosing:
-            self.left[slot] -= 1
-            assert self.left[slot] >= 0, "there is no random number for this token"
-            mask = int(masks[slot][0]) if slot in masks else (1 << VOCABULARY) - 1
-            assert slot not in masks or self.guided[slot]
-            self.next[slot] = pick(likeliest(self.cache[slot][: self.past[slot]]), mask)
-            choices[slot].append(Choice(self.next[slot]))
+            for expected in (*drafts.get(slot, ()), None):
+                self.left[slot] -= 1
+                assert self.left[slot] >= 0, "there is no random number for this token"
+                mask = int(masks[slot][0]) if slot in masks else (1 << VOCABULARY) - 1
+                assert slot not in masks or self.guided[slot]
+                self.next[slot] = pick(likeliest(self.cache[slot][: self.past[slot]]), mask)
+                choices[slot].append(Choice(self.next[slot]))
+                if self.next[slot] != expected:
+                    break
+                self.past[slot] += 1
         self.outcomes.append(Outcome(choices=choices, logits=logits))
 
     def collect(self):
@@ -146,14 +154,48 @@ class FakeSession:
         return outcome
 
 
+class FakeSpeculator:
+    """Knows the model; how many of its drafts are right depends on the tokens."""
+
+    def __init__(self):
+        self.tokens = []
+        self.drafted = 0
+
+    def extend(self, tokens):
+        self.tokens += tokens
+
+    def draft(self, room):
+        assert room >= 0
+        chance = zlib.crc32(b"draft" + bytes(self.tokens))
+        draft = []
+        while len(draft) < min(room, chance % 6):
+            draft.append(pick(likeliest([*self.tokens, *draft]), (1 << VOCABULARY) - 1))
+        if draft and chance % 3:
+            draft[chance % len(draft)] ^= 1
+        self.drafted = len(draft)
+        return tuple(draft)
+
+    def verified(self, drafted, accepted):
+        assert 0 <= accepted <= drafted
+        assert drafted in (0, self.drafted)
+        if accepted:
+            seen("accepted drafts")
+
+
 class World:
     """A scheduler, a runner, two devices that must agree, and what is checked at every step."""
 
-    def __init__(self, *, slots, rows, max_seq_len, chunk, policy, reuse, ahead):
+    def __init__(self, *, slots, rows, max_seq_len, chunk, policy, reuse, ahead, drafts=False):
         self.max_seq_len, self.chunk, self.policy, self.reuse = max_seq_len, chunk, policy, reuse
         self.rows = min(rows, slots)
         self.scheduler = Scheduler(
-            slots=slots, rows=rows, max_seq_len=max_seq_len, chunk=chunk, policy=policy, reuse=reuse
+            slots=slots,
+            rows=rows,
+            max_seq_len=max_seq_len,
+            chunk=chunk,
+            policy=policy,
+            reuse=reuse,
+            speculator=FakeSpeculator if drafts else None,
         )
         self.session, self.other = (FakeSession(slots, max_seq_len, ahead) for _ in range(2))
         self.follower = Follower(self.other)
@@ -224,6 +266,9 @@ class World:
         assert wanted.cached in (None, news.cached)
         wanted.cached = news.cached
         wanted.tokens += [choice.token for choice in news.choices]
+        # One was counted when the step was planned.
+        self.chosen[news.number] += max(len(news.choices) - 1, 0)
+        assert len(news.choices) <= 1 + news.drafted
         if news.logits is not None:
             assert wanted.scored is not None and news.first == wanted.scored + len(wanted.logits)
             wanted.logits += news.logits[:, 0].tolist()
@@ -341,6 +386,7 @@ def worlds(draw):
         policy=draw(st.sampled_from(["latency", "throughput"])),
         reuse=draw(st.sampled_from([True, True, True, False])),
         ahead=draw(st.integers(0, 2)),
+        drafts=draw(st.booleans()),
     )
 
 
@@ -434,6 +480,7 @@ def test_busy_servers(policy, ahead):
             policy=policy,
             reuse=rng.random() < 0.9,
             ahead=ahead,
+            drafts=rng.random() < 0.7,
         )
         eager = rng.choice([0.05, 0.2, 0.6])
         while len(world.wanted) < 50:

@@ -231,7 +231,7 @@ def lead_and_follow(client):
     http, theirs = (wire.Connection(sock, "it") for sock in socket.socketpair())
     orders, mine = (wire.Connection(sock, "it") for sock in socket.socketpair())
     sessions = FakeSession(), FakeSession()
-    first, second = (SimpleNamespace(session=session, tokenizer=None) for session in sessions)
+    first, second = (SimpleNamespace(session=s, tokenizer=None, speculation=None) for s in sessions)
     pulse = SimpleNamespace(busy=lambda doing: contextlib.nullcontext())
     threads = [
         threading.Thread(target=client, args=(theirs,), daemon=True),

@@ -13,6 +13,7 @@ from cqil_trt.errors import UserError
 from cqil_trt.hub import Found, find_model
 from cqil_trt.job import Job, command
 from cqil_trt.presets import PRESETS
+from cqil_trt.speculation import DEFAULT_TOKENS
 
 T = TypeVar("T")
 
@@ -58,6 +59,17 @@ def add_cqil_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--start", type=int, help="first concurrent layer (default: the middle of the model)")
     parser.add_argument("--end", type=int, help="first layer after the concurrent ones")
     parser.add_argument("--bypass", choices=BYPASSES, help="where the bypass goes when d > 0 (default mlp)")
+
+
+def add_speculate_flag(parser: argparse.ArgumentParser) -> None:
+    """Adds --speculate, which `Speculation.parse` reads."""
+    parser.add_argument(
+        "--speculate",
+        metavar="METHOD[:N]",
+        default="none",
+        help="draft tokens and verify them in one step, with the same answers: ngram drafts what followed the last "
+        f"tokens earlier in the text, at most N (default {DEFAULT_TOKENS}) at a time; none (default): no drafts",
+    )
 
 
 def cqil_flags(options: argparse.Namespace) -> dict[str, Any]:

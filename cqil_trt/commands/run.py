@@ -14,9 +14,10 @@ from typing import Any
 
 from cqil_trt import __version__
 from cqil_trt.backends import DEVICES
-from cqil_trt.commands import RankParser, numbers, run_ranks
+from cqil_trt.commands import RankParser, add_speculate_flag, numbers, run_ranks
 from cqil_trt.errors import UserError
 from cqil_trt.job import Job
+from cqil_trt.speculation import Speculation
 from cqil_trt.table import table
 from cqil_trt.tokenizer.chat import Conversation
 
@@ -47,6 +48,7 @@ def parser() -> RankParser:
         "--frequency-penalty", type=float, default=0.0, help="subtracted for each time a token was generated"
     )
     p.add_argument("--seed", type=int, default=0)
+    add_speculate_flag(p)
     p.add_argument("--stop", metavar="TEXT", action="append", default=[], help="stop before this text; may be repeated")
     p.add_argument("--chat", action="store_true", help="render each prompt with the model's chat template")
     p.add_argument("--stream", action="store_true", help="print text as it is generated")
@@ -86,8 +88,9 @@ def run(options: argparse.Namespace, job: Job) -> bool:
     names = [field.name for field in fields(SamplingConfig) if hasattr(options, field.name)]
     sampling = SamplingConfig(**{name: getattr(options, name) for name in names})
     GenerationConfig(max_new_tokens=options.max_new_tokens, stop=tuple(options.stop), sampling=sampling)
+    speculation = Speculation.parse(options.speculate)
 
-    llm = Llm(options.engine, job, options.device)
+    llm = Llm(options.engine, job, options.device, speculation=speculation)
     if (options.chat or options.messages) and llm.tokenizer is None:
         raise UserError(
             f"{'--chat' if options.chat else '--messages'} needs a tokenizer, which this engine does not have"
@@ -254,8 +257,6 @@ def benchmark(
     """Measures on rank 0 how long a prompt takes, and a decode step: wall clock, or CUDA events on a GPU."""
     import numpy as np
 
-    from cqil_trt.runner import Runner
-
     rows: list[tuple[Any, ...]] = []
     report["benchmark"] = []
     for prompt in prompts:
@@ -287,7 +288,7 @@ def benchmark(
                 {"step": step, "prompt_tokens": len(prompt), "batch": size, "median_ms": median, "ms": times}
             )
     # The measurements used the cache without the scheduler's knowledge.
-    llm.runner = Runner.of(llm.session, "throughput")
+    llm.runner = llm.new_runner()
     say(table(("step", "prompt", "batch", "median ms", "10%", "90%", "tokens/s"), rows))
 
 
@@ -340,7 +341,10 @@ def complete(
             say("" if single else f"[{number}] {lines.get(number - 1, '')}")
         else:
             say(f"\n--- prompt {number}: {prompt or f'{len(completion.prompt)} tokens'}\n{answer.strip()}")
-        say(f"--- {len(completion.tokens)} tokens, {completion.finish_reason}")
+        ending = f"--- {len(completion.tokens)} tokens, {completion.finish_reason}"
+        if completion.drafted:
+            ending += f", {completion.steps} steps, {completion.accepted} of {completion.drafted} drafts taken"
+        say(ending)
     report["completions"] = [
         {
             "prompt": text if isinstance(text, str) else None,
@@ -348,6 +352,9 @@ def complete(
             "tokens": completion.tokens,
             "text": completion.text,
             "finish_reason": completion.finish_reason,
+            "steps": completion.steps,
+            "drafted_tokens": completion.drafted,
+            "accepted_tokens": completion.accepted,
         }
         for text, completion in zip(shown, completions)
     ]

@@ -15,11 +15,12 @@ from typing import Any
 
 from cqil_trt import packages
 from cqil_trt.backends import DEVICES
-from cqil_trt.commands import RankParser, check_at_least, run_ranks
+from cqil_trt.commands import RankParser, add_speculate_flag, check_at_least, run_ranks
 from cqil_trt.engine import Engine, find_engine
 from cqil_trt.errors import UserError
 from cqil_trt.job import Job
 from cqil_trt.scheduler import POLICIES
+from cqil_trt.speculation import Speculation
 
 # Tokens of a prompt between two decode steps on a CPU, where a longer chunk would hold up running sequences for long.
 _CPU_CHUNK = 128
@@ -58,6 +59,7 @@ def parser() -> RankParser:
         metavar="N",
         help=f"prompt tokens in one step (default: the engine's, on a CPU at most {_CPU_CHUNK})",
     )
+    add_speculate_flag(p)
     p.add_argument("--max-waiting", type=int, default=256, metavar="N", help="requests in the queue; more get 429")
     p.add_argument("--max-body-bytes", type=int, default=4 << 20, metavar="N", help="larger requests get 413")
     p.add_argument("--queue-timeout", type=float, default=60.0, metavar="S", help="longer in the queue: 503")
@@ -129,7 +131,8 @@ def _serve(
 
     say(f"{path}: loading ...")
     try:
-        llm = Llm(path, job, options.device, options.slots or _SLOTS_PER_ROW * rows)
+        slots = options.slots or _SLOTS_PER_ROW * rows
+        llm = Llm(path, job, options.device, slots, Speculation.parse(options.speculate))
     except UserError:
         if http is not None:
             http.send(wire.GivenUp())
@@ -168,6 +171,7 @@ def check(options: argparse.Namespace) -> None:
         raise UserError(f"--port must be from 0 to 65535, found {options.port}")
     if (options.tls_certificate is None) != (options.tls_key is None):
         raise UserError("--tls-certificate and --tls-key go together")
+    Speculation.parse(options.speculate)
 
 
 def _check_engine(engine: Engine, job: Job) -> None:

@@ -169,6 +169,9 @@ class EngineClient:
         elif isinstance(message, wire.Progress):
             self.running, self.waiting, self.usage = message.running, message.waiting, message.usage
             self.metrics.step(message.tokens, message.step_seconds)
+            if message.drafts.number:
+                drafts = message.drafts
+                self.metrics.drafts(drafts.number, drafts.tokens, drafts.accepted)
             now = time.monotonic()
             for news in message.news:
                 self._tell(news, now)

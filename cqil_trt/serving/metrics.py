@@ -108,6 +108,9 @@ class Metrics:
         self._generation_tokens = counter("vllm:generation_tokens_total", "Tokens generated.")
         self._prefix_queries = counter("vllm:prefix_cache_queries_total", "Tokens looked up in the prefix cache.")
         self._prefix_hits = counter("vllm:prefix_cache_hits_total", "Tokens found in the prefix cache.")
+        self._drafts = counter("vllm:spec_decode_num_drafts_total", "Drafts, of a sequence for a step.")
+        self._draft_tokens = counter("vllm:spec_decode_num_draft_tokens_total", "Tokens drafted.")
+        self._accepted_tokens = counter("vllm:spec_decode_num_accepted_tokens_total", "Drafted tokens accepted.")
         self._finished, self._finished_by = by_reason(
             "vllm:request_success_total",
             "Requests finished, by reason (aborts and errors too).",
@@ -211,6 +214,12 @@ class Metrics:
         _observe(self._iteration_tokens, tokens)
         if decode_seconds is not None:
             _observe(self._step, decode_seconds)
+
+    def drafts(self, number: int, tokens: int, accepted: int) -> None:
+        """Count the drafts of a step, their tokens, and those that were accepted."""
+        _add(self._drafts, number)
+        _add(self._draft_tokens, tokens)
+        _add(self._accepted_tokens, accepted)
 
     def gauges(self, running: int, waiting: int, cache_usage: float, healthy: bool) -> None:
         """Set the current number of requests running and waiting, the cache usage (0 to 1) and the health."""

@@ -29,6 +29,7 @@ from cqil_trt.serving.wire import (
     Beat,
     Closed,
     Connection,
+    Drafts,
     Draining,
     News,
     Progress,
@@ -136,7 +137,7 @@ class _Leader:
 
     def __init__(self, llm: Llm, options: Options, followers: list[Connection], http: Connection):
         self._followers, self._http = followers, http
-        self._runner = Runner.of(llm.session, options.policy, options.rows, options.chunk, self._send)
+        self._runner = Runner.of(llm.session, options.policy, options.rows, options.chunk, self._send, llm.speculation)
         self._scheduler = self._runner.scheduler
         self._matchers = _matchers(llm)
         # Grammars are compiled beside the loop, one after the other: some take seconds.
@@ -180,14 +181,16 @@ class _Leader:
                     news += self._begin(message, matcher.result)
             self._signals.check()
             tokens, seconds = 0, None
+            drafts = Drafts()
             if self._scheduler.idle:
                 self._last = None
             else:
                 with pulse.busy("a step"):
                     events = self._runner.turn()
                 tokens, seconds = self._time(events)
+                drafts = _drafts(events)
                 news += self._news(events)
-            self._tell(news, tokens, seconds)
+            self._tell(news, tokens, seconds, drafts)
 
     def _add(self, message: Add) -> list[News]:
         if message.grammar is None:
@@ -251,7 +254,7 @@ class _Leader:
                 del self._requests[event.number], self._numbers[request.number]
         return news
 
-    def _tell(self, news: list[News], tokens: int, seconds: float | None) -> None:
+    def _tell(self, news: list[News], tokens: int, seconds: float | None, drafts: Drafts) -> None:
         """Also without news if what runs and waits has changed: a request that its client gave up gives none."""
         state = self._scheduler.running, self._scheduler.waiting + len(self._compiling)
         if not news and not tokens and state == self._told:
@@ -265,6 +268,7 @@ class _Leader:
                 usage=self._scheduler.usage,
                 step_seconds=seconds,
                 tokens=tokens,
+                drafts=drafts,
             )
         )
 
@@ -288,6 +292,15 @@ def agree_on_the_end(llm: Llm, job: Job) -> None:
     state.update(str(llm.session.digest).encode())
     if len(set(job.gather(state.hexdigest()))) > 1:
         raise RuntimeError("the ranks do not hold the same bits: their residual streams or tokens differ")
+
+
+def _drafts(events: list[Event]) -> Drafts:
+    drafted = [event for event in events if event.drafted]
+    return Drafts(
+        number=len(drafted),
+        tokens=sum(event.drafted for event in drafted),
+        accepted=sum(len(event.choices) - 1 for event in drafted),
+    )
 
 
 def _news(event: Event, request: Add) -> News:

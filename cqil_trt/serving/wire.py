@@ -220,6 +220,15 @@ class News:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Drafts:
+    """How many sequences of a step had drafts, how many tokens those were, and how many of them came true."""
+
+    number: int = 0
+    tokens: int = 0
+    accepted: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Progress:
     """What a turn of the loop gave, and the state after it.
 
@@ -232,6 +241,7 @@ class Progress:
     usage: float = 0.0
     step_seconds: float | None = None
     tokens: int = 0
+    drafts: Drafts = Drafts()
 
 
 # From every rank to the HTTP process

@@ -66,15 +66,15 @@ class OnnxSession(HostSession):
         for cache in self._cache.values():
             cache[target, :, :count] = cache[source, :, :count]
 
-    def _greedy(self) -> np.ndarray:
-        last = self._last[:, -1]
-        values, tokens = np.full(len(last), -np.inf), np.zeros(len(last), np.int64)
-        if last.shape[1]:
-            values, tokens = last.max(axis=1), self._offset + last.argmax(axis=1)
+    def _greedy(self, count: int) -> np.ndarray:
+        last = self._last[:, -count:]
+        values, tokens = np.full(last.shape[:2], -np.inf), np.zeros(last.shape[:2], np.int64)
+        if last.shape[2]:
+            values, tokens = last.max(axis=2), self._offset + last.argmax(axis=2)
         by_rank = _all_gather(self._comm, (values, tokens))
         values, tokens = np.stack([part[0] for part in by_rank]), np.stack([part[1] for part in by_rank])
         # Lower ranks have smaller token ids: the first of equal values wins.
-        return tokens[values.argmax(axis=0), np.arange(len(last))]
+        return np.take_along_axis(tokens, values.argmax(axis=0)[None], axis=0)[0]
 
     def _gather(self, columns: np.ndarray) -> np.ndarray:
         return np.concatenate(_all_gather(self._comm, columns), axis=1)

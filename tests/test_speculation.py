@@ -1,0 +1,232 @@
+"""Drafts: what is drafted, what it may cost, and that no token depends on it."""
+
+import json
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import SEED, write_json
+from support.checkpoints import load_model, make_model
+from support.processes import mpirun
+
+import cqil_trt
+from cqil_trt import speculation
+from cqil_trt.errors import UserError
+from cqil_trt.generate import GenerationConfig, generate
+from cqil_trt.llm import Llm
+from cqil_trt.runner import Runner
+from cqil_trt.sampling import SamplingConfig
+from cqil_trt.scheduler import Request
+from cqil_trt.speculation import NgramDrafter, Speculation, Speculator
+
+TOKENS = st.lists(st.integers(0, 3), max_size=60)
+
+
+def looked_up(tokens, most):
+    """What prompt lookup drafts, by its definition: of the last 8 earlier occurrences of the last 3 tokens, the one
+    that agrees furthest back, up to 32 tokens; as many tokens as agree."""
+    ends = [e for e in range(2, len(tokens) - 1) if len(tokens) > 2 and tokens[e - 2 : e + 1] == tokens[-3:]][-8:]
+    agreeing = {
+        e: max(n for n in range(3, min(32, e + 1) + 1) if tokens[e + 1 - n : e + 1] == tokens[-n:]) for e in ends
+    }
+    if not ends:
+        return []
+    best = max(ends, key=lambda e: (agreeing[e], e))
+    draft = []
+    while len(draft) < min(most, agreeing[best]):
+        draft.append([*tokens, *draft][best + 1 + len(draft)])
+    return draft
+
+
+@settings(max_examples=300, deadline=None)
+@given(TOKENS, TOKENS, st.integers(1, 15))
+def test_ngrams_are_looked_up(first, second, most):
+    drafter = NgramDrafter()
+    drafter.extend(first)
+    assert list(drafter.draft(most)) == looked_up(first, most)
+    for token in second:
+        drafter.extend([token])
+    assert list(drafter.draft(most)) == looked_up(first + second, most)
+
+
+@pytest.mark.parametrize("row_cost", [0.01, 0.1, 0.4])
+def test_drafts_in_vain_cost_little(row_cost):
+    speculator = Speculator(Speculation(method="ngram", tokens=15), row_cost)
+    speculator.extend([1, 2, 3] * 30)
+    cost, drafted = 0.0, 0
+    for step in range(1, 3001):
+        draft = speculator.draft(100)
+        assert len(draft) <= 15
+        speculator.verified(len(draft), 0)
+        cost += row_cost * len(draft)
+        drafted += len(draft)
+        assert cost <= 0.5 + 0.02 * step + 1e-9
+    assert drafted > 0
+
+
+def test_accepted_drafts_are_followed_by_long_ones():
+    speculator = Speculator(Speculation(method="ngram", tokens=9), 0.1)
+    text = list(range(40))
+    speculator.extend([*text, 0, 1, 2])
+    done, steps = 3, 0
+    while done < 33:
+        draft = speculator.draft(33 - done)
+        assert list(draft) == text[done : done + len(draft)]
+        speculator.verified(len(draft), len(draft))
+        speculator.extend(text[done : done + len(draft) + 1])
+        done += len(draft) + 1
+        steps += 1
+    assert steps <= 7
+
+
+def test_flags_are_read():
+    assert Speculation.parse("none") is None
+    assert Speculation.parse("ngram") == Speculation(method="ngram", tokens=7)
+    assert Speculation.parse("ngram:15") == Speculation(method="ngram", tokens=15)
+    for wrong in ("", "eagle", "ngram:", "ngram:0", "ngram:16", "ngram:x", "ngram:-1", "ngram:²", "none:3"):
+        with pytest.raises(UserError, match="--speculate"):
+            Speculation.parse(wrong)
+
+
+class Noisy:
+    """Drafts what the test told it, a third of the tokens changed."""
+
+    answers: tuple = ()
+
+    def __init__(self):
+        self.tokens = []
+        self.random = random.Random(SEED)
+
+    def extend(self, tokens):
+        self.tokens += tokens
+
+    def draft(self, most):
+        count = self.random.randint(0, most)
+        for answer in self.answers:
+            if answer[: len(self.tokens)] == self.tokens:
+                draft = answer[len(self.tokens) : len(self.tokens) + count]
+                return [t if self.random.random() < 0.7 else self.random.randrange(259) for t in draft]
+        return [self.random.randrange(259) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    root = tmp_path_factory.mktemp("speculation")
+    make_model(root / "model", vocab_size=259)
+    cqil_trt.build(model=root / "model", p=1, output=root / "engine", max_seq_len=64, max_batch_size=6)
+    return root / "engine"
+
+
+@pytest.fixture
+def noisy(monkeypatch):
+    monkeypatch.setitem(speculation.DRAFTERS, "noisy", Noisy)
+    monkeypatch.setattr(speculation, "_SHARE", 100.0)  # drafts whatever they cost
+    return Speculation(method="noisy", tokens=6)
+
+
+SAMPLINGS = [
+    {},
+    {"temperature": 1.0},
+    {"temperature": 0.8, "top_k": 20, "top_p": 0.9},
+    {"temperature": 1.2, "min_p": 0.02, "repetition_penalty": 1.3, "logprobs": 3},
+    {"presence_penalty": 1.5, "frequency_penalty": 0.7},
+    {"temperature": 0.9, "frequency_penalty": 0.4, "logit_bias": ((5, 4.0), (17, -3.5))},
+]
+
+
+def run(runner, prompts):
+    """By prompt: tokens, log-probabilities, and how many drafted tokens were accepted."""
+    found, numbers = [([], [], [0]) for _ in prompts], {}
+    for index, prompt in enumerate(prompts):
+        sampling = SamplingConfig(**SAMPLINGS[index % len(SAMPLINGS)], seed=SEED + index)
+        numbers[runner.scheduler.add(Request(prompt=prompt, max_new_tokens=40, sampling=sampling))] = index
+    while not runner.scheduler.idle:
+        for news in runner.turn():
+            tokens, logprobs, accepted = found[numbers[news.number]]
+            tokens += [choice.token for choice in news.choices]
+            logprobs += [choice.logprobs for choice in news.choices if choice.logprobs]
+            accepted[0] += max(len(news.choices) - 1, 0)
+    return found
+
+
+def test_no_token_depends_on_drafts(engine, noisy):
+    rng = random.Random(SEED)
+    # One begins so late that its slot is soon full.
+    prompts = [tuple(rng.randrange(3, 259) for _ in range(n)) for n in (1, 9, 20, 5, 2, 59, 13, 30)]
+    llm = Llm(engine)
+    plain = run(Runner.of(llm.session, "latency"), prompts)
+    Noisy.answers = tuple([*prompt, *tokens] for prompt, (tokens, _, _) in zip(prompts, plain))
+    drafted = run(Runner.of(llm.session, "latency", speculation=noisy), prompts)
+    for (tokens, logprobs, _), (found, found_logprobs, _) in zip(plain, drafted):
+        assert found == tokens
+        assert len(found_logprobs) == len(logprobs)
+        for expected, actual in zip(logprobs, found_logprobs):
+            assert [token for token, _ in actual] == [token for token, _ in expected]
+            assert [value for _, value in actual] == pytest.approx([value for _, value in expected], abs=1e-4)
+    assert sum(accepted for _, _, (accepted,) in drafted) > 60
+    assert [accepted for _, _, (accepted,) in plain] == [0] * len(prompts)
+
+
+def test_greedy_text_is_hugging_faces(engine, noisy):
+    llm = Llm(engine, speculation=noisy)
+    network = load_model(llm.engine.source.model)
+    prompts = [[5, 9, 77], [200], [8] * 20]
+    expected = []
+    for prompt in prompts:
+        answer = network.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False, eos_token_id=None)
+        expected.append(answer[0].tolist())
+    Noisy.answers = tuple(expected)
+    completions = llm.generate(prompts, 30, ignore_eos=True)
+    assert [c.prompt + c.tokens for c in completions] == expected
+    for completion in completions:
+        assert completion.steps == len(completion.tokens) - completion.accepted
+        assert 0 < completion.accepted <= completion.drafted
+
+
+def test_an_accepted_end_ends(engine, noisy):
+    llm = Llm(engine)
+    prompt = [5, 9, 77]
+    free = llm.generate([prompt], 30, ignore_eos=True)[0].tokens
+    end = free[20]
+    Noisy.answers = ([*prompt, *free],)
+    runner = Runner.of(llm.session, "latency", speculation=noisy)
+    # What a sequence left in its slot behind the end is not taken for a part of it.
+    for _ in range(3):
+        config = GenerationConfig(max_new_tokens=30, eos_token_ids=(end,))
+        found = generate(runner, [prompt], config)[0]
+        assert found.tokens == free[: free.index(end) + 1] and found.finish_reason == "eos"
+        again = generate(runner, [[*prompt, *free[:15]]], GenerationConfig(max_new_tokens=15))[0]
+        assert again.tokens == free[15:]
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnx"])
+def test_ranks_draft_alike(tmp_path, backend):
+    """Through the commands, whose prompts repeat themselves: the same text in fewer steps."""
+    make_model(tmp_path / "model", vocab_size=61)
+    cqil_trt.build(
+        model=tmp_path / "model", p=2, backend=backend, output=tmp_path / "engine", max_seq_len=96, max_batch_size=3
+    )
+    rng = random.Random(SEED)
+    prompts = [[rng.randrange(3, 61) for _ in range(8)] * 3, [7, 8, 9] * 5, [11]]
+    ids = write_json(tmp_path / "prompts.json", prompts)
+    found = {}
+    for speculate in ("none", "ngram:5"):
+        out = tmp_path / "out.json"
+        arguments = ["--engine", tmp_path / "engine", "--token-ids", ids, "--max-new-tokens", "60", "--device", "cpu"]
+        done = mpirun(2, *arguments, "--speculate", speculate, "--json", out)
+        assert done.returncode == 0, done.stderr
+        found[speculate] = json.loads(out.read_text())["completions"]
+    for plain, drafted in zip(*found.values(), strict=True):
+        assert drafted["tokens"] == plain["tokens"]
+        assert plain["drafted_tokens"] == 0 and plain["steps"] == len(plain["tokens"])
+        assert drafted["steps"] == len(drafted["tokens"]) - drafted["accepted_tokens"]
+    # A random model's greedy text soon repeats itself.
+    assert sum(c["accepted_tokens"] for c in found["ngram:5"]) > 0
+
+
+def test_wrong_flags_end_in_one_line(engine):
+    done = mpirun(1, "--engine", engine, "--speculate", "medusa")
+    assert done.returncode == 2
+    assert "--speculate must be none or METHOD[:TOKENS] with METHOD of ngram, found 'medusa'" in done.stderr
