@@ -17,6 +17,7 @@ from cqil_trt import engine as engine_directory
 from cqil_trt.config import CqilConfig, EngineLimits
 from cqil_trt.demo import demo_adapter, is_demo_model
 from cqil_trt.errors import UserError
+from cqil_trt.formats import DENSE
 from cqil_trt.hub import Found, find_adapter, find_model
 from cqil_trt.job import Job
 from cqil_trt.model import ModelConfig
@@ -39,6 +40,7 @@ class EngineWeights:
     def __init__(self, path: Path):
         self.engine = engine_directory.Engine.open(path)
         self.model, self.source, self.rotary = self.engine.model, self.engine.source, self.engine.rotary
+        self.note = ""
         if self.engine.backend != backends.PLAIN:
             raise UserError(
                 f"--model {path}: an engine of backend {self.engine.backend}; only one of backend {backends.PLAIN} can "
@@ -87,7 +89,8 @@ class BuildRequest:
         preset: a published configuration (`presets.PRESETS`); p, d, start, end, bypass and placement override it.
         p, d, start, end, bypass, placement: see `CqilConfig`; start and end default to the middle of the model.
         dtype: float32, float16 or bfloat16; default the checkpoint's (float32 for GGUF).
-        weights: how projections are stored: one of `formats.names()`; default dense.
+        quantize: the format that the matrices of layers are quantized to: one of `formats.names()`; default dense.
+        keep: what stays dense all the same, as `parse_keep` reads it.
         backend: one of `backends.names()`.
         max_batch_size, max_seq_len: limits in sequences and tokens; default 8 and min(2048, the model's context, with
             dynamic rope the one before scaling).
@@ -110,7 +113,8 @@ class BuildRequest:
     bypass: str | None = None
     placement: str | None = None
     dtype: str | None = None
-    weights: str | None = None
+    quantize: str | None = None
+    keep: str | None = None
     backend: str = backends.PLAIN
     max_batch_size: int | None = None
     max_seq_len: int | None = None
@@ -175,7 +179,8 @@ class BuildPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """What the build will do: placement of layers, bytes, collectives."""
-        alone = plan(self.model, CqilConfig(p=1), self.limits.dtype, self.limits.weights)[0].bytes_per_token
+        limits = self.limits
+        alone = plan(self.model, CqilConfig(p=1), limits.dtype, limits.weights, limits.keep)[0].bytes_per_token
         ranks: list[dict[str, Any]] = [
             {
                 "rank": rank.rank,
@@ -247,9 +252,14 @@ def prepare(request: BuildRequest) -> BuildPlan:
     else:
         opened, adapter = _open_checkpoint(request, found, adapter, notes)
     limits = _choose_limits(request, opened)
+    if opened.weights.note:
+        stored = limits.dtype if limits.weights == DENSE else limits.weights
+        notes.append(f"{found.name}: {opened.weights.note}; the engine stores them in {stored}")
     backend.check_model(opened.weights.model, limits)
     options = _backend_options(request)
-    ranks = plan(opened.weights.model, opened.cqil, limits.dtype, limits.weights)
+    if not isinstance(opened.weights, EngineWeights):
+        opened.weights.quantize(limits)
+    ranks = plan(opened.weights.model, opened.cqil, limits.dtype, limits.weights, limits.keep)
     description = backend.describe(limits, options, ranks)
     name = opened.name or _default_name(request.backend, found, opened.cqil, limits, adapter)
     target, may_replace = _choose_output(request, name, opened.weights.source, notes)
@@ -291,7 +301,8 @@ def _open_engine(request: BuildRequest, path: Path) -> _Opened:
         "lora": request.lora,
         **request.cqil_flags,
         "dtype": request.dtype,
-        "weights": request.weights,
+        "quantize": request.quantize,
+        "keep": request.keep,
         "no-tokenizer": None if request.tokenizer else True,
     }
     if given := [f"--{name}" for name, value in decided.items() if value is not None]:
@@ -330,11 +341,35 @@ def _open_checkpoint(
 
 
 def _choose_limits(request: BuildRequest, opened: _Opened) -> EngineLimits:
-    names = ("max_batch_size", "max_seq_len", "prefill_chunk", "weights")
+    names = ("max_batch_size", "max_seq_len", "prefill_chunk")
     given = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
+    if request.quantize is not None:
+        given["weights"] = request.quantize
+        given["keep"] = parse_keep(request.keep, opened.weights.model.num_layers)
+    elif request.keep is not None:
+        raise UserError("--keep needs --quantize")
     limits = replace(opened.defaults, dtype=request.dtype or opened.dtype, **given)
     limits.check_model(opened.weights.model)
     return limits
+
+
+def parse_keep(text: str | None, num_layers: int) -> tuple[int, ...]:
+    """The layers in a list like `lm_head,layers.0,layers.30-31`. Raises UserError for other text.
+
+    The embedding table and the last projection always stay dense, so naming them changes nothing.
+    """
+    kept: set[int] = set()
+    for part in text.split(",") if text else ():
+        match = re.fullmatch(r"layers\.(\d{1,4})(?:-(\d{1,4}))?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if match and first <= last < num_layers:
+            kept |= {*range(first, last + 1)}
+        elif part not in ("lm_head", "embed_tokens"):
+            raise UserError(
+                f"--keep {part!r:.60}: expected lm_head, embed_tokens, or layers from 0 to {num_layers - 1} like "
+                "layers.0 or layers.2-5"
+            )
+    return tuple(sorted(kept))
 
 
 def _backend_options(request: BuildRequest) -> dict[str, Any]:
@@ -433,7 +468,8 @@ def _default_name(backend: str, model: Found, cqil: CqilConfig, limits: EngineLi
     parts.append(f"p{cqil.p}-d{cqil.d}-{cqil.start}-{cqil.end}")
     if cqil.d:
         parts.append(cqil.bypass)
-    return "-".join([*parts, cqil.placement, backend, limits.dtype])
+    stored = [limits.dtype] if limits.weights == DENSE else [limits.weights, limits.dtype]
+    return "-".join([*parts, cqil.placement, backend, *stored])
 
 
 def build(*, progress: bool = False, job: Job | None = None, **arguments: Any) -> engine_directory.Engine:

@@ -5,22 +5,24 @@ from __future__ import annotations
 import hashlib
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cqil_trt import families, probes
+from cqil_trt import families, formats, probes
 from cqil_trt.config import CqilConfig, EngineLimits
 from cqil_trt.engine import Source, tensor_header
-from cqil_trt.families.layout import checkpoint_shapes
+from cqil_trt.families.layout import LayerLayout, checkpoint_shapes
 from cqil_trt.gguf_files import gguf_parts
 from cqil_trt.lora import LoraReader
+from cqil_trt.model import ModelConfig
 from cqil_trt.network.rotary import inverse_frequencies
 from cqil_trt.shard import RankPlan
 from cqil_trt.tokenizer import find_tokenizer
 from cqil_trt.weights import WeightReader, check_shapes, open_checkpoint
+from cqil_trt.weights.quantized import QuantizingReader
 
 # The largest model, in bytes of float32, for which "auto" runs the reference without a GPU that it fits on.
 _PROBE_BYTES = 2 << 30
@@ -36,6 +38,7 @@ class Checkpoint:
         self._path = gguf_parts(path)[0]  # the part with the metadata and the tokenizer
         self._with_tokenizer = tokenizer
         self.model, self.reader = open_checkpoint(self._path)
+        self.note = self.reader.note
         check_shapes(self.reader, checkpoint_shapes(self.model))
         self.rotary = tuple(inverse_frequencies(self.model))
         self.merge(lora)
@@ -49,6 +52,12 @@ class Checkpoint:
         if lora is not None:
             self.reader = merged = LoraReader(self.reader, lora, self.model)
             self.model = merged.model
+
+    def quantize(self, limits: EngineLimits) -> None:
+        """Quantizes the matrices of all later reads as an engine with these limits stores them."""
+        if formats.load(limits.weights).quantized:
+            names = _layer_matrices(self.model, limits.keep)
+            self.reader = QuantizingReader(self.reader, names, limits.weights, limits.dtype)
 
     def write_shared(self, directory: Path) -> list[Path]:
         """Writes the shared files (the tokenizer) and returns them."""
@@ -74,6 +83,12 @@ class Checkpoint:
         steps = [min(probes.STEPS, limits.max_seq_len - len(prompt) + 1) for prompt in prompts]
         found = reference.probe(network, prompts, steps, progress)
         return [probes.save(directory, found)]
+
+
+def _layer_matrices(model: ModelConfig, keep: Collection[int]) -> list[str]:
+    """The matrices of all layers but those in `keep`."""
+    shapes = (LayerLayout(model, index).shapes() for index in range(model.num_layers) if index not in keep)
+    return [name for layer in shapes for name, shape in layer.items() if len(shape) == 2]
 
 
 def write_rank(

@@ -12,7 +12,7 @@ from cqil_trt.json_fields import Fields, read_json
 from cqil_trt.model import ModelConfig
 
 DTYPES = ("float32", "float16", "bfloat16")
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1, "float8_e4m3fn": 1}
 PLACEMENTS = ("sharded", "leader", "tensor")
 BYPASSES = ("mlp", "residual")
 MAX_RANKS = 8
@@ -130,7 +130,8 @@ class EngineLimits:
     """What an engine is built for: sequences, tokens per sequence (prompt and generated together), numeric type.
 
     `dtype`: of weights, activations and the KV cache. A prompt longer than `prefill_chunk` tokens takes several forward
-    passes, which bounds the memory of each. `weights`: the format in which projections are stored (`formats.names()`).
+    passes, which bounds the memory of each. `weights`: the format in which projections are stored (`formats.names()`);
+    those of the layers `keep` are stored dense.
     """
 
     max_batch_size: int = 8
@@ -138,6 +139,7 @@ class EngineLimits:
     dtype: str = "float32"
     prefill_chunk: int = 512
     weights: str = "dense"
+    keep: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_batch_size <= 4096:

@@ -35,7 +35,10 @@ from cqil_trt.shard import RankPlan, plan
 FORMAT_VERSION = 3
 _TEMPORARY = ".building-"
 LOCK = ".lock"
-_SAFETENSORS_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_SAFETENSORS_NAMES = {
+    **{"float32": "F32", "float16": "F16", "bfloat16": "BF16"},
+    **{"int8": "I8", "uint8": "U8", "float8_e4m3fn": "F8_E4M3"},
+}
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Engine:
         return self.cqil.p
 
     def plan(self, rank: int) -> RankPlan:
-        return plan(self.model, self.cqil, self.limits.dtype, self.limits.weights)[rank]
+        return plan(self.model, self.cqil, self.limits.dtype, self.limits.weights, self.limits.keep)[rank]
 
     def rank_file(self, rank: int, suffix: str = "safetensors") -> Path:
         return self.path / rank_file(rank, suffix)
@@ -128,7 +131,7 @@ class Engine:
                 path=path,
                 model=ModelConfig.from_dict(raw["model"]),
                 cqil=CqilConfig(**raw["cqil"]),
-                limits=EngineLimits(**raw["limits"]),
+                limits=EngineLimits(**{**raw["limits"], "keep": tuple(raw["limits"]["keep"])}),
                 backend=raw["backend"],
                 rotary=tuple(map(float, raw["rotary"])),
                 source=Source(**raw["source"]),

@@ -29,7 +29,8 @@ from cqil_trt.gguf_files import gguf_parts, open_gguf
 from cqil_trt.json_fields import read_json
 from cqil_trt.model import ModelConfig
 from cqil_trt.probes import TOP, Probe
-from cqil_trt.weights import GgufReader, WeightReader
+from cqil_trt.weights import GgufReader, WeightReader, open_checkpoint
+from cqil_trt.weights.quantized import is_quantized
 
 
 class CqilModel(nn.Module):
@@ -202,8 +203,12 @@ def peft_attributes() -> Iterator[None]:
 
 
 def _load_directory(path: Path, dtype: torch.dtype) -> nn.Module:
+    """As transformers loads it. Quantized matrices come from our reader: transformers needs a GPU for most of them."""
     import transformers
 
+    if is_quantized(path):
+        model, reader = open_checkpoint(path)
+        return from_reader(model, reader, dtype, pieces=False)
     kind = transformers.AutoModelForCausalLM
     if "model_type" not in read_json(path / "config.json"):  # AutoModel needs it
         kind = getattr(transformers, families.read_config(path / "config.json").architecture)

@@ -109,7 +109,8 @@ class LayerShard:
 class RankPlan:
     """Everything that determines one rank's network: the model, the rank's schedule and its share of each layer.
 
-    `dtype`: of activations, the KV cache, and everything that the format `weights` stores in no other type.
+    `dtype`: of activations, the KV cache, and everything that the format `weights` stores in no other type. `keep`: the
+    layers whose projections are dense all the same.
     """
 
     model: ModelConfig
@@ -118,6 +119,7 @@ class RankPlan:
     layers: dict[int, LayerShard] = field(compare=False)
     dtype: str
     weights: str
+    keep: tuple[int, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -184,7 +186,7 @@ class RankPlan:
 
     def _layer_tensors(self, shard: LayerShard) -> list[RankTensor]:
         layout, ours = LayerLayout(self.model, shard.index), f"layers.{shard.index}"
-        stored = formats.load(self.weights)
+        stored = formats.load(DENSE if shard.index in self.keep else self.weights)
         model, hidden, dim = self.model, self.model.hidden_size, self.model.head_dim
         q_rows = (shard.heads[0] * dim, shard.heads[1] * dim)
         kv_rows = (shard.kv_heads[0] * dim, shard.kv_heads[1] * dim)
@@ -255,8 +257,14 @@ class RankPlan:
         return 2 * heads * self.model.head_dim * DTYPE_BYTES[self.dtype]
 
 
-def plan(model: ModelConfig, cqil: CqilConfig, dtype: str = "float32", weights: str = DENSE) -> tuple[RankPlan, ...]:
-    """The plan of every rank of an engine in `dtype`, which stores projections in the format `weights`.
+def plan(
+    model: ModelConfig,
+    cqil: CqilConfig,
+    dtype: str = "float32",
+    weights: str = DENSE,
+    keep: tuple[int, ...] = (),
+) -> tuple[RankPlan, ...]:
+    """The plan of every rank of an engine in `dtype`; it stores projections in the format `weights`, except in `keep`.
 
     Raises UserError when the groups reach beyond the model.
     """
@@ -274,6 +282,7 @@ def plan(model: ModelConfig, cqil: CqilConfig, dtype: str = "float32", weights: 
             layers={step.index: shard(step, rank) for step in rank.layers},
             dtype=dtype,
             weights=weights,
+            keep=keep,
         )
         for rank in schedule(cqil, model.num_layers)
     )

@@ -14,6 +14,7 @@ import numpy as np
 
 from cqil_trt import probes
 from cqil_trt.errors import UserError
+from cqil_trt.formats import DENSE
 from cqil_trt.probes import Probe
 from cqil_trt.runner import Runner
 from cqil_trt.scheduler import Request
@@ -247,12 +248,19 @@ def _live(llm: Llm, prompts: Sequence[Sequence[int]], lengths: Sequence[int]) ->
     import torch
 
     from cqil_trt import reference
+    from cqil_trt.checkpoint import Checkpoint
 
     # The other ranks sleep meanwhile.
     threads = torch.get_num_threads()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    source = llm.engine.source
-    network = reference.with_cqil(reference.load_hugging_face(source.model, source.lora), llm.engine.cqil)
+    source, limits = llm.engine.source, llm.engine.limits
+    if limits.weights == DENSE:
+        network = reference.load_hugging_face(source.model, source.lora)
+    else:
+        checkpoint = Checkpoint(Path(source.model), None if source.lora is None else Path(source.lora), tokenizer=False)
+        checkpoint.quantize(limits)
+        network = reference.from_reader(checkpoint.model, checkpoint.reader)
+    network = reference.with_cqil(network, llm.engine.cqil)
     found = reference.probe(network, prompts, lengths, progress=False)
     torch.set_num_threads(threads)
     return found

@@ -101,10 +101,10 @@ def test_a_format_is_added_by_a_file_and_refused_by_backends_that_do_not_know_it
         matrices = sum(t.nbytes for t in dense.tensors if t.name.startswith("layers.") and "norm" not in t.name)
         assert wide.stored_bytes == dense.stored_bytes + matrices
         assert wide.bytes_per_token == dense.bytes_per_token + matrices
-        with pytest.raises(UserError, match="--weights wide: backend torch does not support it: use dense"):
-            backends.load("torch").check_model(model, EngineLimits(weights="wide", max_seq_len=8))
+        with pytest.raises(UserError, match="--quantize wide: backend onnx does not support it: use dense"):
+            backends.load("onnx").check_model(model, EngineLimits(weights="wide", max_seq_len=8))
     finally:
         monkeypatch.undo()
         formats.names.cache_clear()
-    with pytest.raises(UserError, match="--weights must be one of dense, found narrow"):
+    with pytest.raises(UserError, match="--quantize must be one of dense, fp8, int4, int8, found narrow"):
         assert plan(model, CqilConfig(p=1), "float16", "narrow")[0].tensors

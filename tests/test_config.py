@@ -78,7 +78,6 @@ REFUSED = {
     "hidden_act": ("gelu", "gelu"),
     "rope_scaling": ({"type": "su", "long_factor": [1.0], "short_factor": [1.0]}, "su"),
     "model_type": ("gpt2", "gpt2"),
-    "quantization_config": ({"quant_method": "gptq"}, "quantiz"),
     "partial_rotary_factor": (0.5, "partial_rotary_factor"),
     "num_key_value_heads": (5, "key/value heads"),
     "hidden_size": (-1, "hidden_size"),

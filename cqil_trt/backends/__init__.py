@@ -111,7 +111,7 @@ class Backend(ABC):
         """Raises UserError for a model or a weight format that the backend does not compute at these lengths."""
         if limits.weights not in self.formats:
             known = " or ".join(self.formats)
-            raise UserError(f"--weights {limits.weights}: backend {self.name} does not support it: use {known}")
+            raise UserError(f"--quantize {limits.weights}: backend {self.name} does not support it: use {known}")
         context = model.rope.fixed_context
         if limits.max_seq_len > context and not self.dynamic_rope:
             able = " and ".join(name for name in names() if load(name).dynamic_rope)

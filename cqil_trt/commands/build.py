@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cqil_trt import __version__, backends
+from cqil_trt import __version__, backends, formats
 from cqil_trt.builder import PROBES, BuildRequest, prepare, write
 from cqil_trt.commands import RankParser, add_cqil_flags, run_ranks
 from cqil_trt.config import DTYPES, PLACEMENTS
@@ -33,6 +33,12 @@ def parser() -> RankParser:
     add_cqil_flags(p)
     p.add_argument("--placement", choices=PLACEMENTS, help="how the ranks run the other layers (default sharded)")
     p.add_argument("--dtype", choices=DTYPES, help="type of weights and cache (default: the checkpoint's)")
+    p.add_argument(
+        "--quantize",
+        choices=[name for name in formats.names() if name != formats.DENSE],
+        help="quantize the matrices of the layers, after the adapter is merged (docs/quantization.md)",
+    )
+    p.add_argument("--keep", metavar="LIST", help="layers that stay as they are, like layers.0,layers.30-31")
     p.add_argument("--backend", choices=backends.names(), default=backends.PLAIN)
     p.add_argument("--max-batch-size", type=int, metavar="N", help="concurrent sequences (default 8)")
     p.add_argument("--max-seq-len", type=int, metavar="N", help="prompt and generated tokens (default up to 2048)")
@@ -98,6 +104,9 @@ def describe(plan: dict[str, Any]) -> str:
     shape = f"{groups} groups of {cqil['p']} layers in [{cqil['start']}, {cqil['end']})" if groups else "no groups"
     bypass = f", d={cqil['d']} ({cqil['bypass']})" if cqil["d"] else ", d=0" if groups else ""
     lines.append(f"CQIL       p={cqil['p']}{bypass}: {shape}, placement {cqil['placement']}")
+    if limits["weights"] != formats.DENSE:
+        kept = f", {len(limits['keep'])} layers kept in {limits['dtype']}" if limits["keep"] else ""
+        lines.append(f"weights    {limits['weights']}{kept}")
     lines.append(
         f"limits     batch {limits['max_batch_size']}, {limits['max_seq_len']} tokens, {limits['dtype']}, "
         f"backend {limits['backend']}"

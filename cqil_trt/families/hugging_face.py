@@ -14,8 +14,6 @@ from cqil_trt.rope import RopeConfig
 
 def read_model(config: Fields, family: Family) -> ModelConfig:
     """The model that the fields of a config.json describe. Raises UserError for what is not supported."""
-    if config.get("quantization_config") is not None:
-        raise UserError(f"{config.source}: quantized checkpoints (quantization_config) are not supported")
     config = config.with_defaults(**family.defaults)
     activation = config.text("hidden_act", "silu")
     if activation not in family.activations:

@@ -22,11 +22,11 @@ DENSE = "dense"
 @cache
 def names() -> tuple[str, ...]:
     """The formats' names."""
-    return tuple(sorted(found.name for found in iter_modules(__path__) if found.name != "format"))
+    return tuple(sorted(found.name for found in iter_modules(__path__) if found.name not in ("format", "quantized")))
 
 
 def load(name: str) -> WeightFormat:
     """The format of that name. Raises UserError for one that does not exist."""
     if name not in names():
-        raise UserError(f"--weights must be one of {', '.join(names())}, found {name}")
+        raise UserError(f"--quantize must be one of {', '.join(names())}, found {name}")
     return import_module(f"{__name__}.{name}").FORMAT

@@ -90,8 +90,10 @@ class WeightFormat(ABC):
     """How the projections of layers are stored.
 
     Everything else is dense in every format: norms, the embedding table, and the last projection, which may be a view
-    of that table.
+    of that table. `quantized`: whether the matrices must be quantized when they are read (`WeightReader.quantized`).
     """
+
+    quantized = False
 
     @abstractmethod
     def tensors(self, projection: Projection, dtype: str) -> tuple[RankTensor, ...]:

@@ -15,6 +15,7 @@ from cqil_trt.json_fields import read_json
 from cqil_trt.model import ModelConfig
 from cqil_trt.weights.files import SafetensorsReader, ShardedReader, TorchReader
 from cqil_trt.weights.gguf import GgufReader
+from cqil_trt.weights.quantized import dequantized
 from cqil_trt.weights.reader import RenamedReader, WeightReader
 
 # In the order in which transformers looks for them.
@@ -34,7 +35,7 @@ def open_checkpoint(path: Path) -> tuple[ModelConfig, WeightReader]:
 
     Names may lack the prefix `model.`, as in a checkpoint of the model without its last projection. If the
     configuration ties the embedding to that projection, either may be stored alone; two tables that differ are not
-    tied, regardless of the configuration.
+    tied, regardless of the configuration. Quantized matrices are read as float32.
     """
     if path.suffix == ".gguf":
         gguf = GgufReader(path)
@@ -44,7 +45,7 @@ def open_checkpoint(path: Path) -> tuple[ModelConfig, WeightReader]:
         raise UserError(f"--model {path}: expected a Hugging Face directory or a .gguf file, found {found}")
     model = families.read_config(path / "config.json")
     file, open_file = _weights_file(path)
-    reader = _with_prefix(open_file(file))
+    reader = dequantized(path, _with_prefix(open_file(file)))
     return _tied(model, reader) if model.tie_embeddings else (model, reader)
 
 
@@ -90,4 +91,6 @@ def check_shapes(reader: WeightReader, expected: Mapping[str, tuple[int, ...]]) 
             raise UserError(f"{reader.source}: no tensor {name}, which config.json asks for")
         if found[name] != shape:
             raise UserError(f"{reader.source}: {name} has shape {found[name]}, config.json asks for {shape}")
-        reader.dtype(name)
+        dtype = reader.dtype(name)
+        if not dtype.is_floating_point or dtype.itemsize == 1:
+            raise UserError(f"{reader.source}: {name} has type {dtype}, but config.json says nothing of a quantization")

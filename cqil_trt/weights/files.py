@@ -18,8 +18,12 @@ from cqil_trt.errors import UserError
 from cqil_trt.json_fields import read_json
 from cqil_trt.weights.reader import Range, WeightReader, cut
 
-_SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_FLOATS = tuple(_SAFETENSORS_DTYPES.values())
+_SAFETENSORS_DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    # Of quantized matrices.
+    **{"F8_E4M3": torch.float8_e4m3fn, "I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8},
+}
+_DTYPES = tuple(_SAFETENSORS_DTYPES.values())
 
 
 class SafetensorsReader(WeightReader):
@@ -100,7 +104,7 @@ class TorchReader(WeightReader):
 
     def dtype(self, name: str) -> torch.dtype:
         dtype = self._tensors[name].dtype
-        if dtype not in _FLOATS:
+        if dtype not in _DTYPES:
             raise UserError(f"{self.source}: {name} has type {dtype}, which is not supported")
         return dtype
 

@@ -20,6 +20,7 @@ from cqil_trt.rope import RopeConfig, yarn_magnitude
 from cqil_trt.tokenizer.gguf import GgufTokenizer
 from cqil_trt.weights.reader import Range, WeightReader
 
+_FLOATS = ("F64", "F32", "F16", "BF16")
 # Keys that llama.cpp does not read for these architectures, with the values that change nothing. transformers' yarn has
 # the same parameters, so a file with other values would mean different things in the two.
 _GGUF_UNREAD = {
@@ -69,6 +70,9 @@ class GgufReader(WeightReader):
             self._tensors |= tensors
         if len(paths) > 1 and total != len(self._tensors):
             raise UserError(f"{path}: its parts hold {len(self._tensors)} tensors, they should hold {total}")
+        kinds = [t.tensor_type.name for t in self._tensors.values() if t.tensor_type.name not in _FLOATS]
+        if kinds:
+            self.note = f"{len(kinds)} tensors are quantized ({', '.join(sorted(set(kinds)))})"
 
     @staticmethod
     def _split(reader: Any, key: str) -> int:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from cqil_trt.weights.quantized import QuantizedMatrix
 
 Range = tuple[int, int] | None
 
@@ -14,6 +18,8 @@ class WeightReader(ABC):
     """Tensors by name, read on demand. `source` names the files in messages."""
 
     source: str
+    # What the user should know about how the weights were stored.
+    note = ""
 
     @abstractmethod
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -30,6 +36,10 @@ class WeightReader(ABC):
         `columns` needs a matrix. Raises UserError when the file cannot be read.
         """
 
+    def quantized(self, name: str) -> QuantizedMatrix | None:
+        """The matrix as codes and scales, of which `read` gives the values; None if it is not quantized."""
+        return None
+
 
 def cut(tensor: torch.Tensor, rows: Range, columns: Range) -> torch.Tensor:
     """`tensor[rows, columns]`, a view."""
@@ -42,7 +52,7 @@ class RenamedReader(WeightReader):
     """`base` with some tensors under other names: `stored` maps a name to the name in the file."""
 
     def __init__(self, base: WeightReader, stored: Mapping[str, str]):
-        self.source = base.source
+        self.source, self.note = base.source, base.note
         self._base, self._stored = base, stored
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:

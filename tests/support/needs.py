@@ -10,7 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 
 # Packages whose modules have other names.
-MODULES = {"cuda-bindings": "cuda.bindings"}
+MODULES = {"cuda-bindings": "cuda.bindings", "compressed-tensors": "compressed_tensors"}
 
 
 def missing(requirement: str) -> str | None:

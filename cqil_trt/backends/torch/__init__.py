@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from cqil_trt import formats
 from cqil_trt.backends import Backend, Description
 from cqil_trt.config import EngineLimits
 from cqil_trt.shard import RankPlan
@@ -18,6 +19,7 @@ class TorchBackend(Backend):
     name = "torch"
     packages = {"torch": "torch"}
     dynamic_rope = True
+    formats = formats.names()
 
     def describe(self, limits: EngineLimits, options: Mapping[str, Any], ranks: tuple[RankPlan, ...]) -> Description:
         import torch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +39,8 @@ class TorchOps(Ops[torch.Tensor]):
     """Executes on the device the weights are on.
 
     `rotary`: inverse frequencies [head_dim / 2], radians per position. `slots`: sequences that the KV cache holds, by
-    default as many as a pass takes. Without `begin`, sequence b of a pass is in slot b, and its tokens are generated.
+    default as many as a pass takes. `products`: those of projections without a dense matrix. Without `begin`, sequence
+    b of a pass is in slot b, and its tokens are generated.
     """
 
     def __init__(
@@ -50,11 +51,12 @@ class TorchOps(Ops[torch.Tensor]):
         limits: EngineLimits,
         rotary: Sequence[float],
         slots: int | None = None,
+        products: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] | None = None,
     ):
         slots, max_seq_len = slots or limits.max_batch_size, limits.max_seq_len
         dtype = getattr(torch, limits.dtype)
         self.plan = plan
-        self._weights = weights
+        self._weights, self._products = weights, products or {}
         self._communicator = communicator
         self._dtype = dtype
         # The last value that all ranks hold, so that validation can compare their bits.
@@ -119,7 +121,11 @@ class TorchOps(Ops[torch.Tensor]):
         return F.embedding(tokens, self._weights["embedding.weight"])
 
     def project(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        return F.linear(x, self._weights[f"{name}.weight"], self._weights.get(f"{name}.bias"))
+        bias = self._weights.get(f"{name}.bias")
+        product = self._products.get(name)
+        if product is None:
+            return F.linear(x, self._weights[f"{name}.weight"], bias)
+        return product(x) if bias is None else product(x) + bias
 
     def rms_norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
         weight = self._weights[f"{name}.weight"]

@@ -9,9 +9,11 @@ import numpy as np
 import torch
 
 from cqil_trt.backends.torch.ops import TorchOps
+from cqil_trt.backends.torch.quantized import take_quantized
 from cqil_trt.collectives import HostCommunicator, LocalCommunicator
 from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
+from cqil_trt.formats import DENSE
 from cqil_trt.gpu import kernel_library
 from cqil_trt.network.decoder import decode
 from cqil_trt.session import HostSession, Session, available_memory, cache_bytes, fitting_slots
@@ -33,6 +35,8 @@ def open_session(engine: Engine, comm: Any, device: str, number: int, slots: int
 
 def _missing_for_cuda(engine: Engine) -> str | None:
     """Why this process cannot compute the engine on a GPU, None when it can."""
+    if engine.limits.weights != DENSE:
+        return f"weights in {engine.limits.weights} are computed on CPUs only"
     if engine.limits.max_seq_len > engine.model.rope.fixed_context:
         context = engine.model.rope.fixed_context
         return f"dynamic rope beyond {context} tokens is computed on CPUs only: build with --max-seq-len {context}"
@@ -64,7 +68,9 @@ class TorchSession(HostSession):
         weights = load_file(engine.rank_file(rank))
         if self._plan.shares_embedding:
             weights["lm_head.weight"] = weights["embedding.weight"][slice(*self._plan.vocabulary)]
-        self._ops = TorchOps(self._plan, weights, self.communicator, engine.limits, engine.rotary, self.slots)
+        products = take_quantized(self._plan, weights, getattr(torch, engine.limits.dtype))
+        sizes = engine.limits, engine.rotary, self.slots
+        self._ops = TorchOps(self._plan, weights, self.communicator, *sizes, products)
         self._last = torch.empty(0)
 
     @torch.inference_mode()
@@ -82,15 +88,15 @@ class TorchSession(HostSession):
     def _copy(self, source: int, target: int, count: int) -> None:
         self._ops.copy_cache(source, target, count)
 
-    def _greedy(self) -> np.ndarray:
-        last = self._last[:, -1]
+    def _greedy(self, count: int) -> np.ndarray:
+        last = self._last[:, -count:]
         if last.shape[-1]:
             values = last.amax(dim=-1)
             # max may return any of several equal values; the first is wanted.
-            indices = (last == values[:, None]).int().argmax(dim=-1)
+            indices = (last == values[..., None]).int().argmax(dim=-1)
         else:
-            values = torch.full((len(last),), -torch.inf)
-            indices = torch.zeros(len(last), dtype=torch.long)
+            values = torch.full(last.shape[:2], -torch.inf)
+            indices = torch.zeros(last.shape[:2], dtype=torch.long)
         return self.communicator.argmax(values, indices + self._offset).numpy()
 
     def _gather(self, columns: np.ndarray) -> np.ndarray:

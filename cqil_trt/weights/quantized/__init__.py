@@ -1,0 +1,81 @@
+"""Quantized checkpoints: a file per way of storing them. Their matrices are read as float32, slice by slice.
+
+A scheme is called by the `quant_method` of its configuration; its file defines `SCHEME`. Which modules are quantized
+is seen from the tensors that are there, as every format leaves dense weights dense; the configuration says how.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Any
+
+from cqil_trt.errors import UserError
+from cqil_trt.json_fields import Fields, read_json
+from cqil_trt.weights.quantized.matrix import QuantizedMatrix, even_groups
+from cqil_trt.weights.quantized.quantizing import QuantizingReader
+from cqil_trt.weights.quantized.scheme import QuantizedReader, Scheme
+from cqil_trt.weights.reader import WeightReader
+
+__all__ = [
+    "QuantizedMatrix",
+    "QuantizedReader",
+    "QuantizingReader",
+    "Scheme",
+    "even_groups",
+    "dequantized",
+    "is_quantized",
+    "methods",
+]
+
+
+def methods() -> tuple[str, ...]:
+    """The values of `quant_method` that are read."""
+    helpers = "matrix", "packing", "quantizing", "rounding", "scheme"
+    return tuple(sorted(m.name.replace("_", "-") for m in iter_modules(__path__) if m.name not in helpers))
+
+
+def is_quantized(directory: Path) -> bool:
+    """Whether a checkpoint directory says that its matrices are quantized."""
+    return _configuration(directory) is not None
+
+
+def dequantized(directory: Path, reader: WeightReader) -> WeightReader:
+    """The weights of a checkpoint directory with quantized matrices as float32; `reader` itself if none is.
+
+    Raises UserError for a quantization that is not supported, or tensors that do not fit the configuration.
+    """
+    config = _configuration(directory)
+    if config is None:
+        return reader
+    method = config.text("quant_method").lower()
+    if method not in methods():
+        raise UserError(
+            f"{config.source}: quantization {method!r:.60} is not supported ({', '.join(methods())} and GGUF files are)"
+        )
+    kind: type[Scheme] = import_module(f"{__name__}.{method.replace('-', '_')}").SCHEME
+    return QuantizedReader(reader, kind(config))
+
+
+def _configuration(directory: Path) -> Fields | None:
+    """How the checkpoint is quantized: in config.json, or where older and other tools wrote it."""
+    path = directory / "config.json"
+    values = read_json(path)
+    for name in ("quantization_config", "compression_config"):
+        if values.get(name) is not None:
+            found = Fields(values, str(path)).object(name)
+            return _with_method(found, "compressed-tensors") if name == "compression_config" else found
+    if (directory / "hf_quant_config.json").is_file():
+        path = directory / "hf_quant_config.json"
+        return _with_method(Fields(read_json(path), str(path)), "modelopt")
+    if (directory / "quantize_config.json").is_file():
+        path = directory / "quantize_config.json"
+        return _with_method(Fields(read_json(path), str(path)), "gptq")
+    return None
+
+
+def _with_method(fields: Fields, method: str) -> Fields:
+    defaults: Mapping[str, Any] = {"quant_method": method}
+    return fields.with_defaults(**defaults)

@@ -1,0 +1,160 @@
+"""compressed-tensors, as llm-compressor stores it: the formats float-quantized, int-quantized and pack-quantized.
+
+`weight` float8_e4m3fn or int8 [N, K], or `weight_packed` int32 [N, ceil(K * bits / 32)], packed along K, with
+`weight_shape` [2]; packed integers are stored + 2^(bits - 1). `weight_scale`: [1] (tensor), [N, 1] (channel),
+[N, K / g] (group) or [ceil(N / b), ceil(K / c)] (block). `weight_zero_point` if asymmetric, packed along N where
+weights are packed. `weight_g_idx` [K]: the group of each column, where groups were chosen by activation order.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from math import prod
+from typing import Any
+
+import torch
+
+from cqil_trt.json_fields import Fields
+from cqil_trt.weights.quantized.fp8 import scaled_matrices
+from cqil_trt.weights.quantized.matrix import QuantizedMatrix, even_groups
+from cqil_trt.weights.quantized.packing import unpack
+from cqil_trt.weights.quantized.scheme import Module, Scheme
+from cqil_trt.weights.reader import WeightReader
+
+_FORMATS = ("float-quantized", "int-quantized", "naive-quantized", "pack-quantized")
+_LINEAR = "Linear"  # the class that all modules here have
+
+
+class CompressedTensors(Scheme):
+    def __init__(self, config: Fields):
+        super().__init__(config)
+        sparsity = config.object("sparsity_config").text("format", "dense")
+        if sparsity != "dense":
+            raise self.fail(f"sparse weights ({sparsity:.40}) are not supported")
+        if config.object("transform_config").get("config_groups"):
+            raise self.fail("transform_config (rotated weights) is not supported")
+        self._groups = [self._group(name, group) for name, group in config.object("config_groups").values.items()]
+        if not self._groups:
+            raise self.fail("config_groups names no weights")
+        ignored = []
+        if any(group.get("input_activations") or group.get("output_activations") for group in self._groups):
+            ignored.append("quantization of activations")
+        if config.get("kv_cache_scheme") is not None:
+            ignored.append("scales of the KV cache")
+        self.ignored = tuple(ignored)
+
+    def _group(self, name: str, group: Any) -> Fields:
+        source = f"{self.config.source}: config_groups: {name[:40]}"
+        if not isinstance(group, dict):
+            raise self.fail(f"config_groups: {name[:40]} must be an object")
+        fields = Fields(group, source)
+        targets = fields.get("targets", [])
+        if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+            raise fields.fail("targets", "a list of strings")
+        kind = fields.text("format", self.config.text("format", "float-quantized"))
+        if kind not in _FORMATS:
+            raise self.fail(f"format {kind!r:.40} is not supported ({', '.join(_FORMATS)} are)")
+        weights = fields.object("weights")
+        if weights.values:
+            bits, numbers = weights.integer("num_bits", 8), weights.text("type", "int")
+            if (numbers, bits) not in (("float", 8), ("int", 8), ("int", 4)):
+                raise self.fail(f"weights of {bits} bits, type {numbers!r:.40}, are not supported")
+        return fields
+
+    def describe(self) -> str:
+        kinds = {
+            f"{w.text('type', 'int')}{w.integer('num_bits', 8)}" for w in (g.object("weights") for g in self._groups)
+        }
+        return f"compressed-tensors, {', '.join(sorted(kinds))}"
+
+    def _weights_of(self, module: Module) -> Fields:
+        """How a module's weights are quantized. A name goes before a regular expression, that before a class."""
+        ways = (
+            lambda target: target == module.name,
+            lambda target: target.startswith("re:") and re.match(target[3:], module.name),
+            lambda target: target == _LINEAR,
+        )
+        for matches in ways:
+            for group in self._groups:
+                try:
+                    found = any(matches(target) for target in group.get("targets", []))
+                except re.error as error:
+                    raise self.fail(f"a target is not a regular expression ({error})") from None
+                if found and group.object("weights").values:
+                    return group.object("weights")
+        raise module.fail("is quantized, but no group of the configuration names it")
+
+    def shapes(self, reader: WeightReader) -> dict[str, tuple[int, int]]:
+        found = scaled_matrices(reader.shapes(), "weight_scale")
+        for key in reader.shapes():
+            name, _, part = key.rpartition(".")
+            if part == "weight_packed":
+                height, width = Module(reader, name).read("weight_shape", (2,)).tolist()
+                found[name] = height, width
+        return found
+
+    def parts(self) -> Iterable[str]:
+        return (
+            *("weight", "weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_g_idx"),
+            *("input_scale", "input_zero_point", "output_scale", "output_zero_point"),
+        )
+
+    def load(self, module: Module, shape: tuple[int, int]) -> QuantizedMatrix:
+        height, width = shape
+        weights = self._weights_of(module)
+        bits = weights.integer("num_bits", 8)
+        packed = module.has("weight_packed")
+        if packed:
+            words = module.words("weight_packed", (height, -(-width * bits // 32)))
+            codes = _signed(unpack(words, bits, 1)[:, :width], bits)
+        elif weights.text("type", "int") == "float":
+            codes = module.fp8("weight", shape)
+        else:
+            codes = module.read("weight", shape)
+            if codes.dtype != torch.int8:
+                raise module.fail(f"weight has type {codes.dtype}, the configuration says torch.int8")
+        rows, columns = self._grid(weights, height, width)
+        grid = -(-height // rows), -(-width // columns)
+        flat = ((prod(grid),), ()) if grid == (1, 1) else ((prod(grid),),)
+        scales = module.scales("weight_scale", grid, *flat).reshape(grid)
+        zeros = None
+        if not weights.boolean("symmetric", True):
+            zeros = _zeros(module, bits, grid, packed).to(codes.dtype)
+        group = even_groups(width, columns)
+        if module.has("weight_g_idx"):
+            group = module.group_index("weight_g_idx", width, grid[1])
+        return QuantizedMatrix(codes=codes, scales=scales, zeros=zeros, rows=rows, group=group)
+
+    def _grid(self, weights: Fields, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns that share a scale."""
+        size = weights.integer("group_size", -1, low=-1)
+        default = "group" if size > 0 else "channel" if "group_size" in weights.values else "tensor"
+        strategy = weights.text("strategy", default)
+        if strategy == "tensor":
+            return height, width
+        if strategy == "channel":
+            return 1, width
+        if strategy == "group" and size > 0:
+            return 1, size
+        block = weights.get("block_structure")
+        if isinstance(block, str):
+            block = [int(part) for part in block.split("x") if part.isdecimal()]
+        if strategy == "block" and isinstance(block, list) and len(block) == 2 and all(n > 0 for n in block):
+            return block[0], block[1]
+        raise self.fail(f"weights with strategy {strategy!r:.40}, group_size {size}, are not supported")
+
+
+def _zeros(module: Module, bits: int, grid: tuple[int, int], packed: bool) -> torch.Tensor:
+    if not packed:
+        return module.read("weight_zero_point", grid, (prod(grid),)).reshape(grid)
+    words = module.words("weight_zero_point", (-(-grid[0] * bits // 32), grid[1]))
+    return _signed(unpack(words, bits, 0)[: grid[0]], bits)
+
+
+def _signed(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Unsigned integers less 2^(bits - 1), int8."""
+    return (codes.short() - (1 << (bits - 1))).to(torch.int8)
+
+
+SCHEME = CompressedTensors

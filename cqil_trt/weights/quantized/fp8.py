@@ -1,0 +1,73 @@
+"""FP8, as DeepSeek's checkpoints and transformers' FineGrainedFP8 store it.
+
+`weight` float8_e4m3fn [N, K]; `weight_scale_inv` [ceil(N / 128), ceil(K / 128)], multiplied in spite of its name.
+Without `weight_block_size` there is one `weight_scale` for each matrix, or for each of its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from cqil_trt.json_fields import Fields
+from cqil_trt.weights.quantized.matrix import QuantizedMatrix, even_groups
+from cqil_trt.weights.quantized.scheme import Module, Scheme
+from cqil_trt.weights.reader import WeightReader
+
+
+class Fp8(Scheme):
+    def __init__(self, config: Fields):
+        super().__init__(config)
+        if config.text("fmt", "e4m3").lower() not in ("e4m3", "float8_e4m3fn"):
+            raise self.fail(f"fmt {config.text('fmt')!r:.40} is not supported (e4m3 is)")
+        block = config.get("weight_block_size")
+        self._block: tuple[int, int] | None = None
+        if block is not None:
+            if not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
+                raise config.fail("weight_block_size", "two numbers above 0")
+            self._block = block[0], block[1]
+        self._scale = "weight_scale" if self._block is None else "weight_scale_inv"
+        if config.text("activation_scheme", "dynamic") == "static":
+            self.ignored = ("scales of activations",)
+
+    def describe(self) -> str:
+        return "fp8" if self._block is None else f"fp8, blocks of {self._block[0]} x {self._block[1]}"
+
+    def shapes(self, reader: WeightReader) -> dict[str, tuple[int, int]]:
+        return scaled_matrices(reader.shapes(), self._scale)
+
+    def parts(self) -> Iterable[str]:
+        return "weight", self._scale, "input_scale", "activation_scale"
+
+    def load(self, module: Module, shape: tuple[int, int]) -> QuantizedMatrix:
+        height, width = shape
+        codes = module.fp8("weight", shape)
+        if self._block is None:
+            return by_row(module, codes, "weight_scale")
+        rows, columns = self._block
+        scales = module.scales(self._scale, (-(-height // rows), -(-width // columns)))
+        return QuantizedMatrix(codes=codes, scales=scales, zeros=None, rows=rows, group=even_groups(width, columns))
+
+
+def scaled_matrices(stored: Mapping[str, tuple[int, ...]], scale: str) -> dict[str, tuple[int, int]]:
+    """The modules with a matrix `weight` and a tensor `scale`."""
+    found = {}
+    for key in stored:
+        name, _, part = key.rpartition(".")
+        shape = stored.get(f"{name}.weight", ())
+        if part == scale and len(shape) == 2:
+            found[name] = (shape[0], shape[1])
+    return found
+
+
+def by_row(module: Module, codes: torch.Tensor, scale: str) -> QuantizedMatrix:
+    """A matrix with a scale for all of it, or for each row."""
+    height, width = codes.shape
+    scales = module.scales(scale, (), (1,), (1, 1), (height,), (height, 1)).reshape(-1, 1)
+    # One row has its own scale either way.
+    rows = 1 if len(scales) == height else height
+    return QuantizedMatrix(codes=codes, scales=scales, zeros=None, rows=rows, group=even_groups(width, width))
+
+
+SCHEME = Fp8

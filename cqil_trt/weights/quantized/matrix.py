@@ -1,0 +1,45 @@
+"""A quantized matrix in memory, whatever the checkpoint packs it in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from cqil_trt.weights.reader import Range, cut
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedMatrix:
+    """W [N, K] = (codes - zeros) * scales.
+
+    Attributes:
+        codes: int8, uint8 or float8_e4m3fn [N, K].
+        scales: float32 [ceil(N / rows), G].
+        zeros: of the codes' type, in the shape of the scales; None for 0.
+        rows: consecutive rows that share their scales.
+        group: int64 [K], which of the G scales of its row each column has.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    rows: int
+    group: torch.Tensor
+
+    def dequantize(self, rows: Range = None, columns: Range = None) -> torch.Tensor:
+        """`W[rows, columns]`, float32: one subtraction, which is exact, and one product."""
+        height, width = self.codes.shape
+        first, last = rows or (0, height)
+        begin, end = columns or (0, width)
+        values = cut(self.codes, (first, last), (begin, end)).float()
+        row = torch.arange(first, last) // self.rows
+        column = self.group[begin:end]
+        if self.zeros is not None:
+            values -= self.zeros.float()[row][:, column]
+        return values.mul_(self.scales[row][:, column])
+
+
+def even_groups(columns: int, size: int) -> torch.Tensor:
+    """The group of each column where `size` consecutive ones form a group."""
+    return torch.arange(columns) // size

@@ -1,0 +1,60 @@
+"""Quantizes matrices as they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+
+from cqil_trt.weights.quantized.matrix import QuantizedMatrix
+from cqil_trt.weights.quantized.rounding import ROUNDING
+from cqil_trt.weights.reader import Range, WeightReader
+
+# Elements that are quantized at a time.
+_BLOCK_ELEMENTS = 1 << 22
+
+
+class QuantizingReader(WeightReader):
+    """`base` with the matrices `names` quantized; `read` gives their dequantized values, float32.
+
+    `stored`, `dtype`: the name of the format, and the engine's type. One matrix at a time stays in memory.
+    """
+
+    def __init__(self, base: WeightReader, names: Collection[str], stored: str, dtype: str):
+        self.source, self.note, self._base = base.source, base.note, base
+        self._names, self._round, self._dtype = frozenset(names), ROUNDING[stored], getattr(torch, dtype)
+        self._held: tuple[str, QuantizedMatrix] | None = None
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._base.shapes()
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32 if name in self._names else self._base.dtype(name)
+
+    def read(self, name: str, rows: Range = None, columns: Range = None) -> torch.Tensor:
+        matrix = self.quantized(name)
+        return self._base.read(name, rows, columns) if matrix is None else matrix.dequantize(rows, columns)
+
+    def quantized(self, name: str) -> QuantizedMatrix | None:
+        if name not in self._names:
+            return None
+        if self._held is None or self._held[0] != name:
+            self._held = None
+            self._held = name, self._quantize(name)
+        return self._held[1]
+
+    def _quantize(self, name: str) -> QuantizedMatrix:
+        height, width = self.shapes()[name]
+        step = max(1, _BLOCK_ELEMENTS // width)
+        parts = []
+        for row in range(0, height, step):
+            block = self._base.read(name, (row, min(row + step, height))).float()
+            parts.append(self._round(block, self._dtype))
+        zeros = [part.zeros for part in parts if part.zeros is not None]
+        return QuantizedMatrix(
+            codes=torch.cat([part.codes for part in parts]),
+            scales=torch.cat([part.scales for part in parts]),
+            zeros=torch.cat(zeros) if zeros else None,
+            rows=1,
+            group=parts[0].group,
+        )

@@ -1,0 +1,81 @@
+"""From floats to the codes of each quantized format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from cqil_trt.formats.int4 import GROUP
+from cqil_trt.weights.quantized.matrix import QuantizedMatrix, even_groups
+
+_LARGEST_INT8, _LARGEST_FP8, _LARGEST_INT4 = 127.0, 448.0, 15
+# The parts of a group's range that are tried for 4 bits.
+_RANGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6)
+
+
+def to_int8(weight: torch.Tensor, dtype: torch.dtype) -> QuantizedMatrix:
+    """Integers from -127 to 127; the largest magnitude of each row is 127."""
+    scales = _scales(weight, _LARGEST_INT8)
+    codes = (weight / scales).round_().clamp_(-_LARGEST_INT8, _LARGEST_INT8).to(torch.int8)
+    return _by_row(codes, scales)
+
+
+def to_fp8(weight: torch.Tensor, dtype: torch.dtype) -> QuantizedMatrix:
+    """E4M3; the largest magnitude of each row is 448, the largest number."""
+    scales = _scales(weight, _LARGEST_FP8)
+    codes = (weight / scales).clamp_(-_LARGEST_FP8, _LARGEST_FP8).to(torch.float8_e4m3fn)
+    return _by_row(codes, scales)
+
+
+def to_int4(weight: torch.Tensor, dtype: torch.dtype) -> QuantizedMatrix:
+    """Integers from 0 to 15 with a scale, of type `dtype`, and a zero point for each group of columns in a row.
+
+    They span the group's values and 0, or a part of that range if it has the smaller squared error.
+    """
+    height, width = weight.shape
+    rest = -width % GROUP
+    # What fills the last group up repeats its last column, which changes no range.
+    filled = torch.cat([weight, weight[:, -1:].expand(height, rest)], 1) if rest else weight
+    groups = filled.reshape(height, -1, GROUP)
+    counted = (torch.arange(groups[0].numel()) < width).view_as(groups[0])
+    low, high = groups.amin(2).clamp_(max=0), groups.amax(2).clamp_(min=0)
+    best = torch.full_like(low, torch.inf)
+    scales, zeros = torch.ones_like(low), torch.zeros_like(low)
+    codes = torch.zeros(groups.shape, dtype=torch.uint8)
+    for part in _RANGES:
+        scale = ((high - low) * (part / _LARGEST_INT4)).to(dtype).float()
+        scale = torch.where(scale > 0, scale, 1.0)
+        zero = (-low * part / scale).round_().clamp_(0, _LARGEST_INT4)
+        found = (groups / scale[..., None]).round_().add_(zero[..., None]).clamp_(0, _LARGEST_INT4)
+        error = (found - zero[..., None]).mul_(scale[..., None]).sub_(groups).square_().mul_(counted).sum(2)
+        better = error < best
+        best = torch.where(better, error, best)
+        scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
+        codes = torch.where(better[..., None], found.to(torch.uint8), codes)
+    return QuantizedMatrix(
+        codes=codes.reshape(height, -1)[:, :width],
+        scales=scales,
+        zeros=zeros.to(torch.uint8),
+        rows=1,
+        group=even_groups(width, GROUP),
+    )
+
+
+# By format: whole rows of a matrix, float32, and the engine's type → their codes and scales.
+ROUNDING: Mapping[str, Callable[[torch.Tensor, torch.dtype], QuantizedMatrix]] = {
+    "int8": to_int8,
+    "fp8": to_fp8,
+    "int4": to_int4,
+}
+
+
+def _scales(weight: torch.Tensor, largest: float) -> torch.Tensor:
+    """The scale [N, 1] with which the largest magnitude of each row becomes `largest`; 1 for a row of zeros."""
+    top = weight.abs().amax(1, keepdim=True)
+    return torch.where(top > 0, top / largest, 1.0)
+
+
+def _by_row(codes: torch.Tensor, scales: torch.Tensor) -> QuantizedMatrix:
+    width = codes.shape[1]
+    return QuantizedMatrix(codes=codes, scales=scales, zeros=None, rows=1, group=even_groups(width, width))
