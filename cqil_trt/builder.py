@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 PROBES = ("auto", "always", "never")
 # The value of --lora that asks for no adapter.
 NO_ADAPTER = "none"
+# The value of --quantize that asks for the checkpoint's own codes.
+STORED = "stored"
 
 
 class EngineWeights:
@@ -89,7 +91,8 @@ class BuildRequest:
         preset: a published configuration (`presets.PRESETS`); p, d, start, end, bypass and placement override it.
         p, d, start, end, bypass, placement: see `CqilConfig`; start and end default to the middle of the model.
         dtype: float32, float16 or bfloat16; default the checkpoint's (float32 for GGUF).
-        quantize: the format that the matrices of layers are quantized to: one of `formats.names()`; default dense.
+        quantize: the format that the matrices of layers are quantized to: one of `formats.names()`, default dense; or
+            "stored", the codes of a quantized checkpoint.
         keep: what stays dense all the same, as `parse_keep` reads it.
         backend: one of `backends.names()`.
         max_batch_size, max_seq_len: limits in sequences and tokens; default 8 and min(2048, the model's context, with
@@ -343,7 +346,9 @@ def _open_checkpoint(
 def _choose_limits(request: BuildRequest, opened: _Opened) -> EngineLimits:
     names = ("max_batch_size", "max_seq_len", "prefill_chunk")
     given = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
-    if request.quantize is not None:
+    if request.quantize == STORED:
+        given["weights"], given["keep"] = _own_format(request, opened)
+    elif request.quantize is not None:
         given["weights"] = request.quantize
         given["keep"] = parse_keep(request.keep, opened.weights.model.num_layers)
     elif request.keep is not None:
@@ -351,6 +356,19 @@ def _choose_limits(request: BuildRequest, opened: _Opened) -> EngineLimits:
     limits = replace(opened.defaults, dtype=request.dtype or opened.dtype, **given)
     limits.check_model(opened.weights.model)
     return limits
+
+
+def _own_format(request: BuildRequest, opened: _Opened) -> tuple[str, tuple[int, ...]]:
+    if request.keep is not None:
+        raise UserError(f"--keep: --quantize {STORED} keeps what is not quantized")
+    dtype = request.dtype or opened.dtype
+    found = None if isinstance(opened.weights, EngineWeights) else opened.weights.own_format(dtype)
+    if found is None:
+        raise UserError(
+            f"--quantize {STORED}: no format of an engine in {dtype} holds the matrices of this checkpoint exactly, or "
+            "an adapter changes them: leave it out, or choose a format"
+        )
+    return found
 
 
 def parse_keep(text: str | None, num_layers: int) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import queue
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,14 @@ from cqil_trt import families, formats, probes
 from cqil_trt.config import CqilConfig, EngineLimits
 from cqil_trt.engine import Source, tensor_header
 from cqil_trt.families.layout import LayerLayout, checkpoint_shapes
+from cqil_trt.formats.int4 import GROUP
 from cqil_trt.gguf_files import gguf_parts
 from cqil_trt.lora import LoraReader
-from cqil_trt.model import ModelConfig
 from cqil_trt.network.rotary import inverse_frequencies
 from cqil_trt.shard import RankPlan
 from cqil_trt.tokenizer import find_tokenizer
 from cqil_trt.weights import WeightReader, check_shapes, open_checkpoint
-from cqil_trt.weights.quantized import QuantizingReader
+from cqil_trt.weights.quantized import QuantizedMatrix, QuantizingReader
 
 # The largest model, in bytes of float32, for which "auto" runs the reference without a GPU that it fits on.
 _PROBE_BYTES = 2 << 30
@@ -54,10 +54,31 @@ class Checkpoint:
             self.model = merged.model
 
     def quantize(self, limits: EngineLimits) -> None:
-        """Quantizes the matrices of all later reads as an engine with these limits stores them."""
-        if formats.load(limits.weights).quantized:
-            names = _layer_matrices(self.model, limits.keep)
+        """Quantizes the matrices of all later reads as an engine with these limits stores them.
+
+        A checkpoint that has them in this format already keeps them.
+        """
+        stored = formats.load(limits.weights).quantized
+        if stored and self.own_format(limits.dtype) != (limits.weights, limits.keep):
+            names = [name for index, name in self._layer_matrices() if index not in limits.keep]
             self.reader = QuantizingReader(self.reader, names, limits.weights, limits.dtype)
+
+    def own_format(self, dtype: str) -> tuple[str, tuple[int, ...]] | None:
+        """The format in which an engine of type `dtype` holds the checkpoint's own codes, and the layers without any.
+
+        None where there is no such format. An adapter turns the matrices that it changes into dense ones.
+        """
+        quantized, matrices = self.reader.quantized_names, self._layer_matrices()
+        keep = {index for index, name in matrices if name not in quantized}
+        first = next((index for index, _ in matrices if index not in keep), None)
+        found = {_format_of(self.reader.quantized(name), dtype) for index, name in matrices if index == first}
+        name = found.pop() if len(found) == 1 else None
+        return None if name is None else (name, tuple(sorted(keep)))
+
+    def _layer_matrices(self) -> list[tuple[int, str]]:
+        """The matrices of all layers, each with its layer."""
+        shapes = ((index, LayerLayout(self.model, index).shapes()) for index in range(self.model.num_layers))
+        return [(index, name) for index, layer in shapes for name, shape in layer.items() if len(shape) == 2]
 
     def write_shared(self, directory: Path) -> list[Path]:
         """Writes the shared files (the tokenizer) and returns them."""
@@ -85,10 +106,16 @@ class Checkpoint:
         return [probes.save(directory, found)]
 
 
-def _layer_matrices(model: ModelConfig, keep: Collection[int]) -> list[str]:
-    """The matrices of all layers but those in `keep`."""
-    shapes = (LayerLayout(model, index).shapes() for index in range(model.num_layers) if index not in keep)
-    return [name for layer in shapes for name, shape in layer.items() if len(shape) == 2]
+def _format_of(matrix: QuantizedMatrix | None, dtype: str) -> str | None:
+    """The format that holds the matrix exactly."""
+    if matrix is None or matrix.size is None:
+        return None
+    if matrix.size == 0 and matrix.zeros is None and matrix.bits == 8:
+        return "fp8" if matrix.codes.is_floating_point() else "int8"
+    exact = torch.equal(matrix.scales.to(getattr(torch, dtype)).float(), matrix.scales)
+    if matrix.size and matrix.zeros is not None and matrix.bits == 4 and exact:
+        return "int4" if matrix.size == GROUP else f"int4g{matrix.size}"
+    return None
 
 
 def write_rank(

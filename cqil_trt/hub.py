@@ -20,6 +20,7 @@ from typing import Any
 
 from cqil_trt.config import ADAPTER_FILE
 from cqil_trt.errors import UserError
+from cqil_trt.families.hugging_face import QUANTIZATION_FILES
 from cqil_trt.gguf_files import PART, gguf_parts
 from cqil_trt.json_fields import read_json
 from cqil_trt.table import size
@@ -28,7 +29,7 @@ from cqil_trt.tokenizer.settings import TEMPLATES
 
 _NAME = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:/(?P<file>[^@]+\.gguf))?(?:@(?P<revision>\w[\w./-]*))?", re.ASCII)
 _TEMPLATES = re.compile(rf"{TEMPLATES}/[^/]+\.jinja")
-_MODEL = {"config.json", "generation_config.json"}
+_MODEL = {"config.json", "generation_config.json", *QUANTIZATION_FILES}
 _ADAPTER = {"adapter_config.json", ADAPTER_FILE}
 _TOKEN = "(HF_TOKEN, or hf auth login)"
 # At most this many names are listed in a message.

@@ -7,7 +7,7 @@ rescales (see `merging`).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from cqil_trt.merging import Added, Change, Dora, LowRank, MergedTensor, Rows
 from cqil_trt.model import ModelConfig
 from cqil_trt.peft_config import AdapterConfig
 from cqil_trt.weights import Range, SafetensorsReader, TorchReader, WeightReader
+from cqil_trt.weights.quantized import QuantizedMatrix
 
 _PREFIX = "base_model.model."
 _TABLES = _TABLE, _PROJECTION = f"{EMBEDDING}.weight", f"{HEAD}.weight"
@@ -258,6 +259,14 @@ class LoraReader(WeightReader):
     def read(self, name: str, rows: Range = None, columns: Range = None) -> torch.Tensor:
         tensor = self._merged.get(name)
         return self._base.read(name, rows, columns) if tensor is None else tensor.read(rows, columns)
+
+    @property
+    def quantized_names(self) -> Set[str]:
+        """Without the matrices that the adapter changes."""
+        return self._base.quantized_names - self._merged.keys()
+
+    def quantized(self, name: str) -> QuantizedMatrix | None:
+        return None if name in self._merged else self._base.quantized(name)
 
     @property
     def merged(self) -> int:

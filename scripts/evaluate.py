@@ -25,6 +25,7 @@ if not sys.stderr.isatty():
 import installed  # noqa: F401
 import numpy as np
 
+from cqil_trt import formats
 from cqil_trt.backends import DEVICES
 from cqil_trt.commands import (
     RankParser,
@@ -36,7 +37,7 @@ from cqil_trt.commands import (
     cqil_flags,
     run_ranks,
 )
-from cqil_trt.config import CqilConfig
+from cqil_trt.config import CqilConfig, EngineLimits
 from cqil_trt.errors import UserError
 from cqil_trt.hub import find_adapter
 from cqil_trt.job import Job
@@ -59,6 +60,11 @@ def parser() -> RankParser:
         help="PEFT adapter, or org/name[@revision]; one made by finetune.py sets --p … --bypass",
     )
     add_cqil_flags(p)
+    p.add_argument(
+        "--quantize",
+        choices=[name for name in formats.names() if name != formats.DENSE],
+        help="quantize the reference's matrices as build.py --quantize does, for an engine in float16",
+    )
     p.add_argument("--engine", metavar="DIR", type=Path, action="append", default=[], help="an engine; may be repeated")
     p.add_argument("--device", choices=DEVICES, default="auto", help="where engines compute")
     text = p.add_argument_group("perplexity")
@@ -144,6 +150,9 @@ def references(options: argparse.Namespace, names: list[str], manager: Any) -> I
     checkpoint = Checkpoint(path, None)
     adapted = None if lora is None else Checkpoint(path, lora)
     model = checkpoint.model
+    if options.quantize:
+        for each in (checkpoint, *([adapted] if adapted else [])):
+            each.quantize(EngineLimits(dtype="float16", weights=options.quantize))
     trained = None if lora is None else CqilConfig.of_adapter(lora)
     notes: list[str] = []
     cqil = choose_cqil(model, cqil_flags(options), notes, trained)

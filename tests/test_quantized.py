@@ -12,9 +12,13 @@ from support.checkpoints import checkpoint_logits, load_model, make_adapter, mak
 from support.needs import need
 from support.processes import build, mpirun
 
-from cqil_trt.checkpoint import Checkpoint
+import cqil_trt
+from cqil_trt.backends.torch.quantized import take_quantized
+from cqil_trt.checkpoint import Checkpoint, write_rank
+from cqil_trt.config import CqilConfig, EngineLimits
 from cqil_trt.errors import UserError
 from cqil_trt.families.layout import checkpoint_shapes
+from cqil_trt.shard import plan
 from cqil_trt.weights import check_shapes, open_checkpoint
 
 SIZES = {"intermediate_size": 96, "save_dtype": torch.float16}
@@ -248,6 +252,78 @@ def test_an_adapter_is_merged_into_the_dequantized_weights(source, tmp_path):
     for name, matrix in truth.items():
         change = plain.reader.read(name).float() - dense[name].float()
         torch.testing.assert_close(found.reader.read(name).float() - matrix, change, atol=2e-6, rtol=0)
+
+
+STORED = {
+    "gptq": ("int4g16", "float16"),
+    "gptq-v2": ("int4g16", "float16"),
+    "awq": ("int4g16", "float16"),
+    "w4-group": ("int4g16", "float32"),
+    "w4-asymmetric": ("int4g16", "float32"),
+    "fp8-tensor": ("fp8", "float16"),
+    "fp8-channel": ("fp8", "bfloat16"),
+    "modelopt": ("fp8", "float16"),
+    "int8-channel": ("int8", "float16"),
+}
+
+
+@pytest.mark.parametrize("name", STORED)
+@pytest.mark.parametrize("shape", [{"p": 1}, {"p": 5, "placement": "tensor"}, {"p": 2, "start": 1, "end": 5}])
+def test_an_engine_holds_the_checkpoints_own_codes(name, shape, source, tmp_path):
+    packer, config = FORMATS[name]
+    stored, dtype = STORED[name]
+    truth = quantize(source, tmp_path / "quantized", packer, config, keep=lambda module: "layers.2.mlp.up" in module)
+    checkpoint = Checkpoint(tmp_path / "quantized", tokenizer=False)
+    assert checkpoint.own_format(dtype) == (stored, (2,))
+    limits = EngineLimits(dtype=dtype, weights=stored, keep=(2,), max_seq_len=16)
+    checkpoint.quantize(limits)
+    dense = Checkpoint(tmp_path / "quantized", tokenizer=False).reader
+    for rank in plan(checkpoint.model, CqilConfig(**shape), dtype, stored, (2,)):
+        path = tmp_path / f"rank{rank.rank}.safetensors"
+        write_rank(path, rank, checkpoint.reader)
+        weights = load_file(path)
+        take_quantized(rank, weights, torch.float32)
+        for tensor in plan(checkpoint.model, CqilConfig(**shape))[rank.rank].tensors:
+            if tensor.name.startswith("layers.") and "norm" not in tensor.name and ".2." not in tensor.name:
+                assert all(piece.source in truth for piece in tensor.pieces)
+                assert torch.equal(weights[tensor.name], torch.cat(list(tensor.blocks(dense)))), tensor.name
+
+
+@pytest.mark.parametrize("name", ["gptq", "fp8-channel"])
+def test_stored_codes_run_and_validate(name, source, tmp_path):
+    packer, config = FORMATS[name]
+    quantize(source, tmp_path / "quantized", packer, config)
+    flags = ("--p", 2, "--quantize", "stored", "--dtype", "float16", "--output", tmp_path / "engine")
+    done = build("--model", tmp_path / "quantized", *flags)
+    assert done.returncode == 0, done.stderr
+    assert f"the engine stores them in {STORED[name][0]}" in done.stdout
+    ids = write_json(tmp_path / "ids.json", [[5, 9, 77], [8] * 20])
+    done = mpirun(2, "--engine", tmp_path / "engine", "--token-ids", ids, "--max-new-tokens", 8, "--validate")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_codes_that_no_engine_holds(source, tmp_path):
+    for name, dtype in (
+        ("gptq-order", "float16"),
+        ("gptq-8", "float16"),
+        ("fp8-blocks", "float16"),
+        ("gptq", "bfloat16"),
+    ):
+        packer, config = FORMATS[name]
+        quantize(source, tmp_path / f"{name}-{dtype}", packer, config)
+        with pytest.raises(UserError, match="--quantize stored: no format of an engine in"):
+            cqil_trt.build(
+                model=tmp_path / f"{name}-{dtype}", p=1, quantize="stored", dtype=dtype, output=tmp_path / "engine"
+            )
+    adapter = make_adapter(source, tmp_path / "adapter", target_modules="all-linear")
+    with pytest.raises(UserError, match="or an adapter changes them"):
+        cqil_trt.build(
+            model=tmp_path / "gptq-bfloat16", lora=adapter, p=1, quantize="stored", output=tmp_path / "engine"
+        )
+    with pytest.raises(UserError, match="--keep: --quantize stored keeps what is not quantized"):
+        cqil_trt.build(
+            model=tmp_path / "gptq-bfloat16", p=1, quantize="stored", keep="layers.0", output=tmp_path / "engine"
+        )
 
 
 def test_modules_of_other_kinds(source, tmp_path):

@@ -15,9 +15,9 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
+from cqil_trt import formats
 from cqil_trt.config import EngineLimits
 from cqil_trt.errors import UserError
-from cqil_trt.formats import DENSE
 from cqil_trt.model import ModelConfig
 from cqil_trt.shard import RankPlan
 
@@ -101,7 +101,7 @@ class Backend(ABC):
     packages: Mapping[str, str] = {}
     options: tuple[Option, ...] = ()
     dynamic_rope = False
-    formats: tuple[str, ...] = (DENSE,)
+    formats: tuple[str, ...] = (formats.DENSE,)
 
     def rank_files(self, rank: int) -> tuple[str, ...]:
         """The files that a rank needs, relative to the engine directory."""
@@ -109,7 +109,7 @@ class Backend(ABC):
 
     def check_model(self, model: ModelConfig, limits: EngineLimits) -> None:
         """Raises UserError for a model or a weight format that the backend does not compute at these lengths."""
-        if limits.weights not in self.formats:
+        if formats.base(limits.weights) not in self.formats:
             known = " or ".join(self.formats)
             raise UserError(f"--quantize {limits.weights}: backend {self.name} does not support it: use {known}")
         context = model.rope.fixed_context

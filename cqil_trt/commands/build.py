@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from cqil_trt import __version__, backends, formats
-from cqil_trt.builder import PROBES, BuildRequest, prepare, write
+from cqil_trt.builder import PROBES, STORED, BuildRequest, prepare, write
 from cqil_trt.commands import RankParser, add_cqil_flags, run_ranks
 from cqil_trt.config import DTYPES, PLACEMENTS
 from cqil_trt.job import Job
@@ -35,8 +35,9 @@ def parser() -> RankParser:
     p.add_argument("--dtype", choices=DTYPES, help="type of weights and cache (default: the checkpoint's)")
     p.add_argument(
         "--quantize",
-        choices=[name for name in formats.names() if name != formats.DENSE],
-        help="quantize the matrices of the layers, after the adapter is merged (docs/quantization.md)",
+        choices=[*(name for name in formats.names() if name != formats.DENSE), STORED],
+        help="quantize the matrices of the layers, after the adapter is merged; stored: keep those of a quantized "
+        "checkpoint (docs/quantization.md)",
     )
     p.add_argument("--keep", metavar="LIST", help="layers that stay as they are, like layers.0,layers.30-31")
     p.add_argument("--backend", choices=backends.names(), default=backends.PLAIN)

@@ -11,6 +11,9 @@ from cqil_trt.json_fields import Fields, read_json
 from cqil_trt.model import ModelConfig
 from cqil_trt.rope import RopeConfig
 
+# Next to config.json, and their `quant_method`: where tools other than transformers say how weights are quantized.
+QUANTIZATION_FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq"}
+
 
 def read_model(config: Fields, family: Family) -> ModelConfig:
     """The model that the fields of a config.json describe. Raises UserError for what is not supported."""

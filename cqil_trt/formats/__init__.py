@@ -7,6 +7,7 @@ The folder is the registry: a format is called after its file, which defines `FO
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
@@ -14,7 +15,7 @@ from pkgutil import iter_modules
 from cqil_trt.errors import UserError
 from cqil_trt.formats.format import Piece, Projection, RankTensor, StoredTensor, WeightFormat
 
-__all__ = ["DENSE", "Piece", "Projection", "RankTensor", "StoredTensor", "WeightFormat", "load", "names"]
+__all__ = ["DENSE", "Piece", "Projection", "RankTensor", "StoredTensor", "WeightFormat", "base", "load", "names"]
 
 DENSE = "dense"
 
@@ -25,8 +26,16 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(found.name for found in iter_modules(__path__) if found.name not in ("format", "quantized")))
 
 
+def base(name: str) -> str:
+    """The format's name without the size of its groups: int4 of int4g32."""
+    return name.partition("g")[0] if re.fullmatch(r"[a-z]+[0-9]g[1-9][0-9]*", name) else name
+
+
+@cache
 def load(name: str) -> WeightFormat:
-    """The format of that name. Raises UserError for one that does not exist."""
-    if name not in names():
+    """The format of that name, like int8 or int4, or int4g32 for groups of 32. Raises UserError for an unknown one."""
+    known = base(name)
+    if known not in names():
         raise UserError(f"--quantize must be one of {', '.join(names())}, found {name}")
-    return import_module(f"{__name__}.{name}").FORMAT
+    found: WeightFormat = import_module(f"{__name__}.{known}").FORMAT
+    return found if known == name else found.with_groups(int(name.rpartition("g")[2]))

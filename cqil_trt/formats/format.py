@@ -9,6 +9,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from cqil_trt.config import DTYPE_BYTES
+from cqil_trt.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -94,6 +95,10 @@ class WeightFormat(ABC):
     """
 
     quantized = False
+
+    def with_groups(self, size: int) -> WeightFormat:
+        """The format with groups of so many columns. Raises UserError for one without groups."""
+        raise UserError(f"weights in groups of {size}: this format has no groups")
 
     @abstractmethod
     def tensors(self, projection: Projection, dtype: str) -> tuple[RankTensor, ...]:

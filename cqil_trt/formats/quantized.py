@@ -7,9 +7,11 @@ of ranks.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cqil_trt.errors import UserError
 from cqil_trt.formats.format import Piece, Projection, RankTensor, WeightFormat
 
 if TYPE_CHECKING:
@@ -24,12 +26,14 @@ class MatrixPart(RankTensor):
     """The codes, scales or zero points of a projection.
 
     `group`: consecutive columns of the whole matrix with one scale in each row; 0: all of them. `inputs`: columns of
-    the rank's matrix. `packed`: two codes of 4 bits in a byte, the lower half first.
+    the rank's matrix. `zeros`: whether there are zero points. `packed`: two codes of 4 bits in a byte, the lower half
+    first.
     """
 
     part: str
     group: int
     inputs: int
+    zeros: bool
     packed: bool = False
 
     @property
@@ -46,19 +50,21 @@ class MatrixPart(RankTensor):
             if self.packed:
                 found = torch.nn.functional.pad(found, (0, found.shape[1] % 2))
                 found = found[:, ::2] | found[:, 1::2] << 4
-            yield found.to(getattr(torch, self.dtype)).contiguous()
+            # Flat, because a dimension of size 1 may have any stride.
+            yield found.to(getattr(torch, self.dtype)).contiguous().view(-1)
 
     def _of(self, matrix: QuantizedMatrix | None, piece: Piece) -> torch.Tensor:
-        if matrix is None:
-            raise RuntimeError(f"{piece.source} was not quantized")
+        if matrix is None or (matrix.zeros is not None) != self.zeros or not matrix.in_groups(self.group):
+            raise UserError(
+                f"{piece.source}: not quantized like the others, and an engine stores all alike: --quantize dense "
+                "dequantizes them"
+            )
         height, width = matrix.codes.shape
         rows, columns = piece.rows or (0, height), piece.columns or (0, width)
         if self.part == "weight":
             return matrix.codes[rows[0] : rows[1], columns[0] : columns[1]]
         groups = (columns[0] // self.group, -(-columns[1] // self.group)) if self.group else (0, 1)
-        found = matrix.scales if self.part == "scale" else matrix.zeros
-        if found is None:
-            raise RuntimeError(f"{piece.source} has no zero points")
+        found = matrix.scales if self.part == "scale" or matrix.zeros is None else matrix.zeros
         found = found[rows[0] : rows[1], groups[0] : groups[1]]
         return found if self.group else found[:, 0]
 
@@ -83,6 +89,13 @@ class QuantizedFormat(WeightFormat):
     packed = False
     quantized = True
 
+    def with_groups(self, size: int) -> WeightFormat:
+        if not self.group:
+            return super().with_groups(size)
+        found = copy(self)
+        found.group = size
+        return found
+
     def tensors(self, projection: Projection, dtype: str) -> tuple[RankTensor, ...]:
         rows, columns = projection.outputs, projection.inputs
         span = projection.weight[0].columns or (0, columns)
@@ -102,6 +115,7 @@ class QuantizedFormat(WeightFormat):
                 part=part,
                 group=self.group,
                 inputs=columns,
+                zeros=self.zeros,
                 packed=self.packed and part == "weight",
             )
             for part, (shape, kind) in kinds.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,6 +36,11 @@ class WeightReader(ABC):
         `columns` needs a matrix. Raises UserError when the file cannot be read.
         """
 
+    @property
+    def quantized_names(self) -> Set[str]:
+        """The matrices that `quantized` gives."""
+        return frozenset()
+
     def quantized(self, name: str) -> QuantizedMatrix | None:
         """The matrix as codes and scales, of which `read` gives the values; None if it is not quantized."""
         return None
@@ -64,3 +69,11 @@ class RenamedReader(WeightReader):
 
     def read(self, name: str, rows: Range = None, columns: Range = None) -> torch.Tensor:
         return self._base.read(self._stored.get(name, name), rows, columns)
+
+    @property
+    def quantized_names(self) -> Set[str]:
+        given = {stored: name for name, stored in self._stored.items()}
+        return {given.get(name, name) for name in self._base.quantized_names}
+
+    def quantized(self, name: str) -> QuantizedMatrix | None:
+        return self._base.quantized(self._stored.get(name, name))

@@ -45,6 +45,7 @@ def take_quantized(plan: RankPlan, weights: dict[str, torch.Tensor], dtype: torc
         size = tensor.group or width
         matrix = QuantizedMatrix(
             codes=codes,
+            bits=4 if tensor.packed else 8,
             scales=scales.float().view(len(codes), -1),
             zeros=zeros,
             rows=1,

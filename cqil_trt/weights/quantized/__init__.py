@@ -13,6 +13,7 @@ from pkgutil import iter_modules
 from typing import Any
 
 from cqil_trt.errors import UserError
+from cqil_trt.families.hugging_face import QUANTIZATION_FILES
 from cqil_trt.json_fields import Fields, read_json
 from cqil_trt.weights.quantized.matrix import QuantizedMatrix, even_groups
 from cqil_trt.weights.quantized.quantizing import QuantizingReader
@@ -67,12 +68,10 @@ def _configuration(directory: Path) -> Fields | None:
         if values.get(name) is not None:
             found = Fields(values, str(path)).object(name)
             return _with_method(found, "compressed-tensors") if name == "compression_config" else found
-    if (directory / "hf_quant_config.json").is_file():
-        path = directory / "hf_quant_config.json"
-        return _with_method(Fields(read_json(path), str(path)), "modelopt")
-    if (directory / "quantize_config.json").is_file():
-        path = directory / "quantize_config.json"
-        return _with_method(Fields(read_json(path), str(path)), "gptq")
+    for name, method in QUANTIZATION_FILES.items():
+        path = directory / name
+        if path.is_file():
+            return _with_method(Fields(read_json(path), str(path)), method)
     return None
 
 

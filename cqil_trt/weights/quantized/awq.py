@@ -52,7 +52,7 @@ class Awq(Scheme):
         codes = _in_order(module.words("qweight", (width, height // 8))).T
         # Without zero points they are stored all the same.
         zeros = _in_order(module.words("qzeros", (groups, height // 8))).T
-        return QuantizedMatrix(codes=codes, scales=scales, zeros=zeros, rows=1, group=even_groups(width, size))
+        return QuantizedMatrix(codes=codes, bits=4, scales=scales, zeros=zeros, rows=1, group=even_groups(width, size))
 
 
 def _in_order(words: torch.Tensor) -> torch.Tensor:

@@ -107,7 +107,7 @@ class CompressedTensors(Scheme):
         packed = module.has("weight_packed")
         if packed:
             words = module.words("weight_packed", (height, -(-width * bits // 32)))
-            codes = _signed(unpack(words, bits, 1)[:, :width], bits)
+            codes = unpack(words, bits, 1)[:, :width]
         elif weights.text("type", "int") == "float":
             codes = module.fp8("weight", shape)
         else:
@@ -118,13 +118,16 @@ class CompressedTensors(Scheme):
         grid = -(-height // rows), -(-width // columns)
         flat = ((prod(grid),), ()) if grid == (1, 1) else ((prod(grid),),)
         scales = module.scales("weight_scale", grid, *flat).reshape(grid)
-        zeros = None
-        if not weights.boolean("symmetric", True):
-            zeros = _zeros(module, bits, grid, packed).to(codes.dtype)
+        symmetric = weights.boolean("symmetric", True)
+        zeros = None if symmetric else _zeros(module, bits, grid, packed).to(codes.dtype)
+        if packed and bits == 8:
+            codes, zeros = _signed(codes), None if zeros is None else _signed(zeros)
+        elif packed and zeros is None:
+            zeros = torch.full(grid, 1 << (bits - 1), dtype=torch.uint8)
         group = even_groups(width, columns)
         if module.has("weight_g_idx"):
             group = module.group_index("weight_g_idx", width, grid[1])
-        return QuantizedMatrix(codes=codes, scales=scales, zeros=zeros, rows=rows, group=group)
+        return QuantizedMatrix(codes=codes, bits=bits, scales=scales, zeros=zeros, rows=rows, group=group)
 
     def _grid(self, weights: Fields, height: int, width: int) -> tuple[int, int]:
         """Rows and columns that share a scale."""
@@ -149,12 +152,12 @@ def _zeros(module: Module, bits: int, grid: tuple[int, int], packed: bool) -> to
     if not packed:
         return module.read("weight_zero_point", grid, (prod(grid),)).reshape(grid)
     words = module.words("weight_zero_point", (-(-grid[0] * bits // 32), grid[1]))
-    return _signed(unpack(words, bits, 0)[: grid[0]], bits)
+    return unpack(words, bits, 0)[: grid[0]]
 
 
-def _signed(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Unsigned integers less 2^(bits - 1), int8."""
-    return (codes.short() - (1 << (bits - 1))).to(torch.int8)
+def _signed(codes: torch.Tensor) -> torch.Tensor:
+    """Unsigned integers of 8 bits less 128, int8."""
+    return (codes.short() - 128).to(torch.int8)
 
 
 SCHEME = CompressedTensors

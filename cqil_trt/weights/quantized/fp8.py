@@ -47,7 +47,9 @@ class Fp8(Scheme):
             return by_row(module, codes, "weight_scale")
         rows, columns = self._block
         scales = module.scales(self._scale, (-(-height // rows), -(-width // columns)))
-        return QuantizedMatrix(codes=codes, scales=scales, zeros=None, rows=rows, group=even_groups(width, columns))
+        return QuantizedMatrix(
+            codes=codes, bits=8, scales=scales, zeros=None, rows=rows, group=even_groups(width, columns)
+        )
 
 
 def scaled_matrices(stored: Mapping[str, tuple[int, ...]], scale: str) -> dict[str, tuple[int, int]]:
@@ -67,7 +69,7 @@ def by_row(module: Module, codes: torch.Tensor, scale: str) -> QuantizedMatrix:
     scales = module.scales(scale, (), (1,), (1, 1), (height,), (height, 1)).reshape(-1, 1)
     # One row has its own scale either way.
     rows = 1 if len(scales) == height else height
-    return QuantizedMatrix(codes=codes, scales=scales, zeros=None, rows=rows, group=even_groups(width, width))
+    return QuantizedMatrix(codes=codes, bits=8, scales=scales, zeros=None, rows=rows, group=even_groups(width, width))
 
 
 SCHEME = Fp8

@@ -81,7 +81,7 @@ class Gptq(Scheme):
         group = even_groups(width, size)
         if module.has("g_idx"):
             group = module.group_index("g_idx", width, groups)
-        return QuantizedMatrix(codes=codes, scales=scales, zeros=zeros, rows=1, group=group)
+        return QuantizedMatrix(codes=codes, bits=bits, scales=scales, zeros=zeros, rows=1, group=group)
 
 
 SCHEME = Gptq

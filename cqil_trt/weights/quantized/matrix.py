@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,7 +14,8 @@ class QuantizedMatrix:
     """W [N, K] = (codes - zeros) * scales.
 
     Attributes:
-        codes: int8, uint8 or float8_e4m3fn [N, K].
+        codes: int8, uint8 or float8_e4m3fn [N, K]. Those of 4 bits are unsigned.
+        bits: of a code.
         scales: float32 [ceil(N / rows), G].
         zeros: of the codes' type, in the shape of the scales; None for 0.
         rows: consecutive rows that share their scales.
@@ -22,10 +23,33 @@ class QuantizedMatrix:
     """
 
     codes: torch.Tensor
+    bits: int
     scales: torch.Tensor
     zeros: torch.Tensor | None
     rows: int
     group: torch.Tensor
+
+    @property
+    def size(self) -> int | None:
+        """Consecutive columns that form a group where each row has its own scales; 0: all; None: another order."""
+        if self.rows != 1:
+            return None
+        if self.scales.shape[1] == 1:
+            return 0
+        size = int((self.group == 0).sum())
+        return size if size and self.in_groups(size) else None
+
+    def in_groups(self, size: int) -> bool:
+        """Whether each row has its own scales, one for every `size` consecutive columns; 0: one for all."""
+        width = len(self.group)
+        return self.rows == 1 and torch.equal(self.group, even_groups(width, size or width))
+
+    def by_row(self) -> QuantizedMatrix:
+        """The same matrix with scales for each row, where all rows share one."""
+        height = len(self.codes)
+        if self.rows < height or len(self.scales) != 1:
+            return self
+        return replace(self, scales=self.scales.expand(height, -1), rows=1)
 
     def dequantize(self, rows: Range = None, columns: Range = None) -> torch.Tensor:
         """`W[rows, columns]`, float32: one subtraction, which is exact, and one product."""

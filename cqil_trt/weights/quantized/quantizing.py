@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Set
 
 import torch
 
@@ -35,6 +35,10 @@ class QuantizingReader(WeightReader):
         matrix = self.quantized(name)
         return self._base.read(name, rows, columns) if matrix is None else matrix.dequantize(rows, columns)
 
+    @property
+    def quantized_names(self) -> Set[str]:
+        return self._names
+
     def quantized(self, name: str) -> QuantizedMatrix | None:
         if name not in self._names:
             return None
@@ -55,6 +59,7 @@ class QuantizingReader(WeightReader):
             codes=torch.cat([part.codes for part in parts]),
             scales=torch.cat([part.scales for part in parts]),
             zeros=torch.cat(zeros) if zeros else None,
+            bits=parts[0].bits,
             rows=1,
             group=parts[0].group,
         )

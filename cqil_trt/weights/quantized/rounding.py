@@ -55,6 +55,7 @@ def to_int4(weight: torch.Tensor, dtype: torch.dtype) -> QuantizedMatrix:
         codes = torch.where(better[..., None], found.to(torch.uint8), codes)
     return QuantizedMatrix(
         codes=codes.reshape(height, -1)[:, :width],
+        bits=4,
         scales=scales,
         zeros=zeros.to(torch.uint8),
         rows=1,
@@ -78,4 +79,4 @@ def _scales(weight: torch.Tensor, largest: float) -> torch.Tensor:
 
 def _by_row(codes: torch.Tensor, scales: torch.Tensor) -> QuantizedMatrix:
     width = codes.shape[1]
-    return QuantizedMatrix(codes=codes, scales=scales, zeros=None, rows=1, group=even_groups(width, width))
+    return QuantizedMatrix(codes=codes, bits=8, scales=scales, zeros=None, rows=1, group=even_groups(width, width))

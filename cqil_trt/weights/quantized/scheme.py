@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 
 import torch
 
@@ -128,6 +128,14 @@ class QuantizedReader(WeightReader):
         if module is None:
             return self._base.read(name, rows, columns)
         return self.matrix(module).dequantize(rows, columns)
+
+    @property
+    def quantized_names(self) -> Set[str]:
+        return {f"{module}.weight" for module in self._modules}
+
+    def quantized(self, name: str) -> QuantizedMatrix | None:
+        module = self._module(name)
+        return None if module is None else self.matrix(module).by_row()
 
     def matrix(self, module: str) -> QuantizedMatrix:
         """The matrix of a quantized module."""
