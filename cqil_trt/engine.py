@@ -32,7 +32,7 @@ from cqil_trt.json_fields import read_json
 from cqil_trt.model import ModelConfig
 from cqil_trt.shard import RankPlan, plan
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _TEMPORARY = ".building-"
 LOCK = ".lock"
 _SAFETENSORS_NAMES = {

@@ -300,7 +300,8 @@ class Scheduler:
         """The drafts of sequences that decode. All of them must have room for the longest in their slots."""
         space = self._max_seq_len - max(s.fed for s in ready) - 1
         drafts = tuple(
-            s.speculator.draft(min(space, s.room - s.chosen - 1)) if s.speculator is not None else () for s in ready
+            s.speculator.draft(min(space, s.room - s.chosen - 1), len(ready)) if s.speculator is not None else ()
+            for s in ready
         )
         return drafts if any(drafts) else ()
 
@@ -410,7 +411,7 @@ class Scheduler:
             if sequence.speculator is not None:
                 sequence.speculator.extend([choice.token for choice in choices])
                 if step.chunk is None:
-                    sequence.speculator.verified(drafted.get(slot, 0), len(choices) - 1)
+                    sequence.speculator.verified(drafted.get(slot, 0), len(choices) - 1, len(step.decode))
             for choice in choices:
                 taken.append(choice)
                 sequence.tokens.append(choice.token)

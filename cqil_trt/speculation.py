@@ -97,8 +97,9 @@ class Speculation:
 class Speculator:
     """The drafts of one sequence, and whether they are worth their price.
 
-    A token that is drafted in vain costs `row_cost` of a step. A sequence may lose a small share of its steps in this
-    way, and what its accepted drafts saved before.
+    A token that is drafted in vain costs each of the `sequences` in the step `row_cost` of it: they all get as many
+    rows as the longest draft has. A sequence may lose a small share of its steps in this way, and what its accepted
+    drafts saved before. So there are short drafts, if any, where many sequences run.
     """
 
     def __init__(self, speculation: Speculation, row_cost: float):
@@ -109,12 +110,12 @@ class Speculator:
     def extend(self, tokens: Sequence[int]) -> None:
         self._drafter.extend(tokens)
 
-    def draft(self, room: int) -> tuple[int, ...]:
+    def draft(self, room: int, sequences: int) -> tuple[int, ...]:
         """Drafted tokens for the next step, at most `room`."""
-        most = min(self._tokens, room, int(self._credit / self._row_cost))
+        most = min(self._tokens, room, int(self._credit / (self._row_cost * sequences)))
         return tuple(self._drafter.draft(most)) if most > 0 else ()
 
-    def verified(self, drafted: int, accepted: int) -> None:
+    def verified(self, drafted: int, accepted: int, sequences: int) -> None:
         """After each step: how many tokens were drafted for it, and how many of them came true."""
-        saved = accepted - self._row_cost * drafted + _SHARE
+        saved = accepted - self._row_cost * drafted * sequences + _SHARE
         self._credit = min(self._credit + saved, _MOST)

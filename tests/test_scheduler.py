@@ -164,8 +164,8 @@ class FakeSpeculator:
     def extend(self, tokens):
         self.tokens += tokens
 
-    def draft(self, room):
-        assert room >= 0
+    def draft(self, room, sequences):
+        assert room >= 0 and sequences >= 1
         chance = zlib.crc32(b"draft" + bytes(self.tokens))
         draft = []
         while len(draft) < min(room, chance % 6):
@@ -175,8 +175,8 @@ class FakeSpeculator:
         self.drafted = len(draft)
         return tuple(draft)
 
-    def verified(self, drafted, accepted):
-        assert 0 <= accepted <= drafted
+    def verified(self, drafted, accepted, sequences):
+        assert sequences >= 1 and 0 <= accepted <= drafted
         assert drafted in (0, self.drafted)
         if accepted:
             seen("accepted drafts")

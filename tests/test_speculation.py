@@ -51,16 +51,17 @@ def test_ngrams_are_looked_up(first, second, most):
     assert list(drafter.draft(most)) == looked_up(first + second, most)
 
 
+@pytest.mark.parametrize("sequences", [1, 3])
 @pytest.mark.parametrize("row_cost", [0.01, 0.1, 0.4])
-def test_drafts_in_vain_cost_little(row_cost):
+def test_drafts_in_vain_cost_little(row_cost, sequences):
     speculator = Speculator(Speculation(method="ngram", tokens=15), row_cost)
     speculator.extend([1, 2, 3] * 30)
     cost, drafted = 0.0, 0
     for step in range(1, 3001):
-        draft = speculator.draft(100)
+        draft = speculator.draft(100, sequences)
         assert len(draft) <= 15
-        speculator.verified(len(draft), 0)
-        cost += row_cost * len(draft)
+        speculator.verified(len(draft), 0, sequences)
+        cost += row_cost * len(draft) * sequences
         drafted += len(draft)
         assert cost <= 0.5 + 0.02 * step + 1e-9
     assert drafted > 0
@@ -72,9 +73,9 @@ def test_accepted_drafts_are_followed_by_long_ones():
     speculator.extend([*text, 0, 1, 2])
     done, steps = 3, 0
     while done < 33:
-        draft = speculator.draft(33 - done)
+        draft = speculator.draft(33 - done, 1)
         assert list(draft) == text[done : done + len(draft)]
-        speculator.verified(len(draft), len(draft))
+        speculator.verified(len(draft), len(draft), 1)
         speculator.extend(text[done : done + len(draft) + 1])
         done += len(draft) + 1
         steps += 1
