@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import queue
 import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from cqil_trt import families, formats, probes
 from cqil_trt.config import CqilConfig, EngineLimits
 from cqil_trt.engine import Source, tensor_header
+from cqil_trt.errors import UserError
 from cqil_trt.families.layout import LayerLayout, checkpoint_shapes
 from cqil_trt.formats.int4 import GROUP
 from cqil_trt.gguf_files import gguf_parts
@@ -23,6 +25,7 @@ from cqil_trt.shard import RankPlan
 from cqil_trt.tokenizer import find_tokenizer
 from cqil_trt.weights import WeightReader, check_shapes, open_checkpoint
 from cqil_trt.weights.quantized import QuantizedMatrix, QuantizingReader
+from cqil_trt.weights.quantized.rounding import ROUNDING
 
 # The largest model, in bytes of float32, for which "auto" runs the reference without a GPU that it fits on.
 _PROBE_BYTES = 2 << 30
@@ -45,6 +48,7 @@ class Checkpoint:
 
     def merge(self, lora: Path | None) -> None:
         """Merges an adapter into all later reads; None merges nothing."""
+        self._own_formats: dict[str, tuple[str, tuple[int, ...]] | None] = {}
         self.tokenizer = find_tokenizer(self._path, lora) if self._with_tokenizer else None
         # A .gguf file that is a link, as in the hub's cache, keeps its name.
         place = self._path.resolve() if self._path.is_dir() else self._path.parent.resolve() / self._path.name
@@ -60,20 +64,28 @@ class Checkpoint:
         """
         stored = formats.load(limits.weights).quantized
         if stored and self.own_format(limits.dtype) != (limits.weights, limits.keep):
+            if limits.weights not in ROUNDING:
+                raise UserError(f"{self.reader.source}: its matrices are not quantized as {limits.weights}")
             names = [name for index, name in self._layer_matrices() if index not in limits.keep]
             self.reader = QuantizingReader(self.reader, names, limits.weights, limits.dtype)
 
     def own_format(self, dtype: str) -> tuple[str, tuple[int, ...]] | None:
-        """The format in which an engine of type `dtype` holds the checkpoint's own codes, and the layers without any.
+        """The format in which an engine of type `dtype` holds the checkpoint's own codes, and the layers that have
+        others or none.
 
-        None where there is no such format. An adapter turns the matrices that it changes into dense ones.
+        None where there is no such format. An adapter turns the matrices that it changes into dense ones. Reads all
+        quantized matrices, at the first call for a type.
         """
-        quantized, matrices = self.reader.quantized_names, self._layer_matrices()
-        keep = {index for index, name in matrices if name not in quantized}
-        first = next((index for index, _ in matrices if index not in keep), None)
-        found = {_format_of(self.reader.quantized(name), dtype) for index, name in matrices if index == first}
-        name = found.pop() if len(found) == 1 else None
-        return None if name is None else (name, tuple(sorted(keep)))
+        if dtype not in self._own_formats:
+            kinds: dict[int, set[str | None]] = {}
+            for index, name in self._layer_matrices():
+                kinds.setdefault(index, set()).add(_format_of(self.reader.quantized(name), dtype))
+            alike = {index: found.pop() for index, found in kinds.items() if len(found) == 1}
+            counts = Counter(kind for kind in alike.values() if kind is not None)
+            best = counts.most_common(1)[0][0] if counts else None
+            others = tuple(index for index in kinds if alike.get(index) != best)
+            self._own_formats[dtype] = None if best is None else (best, others)
+        return self._own_formats[dtype]
 
     def _layer_matrices(self) -> list[tuple[int, str]]:
         """The matrices of all layers, each with its layer."""
@@ -113,7 +125,7 @@ def _format_of(matrix: QuantizedMatrix | None, dtype: str) -> str | None:
     if matrix.size == 0 and matrix.zeros is None and matrix.bits == 8:
         return "fp8" if matrix.codes.is_floating_point() else "int8"
     exact = torch.equal(matrix.scales.to(getattr(torch, dtype)).float(), matrix.scales)
-    if matrix.size and matrix.zeros is not None and matrix.bits == 4 and exact:
+    if matrix.size and matrix.zeros is not None and matrix.bits == 4 and exact and matrix.codes.dtype == torch.uint8:
         return "int4" if matrix.size == GROUP else f"int4g{matrix.size}"
     return None
 

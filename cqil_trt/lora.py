@@ -99,6 +99,9 @@ class LoraReader(WeightReader):
         adapters: set[str] = set()
         for key, shape in self._adapter.shapes().items():
             kind, target, adapter = self._place(key)
+            dtype = self._adapter.dtype(key)
+            if not dtype.is_floating_point or dtype.itemsize == 1:
+                raise self._fail(f"{key[:120]} has type {dtype}, which is not supported")
             if 0 in shape:
                 raise self._fail(f"{key[:120]} is empty (a sharded model's weights must be gathered before saving)")
             if kind in _FORMS and f"{target}.weight" not in self._names:

@@ -242,7 +242,8 @@ class HostSession(Session):
         if scored is not None:
             return scored[None, -count:]
         last = self._last_logits()[:, -count:]
-        return self._gather(last.reshape(-1, last.shape[-1])).reshape(*last.shape[:2], -1)
+        rows, width = last.shape[0] * last.shape[1], last.shape[2]  # a rank may predict nothing: width 0
+        return self._gather(last.reshape(rows, width)).reshape(*last.shape[:2], self.vocab_size)
 
     def collect(self) -> Outcome:
         return self._note(self._outcomes.popleft())

@@ -6,6 +6,7 @@ whether the next token is chosen in the same step. Nothing here depends on time,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -89,9 +90,15 @@ class Speculation:
             raise UserError(f"--speculate must be none or METHOD[:TOKENS] with METHOD of {known}, found {text!r:.40}")
         if not colon:
             return cls(method=method)
-        if not (number.isascii() and number.isdecimal() and 1 <= int(number[:4]) <= MAX_TOKENS):
+        if not re.fullmatch("[0-9]{1,3}", number):
             raise UserError(f"--speculate {method}: tokens must be from 1 to {MAX_TOKENS}, found {number!r:.40}")
         return cls(method=method, tokens=int(number))
+
+    def __post_init__(self) -> None:
+        if self.method not in DRAFTERS:
+            raise UserError(f"--speculate: method must be one of {', '.join(DRAFTERS)}, found {self.method!r:.40}")
+        if not 1 <= self.tokens <= MAX_TOKENS:
+            raise UserError(f"--speculate {self.method}: tokens must be from 1 to {MAX_TOKENS}, found {self.tokens}")
 
 
 class Speculator:

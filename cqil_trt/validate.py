@@ -259,7 +259,7 @@ def _live(llm: Llm, prompts: Sequence[Sequence[int]], lengths: Sequence[int]) ->
     else:
         checkpoint = Checkpoint(Path(source.model), None if source.lora is None else Path(source.lora), tokenizer=False)
         checkpoint.quantize(limits)
-        network = reference.from_reader(checkpoint.model, checkpoint.reader)
+        network = reference.from_reader(checkpoint.model, checkpoint.reader, pieces=False)
     network = reference.with_cqil(network, llm.engine.cqil)
     found = reference.probe(network, prompts, lengths, progress=False)
     torch.set_num_threads(threads)

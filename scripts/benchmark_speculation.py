@@ -140,9 +140,14 @@ def price(llm: Llm, rounds: int) -> dict[int, float]:
     """Milliseconds of a decode step of one sequence, by its tokens: the median of alternating measurements."""
     session = llm.session
     widths = [count for count in (1, 2, 4, 8, 16) if session.row_cost is not None or count == 1]
-    session.load([5] * 200)
+    context = min(200, session.limits.max_seq_len - max(widths) * len(widths))
+    if context < 1:
+        raise UserError(
+            f"the engine holds {session.limits.max_seq_len} tokens, too few to measure steps of {max(widths)}"
+        )
     times: dict[int, list[float]] = {count: [] for count in widths}
     for _ in range(4 * rounds):
+        session.load([5] * context)
         for count in widths:
             draft = (0,) * (count - 1)
             began = time.perf_counter()

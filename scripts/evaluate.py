@@ -176,14 +176,14 @@ def references(options: argparse.Namespace, names: list[str], manager: Any) -> I
             column.tasks = run_tasks(lm, manager, names, options.num_fewshot, options.limit)
         return column
 
-    network = reference.from_reader(model, checkpoint.reader)
+    network = reference.from_reader(model, checkpoint.reader, pieces=not options.quantize)
     yield run(network, Column(UNCHANGED, CqilConfig(p=1)))
     if cqil.groups:
         reference.with_cqil(network, cqil)
         yield run(network, Column(CQIL, cqil))
     if adapted is not None:
         del network
-        network = reference.from_reader(adapted.model, adapted.reader)
+        network = reference.from_reader(adapted.model, adapted.reader, pieces=not options.quantize)
         reference.with_cqil(network, cqil)
         yield run(network, Column(ADAPTED if cqil.groups else "adapter", cqil))
     del network

@@ -133,6 +133,8 @@ COMPRESSED = {
     "fp8-block": ("float-quantized", dict(num_bits=8, type="float", strategy="block", block_structure=[16, 32])),
     "int8-channel": ("int-quantized", dict(num_bits=8, type="int", strategy="channel")),
     "int8-asymmetric": ("int-quantized", dict(num_bits=8, type="int", strategy="channel", symmetric=False)),
+    "int4-group": ("int-quantized", dict(num_bits=4, type="int", **GROUPED)),
+    "int4-asymmetric": ("int-quantized", dict(num_bits=4, type="int", symmetric=False, **GROUPED)),
     "w4-group": ("pack-quantized", dict(num_bits=4, type="int", **GROUPED)),
     "w4-asymmetric": ("pack-quantized", dict(num_bits=4, type="int", symmetric=False, **GROUPED)),
     "w4-channel": ("pack-quantized", dict(num_bits=4, type="int", strategy="channel")),
@@ -151,6 +153,14 @@ FORMATS = {
     "fp8-blocks": (
         lambda w, rng: fp8(w, rng, block=(32, 32), scale="weight_scale_inv"),
         {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [32, 32], "activation_scheme": "dynamic"},
+    ),
+    "fp8-one": (
+        lambda w, rng: fp8(w, rng, scale="weight_scale_inv", shape=()),
+        {"quant_method": "fp8", "weight_block_size": None, "activation_scheme": "dynamic"},
+    ),
+    "fp8-rows": (
+        lambda w, rng: fp8(w, rng, channels=True),
+        {"quant_method": "fp8", "activation_scheme": "static"},
     ),
     "modelopt": (
         lambda w, rng: fp8(w, rng, shape=()),
@@ -259,6 +269,8 @@ STORED = {
     "gptq-v2": ("int4g16", "float16"),
     "awq": ("int4g16", "float16"),
     "w4-group": ("int4g16", "float32"),
+    "int4-group": ("int4g16", "float32"),
+    "int4-asymmetric": ("int4g16", "float32"),
     "w4-asymmetric": ("int4g16", "float32"),
     "fp8-tensor": ("fp8", "float16"),
     "fp8-channel": ("fp8", "bfloat16"),
@@ -324,6 +336,42 @@ def test_codes_that_no_engine_holds(source, tmp_path):
         cqil_trt.build(
             model=tmp_path / "gptq-bfloat16", p=1, quantize="stored", keep="layers.0", output=tmp_path / "engine"
         )
+
+
+def test_layers_of_other_codes_are_kept_dense(source, tmp_path):
+    """One with 8 bits instead of 4, one whose scales the engine's type does not hold."""
+    layer = {}
+
+    def packer(weight, rng):
+        number = layer["count"] = layer.get("count", -1) + 1  # in the order of names: seven matrices a layer
+        tensors, matrix = gptq(weight, rng, bits=8 if number // 7 == 3 else 4)
+        if number // 7 == 5:
+            tensors["scales"] = tensors["scales"].float() * 1.0001
+            matrix = matrix * np.float32(1.0001)
+        return tensors, matrix
+
+    config = {**GPTQ, "dynamic": {".*layers\\.3\\..*": {"bits": 8}}}
+    quantize(source, tmp_path / "quantized", packer, config)
+    checkpoint = Checkpoint(tmp_path / "quantized", tokenizer=False)
+    assert checkpoint.own_format("float16") == ("int4g16", (3, 5))
+    engine = cqil_trt.build(
+        model=tmp_path / "quantized", p=1, quantize="stored", dtype="float16", output=tmp_path / "e"
+    )
+    assert engine.limits.weights == "int4g16" and engine.limits.keep == (3, 5)
+    weights = load_file(engine.rank_file(0))
+    take_quantized(engine.plan(0), weights, torch.float32)
+    [rank] = plan(checkpoint.model, CqilConfig(p=1))
+    dense = Checkpoint(tmp_path / "quantized", tokenizer=False).reader
+    for tensor in rank.tensors:
+        expected = torch.cat([block.view(-1) for block in tensor.blocks(dense)])
+        exact = re.match(r"layers\.[0124]\.(qkv|o|gate_up|down)", tensor.name)
+        expected = expected if exact else expected.half().float()
+        assert torch.equal(weights[tensor.name].float().view(-1), expected), tensor.name
+
+
+def test_a_size_of_groups_is_the_checkpoints(source, tmp_path):
+    with pytest.raises(UserError, match="its matrices are not quantized as int4g32"):
+        cqil_trt.build(model=source, p=1, quantize="int4g32", output=tmp_path / "engine")
 
 
 def test_modules_of_other_kinds(source, tmp_path):
@@ -413,6 +461,19 @@ MODULE = "model.layers.3.mlp.up_proj"
         ("w4-group", "weight_scale", lambda t: t[:, :-1], "up_proj: weight_scale has shape"),
         ("w4-group", "weight_shape", None, "up_proj: weight_shape is missing"),
         ("w4-group", "weight_shape", lambda t: t + 8, r"up_proj.weight has shape \(104, 56\)"),
+        (
+            "w4-group",
+            "weight_shape",
+            lambda t: t.float(),
+            "up_proj: weight_shape has type torch.float32, expected integers",
+        ),
+        (
+            "int8-asymmetric",
+            "weight_zero_point",
+            lambda t: t.int() * 100,
+            "up_proj: weight_zero_point holds a value that",
+        ),
+        ("gptq", "g_idx", lambda t: t + 0.5, "up_proj: g_idx has type torch.float32, expected integers"),
         ("w4-asymmetric", "weight_zero_point", None, "up_proj: weight_zero_point is missing"),
     ],
 )
@@ -432,6 +493,10 @@ def changed(name, **values):
     return {**FORMATS[name][1], **values}
 
 
+def changed_block(block):
+    return compressed_config("float-quantized", num_bits=8, type="float", strategy="block", block_structure=block)
+
+
 @pytest.mark.parametrize(
     ("name", "config", "said"),
     [
@@ -443,6 +508,12 @@ def changed(name, **values):
         ("gptq", changed("gptq", checkpoint_format="marlin"), "checkpoint_format 'marlin' is not supported"),
         ("gptq", changed("gptq", dynamic={"(": {}}), "is not a regular expression"),
         ("gptq", changed("gptq", dynamic=[]), "dynamic must be"),
+        ("gptq", changed("gptq", dynamic={"a{99999999999999999999}": {}}), "is not a regular expression"),
+        ("gptq", changed("gptq", dynamic={"(" * 3000 + ")" * 3000: {}}), "is not a regular expression"),
+        ("fp8-block", changed_block(["16", "32"]), "strategy 'block', group_size -1, are not supported"),
+        ("fp8-block", changed_block([None, 32]), "strategy 'block', group_size -1, are not supported"),
+        ("fp8-block", changed_block([16.0, 32.0]), "strategy 'block', group_size -1, are not supported"),
+        ("fp8-block", changed_block("9" * 5000 + "x1"), "strategy 'block', group_size -1, are not supported"),
         ("awq", changed("awq", version="gemv"), "version 'gemv', is not supported"),
         ("awq", changed("awq", bits=3), "AWQ of 3 bits"),
         ("awq", changed("awq", group_size=32), "qzeros has shape|scales has shape"),

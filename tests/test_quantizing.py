@@ -1,15 +1,17 @@
 """Weights that a build quantizes: what they become, how they are dealt to ranks, and the engines that hold them."""
 
 import json
+import sys
 
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support import SEED, write_json
 from support.checkpoints import load_model, make_adapter, make_model
-from support.processes import build, mpirun
+from support.made_tokenizers import save_byte_tokenizer
+from support.processes import build, mpirun, run
 
 import cqil_trt
 from cqil_trt.backends.torch.quantized import take_quantized
@@ -218,6 +220,26 @@ def test_wrong_layers_to_keep_are_named(text):
         parse_keep(text, 6)
 
 
+def test_extreme_values():
+    tiny = torch.full((2, 128), 1e-44)
+    huge = torch.full((2, 128), 3e38)
+    for rounding in (to_int8, to_fp8, to_int4):
+        for weight in (tiny, huge, torch.zeros(2, 128)):
+            for dtype in (torch.float32, torch.float16):
+                assert torch.isfinite(rounding(weight, dtype).dequantize()).all()
+        assert not rounding(torch.zeros(2, 128), torch.float16).dequantize().any()
+
+
+def test_values_that_are_not_finite_are_named(tmp_path):
+    source = make_model(tmp_path / "model", **SIZES)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("inf")
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(UserError, match="layers.1.mlp.up_proj.weight holds a value that is not finite"):
+        cqil_trt.build(model=source, p=1, quantize="int8", probes="never", output=tmp_path / "engine")
+    assert not (tmp_path / "engine").exists()
+
+
 def test_what_cannot_be_built_is_refused(source, tmp_path):
     output = tmp_path / "engine"
     with pytest.raises(UserError, match="--keep needs --quantize"):
@@ -233,3 +255,30 @@ def test_what_cannot_be_built_is_refused(source, tmp_path):
         cqil_trt.build(model=engine.path, backend="onnx", output=tmp_path / "onnx")
     with pytest.raises(UserError, match="an engine, which fixes --quantize: omit it"):
         cqil_trt.build(model=engine.path, backend="onnx", quantize="int8", output=tmp_path / "onnx")
+
+
+def test_evaluate_measures_the_quantized_model(tmp_path):
+    source = make_model(tmp_path / "model", **SIZES, vocab_size=259)
+    save_byte_tokenizer(source)
+    tokens = np.random.default_rng(SEED).integers(3, 131, 3 * 32).astype(np.int32)
+    np.save(tmp_path / "tokens.npy", tokens)
+    found = {}
+    for flags in ((), ("--quantize", "int4")):
+        out = tmp_path / "out.json"
+        command = ["scripts/evaluate.py", "--model", source, "--p", 1, "--text", tmp_path / "tokens.npy", "--block", 32]
+        done = run(sys.executable, *command, *flags, "--json", out)
+        assert done.returncode == 0, done.stderr
+        found[flags] = json.loads(out.read_text())["columns"][0]["perplexity"]
+    checkpoint = Checkpoint(source, tokenizer=False)
+    checkpoint.quantize(EngineLimits(dtype="float16", weights="int4"))
+    network = load_model(source)
+    state = network.state_dict()
+    blocks = torch.from_numpy(tokens.astype(np.int64)).view(-1, 32)
+    for flags in found:
+        with torch.inference_mode():
+            if flags:
+                for name in checkpoint.reader.shapes():
+                    state[name].copy_(checkpoint.reader.read(name))
+            logits = network(blocks).logits[:, :-1].double()
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten())
+        assert found[flags] == pytest.approx(loss.exp().item(), rel=1e-4)

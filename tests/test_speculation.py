@@ -86,7 +86,21 @@ def test_flags_are_read():
     assert Speculation.parse("none") is None
     assert Speculation.parse("ngram") == Speculation(method="ngram", tokens=7)
     assert Speculation.parse("ngram:15") == Speculation(method="ngram", tokens=15)
-    for wrong in ("", "eagle", "ngram:", "ngram:0", "ngram:16", "ngram:x", "ngram:-1", "ngram:²", "none:3"):
+    with pytest.raises(UserError, match="method must be one of ngram"):
+        Speculation(method="medusa")
+    for wrong in (
+        "",
+        "eagle",
+        "ngram:0001999",
+        "ngram:" + "9" * 5000,
+        "ngram:",
+        "ngram:0",
+        "ngram:16",
+        "ngram:x",
+        "ngram:-1",
+        "ngram:²",
+        "none:3",
+    ):
         with pytest.raises(UserError, match="--speculate"):
             Speculation.parse(wrong)
 
@@ -206,25 +220,60 @@ def test_an_accepted_end_ends(engine, noisy):
 def test_ranks_draft_alike(tmp_path, backend):
     """Through the commands, whose prompts repeat themselves: the same text in fewer steps."""
     make_model(tmp_path / "model", vocab_size=61)
-    cqil_trt.build(
-        model=tmp_path / "model", p=2, backend=backend, output=tmp_path / "engine", max_seq_len=96, max_batch_size=3
-    )
+    # In placement leader, rank 1 predicts nothing.
+    placement = {"torch": "sharded", "onnx": "leader"}[backend]
+    shape = {"p": 2, "placement": placement, "max_seq_len": 96, "max_batch_size": 3}
+    cqil_trt.build(model=tmp_path / "model", backend=backend, output=tmp_path / "engine", **shape)
     rng = random.Random(SEED)
     prompts = [[rng.randrange(3, 61) for _ in range(8)] * 3, [7, 8, 9] * 5, [11]]
     ids = write_json(tmp_path / "prompts.json", prompts)
     found = {}
-    for speculate in ("none", "ngram:5"):
-        out = tmp_path / "out.json"
-        arguments = ["--engine", tmp_path / "engine", "--token-ids", ids, "--max-new-tokens", "60", "--device", "cpu"]
-        done = mpirun(2, *arguments, "--speculate", speculate, "--json", out)
-        assert done.returncode == 0, done.stderr
-        found[speculate] = json.loads(out.read_text())["completions"]
+    sampled = ("--temperature", "0.3", "--seed", "7", "--frequency-penalty", "0.1")
+    for flags in ((), sampled):
+        for speculate in ("none", "ngram:5"):
+            out = tmp_path / "out.json"
+            arguments = [
+                "--engine",
+                tmp_path / "engine",
+                "--token-ids",
+                ids,
+                "--max-new-tokens",
+                "60",
+                "--device",
+                "cpu",
+            ]
+            done = mpirun(2, *arguments, *flags, "--speculate", speculate, "--json", out)
+            assert done.returncode == 0, done.stderr
+            found.setdefault(speculate, []).extend(json.loads(out.read_text())["completions"])
     for plain, drafted in zip(*found.values(), strict=True):
         assert drafted["tokens"] == plain["tokens"]
         assert plain["drafted_tokens"] == 0 and plain["steps"] == len(plain["tokens"])
         assert drafted["steps"] == len(drafted["tokens"]) - drafted["accepted_tokens"]
     # A random model's greedy text soon repeats itself.
     assert sum(c["accepted_tokens"] for c in found["ngram:5"]) > 0
+
+
+@pytest.mark.parametrize("placement", ["leader", "tensor"])
+def test_sampling_where_ranks_share_or_lack_the_vocabulary(placement, tmp_path):
+    """Two ranks give the tokens of one, whether the second predicts nothing or half of the vocabulary."""
+    make_model(tmp_path / "model", vocab_size=61)
+    prompts = write_json(tmp_path / "prompts.json", [[5, 9, 7], [8] * 20])
+    found = {}
+    for p in (1, 2):
+        shape = {"p": p, "placement": placement} if p == 1 or placement == "tensor" else {"p": p, "start": 6, "end": 6}
+        cqil_trt.build(
+            model=tmp_path / "model",
+            output=tmp_path / f"engine{p}",
+            max_seq_len=64,
+            **{**shape, "placement": placement},
+        )
+        out = tmp_path / f"out{p}.json"
+        arguments = ["--engine", tmp_path / f"engine{p}", "--token-ids", prompts, "--max-new-tokens", "30"]
+        flags = ["--temperature", "0.9", "--seed", "3", "--repetition-penalty", "1.2", "--device", "cpu"]
+        done = mpirun(p, *arguments, *flags, "--json", out)
+        assert done.returncode == 0, done.stderr
+        found[p] = [completion["tokens"] for completion in json.loads(out.read_text())["completions"]]
+    assert found[1] == found[2]
 
 
 def test_wrong_flags_end_in_one_line(engine):

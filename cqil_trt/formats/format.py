@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # Elements per block: small enough that a block and its float32 copy stay in the caches while an adapter is
 # merged, large enough that a block's matrix product is efficient.
-_BLOCK_ELEMENTS = 1 << 20
+BLOCK_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class RankTensor(StoredTensor):
         for piece in self.pieces:
             shape = reader.shapes()[piece.source]
             first, last = piece.rows or (0, shape[0])
-            step = max(1, _BLOCK_ELEMENTS // (shape[1] if len(shape) > 1 else 1))
+            step = max(1, BLOCK_ELEMENTS // (shape[1] if len(shape) > 1 else 1))
             for row in range(first, last, step):
                 block = reader.read(piece.source, (row, min(row + step, last)), piece.columns)
                 yield block.to(dtype).contiguous()

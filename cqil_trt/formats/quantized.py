@@ -11,8 +11,7 @@ from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cqil_trt.errors import UserError
-from cqil_trt.formats.format import Piece, Projection, RankTensor, WeightFormat
+from cqil_trt.formats.format import BLOCK_ELEMENTS, Piece, Projection, RankTensor, WeightFormat
 
 if TYPE_CHECKING:
     import torch
@@ -46,19 +45,19 @@ class MatrixPart(RankTensor):
         import torch
 
         for piece in self.pieces:
-            found = self._of(reader.quantized(piece.source), piece)
-            if self.packed:
-                found = torch.nn.functional.pad(found, (0, found.shape[1] % 2))
-                found = found[:, ::2] | found[:, 1::2] << 4
-            # Flat, because a dimension of size 1 may have any stride.
-            yield found.to(getattr(torch, self.dtype)).contiguous().view(-1)
+            part = self._of(reader.quantized(piece.source), piece)
+            step = max(1, BLOCK_ELEMENTS // max(1, part[0].numel())) if len(part) else 1
+            for row in range(0, len(part), step):
+                found = part[row : row + step]
+                if self.packed:
+                    found = torch.nn.functional.pad(found, (0, found.shape[1] % 2))
+                    found = found[:, ::2] | found[:, 1::2] << 4
+                # Flat, because a dimension of size 1 may have any stride.
+                yield found.to(getattr(torch, self.dtype)).contiguous().view(-1)
 
     def _of(self, matrix: QuantizedMatrix | None, piece: Piece) -> torch.Tensor:
         if matrix is None or (matrix.zeros is not None) != self.zeros or not matrix.in_groups(self.group):
-            raise UserError(
-                f"{piece.source}: not quantized like the others, and an engine stores all alike: --quantize dense "
-                "dequantizes them"
-            )
+            raise RuntimeError(f"{piece.source} is not quantized as the engine stores it")
         height, width = matrix.codes.shape
         rows, columns = piece.rows or (0, height), piece.columns or (0, width)
         if self.part == "weight":

@@ -37,6 +37,10 @@ class CompressedTensors(Scheme):
         self._groups = [self._group(name, group) for name, group in config.object("config_groups").values.items()]
         if not self._groups:
             raise self.fail("config_groups names no weights")
+        self._targets = [
+            [self.pattern(target[3:]) if target.startswith("re:") else target for target in group.get("targets", [])]
+            for group in self._groups
+        ]
         ignored = []
         if any(group.get("input_activations") or group.get("output_activations") for group in self._groups):
             ignored.append("quantization of activations")
@@ -70,27 +74,23 @@ class CompressedTensors(Scheme):
 
     def _weights_of(self, module: Module) -> Fields:
         """How a module's weights are quantized. A name goes before a regular expression, that before a class."""
-        ways = (
-            lambda target: target == module.name,
-            lambda target: target.startswith("re:") and re.match(target[3:], module.name),
-            lambda target: target == _LINEAR,
-        )
-        for matches in ways:
-            for group in self._groups:
-                try:
-                    found = any(matches(target) for target in group.get("targets", []))
-                except re.error as error:
-                    raise self.fail(f"a target is not a regular expression ({error})") from None
-                if found and group.object("weights").values:
+        for way in range(3):
+            for group, targets in zip(self._groups, self._targets):
+                if group.object("weights").values and any(self._matches(way, t, module.name) for t in targets):
                     return group.object("weights")
         raise module.fail("is quantized, but no group of the configuration names it")
+
+    def _matches(self, way: int, target: str | re.Pattern[str], name: str) -> bool:
+        if isinstance(target, re.Pattern):
+            return way == 1 and target.match(name) is not None
+        return (way == 0 and target == name) or (way == 2 and target == _LINEAR)
 
     def shapes(self, reader: WeightReader) -> dict[str, tuple[int, int]]:
         found = scaled_matrices(reader.shapes(), "weight_scale")
         for key in reader.shapes():
             name, _, part = key.rpartition(".")
             if part == "weight_packed":
-                height, width = Module(reader, name).read("weight_shape", (2,)).tolist()
+                height, width = Module(reader, name).integers("weight_shape", 1, 2**31 - 1, (2,)).tolist()
                 found[name] = height, width
         return found
 
@@ -122,8 +122,11 @@ class CompressedTensors(Scheme):
         zeros = None if symmetric else _zeros(module, bits, grid, packed).to(codes.dtype)
         if packed and bits == 8:
             codes, zeros = _signed(codes), None if zeros is None else _signed(zeros)
-        elif packed and zeros is None:
-            zeros = torch.full(grid, 1 << (bits - 1), dtype=torch.uint8)
+        elif bits == 4:
+            # Unsigned, as packed ones are.
+            codes = codes if packed else (codes + 8).to(torch.uint8)
+            zeros = torch.full(grid, 8) if zeros is None else zeros if packed else zeros + 8
+            zeros = zeros.to(torch.uint8)
         group = even_groups(width, columns)
         if module.has("weight_g_idx"):
             group = module.group_index("weight_g_idx", width, grid[1])
@@ -141,16 +144,19 @@ class CompressedTensors(Scheme):
         if strategy == "group" and size > 0:
             return 1, size
         block = weights.get("block_structure")
-        if isinstance(block, str):
-            block = [int(part) for part in block.split("x") if part.isdecimal()]
-        if strategy == "block" and isinstance(block, list) and len(block) == 2 and all(n > 0 for n in block):
-            return block[0], block[1]
+        if isinstance(block, str) and re.fullmatch(r"[0-9]{1,6}x[0-9]{1,6}", block):
+            block = [int(part) for part in block.split("x")]
+        if strategy == "block" and isinstance(block, list) and len(block) == 2:
+            rows, columns = block
+            if type(rows) is int and type(columns) is int and min(rows, columns) > 0:
+                return rows, columns
         raise self.fail(f"weights with strategy {strategy!r:.40}, group_size {size}, are not supported")
 
 
 def _zeros(module: Module, bits: int, grid: tuple[int, int], packed: bool) -> torch.Tensor:
     if not packed:
-        return module.read("weight_zero_point", grid, (prod(grid),)).reshape(grid)
+        low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+        return module.integers("weight_zero_point", low, high, grid, (prod(grid),)).reshape(grid)
     words = module.words("weight_zero_point", (-(-grid[0] * bits // 32), grid[1]))
     return unpack(words, bits, 0)[: grid[0]]
 

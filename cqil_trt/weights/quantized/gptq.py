@@ -6,9 +6,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 
@@ -28,7 +26,9 @@ class Gptq(Scheme):
         rules = config.get("dynamic", {})
         if not isinstance(rules, dict) or not all(isinstance(rule, dict) for rule in rules.values()):
             raise config.fail("dynamic", "an object of objects")
-        self._rules: Mapping[str, Mapping[str, Any]] = rules
+        # What is not quantized ("-:") is seen from the tensors.
+        kept = {pattern: rule for pattern, rule in rules.items() if not pattern.startswith("-:")}
+        self._rules = [(self.pattern(pattern.removeprefix("+:")), rule) for pattern, rule in kept.items()]
         self._bits(config)
 
     def _bits(self, config: Fields) -> int:
@@ -42,12 +42,8 @@ class Gptq(Scheme):
 
     def _of(self, name: str) -> Fields:
         """The configuration of a module: the first rule of `dynamic` that matches its name overrides."""
-        for pattern, rule in self._rules.items():
-            try:
-                matches = re.match(pattern.removeprefix("+:"), name)
-            except re.error as error:
-                raise self.fail(f"dynamic: {pattern!r:.60} is not a regular expression ({error})") from None
-            if matches and not pattern.startswith("-:"):
+        for pattern, rule in self._rules:
+            if pattern.match(name):
                 return Fields({**self.config.values, **rule}, self.config.source)
         return self.config
 

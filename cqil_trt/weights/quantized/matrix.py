@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
 from cqil_trt.weights.reader import Range, cut
+
+# Matrices that a reader holds: a projection is made of up to three, whose codes, scales and zero points are read in
+# turn.
+HELD = 3
+# Elements whose scales are spread out at a time.
+_BLOCK_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +64,25 @@ class QuantizedMatrix:
         first, last = rows or (0, height)
         begin, end = columns or (0, width)
         values = cut(self.codes, (first, last), (begin, end)).float()
-        row = torch.arange(first, last) // self.rows
         column = self.group[begin:end]
-        if self.zeros is not None:
-            values -= self.zeros.float()[row][:, column]
-        return values.mul_(self.scales[row][:, column])
+        step = max(1, _BLOCK_ELEMENTS // max(1, end - begin))
+        for offset in range(0, last - first, step):
+            block = values[offset : offset + step]
+            row = torch.arange(first + offset, first + offset + len(block)) // self.rows
+            if self.zeros is not None:
+                block -= self.zeros[row][:, column].float()
+            block *= self.scales[row][:, column]
+        return values
+
+
+def hold(held: dict[str, QuantizedMatrix], name: str, make: Callable[[], QuantizedMatrix]) -> QuantizedMatrix:
+    """The matrix `name` of those held, the one used last at the end; made if necessary, when another one goes."""
+    if name not in held:
+        while len(held) >= HELD:
+            del held[next(iter(held))]
+        held[name] = make()
+    held[name] = held.pop(name)
+    return held[name]
 
 
 def even_groups(columns: int, size: int) -> torch.Tensor:

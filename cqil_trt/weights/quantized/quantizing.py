@@ -6,7 +6,8 @@ from collections.abc import Collection, Mapping, Set
 
 import torch
 
-from cqil_trt.weights.quantized.matrix import QuantizedMatrix
+from cqil_trt.errors import UserError
+from cqil_trt.weights.quantized.matrix import QuantizedMatrix, hold
 from cqil_trt.weights.quantized.rounding import ROUNDING
 from cqil_trt.weights.reader import Range, WeightReader
 
@@ -17,13 +18,13 @@ _BLOCK_ELEMENTS = 1 << 22
 class QuantizingReader(WeightReader):
     """`base` with the matrices `names` quantized; `read` gives their dequantized values, float32.
 
-    `stored`, `dtype`: the name of the format, and the engine's type. One matrix at a time stays in memory.
+    `stored`, `dtype`: the name of the format, and the engine's type. A few matrices stay in memory (`HELD`).
     """
 
     def __init__(self, base: WeightReader, names: Collection[str], stored: str, dtype: str):
         self.source, self.note, self._base = base.source, base.note, base
         self._names, self._round, self._dtype = frozenset(names), ROUNDING[stored], getattr(torch, dtype)
-        self._held: tuple[str, QuantizedMatrix] | None = None
+        self._held: dict[str, QuantizedMatrix] = {}
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self._base.shapes()
@@ -42,10 +43,7 @@ class QuantizingReader(WeightReader):
     def quantized(self, name: str) -> QuantizedMatrix | None:
         if name not in self._names:
             return None
-        if self._held is None or self._held[0] != name:
-            self._held = None
-            self._held = name, self._quantize(name)
-        return self._held[1]
+        return hold(self._held, name, lambda: self._quantize(name))
 
     def _quantize(self, name: str) -> QuantizedMatrix:
         height, width = self.shapes()[name]
@@ -53,6 +51,8 @@ class QuantizingReader(WeightReader):
         parts = []
         for row in range(0, height, step):
             block = self._base.read(name, (row, min(row + step, height))).float()
+            if not torch.isfinite(block).all():
+                raise UserError(f"{self.source}: {name} holds a value that is not finite, which cannot be quantized")
             parts.append(self._round(block, self._dtype))
         zeros = [part.zeros for part in parts if part.zeros is not None]
         return QuantizedMatrix(

@@ -44,7 +44,7 @@ def to_int4(weight: torch.Tensor, dtype: torch.dtype) -> QuantizedMatrix:
     scales, zeros = torch.ones_like(low), torch.zeros_like(low)
     codes = torch.zeros(groups.shape, dtype=torch.uint8)
     for part in _RANGES:
-        scale = ((high - low) * (part / _LARGEST_INT4)).to(dtype).float()
+        scale = ((high - low) * (part / _LARGEST_INT4)).clamp_(max=torch.finfo(dtype).max).to(dtype).float()
         scale = torch.where(scale > 0, scale, 1.0)
         zero = (-low * part / scale).round_().clamp_(0, _LARGEST_INT4)
         found = (groups / scale[..., None]).round_().add_(zero[..., None]).clamp_(0, _LARGEST_INT4)
@@ -73,8 +73,8 @@ ROUNDING: Mapping[str, Callable[[torch.Tensor, torch.dtype], QuantizedMatrix]] =
 
 def _scales(weight: torch.Tensor, largest: float) -> torch.Tensor:
     """The scale [N, 1] with which the largest magnitude of each row becomes `largest`; 1 for a row of zeros."""
-    top = weight.abs().amax(1, keepdim=True)
-    return torch.where(top > 0, top / largest, 1.0)
+    scales = weight.abs().amax(1, keepdim=True) / largest
+    return torch.where(scales > 0, scales, 1.0)
 
 
 def _by_row(codes: torch.Tensor, scales: torch.Tensor) -> QuantizedMatrix:

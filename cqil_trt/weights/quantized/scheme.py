@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Set
 
@@ -9,7 +10,7 @@ import torch
 
 from cqil_trt.errors import UserError
 from cqil_trt.json_fields import Fields
-from cqil_trt.weights.quantized.matrix import QuantizedMatrix
+from cqil_trt.weights.quantized.matrix import QuantizedMatrix, hold
 from cqil_trt.weights.reader import Range, WeightReader
 
 
@@ -23,7 +24,11 @@ class Module:
         return UserError(f"{self._reader.source}: {self.name}: {message}")
 
     def has(self, part: str) -> bool:
-        return f"{self.name}.{part}" in self._reader.shapes()
+        return self.shape(part) is not None
+
+    def shape(self, part: str) -> tuple[int, ...] | None:
+        """The shape of a tensor; None if it is not there."""
+        return self._reader.shapes().get(f"{self.name}.{part}")
 
     def read(self, part: str, *shapes: tuple[int, ...]) -> torch.Tensor:
         """A tensor that must be there, in one of these shapes."""
@@ -62,12 +67,30 @@ class Module:
             raise self.fail(f"{part} holds a value that is not a number")
         return found
 
+    def integers(self, part: str, low: int, high: int, *shapes: tuple[int, ...]) -> torch.Tensor:
+        """Integers from `low` to `high`."""
+        found = self.read(part, *shapes)
+        self._check_integers(part, found)
+        if found.numel() and not low <= int(found.min()) <= int(found.max()) <= high:
+            raise self.fail(f"{part} holds a value that is not from {low} to {high}")
+        return found
+
+    def _check_integers(self, part: str, found: torch.Tensor) -> None:
+        if found.is_floating_point():
+            raise self.fail(f"{part} has type {found.dtype}, expected integers")
+
     def group_index(self, part: str, columns: int, groups: int) -> torch.Tensor:
         """The group of each column."""
-        found = self.read(part, (columns,)).long()
+        found = self.read(part, (columns,))
+        self._check_integers(part, found)
+        found = found.long()
         if ((found < 0) | (found >= groups)).any():
             raise self.fail(f"{part} holds a group that is not from 0 to {groups - 1}")
         return found
+
+
+# The longest regular expression of a configuration that is compiled.
+_LONGEST_PATTERN = 1000
 
 
 class Scheme(ABC):
@@ -83,6 +106,16 @@ class Scheme(ABC):
 
     def fail(self, message: str) -> UserError:
         return UserError(f"{self.config.source}: {message}")
+
+    def pattern(self, text: str) -> re.Pattern[str]:
+        """A regular expression of the configuration."""
+        try:
+            if len(text) <= _LONGEST_PATTERN:
+                return re.compile(text)
+            reason = f"longer than {_LONGEST_PATTERN} characters"
+        except (re.error, OverflowError, RecursionError) as error:
+            reason = str(error)
+        raise self.fail(f"{text!r:.60} is not a regular expression ({reason})")
 
     @abstractmethod
     def describe(self) -> str:
@@ -102,7 +135,7 @@ class Scheme(ABC):
 
 
 class QuantizedReader(WeightReader):
-    """`base` with the matrices of quantized modules as float32. One of them at a time stays in memory."""
+    """`base` with the matrices of quantized modules as float32. A few of them stay in memory (`HELD`)."""
 
     def __init__(self, base: WeightReader, scheme: Scheme):
         self.source, self._base, self._scheme = base.source, base, scheme
@@ -113,7 +146,7 @@ class QuantizedReader(WeightReader):
         consumed = {f"{module}.{part}" for module in self._modules for part in scheme.parts()}
         self._shapes: dict[str, tuple[int, ...]] = {n: shape for n, shape in stored.items() if n not in consumed}
         self._shapes |= {f"{module}.weight": shape for module, shape in self._modules.items()}
-        self._held: tuple[str, QuantizedMatrix] | None = None
+        self._held: dict[str, QuantizedMatrix] = {}
         ignored = f"; {' and '.join(scheme.ignored)} ignored" if scheme.ignored else ""
         self.note = f"{len(self._modules)} matrices are quantized ({scheme.describe()}){ignored}"
 
@@ -139,10 +172,7 @@ class QuantizedReader(WeightReader):
 
     def matrix(self, module: str) -> QuantizedMatrix:
         """The matrix of a quantized module."""
-        if self._held is None or self._held[0] != module:
-            self._held = None
-            self._held = module, self._scheme.load(Module(self._base, module), self._modules[module])
-        return self._held[1]
+        return hold(self._held, module, lambda: self._scheme.load(Module(self._base, module), self._modules[module]))
 
     def _module(self, name: str) -> str | None:
         module, _, kind = name.rpartition(".")
