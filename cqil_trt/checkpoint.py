@@ -15,7 +15,6 @@ import torch
 from cqil_trt import families, formats, probes
 from cqil_trt.config import CqilConfig, EngineLimits
 from cqil_trt.engine import Source, tensor_header
-from cqil_trt.errors import UserError
 from cqil_trt.families.layout import LayerLayout, checkpoint_shapes
 from cqil_trt.formats.int4 import GROUP
 from cqil_trt.gguf_files import gguf_parts
@@ -25,7 +24,6 @@ from cqil_trt.shard import RankPlan
 from cqil_trt.tokenizer import find_tokenizer
 from cqil_trt.weights import WeightReader, check_shapes, open_checkpoint
 from cqil_trt.weights.quantized import QuantizedMatrix, QuantizingReader
-from cqil_trt.weights.quantized.rounding import ROUNDING
 
 # The largest model, in bytes of float32, for which "auto" runs the reference without a GPU that it fits on.
 _PROBE_BYTES = 2 << 30
@@ -64,8 +62,6 @@ class Checkpoint:
         """
         stored = formats.load(limits.weights).quantized
         if stored and self.own_format(limits.dtype) != (limits.weights, limits.keep):
-            if limits.weights not in ROUNDING:
-                raise UserError(f"{self.reader.source}: its matrices are not quantized as {limits.weights}")
             names = [name for index, name in self._layer_matrices() if index not in limits.keep]
             self.reader = QuantizingReader(self.reader, names, limits.weights, limits.dtype)
 

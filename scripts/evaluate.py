@@ -62,7 +62,7 @@ def parser() -> RankParser:
     add_cqil_flags(p)
     p.add_argument(
         "--quantize",
-        choices=[name for name in formats.names() if name != formats.DENSE],
+        choices=formats.choices(),
         help="quantize the reference's matrices as build.py --quantize does, for an engine in float16",
     )
     p.add_argument("--engine", metavar="DIR", type=Path, action="append", default=[], help="an engine; may be repeated")

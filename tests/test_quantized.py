@@ -369,11 +369,6 @@ def test_layers_of_other_codes_are_kept_dense(source, tmp_path):
         assert torch.equal(weights[tensor.name].float().view(-1), expected), tensor.name
 
 
-def test_a_size_of_groups_is_the_checkpoints(source, tmp_path):
-    with pytest.raises(UserError, match="its matrices are not quantized as int4g32"):
-        cqil_trt.build(model=source, p=1, quantize="int4g32", output=tmp_path / "engine")
-
-
 def test_modules_of_other_kinds(source, tmp_path):
     """Modules that stay dense, those that a rule gives other bits, and groups with names and patterns."""
 

@@ -35,7 +35,7 @@ def parser() -> RankParser:
     p.add_argument("--dtype", choices=DTYPES, help="type of weights and cache (default: the checkpoint's)")
     p.add_argument(
         "--quantize",
-        choices=[*(name for name in formats.names() if name != formats.DENSE), STORED],
+        choices=[*formats.choices(), STORED],
         help="quantize the matrices of the layers, after the adapter is merged; stored: keep those of a quantized "
         "checkpoint (docs/quantization.md)",
     )

@@ -15,7 +15,18 @@ from pkgutil import iter_modules
 from cqil_trt.errors import UserError
 from cqil_trt.formats.format import Piece, Projection, RankTensor, StoredTensor, WeightFormat
 
-__all__ = ["DENSE", "Piece", "Projection", "RankTensor", "StoredTensor", "WeightFormat", "base", "load", "names"]
+__all__ = [
+    "DENSE",
+    "Piece",
+    "Projection",
+    "RankTensor",
+    "StoredTensor",
+    "WeightFormat",
+    "base",
+    "choices",
+    "load",
+    "names",
+]
 
 DENSE = "dense"
 
@@ -29,6 +40,11 @@ def names() -> tuple[str, ...]:
 def base(name: str) -> str:
     """The format's name without the size of its groups: int4 of int4g32."""
     return name.partition("g")[0] if re.fullmatch(r"[a-z]+[0-9]g[1-9][0-9]*", name) else name
+
+
+def choices() -> tuple[str, ...]:
+    """What `--quantize` offers: the quantized formats, and some sizes of groups."""
+    return tuple(name for name in names() if name != DENSE) + ("int4g64", "int4g32")
 
 
 @cache

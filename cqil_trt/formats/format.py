@@ -91,10 +91,12 @@ class WeightFormat(ABC):
     """How the projections of layers are stored.
 
     Everything else is dense in every format: norms, the embedding table, and the last projection, which may be a view
-    of that table. `quantized`: whether the matrices must be quantized when they are read (`WeightReader.quantized`).
+    of that table. `group`: columns of a row that share a scale, 0 where the format has no groups. `quantized`: whether
+    the matrices must be quantized when they are read (`WeightReader.quantized`).
     """
 
     quantized = False
+    group = 0
 
     def with_groups(self, size: int) -> WeightFormat:
         """The format with groups of so many columns. Raises UserError for one without groups."""

@@ -1,4 +1,4 @@
-"""Integers of 4 bits, with a scale and a zero point for each group of 128 columns in a row."""
+"""Integers of 4 bits, with a scale and a zero point for each group of columns in a row: 128, in int4g32 32."""
 
 from __future__ import annotations
 

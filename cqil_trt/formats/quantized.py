@@ -83,7 +83,6 @@ class QuantizedFormat(WeightFormat):
 
     codes: str
     scales: str | None = "float32"
-    group = 0
     zeros = False
     packed = False
     quantized = True

@@ -8,7 +8,7 @@ import torch
 
 from cqil_trt.errors import UserError
 from cqil_trt.weights.quantized.matrix import QuantizedMatrix, hold
-from cqil_trt.weights.quantized.rounding import ROUNDING
+from cqil_trt.weights.quantized.rounding import quantize
 from cqil_trt.weights.reader import Range, WeightReader
 
 # Elements that are quantized at a time.
@@ -23,7 +23,7 @@ class QuantizingReader(WeightReader):
 
     def __init__(self, base: WeightReader, names: Collection[str], stored: str, dtype: str):
         self.source, self.note, self._base = base.source, base.note, base
-        self._names, self._round, self._dtype = frozenset(names), ROUNDING[stored], getattr(torch, dtype)
+        self._names, self._stored, self._dtype = frozenset(names), stored, getattr(torch, dtype)
         self._held: dict[str, QuantizedMatrix] = {}
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -53,7 +53,7 @@ class QuantizingReader(WeightReader):
             block = self._base.read(name, (row, min(row + step, height))).float()
             if not torch.isfinite(block).all():
                 raise UserError(f"{self.source}: {name} holds a value that is not finite, which cannot be quantized")
-            parts.append(self._round(block, self._dtype))
+            parts.append(quantize(block, self._stored, self._dtype))
         zeros = [part.zeros for part in parts if part.zeros is not None]
         return QuantizedMatrix(
             codes=torch.cat([part.codes for part in parts]),

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
 import torch
 
-from cqil_trt.formats.int4 import GROUP
+from cqil_trt import formats
 from cqil_trt.weights.quantized.matrix import QuantizedMatrix, even_groups
 
 _LARGEST_INT8, _LARGEST_FP8, _LARGEST_INT4 = 127.0, 448.0, 15
@@ -14,30 +12,40 @@ _LARGEST_INT8, _LARGEST_FP8, _LARGEST_INT4 = 127.0, 448.0, 15
 _RANGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6)
 
 
-def to_int8(weight: torch.Tensor, dtype: torch.dtype) -> QuantizedMatrix:
+def quantize(weight: torch.Tensor, stored: str, dtype: torch.dtype) -> QuantizedMatrix:
+    """Whole rows of a matrix, float32, in the format `stored` of an engine of type `dtype`."""
+    kind = formats.base(stored)
+    if kind == "int8":
+        return to_int8(weight)
+    if kind == "fp8":
+        return to_fp8(weight)
+    return to_int4(weight, dtype, formats.load(stored).group)
+
+
+def to_int8(weight: torch.Tensor) -> QuantizedMatrix:
     """Integers from -127 to 127; the largest magnitude of each row is 127."""
     scales = _scales(weight, _LARGEST_INT8)
     codes = (weight / scales).round_().clamp_(-_LARGEST_INT8, _LARGEST_INT8).to(torch.int8)
     return _by_row(codes, scales)
 
 
-def to_fp8(weight: torch.Tensor, dtype: torch.dtype) -> QuantizedMatrix:
+def to_fp8(weight: torch.Tensor) -> QuantizedMatrix:
     """E4M3; the largest magnitude of each row is 448, the largest number."""
     scales = _scales(weight, _LARGEST_FP8)
     codes = (weight / scales).clamp_(-_LARGEST_FP8, _LARGEST_FP8).to(torch.float8_e4m3fn)
     return _by_row(codes, scales)
 
 
-def to_int4(weight: torch.Tensor, dtype: torch.dtype) -> QuantizedMatrix:
-    """Integers from 0 to 15 with a scale, of type `dtype`, and a zero point for each group of columns in a row.
+def to_int4(weight: torch.Tensor, dtype: torch.dtype, group: int) -> QuantizedMatrix:
+    """Integers from 0 to 15 with a scale, of type `dtype`, and a zero point for each `group` columns of a row.
 
     They span the group's values and 0, or a part of that range if it has the smaller squared error.
     """
     height, width = weight.shape
-    rest = -width % GROUP
+    rest = -width % group
     # What fills the last group up repeats its last column, which changes no range.
     filled = torch.cat([weight, weight[:, -1:].expand(height, rest)], 1) if rest else weight
-    groups = filled.reshape(height, -1, GROUP)
+    groups = filled.reshape(height, -1, group)
     counted = (torch.arange(groups[0].numel()) < width).view_as(groups[0])
     low, high = groups.amin(2).clamp_(max=0), groups.amax(2).clamp_(min=0)
     best = torch.full_like(low, torch.inf)
@@ -59,16 +67,8 @@ def to_int4(weight: torch.Tensor, dtype: torch.dtype) -> QuantizedMatrix:
         scales=scales,
         zeros=zeros.to(torch.uint8),
         rows=1,
-        group=even_groups(width, GROUP),
+        group=even_groups(width, group),
     )
-
-
-# By format: whole rows of a matrix, float32, and the engine's type → their codes and scales.
-ROUNDING: Mapping[str, Callable[[torch.Tensor, torch.dtype], QuantizedMatrix]] = {
-    "int8": to_int8,
-    "fp8": to_fp8,
-    "int4": to_int4,
-}
 
 
 def _scales(weight: torch.Tensor, largest: float) -> torch.Tensor:
