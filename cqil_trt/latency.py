@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cqil_trt.config import CqilConfig
+from cqil_trt.formats import DENSE
 from cqil_trt.model import ModelConfig
 from cqil_trt.shard import RankPlan, plan
 
@@ -26,14 +27,19 @@ class Machine:
 H200 = Machine()
 
 
-def decode_seconds(model: ModelConfig, cqil: CqilConfig, dtype: str, machine: Machine = H200) -> float:
-    """Predicted seconds per token at batch 1: the slowest rank's weights, its layers, its collectives."""
-    return max(_rank_seconds(rank, machine) for rank in plan(model, cqil, dtype))
+def decode_seconds(
+    model: ModelConfig, cqil: CqilConfig, dtype: str, machine: Machine = H200, weights: str = DENSE
+) -> float:
+    """Predicted seconds per token at batch 1: the slowest rank's weights, its layers, its collectives.
+
+    `weights`: the format of the layers' matrices. For quantized ones it supposes kernels that read them as fast.
+    """
+    return max(_rank_seconds(rank, machine) for rank in plan(model, cqil, dtype, weights))
 
 
-def critical_bytes(model: ModelConfig, cqil: CqilConfig, dtype: str) -> int:
+def critical_bytes(model: ModelConfig, cqil: CqilConfig, dtype: str, weights: str = DENSE) -> int:
     """Weight bytes per token of the rank that reads the most."""
-    return max(rank.bytes_per_token for rank in plan(model, cqil, dtype))
+    return max(rank.bytes_per_token for rank in plan(model, cqil, dtype, weights))
 
 
 def _rank_seconds(rank: RankPlan, machine: Machine) -> float:

@@ -21,12 +21,14 @@ import numpy as np
 from plots import check_plot, pyplot
 from tqdm import tqdm
 
+from cqil_trt import formats
 from cqil_trt.commands import Parser, check_at_least, check_file, check_texts, chosen_model, numbers
-from cqil_trt.config import BYPASSES, DTYPES, MAX_RANKS, CqilConfig
+from cqil_trt.config import BYPASSES, DTYPES, MAX_RANKS, CqilConfig, EngineLimits
 from cqil_trt.errors import UserError
 from cqil_trt.job import command
 from cqil_trt.latency import critical_bytes, decode_seconds
 from cqil_trt.model import ModelConfig
+from cqil_trt.quality.perplexity import Scores
 from cqil_trt.table import size, table
 
 # The authors' published ranges begin at 38% of the layers or later; the last layers differ most from each other.
@@ -67,6 +69,11 @@ def parser() -> Parser:
     search.add_argument("--d", metavar="D,D", default="0", help="bypass distances to measure (default %(default)s)")
     search.add_argument("--bypass", choices=BYPASSES, default="mlp", help="where the bypass goes when d > 0")
     search.add_argument(
+        "--quantize",
+        metavar="FORMAT,…",
+        help=f"also measure with the layers' matrices in these formats ({', '.join(formats.choices())})",
+    )
+    search.add_argument(
         "--tolerance",
         type=float,
         default=0.8,
@@ -84,9 +91,9 @@ def main() -> None:
 
 def run(options: argparse.Namespace) -> None:
     from cqil_trt import reference
+    from cqil_trt.checkpoint import Checkpoint
     from cqil_trt.quality import open_tokenizer, text_blocks
     from cqil_trt.quality.similarity import input_similarity
-    from cqil_trt.weights import open_checkpoint
 
     check_at_least(options, 2, "block", "text_tokens")
     check_file(options.json, "--json")
@@ -94,15 +101,19 @@ def run(options: argparse.Namespace) -> None:
     check_texts(options.text, "--text")
     ps = numbers(options.p, "--p", 2, MAX_RANKS)
     ds = numbers(options.d, "--d", 0, max(ps) - 1)
+    quantized = (options.quantize or "").split(",") if options.quantize else []
+    for stored in quantized:
+        formats.load(stored)
     found = chosen_model(options.model)
     path = found.path
-    model, reader = open_checkpoint(path)
+    checkpoint = Checkpoint(path, tokenizer=False)
+    model = checkpoint.model
     first = math.ceil(FIRST * model.num_layers) if options.first is None else options.first
     if not 0 <= first < model.num_layers:
         raise UserError(f"--first {first}: the model has layers 0 to {model.num_layers - 1}")
     length = min(options.block, model.max_position)
     blocks = text_blocks(options.text, open_tokenizer(path), model, length, options.text_tokens, options.column)
-    network = reference.from_reader(model, reader)
+    network = reference.from_reader(model, checkpoint.reader)
     similarity = input_similarity(network, blocks, sys.stderr.isatty())
     result: dict[str, Any] = {"model": found.name, "tokens": blocks.size, "similarity": similarity.tolist()}
     print(f"{found.stem}, {model.num_layers} layers, {blocks.size} tokens of text\n")
@@ -110,6 +121,16 @@ def run(options: argparse.Namespace) -> None:
     result["recommended"] = recommend(similarity, model, ps, first, options)
     if options.search:
         result["search"] = search(network, model, similarity, blocks, ps, ds, first, options)
+    for stored in quantized if options.search else ():
+        del network
+        rounded = Checkpoint(path, tokenizer=False)
+        rounded.quantize(EngineLimits(dtype=options.dtype, weights=stored))
+        network = reference.from_reader(model, rounded.reader, pieces=False)
+        base = result["search"]["unchanged"]
+        more = search(network, model, similarity, blocks, ps, ds, first, options, stored, base)
+        for name in ("points", "recommended"):
+            result["search"][name] += more[name]
+    result.get("search", {}).pop("unchanged", None)
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     if options.plot is not None and options.search:
@@ -128,17 +149,18 @@ def neighbours(similarity: np.ndarray) -> str:
     return table(("layer", "to 1 before", "to 2 before", "to 3 before"), rows)
 
 
-def costs(model: ModelConfig, cqil: CqilConfig, dtype: str) -> dict[str, float]:
+def costs(model: ModelConfig, cqil: CqilConfig, dtype: str, weights: str = formats.DENSE) -> dict[str, float]:
     """Bytes read and predicted milliseconds per token of a configuration, by placement."""
+    how: dict[str, Any] = {"dtype": dtype, "weights": weights}
     leader = CqilConfig(p=cqil.p, d=cqil.d, start=cqil.start, end=cqil.end, bypass=cqil.bypass, placement="leader")
-    alone = decode_seconds(model, CqilConfig(p=1), dtype)
+    tensor = CqilConfig(p=cqil.p, placement="tensor")
     return {
-        "leader_bytes_per_token": critical_bytes(model, leader, dtype),
-        "sharded_bytes_per_token": critical_bytes(model, cqil, dtype),
-        "sequential_ms": alone * 1e3,
-        "leader_ms": decode_seconds(model, leader, dtype) * 1e3,
-        "sharded_ms": decode_seconds(model, cqil, dtype) * 1e3,
-        "tensor_ms": decode_seconds(model, CqilConfig(p=cqil.p, placement="tensor"), dtype) * 1e3,
+        "leader_bytes_per_token": critical_bytes(model, leader, **how),
+        "sharded_bytes_per_token": critical_bytes(model, cqil, **how),
+        "sequential_ms": decode_seconds(model, CqilConfig(p=1), **how) * 1e3,
+        "leader_ms": decode_seconds(model, leader, **how) * 1e3,
+        "sharded_ms": decode_seconds(model, cqil, **how) * 1e3,
+        "tensor_ms": decode_seconds(model, tensor, **how) * 1e3,
     }
 
 
@@ -181,13 +203,20 @@ def search(
     ds: list[int],
     first: int,
     options: argparse.Namespace,
+    weights: str = formats.DENSE,
+    unchanged: Scores | None = None,
 ) -> dict[str, Any]:
-    """Perplexity of every configuration, and those that no other one beats in both latency and perplexity."""
+    """Perplexity of every configuration, and those that no other one beats in both latency and perplexity.
+
+    `weights`: how the network's matrices were rounded. `unchanged`: the scores to compare with, of dense ones; by
+    default the network's own.
+    """
     from cqil_trt import reference
     from cqil_trt.quality.perplexity import score_reference
     from cqil_trt.quality.similarity import frontier, lowest_in_groups, ranges
 
-    base = score_reference(network, blocks)
+    own = score_reference(network, blocks)
+    base = own if unchanged is None else unchanged
     candidates = [
         CqilConfig(p=p, d=d, start=start, end=end, bypass=options.bypass if d else "mlp")
         for p in ps
@@ -195,7 +224,8 @@ def search(
         for start, end in ranges(first, model.num_layers, p)
         if d < p
     ]
-    print(f"\nsearching {len(candidates)} configurations (fewer: a later --first, fewer --text-tokens)")
+    rounded = "" if weights == formats.DENSE else f", matrices in {weights}"
+    print(f"\nsearching {len(candidates)} configurations{rounded} (fewer: a later --first, fewer --text-tokens)")
     points: list[dict[str, Any]] = []
     seen = sys.stderr.isatty()
     for cqil in tqdm(candidates, desc="searching", disable=not seen, leave=False):
@@ -203,15 +233,16 @@ def search(
         points.append(
             {
                 "cqil": cqil.to_dict(),
+                "weights": weights,
                 "lowest_similarity": lowest_in_groups(similarity, cqil),
                 **scores.to_dict(base),
                 "log_cost": scores.log_perplexity - base.log_perplexity,
-                **costs(model, cqil, options.dtype),
+                **costs(model, cqil, options.dtype, weights),
             }
         )
         if not seen and len(points) % REPORTED == 0:
             print(f"{len(points)} of {len(candidates)} searched")
-    print(f"unchanged, the perplexity is {base.perplexity:.3f}")
+    print(f"without CQIL, the perplexity is {own.perplexity:.3f}")
     fastest = []
     for p in ps:
         for d in sorted({d for d in ds if d < p}):
@@ -225,13 +256,12 @@ def search(
                 mark = " <- recommended" if point is chosen else ""
                 cost = f"{point['perplexity']:.3f}", f"{point['log_cost']:+.3f}", f"{point['top1_equal']:.1%}"
                 rows.append((f"[{cqil.start}, {cqil.end}){mark}", *cost, *cost_cells(point)))
-            print(
-                f"\np={p} d={d}{f' {options.bypass}' if d else ''}: no other range is both faster and better than these"
-            )
+            bypass = f" {options.bypass}" if d else ""
+            print(f"\np={p} d={d}{bypass}{rounded}: no other range is both faster and better than these")
             print(table(("[start, end)", "perplexity", "log cost", "top-1 equal", *COSTS), rows))
             if chosen is not None:
                 fastest.append(chosen)
-    return {"perplexity": base.perplexity, "points": points, "recommended": fastest}
+    return {"perplexity": base.perplexity, "points": points, "recommended": fastest, "unchanged": base}
 
 
 def plot_similarity(similarity: np.ndarray, path: Path, title: str) -> None:
@@ -248,19 +278,27 @@ def plot_search(found: dict[str, Any], path: Path, title: str) -> None:
     from cqil_trt.quality.similarity import frontier
 
     figure, panels = pyplot().subplots(1, 2, figsize=(12, 4.5), sharey=True)
-    kinds = sorted({(point["cqil"]["p"], point["cqil"]["d"]) for point in found["points"]})
+
+    def kind(point: dict[str, Any]) -> tuple[str, int, int]:
+        return point["weights"], point["cqil"]["p"], point["cqil"]["d"]
+
+    kinds = list(dict.fromkeys(map(kind, found["points"])))
     columns = (
         ("leader_bytes_per_token", 1e-6, "MB of weights read per token, placement leader"),
         ("sharded_ms", 1.0, "predicted ms per token, placement sharded"),
     )
     highest = 0.0
+
+    def label_of(weights: str, p: int, d: int) -> str:
+        return f"p={p} d={d}" + ("" if weights == formats.DENSE else f" {weights}")
+
     for axes, (field, scale, label) in zip(panels, columns):
-        for p, d in kinds:
-            mine = [point for point in found["points"] if (point["cqil"]["p"], point["cqil"]["d"]) == (p, d)]
+        for weights, p, d in kinds:
+            mine = [point for point in found["points"] if kind(point) == (weights, p, d)]
             x, y = [point[field] * scale for point in mine], [point["perplexity"] for point in mine]
             best = frontier(x, y)
             highest = max(highest, *(y[i] for i in best))
-            (line,) = axes.plot([x[i] for i in best], [y[i] for i in best], marker="o", label=f"p={p} d={d}")
+            (line,) = axes.plot([x[i] for i in best], [y[i] for i in best], marker="o", label=label_of(weights, p, d))
             axes.scatter(x, y, s=6, alpha=0.35, color=line.get_color())
         axes.axhline(found["perplexity"], color="grey", linestyle="--", label="unchanged")
         axes.set(xlabel=label, yscale="log")

@@ -25,8 +25,9 @@ from support.made_tokenizers import save_byte_tokenizer
 from support.processes import assert_user_error, build, environment, mpirun, run
 
 import cqil_trt
-from cqil_trt import families
-from cqil_trt.config import CqilConfig
+from cqil_trt import families, reference
+from cqil_trt.checkpoint import Checkpoint
+from cqil_trt.config import CqilConfig, EngineLimits
 from cqil_trt.errors import UserError
 from cqil_trt.job import Job
 from cqil_trt.latency import critical_bytes, decode_seconds
@@ -169,6 +170,22 @@ def test_similarity_command(model, text, tmp_path):
     with torch.no_grad():
         loss = torch.stack([wrapped(b[None], labels=b[None]).loss for b in ids.view(-1, 32)]).mean()
     assert points[1, 4, 8] == pytest.approx(math.exp(loss), rel=1e-4)
+    # With the matrices rounded, beside the others and compared with the same unchanged model.
+    flags = ("--search", "--quantize", "int8,int4", "--p", 2, "--first", 6)
+    done = script("similarity", *common, "--threshold", 0.1, *flags)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(report.read_text())["search"]
+    by_weights = {point["weights"]: point for point in found["points"]}
+    assert by_weights.keys() == {"dense", "int8", "int4"}
+    rounded = Checkpoint(model, tokenizer=False)
+    rounded.quantize(EngineLimits(dtype="float16", weights="int4"))
+    quantized = cqil_trt.CqilModel(reference.from_reader(rounded.model, rounded.reader, pieces=False), 2, 0, 6, 8)
+    with torch.no_grad():
+        loss = torch.stack([quantized(b[None], labels=b[None]).loss for b in ids.view(-1, 32)]).mean()
+    assert by_weights["int4"]["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+    assert by_weights["int4"]["sharded_ms"] < by_weights["int8"]["sharded_ms"] < by_weights["dense"]["sharded_ms"]
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+    assert_user_error(script("similarity", *common, "--search", "--quantize", "int3"), "--quantize must be one of")
     assert_user_error(script("similarity", *common, "--p", "1"), "--p 1")
     assert_user_error(
         script("similarity", *common, "--block", "5000", "--text", tmp_path / "none"), "none: no such file"
