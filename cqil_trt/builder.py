@@ -364,9 +364,10 @@ def _own_format(request: BuildRequest, opened: _Opened) -> tuple[str, tuple[int,
     dtype = request.dtype or opened.dtype
     found = None if isinstance(opened.weights, EngineWeights) else opened.weights.own_format(dtype)
     if found is None:
+        model = opened.weights.source.model
         raise UserError(
-            f"--quantize {STORED}: no format of an engine in {dtype} holds the matrices of this checkpoint exactly, or "
-            "an adapter changes them: leave it out, or choose a format"
+            f"--quantize {STORED}: no format of an engine in {dtype} holds the matrices of {model} exactly, or an "
+            "adapter changes them: leave it out, or choose a format"
         )
     return found
 
