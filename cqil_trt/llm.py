@@ -165,12 +165,14 @@ def merge_replicas(by_rank: Sequence[Sequence[Any]], world_size: int, count: int
     return [replicas[i % len(replicas)][i // len(replicas)] for i in range(count)]
 
 
-def load(directory: str | Path | None = None, device: str = "auto") -> Llm:
+def load(directory: str | Path | None = None, device: str = "auto", speculate: str = "none") -> Llm:
     """Loads an engine inside an MPI job (or, for p = 1, in a single process); default the newest that fits.
 
-    `device`: as `Llm`'s. Raises UserError, on every rank, for a missing or damaged engine or a wrong number of ranks.
+    `device`: as `Llm`'s. `speculate`: as run.py's --speculate. Raises UserError, on every rank, for a missing or
+    damaged engine or a wrong number of ranks.
     """
-    return Llm(None if directory is None else Path(directory), device=device)
+    path = None if directory is None else Path(directory)
+    return Llm(path, device=device, speculation=Speculation.parse(speculate))
 
 
 def _share_cores(job: Job) -> None:

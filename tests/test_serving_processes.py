@@ -213,7 +213,9 @@ class FakeSession:
 
     def submit(self, step):
         token = len(self.outcomes) + len(self.collected)
-        self.outcomes.append(Outcome(choices={slot: [Choice(token)] for slot in step.choosing}))
+        scored = step.chunk is not None and step.chunk.scored
+        logits = np.zeros((step.chunk.predict, 8), np.float32) if scored else None
+        self.outcomes.append(Outcome(choices={slot: [Choice(token)] for slot in step.choosing}, logits=logits))
         time.sleep(0.002)
 
     def choose(self, masks):
@@ -259,11 +261,12 @@ def add(number):
 
 
 def progress(http, condition):
-    """Reads what rank 0 tells until the condition holds."""
+    """Reads what rank 0 tells until the condition holds; returns that."""
     from cqil_trt.serving import wire
 
     while not (isinstance(message := http.receive(), wire.Progress) and condition(message)):
         pass
+    return message
 
 
 def test_ranks_agree_when_they_are_stopped_in_a_step():
@@ -321,6 +324,46 @@ def test_a_grammar_that_takes_long_holds_nobody_up(monkeypatch):
     first, second = lead_and_follow(client)
     assert first.collected == second.collected
     assert compiled == ["long", "wrong"]
+
+
+def test_a_prompt_that_is_scored_holds_nobody_up(monkeypatch):
+    """Its news waits for the log-probabilities of its prompt, in order; nobody else's does."""
+    from cqil_trt.serving import ranks, wire
+
+    go, news = threading.Event(), []
+
+    def log_probabilities(row, token, count):
+        assert go.wait(10)
+        return ((token, -1.0),)
+
+    monkeypatch.setattr(ranks, "log_probabilities", log_probabilities)
+    prompt = tuple(range(1, 12))  # two chunks
+
+    def client(http):
+        http.send(add(1))
+        progress(http, lambda told: told.running == 1 and told.tokens)
+        for number in (2, 3):
+            scored = SamplingConfig(logprobs=0)
+            http.send(replace(add(number), prompt=prompt, scored=0, max_new_tokens=2, sampling=scored))
+        for _ in range(30):
+            told = progress(http, lambda told: any(found.choices for found in told.news))
+            assert {found.number for found in told.news if found.choices or found.prompt_logprobs} == {1}
+        http.send(wire.Abort(numbers=(3,)))
+        go.set()
+        while not (news and news[-1].finish_reason):
+            told = progress(http, lambda told: told.news).news
+            news.extend(found for found in told if found.number != 1 and found != wire.News(number=found.number))
+        http.send(wire.Stop())
+
+    first, second = lead_and_follow(client)
+    assert len(first.collected) == len(second.collected)
+    assert {found.number for found in news} == {2}
+    # Every token but the first has a log-probability, and all of them come before the first choice.
+    assert [pairs[0][0] for found in news for pairs in found.prompt_logprobs] == list(prompt[1:])
+    kinds = ["prompt" if found.prompt_logprobs and not found.choices else "choice" for found in news]
+    assert kinds == sorted(kinds, reverse=True)
+    assert [len(found.choices) for found in news if found.choices] == [1, 1]
+    assert [found.finish_reason for found in news] == [""] * (len(news) - 1) + ["length"]
 
 
 def test_rank_0_tells_that_a_request_is_gone():

@@ -184,8 +184,9 @@ def test_no_token_depends_on_drafts(engine, noisy):
     assert [accepted for _, _, (accepted,) in plain] == [0] * len(prompts)
 
 
-def test_greedy_text_is_hugging_faces(engine, noisy):
-    llm = Llm(engine, speculation=noisy)
+def test_greedy_text_is_hugging_faces(engine, noisy, monkeypatch):
+    monkeypatch.setattr(Speculation, "parse", lambda text: {"noisy": noisy}[text])
+    llm = cqil_trt.load(engine, speculate="noisy")
     network = load_model(llm.engine.source.model)
     prompts = [[5, 9, 77], [200], [8] * 20]
     expected = []

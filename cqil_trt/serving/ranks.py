@@ -9,8 +9,9 @@ import signal
 import subprocess
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,8 +46,8 @@ ENDING = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 BEAT_SECONDS = 0.5
 # An HTTP process that answers no sign of life for so long is taken for stopped.
 DEAF_SECONDS = 30.0
-# How often rank 0 looks for a compiled grammar while it has nothing else to do.
-_COMPILING_SECONDS = 0.001
+# How often rank 0 looks for a compiled grammar, or log-probabilities of a prompt, while it has nothing else to do.
+_AWAITING_SECONDS = 0.001
 # How long rank 0 waits for requests before it looks whether it was told to end.
 _IDLE_SECONDS = 0.5
 
@@ -144,6 +145,9 @@ class _Leader:
         self._compiling: dict[int, tuple[Add, Future[Matcher]]] = {}  # by their numbers
         self._grammars: queue.SimpleQueue[tuple[str, Future[Matcher]]] = queue.SimpleQueue()
         threading.Thread(target=self._compile, name="grammars", daemon=True).start()
+        # The log-probabilities of a prompt are computed beside the loop too. What comes of its request meanwhile waits.
+        self._scoring = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scores")
+        self._late: dict[int, deque[News | Future[News]]] = {}  # by their numbers
         self._numbers: dict[int, int] = {}  # theirs to ours
         self._requests: dict[int, Add] = {}  # by our numbers
         self._last: float | None = None  # when the last turn ended, if it gave tokens
@@ -165,11 +169,13 @@ class _Leader:
     def run(self, pulse: Pulse) -> None:
         while True:
             news: list[News] = []
-            wait = 0.0 if not self._scheduler.idle else _COMPILING_SECONDS if self._compiling else _IDLE_SECONDS
+            awaited = self._compiling or self._late
+            wait = 0.0 if not self._scheduler.idle else _AWAITING_SECONDS if awaited else _IDLE_SECONDS
             for message in self._http.poll(wait):
                 if isinstance(message, Stop):
                     self._send(message)
                     self._runner.finish()
+                    self._scoring.shutdown(wait=False, cancel_futures=True)
                     return
                 if isinstance(message, Abort):
                     self._abort(message)
@@ -190,6 +196,7 @@ class _Leader:
                 tokens, seconds = self._time(events)
                 drafts = _drafts(events)
                 news += self._news(events)
+            news += self._scored()
             self._tell(news, tokens, seconds, drafts)
 
     def _add(self, message: Add) -> list[News]:
@@ -230,6 +237,7 @@ class _Leader:
         for theirs in message.numbers:
             if theirs in self._compiling:
                 self._compiling.pop(theirs)[1].cancel()
+            self._late.pop(theirs, None)
             number = self._numbers.pop(theirs, None)
             if number is not None:
                 del self._requests[number]
@@ -249,9 +257,26 @@ class _Leader:
             request = self._requests.get(event.number)
             if request is None:
                 continue
-            news.append(_news(event, request))
+            if event.logits is not None:
+                late = self._late.setdefault(request.number, deque())
+                late.append(self._scoring.submit(_news, event, request))
+            elif request.number in self._late:
+                self._late[request.number].append(_news(event, request))
+            else:
+                news.append(_news(event, request))
             if event.finish_reason:
                 del self._requests[event.number], self._numbers[request.number]
+        return news
+
+    def _scored(self) -> list[News]:
+        """What waited for log-probabilities that are there now, in its order."""
+        news = []
+        for theirs, late in list(self._late.items()):
+            while late and (isinstance(late[0], News) or late[0].done()):
+                first = late.popleft()
+                news.append(first if isinstance(first, News) else first.result())
+            if not late:
+                del self._late[theirs]
         return news
 
     def _tell(self, news: list[News], tokens: int, seconds: float | None, drafts: Drafts) -> None:
