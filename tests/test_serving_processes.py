@@ -349,6 +349,8 @@ def test_a_prompt_that_is_scored_holds_nobody_up(monkeypatch):
             told = progress(http, lambda told: any(found.choices for found in told.news))
             assert {found.number for found in told.news if found.choices or found.prompt_logprobs} == {1}
         http.send(wire.Abort(numbers=(3,)))
+        for _ in range(10):  # until rank 0 has read that
+            progress(http, lambda told: any(found.choices for found in told.news))
         go.set()
         while not (news and news[-1].finish_reason):
             told = progress(http, lambda told: told.news).news
