@@ -32,7 +32,8 @@ class GenerationConfig:
 class Completion:
     """A completed prompt. `finish_reason`: eos, stop, or length (also when the engine is full).
 
-    `steps`: passes that gave tokens. `drafted` and `accepted`: tokens that were drafted for them, and that came true.
+    `steps`: passes that gave tokens. `drafted`, `accepted`: how many tokens were drafted for them, and how many of
+    those were chosen.
     """
 
     prompt: list[int]
@@ -174,7 +175,7 @@ def generate(
             sequence = sequences[index]
             sequence.completion.steps += bool(event.choices)
             sequence.completion.drafted += event.drafted
-            sequence.completion.accepted += max(len(event.choices) - 1, 0)
+            sequence.completion.accepted += event.accepted
             text = sequence.add([choice.token for choice in event.choices], event.finish_reason)
             if on_text is not None and text:
                 on_text(index, text)

@@ -21,7 +21,7 @@ from cqil_trt.families.layout import checkpoint_shapes
 from cqil_trt.merging import Added, Change, Dora, LowRank, MergedTensor, Rows
 from cqil_trt.model import ModelConfig
 from cqil_trt.peft_config import AdapterConfig
-from cqil_trt.weights import Range, SafetensorsReader, TorchReader, WeightReader
+from cqil_trt.weights import Range, SafetensorsReader, TorchReader, WeightReader, is_float
 from cqil_trt.weights.quantized import QuantizedMatrix
 
 _PREFIX = "base_model.model."
@@ -100,7 +100,7 @@ class LoraReader(WeightReader):
         for key, shape in self._adapter.shapes().items():
             kind, target, adapter = self._place(key)
             dtype = self._adapter.dtype(key)
-            if not dtype.is_floating_point or dtype.itemsize == 1:
+            if not is_float(dtype):
                 raise self._fail(f"{key[:120]} has type {dtype}, which is not supported")
             if 0 in shape:
                 raise self._fail(f"{key[:120]} is empty (a sharded model's weights must be gathered before saving)")

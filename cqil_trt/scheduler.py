@@ -97,9 +97,9 @@ class Chunk:
 class Step:
     """One forward pass: `chunk`, or the next token of the sequences in the slots `decode`.
 
-    `drafts`: for each of them, tokens that may follow; () when there is none for any. After a draft that is the token
-    chosen in its place, one more token is chosen. `guided`: slots whose choice waits for masks (`Session.choose`).
-    `given`: tokens to append instead of those that were chosen, for measurements.
+    `drafts`: the tokens drafted for each of them, () if nothing was drafted. Tokens are chosen up to the first that
+    differs from its draft. `guided`: slots whose choice waits for masks (`Session.choose`). `given`: tokens to append
+    instead of those that were chosen, for measurements.
     """
 
     starts: tuple[Start, ...] = ()
@@ -146,6 +146,11 @@ class Event:
     cached: int = 0
     error: str = ""
     drafted: int = 0
+
+    @property
+    def accepted(self) -> int:
+        """How many of the drafted tokens were chosen."""
+        return max(len(self.choices) - 1, 0)
 
 
 class _Sequence:
@@ -314,7 +319,7 @@ class Scheduler:
             number, request = self._waiting.popleft()
             slot, source, cached = self._place(request)
             room = min(request.max_new_tokens, self._max_seq_len + 1 - len(request.prompt))
-            # What a grammar allows depends on the tokens before, of which drafts are not known to be any.
+            # A grammar's mask depends on the tokens before it, so nothing is drafted for guided sequences.
             speculator = None
             if self._speculator is not None and room > 1 and not request.sampling.guided:
                 speculator = self._speculator()
@@ -404,14 +409,15 @@ class Scheduler:
             taken: list[Choice] = []
             reason = error = ""
             request = sequence.request
-            choices = outcome.choices.get(slot, ())
+            choices, speculator = outcome.choices.get(slot, ()), sequence.speculator
+            if speculator is not None:
+                speculator.extend([choice.token for choice in choices])
             if step.chunk is None:
-                sequence.chosen += len(choices) - 1
-                sequence.fed += len(choices) - 1
-            if sequence.speculator is not None:
-                sequence.speculator.extend([choice.token for choice in choices])
-                if step.chunk is None:
-                    sequence.speculator.verified(drafted.get(slot, 0), len(choices) - 1, len(step.decode))
+                accepted = len(choices) - 1
+                sequence.chosen += accepted
+                sequence.fed += accepted
+                if speculator is not None:
+                    speculator.verified(drafted.get(slot, 0), accepted, len(step.decode))
             for choice in choices:
                 taken.append(choice)
                 sequence.tokens.append(choice.token)

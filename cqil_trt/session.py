@@ -197,7 +197,7 @@ class HostSession(Session):
             tokens = np.zeros((len(slots), width), np.int64)
             tokens[:, 0] = step.given or self._next[slots]
             for row, draft in zip(tokens, step.drafts):
-                row[1 : 1 + len(draft)] = draft  # what fills the row up comes after it, and will be overwritten
+                row[1 : 1 + len(draft)] = draft  # the padding comes after the draft; the next step overwrites it
             self._forward(tokens, self._past[slots], np.tile(np.arange(width), (len(slots), 1)), slots, None)
         scored = self._gather(self._last_logits()[0]) if chunk is not None and chunk.scored else None
         self._choosing = step, scored

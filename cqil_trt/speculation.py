@@ -123,6 +123,6 @@ class Speculator:
         return tuple(self._drafter.draft(most)) if most > 0 else ()
 
     def verified(self, drafted: int, accepted: int, sequences: int) -> None:
-        """After each step: how many tokens were drafted for it, and how many of them came true."""
+        """After each step: how many tokens were drafted for it, and how many of them were chosen."""
         saved = accepted - self._row_cost * drafted * sequences + _SHARE
         self._credit = min(self._credit + saved, _MOST)

@@ -17,6 +17,7 @@ from statistics import median
 
 import installed  # noqa: F401
 
+from cqil_trt.backends import DEVICES
 from cqil_trt.commands import RankParser, check_at_least, check_file, run_ranks
 from cqil_trt.errors import UserError
 from cqil_trt.job import Job
@@ -58,7 +59,7 @@ TASKS = {
 def parser() -> RankParser:
     parser = RankParser(description=__doc__.split("\n")[0])
     parser.add_argument("--engine", type=Path, help="default: the newest under engines/ that fits the ranks")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--speculate", metavar="METHOD[:N]", default="ngram")
     parser.add_argument("--new-tokens", type=int, default=160)
     parser.add_argument("--rounds", type=int, default=3)
@@ -131,7 +132,7 @@ def answer(llm: Llm, prompt: list[int], count: int, speculation: Speculation | N
             found["tokens"] += [choice.token for choice in news.choices]
             found["steps"] += 1
             found["drafted"] += news.drafted
-            found["accepted"] += len(news.choices) - 1
+            found["accepted"] += news.accepted
     found["ms"] = (time.perf_counter() - began) * 1e3 / max(len(found["tokens"]) - 1, 1)
     return found
 

@@ -151,7 +151,7 @@ def references(options: argparse.Namespace, names: list[str], manager: Any) -> I
     adapted = None if lora is None else Checkpoint(path, lora)
     model = checkpoint.model
     if options.quantize:
-        for each in (checkpoint, *([adapted] if adapted else [])):
+        for each in filter(None, (checkpoint, adapted)):
             each.quantize(EngineLimits(dtype="float16", weights=options.quantize))
     trained = None if lora is None else CqilConfig.of_adapter(lora)
     notes: list[str] = []

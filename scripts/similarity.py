@@ -93,6 +93,7 @@ def run(options: argparse.Namespace) -> None:
     from cqil_trt import reference
     from cqil_trt.checkpoint import Checkpoint
     from cqil_trt.quality import open_tokenizer, text_blocks
+    from cqil_trt.quality.perplexity import score_reference
     from cqil_trt.quality.similarity import input_similarity
 
     check_at_least(options, 2, "block", "text_tokens")
@@ -101,7 +102,7 @@ def run(options: argparse.Namespace) -> None:
     check_texts(options.text, "--text")
     ps = numbers(options.p, "--p", 2, MAX_RANKS)
     ds = numbers(options.d, "--d", 0, max(ps) - 1)
-    quantized = (options.quantize or "").split(",") if options.quantize else []
+    quantized = options.quantize.split(",") if options.quantize else []
     for stored in quantized:
         formats.load(stored)
     found = chosen_model(options.model)
@@ -120,17 +121,16 @@ def run(options: argparse.Namespace) -> None:
     print(neighbours(similarity))
     result["recommended"] = recommend(similarity, model, ps, first, options)
     if options.search:
-        result["search"] = search(network, model, similarity, blocks, ps, ds, first, options)
-    for stored in quantized if options.search else ():
-        del network
-        rounded = Checkpoint(path, tokenizer=False)
-        rounded.quantize(EngineLimits(dtype=options.dtype, weights=stored))
-        network = reference.from_reader(model, rounded.reader, pieces=False)
-        base = result["search"]["unchanged"]
-        more = search(network, model, similarity, blocks, ps, ds, first, options, stored, base)
-        for name in ("points", "recommended"):
-            result["search"][name] += more[name]
-    result.get("search", {}).pop("unchanged", None)
+        unchanged = score_reference(network, blocks)
+        result["search"] = search(network, model, similarity, blocks, unchanged, ps, ds, first, options)
+        for stored in quantized:
+            del network
+            rounded = Checkpoint(path, tokenizer=False)
+            rounded.quantize(EngineLimits(dtype=options.dtype, weights=stored))
+            network = reference.from_reader(model, rounded.reader, pieces=False)
+            more = search(network, model, similarity, blocks, unchanged, ps, ds, first, options, stored)
+            for name in ("points", "recommended"):
+                result["search"][name] += more[name]
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     if options.plot is not None and options.search:
@@ -199,24 +199,23 @@ def search(
     model: ModelConfig,
     similarity: np.ndarray,
     blocks: np.ndarray,
+    unchanged: Scores,
     ps: list[int],
     ds: list[int],
     first: int,
     options: argparse.Namespace,
     weights: str = formats.DENSE,
-    unchanged: Scores | None = None,
 ) -> dict[str, Any]:
     """Perplexity of every configuration, and those that no other one beats in both latency and perplexity.
 
-    `weights`: how the network's matrices were rounded. `unchanged`: the scores to compare with, of dense ones; by
-    default the network's own.
+    `unchanged`: the scores to compare with, of the unchanged model. `weights`: the format that the network's matrices
+    were rounded to.
     """
     from cqil_trt import reference
     from cqil_trt.quality.perplexity import score_reference
     from cqil_trt.quality.similarity import frontier, lowest_in_groups, ranges
 
-    own = score_reference(network, blocks)
-    base = own if unchanged is None else unchanged
+    own = unchanged if weights == formats.DENSE else score_reference(network, blocks)
     candidates = [
         CqilConfig(p=p, d=d, start=start, end=end, bypass=options.bypass if d else "mlp")
         for p in ps
@@ -235,8 +234,8 @@ def search(
                 "cqil": cqil.to_dict(),
                 "weights": weights,
                 "lowest_similarity": lowest_in_groups(similarity, cqil),
-                **scores.to_dict(base),
-                "log_cost": scores.log_perplexity - base.log_perplexity,
+                **scores.to_dict(unchanged),
+                "log_cost": scores.log_perplexity - unchanged.log_perplexity,
                 **costs(model, cqil, options.dtype, weights),
             }
         )
@@ -261,7 +260,7 @@ def search(
             print(table(("[start, end)", "perplexity", "log cost", "top-1 equal", *COSTS), rows))
             if chosen is not None:
                 fastest.append(chosen)
-    return {"perplexity": base.perplexity, "points": points, "recommended": fastest, "unchanged": base}
+    return {"perplexity": unchanged.perplexity, "points": points, "recommended": fastest}
 
 
 def plot_similarity(similarity: np.ndarray, path: Path, title: str) -> None:
@@ -282,16 +281,15 @@ def plot_search(found: dict[str, Any], path: Path, title: str) -> None:
     def kind(point: dict[str, Any]) -> tuple[str, int, int]:
         return point["weights"], point["cqil"]["p"], point["cqil"]["d"]
 
+    def label_of(weights: str, p: int, d: int) -> str:
+        return f"p={p} d={d}" + ("" if weights == formats.DENSE else f" {weights}")
+
     kinds = list(dict.fromkeys(map(kind, found["points"])))
     columns = (
         ("leader_bytes_per_token", 1e-6, "MB of weights read per token, placement leader"),
         ("sharded_ms", 1.0, "predicted ms per token, placement sharded"),
     )
     highest = 0.0
-
-    def label_of(weights: str, p: int, d: int) -> str:
-        return f"p={p} d={d}" + ("" if weights == formats.DENSE else f" {weights}")
-
     for axes, (field, scale, label) in zip(panels, columns):
         for weights, p, d in kinds:
             mine = [point for point in found["points"] if kind(point) == (weights, p, d)]

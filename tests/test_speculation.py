@@ -208,7 +208,7 @@ def test_an_accepted_end_ends(engine, noisy):
     end = free[20]
     Noisy.answers = ([*prompt, *free],)
     runner = Runner.of(llm.session, "latency", speculation=noisy)
-    # What a sequence left in its slot behind the end is not taken for a part of it.
+    # What a sequence left in its slot after the end is not taken for a part of it.
     for _ in range(3):
         config = GenerationConfig(max_new_tokens=30, eos_token_ids=(end,))
         found = generate(runner, [prompt], config)[0]

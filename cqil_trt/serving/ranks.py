@@ -324,7 +324,7 @@ def _drafts(events: list[Event]) -> Drafts:
     return Drafts(
         number=len(drafted),
         tokens=sum(event.drafted for event in drafted),
-        accepted=sum(len(event.choices) - 1 for event in drafted),
+        accepted=sum(event.accepted for event in drafted),
     )
 
 

@@ -221,7 +221,7 @@ class News:
 
 @dataclass(frozen=True, kw_only=True)
 class Drafts:
-    """How many sequences of a step had drafts, how many tokens those were, and how many of them came true."""
+    """How many sequences of a step had drafts, how many tokens those were, and how many of them were chosen."""
 
     number: int = 0
     tokens: int = 0

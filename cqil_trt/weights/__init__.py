@@ -3,7 +3,7 @@
 from cqil_trt.weights.checkpoint import check_shapes, open_checkpoint
 from cqil_trt.weights.files import SafetensorsReader, ShardedReader, TorchReader
 from cqil_trt.weights.gguf import GgufReader
-from cqil_trt.weights.reader import Range, RenamedReader, WeightReader, cut
+from cqil_trt.weights.reader import Range, RenamedReader, WeightReader, cut, is_float
 
 __all__ = [
     "GgufReader",
@@ -15,5 +15,6 @@ __all__ = [
     "WeightReader",
     "check_shapes",
     "cut",
+    "is_float",
     "open_checkpoint",
 ]

@@ -16,7 +16,7 @@ from cqil_trt.model import ModelConfig
 from cqil_trt.weights.files import SafetensorsReader, ShardedReader, TorchReader
 from cqil_trt.weights.gguf import GgufReader
 from cqil_trt.weights.quantized import dequantized
-from cqil_trt.weights.reader import RenamedReader, WeightReader
+from cqil_trt.weights.reader import RenamedReader, WeightReader, is_float
 
 # In the order in which transformers looks for them.
 _CHECKPOINTS: Mapping[str, Callable[[Path], WeightReader]] = {
@@ -92,5 +92,5 @@ def check_shapes(reader: WeightReader, expected: Mapping[str, tuple[int, ...]]) 
         if found[name] != shape:
             raise UserError(f"{reader.source}: {name} has shape {found[name]}, config.json asks for {shape}")
         dtype = reader.dtype(name)
-        if not dtype.is_floating_point or dtype.itemsize == 1:
+        if not is_float(dtype):
             raise UserError(f"{reader.source}: {name} has type {dtype}, but config.json says nothing of a quantization")

@@ -20,6 +20,7 @@ from cqil_trt.rope import RopeConfig, yarn_magnitude
 from cqil_trt.tokenizer.gguf import GgufTokenizer
 from cqil_trt.weights.reader import Range, WeightReader
 
+# The types that are not quantized.
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Keys that llama.cpp does not read for these architectures, with the values that change nothing. transformers' yarn has
 # the same parameters, so a file with other values would mean different things in the two.

@@ -46,6 +46,11 @@ class WeightReader(ABC):
         return None
 
 
+def is_float(dtype: torch.dtype) -> bool:
+    """Whether values of this type are weights by themselves: floats of at least 16 bits, not codes of 8."""
+    return dtype.is_floating_point and dtype.itemsize > 1
+
+
 def cut(tensor: torch.Tensor, rows: Range, columns: Range) -> torch.Tensor:
     """`tensor[rows, columns]`, a view."""
     if rows is not None:

@@ -13,6 +13,7 @@ import torch
 from cqil_trt.formats.quantized import MatrixPart
 from cqil_trt.shard import RankPlan
 from cqil_trt.weights.quantized import QuantizedMatrix
+from cqil_trt.weights.quantized.packing import nibbles
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
@@ -37,7 +38,7 @@ def take_quantized(plan: RankPlan, weights: dict[str, torch.Tensor], dtype: torc
         zeros = weights.pop(f"{name}.zero", None)
         width = tensor.inputs
         if tensor.packed:
-            codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)[:, :width]
+            codes = nibbles(codes)[:, :width]
         product = _packed_product(tensor, codes, scales, zeros) if dtype == torch.bfloat16 else None
         if product is not None:
             products[name] = product

@@ -1,16 +1,14 @@
-"""Quantized checkpoints: a file per way of storing them. Their matrices are read as float32, slice by slice.
+"""Quantized checkpoints, a file for each format. Their matrices are read as float32, slice by slice.
 
-A scheme is called by the `quant_method` of its configuration; its file defines `SCHEME`. Which modules are quantized
+A scheme is named after the `quant_method` of its configuration; its file defines `SCHEME`. Which modules are quantized
 is seen from the tensors that are there, as every format leaves dense weights dense; the configuration says how.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Any
 
 from cqil_trt.errors import UserError
 from cqil_trt.families.hugging_face import QUANTIZATION_FILES
@@ -67,14 +65,9 @@ def _configuration(directory: Path) -> Fields | None:
     for name in ("quantization_config", "compression_config"):
         if values.get(name) is not None:
             found = Fields(values, str(path)).object(name)
-            return _with_method(found, "compressed-tensors") if name == "compression_config" else found
+            return found.with_defaults(quant_method="compressed-tensors") if name == "compression_config" else found
     for name, method in QUANTIZATION_FILES.items():
         path = directory / name
         if path.is_file():
-            return _with_method(Fields(read_json(path), str(path)), method)
+            return Fields(read_json(path), str(path)).with_defaults(quant_method=method)
     return None
-
-
-def _with_method(fields: Fields, method: str) -> Fields:
-    defaults: Mapping[str, Any] = {"quant_method": method}
-    return fields.with_defaults(**defaults)

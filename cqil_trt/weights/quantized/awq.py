@@ -13,7 +13,7 @@ import torch
 from cqil_trt.json_fields import Fields
 from cqil_trt.weights.quantized.matrix import QuantizedMatrix, even_groups
 from cqil_trt.weights.quantized.packing import unpack
-from cqil_trt.weights.quantized.scheme import Module, Scheme
+from cqil_trt.weights.quantized.scheme import Module, Scheme, matrices
 from cqil_trt.weights.reader import WeightReader
 
 # The place within a word of each of its eight columns.
@@ -27,19 +27,15 @@ class Awq(Scheme):
         version = config.text("version", "gemm").lower()
         if bits != 4 or version != "gemm":
             raise self.fail(f"AWQ of {bits} bits, version {version!r:.40}, is not supported (4 bits, gemm is)")
-        self._zero_point = config.boolean("zero_point", True)
+        config.boolean("zero_point", True)  # zero points are stored either way
         self._size = config.integer("group_size", config.values.get("q_group_size", 128), low=-1)
 
     def describe(self) -> str:
         return "awq, 4 bits"
 
     def shapes(self, reader: WeightReader) -> dict[str, tuple[int, int]]:
-        found = {}
-        for key, shape in reader.shapes().items():
-            name, _, part = key.rpartition(".")
-            if part == "qweight" and len(shape) == 2:
-                found[name] = (shape[1] * 8, shape[0])
-        return found
+        found = matrices(reader.shapes(), "qweight")
+        return {name: (columns * 8, rows) for name, (rows, columns) in found.items()}
 
     def parts(self) -> Iterable[str]:
         return "qweight", "qzeros", "scales"
@@ -50,7 +46,6 @@ class Awq(Scheme):
         groups = -(-width // size)
         scales = module.scales("scales", (groups, height)).T
         codes = _in_order(module.words("qweight", (width, height // 8))).T
-        # Without zero points they are stored all the same.
         zeros = _in_order(module.words("qzeros", (groups, height // 8))).T
         return QuantizedMatrix(codes=codes, bits=4, scales=scales, zeros=zeros, rows=1, group=even_groups(width, size))
 

@@ -9,7 +9,7 @@ weights are packed. `weight_g_idx` [K]: the group of each column, where groups w
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from math import prod
 from typing import Any
 
@@ -74,16 +74,16 @@ class CompressedTensors(Scheme):
 
     def _weights_of(self, module: Module) -> Fields:
         """How a module's weights are quantized. A name goes before a regular expression, that before a class."""
-        for way in range(3):
+        ways: tuple[Callable[[str | re.Pattern[str]], bool], ...] = (
+            lambda target: target == module.name,
+            lambda target: isinstance(target, re.Pattern) and target.match(module.name) is not None,
+            lambda target: target == _LINEAR,
+        )
+        for matches in ways:
             for group, targets in zip(self._groups, self._targets):
-                if group.object("weights").values and any(self._matches(way, t, module.name) for t in targets):
+                if group.object("weights").values and any(map(matches, targets)):
                     return group.object("weights")
         raise module.fail("is quantized, but no group of the configuration names it")
-
-    def _matches(self, way: int, target: str | re.Pattern[str], name: str) -> bool:
-        if isinstance(target, re.Pattern):
-            return way == 1 and target.match(name) is not None
-        return (way == 0 and target == name) or (way == 2 and target == _LINEAR)
 
     def shapes(self, reader: WeightReader) -> dict[str, tuple[int, int]]:
         found = scaled_matrices(reader.shapes(), "weight_scale")

@@ -12,7 +12,7 @@ import torch
 
 from cqil_trt.json_fields import Fields
 from cqil_trt.weights.quantized.matrix import QuantizedMatrix, even_groups
-from cqil_trt.weights.quantized.scheme import Module, Scheme
+from cqil_trt.weights.quantized.scheme import Module, Scheme, matrices
 from cqil_trt.weights.reader import WeightReader
 
 # Where the configuration does not say, as in transformers.
@@ -55,13 +55,7 @@ class Fp8(Scheme):
 
 def scaled_matrices(stored: Mapping[str, tuple[int, ...]], scale: str) -> dict[str, tuple[int, int]]:
     """The modules with a matrix `weight` and a tensor `scale`."""
-    found = {}
-    for key in stored:
-        name, _, part = key.rpartition(".")
-        shape = stored.get(f"{name}.weight", ())
-        if part == scale and len(shape) == 2:
-            found[name] = (shape[0], shape[1])
-    return found
+    return {name: shape for name, shape in matrices(stored, "weight").items() if f"{name}.{scale}" in stored}
 
 
 def by_row(module: Module, codes: torch.Tensor, scale: str) -> QuantizedMatrix:

@@ -13,7 +13,7 @@ import torch
 from cqil_trt.json_fields import Fields
 from cqil_trt.weights.quantized.matrix import QuantizedMatrix, even_groups
 from cqil_trt.weights.quantized.packing import unpack
-from cqil_trt.weights.quantized.scheme import Module, Scheme
+from cqil_trt.weights.quantized.scheme import Module, Scheme, matrices
 from cqil_trt.weights.reader import WeightReader
 
 
@@ -48,12 +48,8 @@ class Gptq(Scheme):
         return self.config
 
     def shapes(self, reader: WeightReader) -> dict[str, tuple[int, int]]:
-        found = {}
-        for key, shape in reader.shapes().items():
-            name, _, part = key.rpartition(".")
-            if part == "qweight" and len(shape) == 2:
-                found[name] = (shape[1], shape[0] * 32 // self._bits(self._of(name)))
-        return found
+        found = matrices(reader.shapes(), "qweight")
+        return {name: (columns, rows * 32 // self._bits(self._of(name))) for name, (rows, columns) in found.items()}
 
     def parts(self) -> Iterable[str]:
         return "qweight", "qzeros", "scales", "g_idx"

@@ -15,4 +15,9 @@ def unpack(words: torch.Tensor, bits: int, axis: int) -> torch.Tensor:
     found = words.contiguous().view(torch.uint8)  # little-endian, as the file
     if bits == 8:
         return found
+    return nibbles(found)
+
+
+def nibbles(found: torch.Tensor) -> torch.Tensor:
+    """The unsigned integers of 4 bits in bytes uint8 [R, C], the lower half first, uint8 [R, 2 C]."""
     return torch.stack((found & 15, found >> 4), dim=-1).flatten(1)

@@ -32,14 +32,13 @@ class Module:
 
     def read(self, part: str, *shapes: tuple[int, ...]) -> torch.Tensor:
         """A tensor that must be there, in one of these shapes."""
-        key = f"{self.name}.{part}"
-        found = self._reader.shapes().get(key)
+        found = self.shape(part)
         if found is None:
             raise self.fail(f"{part} is missing")
         if found not in shapes:
             wanted = " or ".join(map(str, dict.fromkeys(shapes)))
             raise self.fail(f"{part} has shape {found}, the configuration asks for {wanted}")
-        return self._reader.read(key)
+        return self._reader.read(f"{self.name}.{part}")
 
     def scales(self, part: str, *shapes: tuple[int, ...]) -> torch.Tensor:
         """Scales as float32, all of them finite."""
@@ -91,6 +90,16 @@ class Module:
 
 # The longest regular expression of a configuration that is compiled.
 _LONGEST_PATTERN = 1000
+
+
+def matrices(stored: Mapping[str, tuple[int, ...]], part: str) -> dict[str, tuple[int, int]]:
+    """The modules that have a matrix called `part`, and its shape."""
+    found = {}
+    for key, shape in stored.items():
+        name, _, kind = key.rpartition(".")
+        if kind == part and len(shape) == 2:
+            found[name] = (shape[0], shape[1])
+    return found
 
 
 class Scheme(ABC):
