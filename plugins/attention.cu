@@ -348,7 +348,8 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kD
         typename R::Slots ring;
         float part[kAttendGroups][kLanes * kElements];
     } memory;
-    release_successor();
+    const bool late = kDecode && s.late != 0;
+    if (!late) release_successor();
     if constexpr (!kDecode) wait_for_predecessor();
     const int head = blockIdx.x, sequence = blockIdx.z, dim = s.head_dim, group = threadIdx.x / kLanes;
     const Lane<kElements> lane(threadIdx.x % kLanes, dim);
@@ -383,6 +384,7 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kD
     if constexpr (kDecode) {
         const Rotation<T, kElements, kPacked> rotation(in, min(position, s.capacity - 1), lane);
         wait_for_predecessor();
+        if (late) release_successor();
         const T* source = static_cast<const T*>(in.qkv) + size_t(row) * heads * dim;
         q.read(source + head * dim, lane);
         fresh_key.read(source + (s.heads + kv) * dim, lane);

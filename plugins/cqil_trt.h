@@ -183,11 +183,16 @@ int cqil_add(const void* x, const void* y, void* out, size_t count, cqil_dtype d
 // out [rows, inner] = silu(gate) * up, of gate_up [rows, 2 * inner] that holds gate and up one after the other.
 int cqil_swiglu(const void* gate_up, void* out, int rows, int inner, cqil_dtype dtype, void* stream);
 
+// How W is stored: as elements of the type, or packed by cqil_pack from codes of 8 bits (FP8 is E4M3) or 4 bits.
+typedef enum { CQIL_DENSE = 0, CQIL_FP8 = 1, CQIL_INT8 = 2, CQIL_INT4 = 3 } cqil_weights;
+
 // Rows of x; elements of a row of out and of x. `gated`: W holds gate and up one after the other, and out is silu(gate)
-// * up, with gate and up rounded to the type first. `eps` is for the norm.
+// * up, with gate and up rounded to the type first. `eps` is for the norm. `weights` is a cqil_weights. `group`: with
+// CQIL_INT4, the columns that have a scale in common, 32, 64 or 128.
 typedef struct {
     int32_t rows, outputs, inputs, gated, dtype;
     float eps;
+    int32_t weights, group;
 } cqil_linear_shape;
 
 // The most rows for which cqil_linear should be used on the current device, 8 or 1; a library is faster with more.
@@ -206,11 +211,37 @@ size_t cqil_linear_scratch_bytes(const cqil_linear_shape* shape);
 int cqil_linear(const cqil_linear_shape* shape, const void* x, const void* delta, const void* weight, const void* bias,
                 const void* norm, const void* residual, void* out, void* scratch, void* stream);
 
+// The most rows for which cqil_linear should be used with packed weights on the current device; 0: it cannot be. With
+// more, cqil_unpack and a library are faster. Negative: an error. However many rows there are, a row's result has the
+// same bits.
+int cqil_packed_rows(void);
+
+// Bytes of packed weights. Half types, and a multiple of 8 inputs, only.
+size_t cqil_packed_bytes(const cqil_linear_shape* shape);
+
+// Packs W = (codes - zeros) * scales, [outputs, inputs] ([2 * outputs, inputs] when gated). Codes of 4 bits are two in a
+// byte, the lower half first; a row begins with a byte. Scales of CQIL_INT4 are of the type, others float32. Scales and
+// zeros (bytes, NULL for none) are [outputs, groups], for groups of `size` columns, or one if it is 0. Column 0 is
+// column `first` of its group. `size` and `first` must be multiples of the shape's group.
+int cqil_pack(const cqil_linear_shape* shape, const void* codes, const void* scales, const void* zeros, int size,
+              int first, void* packed, void* stream);
+
+// out = W, dense, from what cqil_pack has made.
+int cqil_unpack(const cqil_linear_shape* shape, const void* packed, void* out, void* stream);
+
+// out = W, dense, from what cqil_pack takes; any type, any inputs, any groups.
+int cqil_dequantize(const cqil_linear_shape* shape, const void* codes, const void* scales, const void* zeros, int size,
+                    int first, void* out, void* stream);
+
 // `length` new tokens of `batch` sequences, starting at position past[b], and a cache with `max_batch` slots for
 // sequences of `capacity` tokens. Query head i reads key/value head (i + first) / group. `eps` is for the head norms.
+// `late`: with one new token, the next kernel is launched when this one computes instead of when it is launched. A
+// product with packed weights should come after such a call: launched earlier, several of its blocks would share a
+// multiprocessor, because the blocks of this kernel and of the one before leave no room on others.
 typedef struct {
     int32_t batch, length, heads, kv_heads, head_dim, capacity, max_batch, group, first, dtype;
     float eps;
+    int32_t late;
 } cqil_attention_shape;
 
 // Bytes of one layer's cache: keys, then values, each [max_batch, kv_heads, capacity, head_dim], then memory through

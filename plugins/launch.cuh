@@ -13,13 +13,14 @@ namespace cqil_trt {
 
 // Rule: before wait_for_predecessor() a kernel neither reads what an earlier kernel writes nor writes what one reads.
 // The "memory" clobbers keep loads from moving above the wait. Every kernel waits, so when one has ended, all before it
-// have. Releasing the successor early is therefore safe: it waits too, or was launched without overlap. Since every
-// kernel releases at once, one may start while several before it still run.
+// have. Releasing the successor early is therefore safe: it waits too, or was launched without overlap. Since most
+// kernels release at once, one may start while several before it still run.
 //
 // These are all the reads before the wait, and why each is safe:
 // - all_reduce_kernel reads `world`, `rank`, `layout` and `memory` of State. Only cqil_workspace_open writes them, and
 //   it synchronises the device. Counters on the same cache lines are read after the wait and bypass L1 (load_system).
-// - all_reduce_kernel reads the norm's weight; stream_kernel and few_rows_kernel read W and the norm's weight;
+// - all_reduce_kernel reads the norm's weight; stream_kernel, few_rows_kernel and packed_kernel read W and
+//   the norm's weight;
 //   attend_kernel, when decoding, reads cos and sin. The header requires that none of them is the result of work still
 //   on the stream.
 // - attend_kernel, when decoding, reads `past`, `slots`, the cache and the joints' counters, which earlier work writes.

@@ -15,63 +15,13 @@
 #include "cqil_trt.h"
 #include "errors.h"
 #include "launch.cuh"
+#include "linear.cuh"
 #include "swiglu.cuh"
 #include "types.cuh"
 
 using namespace cqil_trt;
 
 namespace {
-
-struct Operands {
-    const void* x;
-    const void* delta;
-    const void* weight;
-    const void* bias;
-    const void* norm;
-    const void* residual;
-    void* out;
-    int rows, outputs, inputs;
-    float eps;
-};
-
-template <typename T>
-struct Pair;
-template <>
-struct Pair<__half> {
-    using Type = __half2;
-    static __device__ float2 wide(Type x) { return __half22float2(x); }
-    static __device__ Type narrow(float x, float y) { return __floats2half2_rn(x, y); }
-};
-template <>
-struct Pair<__nv_bfloat16> {
-    using Type = __nv_bfloat162;
-    static __device__ float2 wide(Type x) { return __bfloat1622float2(x); }
-    static __device__ Type narrow(float x, float y) { return __floats2bfloat162_rn(x, y); }
-};
-
-// sum + the dot product of 16 bytes of w and x.
-template <typename T>
-__device__ float dot(uint4 w, uint4 x, float sum) {
-    if constexpr (std::is_same_v<T, float>) {
-        const auto *a = reinterpret_cast<const float*>(&w), *b = reinterpret_cast<const float*>(&x);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sum = fmaf(a[i], b[i], sum);
-    } else {
-        using Two = typename Pair<T>::Type;
-        const Two *a = reinterpret_cast<const Two*>(&w), *b = reinterpret_cast<const Two*>(&x);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const float2 p = Pair<T>::wide(a[i]), q = Pair<T>::wide(b[i]);
-            sum = fmaf(p.x, q.x, fmaf(p.y, q.y, sum));
-        }
-    }
-    return sum;
-}
-
-__device__ float warp_sum(float x) {
-    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
-    return x;
-}
 
 // One row: streaming W through shared memory.
 
@@ -94,8 +44,6 @@ int stages_of(int inputs, bool norm, bool gated) {
     return stream_bytes(kManyStages, inputs, norm, gated) <= kRoom ? kManyStages : kFewStages;
 }
 
-__device__ unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
-
 #if __CUDA_ARCH__ >= 900
 // A dot product in progress, in independent sums.
 struct Sums {
@@ -116,44 +64,6 @@ struct Sums {
     __device__ float total() const { return part[0] + part[1] + (part[2] + part[3]); }
 };
 
-__device__ void barrier_init(uint64_t* barrier) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)));
-}
-
-// For data that is read once: L2 should keep activations and code instead.
-__device__ uint64_t streaming_policy() {
-    uint64_t policy;
-    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
-
-// The arrival of so many bytes completes the barrier's phase.
-__device__ void expect_bytes(uint64_t* barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
-                 : "memory");
-}
-
-// Starts a copy of `bytes` to shared memory.
-__device__ void bulk_copy(void* to, const void* from, int bytes, uint64_t* barrier, uint64_t policy) {
-    const unsigned b = shared_address(barrier);
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
-            "r"(shared_address(to)),
-        "l"(from), "r"(bytes), "r"(b), "l"(policy)
-        : "memory");
-}
-
-__device__ void barrier_wait(uint64_t* barrier, unsigned phase) {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;\n"
-        "}\n" ::"r"(shared_address(barrier)),
-        "r"(phase)
-        : "memory");
-}
 #endif
 
 // Registers allow four blocks, so two of them fit on a multiprocessor next to attention or a collective. Otherwise a
@@ -326,20 +236,6 @@ __global__ void __launch_bounds__(kThreads, 4) stream_kernel(Operands o) {
 }
 
 // Several rows, on tensor cores. W is the left operand, so few rows of x waste little.
-
-template <typename T>
-__device__ void multiply_accumulate(float (&c)[4], const unsigned (&a)[4], const unsigned* b) {
-    if constexpr (std::is_same_v<T, __half>)
-        asm volatile(
-            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-    else
-        asm volatile(
-            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
 
 // Two to sixteen rows: streaming W, 16 rows of it at a time (if gated, 8 of gate and 8 of up). A block takes every
 // gridDim.x-th of these tiles, up to kTiles of them in a pass, so that it reads x once a pass. Its warps share the depth,
@@ -572,11 +468,6 @@ __device__ void load_matrices(unsigned (&r)[4], unsigned address) {
                  : "r"(address));
 }
 
-// Copies 16 bytes to shared memory, or zeros unless `valid`.
-__device__ void copy_async(unsigned to, const void* from, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
-}
-
 constexpr int kDepth = 64;  // of a tile along `inputs`: rows of 128 bytes, with swizzled packets
 
 // A tile of kW rows of W times kX rows of x. kAcrossW * kAcrossX warps share the tile, and kAcrossK such groups share
@@ -738,15 +629,6 @@ __global__ void __launch_bounds__(kThreads) plain_kernel(Operands o) {
 
 // Launching
 
-struct Device {
-    int processors, shared_bytes;
-};
-
-int describe(Device* device) {
-    if (device_attribute(cudaDevAttrMultiProcessorCount, &device->processors)) return -1;
-    return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &device->shared_bytes);
-}
-
 template <typename T, bool kGated, int kStages>
 int stream(const Operands& o, const Device& device, cudaStream_t st) {
     const size_t bytes = stream_bytes(kStages, o.inputs, o.norm != nullptr, kGated);
@@ -862,6 +744,7 @@ int cqil_linear(const cqil_linear_shape* s, const void* x, const void* delta, co
     if (s->rows == 0) return 0;
     const Operands o = {x, delta, weight, bias, norm, residual, out, s->rows, s->outputs, s->inputs, s->eps};
     auto st = static_cast<cudaStream_t>(stream);
+    if (s->weights != CQIL_DENSE) return packed_linear(*s, o, scratch, st);
     auto* space = static_cast<char*>(scratch);
     return by_type(s->dtype,
                    [&](auto* type) { return linear<std::remove_pointer_t<decltype(type)>>(*s, o, space, st); });

@@ -308,9 +308,14 @@ private:
     int weight() const { return 1 + fields_.delta; }
     cqil_linear_shape shape(PluginTensorDesc const* input) const {
         const auto *x = input[0].dims.d, *w = input[weight()].dims.d;
-        return {static_cast<int>(x[0]), static_cast<int>(w[0]) / (1 + fields_.gated),
-                static_cast<int>(x[1]), fields_.gated,
-                fields_.dtype,          fields_.eps};
+        return {static_cast<int>(x[0]),
+                static_cast<int>(w[0]) / (1 + fields_.gated),
+                static_cast<int>(x[1]),
+                fields_.gated,
+                fields_.dtype,
+                fields_.eps,
+                CQIL_DENSE,
+                0};
     }
 };
 
@@ -390,7 +395,7 @@ private:
         const int length = static_cast<int>(input[0].dims.d[0]) / batch;
         const Fields& f = fields_;
         return {batch,       length,  f.heads, f.kv_heads, f.head_dim, f.capacity,
-                f.max_batch, f.group, f.first, f.dtype,    f.eps};
+                f.max_batch, f.group, f.first, f.dtype,    f.eps,      0};
     }
 };
 

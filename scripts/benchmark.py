@@ -37,8 +37,8 @@ from plots import check_plot, pyplot
 from synthetic import SHAPES, model_config
 from tqdm import tqdm
 
-from cqil_trt import reference
-from cqil_trt.backends.torch.gpu_session import TorchCudaSession, device_tensor, use_device
+from cqil_trt import formats, reference
+from cqil_trt.backends.torch.gpu_session import TorchCudaSession, use_device
 from cqil_trt.commands import RankParser, check_at_least, check_file, numbers, run_ranks
 from cqil_trt.config import CqilConfig, EngineLimits
 from cqil_trt.errors import UserError
@@ -51,16 +51,18 @@ from cqil_trt.network.rotary import inverse_frequencies
 from cqil_trt.presets import PRESETS, preset
 from cqil_trt.runner import Runner
 from cqil_trt.scheduler import Step
-from cqil_trt.shard import RankPlan, plan
+from cqil_trt.shard import plan
 from cqil_trt.table import table
 from cqil_trt.validate import answer, compare
 from cqil_trt.weights import WeightReader, cut
+from cqil_trt.weights.quantized import QuantizingReader
 
 COMM = MPI.COMM_WORLD
 RANK = COMM.Get_rank()
 MAX_TOKENS = 1 << 17
 PEER_TOKENS = 1024  # the longest context of peers, some of which recompute it for every token
 PARITY_PROMPTS = 20, 200  # tokens in each
+_PRODUCTS = "stream_kernel", "packed_kernel"
 STEPS = 32  # greedy tokens after them that are compared with the reference
 
 
@@ -97,30 +99,20 @@ class SyntheticSession(TorchCudaSession):
         with saying_when_memory_is_full():
             super().__init__(engine, comm, RANK, engine.limits.max_batch_size)
 
-    def _load_weights(self, engine: Any) -> None:
-        dtype = getattr(torch, engine.limits.dtype)
-        arena = self._arena(sum(cuda.aligned(t.elements * dtype.itemsize) for t in self._plan.tensors), "the weights")
+    def _stored_bytes(self, engine: Any) -> dict[str, int]:
+        return {tensor.name: tensor.nbytes for tensor in self._plan.tensors}
 
-        def place(tensor: RankTensor) -> torch.Tensor:
-            self._memory[tensor.name] = arena.take(tensor.elements * dtype.itemsize)
-            return device_tensor(self._memory[tensor.name], (tensor.elements,), dtype)
+    def _stored(self, engine: Any) -> Iterator[tuple[str, Callable[[int], None]]]:
+        for tensor in self._plan.tensors:
+            made = whole(tensor, self._reader)
+            torch.cuda.synchronize()
+            yield tensor.name, lambda to, made=made: cuda.copy(to, made.data_ptr(), made.nbytes, self._stream)
+            self._synchronize()
 
-        fill(self._plan, self._reader, place)
-        torch.cuda.synchronize()
 
-
-def fill(rank: RankPlan, reader: WeightReader, place: Callable[[RankTensor], torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The rank's tensors by name, each in the flat memory that `place` returns for it."""
-    blocks = rank.blocks(reader)
-    found = {}
-    for tensor in rank.tensors:
-        flat, at = place(tensor), 0
-        while at < tensor.elements:
-            block = next(blocks).reshape(-1)
-            flat[at : at + len(block)] = block
-            at += len(block)
-        found[tensor.name] = flat.view(tensor.shape)
-    return found
+def whole(tensor: RankTensor, reader: WeightReader) -> torch.Tensor:
+    """The elements of a rank's tensor, in its shape, on this process's GPU."""
+    return torch.cat([block.reshape(-1).cuda() for block in tensor.blocks(reader)]).view(tensor.shape)
 
 
 def parser() -> RankParser:
@@ -133,6 +125,13 @@ def parser() -> RankParser:
     parser.add_argument("--start", type=int, help="a different range of layers than the preset's")
     parser.add_argument("--end", type=int)
     parser.add_argument("--layers", type=int, help="fewer for a quick look")
+    parser.add_argument(
+        "--quantize",
+        default=formats.DENSE,
+        choices=[formats.DENSE, *formats.choices()],
+        metavar="F",
+        help="the format of the weights (default dense)",
+    )
     parser.add_argument("--contexts", default="128,200,1024,4096", help="tokens before the measured decode steps")
     parser.add_argument("--prefills", default="20,128,1024,4096", help="prompt lengths in tokens")
     parser.add_argument("--batches", default="1,4,8", help="sequences that decode together, at --batch-context")
@@ -175,6 +174,8 @@ def configure(options: argparse.Namespace, ranks: int) -> tuple[CqilConfig, Mode
         raise UserError("--shapes needs --start and --end")
     if options.layers and (options.start is not None or options.end is not None):
         raise UserError("--layers groups all layers: it takes neither --start nor --end")
+    if options.peers and options.quantize != formats.DENSE:
+        raise UserError("--peers have no quantized weights")
     if options.peers and min(options.contexts) > PEER_TOKENS:
         raise UserError(f"--peers are measured at --contexts up to {PEER_TOKENS}")
     if options.start is not None or options.end is not None:
@@ -207,13 +208,17 @@ def saying_when_memory_is_full() -> Iterator[None]:
 def run(options: argparse.Namespace, job: Job) -> None:
     cqil, model = job.agree(lambda: configure(options, job.size))
     job.agree(lambda: use_device(RANK))
-    reader = SyntheticReader(model)
+    reader: WeightReader = SyntheticReader(model)
+    if options.quantize != formats.DENSE:
+        names = [name for name, shape in reader.shapes().items() if ".layers." in name and len(shape) == 2]
+        reader = QuantizingReader(reader, names, options.quantize, "float16")
     longest = max(options.contexts + [options.batch_context, *options.prefills]) + 2 * options.steps + 8
     longest = max(longest, max(PARITY_PROMPTS) + STEPS)
     limits = EngineLimits(
         max_batch_size=max(options.batches + [1]),
         max_seq_len=max(longest, options.soak + 64),
         dtype="float16",
+        weights=options.quantize,
         prefill_chunk=1024,
     )
 
@@ -236,7 +241,7 @@ def run(options: argparse.Namespace, job: Job) -> None:
             limits=limits,
             rotary=tuple(inverse_frequencies(model)),
             world_size=shape.p,
-            plan=lambda rank, shape=shape: plan(model, shape, limits.dtype)[rank],
+            plan=lambda rank, shape=shape: plan(model, shape, limits.dtype, limits.weights)[rank],
         )
         comm = None if shape.p == 1 else MPI.COMM_SELF if options.alone else COMM
         session = job.agree(
@@ -247,7 +252,7 @@ def run(options: argparse.Namespace, job: Job) -> None:
             continue
         found = measure(session, model, options, name)
         found["parity"] = parity(session, prompts, probes.get(name)) if name in judged else []
-        ranks = plan(model, shape, limits.dtype)
+        ranks = plan(model, shape, limits.dtype, limits.weights)
         found["bytes"] = max(rank.bytes_per_token for rank in ranks)
         found["collectives"] = ranks[0].collectives
         if options.soak and name == "sharded":
@@ -262,6 +267,7 @@ def run(options: argparse.Namespace, job: Job) -> None:
         "model": model_name(options),
         "layers": model.num_layers,
         "cqil": cqil.to_dict(),
+        "weights": options.quantize,
         "alone": options.alone,
         "gpu": cuda.device_name(),
         "read_tb_s": bandwidth,
@@ -277,7 +283,7 @@ def run(options: argparse.Namespace, job: Job) -> None:
         title += ", rank 0's share without its peers"
     if RANK == 0:
         gpus = f"{COMM.Get_size()} x {cuda.device_name()} (reads {bandwidth:.2f} TB/s)"
-        print(f"{title}, float16, {gpus}; milliseconds, median [10%, 90%]\n")
+        print(f"{title}, float16, {options.quantize} weights, {gpus}; milliseconds, median [10%, 90%]\n")
         print(describe(results, options, bandwidth), flush=True)
         save()
         if options.plot:
@@ -394,18 +400,18 @@ def profile(session: Any, prompt: list[int], steps: int = 16) -> list[tuple[str,
         session.time_decode((0,), steps)
     events = [e for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     events.sort(key=lambda event: event.time_range.end)
-    names = [re.sub(r".*?(\w+_kernel).*", r"\1", e.name) + ("<gated>" if "true" in e.name else "") for e in events]
+    names = [re.sub(r".*?(\w+_kernel).*", r"\1", e.name) for e in events]
+    # Of a product's template arguments, the first that is true or false says whether it is gated.
+    gated = [re.findall(r"\b(true|false)\b", e.name)[:1] == ["true"] for e in events]
     shares: dict[str, list[float]] = {}
     for i in range(1, len(events) - 1):
         before, name, after = names[i - 1 : i + 2]
-        if name == "stream_kernel<gated>":
+        if name in _PRODUCTS and gated[i]:
             name = "gate+up"
-        elif name == "stream_kernel":
+        elif name in _PRODUCTS:
             last = after == "row_argmax_kernel"
             name = "last projection" if last else "qkv" if "attend" in after else "o" if "attend" in before else "down"
-        shares.setdefault(name.removesuffix("<gated>"), []).append(
-            events[i].time_range.end - events[i - 1].time_range.end
-        )
+        shares.setdefault(name, []).append(events[i].time_range.end - events[i - 1].time_range.end)
     # Kernels of split and whole layers differ: use the mean. A kernel that runs once per step may begin a graph, which
     # starts late under the profiler: use the median.
     return [
@@ -458,7 +464,7 @@ def measure_peers(
             COMM.Barrier()
             continue
         mine = plan(model, placements[shape], "float16")[RANK]
-        weights = fill(mine, reader, lambda t: torch.empty(t.elements, dtype=torch.float16, device="cuda"))
+        weights = {tensor.name: whole(tensor, reader) for tensor in mine.tensors}
         rotary = torch.tensor(inverse_frequencies(model))
         decoder = TensorParallelDecoder(mine, weights, rotary, max(contexts) + steps)
         compiled = torch.compile(decoder, mode="reduce-overhead", fullgraph=True)

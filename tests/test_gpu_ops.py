@@ -20,7 +20,8 @@ from cqil_trt.backends.torch.gpu_session import prompt_lengths
 from cqil_trt.backends.torch.ops import TorchOps
 from cqil_trt.checkpoint import Checkpoint
 from cqil_trt.config import CqilConfig, EngineLimits
-from cqil_trt.gpu import cuda
+from cqil_trt.gpu import abi, cuda
+from cqil_trt.gpu.packed import QuantizedMatrix, quantized_matrices
 from cqil_trt.network.decoder import decode
 from cqil_trt.network.rotary import rotary_tables
 from cqil_trt.shard import plan
@@ -97,8 +98,32 @@ def host_memory(monkeypatch):
     return kept
 
 
+def pack(weights, kernels):
+    """As if the projections were quantized: what CudaOps is told of them, and nothing at their addresses."""
+    quantized = {}
+    for name in [
+        name for name in weights if name.endswith(("qkv.weight", "o.weight", "gate_up.weight", "down.weight"))
+    ]:
+        matrix, weights[name] = weights[name], torch.full((1,), torch.nan)
+        kernels.packed[weights[name].data_ptr()] = matrix
+        kind = int(abi.cqil_weights.CQIL_INT4)
+        quantized[name.removesuffix(".weight")] = QuantizedMatrix(
+            parts=(name, f"{name}.scale"),
+            rows=len(matrix),
+            inputs=matrix.shape[1],
+            gated="gate_up" in name,
+            weights=kind,
+            stored=kind,
+            size=192,
+            first=0,
+            dtype="float32",
+        )
+    return quantized
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_cuda_ops_ask_for_what_the_decoder_means(name, tmp_path, host_memory):
+def test_cuda_ops_ask_for_what_the_decoder_means(name, packed, tmp_path, host_memory):
     architecture, changes = ARCHITECTURES[name]
     directory = make_model(tmp_path, architecture, seed=SEED, rms_norm_eps=1e-2, **changes)
     checkpoint = Checkpoint(directory, None)
@@ -109,6 +134,7 @@ def test_cuda_ops_ask_for_what_the_decoder_means(name, tmp_path, host_memory):
             plain = TorchOps(rank, weights, Alone(rank.rank), limits, checkpoint.rotary)
 
             kernels = HostKernels()
+            quantized = pack(weights := dict(weights), kernels) if packed else None
             buffers = {"joined": torch.zeros(BATCH * 16, model.hidden_size)}
             buffers |= dict(
                 zip(
@@ -120,7 +146,7 @@ def test_cuda_ops_ask_for_what_the_decoder_means(name, tmp_path, host_memory):
             memory = {key: value.data_ptr() for key, value in (weights | buffers).items()}
             workspace = HostWorkspace(rank.rank, model.rms_norm_eps) if shape["p"] > 1 else None
             library = HostLibrary(kernels, model)
-            ops = CudaOps(rank, limits, memory, workspace, kernels, 0, library, BATCH)
+            ops = CudaOps(rank, limits, memory, workspace, kernels, 0, library, BATCH, quantized)
             width = rank.vocabulary[1] - rank.vocabulary[0]
             # Prompts one at a time, in slots that are not in order, then both sequences, then one of them.
             prompts = [(new, past, (slot,)) for new, past in ((7, 0), (3, 7)) for slot in (1, 0)]
@@ -156,3 +182,68 @@ def test_lengths_of_chunks_that_are_graphs(most):
     for count in range(1, most + 1):
         full = next(length for length in lengths if length >= count)
         assert full - count < max(16, count / 2), "too much would be computed in vain"
+
+
+class Loader:
+    """The kernels' library while an engine is loaded: `calls` has what was asked."""
+
+    def __init__(self, rows):
+        self._rows, self.calls = rows, []
+
+    def cqil_packed_rows(self):
+        return self._rows
+
+    def cqil_packed_bytes(self, shape):
+        return 1000
+
+    def cqil_pack(self, *arguments):
+        self.calls.append(("pack", *arguments))
+        return 0
+
+    def cqil_dequantize(self, *arguments):
+        self.calls.append(("dequantize", *arguments))
+        return 0
+
+
+def test_quantized_matrices_are_packed_where_kernels_take_them(tmp_path):
+    sizes = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8, "head_dim": 32}
+    model = Checkpoint(make_model(tmp_path, **sizes), tokenizer=False).model
+
+    def groups(p, rank, stored="int4", dtype="float16", rows=32):
+        [*ranks] = plan(model, CqilConfig(p=p, placement="tensor"), dtype, stored)
+        found = quantized_matrices(ranks[rank], Loader(rows))
+        of = {name.removeprefix("layers.0."): m for name, m in found.items() if name.startswith("layers.0.")}
+        return {name: matrix.group if matrix.packed else None for name, matrix in of.items()}
+
+    assert groups(1, 0) == {"qkv": 128, "o": 128, "gate_up": 128, "down": 128}
+    # The second half of 704 columns begins 96 columns into a group.
+    assert groups(2, 1) == {"qkv": 128, "o": 128, "gate_up": 128, "down": 32}
+    # A third of them is 235 columns; a third of the heads begins in the middle of a group.
+    assert groups(3, 1) == {"qkv": 128, "o": 64, "gate_up": 128, "down": None}
+    assert groups(2, 1, "int4g32") == {"qkv": 32, "o": 32, "gate_up": 32, "down": 32}
+    assert groups(2, 1, "int4g48")["down"] is None
+    assert set(groups(2, 1, "int8").values()) == {128}
+    assert set(groups(1, 0, dtype="float32").values()) == {None}
+    assert set(groups(1, 0, rows=0).values()) == {None}  # the GPU is too old
+    assert quantized_matrices(plan(model, CqilConfig(p=1), "float16")[0], None) == {}
+
+
+def test_quantized_matrices_are_made_from_what_the_engine_stores(tmp_path):
+    model = Checkpoint(make_model(tmp_path), tokenizer=False).model
+    kinds = abi.cqil_weights
+    for stored, kind, zeros in (("int4g16", kinds.CQIL_INT4, 30), ("fp8", kinds.CQIL_FP8, None)):
+        rank = plan(model, CqilConfig(p=2, placement="tensor"), "bfloat16", stored)[1]
+        for name, parts in (("gate_up", (88, 48)), ("down", (48, 44))):
+            loader = Loader(32)
+            matrix = quantized_matrices(rank, loader)[f"layers.0.{name}"]
+            assert (matrix.rows, matrix.inputs) == parts
+            addresses = dict(zip(matrix.parts, (10, 20, 30)))
+            matrix.load(loader, addresses, 40, 50)
+            [(call, shape, *arguments)] = loader.calls
+            first = 44 % 16 if name == "down" and zeros else 0
+            assert arguments == [10, 20, zeros, 16 if zeros else 0, first, 40, 50]
+            assert (shape.weights, shape.dtype, shape.inputs) == (kind, abi.dtype_code("bfloat16"), parts[1])
+            assert (shape.outputs, shape.gated) == ((44, 1) if name == "gate_up" else (48, 0))
+            # 44 columns, and groups of 16, are not packed.
+            assert call == ("pack" if not zeros and name == "gate_up" else "dequantize")
+            assert matrix.nbytes(loader) == (1000 if matrix.packed else 2 * parts[0] * parts[1])

@@ -83,6 +83,13 @@ def test_a_row_has_the_same_bits_in_every_batch():
 @pytest.mark.slow
 @needs_gpu
 @pytest.mark.usefixtures("library")
+def test_products_with_packed_weights():
+    assert "agree with float64" in kernels(SEED % 100_000, 30, "packed")
+
+
+@pytest.mark.slow
+@needs_gpu
+@pytest.mark.usefixtures("library")
 def test_swiglu_is_one_function():
     assert "agree with float64" in kernels(SEED % 100_000, 1, "swiglu")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -82,9 +84,23 @@ class Arena:
             raise MemoryError(f"{self._used} bytes taken of an arena of {self.size}")
         return address
 
+    def clear(self) -> None:
+        """Takes all pieces back."""
+        self._used = 0
+
     def free(self) -> None:
         """Gives the memory back; no piece of it may be in use."""
         call("Free", self.address)
+
+
+@contextmanager
+def temporary(size: int, what: str) -> Iterator[Arena]:
+    """An arena that is freed at the end."""
+    arena = Arena(size, what)
+    try:
+        yield arena
+    finally:
+        arena.free()
 
 
 def aligned(size: int) -> int:

@@ -13,10 +13,11 @@ import ctypes
 from abc import abstractmethod
 from bisect import bisect_left
 from collections import OrderedDict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum, IntEnum
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from cqil_trt.engine import Engine, tensor_spans
 from cqil_trt.errors import UserError
 from cqil_trt.gpu import abi, cuda
 from cqil_trt.gpu.fused_ops import attention_fields
+from cqil_trt.gpu.packed import quantized_matrices
 from cqil_trt.gpu.workspace import Workspace, guard
 from cqil_trt.network.rotary import rotary_tables
 from cqil_trt.sampling import MAX_LOGPROBS, Choice, SamplingConfig
@@ -253,28 +255,61 @@ class CudaSession(Session):
             cuda.call("MemsetAsync", self._memory[name], 0, size, self._stream)
         self._synchronize()
 
-    def _load_weights(self, engine: Engine) -> None:
-        """Copies the rank's tensors to the GPU, through page-locked memory."""
+    def _stored_bytes(self, engine: Engine) -> dict[str, int]:
+        """Bytes of each of the rank's tensors, by name."""
+        return {name: length for name, (_, length) in tensor_spans(engine.rank_file(self._plan.rank)).items()}
+
+    def _stored(self, engine: Engine) -> Iterator[tuple[str, Callable[[int], None]]]:
+        """The names of those tensors, in their order, and what copies each to an address on the GPU."""
         path = engine.rank_file(self._plan.rank)
         spans = tensor_spans(path)
+        longest = max((length for _, length in spans.values()), default=1)
+        staging = cuda.pinned((min(_STAGING_BYTES, longest),), np.uint8)
+
+        def fill(file: Any, name: str, begin: int, length: int, address: int) -> None:
+            file.seek(begin)
+            for offset in range(0, length, len(staging)):
+                part = staging.data[: min(len(staging), length - offset)]
+                if file.readinto(part) != len(part):
+                    raise UserError(f"{path}: truncated while reading {name}")
+                cuda.upload(address + offset, np.frombuffer(part, np.uint8), self._stream)
+                self._synchronize()
+
+        try:
+            with open(path, "rb", buffering=0) as file:
+                for name, span in spans.items():
+                    yield name, partial(fill, file, name, *span)
+        finally:
+            cuda.free_pinned(staging)
+
+    def _load_weights(self, engine: Engine) -> None:
+        """Copies the rank's tensors to the GPU, and packs those that are quantized."""
+        sizes = self._stored_bytes(engine)
         first, last = self._plan.vocabulary
         row = self._plan.model.hidden_size * self._bytes
         shared = self._plan.shares_embedding
         copied = shared and first * row % cuda.ALIGNMENT != 0
-        sizes = [length for _, length in spans.values()] + [(last - first) * row] * copied
-        arena = self._arena(sum(map(cuda.aligned, sizes)), "the weights")
-        staging = cuda.pinned((min(_STAGING_BYTES, max(sizes, default=1)),), np.uint8)
-        with open(path, "rb", buffering=0) as file:
-            for name, (begin, length) in spans.items():
-                address = self._memory[name] = arena.take(length)
-                file.seek(begin)
-                for offset in range(0, length, len(staging)):
-                    part = staging.data[: min(len(staging), length - offset)]
-                    if file.readinto(part) != len(part):
-                        raise UserError(f"{path}: truncated while reading {name}")
-                    cuda.upload(address + offset, np.frombuffer(part, np.uint8), self._stream)
+        self._quantized = quantized_matrices(self._plan, self._library)
+        matrices = {part: matrix for matrix in self._quantized.values() for part in matrix.parts}
+        kept = [size for name, size in sizes.items() if name not in matrices] + [(last - first) * row] * copied
+        kept += [matrix.nbytes(self._library) for matrix in self._quantized.values()]
+        arena = self._arena(sum(map(cuda.aligned, kept)), "the weights")
+        # Room for the parts of one matrix, as they are stored.
+        most = max((sum(cuda.aligned(sizes[p]) for p in m.parts) for m in matrices.values()), default=0)
+        parts: dict[str, int] = {}
+        with cuda.temporary(most, "a matrix that is packed") as room:
+            for name, fill in self._stored(engine):
+                matrix = matrices.get(name)
+                if matrix is None:
+                    fill(self._memory.setdefault(name, arena.take(sizes[name])))
+                    continue
+                parts[name] = room.take(sizes[name])
+                fill(parts[name])
+                if name == matrix.parts[-1]:
+                    address = self._memory[matrix.parts[0]] = arena.take(matrix.nbytes(self._library))
+                    matrix.load(self._library, parts, address, int(self._stream))
                     self._synchronize()
-        cuda.free_pinned(staging)
+                    room.clear()
         if shared:
             address = self._memory["embedding.weight"] + first * row
             if copied:

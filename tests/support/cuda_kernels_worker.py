@@ -2,8 +2,8 @@
 
 usage: cuda_kernels_worker.py SEED CASES [CHECK]
 
-CHECK is `kernels` (the default: every kernel on its own), `swiglu`, or one of those that delay blocks. They need a
-library built with CQIL_TEST_DELAYS=ON, which CQIL_TRT_PLUGINS names:
+CHECK is `kernels` (the default: every kernel on its own), `swiglu`, `rows`, `packed` (products with quantized weights),
+or one of those that delay blocks. They need a library built with CQIL_TEST_DELAYS=ON, which CQIL_TRT_PLUGINS names:
 
   joins    attention whose earlier spans start late
   overlap  a decoder's steps, launched back to back and in graphs
@@ -346,6 +346,7 @@ def check_attention(pick, dtype):
         first=first,
         dtype=code(dtype),
         eps=eps,
+        late=pick(0, 1),
     )
     cache = torch.zeros(library.cqil_attention_cache_bytes(shape), dtype=torch.uint8, device="cuda")
     angles = torch.arange(capacity)[:, None] * 10000.0 ** (-torch.arange(0, dim, 2) / dim)
@@ -469,6 +470,87 @@ def check_rows(pick, dtype):
         assert different == 0, f"{different} elements differ between {len(chosen)} and {rows} rows"
     assert torch.isfinite(whole).all()
     return 0.0
+
+
+def some_codes(pick, kind, outputs, inputs, size, first, dtype):
+    """Codes, scales and zero points as engines store them, and W in float64."""
+    small = kind == abi.cqil_weights.CQIL_INT4
+    codes = torch.randint(16 if small else 256, (outputs, inputs), dtype=torch.uint8, device="cuda")
+    if kind == abi.cqil_weights.CQIL_FP8:
+        codes[codes % 128 == 127] = 0  # not a number
+        values = codes.view(torch.float8_e4m3fn).double()
+    else:
+        values = codes.double() if small else codes.view(torch.int8).double()
+    groups = (first + inputs - 1) // size + 1 if size else 1
+    # Results of about 1.
+    size_of_code = {abi.cqil_weights.CQIL_FP8: 100, abi.cqil_weights.CQIL_INT8: 74}.get(kind, 6) * inputs**0.5
+    scales = ((0.1 + torch.rand(outputs, groups, device="cuda")) / size_of_code).to(dtype if small else torch.float32)
+    zeros = torch.randint(17, scales.shape, dtype=torch.uint8, device="cuda") if small and pick(0, 3) else None
+    group = (first + torch.arange(inputs, device="cuda")) // size if size else torch.zeros(inputs, dtype=torch.long)
+    exact = values if zeros is None else values - zeros[:, group].double()
+    if small:
+        padded = torch.nn.functional.pad(codes, (0, inputs % 2))
+        codes = padded[:, ::2] | padded[:, 1::2] << 4
+    return codes.contiguous(), scales, zeros, exact * scales[:, group].double()
+
+
+def check_packed(pick, dtype):
+    """Packed weights: what is packed comes back, products agree with float64, and a row's bits stay the same."""
+    kinds = abi.cqil_weights
+    kind = (kinds.CQIL_FP8, kinds.CQIL_INT8, kinds.CQIL_INT4, kinds.CQIL_INT4)[pick(0, 3)]
+    small = kind == kinds.CQIL_INT4
+    outputs, inputs = pick(1, 3000), pick(1, 1400) * 8
+    gated, biased, added, normed = (bool(pick(0, 1)) for _ in range(4))
+    added = added and not gated
+    group = 32 << pick(0, 2) if small else 0
+    size = group * pick(1, 3) if small and pick(0, 5) else 0
+    first = group * pick(0, size // group - 1) if size else 0
+    shape = {"outputs": outputs, "inputs": inputs, "gated": gated, "dtype": code(dtype), "eps": 1e-5}
+    shape |= {"weights": kind, "group": group}
+    codes, scales, zeros, weight = some_codes(pick, kind, outputs * (1 + gated), inputs, size, first, dtype)
+    stored = codes, scales, zeros, size, first
+    dense = torch.full(weight.shape, torch.nan, dtype=dtype, device="cuda")
+    call("dequantize", abi.cqil_linear_shape(**shape), *stored, dense)
+    assert torch.equal(dense, weight.float().to(dtype))
+    if dtype == torch.float32:
+        return 0.0
+    assert library.cqil_packed_rows() == 32, "this GPU has no kernel for packed weights"
+    packed = torch.empty(library.cqil_packed_bytes(abi.cqil_linear_shape(**shape)), dtype=torch.uint8, device="cuda")
+    call("pack", abi.cqil_linear_shape(**shape), *stored, packed)
+    dense.fill_(torch.nan)
+    call("unpack", abi.cqil_linear_shape(**shape), packed, dense)
+    assert torch.equal(dense, weight.float().to(dtype))
+
+    rows = (1, pick(2, 8), pick(9, 40))[pick(0, 2)]
+    x = (torch.randn(rows, inputs, device="cuda") * 10 ** (0.3 * torch.randn(rows, 1, device="cuda"))).to(dtype)
+    delta = torch.randn(rows, inputs, device="cuda").to(dtype) if normed and pick(0, 2) == 0 else None
+    norm = (1 + 0.2 * torch.randn(inputs, device="cuda")).to(dtype) if normed else None
+    bias = torch.randn(outputs * (1 + gated), device="cuda").to(dtype) if biased else None
+    residual = torch.randn(rows, outputs, device="cuda").to(dtype) if added else None
+
+    def product(chosen):
+        chosen = torch.tensor(chosen, device="cuda")
+        wanted = abi.cqil_linear_shape(rows=len(chosen), **shape)
+        scratch = torch.empty(library.cqil_linear_scratch_bytes(wanted), dtype=torch.uint8, device="cuda")
+        out = torch.full((len(chosen), outputs), torch.nan, dtype=dtype, device="cuda")
+        part, more, old = (None if t is None else t[chosen].contiguous() for t in (x, delta, residual))
+        call("linear", wanted, part, more, packed, bias, norm, old, out, scratch)
+        return out
+
+    whole = product(range(rows))
+    for _ in range(3):
+        chosen = torch.randperm(rows)[: pick(1, rows)].tolist()
+        # The norm of a sum, and that of many rows, is rounded by another kernel.
+        if not normed:
+            assert torch.equal(product(chosen), whole[chosen])
+    wide = x.double() if delta is None else (x.double() + delta.double()).to(dtype).double()
+    if normed:
+        wide = rms_norm(wide, norm.double(), 1e-5).to(dtype).double()
+    expected = wide @ weight.T + (0 if bias is None else bias.double())
+    if gated:
+        gate, up = expected.chunk(2, -1)
+        expected = torch.nn.functional.silu(gate) * up
+    return relative(whole, expected + residual.double() if added else expected)
 
 
 def check_sequences(pick, dtype):
@@ -834,6 +916,7 @@ CHECKS = {
     ),
     "swiglu": (check_one_swiglu,),
     "rows": (check_rows, check_sequences),
+    "packed": (check_packed,),
     "joins": (check_joins,),
     "overlap": (check_overlap,),
     "repeat": (check_repeat,),

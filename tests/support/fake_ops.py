@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from cqil_trt.collectives import LocalCommunicator
+from cqil_trt.gpu import abi
 
 
 class Alone(LocalCommunicator):
@@ -33,10 +34,10 @@ def norm(x, weight, eps):
 
 
 class HostKernels:
-    """The functions of the C interface that CudaOps calls, float32."""
+    """The functions of the C interface that CudaOps calls, float32. `packed`: what packed weights are, by address."""
 
     def __init__(self):
-        self.caches = {}
+        self.caches, self.packed = {}, {}
 
     def cqil_gather_rows(self, table, indices, out, rows, hidden, dtype, stream):
         found = at(indices, rows, dtype=torch.int32).long()
@@ -66,6 +67,14 @@ class HostKernels:
     def cqil_linear_scratch_bytes(self, shape):
         return 64
 
+    def cqil_packed_rows(self):
+        return 4
+
+    def cqil_unpack(self, s, packed, out, stream):
+        assert s.weights == abi.cqil_weights.CQIL_INT4 and s.group == 64
+        at(out, s.outputs * (1 + s.gated), s.inputs)[:] = self.packed[packed]
+        return 0
+
     def cqil_linear(self, s, x, delta, weight, bias, norm_weight, residual, out, scratch, stream):
         assert out != x and not (s.gated and residual) and (norm_weight or not delta)
         value, wide = at(x, s.rows, s.inputs), s.outputs * (1 + s.gated)
@@ -73,7 +82,9 @@ class HostKernels:
             value = value + at(delta, s.rows, s.inputs)
         if norm_weight is not None:
             value = norm(value, at(norm_weight, s.inputs), s.eps)
-        value = F.linear(value, at(weight, wide, s.inputs), None if bias is None else at(bias, wide))
+        assert (weight in self.packed) == (s.weights != abi.cqil_weights.CQIL_DENSE) and s.rows <= 4
+        matrix = self.packed[weight] if s.weights else at(weight, wide, s.inputs)
+        value = F.linear(value, matrix, None if bias is None else at(bias, wide))
         if s.gated:
             gate, up = value.chunk(2, -1)
             value = F.silu(gate) * up
@@ -84,6 +95,7 @@ class HostKernels:
         return 4 * shape.batch * shape.length * shape.heads * shape.head_dim
 
     def cqil_attention(self, s, qkv, past, slots, cos, sin, q_norm, k_norm, cache, out, scratch, stream):
+        assert s.late == bool(self.packed)
         dim, heads = s.head_dim, s.heads + 2 * s.kv_heads
         q, k, v = at(qkv, s.batch, s.length, heads, dim).split([s.heads, s.kv_heads, s.kv_heads], 2)
         if q_norm is not None:

@@ -17,6 +17,7 @@ from cqil_trt.config import DTYPE_BYTES, EngineLimits
 from cqil_trt.errors import UserError
 from cqil_trt.gpu import abi, cuda
 from cqil_trt.gpu.fused_ops import FusedOps, attention_fields
+from cqil_trt.gpu.packed import QuantizedMatrix
 from cqil_trt.gpu.workspace import Workspace, fuses_norm
 from cqil_trt.network.ops import Ops
 from cqil_trt.shard import LayerShard, RankPlan
@@ -144,6 +145,7 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         memory: addresses by name: weights, caches, rotary tables, `logits` and `joined`.
         library: for operations with many rows.
         slots: sequences that the caches hold.
+        quantized: the projections whose weights in `memory` were quantized, by name.
     """
 
     def __init__(
@@ -156,6 +158,7 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         stream: int,
         library: Library,
         slots: int,
+        quantized: Mapping[str, QuantizedMatrix] | None = None,
     ):
         self.plan = plan
         self._limits, self._memory, self._workspace = limits, memory, workspace
@@ -166,10 +169,17 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         if self._few < 1:
             raise RuntimeError(f"linear_rows: {kernels.cqil_last_error().decode()}")
         self._pool = Pool()
+        quantized = quantized or {}
+        self._packed = {name: matrix for name, matrix in quantized.items() if matrix.packed}
+        self._few_packed = kernels.cqil_packed_rows() if self._packed else 0
+        parts = {part for matrix in quantized.values() for part in matrix.parts}
         self._weights = {
             name: Matrix(memory[name], shape[0] if len(shape) > 1 else 1, shape[-1])
             for name, shape in plan.shapes.items()
+            if name not in parts
         }
+        for matrix in quantized.values():
+            self._weights[matrix.parts[0]] = Matrix(memory[matrix.parts[0]], matrix.rows, matrix.inputs)
 
     def begin(self, batch: int, length: int, past: int, slots: int, logits: int) -> None:
         """Sets up the next pass; it reads the addresses `past` and `slots`, and writes the address `logits`."""
@@ -213,7 +223,10 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         weight, bias = self._weights[f"{name}.weight"], self._weights.get(f"{name}.bias")
         outputs = weight.rows // 2 if gated else weight.rows
         out = Matrix(self._logits, x.rows, outputs) if name == "lm_head" else self._new(x.rows, outputs)
-        if x.rows > self._few:
+        packed = self._packed.get(name)
+        if x.rows > (self._few if packed is None else self._few_packed):
+            if packed is not None:
+                weight = self._unpacked(packed, weight)
             if norm is not None:
                 x = self.fused_norm(x, delta, norm)
             product = self._new(x.rows, weight.rows) if gated else out
@@ -222,17 +235,21 @@ class CudaOps(FusedOps[Matrix], _Collectives):
                 self._call("swiglu", product, out, x.rows, outputs, self._dtype)
             return out if bias is None or residual is None else self.fused_add(out, residual)
         norm_weight = None if norm is None else self._weights[f"{norm}.weight"]
-        shape = abi.cqil_linear_shape(
-            rows=x.rows,
-            outputs=outputs,
-            inputs=x.width,
-            gated=gated,
-            dtype=self._dtype,
-            eps=self.plan.model.rms_norm_eps,
-        )
+        eps = self.plan.model.rms_norm_eps
+        if packed is not None:
+            shape = packed.shape(x.rows, eps)
+        else:
+            sizes = {"rows": x.rows, "outputs": outputs, "inputs": x.width, "gated": gated}
+            shape = abi.cqil_linear_shape(**sizes, dtype=self._dtype, eps=eps)
         scratch = self._scratch(self._kernels.cqil_linear_scratch_bytes(shape))
         self._call("linear", shape, x, delta, weight, bias, norm_weight, residual, out, scratch)
         return out
+
+    def _unpacked(self, packed: QuantizedMatrix, weight: Matrix) -> Matrix:
+        """A dense copy of packed weights."""
+        dense = self._new(weight.rows, weight.width)
+        self._call("unpack", packed.shape(), weight, dense)
+        return dense
 
     def _scratch(self, size: int) -> Matrix:
         return Matrix(self._pool.take(size), 1, size, size=size, pool=self._pool)
@@ -257,7 +274,8 @@ class CudaOps(FusedOps[Matrix], _Collectives):
 
     def attention(self, qkv: Matrix, positions: Any, shard: LayerShard) -> Matrix:
         qkv, fields = self.keep(qkv), attention_fields(self.plan.model, shard, self._limits, self._cached)
-        shape = abi.cqil_attention_shape(batch=self._batch, length=self._length, **fields, dtype=self._dtype)
+        late = f"layers.{shard.index}.o" in self._packed
+        shape = abi.cqil_attention_shape(batch=self._batch, length=self._length, **fields, dtype=self._dtype, late=late)
         norms: list[Matrix | None] = [self._weights[name] for name in self.head_norms(shard)]
         norms = norms or [None, None]
         tables = [self._memory[name] for name in ("rotary.cos", "rotary.sin")]

@@ -46,7 +46,7 @@ class TorchCudaSession(CudaSession):
         self._torch_stream = torch.cuda.ExternalStream(int(self._stream))
         kernels = self._memory, self._workspace, self._library, int(self._stream)
         self._torch_library = TorchLibrary(engine, self.slots, self._memory["chunk"], self._heads)
-        self._ops = CudaOps(self._plan, engine.limits, *kernels, self._torch_library, self.slots)
+        self._ops = CudaOps(self._plan, engine.limits, *kernels, self._torch_library, self.slots, self._quantized)
 
     def _extra_sizes(self) -> dict[str, int]:
         return {"chunk": 4 * _CHUNK_WORDS * (len(self._heads) + 1)}

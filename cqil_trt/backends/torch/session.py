@@ -13,7 +13,6 @@ from cqil_trt.backends.torch.quantized import take_quantized
 from cqil_trt.collectives import HostCommunicator, LocalCommunicator
 from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
-from cqil_trt.formats import DENSE
 from cqil_trt.gpu import kernel_library
 from cqil_trt.network.decoder import decode
 from cqil_trt.session import HostSession, Session, available_memory, cache_bytes, fitting_slots
@@ -35,8 +34,6 @@ def open_session(engine: Engine, comm: Any, device: str, number: int, slots: int
 
 def _missing_for_cuda(engine: Engine) -> str | None:
     """Why this process cannot compute the engine on a GPU, None when it can."""
-    if engine.limits.weights != DENSE:
-        return f"weights in {engine.limits.weights} are computed on CPUs only"
     if engine.limits.max_seq_len > engine.model.rope.fixed_context:
         context = engine.model.rope.fixed_context
         return f"dynamic rope beyond {context} tokens is computed on CPUs only: build with --max-seq-len {context}"

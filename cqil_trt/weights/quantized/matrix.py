@@ -49,7 +49,7 @@ class QuantizedMatrix:
     def in_groups(self, size: int) -> bool:
         """Whether each row has its own scales, one for every `size` consecutive columns; 0: one for all."""
         width = len(self.group)
-        return self.rows == 1 and torch.equal(self.group, even_groups(width, size or width))
+        return self.rows == 1 and torch.equal(self.group, even_groups(width, size or width, self.group.device))
 
     def by_row(self) -> QuantizedMatrix:
         """The same matrix with scales for each row, where all rows share one."""
@@ -68,7 +68,7 @@ class QuantizedMatrix:
         step = max(1, _BLOCK_ELEMENTS // max(1, end - begin))
         for offset in range(0, last - first, step):
             block = values[offset : offset + step]
-            row = torch.arange(first + offset, first + offset + len(block)) // self.rows
+            row = torch.arange(first + offset, first + offset + len(block), device=column.device) // self.rows
             if self.zeros is not None:
                 block -= self.zeros[row][:, column].float()
             block *= self.scales[row][:, column]
@@ -85,6 +85,6 @@ def hold(held: dict[str, QuantizedMatrix], name: str, make: Callable[[], Quantiz
     return held[name]
 
 
-def even_groups(columns: int, size: int) -> torch.Tensor:
+def even_groups(columns: int, size: int, device: torch.device | None = None) -> torch.Tensor:
     """The group of each column where `size` consecutive ones form a group."""
-    return torch.arange(columns) // size
+    return torch.arange(columns, device=device) // size

@@ -46,11 +46,11 @@ def to_int4(weight: torch.Tensor, dtype: torch.dtype, group: int) -> QuantizedMa
     # What fills the last group up repeats its last column, which changes no range.
     filled = torch.cat([weight, weight[:, -1:].expand(height, rest)], 1) if rest else weight
     groups = filled.reshape(height, -1, group)
-    counted = (torch.arange(groups[0].numel()) < width).view_as(groups[0])
+    counted = (torch.arange(groups[0].numel(), device=weight.device) < width).view_as(groups[0])
     low, high = groups.amin(2).clamp_(max=0), groups.amax(2).clamp_(min=0)
     best = torch.full_like(low, torch.inf)
     scales, zeros = torch.ones_like(low), torch.zeros_like(low)
-    codes = torch.zeros(groups.shape, dtype=torch.uint8)
+    codes = torch.zeros(groups.shape, dtype=torch.uint8, device=weight.device)
     for part in _RANGES:
         scale = ((high - low) * (part / _LARGEST_INT4)).clamp_(max=torch.finfo(dtype).max).to(dtype).float()
         scale = torch.where(scale > 0, scale, 1.0)
@@ -67,7 +67,7 @@ def to_int4(weight: torch.Tensor, dtype: torch.dtype, group: int) -> QuantizedMa
         scales=scales,
         zeros=zeros.to(torch.uint8),
         rows=1,
-        group=even_groups(width, group),
+        group=even_groups(width, group, weight.device),
     )
 
 
@@ -79,4 +79,5 @@ def _scales(weight: torch.Tensor, largest: float) -> torch.Tensor:
 
 def _by_row(codes: torch.Tensor, scales: torch.Tensor) -> QuantizedMatrix:
     width = codes.shape[1]
-    return QuantizedMatrix(codes=codes, bits=8, scales=scales, zeros=None, rows=1, group=even_groups(width, width))
+    group = even_groups(width, width, codes.device)
+    return QuantizedMatrix(codes=codes, bits=8, scales=scales, zeros=None, rows=1, group=group)

@@ -1,0 +1,124 @@
+"""Quantized weights on a GPU: packed for our kernels where those take them, else dense.
+
+What `plugins/packed_linear.cu` takes: half types, columns in multiples of 8, and groups whose borders on the rank are
+multiples of 32. Other matrices are dequantized when the engine is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cqil_trt.config import DTYPE_BYTES
+from cqil_trt.formats.quantized import MatrixPart
+from cqil_trt.gpu import abi
+from cqil_trt.shard import RankPlan
+
+_COLUMNS = 8
+_GROUPS = (128, 64, 32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedMatrix:
+    """A rank's part of a projection, W [rows, inputs] = (codes - zeros) * scales.
+
+    Attributes:
+        parts: the names of its codes, its scales and, where it has them, its zero points.
+        gated: whether the rows are those of gate and then those of up.
+        weights: a cqil_weights; CQIL_DENSE if it is not packed.
+        stored: a cqil_weights, how the engine stores it.
+        size, first: columns of a group (0: all), and the place of the first one within its group.
+        dtype: of the engine.
+    """
+
+    parts: tuple[str, ...]
+    rows: int
+    inputs: int
+    gated: bool
+    weights: int
+    stored: int
+    size: int
+    first: int
+    dtype: str
+
+    @property
+    def group(self) -> int:
+        """As in cqil_linear_shape."""
+        return _packed_group(self.size, self.first) or 0
+
+    def shape(self, rows: int = 0, eps: float = 0.0) -> Any:
+        """The cqil_linear_shape of its product with `rows` rows."""
+        return self._shape(self.weights, rows, eps)
+
+    def _shape(self, weights: int, rows: int = 0, eps: float = 0.0) -> Any:
+        return abi.cqil_linear_shape(
+            rows=rows,
+            outputs=self.rows // (1 + self.gated),
+            inputs=self.inputs,
+            gated=self.gated,
+            dtype=abi.dtype_code(self.dtype),
+            eps=eps,
+            weights=weights,
+            group=self.group if weights == abi.cqil_weights.CQIL_INT4 else 0,
+        )
+
+    @property
+    def packed(self) -> bool:
+        return self.weights != abi.cqil_weights.CQIL_DENSE
+
+    def nbytes(self, library: Any) -> int:
+        """Device memory of the matrix."""
+        if self.packed:
+            return int(library.cqil_packed_bytes(self.shape()))
+        return self.rows * self.inputs * DTYPE_BYTES[self.dtype]
+
+    def load(self, library: Any, parts: Mapping[str, int], address: int, stream: int) -> None:
+        """Enqueues that the matrix is made at `address` from its parts, whose addresses are in device memory."""
+        codes, scales, zeros, *_ = *(parts[name] for name in self.parts), None
+        make = library.cqil_pack if self.packed else library.cqil_dequantize
+        groups = self.size, self.first
+        if make(self._shape(self.stored), codes, scales, zeros, *groups, address, stream):
+            raise RuntimeError(f"{self.parts[0]}: {library.cqil_last_error().decode()}")
+
+
+def quantized_matrices(plan: RankPlan, library: Any) -> dict[str, QuantizedMatrix]:
+    """The rank's quantized projections, by name. `library`: that of the kernels, for the current GPU."""
+    parts: dict[str, list[MatrixPart]] = {}
+    for tensor in plan.tensors:
+        if isinstance(tensor, MatrixPart):
+            parts.setdefault(tensor.name.rpartition(".")[0], []).append(tensor)
+    if not parts:
+        return {}
+    kinds = abi.cqil_weights
+    stored = {"float8_e4m3fn": kinds.CQIL_FP8, "int8": kinds.CQIL_INT8, "uint8": kinds.CQIL_INT4}
+    possible = plan.dtype != "float32" and _packed_rows(library) > 0
+    found = {}
+    for name, tensors in parts.items():
+        codes = tensors[0]
+        kind = stored[codes.dtype]
+        fits = possible and codes.inputs % _COLUMNS == 0 and _packed_group(codes.group, codes.first) is not None
+        found[name] = QuantizedMatrix(
+            parts=tuple(tensor.name for tensor in tensors),
+            rows=codes.shape[0],
+            inputs=codes.inputs,
+            gated=name.endswith(".gate_up"),
+            weights=int(kind if fits else kinds.CQIL_DENSE),
+            stored=int(kind),
+            size=codes.group,
+            first=codes.first,
+            dtype=plan.dtype,
+        )
+    return found
+
+
+def _packed_rows(library: Any) -> int:
+    rows = int(library.cqil_packed_rows())
+    if rows < 0:
+        raise RuntimeError(f"packed_rows: {library.cqil_last_error().decode()}")
+    return rows
+
+
+def _packed_group(size: int, first: int) -> int | None:
+    """The largest groups in which groups of `size` columns can be packed."""
+    return next((group for group in _GROUPS if size % group == 0 and first % group == 0), None)

@@ -1,0 +1,679 @@
+// Matrix products with quantized weights, for few rows: bound by reading the weights, as those of linear.cu are.
+//
+// Weights are packed once, when an engine is loaded, in the order in which the tensor cores take them. A tile of 16 rows
+// (if gated, 8 of gate and 8 of up) consists of units of 128 columns. A unit is contiguous: its codes, then with 4 bits
+// the scales and zero points of its groups, so that one bulk copy brings all of it. With 8 bits the scales of rows
+// follow the last unit.
+//
+// The order in which a result is summed depends neither on the number of rows nor on what is in the others. It is the
+// same for one row and for many: more than kColumns rows are several products.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "cqil_trt.h"
+#include "errors.h"
+#include "launch.cuh"
+#include "linear.cuh"
+#include "swiglu.cuh"
+#include "types.cuh"
+
+using namespace cqil_trt;
+
+namespace {
+
+constexpr int kWarps = 8, kThreads = 32 * kWarps;
+constexpr int kColumns = 8;  // rows of x in one product
+constexpr int kTileRows = 16, kUnit = 128;
+constexpr int kTiles = 4;      // of a pass, which reads x once
+constexpr int kMostRows = 32;  // with more, it takes less time to make dense weights for a library's product
+
+// Bytes of a unit's codes, and of the scales and zero points of one of its groups.
+__host__ __device__ constexpr int code_bytes(int weights) { return kTileRows * kUnit / (weights == CQIL_INT4 ? 2 : 1); }
+constexpr int kGroupBytes = kTileRows * 3;
+
+// `groups`: of a unit, 0 where rows have one scale.
+__host__ __device__ constexpr int unit_bytes(int weights, int groups) {
+    return code_bytes(weights) + groups * kGroupBytes;
+}
+
+// Two products and an attention share a multiprocessor: x is kept in shared memory up to this size.
+constexpr size_t kSharedBytes = 24 << 10;
+__host__ __device__ constexpr int stages_of(int weights) { return weights == CQIL_INT4 ? 8 : 4; }
+
+// Rows of x that there is room for in the sums.
+__host__ __device__ constexpr int padded(int rows) { return rows > 4 ? 8 : rows > 2 ? 4 : rows; }
+
+int units_of(int inputs) { return (inputs + kUnit - 1) / kUnit; }
+
+int tiles_of(int outputs, bool gated) { return gated ? (outputs + 7) / 8 : (outputs + 15) / 16; }
+
+// Where in a word of 8 codes of 4 bits the first code of pair i is; the second is 4 places higher. So the pairs that a
+// mask takes out as multiples of 1 and of 16 belong to different products.
+__host__ __device__ constexpr int place_of(int pair) { return pair == 1 ? 2 : pair == 2 ? 1 : pair; }
+
+#if __CUDA_ARCH__ >= 900
+template <typename T>
+__device__ unsigned word_of(__half2 pair) {
+    if constexpr (std::is_same_v<T, __half>) return *reinterpret_cast<unsigned*>(&pair);
+    const float2 wide = __half22float2(pair);
+    __nv_bfloat162 narrow = __floats2bfloat162_rn(wide.x, wide.y);
+    return *reinterpret_cast<unsigned*>(&narrow);
+}
+
+// Two codes of 8 bits, which half types hold exactly. `upper`: the upper two bytes of a word.
+template <typename T, int kWeights>
+__device__ unsigned pair_of(unsigned word, bool upper) {
+    if constexpr (kWeights == CQIL_FP8) {
+        const auto two = static_cast<__nv_fp8x2_storage_t>(upper ? word >> 16 : word & 0xffff);
+        return word_of<T>(__half2(__nv_cvt_fp8x2_to_halfraw2(two, __NV_E4M3)));
+    } else {
+        // 1024 + 128 + code, in the lower bits of a half.
+        unsigned biased = __byte_perm(word ^ 0x80808080u, 0x64646464u, upper ? 0x4342 : 0x4140);
+        return word_of<T>(__hsub2(*reinterpret_cast<__half2*>(&biased), __half2half2(__half(1152))));
+    }
+}
+
+// Two codes of 4 bits at a place of a word, and at the place 4 higher. In halves they stay where they are, as subnormal
+// numbers: multiples of 2^-24 at even places, of 2^-20 at odd ones.
+template <typename T>
+__device__ unsigned pair_at(unsigned word, int place) {
+    if constexpr (std::is_same_v<T, __half>)
+        return (place < 2 ? word : word >> 8) & (place % 2 == 0 ? 0x000f000fu : 0x00f000f0u);
+    unsigned biased = (word >> (4 * place) & 0x000f000fu) | 0x43004300u;  // 128 + code
+    const __nv_bfloat162 pair =
+        __hsub2(*reinterpret_cast<__nv_bfloat162*>(&biased), __bfloat162bfloat162(__nv_bfloat16(128)));
+    return *reinterpret_cast<const unsigned*>(&pair);
+}
+
+// The sum of what the warps have.
+__device__ float total_of(const float* of_warps) {
+    const auto *a = reinterpret_cast<const float4*>(of_warps), *b = a + 1;
+    return ((a->x + a->y) + (a->z + a->w)) + ((b->x + b->y) + (b->z + b->w));
+}
+
+// The left operands of two products: columns 0 to 3 and 4 to 7 of those 8 of a step that a lane has, of two rows.
+template <typename T, int kWeights>
+__device__ void decode(const uint4* codes, int step, unsigned (&low)[4], unsigned (&high)[4]) {
+    if constexpr (kWeights == CQIL_INT4) {
+        const uint4 packet = codes[step / 2 * 32];
+        const unsigned top = step % 2 == 0 ? packet.x : packet.z, bottom = step % 2 == 0 ? packet.y : packet.w;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            low[2 * i] = pair_at<T>(top, place_of(i)), low[2 * i + 1] = pair_at<T>(bottom, place_of(i));
+            high[2 * i] = pair_at<T>(top, place_of(2 + i)), high[2 * i + 1] = pair_at<T>(bottom, place_of(2 + i));
+        }
+    } else {
+        const uint4 packet = codes[step * 32];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            low[2 * i] = pair_of<T, kWeights>(packet.x, i == 1),
+                    low[2 * i + 1] = pair_of<T, kWeights>(packet.z, i == 1);
+            high[2 * i] = pair_of<T, kWeights>(packet.y, i == 1);
+            high[2 * i + 1] = pair_of<T, kWeights>(packet.w, i == 1);
+        }
+    }
+}
+#endif
+
+// kGroups: of a unit, 0 where rows have one scale. kShared: x fits in shared memory, else each warp reads its columns of
+// it in every pass.
+template <typename T, int kWeights, int kGroups, bool kGated, bool kShared>
+__global__ void __launch_bounds__(kThreads + 32, 2) packed_kernel(Operands o) {
+#if __CUDA_ARCH__ >= 900
+    using Two = typename Pair<T>::Type;
+    constexpr bool kHalf = std::is_same_v<T, __half>;
+    constexpr int kSteps = kUnit / 32;
+    constexpr int kStages = stages_of(kWeights), kUnitBytes = unit_bytes(kWeights, kGroups);
+    constexpr int kPerTile = kGated ? 8 : 16;  // results of a row of x
+    constexpr int kStageBytes = kWarps * kUnitBytes;
+    extern __shared__ __align__(128) char memory[];
+    __shared__ uint64_t full[kStages], empty[kStages];
+    __shared__ __align__(16) float squares[kColumns][kWarps];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int packets = o.inputs / 8, columns = padded(o.rows), shift = __ffs(columns) - 1;
+    auto* sums = reinterpret_cast<float*>(memory + kStages * kStageBytes);
+    auto* norm = reinterpret_cast<uint4*>(sums + kWarps * kTiles * kTileRows * columns);
+    auto* own = norm + (o.norm == nullptr ? 0 : packets);  // x, if kShared
+    const int tiles = (o.outputs + kPerTile - 1) / kPerTile, mine = (tiles - 1 - int(blockIdx.x)) / int(gridDim.x) + 1;
+    const int units = (o.inputs + kUnit - 1) / kUnit, chunks = (units + kWarps - 1) / kWarps;
+    const int stride = units * (kUnit / 8);  // packets of a row of x, if kShared
+    const char* const packed = static_cast<const char*>(o.weight);
+
+    if (threadIdx.x == kThreads) {
+        for (int stage = 0; stage < kStages; ++stage) {
+            barrier_init(&full[stage]);
+            barrier_init(&empty[stage], kWarps);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    if (warp == kWarps) {
+        // The last warp requests the weights, a chunk of a tile at a time: a unit for each of the others.
+        if (lane != 0) return;
+        const uint64_t policy = streaming_policy();
+        int stage = 0, requested = 0;
+        unsigned phase = 1;
+        for (int first = 0; first < mine; first += kTiles)
+            for (int chunk = 0; chunk < chunks; ++chunk)
+                for (int tile = first; tile < min(first + kTiles, mine); ++tile, ++requested) {
+                    if (requested >= kStages) barrier_wait(&empty[stage], phase);
+                    const int bytes = min(kWarps, units - chunk * kWarps) * kUnitBytes;
+                    const size_t unit = (blockIdx.x + size_t(tile) * gridDim.x) * units + chunk * kWarps;
+                    expect_bytes(&full[stage], bytes);
+                    bulk_copy(memory + stage * kStageBytes, packed + unit * kUnitBytes, bytes, &full[stage], policy);
+                    if (++stage == kStages) {
+                        stage = 0;
+                        phase ^= 1;
+                    }
+                }
+        return;
+    }
+    auto sync = [] { asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory"); };
+    if (o.norm != nullptr)
+#pragma unroll 1
+        for (int i = threadIdx.x; i < packets; i += kThreads)
+            copy_async(shared_address(norm + i), static_cast<const uint4*>(o.norm) + i, true);
+    // The next kernel is launched only now: its blocks would go where there is room beside this one and those before,
+    // and several on one multiprocessor take as many times longer.
+    wait_for_predecessor();
+    release_successor();
+
+    // A lane has row lane / 4 of x, and of W rows lane / 4 and lane / 4 + 8; 8 columns of 32 in each.
+    const auto* x = static_cast<const uint4*>(o.x);
+    const int column = lane / 4, quarter = lane % 4;
+    auto packet_of = [&](int chunk, int step) { return (chunk * kWarps + warp) * (kUnit / 8) + step * 4 + quarter; };
+    uint4 next[kSteps];
+    auto load = [&](int chunk) {
+#pragma unroll
+        for (int step = 0; step < kSteps; ++step) {
+            const int i = packet_of(chunk, step);
+            next[step] = uint4{};
+            if (column < o.rows && i < packets) next[step] = x[size_t(column) * packets + i];
+        }
+    };
+    if constexpr (kShared) {
+#pragma unroll 1
+        for (int row = 0; row < o.rows; ++row)
+#pragma unroll 1
+            for (int i = threadIdx.x; i < stride; i += kThreads)
+                copy_async(shared_address(own + row * stride + i), x + row * packets + min(i, packets - 1),
+                           i < packets);
+    } else {
+        load(0);
+    }
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    auto normed = [&](uint4 packet, uint4 factors, float scale) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            auto& two = reinterpret_cast<Two*>(&packet)[j];
+            const float2 wide = Pair<T>::wide(two);
+            two = __hmul2(Pair<T>::narrow(wide.x * scale, wide.y * scale), reinterpret_cast<const Two*>(&factors)[j]);
+        }
+        return packet;
+    };
+    float scale = 0;
+    if (o.norm != nullptr) {
+        // A thread reads here what it has copied itself.
+        auto add_square = [&](float& square, int row, int i) {
+            const uint4 packet = kShared ? own[row * stride + i] : x[size_t(row) * packets + i];
+            square = dot<T>(packet, packet, square);
+        };
+        auto note = [&](float square, int row) {
+            square = warp_sum(square);
+            if (lane == 0) squares[row][warp] = square;
+        };
+        if constexpr (kShared) {
+#pragma unroll 1
+            for (int row = 0; row < o.rows; ++row) {
+                float square = 0;
+#pragma unroll 1
+                for (int i = threadIdx.x; i < packets; i += kThreads) add_square(square, row, i);
+                note(square, row);
+            }
+        } else {
+            float square[kColumns] = {};
+#pragma unroll 1
+            for (int i = threadIdx.x; i < packets; i += kThreads)
+#pragma unroll
+                for (int row = 0; row < kColumns; ++row)
+                    if (row < o.rows) add_square(square[row], row, i);
+#pragma unroll
+            for (int row = 0; row < kColumns; ++row)
+                if (row < o.rows) note(square[row], row);
+        }
+        sync();
+        auto scale_of = [&](int row) { return rsqrtf(total_of(squares[row]) / float(o.inputs) + o.eps); };
+        if constexpr (kShared) {
+#pragma unroll 1
+            for (int row = 0; row < o.rows; ++row) {
+                const float of_row = scale_of(row);
+#pragma unroll 1
+                for (int i = threadIdx.x; i < packets; i += kThreads)
+                    own[row * stride + i] = normed(own[row * stride + i], norm[i], of_row);
+            }
+        } else if (column < o.rows) {
+            scale = scale_of(column);
+        }
+    }
+    if constexpr (kShared) sync();
+
+    int stage = 0;
+    unsigned phase = 0;
+    auto advance = [&] {
+        if (++stage == kStages) {
+            stage = 0;
+            phase ^= 1;
+        }
+    };
+#pragma unroll 1
+    for (int first = 0; first < mine; first += kTiles) {
+        const int count = min(kTiles, mine - first);
+        // Result i of the pass: with few rows a thread has one, and asks early for what it needs to write it.
+        struct Result {
+            int row, tile, within, output;
+            bool valid;
+            float added, factor[2];
+        };
+        auto result = [&](int i) {
+            const int of_row = i >> shift;
+            Result r = {i & (columns - 1), of_row / kPerTile, of_row % kPerTile, 0, false, 0, {1, 1}};
+            r.output = (int(blockIdx.x) + (first + r.tile) * int(gridDim.x)) * kPerTile + r.within;
+            r.valid = r.row < o.rows && r.tile < count && r.output < o.outputs;
+            if (!r.valid) return r;
+            if (!kGated && o.residual != nullptr)
+                r.added = float(static_cast<const T*>(o.residual)[size_t(r.row) * o.outputs + r.output]);
+            if constexpr (kGroups == 0) {
+                const auto* scales = reinterpret_cast<const float*>(packed + size_t(tiles) * units * kUnitBytes);
+                const float* const at = scales + r.output / kPerTile * kTileRows + r.within;
+                r.factor[0] = at[0];
+                if (kGated) r.factor[1] = at[8];
+            }
+            return r;
+        };
+        Result own_result = result(threadIdx.x);
+        float c[kTiles][4] = {};
+#pragma unroll 1
+        for (int chunk = 0; chunk < chunks; ++chunk) {
+            uint4 kept[kSteps];
+            if constexpr (!kShared) {
+#pragma unroll
+                for (int step = 0; step < kSteps; ++step) {
+                    kept[step] = next[step];
+                    if (o.norm != nullptr)
+                        kept[step] = normed(kept[step], norm[min(packet_of(chunk, step), packets - 1)], scale);
+                }
+                if (chunk + 1 < chunks)
+                    load(chunk + 1);
+                else if (first + kTiles < mine)
+                    load(0);
+            }
+            auto x_of = [&](int step) {
+                if constexpr (!kShared) return kept[step];
+                return column < o.rows ? own[column * stride + packet_of(chunk, step)] : uint4{};
+            };
+            // The sums of x in each group, for the zero points: products with ones, in all rows.
+            float group_sums[kGroups + 1][4] = {};
+            const bool idle = chunk * kWarps + warp >= units;
+            // Two tiles at a time: the products of one alone would wait for each other.
+#pragma unroll
+            for (int tile = 0; tile < kTiles; tile += 2) {
+                if (tile >= count) continue;
+                const bool both = tile + 1 < count;
+                const char* unit[2];
+                uint64_t* const read = &empty[stage];
+                barrier_wait(&full[stage], phase);
+                unit[0] = unit[1] = memory + stage * kStageBytes + warp * kUnitBytes;
+                advance();
+                uint64_t* const read_too = &empty[stage];
+                if (both) {
+                    barrier_wait(&full[stage], phase);
+                    unit[1] = memory + stage * kStageBytes + warp * kUnitBytes;
+                    advance();
+                }
+                if (idle) {
+                    if (lane == 0) {
+                        barrier_arrive(read);
+                        if (both) barrier_arrive(read_too);
+                    }
+                    continue;
+                }
+                float low_sums[2][4] = {}, high_sums[2][4] = {};
+#pragma unroll
+                for (int step = 0; step < kSteps; ++step) {
+                    const uint4 b = x_of(step);
+                    if constexpr (kGroups > 0)
+                        if (tile == 0) {
+                            constexpr unsigned kOne = kHalf ? 0x3c003c00u : 0x3f803f80u;
+                            const unsigned ones[4] = {kOne, kOne, kOne, kOne};
+                            multiply_accumulate<T>(group_sums[step * kGroups / kSteps], ones, &b.x);
+                            multiply_accumulate<T>(group_sums[step * kGroups / kSteps], ones, &b.z);
+                        }
+                    unsigned low[2][4], high[2][4];
+#pragma unroll
+                    for (int of = 0; of < 2; ++of)
+                        decode<T, kWeights>(reinterpret_cast<const uint4*>(unit[of]) + lane, step, low[of], high[of]);
+#pragma unroll
+                    for (int of = 0; of < 2; ++of) {
+                        multiply_accumulate<T>(low_sums[of], low[of], &b.x);
+                        multiply_accumulate<T>(high_sums[of], high[of], &b.z);
+                    }
+                    if constexpr (kGroups > 0) {
+                        constexpr int kGroupSteps = kSteps / kGroups;
+                        if (step % kGroupSteps != kGroupSteps - 1) continue;
+                        const int group = step / kGroupSteps;
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) {
+                            const int of = i / 2, lower = i % 2, row = column + 8 * lower;
+                            const char* const at = unit[of] + code_bytes(kWeights) + group * kGroupBytes;
+                            const float of_group = float(reinterpret_cast<const T*>(at)[row]);
+                            const float zero = float(reinterpret_cast<const unsigned char*>(at)[kTileRows * 2 + row]);
+#pragma unroll
+                            for (int j = 0; j < 2; ++j) {
+                                float &l = low_sums[of][2 * lower + j], &h = high_sums[of][2 * lower + j];
+                                const float sum = kHalf ? fmaf(h, 0x1p20f, l * 0x1p24f) : l + h;
+                                float& to = c[tile + of][2 * lower + j];
+                                to = fmaf(of_group, fmaf(-zero, group_sums[group][j], sum), to);
+                                l = h = 0;
+                            }
+                        }
+                    }
+                }
+                if constexpr (kGroups == 0)
+#pragma unroll
+                    for (int i = 0; i < 8; ++i)
+                        c[tile + i / 4][i % 4] += low_sums[i / 4][i % 4] + high_sums[i / 4][i % 4];
+                __syncwarp();
+                if (lane == 0) {
+                    barrier_arrive(read);
+                    if (both) barrier_arrive(read_too);
+                }
+            }
+        }
+        sync();  // the sums of the pass before have been read
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int row = column + i / 2 * 8, of = quarter * 2 + i % 2;
+                if (of < columns) sums[((warp * kTiles + tile) * kTileRows + row) * columns + of] = c[tile][i];
+            }
+        sync();
+        const auto* bias = static_cast<const T*>(o.bias);
+        int i = threadIdx.x;
+        for (Result r = own_result;; r = result(i)) {
+            if (r.valid) {
+                float y[2] = {};
+#pragma unroll
+                for (int part = 0; part < (kGated ? 2 : 1); ++part) {
+#pragma unroll
+                    for (int of = 0; of < kWarps; ++of)
+                        y[part] += sums[((of * kTiles + r.tile) * kTileRows + part * 8 + r.within) * columns + r.row];
+                    if constexpr (kGroups == 0) y[part] *= r.factor[part];
+                    if (bias != nullptr) y[part] += float(bias[part * o.outputs + r.output]);
+                }
+                static_cast<T*>(o.out)[size_t(r.row) * o.outputs + r.output] =
+                    kGated ? swiglu(T(y[0]), T(y[1])) : T(y[0] + r.added);
+            }
+            i += kThreads;
+            if (i >= kTiles * kPerTile << shift) break;
+        }
+    }
+#endif
+}
+
+// Packing
+
+// W = (codes - zeros) * scales, as engines store it.
+struct Stored {
+    const unsigned char* codes;
+    const void* scales;
+    const unsigned char* zeros;
+    int outputs, inputs;  // `outputs`: rows of W; if gated, those of gate
+    bool gated;
+    int weights;
+    int size, first;  // columns of a group (0: all), and the place of column 0 in its group
+
+    __host__ __device__ int rows() const { return gated ? 2 * outputs : outputs; }
+    __host__ __device__ int groups() const { return size == 0 ? 1 : (first + inputs - 1) / size + 1; }
+    __device__ int group_of(int k) const { return size == 0 ? 0 : (first + k) / size; }
+
+    // The row of W that is row `row` of a tile; -1: none.
+    __device__ int row_of(int tile, int row) const {
+        const int output = gated ? tile * 8 + row % 8 : tile * kTileRows + row;
+        return output >= outputs ? -1 : gated && row >= 8 ? outputs + output : output;
+    }
+
+    __device__ unsigned code(int row, int k) const {
+        if (row < 0 || k >= inputs) return 0;
+        if (weights != CQIL_INT4) return codes[size_t(row) * inputs + k];
+        return codes[size_t(row) * ((inputs + 1) / 2) + k / 2] >> (k % 2 * 4) & 15;
+    }
+
+    template <typename T>
+    __device__ float scale(int row, int k) const {
+        if (row < 0) return 0;
+        const size_t at = size_t(row) * groups() + group_of(k);
+        return weights == CQIL_INT4 ? float(static_cast<const T*>(scales)[at]) : static_cast<const float*>(scales)[at];
+    }
+
+    __device__ unsigned zero(int row, int k) const {
+        return row < 0 || zeros == nullptr ? 0 : zeros[size_t(row) * groups() + group_of(k)];
+    }
+};
+
+__device__ float value_of(unsigned code, int weights) {
+    if (weights == CQIL_INT4) return float(code);
+    if (weights == CQIL_INT8) return float(static_cast<signed char>(code));
+    return float(__half(__nv_cvt_fp8_to_halfraw(static_cast<__nv_fp8_storage_t>(code), __NV_E4M3)));
+}
+
+// A block packs the unit blockIdx.x of the tile blockIdx.y.
+template <typename T>
+__global__ void pack_kernel(Stored w, int groups, char* packed) {
+    const int unit = blockIdx.x, tile = blockIdx.y, units = gridDim.x, bytes = unit_bytes(w.weights, groups);
+    char* const to = packed + (size_t(tile) * units + unit) * bytes;
+    const bool small = w.weights == CQIL_INT4;
+    for (int i = threadIdx.x; i < code_bytes(w.weights) / 4; i += blockDim.x) {
+        const int packet = i / 4, part = i % 4, lane = packet % 32;
+        // The parts of a packet: with 4 bits two steps of two rows, with 8 bits two rows of two words.
+        const int row = w.row_of(tile, lane / 4 + (small ? part % 2 : part / 2) * 8);
+        const int step = small ? packet / 32 * 2 + part / 2 : packet / 32;
+        const int k = unit * kUnit + step * 32 + lane % 4 * 8 + (small ? 0 : part % 2 * 4);
+        unsigned word = 0;
+        for (int j = 0; j < (small ? 8 : 4); ++j) {
+            const int shift = small ? (place_of(j / 2) + j % 2 * 4) * 4 : j * 8;
+            word |= w.code(row, k + j) << shift;
+        }
+        reinterpret_cast<unsigned*>(to)[i] = word;
+    }
+    for (int i = threadIdx.x; i < groups * kTileRows; i += blockDim.x) {
+        const int group = i / kTileRows, row = i % kTileRows;
+        const int k = min(unit * kUnit + group * (kUnit / groups), w.inputs - 1), from = w.row_of(tile, row);
+        char* const at = to + code_bytes(w.weights) + group * kGroupBytes;
+        reinterpret_cast<T*>(at)[row] = T(w.scale<T>(from, k));
+        at[kTileRows * 2 + row] = static_cast<char>(w.zero(from, k));
+    }
+    if (groups == 0 && unit == 0 && threadIdx.x < kTileRows)
+        reinterpret_cast<float*>(packed + size_t(gridDim.y) * units * bytes)[tile * kTileRows + threadIdx.x] =
+            w.scale<T>(w.row_of(tile, threadIdx.x), 0);
+}
+
+template <typename T>
+__global__ void dequantize_kernel(Stored w, T* out) {
+    const size_t count = size_t(w.rows()) * w.inputs;
+    for (size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += size_t(gridDim.x) * blockDim.x) {
+        const int row = int(i / w.inputs), k = int(i % w.inputs);
+        out[i] = T((value_of(w.code(row, k), w.weights) - float(w.zero(row, k))) * w.scale<T>(row, k));
+    }
+}
+
+// The inverse of pack_kernel: W [rows, inputs], dense. `w` has the sizes only.
+template <typename T>
+__global__ void unpack_kernel(Stored w, int groups, const char* packed, T* out) {
+    const int unit = blockIdx.x, tile = blockIdx.y, units = gridDim.x, bytes = unit_bytes(w.weights, groups);
+    const char* const from = packed + (size_t(tile) * units + unit) * bytes;
+    const bool small = w.weights == CQIL_INT4;
+    release_successor();
+    wait_for_predecessor();
+    // A thread has 8 columns of a row.
+    for (int i = threadIdx.x; i < kTileRows * kUnit / 8; i += blockDim.x) {
+        const int lane = i / 8 % 8 * 4 + i % 4, half = i / 4 % 2, step = i / 64;
+        const int row = w.row_of(tile, lane / 4 + half * 8), k = step * 32 + lane % 4 * 8;
+        if (row < 0 || unit * kUnit + k >= w.inputs) continue;
+        float scale, zero = 0;
+        unsigned words[2];
+        if (small) {
+            words[0] = reinterpret_cast<const unsigned*>(from)[(step / 2 * 32 + lane) * 4 + step % 2 * 2 + half];
+            const char* const at = from + code_bytes(w.weights) + k * groups / kUnit * kGroupBytes;
+            scale = float(reinterpret_cast<const T*>(at)[lane / 4 + half * 8]);
+            zero = float(reinterpret_cast<const unsigned char*>(at)[kTileRows * 2 + lane / 4 + half * 8]);
+        } else {
+            for (int j = 0; j < 2; ++j)
+                words[j] = reinterpret_cast<const unsigned*>(from)[(step * 32 + lane) * 4 + half * 2 + j];
+            scale = reinterpret_cast<const float*>(packed + size_t(gridDim.y) * units *
+                                                                bytes)[tile * kTileRows + lane / 4 + half * 8];
+        }
+        __align__(16) T values[8];
+        for (int j = 0; j < 8; ++j) {
+            const unsigned code =
+                small ? words[0] >> ((place_of(j / 2) + j % 2 * 4) * 4) & 15 : words[j / 4] >> (j % 4 * 8) & 255;
+            values[j] = T((value_of(code, w.weights) - zero) * scale);
+        }
+        *reinterpret_cast<uint4*>(out + size_t(row) * w.inputs + unit * kUnit + k) =
+            *reinterpret_cast<const uint4*>(values);
+    }
+}
+
+// Launching
+
+int groups_of(const cqil_linear_shape& s) { return s.weights == CQIL_INT4 ? kUnit / s.group : 0; }
+
+// Calls `run` with a null pointer of the half type; fails for others and for shapes that are not packed.
+template <typename F>
+int by_half(const cqil_linear_shape& s, F run) {
+    const bool group = s.weights != CQIL_INT4 || s.group == 32 || s.group == 64 || s.group == 128;
+    if (s.outputs < 1 || s.inputs < 1 || s.inputs % 8 != 0 || !group || s.weights < CQIL_FP8 || s.weights > CQIL_INT4)
+        return fail("%d x %d weights of kind %d in groups of %d are not packed", s.outputs, s.inputs, s.weights,
+                    s.group);
+    if (s.dtype == CQIL_FLOAT16) return run(static_cast<__half*>(nullptr));
+    if (s.dtype == CQIL_BFLOAT16) return run(static_cast<__nv_bfloat16*>(nullptr));
+    return fail("packed weights need a half type, not type %d", s.dtype);
+}
+
+template <typename T, int kWeights, int kGroups>
+int multiply(const cqil_linear_shape& s, const Operands& o, cudaStream_t st) {
+    Device device;
+    if (describe(&device)) return -1;
+    const int tiles = tiles_of(s.outputs, s.gated), blocks = std::min(device.processors, tiles);
+    const size_t row = size_t(s.inputs) * 2, x = size_t(units_of(s.inputs)) * kUnit * 2 * o.rows;
+    const bool shared = x <= kSharedBytes;
+    const size_t bytes = size_t(kWarps) * stages_of(kWeights) * unit_bytes(kWeights, kGroups) +
+                         sizeof(float) * kWarps * kTiles * kTileRows * padded(o.rows) + (o.norm == nullptr ? 0 : row) +
+                         (shared ? x : 0);
+    const Launch l = {dim3(blocks), kThreads + 32, st, true, bytes};
+    if (shared)
+        return s.gated ? launch(packed_kernel<T, kWeights, kGroups, true, true>, l, o)
+                       : launch(packed_kernel<T, kWeights, kGroups, false, true>, l, o);
+    return s.gated ? launch(packed_kernel<T, kWeights, kGroups, true, false>, l, o)
+                   : launch(packed_kernel<T, kWeights, kGroups, false, false>, l, o);
+}
+
+template <typename T>
+int multiply(const cqil_linear_shape& s, const Operands& o, cudaStream_t st) {
+    if (s.weights == CQIL_FP8) return multiply<T, CQIL_FP8, 0>(s, o, st);
+    if (s.weights == CQIL_INT8) return multiply<T, CQIL_INT8, 0>(s, o, st);
+    if (s.group == 128) return multiply<T, CQIL_INT4, 1>(s, o, st);
+    if (s.group == 64) return multiply<T, CQIL_INT4, 2>(s, o, st);
+    return multiply<T, CQIL_INT4, 4>(s, o, st);
+}
+
+Stored sizes(const cqil_linear_shape& s) {
+    return {nullptr, nullptr, nullptr, s.outputs, s.inputs, s.gated != 0, s.weights, 0, 0};
+}
+
+}  // namespace
+
+int cqil_trt::packed_linear(const cqil_linear_shape& s, Operands o, void* scratch, cudaStream_t st) {
+    return by_half(s, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        // In shared memory there is room for the norm of so many inputs.
+        constexpr int kNormed = 16384;
+        if (o.norm != nullptr && (o.delta != nullptr || s.rows > kColumns || s.inputs > kNormed)) {
+            const auto dtype = static_cast<cqil_dtype>(s.dtype);
+            const size_t bytes = align(size_t(s.rows) * s.inputs * 2);
+            void* sum = o.delta != nullptr ? static_cast<char*>(scratch) + bytes : nullptr;
+            if (cqil_residual_norm(o.delta, o.x, o.norm, sum, scratch, s.rows, s.inputs, s.eps, dtype, st)) return -1;
+            o.x = scratch;
+            o.norm = nullptr;
+        }
+        for (int first = 0; first < s.rows; first += kColumns) {
+            Operands part = o;
+            part.rows = std::min(kColumns, s.rows - first);
+            part.x = static_cast<const T*>(o.x) + size_t(first) * s.inputs;
+            part.out = static_cast<T*>(o.out) + size_t(first) * s.outputs;
+            if (o.residual != nullptr) part.residual = static_cast<const T*>(o.residual) + size_t(first) * s.outputs;
+            if (multiply<T>(s, part, st)) return -1;
+        }
+        return 0;
+    });
+}
+
+extern "C" {
+
+int cqil_packed_rows(void) {
+    bool modern = false;
+    if (is_modern(packed_kernel<__half, CQIL_INT4, 1, false, true>, &modern)) return -1;
+    return modern ? kMostRows : 0;
+}
+
+size_t cqil_packed_bytes(const cqil_linear_shape* s) {
+    const size_t tiles = tiles_of(s->outputs, s->gated);
+    return tiles * units_of(s->inputs) * unit_bytes(s->weights, groups_of(*s)) + tiles * kTileRows * sizeof(float);
+}
+
+int cqil_pack(const cqil_linear_shape* s, const void* codes, const void* scales, const void* zeros, int size, int first,
+              void* packed, void* stream) {
+    return by_half(*s, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        const int groups = groups_of(*s);
+        if (groups > 0 && (size % s->group != 0 || first % s->group != 0))
+            return fail("groups of %d from %d on are not packed in groups of %d", size, first, s->group);
+        Stored w = sizes(*s);
+        w.codes = static_cast<const unsigned char*>(codes), w.zeros = static_cast<const unsigned char*>(zeros);
+        w.scales = scales, w.size = size, w.first = first;
+        const dim3 grid(units_of(s->inputs), tiles_of(s->outputs, s->gated));
+        pack_kernel<T><<<grid, 128, 0, static_cast<cudaStream_t>(stream)>>>(w, groups, static_cast<char*>(packed));
+        CQIL_CUDA(cudaGetLastError());
+        return 0;
+    });
+}
+
+int cqil_unpack(const cqil_linear_shape* s, const void* packed, void* out, void* stream) {
+    return by_half(*s, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        const dim3 grid(units_of(s->inputs), tiles_of(s->outputs, s->gated));
+        return launch(unpack_kernel<T>, {grid, 256, static_cast<cudaStream_t>(stream)}, sizes(*s), groups_of(*s),
+                      static_cast<const char*>(packed), static_cast<T*>(out));
+    });
+}
+
+int cqil_dequantize(const cqil_linear_shape* s, const void* codes, const void* scales, const void* zeros, int size,
+                    int first, void* out, void* stream) {
+    return by_type(s->dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        Stored w = sizes(*s);
+        w.codes = static_cast<const unsigned char*>(codes), w.zeros = static_cast<const unsigned char*>(zeros);
+        w.scales = scales, w.size = size, w.first = first;
+        dequantize_kernel<T><<<1024, 256, 0, static_cast<cudaStream_t>(stream)>>>(w, static_cast<T*>(out));
+        CQIL_CUDA(cudaGetLastError());
+        return 0;
+    });
+}
+
+}  // extern "C"

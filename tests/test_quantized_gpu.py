@@ -1,0 +1,44 @@
+"""Engines with quantized weights on a GPU, judged by the reference with these weights. Skipped without a GPU."""
+
+import pytest
+from support import SEED, write_json
+from support.checkpoints import make_model
+from support.needs import need_cuda_backend
+from support.processes import mpirun
+
+import cqil_trt
+
+pytestmark = pytest.mark.slow
+
+# Two ranks cut the groups of down's columns at 352, so they are packed in smaller ones. Three ranks have numbers of
+# columns that are no multiples of 8, which are dequantized.
+SIZES = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8, "head_dim": 32}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    need_cuda_backend()
+    return make_model(tmp_path_factory.mktemp("quantized") / "model", seed=SEED, **SIZES)
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype", "p"),
+    [
+        ("int8", "float16", 1),
+        ("fp8", "bfloat16", 2),
+        ("int4", "float16", 1),
+        ("int4", "float16", 2),
+        ("int4g32", "bfloat16", 3),
+        ("int4", "float32", 2),
+    ],
+)
+def test_engines_run_and_validate(stored, dtype, p, model, tmp_path):
+    shape = {"p": p} if p == 1 else {"p": p, "start": 1, "end": 5}
+    limits = {"max_seq_len": 128, "max_batch_size": 4}
+    cqil_trt.build(model=model, output=tmp_path / "engine", dtype=dtype, quantize=stored, **limits, **shape)
+    # Prompts of one packed product, of several, and of more tokens than those take.
+    ids = write_json(tmp_path / "ids.json", [[5, 9, 77], list(range(3, 23)), list(range(3, 93))])
+    flags = ("--device", "cuda", "--token-ids", ids, "--max-new-tokens", 16, "--validate")
+    done = mpirun(p, "--engine", tmp_path / "engine", *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "validation passed: all ranks hold identical bits" in done.stdout
