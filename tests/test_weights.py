@@ -20,9 +20,12 @@ from support import write_json
 from support.checkpoints import checkpoint_logits, load_model, make_adapter, make_first_llama, make_model, write_gguf
 
 from cqil_trt import families, reference
-from cqil_trt.checkpoint import Checkpoint
+from cqil_trt.backends.torch.quantized import take_quantized
+from cqil_trt.checkpoint import Checkpoint, write_rank
+from cqil_trt.config import CqilConfig, EngineLimits
 from cqil_trt.errors import UserError
 from cqil_trt.families.layout import checkpoint_shapes
+from cqil_trt.shard import plan
 from cqil_trt.weights import SafetensorsReader, TorchReader, check_shapes, open_checkpoint
 
 
@@ -261,6 +264,36 @@ def test_gguf_gives_the_tensors_and_configuration_that_transformers_reads(quanti
     assert model.rope.theta == config.rope_parameters["rope_theta"] == 12345.0
     assert (model.num_heads, model.num_kv_heads, model.head_dim) == (heads, kv_heads, config.head_dim)
     assert model.rms_norm_eps == config.rms_norm_eps and model.num_layers == config.num_hidden_layers
+
+
+def test_gguf_codes_are_those_of_the_file(tmp_path):
+    """Q4_0, in the engine too, against the gguf package; other types are not taken as codes."""
+    source = make_model(tmp_path / "hf", num_hidden_layers=2, hidden_size=96, intermediate_size=160, head_dim=16)
+    path = write_gguf(tmp_path / "model.gguf", source, "Q4_0")
+    checkpoint, dense = (Checkpoint(path, None) for _ in range(2))
+    stored = {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in gguf.GGUFReader(path).tensors}
+    for name in checkpoint.reader.quantized_names:
+        matrix = checkpoint.reader.quantized(name)
+        assert torch.equal(matrix.dequantize(), dense.reader.read(name)), name
+    up = checkpoint.reader.quantized("model.layers.1.mlp.up_proj.weight")
+    assert np.array_equal(up.dequantize().numpy(), stored["blk.1.ffn_up.weight"])
+    assert checkpoint.own_format("float16") == ("int4g32", ())
+    # Scales of float16 are not exact in bfloat16.
+    assert checkpoint.own_format("bfloat16") is None
+
+    limits = EngineLimits(dtype="float16", weights="int4g32", max_seq_len=16)
+    checkpoint.quantize(limits)
+    for rank in plan(checkpoint.model, CqilConfig(p=3, placement="tensor"), "float16", "int4g32"):
+        write_rank(tmp_path / "rank.safetensors", rank, checkpoint.reader)
+        weights = load_file(tmp_path / "rank.safetensors")
+        take_quantized(rank, weights, torch.float32)
+        for tensor in plan(checkpoint.model, CqilConfig(p=3, placement="tensor"))[rank.rank].tensors:
+            if tensor.name.startswith("layers.") and "norm" not in tensor.name:
+                assert torch.equal(weights[tensor.name], torch.cat(list(tensor.blocks(dense.reader)))), tensor.name
+
+    for other in ("Q4_1", "Q8_0", "F16"):
+        found = Checkpoint(write_gguf(tmp_path / f"{other}.gguf", source, other), None)
+        assert not found.reader.quantized_names and found.own_format("float16") is None
 
 
 @pytest.mark.parametrize("architecture", [family.architecture for family in families.all_families() if family.gguf])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,14 @@ from cqil_trt.json_fields import Fields
 from cqil_trt.model import ModelConfig
 from cqil_trt.rope import RopeConfig, yarn_magnitude
 from cqil_trt.tokenizer.gguf import GgufTokenizer
+from cqil_trt.weights.quantized.matrix import QuantizedMatrix, even_groups, hold
 from cqil_trt.weights.reader import Range, WeightReader
 
 # The types that are not quantized.
 _FLOATS = ("F64", "F32", "F16", "BF16")
+# The type whose blocks are codes of 4 bits, (code - 8) * scale, and the elements of a block. Others have offsets that
+# are no multiples of the scale, or scales of scales.
+_CODES, _BLOCK = "Q4_0", 32
 # Keys that llama.cpp does not read for these architectures, with the values that change nothing. transformers' yarn has
 # the same parameters, so a file with other values would mean different things in the two.
 _GGUF_UNREAD = {
@@ -37,6 +41,8 @@ _GGUF_UNREAD = {
 class GgufReader(WeightReader):
     """A GGUF file in any quantization that the gguf package knows, read as float32 under Hugging Face's names.
 
+    Matrices of type Q4_0 are codes too (`quantized`).
+
     `path` may be any part of a split file. The first part holds the metadata.
     """
 
@@ -48,6 +54,7 @@ class GgufReader(WeightReader):
                 among = "" if len(paths) == 1 else f" (one of the {len(paths)} parts of a split file)"
                 raise UserError(f"{part}: no such file{among}")
         self._tensors: dict[str, Any] = {}
+        self._held: dict[str, QuantizedMatrix] = {}
         for number, part in enumerate(paths):
             reader = open_gguf(part)
             try:
@@ -116,10 +123,7 @@ class GgufReader(WeightReader):
         from gguf import GGML_QUANT_SIZES, dequantize
 
         entry = self._tensors[name]
-        data, first = entry.data, 0
-        wanted = slice(None) if rows is None else slice(*rows)
-        order = self._row_order(name)
-        data = data[wanted if order is None else order[wanted]]
+        data, first = self._rows(name, slice(None) if rows is None else slice(*rows)), 0
         if columns is not None:
             # Quantized data are bytes, in whole blocks of elements.
             block, size = GGML_QUANT_SIZES[entry.tensor_type] if data.dtype == np.uint8 else (1, 1)
@@ -132,6 +136,33 @@ class GgufReader(WeightReader):
         if columns is not None:
             values = values[:, columns[0] - first : columns[1] - first]
         return torch.from_numpy(np.ascontiguousarray(values))
+
+    def _rows(self, name: str, wanted: slice) -> np.ndarray:
+        """Rows of a tensor as they are stored."""
+        order = self._row_order(name)
+        return self._tensors[name].data[wanted if order is None else order[wanted]]
+
+    @property
+    def quantized_names(self) -> Set[str]:
+        return {name for name, entry in self._tensors.items() if entry.tensor_type.name == _CODES}
+
+    def quantized(self, name: str) -> QuantizedMatrix | None:
+        return hold(self._held, name, lambda: self._codes(name)) if name in self.quantized_names else None
+
+    def _codes(self, name: str) -> QuantizedMatrix:
+        """A matrix of blocks: a float16, then 16 bytes with the first half of the codes in their lower bits."""
+        height, width = self.shapes()[name]
+        data = np.ascontiguousarray(self._rows(name, slice(None))).reshape(height, width // _BLOCK, -1)
+        codes = np.concatenate((data[:, :, 2:] & 15, data[:, :, 2:] >> 4), axis=2).reshape(height, width)
+        scales = np.ascontiguousarray(data[:, :, :2]).view("<f2")[:, :, 0].astype(np.float32)
+        return QuantizedMatrix(
+            codes=torch.from_numpy(codes),
+            bits=4,
+            scales=torch.from_numpy(scales),
+            zeros=torch.full(scales.shape, 8, dtype=torch.uint8),
+            rows=1,
+            group=even_groups(width, _BLOCK),
+        )
 
     def _row_order(self, name: str) -> np.ndarray | None:
         """The row in the file of each row of a tensor; None if they are in order."""
