@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+from cqil_trt import formats
 from cqil_trt.config import CqilConfig
 from cqil_trt.formats import DENSE
+from cqil_trt.formats.quantized import MatrixPart
 from cqil_trt.model import ModelConfig
 from cqil_trt.shard import RankPlan, plan
 
@@ -17,11 +20,14 @@ class Machine:
     The defaults are for two H200 over NVLink with the torch backend's kernels. `bandwidth` is that of a
     device-to-device copy; `collective` and `layer` (norms, attention at a short context, launches) were fitted to
     measurements of LLaMA-7B, and predict Qwen1.5-14B within 2% in every placement (see docs/performance.md).
+    `quantized`: the part of the bandwidth at which quantized weights are read, by format. Fitted to LLaMA-7B too (int8
+    as fp8), and within 11% of every placement (docs/quantization.md): small matrices are read more slowly.
     """
 
     bandwidth: float = 4.3e12
     collective: float = 4.5e-6
     layer: float = 14e-6
+    quantized: Mapping[str, float] = field(default_factory=lambda: {"fp8": 0.82, "int8": 0.82, "int4": 0.6}, hash=False)
 
 
 H200 = Machine()
@@ -32,7 +38,7 @@ def decode_seconds(
 ) -> float:
     """Predicted seconds per token at batch 1: the slowest rank's weights, its layers, its collectives.
 
-    `weights`: the format of the layers' matrices. For quantized ones it supposes kernels that read them as fast.
+    `weights`: the format of the layers' matrices.
     """
     return max(_rank_seconds(rank, machine) for rank in plan(model, cqil, dtype, weights))
 
@@ -43,8 +49,10 @@ def critical_bytes(model: ModelConfig, cqil: CqilConfig, dtype: str, weights: st
 
 
 def _rank_seconds(rank: RankPlan, machine: Machine) -> float:
+    slow = sum(tensor.nbytes for tensor in rank.tensors if isinstance(tensor, MatrixPart))
+    slower = 1 / machine.quantized.get(formats.base(rank.weights), 1.0) - 1
     return (
-        rank.bytes_per_token / machine.bandwidth
+        (rank.bytes_per_token + slow * slower) / machine.bandwidth
         + len(rank.schedule.layers) * machine.layer
         + rank.collectives * machine.collective
     )

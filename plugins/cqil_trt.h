@@ -235,9 +235,8 @@ int cqil_dequantize(const cqil_linear_shape* shape, const void* codes, const voi
 
 // `length` new tokens of `batch` sequences, starting at position past[b], and a cache with `max_batch` slots for
 // sequences of `capacity` tokens. Query head i reads key/value head (i + first) / group. `eps` is for the head norms.
-// `late`: with one new token, the next kernel is launched when this one computes instead of when it is launched. A
-// product with packed weights should come after such a call: launched earlier, several of its blocks would share a
-// multiprocessor, because the blocks of this kernel and of the one before leave no room on others.
+// `late` (one new token only): lets the next kernel launch once this one computes, not as soon as it starts. Set it when
+// a product with packed weights follows: launched earlier, several of its blocks would share a multiprocessor.
 typedef struct {
     int32_t batch, length, heads, kv_heads, head_dim, capacity, max_batch, group, first, dtype;
     float eps;

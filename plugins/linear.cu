@@ -272,7 +272,6 @@ __device__ void copy_once(unsigned to, const void* from, bool valid, uint64_t po
 template <typename T, bool kGated, int kColumns>
 __global__ void __launch_bounds__(kFewThreads, 2) few_rows_kernel(Operands o) {
 #if __CUDA_ARCH__ >= 900
-    using Two = typename Pair<T>::Type;
     constexpr int kTiles = tiles_of_pass(kColumns), kOctets = kColumns / 8;
     constexpr int kSteps = kShare / 32, kTileDepth = kFewWarps * kShare;
     constexpr int kPerTile = kGated ? 8 : 16;  // results of a row of x
@@ -393,14 +392,7 @@ __global__ void __launch_bounds__(kFewThreads, 2) few_rows_kernel(Operands o) {
 #pragma unroll
                 for (int i = 0; i < kOctets; ++i) {
                     b[i][step] = next[i][step];
-                    if (o.norm == nullptr) continue;
-#pragma unroll
-                    for (int j = 0; j < 4; ++j) {
-                        auto& two = reinterpret_cast<Two*>(&b[i][step])[j];
-                        const float2 wide = Pair<T>::wide(two);
-                        two = __hmul2(Pair<T>::narrow(wide.x * scale[i], wide.y * scale[i]),
-                                      reinterpret_cast<const Two*>(&factors)[j]);
-                    }
+                    if (o.norm != nullptr) b[i][step] = normed<T>(b[i][step], factors, scale[i]);
                 }
             }
             if (chunk + 1 < chunks)

@@ -59,6 +59,19 @@ __device__ inline float dot(uint4 w, uint4 x, float sum) {
     return sum;
 }
 
+// A packet of x after RMSNorm: x * scale, rounded, times the norm's weight.
+template <typename T>
+__device__ inline uint4 normed(uint4 x, uint4 weight, float scale) {
+    using Two = typename Pair<T>::Type;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        auto& two = reinterpret_cast<Two*>(&x)[i];
+        const float2 wide = Pair<T>::wide(two);
+        two = __hmul2(Pair<T>::narrow(wide.x * scale, wide.y * scale), reinterpret_cast<const Two*>(&weight)[i]);
+    }
+    return x;
+}
+
 __device__ inline float warp_sum(float x) {
     for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
     return x;

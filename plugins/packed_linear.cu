@@ -126,7 +126,6 @@ __device__ void decode(const uint4* codes, int step, unsigned (&low)[4], unsigne
 template <typename T, int kWeights, int kGroups, bool kGated, bool kShared>
 __global__ void __launch_bounds__(kThreads + 32, 2) packed_kernel(Operands o) {
 #if __CUDA_ARCH__ >= 900
-    using Two = typename Pair<T>::Type;
     constexpr bool kHalf = std::is_same_v<T, __half>;
     constexpr int kSteps = kUnit / 32;
     constexpr int kStages = stages_of(kWeights), kUnitBytes = unit_bytes(kWeights, kGroups);
@@ -179,8 +178,8 @@ __global__ void __launch_bounds__(kThreads + 32, 2) packed_kernel(Operands o) {
 #pragma unroll 1
         for (int i = threadIdx.x; i < packets; i += kThreads)
             copy_async(shared_address(norm + i), static_cast<const uint4*>(o.norm) + i, true);
-    // The next kernel is launched only now: its blocks would go where there is room beside this one and those before,
-    // and several on one multiprocessor take as many times longer.
+    // Released only now. Earlier, the next kernel's blocks would fill whatever room is left, several on one
+    // multiprocessor, and those would take several times as long.
     wait_for_predecessor();
     release_successor();
 
@@ -208,15 +207,6 @@ __global__ void __launch_bounds__(kThreads + 32, 2) packed_kernel(Operands o) {
         load(0);
     }
     asm volatile("cp.async.wait_all;" ::: "memory");
-    auto normed = [&](uint4 packet, uint4 factors, float scale) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            auto& two = reinterpret_cast<Two*>(&packet)[j];
-            const float2 wide = Pair<T>::wide(two);
-            two = __hmul2(Pair<T>::narrow(wide.x * scale, wide.y * scale), reinterpret_cast<const Two*>(&factors)[j]);
-        }
-        return packet;
-    };
     float scale = 0;
     if (o.norm != nullptr) {
         // A thread reads here what it has copied itself.
@@ -255,7 +245,7 @@ __global__ void __launch_bounds__(kThreads + 32, 2) packed_kernel(Operands o) {
                 const float of_row = scale_of(row);
 #pragma unroll 1
                 for (int i = threadIdx.x; i < packets; i += kThreads)
-                    own[row * stride + i] = normed(own[row * stride + i], norm[i], of_row);
+                    own[row * stride + i] = normed<T>(own[row * stride + i], norm[i], of_row);
             }
         } else if (column < o.rows) {
             scale = scale_of(column);
@@ -306,7 +296,7 @@ __global__ void __launch_bounds__(kThreads + 32, 2) packed_kernel(Operands o) {
                 for (int step = 0; step < kSteps; ++step) {
                     kept[step] = next[step];
                     if (o.norm != nullptr)
-                        kept[step] = normed(kept[step], norm[min(packet_of(chunk, step), packets - 1)], scale);
+                        kept[step] = normed<T>(kept[step], norm[min(packet_of(chunk, step), packets - 1)], scale);
                 }
                 if (chunk + 1 < chunks)
                     load(chunk + 1);
@@ -337,6 +327,7 @@ __global__ void __launch_bounds__(kThreads + 32, 2) packed_kernel(Operands o) {
                     advance();
                 }
                 if (idle) {
+                    __syncwarp();
                     if (lane == 0) {
                         barrier_arrive(read);
                         if (both) barrier_arrive(read_too);
@@ -552,7 +543,7 @@ __global__ void unpack_kernel(Stored w, int groups, const char* packed, T* out) 
 
 // Launching
 
-int groups_of(const cqil_linear_shape& s) { return s.weights == CQIL_INT4 ? kUnit / s.group : 0; }
+int groups_of(const cqil_linear_shape& s) { return s.weights == CQIL_INT4 ? kUnit / std::max(s.group, 1) : 0; }
 
 // Calls `run` with a null pointer of the half type; fails for others and for shapes that are not packed.
 template <typename F>
@@ -561,21 +552,29 @@ int by_half(const cqil_linear_shape& s, F run) {
     if (s.outputs < 1 || s.inputs < 1 || s.inputs % 8 != 0 || !group || s.weights < CQIL_FP8 || s.weights > CQIL_INT4)
         return fail("%d x %d weights of kind %d in groups of %d are not packed", s.outputs, s.inputs, s.weights,
                     s.group);
+    if (tiles_of(s.outputs, s.gated) > 65535)
+        return fail("%d outputs are more than packed weights can have", s.outputs);
     if (s.dtype == CQIL_FLOAT16) return run(static_cast<__half*>(nullptr));
     if (s.dtype == CQIL_BFLOAT16) return run(static_cast<__nv_bfloat16*>(nullptr));
     return fail("packed weights need a half type, not type %d", s.dtype);
 }
 
+// Dynamic shared memory for the ring and the sums of `rows` rows.
+size_t ring_bytes(const cqil_linear_shape& s, int rows) {
+    return size_t(kWarps) * stages_of(s.weights) * unit_bytes(s.weights, groups_of(s)) +
+           sizeof(float) * kWarps * kTiles * kTileRows * padded(rows);
+}
+
+// Of the shared memory that a block may have, what a kernel's own variables may take.
+constexpr size_t kStaticBytes = 1024;
+
 template <typename T, int kWeights, int kGroups>
-int multiply(const cqil_linear_shape& s, const Operands& o, cudaStream_t st) {
-    Device device;
-    if (describe(&device)) return -1;
+int multiply(const cqil_linear_shape& s, const Operands& o, const Device& device, cudaStream_t st) {
     const int tiles = tiles_of(s.outputs, s.gated), blocks = std::min(device.processors, tiles);
-    const size_t row = size_t(s.inputs) * 2, x = size_t(units_of(s.inputs)) * kUnit * 2 * o.rows;
-    const bool shared = x <= kSharedBytes;
-    const size_t bytes = size_t(kWarps) * stages_of(kWeights) * unit_bytes(kWeights, kGroups) +
-                         sizeof(float) * kWarps * kTiles * kTileRows * padded(o.rows) + (o.norm == nullptr ? 0 : row) +
-                         (shared ? x : 0);
+    const size_t x_bytes = size_t(units_of(s.inputs)) * kUnit * 2 * o.rows;
+    size_t bytes = ring_bytes(s, o.rows) + (o.norm == nullptr ? 0 : size_t(s.inputs) * 2);
+    const bool shared = x_bytes <= kSharedBytes && bytes + x_bytes + kStaticBytes <= size_t(device.shared_bytes);
+    if (shared) bytes += x_bytes;
     const Launch l = {dim3(blocks), kThreads + 32, st, true, bytes};
     if (shared)
         return s.gated ? launch(packed_kernel<T, kWeights, kGroups, true, true>, l, o)
@@ -585,16 +584,25 @@ int multiply(const cqil_linear_shape& s, const Operands& o, cudaStream_t st) {
 }
 
 template <typename T>
-int multiply(const cqil_linear_shape& s, const Operands& o, cudaStream_t st) {
-    if (s.weights == CQIL_FP8) return multiply<T, CQIL_FP8, 0>(s, o, st);
-    if (s.weights == CQIL_INT8) return multiply<T, CQIL_INT8, 0>(s, o, st);
-    if (s.group == 128) return multiply<T, CQIL_INT4, 1>(s, o, st);
-    if (s.group == 64) return multiply<T, CQIL_INT4, 2>(s, o, st);
-    return multiply<T, CQIL_INT4, 4>(s, o, st);
+int multiply(const cqil_linear_shape& s, const Operands& o, const Device& device, cudaStream_t st) {
+    if (s.weights == CQIL_FP8) return multiply<T, CQIL_FP8, 0>(s, o, device, st);
+    if (s.weights == CQIL_INT8) return multiply<T, CQIL_INT8, 0>(s, o, device, st);
+    if (s.group == 128) return multiply<T, CQIL_INT4, 1>(s, o, device, st);
+    if (s.group == 64) return multiply<T, CQIL_INT4, 2>(s, o, device, st);
+    return multiply<T, CQIL_INT4, 4>(s, o, device, st);
 }
 
-Stored sizes(const cqil_linear_shape& s) {
-    return {nullptr, nullptr, nullptr, s.outputs, s.inputs, s.gated != 0, s.weights, 0, 0};
+Stored stored(const cqil_linear_shape& s, const void* codes = nullptr, const void* scales = nullptr,
+              const void* zeros = nullptr, int size = 0, int first = 0) {
+    return {static_cast<const unsigned char*>(codes),
+            scales,
+            static_cast<const unsigned char*>(zeros),
+            s.outputs,
+            s.inputs,
+            s.gated != 0,
+            s.weights,
+            size,
+            first};
 }
 
 }  // namespace
@@ -602,9 +610,13 @@ Stored sizes(const cqil_linear_shape& s) {
 int cqil_trt::packed_linear(const cqil_linear_shape& s, Operands o, void* scratch, cudaStream_t st) {
     return by_half(s, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        // In shared memory there is room for the norm of so many inputs.
-        constexpr int kNormed = 16384;
-        if (o.norm != nullptr && (o.delta != nullptr || s.rows > kColumns || s.inputs > kNormed)) {
+        const int most = cqil_packed_rows();
+        if (most < 1) return most < 0 ? -1 : fail("this GPU has no kernel for packed weights");
+        Device device;
+        if (describe(&device)) return -1;
+        // Whether the norm's weight fits does not depend on the rows: the other kernel rounds otherwise.
+        const bool fits = ring_bytes(s, kColumns) + size_t(s.inputs) * 2 + kStaticBytes <= size_t(device.shared_bytes);
+        if (o.norm != nullptr && (o.delta != nullptr || !fits)) {
             const auto dtype = static_cast<cqil_dtype>(s.dtype);
             const size_t bytes = align(size_t(s.rows) * s.inputs * 2);
             void* sum = o.delta != nullptr ? static_cast<char*>(scratch) + bytes : nullptr;
@@ -618,7 +630,7 @@ int cqil_trt::packed_linear(const cqil_linear_shape& s, Operands o, void* scratc
             part.x = static_cast<const T*>(o.x) + size_t(first) * s.inputs;
             part.out = static_cast<T*>(o.out) + size_t(first) * s.outputs;
             if (o.residual != nullptr) part.residual = static_cast<const T*>(o.residual) + size_t(first) * s.outputs;
-            if (multiply<T>(s, part, st)) return -1;
+            if (multiply<T>(s, part, device, st)) return -1;
         }
         return 0;
     });
@@ -633,8 +645,9 @@ int cqil_packed_rows(void) {
 }
 
 size_t cqil_packed_bytes(const cqil_linear_shape* s) {
-    const size_t tiles = tiles_of(s->outputs, s->gated);
-    return tiles * units_of(s->inputs) * unit_bytes(s->weights, groups_of(*s)) + tiles * kTileRows * sizeof(float);
+    const size_t tiles = tiles_of(s->outputs, s->gated),
+                 scales = s->weights == CQIL_INT4 ? 0 : kTileRows * sizeof(float);
+    return tiles * (units_of(s->inputs) * size_t(unit_bytes(s->weights, groups_of(*s))) + scales);
 }
 
 int cqil_pack(const cqil_linear_shape* s, const void* codes, const void* scales, const void* zeros, int size, int first,
@@ -644,9 +657,7 @@ int cqil_pack(const cqil_linear_shape* s, const void* codes, const void* scales,
         const int groups = groups_of(*s);
         if (groups > 0 && (size % s->group != 0 || first % s->group != 0))
             return fail("groups of %d from %d on are not packed in groups of %d", size, first, s->group);
-        Stored w = sizes(*s);
-        w.codes = static_cast<const unsigned char*>(codes), w.zeros = static_cast<const unsigned char*>(zeros);
-        w.scales = scales, w.size = size, w.first = first;
+        const Stored w = stored(*s, codes, scales, zeros, size, first);
         const dim3 grid(units_of(s->inputs), tiles_of(s->outputs, s->gated));
         pack_kernel<T><<<grid, 128, 0, static_cast<cudaStream_t>(stream)>>>(w, groups, static_cast<char*>(packed));
         CQIL_CUDA(cudaGetLastError());
@@ -658,18 +669,18 @@ int cqil_unpack(const cqil_linear_shape* s, const void* packed, void* out, void*
     return by_half(*s, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         const dim3 grid(units_of(s->inputs), tiles_of(s->outputs, s->gated));
-        return launch(unpack_kernel<T>, {grid, 256, static_cast<cudaStream_t>(stream)}, sizes(*s), groups_of(*s),
+        return launch(unpack_kernel<T>, {grid, 256, static_cast<cudaStream_t>(stream)}, stored(*s), groups_of(*s),
                       static_cast<const char*>(packed), static_cast<T*>(out));
     });
 }
 
 int cqil_dequantize(const cqil_linear_shape* s, const void* codes, const void* scales, const void* zeros, int size,
                     int first, void* out, void* stream) {
+    if (s->weights < CQIL_FP8 || s->weights > CQIL_INT4 || s->outputs < 1 || s->inputs < 1 || size < 0 || first < 0)
+        return fail("weights of kind %d in groups of %d from %d on", s->weights, size, first);
     return by_type(s->dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        Stored w = sizes(*s);
-        w.codes = static_cast<const unsigned char*>(codes), w.zeros = static_cast<const unsigned char*>(zeros);
-        w.scales = scales, w.size = size, w.first = first;
+        const Stored w = stored(*s, codes, scales, zeros, size, first);
         dequantize_kernel<T><<<1024, 256, 0, static_cast<cudaStream_t>(stream)>>>(w, static_cast<T*>(out));
         CQIL_CUDA(cudaGetLastError());
         return 0;

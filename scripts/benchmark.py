@@ -23,7 +23,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,7 +62,6 @@ RANK = COMM.Get_rank()
 MAX_TOKENS = 1 << 17
 PEER_TOKENS = 1024  # the longest context of peers, some of which recompute it for every token
 PARITY_PROMPTS = 20, 200  # tokens in each
-_PRODUCTS = "stream_kernel", "packed_kernel"
 STEPS = 32  # greedy tokens after them that are compared with the reference
 
 
@@ -102,7 +101,7 @@ class SyntheticSession(TorchCudaSession):
     def _stored_bytes(self, engine: Any) -> dict[str, int]:
         return {tensor.name: tensor.nbytes for tensor in self._plan.tensors}
 
-    def _stored(self, engine: Any) -> Iterator[tuple[str, Callable[[int], None]]]:
+    def _stored(self, engine: Any) -> Generator[tuple[str, Callable[[int], None]]]:
         for tensor in self._plan.tensors:
             made = whole(tensor, self._reader)
             torch.cuda.synchronize()
@@ -403,12 +402,13 @@ def profile(session: Any, prompt: list[int], steps: int = 16) -> list[tuple[str,
     names = [re.sub(r".*?(\w+_kernel).*", r"\1", e.name) for e in events]
     # Of a product's template arguments, the first that is true or false says whether it is gated.
     gated = [re.findall(r"\b(true|false)\b", e.name)[:1] == ["true"] for e in events]
+    products = "stream_kernel", "packed_kernel"
     shares: dict[str, list[float]] = {}
     for i in range(1, len(events) - 1):
         before, name, after = names[i - 1 : i + 2]
-        if name in _PRODUCTS and gated[i]:
+        if name in products and gated[i]:
             name = "gate+up"
-        elif name in _PRODUCTS:
+        elif name in products:
             last = after == "row_argmax_kernel"
             name = "last projection" if last else "qkv" if "attend" in after else "o" if "attend" in before else "down"
         shares.setdefault(name, []).append(events[i].time_range.end - events[i - 1].time_range.end)

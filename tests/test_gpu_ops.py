@@ -21,7 +21,7 @@ from cqil_trt.backends.torch.ops import TorchOps
 from cqil_trt.checkpoint import Checkpoint
 from cqil_trt.config import CqilConfig, EngineLimits
 from cqil_trt.gpu import abi, cuda
-from cqil_trt.gpu.packed import QuantizedMatrix, quantized_matrices
+from cqil_trt.gpu.packed import DeviceMatrix, quantized_matrices
 from cqil_trt.network.decoder import decode
 from cqil_trt.network.rotary import rotary_tables
 from cqil_trt.shard import plan
@@ -107,7 +107,7 @@ def pack(weights, kernels):
         matrix, weights[name] = weights[name], torch.full((1,), torch.nan)
         kernels.packed[weights[name].data_ptr()] = matrix
         kind = int(abi.cqil_weights.CQIL_INT4)
-        quantized[name.removesuffix(".weight")] = QuantizedMatrix(
+        quantized[name.removesuffix(".weight")] = DeviceMatrix(
             parts=(name, f"{name}.scale"),
             rows=len(matrix),
             inputs=matrix.shape[1],
@@ -143,6 +143,8 @@ def test_cuda_ops_ask_for_what_the_decoder_means(name, packed, tmp_path, host_me
                 )
             )
             buffers |= {f"cache.{index}": torch.zeros(1) for index in rank.layers}
+            if packed:
+                buffers["dense"] = torch.empty(max(matrix.numel() for matrix in kernels.packed.values()))
             memory = {key: value.data_ptr() for key, value in (weights | buffers).items()}
             workspace = HostWorkspace(rank.rank, model.rms_norm_eps) if shape["p"] > 1 else None
             library = HostLibrary(kernels, model)
@@ -213,7 +215,7 @@ def test_quantized_matrices_are_packed_where_kernels_take_them(tmp_path):
         [*ranks] = plan(model, CqilConfig(p=p, placement="tensor"), dtype, stored)
         found = quantized_matrices(ranks[rank], Loader(rows))
         of = {name.removeprefix("layers.0."): m for name, m in found.items() if name.startswith("layers.0.")}
-        return {name: matrix.group if matrix.packed else None for name, matrix in of.items()}
+        return {name: matrix.shape().group if matrix.packed else None for name, matrix in of.items()}
 
     assert groups(1, 0) == {"qkv": 128, "o": 128, "gate_up": 128, "down": 128}
     # The second half of 704 columns begins 96 columns into a group.
@@ -222,7 +224,7 @@ def test_quantized_matrices_are_packed_where_kernels_take_them(tmp_path):
     assert groups(3, 1) == {"qkv": 128, "o": 64, "gate_up": 128, "down": None}
     assert groups(2, 1, "int4g32") == {"qkv": 32, "o": 32, "gate_up": 32, "down": 32}
     assert groups(2, 1, "int4g48")["down"] is None
-    assert set(groups(2, 1, "int8").values()) == {128}
+    assert set(groups(2, 1, "int8").values()) == {0}
     assert set(groups(1, 0, dtype="float32").values()) == {None}
     assert set(groups(1, 0, rows=0).values()) == {None}  # the GPU is too old
     assert quantized_matrices(plan(model, CqilConfig(p=1), "float16")[0], None) == {}

@@ -133,6 +133,21 @@ def test_predicted_latency_is_near_what_one_rank_takes(shapes, p, start, end, me
 
 
 @pytest.mark.parametrize(
+    "stored, measured",
+    [
+        ("fp8", {"sequential": 2.238, "leader": 1.801, "sharded": 1.482, "tensor": 1.654}),
+        ("int4", {"sequential": 1.653, "leader": 1.438, "sharded": 1.292, "tensor": 1.479}),
+    ],
+)
+def test_predicted_latency_of_quantized_weights(stored, measured):
+    """docs/quantization.md, rank 0's share on one H200."""
+    config, configurations = placed("llama-7b", 2, 12, 30)
+    for name, cqil in configurations.items():
+        milliseconds = measured[name] + 0.7e-3 * plan(config, cqil)[0].collectives
+        assert decode_seconds(config, cqil, "float16", weights=stored) * 1e3 == pytest.approx(milliseconds, rel=0.11)
+
+
+@pytest.mark.parametrize(
     "shapes, start, end, measured",
     [
         ("llama-7b", 12, 30, {"sequential": 3.480, "leader": 2.556, "sharded": 1.984, "tensor": 2.231}),

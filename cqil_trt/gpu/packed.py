@@ -20,8 +20,8 @@ _GROUPS = (128, 64, 32)
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizedMatrix:
-    """A rank's part of a projection, W [rows, inputs] = (codes - zeros) * scales.
+class DeviceMatrix:
+    """A rank's part of a quantized projection in device memory, W [rows, inputs] = (codes - zeros) * scales.
 
     Attributes:
         parts: the names of its codes, its scales and, where it has them, its zero points.
@@ -42,11 +42,6 @@ class QuantizedMatrix:
     first: int
     dtype: str
 
-    @property
-    def group(self) -> int:
-        """As in cqil_linear_shape."""
-        return _packed_group(self.size, self.first) or 0
-
     def shape(self, rows: int = 0, eps: float = 0.0) -> Any:
         """The cqil_linear_shape of its product with `rows` rows."""
         return self._shape(self.weights, rows, eps)
@@ -60,29 +55,33 @@ class QuantizedMatrix:
             dtype=abi.dtype_code(self.dtype),
             eps=eps,
             weights=weights,
-            group=self.group if weights == abi.cqil_weights.CQIL_INT4 else 0,
+            group=_packed_group(self.size, self.first) or 0 if weights == abi.cqil_weights.CQIL_INT4 else 0,
         )
 
     @property
     def packed(self) -> bool:
         return self.weights != abi.cqil_weights.CQIL_DENSE
 
-    def nbytes(self, library: Any) -> int:
-        """Device memory of the matrix."""
-        if self.packed:
-            return int(library.cqil_packed_bytes(self.shape()))
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the matrix in the engine's type."""
         return self.rows * self.inputs * DTYPE_BYTES[self.dtype]
 
+    def nbytes(self, library: Any) -> int:
+        """Bytes of the matrix as it stays in device memory."""
+        return int(library.cqil_packed_bytes(self.shape())) if self.packed else self.dense_bytes
+
     def load(self, library: Any, parts: Mapping[str, int], address: int, stream: int) -> None:
-        """Enqueues that the matrix is made at `address` from its parts, whose addresses are in device memory."""
-        codes, scales, zeros, *_ = *(parts[name] for name in self.parts), None
+        """Enqueues the packing (or dequantizing) of the matrix into `address`; `parts`: device addresses by name."""
+        given: list[int | None] = [parts[name] for name in self.parts]
+        codes, scales, zeros = given if len(given) == 3 else [*given, None]
         make = library.cqil_pack if self.packed else library.cqil_dequantize
         groups = self.size, self.first
         if make(self._shape(self.stored), codes, scales, zeros, *groups, address, stream):
             raise RuntimeError(f"{self.parts[0]}: {library.cqil_last_error().decode()}")
 
 
-def quantized_matrices(plan: RankPlan, library: Any) -> dict[str, QuantizedMatrix]:
+def quantized_matrices(plan: RankPlan, library: Any) -> dict[str, DeviceMatrix]:
     """The rank's quantized projections, by name. `library`: that of the kernels, for the current GPU."""
     parts: dict[str, list[MatrixPart]] = {}
     for tensor in plan.tensors:
@@ -90,26 +89,35 @@ def quantized_matrices(plan: RankPlan, library: Any) -> dict[str, QuantizedMatri
             parts.setdefault(tensor.name.rpartition(".")[0], []).append(tensor)
     if not parts:
         return {}
-    kinds = abi.cqil_weights
-    stored = {"float8_e4m3fn": kinds.CQIL_FP8, "int8": kinds.CQIL_INT8, "uint8": kinds.CQIL_INT4}
     possible = plan.dtype != "float32" and _packed_rows(library) > 0
     found = {}
     for name, tensors in parts.items():
         codes = tensors[0]
-        kind = stored[codes.dtype]
+        kind = _kind(codes)
         fits = possible and codes.inputs % _COLUMNS == 0 and _packed_group(codes.group, codes.first) is not None
-        found[name] = QuantizedMatrix(
+        found[name] = DeviceMatrix(
             parts=tuple(tensor.name for tensor in tensors),
             rows=codes.shape[0],
             inputs=codes.inputs,
             gated=name.endswith(".gate_up"),
-            weights=int(kind if fits else kinds.CQIL_DENSE),
+            weights=int(kind if fits else abi.cqil_weights.CQIL_DENSE),
             stored=int(kind),
             size=codes.group,
             first=codes.first,
             dtype=plan.dtype,
         )
     return found
+
+
+def _kind(codes: MatrixPart) -> Any:
+    """The cqil_weights of codes as an engine stores them."""
+    kinds = abi.cqil_weights
+    if codes.packed:
+        return kinds.CQIL_INT4
+    known = {"float8_e4m3fn": kinds.CQIL_FP8, "int8": kinds.CQIL_INT8}
+    if codes.dtype not in known:
+        raise RuntimeError(f"{codes.name}: no kernel takes codes of type {codes.dtype}")
+    return known[codes.dtype]
 
 
 def _packed_rows(library: Any) -> int:

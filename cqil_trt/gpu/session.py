@@ -13,8 +13,8 @@ import ctypes
 from abc import abstractmethod
 from bisect import bisect_left
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from functools import partial
@@ -259,8 +259,8 @@ class CudaSession(Session):
         """Bytes of each of the rank's tensors, by name."""
         return {name: length for name, (_, length) in tensor_spans(engine.rank_file(self._plan.rank)).items()}
 
-    def _stored(self, engine: Engine) -> Iterator[tuple[str, Callable[[int], None]]]:
-        """The names of those tensors, in their order, and what copies each to an address on the GPU."""
+    def _stored(self, engine: Engine) -> Generator[tuple[str, Callable[[int], None]]]:
+        """Each of these tensors' names, in the plan's order, with a function that copies the tensor to an address."""
         path = engine.rank_file(self._plan.rank)
         spans = tensor_spans(path)
         longest = max((length for _, length in spans.values()), default=1)
@@ -293,15 +293,19 @@ class CudaSession(Session):
         matrices = {part: matrix for matrix in self._quantized.values() for part in matrix.parts}
         kept = [size for name, size in sizes.items() if name not in matrices] + [(last - first) * row] * copied
         kept += [matrix.nbytes(self._library) for matrix in self._quantized.values()]
+        dense = max((matrix.dense_bytes for matrix in self._quantized.values() if matrix.packed), default=0)
+        kept.append(dense)
         arena = self._arena(sum(map(cuda.aligned, kept)), "the weights")
-        # Room for the parts of one matrix, as they are stored.
+        self._memory["dense"] = arena.take(dense)
+        # Room for the parts of one matrix, as they are stored: they follow each other.
         most = max((sum(cuda.aligned(sizes[p]) for p in m.parts) for m in matrices.values()), default=0)
         parts: dict[str, int] = {}
-        with cuda.temporary(most, "a matrix that is packed") as room:
-            for name, fill in self._stored(engine):
+        with cuda.temporary(most, "a matrix while it is packed") as room, closing(self._stored(engine)) as stored:
+            for name, fill in stored:
                 matrix = matrices.get(name)
                 if matrix is None:
-                    fill(self._memory.setdefault(name, arena.take(sizes[name])))
+                    address = self._memory[name] = arena.take(sizes[name])
+                    fill(address)
                     continue
                 parts[name] = room.take(sizes[name])
                 fill(parts[name])

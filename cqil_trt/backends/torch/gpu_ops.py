@@ -17,7 +17,7 @@ from cqil_trt.config import DTYPE_BYTES, EngineLimits
 from cqil_trt.errors import UserError
 from cqil_trt.gpu import abi, cuda
 from cqil_trt.gpu.fused_ops import FusedOps, attention_fields
-from cqil_trt.gpu.packed import QuantizedMatrix
+from cqil_trt.gpu.packed import DeviceMatrix
 from cqil_trt.gpu.workspace import Workspace, fuses_norm
 from cqil_trt.network.ops import Ops
 from cqil_trt.shard import LayerShard, RankPlan
@@ -142,7 +142,8 @@ class CudaOps(FusedOps[Matrix], _Collectives):
     """One rank's operations, enqueued on `stream`.
 
     Args:
-        memory: addresses by name: weights, caches, rotary tables, `logits` and `joined`.
+        memory: addresses by name: weights, caches, rotary tables, `logits` and `joined`; with packed weights `dense`,
+            room for the largest of these matrices.
         library: for operations with many rows.
         slots: sequences that the caches hold.
         quantized: the projections whose weights in `memory` were quantized, by name.
@@ -158,7 +159,7 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         stream: int,
         library: Library,
         slots: int,
-        quantized: Mapping[str, QuantizedMatrix] | None = None,
+        quantized: Mapping[str, DeviceMatrix] | None = None,
     ):
         self.plan = plan
         self._limits, self._memory, self._workspace = limits, memory, workspace
@@ -245,9 +246,9 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         self._call("linear", shape, x, delta, weight, bias, norm_weight, residual, out, scratch)
         return out
 
-    def _unpacked(self, packed: QuantizedMatrix, weight: Matrix) -> Matrix:
-        """A dense copy of packed weights."""
-        dense = self._new(weight.rows, weight.width)
+    def _unpacked(self, packed: DeviceMatrix, weight: Matrix) -> Matrix:
+        """A dense copy of packed weights, until the next one."""
+        dense = Matrix(self._memory["dense"], weight.rows, weight.width)
         self._call("unpack", packed.shape(), weight, dense)
         return dense
 
