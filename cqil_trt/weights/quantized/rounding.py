@@ -50,19 +50,21 @@ def to_int4(weight: torch.Tensor, dtype: torch.dtype, group: int) -> QuantizedMa
     low, high = groups.amin(2).clamp_(max=0), groups.amax(2).clamp_(min=0)
     best = torch.full_like(low, torch.inf)
     scales, zeros = torch.ones_like(low), torch.zeros_like(low)
-    codes = torch.zeros(groups.shape, dtype=torch.uint8, device=weight.device)
+
+    def codes(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        return (groups / scale[..., None]).round_().add_(zero[..., None]).clamp_(0, _LARGEST_INT4)
+
     for part in _RANGES:
         scale = ((high - low) * (part / _LARGEST_INT4)).clamp_(max=torch.finfo(dtype).max).to(dtype).float()
         scale = torch.where(scale > 0, scale, 1.0)
         zero = (-low * part / scale).round_().clamp_(0, _LARGEST_INT4)
-        found = (groups / scale[..., None]).round_().add_(zero[..., None]).clamp_(0, _LARGEST_INT4)
-        error = (found - zero[..., None]).mul_(scale[..., None]).sub_(groups).square_().mul_(counted).sum(2)
+        error = codes(scale, zero).sub_(zero[..., None]).mul_(scale[..., None]).sub_(groups).square_()
+        error = (error.mul_(counted) if rest else error).sum(2)
         better = error < best
         best = torch.where(better, error, best)
         scales, zeros = torch.where(better, scale, scales), torch.where(better, zero, zeros)
-        codes = torch.where(better[..., None], found.to(torch.uint8), codes)
     return QuantizedMatrix(
-        codes=codes.reshape(height, -1)[:, :width],
+        codes=codes(scales, zeros).to(torch.uint8).reshape(height, -1)[:, :width],
         bits=4,
         scales=scales,
         zeros=zeros.to(torch.uint8),
