@@ -15,7 +15,7 @@ import torch
 from cqil_trt import families, formats, probes
 from cqil_trt.config import CqilConfig, EngineLimits
 from cqil_trt.engine import Source, tensor_header
-from cqil_trt.families.layout import LayerLayout, checkpoint_shapes
+from cqil_trt.families.layout import checkpoint_shapes, layer_matrices
 from cqil_trt.formats.int4 import GROUP
 from cqil_trt.gguf_files import gguf_parts
 from cqil_trt.lora import LoraReader
@@ -62,7 +62,7 @@ class Checkpoint:
         """
         stored = formats.load(limits.weights).quantized
         if stored and self.own_format(limits.dtype) != (limits.weights, limits.keep):
-            names = [name for index, name in self._layer_matrices() if index not in limits.keep]
+            names = [name for index, name in layer_matrices(self.model) if index not in limits.keep]
             self.reader = QuantizingReader(self.reader, names, limits.weights, limits.dtype)
 
     def own_format(self, dtype: str) -> tuple[str, tuple[int, ...]] | None:
@@ -74,7 +74,7 @@ class Checkpoint:
         """
         if dtype not in self._own_formats:
             kinds: dict[int, set[str | None]] = {}
-            for index, name in self._layer_matrices():
+            for index, name in layer_matrices(self.model):
                 kinds.setdefault(index, set()).add(_format_of(self.reader.quantized(name), dtype))
             alike = {index: found.pop() for index, found in kinds.items() if len(found) == 1}
             counts = Counter(kind for kind in alike.values() if kind is not None)
@@ -82,11 +82,6 @@ class Checkpoint:
             others = tuple(index for index in kinds if alike.get(index) != best)
             self._own_formats[dtype] = None if best is None else (best, others)
         return self._own_formats[dtype]
-
-    def _layer_matrices(self) -> list[tuple[int, str]]:
-        """The matrices of all layers, each with its layer."""
-        shapes = ((index, LayerLayout(self.model, index).shapes()) for index in range(self.model.num_layers))
-        return [(index, name) for index, layer in shapes for name, shape in layer.items() if len(shape) == 2]
 
     def write_shared(self, directory: Path) -> list[Path]:
         """Writes the shared files (the tokenizer) and returns them."""

@@ -49,10 +49,11 @@ def critical_bytes(model: ModelConfig, cqil: CqilConfig, dtype: str, weights: st
 
 
 def _rank_seconds(rank: RankPlan, machine: Machine) -> float:
-    slow = sum(tensor.nbytes for tensor in rank.tensors if isinstance(tensor, MatrixPart))
-    slower = 1 / machine.quantized.get(formats.base(rank.weights), 1.0) - 1
+    quantized = sum(tensor.nbytes for tensor in rank.tensors if isinstance(tensor, MatrixPart))
+    rate = machine.quantized.get(formats.base(rank.weights), 1.0) * machine.bandwidth
     return (
-        (rank.bytes_per_token + slow * slower) / machine.bandwidth
+        (rank.bytes_per_token - quantized) / machine.bandwidth
+        + quantized / rate
         + len(rank.schedule.layers) * machine.layer
         + rank.collectives * machine.collective
     )

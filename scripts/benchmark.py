@@ -42,7 +42,7 @@ from cqil_trt.backends.torch.gpu_session import TorchCudaSession, use_device
 from cqil_trt.commands import RankParser, check_at_least, check_file, numbers, run_ranks
 from cqil_trt.config import CqilConfig, EngineLimits
 from cqil_trt.errors import UserError
-from cqil_trt.families.layout import checkpoint_shapes
+from cqil_trt.families.layout import checkpoint_shapes, layer_matrices
 from cqil_trt.formats import RankTensor
 from cqil_trt.gpu import cuda
 from cqil_trt.job import Job
@@ -209,7 +209,7 @@ def run(options: argparse.Namespace, job: Job) -> None:
     job.agree(lambda: use_device(RANK))
     reader: WeightReader = SyntheticReader(model)
     if options.quantize != formats.DENSE:
-        names = [name for name, shape in reader.shapes().items() if ".layers." in name and len(shape) == 2]
+        names = [name for _, name in layer_matrices(model)]
         reader = QuantizingReader(reader, names, options.quantize, "float16")
     longest = max(options.contexts + [options.batch_context, *options.prefills]) + 2 * options.steps + 8
     longest = max(longest, max(PARITY_PROMPTS) + STEPS)

@@ -106,16 +106,16 @@ def pack(weights, kernels):
     ]:
         matrix, weights[name] = weights[name], torch.full((1,), torch.nan)
         kernels.packed[weights[name].data_ptr()] = matrix
-        kind = int(abi.cqil_weights.CQIL_INT4)
         quantized[name.removesuffix(".weight")] = DeviceMatrix(
             parts=(name, f"{name}.scale"),
             rows=len(matrix),
             inputs=matrix.shape[1],
             gated="gate_up" in name,
-            weights=kind,
-            stored=kind,
+            kind=int(abi.cqil_weights.CQIL_INT4),
             size=192,
             first=0,
+            group=64,
+            packed=True,
             dtype="float32",
         )
     return quantized

@@ -55,6 +55,12 @@ class LayerLayout:
         return shapes
 
 
+def layer_matrices(model: ModelConfig) -> list[tuple[int, str]]:
+    """The matrices of all layers in a checkpoint, each with its layer."""
+    layers = ((index, LayerLayout(model, index).shapes()) for index in range(model.num_layers))
+    return [(index, name) for index, shapes in layers for name, shape in shapes.items() if len(shape) == 2]
+
+
 def checkpoint_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor a checkpoint of this model must hold, and its shape."""
     table = (model.vocab_size, model.hidden_size)

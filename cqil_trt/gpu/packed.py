@@ -26,9 +26,10 @@ class DeviceMatrix:
     Attributes:
         parts: the names of its codes, its scales and, where it has them, its zero points.
         gated: whether the rows are those of gate and then those of up.
-        weights: a cqil_weights; CQIL_DENSE if it is not packed.
-        stored: a cqil_weights, how the engine stores it.
+        kind: a cqil_weights, how the engine stores it.
         size, first: columns of a group (0: all), and the place of the first one within its group.
+        group: columns of a group when it is packed, as in cqil_linear_shape; 0 for codes of 8 bits.
+        packed: whether it is packed; else it is dequantized.
         dtype: of the engine.
     """
 
@@ -36,17 +37,15 @@ class DeviceMatrix:
     rows: int
     inputs: int
     gated: bool
-    weights: int
-    stored: int
+    kind: int
     size: int
     first: int
+    group: int
+    packed: bool
     dtype: str
 
     def shape(self, rows: int = 0, eps: float = 0.0) -> Any:
         """The cqil_linear_shape of its product with `rows` rows."""
-        return self._shape(self.weights, rows, eps)
-
-    def _shape(self, weights: int, rows: int = 0, eps: float = 0.0) -> Any:
         return abi.cqil_linear_shape(
             rows=rows,
             outputs=self.rows // (1 + self.gated),
@@ -54,13 +53,9 @@ class DeviceMatrix:
             gated=self.gated,
             dtype=abi.dtype_code(self.dtype),
             eps=eps,
-            weights=weights,
-            group=_packed_group(self.size, self.first) or 0 if weights == abi.cqil_weights.CQIL_INT4 else 0,
+            weights=self.kind,
+            group=self.group,
         )
-
-    @property
-    def packed(self) -> bool:
-        return self.weights != abi.cqil_weights.CQIL_DENSE
 
     @property
     def dense_bytes(self) -> int:
@@ -77,7 +72,7 @@ class DeviceMatrix:
         codes, scales, zeros = given if len(given) == 3 else [*given, None]
         make = library.cqil_pack if self.packed else library.cqil_dequantize
         groups = self.size, self.first
-        if make(self._shape(self.stored), codes, scales, zeros, *groups, address, stream):
+        if make(self.shape(), codes, scales, zeros, *groups, address, stream):
             raise RuntimeError(f"{self.parts[0]}: {library.cqil_last_error().decode()}")
 
 
@@ -93,17 +88,18 @@ def quantized_matrices(plan: RankPlan, library: Any) -> dict[str, DeviceMatrix]:
     found = {}
     for name, tensors in parts.items():
         codes = tensors[0]
-        kind = _kind(codes)
-        fits = possible and codes.inputs % _COLUMNS == 0 and _packed_group(codes.group, codes.first) is not None
+        # Only codes of 4 bits have groups; 8 bits fit any.
+        group = _packed_group(codes.group, codes.first) if codes.packed else 0
         found[name] = DeviceMatrix(
             parts=tuple(tensor.name for tensor in tensors),
             rows=codes.shape[0],
             inputs=codes.inputs,
             gated=name.endswith(".gate_up"),
-            weights=int(kind if fits else abi.cqil_weights.CQIL_DENSE),
-            stored=int(kind),
+            kind=int(_kind(codes)),
             size=codes.group,
             first=codes.first,
+            group=group or 0,
+            packed=possible and codes.inputs % _COLUMNS == 0 and group is not None,
             dtype=plan.dtype,
         )
     return found

@@ -76,6 +76,7 @@ class GgufReader(WeightReader):
             if twice or total != self._split(self._reader, "tensors.count"):
                 raise UserError(f"{part}: belongs to another file than {paths[0].name}: its tensors do not fit")
             self._tensors |= tensors
+        self._coded = frozenset(name for name, t in self._tensors.items() if t.tensor_type.name == _CODES)
         if len(paths) > 1 and total != len(self._tensors):
             raise UserError(f"{path}: its parts hold {len(self._tensors)} tensors, they should hold {total}")
         kinds = [t.tensor_type.name for t in self._tensors.values() if t.tensor_type.name not in _FLOATS]
@@ -144,10 +145,10 @@ class GgufReader(WeightReader):
 
     @property
     def quantized_names(self) -> Set[str]:
-        return {name for name, entry in self._tensors.items() if entry.tensor_type.name == _CODES}
+        return self._coded
 
     def quantized(self, name: str) -> QuantizedMatrix | None:
-        return hold(self._held, name, lambda: self._codes(name)) if name in self.quantized_names else None
+        return hold(self._held, name, lambda: self._codes(name)) if name in self._coded else None
 
     def _codes(self, name: str) -> QuantizedMatrix:
         """A matrix of blocks: a float16, then 16 bytes with the first half of the codes in their lower bits."""

@@ -437,6 +437,17 @@ def check_one_swiglu(pick, dtype):
     return relative(direct, exact)
 
 
+def product_of(chosen, shape, x, delta, weight, bias, norm, residual):
+    """The product of these rows of x, delta and residual; `shape` without the number of rows."""
+    chosen = torch.tensor(chosen, device="cuda")
+    wanted = abi.cqil_linear_shape(rows=len(chosen), **shape)
+    scratch = torch.empty(library.cqil_linear_scratch_bytes(wanted), dtype=torch.uint8, device="cuda")
+    out = torch.full((len(chosen), wanted.outputs), torch.nan, dtype=x.dtype, device="cuda")
+    part, more, old = (None if t is None else t[chosen].contiguous() for t in (x, delta, residual))
+    call("linear", wanted, part, more, weight, bias, norm, old, out, scratch)
+    return out
+
+
 def check_rows(pick, dtype):
     """A row's product and attention have the same bits in every batch of two or more."""
     quick = library.cqil_linear_rows(code(dtype))
@@ -452,16 +463,10 @@ def check_rows(pick, dtype):
     norm = (1 + 0.2 * torch.randn(inputs, device="cuda")).to(dtype) if normed else None
     residual = torch.randn(rows, outputs, device="cuda").to(dtype) if added and not gated else None
 
+    shape = {"outputs": outputs, "inputs": inputs, "gated": gated, "dtype": code(dtype), "eps": 1e-5}
+
     def product(chosen):
-        chosen = torch.tensor(chosen, device="cuda")
-        shape = abi.cqil_linear_shape(
-            rows=len(chosen), outputs=outputs, inputs=inputs, gated=gated, dtype=code(dtype), eps=1e-5
-        )
-        scratch = torch.empty(library.cqil_linear_scratch_bytes(shape), dtype=torch.uint8, device="cuda")
-        out = torch.full((len(chosen), outputs), torch.nan, dtype=dtype, device="cuda")
-        part, more, old = (None if t is None else t[chosen].contiguous() for t in (x, delta, residual))
-        call("linear", shape, part, more, weight, None, norm, old, out, scratch)
-        return out
+        return product_of(chosen, shape, x, delta, weight, None, norm, residual)
 
     whole = product(range(rows))
     for _ in range(8):
@@ -530,13 +535,7 @@ def check_packed(pick, dtype):
     residual = torch.randn(rows, outputs, device="cuda").to(dtype) if added else None
 
     def product(chosen):
-        chosen = torch.tensor(chosen, device="cuda")
-        wanted = abi.cqil_linear_shape(rows=len(chosen), **shape)
-        scratch = torch.empty(library.cqil_linear_scratch_bytes(wanted), dtype=torch.uint8, device="cuda")
-        out = torch.full((len(chosen), outputs), torch.nan, dtype=dtype, device="cuda")
-        part, more, old = (None if t is None else t[chosen].contiguous() for t in (x, delta, residual))
-        call("linear", wanted, part, more, packed, bias, norm, old, out, scratch)
-        return out
+        return product_of(chosen, shape, x, delta, packed, bias, norm, residual)
 
     whole = product(range(rows))
     for _ in range(3):
