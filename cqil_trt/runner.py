@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 import numpy as np
 
 from cqil_trt.errors import UserError
+from cqil_trt.sampling import SamplingConfig
 from cqil_trt.scheduler import Event, Request, Scheduler, Step
 from cqil_trt.session import Session
 from cqil_trt.speculation import Speculation, Speculator
@@ -43,11 +43,15 @@ class Runner:
         `speculation` on a session that cannot verify drafts.
         """
         limits = session.limits
-        speculator = None
-        if speculation is not None:
-            if session.row_cost is None:
-                raise UserError("--speculate: this backend verifies drafts on CPUs only (--device cpu)")
-            speculator = partial(Speculator, speculation, session.row_cost)
+        if speculation is not None and session.row_cost is None:
+            raise UserError("--speculate: this backend does not verify drafts on a GPU: run it with --device cpu")
+        session.verify_drafts(speculation is not None)
+
+        def speculator(sampling: SamplingConfig) -> Speculator | None:
+            if speculation is None or session.row_cost is None or (sampling.penalizes and not session.drafts_penalized):
+                return None
+            return Speculator(speculation, session.row_cost, session.wait_cost)
+
         scheduler = Scheduler(
             slots=session.slots,
             rows=min(rows or limits.max_batch_size, limits.max_batch_size),
@@ -56,6 +60,7 @@ class Runner:
             policy=policy,
             reuse=session.reuses,
             speculator=speculator,
+            draft_width=session.draft_width,
         )
         return cls(session, scheduler, send)
 

@@ -199,8 +199,9 @@ class Scheduler:
         chunk: the most prompt tokens in one step.
         policy: "latency" reads at most one chunk between two decode steps; "throughput" reads all prompts first.
         reuse: whether a prompt that begins like an earlier one takes its part of the cache.
-        speculator: makes what drafts tokens of a sequence; None for no drafts. Tokens are drafted while no step is in
-            flight.
+        speculator: makes what drafts tokens of a sequence, None for one without drafts. Tokens are drafted while no
+            step is in flight.
+        draft_width: the most tokens of each of so many sequences that a decode step takes.
     """
 
     def __init__(
@@ -212,13 +213,15 @@ class Scheduler:
         chunk: int,
         policy: str = "latency",
         reuse: bool = True,
-        speculator: Callable[[], Speculator] | None = None,
+        speculator: Callable[[SamplingConfig], Speculator | None] = lambda sampling: None,
+        draft_width: Callable[[int], int] = lambda sequences: 1,
     ):
         if policy not in POLICIES:
             raise UserError(f"--policy must be one of {', '.join(POLICIES)}, found {policy}")
         self._slots = [_Slot() for _ in range(slots)]
         self._rows, self._max_seq_len, self._chunk = min(rows, slots), max_seq_len, chunk
-        self._policy, self._reuse, self._speculator = policy, reuse, speculator
+        self._policy, self._reuse = policy, reuse
+        self._speculator, self._draft_width = speculator, draft_width
         self._waiting: deque[tuple[int, Request]] = deque()
         self._running: dict[int, _Sequence] = {}
         # For each step in flight, the sequences that it chooses tokens for, by slot, and the one whose chunk it reads.
@@ -283,15 +286,17 @@ class Scheduler:
 
     def plan(self) -> Step | None:
         """The next step; None when there is nothing to do before an outcome is applied or a request comes."""
+        if any(step.drafts for step, _ in self._flying):
+            return None  # how far its sequences get is not known
         starts = tuple(self._admit())
         reading = next((s for s in self._running.values() if s.reading), None)
         ready = sorted((s for s in self._running.values() if not s.reading and s.chosen < s.room), key=lambda s: s.slot)
         if reading is not None and (self._policy == "throughput" or not self._read_last or not ready):
             self._read_last = True
             return self._read(reading, starts)
-        self._read_last = False
-        if not ready:
+        if not ready or (self._flying and not starts and self._waits(ready)):
             return None
+        self._read_last = False
         guided = tuple(s.slot for s in ready if s.request.sampling.guided)
         drafts = () if self._flying else self._draft(ready)
         for sequence in ready:
@@ -301,9 +306,15 @@ class Scheduler:
         self._flying.append((step, {s.slot: s for s in ready}))
         return step
 
+    def _waits(self, ready: Sequence[_Sequence]) -> bool:
+        """Whether tokens should be drafted once nothing is in flight."""
+        if self._draft_width(len(ready)) == 1:
+            return False
+        return any(s.speculator is not None and s.speculator.waits(len(ready)) for s in ready)
+
     def _draft(self, ready: Sequence[_Sequence]) -> tuple[tuple[int, ...], ...]:
         """The drafts of sequences that decode. All of them must have room for the longest in their slots."""
-        space = self._max_seq_len - max(s.fed for s in ready) - 1
+        space = min(self._max_seq_len - max(s.fed for s in ready), self._draft_width(len(ready))) - 1
         drafts = tuple(
             s.speculator.draft(min(space, s.room - s.chosen - 1), len(ready)) if s.speculator is not None else ()
             for s in ready
@@ -321,8 +332,8 @@ class Scheduler:
             room = min(request.max_new_tokens, self._max_seq_len + 1 - len(request.prompt))
             # A grammar's mask depends on the tokens before it, so nothing is drafted for guided sequences.
             speculator = None
-            if self._speculator is not None and room > 1 and not request.sampling.guided:
-                speculator = self._speculator()
+            if room > 1 and not request.sampling.guided:
+                speculator = self._speculator(request.sampling)
             sequence = _Sequence(number, request, slot, cached, room, speculator)
             self._slots[slot].sequence = self._running[number] = sequence
             self._started.append(number)

@@ -18,6 +18,7 @@ from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
 from cqil_trt.sampling import Choice, Sampler, SamplingConfig
 from cqil_trt.scheduler import Chunk, Outcome, Start, Step
+from cqil_trt.speculation import MAX_TOKENS
 
 
 def cache_bytes(engine: Engine, rank: int) -> int:
@@ -58,11 +59,15 @@ class Session(ABC):
 
     `slots`: sequences that the cache holds. `ahead`: steps that are worth submitting before the oldest is collected.
     `row_cost`: what one more token a sequence costs in a decode step, as a part of the step; None where a decode step
-    takes one token of each sequence. B: sequences of a pass, T: tokens of each, K: tokens to predict from.
+    takes one token of each sequence. `wait_cost`: likewise, of a step that is submitted only when the one before is
+    collected. `drafts_penalized`: whether drafts of a sequence with penalties can be verified. B: sequences of a pass,
+    T: tokens of each, K: tokens to predict from.
     """
 
     ahead = 0
     row_cost: float | None = None
+    wait_cost = 0.0
+    drafts_penalized = True
     on_gpu = False
 
     def __init__(self, engine: Engine, rank: int, slots: int):
@@ -103,6 +108,13 @@ class Session(ABC):
 
     def close(self) -> None:  # noqa: B027 (optional)
         """Releases the session's resources, on all ranks together. The session cannot be used afterwards."""
+
+    def verify_drafts(self, on: bool) -> None:  # noqa: B027 (optional)
+        """Whether steps may have drafts. A token then does not depend on how many others are in its step."""
+
+    def draft_width(self, sequences: int) -> int:
+        """The most tokens of each of so many sequences that a decode step takes."""
+        return 1 + MAX_TOKENS
 
     def warm_up(self, rows: int, chunk: int) -> None:  # noqa: B027 (optional)
         """Prepares decode steps of 1 to `rows` sequences and chunks of up to `chunk` tokens.

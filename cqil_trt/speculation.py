@@ -105,13 +105,15 @@ class Speculator:
     """The drafts of one sequence, and whether they are worth their price.
 
     A token that is drafted in vain costs each of the `sequences` in the step `row_cost` of it: they all get as many
-    rows as the longest draft has. A sequence may lose a small share of its steps in this way, and what its accepted
-    drafts saved before. So there are short drafts, if any, where many sequences run.
+    rows as the longest draft has. A step that waits for the one before, because tokens may be drafted, costs them
+    `wait_cost`, and so does a step with drafts, for which the next one waits. A sequence may lose a small share of its
+    steps in this way, and what its accepted drafts saved before. So there are short drafts, if any, where many
+    sequences run.
     """
 
-    def __init__(self, speculation: Speculation, row_cost: float):
+    def __init__(self, speculation: Speculation, row_cost: float, wait_cost: float = 0.0):
         self._drafter = DRAFTERS[speculation.method]()
-        self._tokens, self._row_cost = speculation.tokens, row_cost
+        self._tokens, self._row_cost, self._wait_cost = speculation.tokens, row_cost, wait_cost
         self._credit = _START
 
     def extend(self, tokens: Sequence[int]) -> None:
@@ -119,10 +121,22 @@ class Speculator:
 
     def draft(self, room: int, sequences: int) -> tuple[int, ...]:
         """Drafted tokens for the next step, at most `room`."""
-        most = min(self._tokens, room, int(self._credit / (self._row_cost * sequences)))
+        most = min(self._tokens, room, self._affordable(sequences))
         return tuple(self._drafter.draft(most)) if most > 0 else ()
+
+    def waits(self, sequences: int) -> bool:
+        """Whether the next step should wait for the one in flight, whose token may continue what occurred before."""
+        cost = self._wait_cost * sequences
+        if cost > self._credit or self._affordable(sequences) < 1 or not self._drafter.draft(1):
+            return False
+        self._credit -= cost
+        return True
+
+    def _affordable(self, sequences: int) -> int:
+        return int((self._credit / sequences - self._wait_cost) / self._row_cost)
 
     def verified(self, drafted: int, accepted: int, sequences: int) -> None:
         """After each step: how many tokens were drafted for it, and how many of them were chosen."""
-        saved = accepted - self._row_cost * drafted * sequences + _SHARE
+        cost = self._row_cost * drafted + (self._wait_cost if drafted else 0)
+        saved = accepted - cost * sequences + _SHARE
         self._credit = min(self._credit + saved, _MOST)

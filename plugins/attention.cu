@@ -33,8 +33,8 @@ constexpr int kLanes = 16;  // per key
 constexpr int kGroups = kThreads / kLanes;
 constexpr int kAttendThreads = 256;
 constexpr int kAttendGroups = kAttendThreads / kLanes;
-constexpr int kMaxSpans = kAttendThreads / 32;  // per head, one block each
-constexpr int kFewSequences = 8;
+constexpr int kMaxSpans = kAttendThreads / 32;  // per head
+constexpr int kJointHeads = 256;                // heads of rows whose spans may be in several blocks
 constexpr int kMinSpan = 2 * kAttendGroups;
 constexpr int kMaxHeadDim = 256;
 constexpr float kLog2e = 1.4426950408889634f;
@@ -43,12 +43,20 @@ __host__ __device__ size_t cache_elements(const cqil_attention_shape& s) {
     return size_t(s.max_batch) * s.kv_heads * s.capacity * s.head_dim;
 }
 
-// Blocks for one head of one sequence. For a single sequence, about one per multiprocessor in total, so the next kernel
-// finds room for its prefetches. For up to kFewSequences as many, so that a sequence's result does not depend on how
-// many there are.
-int span_count(const cqil_attention_shape& s, int processors) {
-    const int sequences = s.batch <= kFewSequences ? 1 : s.batch;
-    return std::clamp(processors / (s.heads * sequences), 1, kMaxSpans);
+// How the keys of one head of one row are dealt: in so many spans, of which a block takes `each`.
+struct Spans {
+    int count, each;
+
+    int blocks() const { return (count + each - 1) / each; }
+};
+
+// As many spans as if the row were alone, so that its result does not depend on the other rows: then about one block per
+// multiprocessor in total, so the next kernel finds room for its prefetches. Of more rows up to two, which take several
+// spans one after the other: more blocks than fit at once would each wait for their keys in turn.
+Spans spans_of(const cqil_attention_shape& s, int rows, int processors) {
+    const int count = std::clamp(processors / s.heads, 1, kMaxSpans), heads = s.heads * rows;
+    const int blocks = rows == 1 ? count : heads > kJointHeads ? 1 : std::clamp(2 * processors / heads, 1, count);
+    return {count, (count + blocks - 1) / blocks};
 }
 
 template <typename T>
@@ -64,7 +72,7 @@ __device__ T narrow(float x) {
 // What a block records, in host memory, before it gives up waiting for another block.
 struct GaveUp {
     uint32_t code;  // 0: no failure
-    uint32_t sequence, head, span, join;
+    uint32_t row, head, span, join;
 };
 
 struct Limit {
@@ -177,7 +185,7 @@ struct Rotation {
 #pragma unroll
         for (int i = 0; i < kElements; ++i) {
             const float mine = wide(x.value[i]), other = __shfl_xor_sync(~0u, mine, kLanes / 2);
-            if (wanted) x.value[i] = narrow<T>(mine * cos[i] + sign * other * sin[i]);
+            if (wanted) x.value[i] = narrow<T>(fmaf(mine, cos[i], __fmul_rn(sign * other, sin[i])));
         }
     }
 };
@@ -245,8 +253,8 @@ struct Ring {
     }
 };
 
-// How the blocks of one head send their spans' results to the block of its last span, in memory after the layer's
-// cache. Each value carries the number of the join, one more than the head's counter, so a stale value is recognised.
+// How the blocks of one head of a row send their spans' results to the block of its last span, in memory after the
+// layer's cache. Each value carries the number of the join, one more than the head's counter, so a stale value is recognised.
 // The receiving block was the last of them to start, so it never waits for a block that waits for room. It advances the
 // counter only after it has received everything: every sender has read the counter by then.
 struct Joint {
@@ -256,15 +264,19 @@ struct Joint {
     int width;
     unsigned number;
 
+    // One for each head of the rows that can have several blocks.
+    static __host__ __device__ size_t count(const cqil_attention_shape& s) {
+        return s.heads > kJointHeads ? s.heads : kJointHeads;
+    }
     static __host__ __device__ size_t counter_bytes(const cqil_attention_shape& s) {
-        return align(sizeof(unsigned) * s.max_batch * s.heads);
+        return align(sizeof(unsigned) * count(s));
     }
     static __host__ __device__ size_t bytes(const cqil_attention_shape& s) {
-        return counter_bytes(s) + sizeof(uint64_t) * s.max_batch * s.heads * kMaxSpans * (s.head_dim + 2);
+        return counter_bytes(s) + sizeof(uint64_t) * count(s) * kMaxSpans * (s.head_dim + 2);
     }
 
-    __device__ Joint(char* memory, const cqil_attention_shape& s, int sequence, int head) : width(s.head_dim + 2) {
-        const size_t index = size_t(sequence) * s.heads + head;
+    __device__ Joint(char* memory, const cqil_attention_shape& s, int row, int head) : width(s.head_dim + 2) {
+        const size_t index = min(size_t(row) * s.heads + head, count(s) - 1);  // a row with one block uses none
         counter = reinterpret_cast<unsigned*>(memory) + index;
         words = reinterpret_cast<uint64_t*>(memory + counter_bytes(s)) + index * kMaxSpans * width;
         asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(number) : "l"(counter) : "memory");
@@ -317,7 +329,7 @@ struct Joint {
 private:
     __device__ void give_up(volatile GaveUp* record, int span) const {
         be_first_to_give_up(&gave_up);
-        record->sequence = blockIdx.z;
+        record->row = blockIdx.z;
         record->head = blockIdx.x;
         record->span = span;
         record->join = number;
@@ -328,167 +340,216 @@ private:
     }
 };
 
+// What attend_kernel computes: tokens whose keys are in the cache already, and in a decode step each sequence's next token,
+// or that and the drafts after it.
+enum class Pass { kPrompt, kStep, kDrafts };
+
 // Blocks per multiprocessor that registers must leave room for when decoding. Without it nvcc aims higher and spills.
-template <typename T, int kElements, bool kDecode>
+template <typename T, int kElements, Pass kPass>
 constexpr int attend_blocks() {
-    if (!kDecode) return 0;  // no constraint
+    if (kPass == Pass::kPrompt) return 0;  // no constraint
     return kElements <= 4 ? 4 : kElements <= 8 ? 3 : std::is_same_v<T, float> ? 1 : 2;
 }
 
-// One query against a span of the keys. Decoding: rotates the query and the new key itself, and reads the older part of
-// the cache while the previous kernel still computes them; grid: heads, spans, sequences. Prefill (kDecode false):
-// `queries` are rotated and the keys are in the cache; grid: heads, tokens, sequences, and a span is the whole cache.
-// The code is kept small, as in linear.cu.
-template <typename T, int kElements, bool kPacked, bool kDecode>
-__global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kDecode>())
-    attend_kernel(cqil_attention_shape s, Inputs in, const T* queries, T* out, Limit limit) {
+// Dynamic shared memory: the ring, then the weighted values of the groups, for the span at hand, and of the spans. A block
+// that has one span writes them over the ring, and those of the span over those of its groups: between two products
+// there is not much room.
+template <typename T, int kElements, bool kPacked>
+struct AttendMemory {
+    using Slots = typename Ring<T, kElements, kPacked>::Slots;
+    using Values = float[kLanes * kElements];
+    static constexpr size_t kSlotBytes = sizeof(Slots), kGroupBytes = sizeof(Values) * kAttendGroups;
+    static_assert(kGroupBytes <= kSlotBytes && kMaxSpans <= kAttendGroups, "both fit in the ring");
+
+    static size_t bytes(int spans) {
+        return spans == 1 ? kSlotBytes : kSlotBytes + kGroupBytes + sizeof(Values) * kMaxSpans;
+    }
+};
+
+// One query against some spans of the keys. In a decode step it rotates the query and the new keys itself, and reads the
+// older part of the cache while the previous kernel still computes them; grid: heads, blocks of a head, rows. Otherwise
+// `queries` are rotated; grid: heads, tokens, sequences, and the whole cache is one span. All passes round alike, so
+// where nvcc may contract in two ways the code says how. It is kept small, as in linear.cu.
+template <typename T, int kElements, bool kPacked, Pass kPass>
+__global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kPass>())
+    attend_kernel(cqil_attention_shape s, Inputs in, const T* queries, T* out, Spans spans, Limit limit) {
     using R = Ring<T, kElements, kPacked>;
     using H = Head<T, kElements, kPacked>;
-    __shared__ union {
-        typename R::Slots ring;
-        float part[kAttendGroups][kLanes * kElements];
-    } memory;
+    constexpr bool kDecode = kPass != Pass::kPrompt;
+    using M = AttendMemory<T, kElements, kPacked>;
+    extern __shared__ __align__(16) char memory[];
+    auto& ring = *reinterpret_cast<typename M::Slots*>(memory);
+    const bool alone = !kDecode || spans.each == 1;
+    auto* const of_groups = reinterpret_cast<typename M::Values*>(memory + (alone ? 0 : M::kSlotBytes));
+    auto* const of_spans = of_groups + (alone ? 0 : kAttendGroups);
     const bool late = kDecode && s.late != 0;
     if (!late) release_successor();
     if constexpr (!kDecode) wait_for_predecessor();
-    const int head = blockIdx.x, sequence = blockIdx.z, dim = s.head_dim, group = threadIdx.x / kLanes;
+    const int head = blockIdx.x, dim = s.head_dim, group = threadIdx.x / kLanes;
     const Lane<kElements> lane(threadIdx.x % kLanes, dim);
-    const int token = kDecode ? 0 : blockIdx.y, row = sequence * s.length + token;
+    const int row = kDecode ? blockIdx.z : blockIdx.z * s.length + blockIdx.y;
+    const int token = kPass == Pass::kStep ? 0 : kDecode ? row % s.length : blockIdx.y;
+    const int entry = kDecode ? row - token : blockIdx.z;  // of the sequence, in `past` and `slots`
     const int kv = (head + s.first) / s.group, heads = s.heads + 2 * s.kv_heads;
     // Bypasses L1: a decode step reads these before it has waited (launch.cuh).
-    const int position = __ldcg(in.past + sequence) + token, count = min(position + 1, s.capacity);
-    const int cached = in.slot(sequence);
-    const int share = (count + int(gridDim.y) - 1) / int(gridDim.y), span = kDecode ? max(share, kMinSpan) : count;
-    const int spans = kDecode ? (count + span - 1) / span : 1;
-    const int first = kDecode ? blockIdx.y * span : 0, last = kDecode ? min(first + span, count) : count;
-    if (first >= last) return;
+    const int past = __ldcg(in.past + entry), position = past + token, count = min(position + 1, s.capacity);
+    const int cached = in.slot(entry);
+    const int span = max((count + spans.count - 1) / spans.count, kMinSpan), all = (count + span - 1) / span;
+    const int own = kDecode ? blockIdx.y * spans.each : 0, own_end = min(own + spans.each, all);  // the block's
+    if (own >= all) return;
+    const int first = own * span, last = min(own_end * span, count);
 
     const size_t line = (size_t(cached) * s.kv_heads + kv) * s.capacity;
     T* keys = static_cast<T*>(in.cache) + line * dim;
     const size_t to_values = cache_elements(s);
-    const Joint joint(static_cast<char*>(in.cache) + align(2 * to_values * sizeof(T)), s, sequence, head);
-    const int fresh = kDecode ? position : INT32_MAX;  // the key that is not in the cache yet
-    int asked = first + group;
+    const Joint joint(static_cast<char*>(in.cache) + align(2 * to_values * sizeof(T)), s, row, head);
+    const int fresh = kDecode ? past : INT32_MAX;  // keys from here on are not in the cache yet
+    int asked = first + group, asked_end = min(first + span, last);
     auto ask = [&](int slot) {  // requests the group's next key; commits a group even if it is empty
-        if (asked < last && asked != fresh && lane.count > 0) {
-            R::ask(memory.ring, slot, 0, keys + size_t(asked) * dim, lane);
-            R::ask(memory.ring, slot, 1, keys + to_values + size_t(asked) * dim, lane);
+        if (asked < min(asked_end, fresh) && lane.count > 0) {
+            R::ask(ring, slot, 0, keys + size_t(asked) * dim, lane);
+            R::ask(ring, slot, 1, keys + to_values + size_t(asked) * dim, lane);
         }
         asked += kAttendGroups;
+        if (asked - group >= asked_end) {  // the next span
+            asked = asked_end + group;
+            asked_end = min(asked_end + span, last);
+        }
         asm volatile("cp.async.commit_group;" ::: "memory");
     };
 #pragma unroll 1
     for (int slot = 0; slot < R::kSlots; ++slot) ask(slot);
 
-    H q, fresh_key, fresh_value;
+    H q, own_key, own_value;
+    auto read_key = [&](int of, H& key, H& value, const Rotation<T, kElements, kPacked>& rotation) {
+        const T* source = static_cast<const T*>(in.qkv) + size_t(of) * heads * dim;
+        key.read(source + (s.heads + kv) * dim, lane);
+        value.read(source + (s.heads + s.kv_heads + kv) * dim, lane);
+        if (in.k_norm != nullptr) key.normalise(static_cast<const T*>(in.k_norm), s.eps, lane);
+        rotation.apply(key, true, lane);
+    };
     if constexpr (kDecode) {
         const Rotation<T, kElements, kPacked> rotation(in, min(position, s.capacity - 1), lane);
         wait_for_predecessor();
         if (late) release_successor();
-        const T* source = static_cast<const T*>(in.qkv) + size_t(row) * heads * dim;
-        q.read(source + head * dim, lane);
-        fresh_key.read(source + (s.heads + kv) * dim, lane);
-        fresh_value.read(source + (s.heads + s.kv_heads + kv) * dim, lane);
-        if (in.q_norm != nullptr) {
-            q.normalise(static_cast<const T*>(in.q_norm), s.eps, lane);
-            fresh_key.normalise(static_cast<const T*>(in.k_norm), s.eps, lane);
-        }
+        q.read(static_cast<const T*>(in.qkv) + (size_t(row) * heads + head) * dim, lane);
+        if (in.q_norm != nullptr) q.normalise(static_cast<const T*>(in.q_norm), s.eps, lane);
         rotation.apply(q, true, lane);
-        rotation.apply(fresh_key, true, lane);
+        read_key(row, own_key, own_value, rotation);
         // The first of the query heads that share this key appends it.
-        if (group == 0 && fresh >= first && fresh < last && (head == 0 || (head - 1 + s.first) / s.group != kv)) {
-            fresh_key.write(keys + size_t(fresh) * dim, lane);
-            fresh_value.write(keys + to_values + size_t(fresh) * dim, lane);
+        if (group == 0 && position >= first && position < last && (head == 0 || (head - 1 + s.first) / s.group != kv)) {
+            own_key.write(keys + size_t(position) * dim, lane);
+            own_value.write(keys + to_values + size_t(position) * dim, lane);
         }
     } else {
         q.read(queries + (size_t(row) * s.heads + head) * dim, lane);
     }
 
-    // An online softmax: maximum (times log2 e), sum of weights, weighted values. All lanes of a warp stay in the loop
-    // together because they shuffle.
-    float most = -INFINITY, sum = 0, value[kElements] = {};
-    const float scale = rsqrtf(float(dim)) * kLog2e;
-    int slot = 0;
-#pragma unroll 1
-    for (int j = first + group; j - group < last; j += kAttendGroups) {
-        H k, v;
-        asm volatile("cp.async.wait_group %0;" ::"n"(R::kSlots - 1) : "memory");
-        R::get(memory.ring, slot, 0, k);
-        R::get(memory.ring, slot, 1, v);
-        ask(slot);
-        slot = slot + 1 == R::kSlots ? 0 : slot + 1;
-        if (kDecode && j == fresh) {
-            k = fresh_key;
-            v = fresh_value;
-        }
-        float score = 0;
-#pragma unroll
-        for (int i = 0; i < kElements; ++i)
-            if (i < lane.count) score = fmaf(wide(q.value[i]), wide(k.value[i]), score);
-        for (int step = kLanes / 2; step > 0; step /= 2) score += __shfl_xor_sync(~0u, score, step);
-        if (j >= last) continue;
-        score *= scale;
-        const float larger = fmaxf(most, score), before = exp2f(most - larger), weight = exp2f(score - larger);
-        most = larger;
-        sum = sum * before + weight;
-#pragma unroll
-        for (int i = 0; i < kElements; ++i) value[i] = value[i] * before + weight * wide(v.value[i]);
-    }
-
-    // First all threads combine the groups, then the block of the head's last span combines the spans.
     __shared__ float mosts[kAttendGroups], sums[kAttendGroups], factors[kAttendGroups];
-    __syncthreads();  // the ring's memory is reused
-    if (lane.number == 0) {
-        mosts[group] = most;
-        sums[group] = sum;
-    }
-#pragma unroll
-    for (int i = 0; i < kElements; ++i)
-        if (i < lane.count) memory.part[group][lane.begin + i] = value[i];
+    __shared__ float span_mosts[kMaxSpans], span_sums[kMaxSpans];
+    const float scale = rsqrtf(float(dim)) * kLog2e;
     T* result = out + (size_t(row) * s.heads + head) * dim;
-    const int own = blockIdx.y;
-    bool final = spans == 1;
+    const bool receives = own_end == all;
+    int slot = 0;
+    // The block's spans, each of which all threads then combine from the groups; at last, in the block that has the last
+    // span, all spans.
 #pragma unroll 1
-    for (int parts = kAttendGroups;; parts = spans) {
+    for (int i = own;; ++i) {
+        const bool joins = i == own_end;
+        if (!joins) {
+            // An online softmax: maximum (times log2 e), sum of weights, weighted values. All lanes of a warp stay in
+            // the loop together because they shuffle.
+            float most = -INFINITY, sum = 0, value[kElements] = {};
+            const int end = min((i + 1) * span, last);
+#pragma unroll 1
+            for (int j = i * span + group; j - group < end; j += kAttendGroups) {
+                H k, v;
+                asm volatile("cp.async.wait_group %0;" ::"n"(R::kSlots - 1) : "memory");
+                R::get(ring, slot, 0, k);
+                R::get(ring, slot, 1, v);
+                ask(slot);
+                slot = slot + 1 == R::kSlots ? 0 : slot + 1;
+                if constexpr (kPass == Pass::kDrafts) {
+                    // A key of a token before in the same step. A warp's two groups read theirs together.
+                    if (j - group % 2 + 1 >= fresh) {
+                        const int at = min(max(j, fresh), position);
+                        H key, other;
+                        read_key(entry + at - fresh, key, other, {in, min(at, s.capacity - 1), lane});
+                        if (j >= fresh) {
+                            k = key;
+                            v = other;
+                        }
+                    }
+                }
+                if (kDecode && j == position) {
+                    k = own_key;
+                    v = own_value;
+                }
+                float score = 0;
+#pragma unroll
+                for (int e = 0; e < kElements; ++e)
+                    if (e < lane.count) score = fmaf(wide(q.value[e]), wide(k.value[e]), score);
+                for (int step = kLanes / 2; step > 0; step /= 2) score += __shfl_xor_sync(~0u, score, step);
+                if (j >= end) continue;
+                score *= scale;
+                const float larger = fmaxf(most, score), before = exp2f(most - larger), weight = exp2f(score - larger);
+                most = larger;
+                sum = fmaf(sum, before, weight);
+#pragma unroll
+                for (int e = 0; e < kElements; ++e)
+                    value[e] = fmaf(value[e], before, __fmul_rn(weight, wide(v.value[e])));
+            }
+            __syncthreads();  // the span before is combined, or the ring no longer used
+            if (lane.number == 0) {
+                mosts[group] = most;
+                sums[group] = sum;
+            }
+#pragma unroll
+            for (int e = 0; e < kElements; ++e)
+                if (e < lane.count) of_groups[group][lane.begin + e] = value[e];
+        }
         __syncthreads();
+        const int parts = joins ? all : kAttendGroups;
+        const float *of_most = joins ? span_mosts : mosts, *of_sum = joins ? span_sums : sums;
+        const auto* of_value = joins ? of_spans : of_groups;
         float top = -INFINITY, total = 0;
 #pragma unroll 4
-        for (int g = 0; g < parts; ++g) top = fmaxf(top, mosts[g]);
+        for (int g = 0; g < parts; ++g) top = fmaxf(top, of_most[g]);
         if (int(threadIdx.x) < parts)
-            factors[threadIdx.x] = mosts[threadIdx.x] == -INFINITY ? 0 : exp2f(mosts[threadIdx.x] - top);
+            factors[threadIdx.x] = of_most[threadIdx.x] == -INFINITY ? 0 : exp2f(of_most[threadIdx.x] - top);
         __syncthreads();
 #pragma unroll 4
-        for (int g = 0; g < parts; ++g) total = fmaf(sums[g], factors[g], total);
+        for (int g = 0; g < parts; ++g) total = fmaf(of_sum[g], factors[g], total);
+        const bool final = joins || all == 1;
 #pragma unroll 1
         for (int j = threadIdx.x; j < dim; j += kAttendThreads) {
             float x = 0;
 #pragma unroll 4
-            for (int g = 0; g < parts; ++g) x = fmaf(memory.part[g][j], factors[g], x);
+            for (int g = 0; g < parts; ++g) x = fmaf(of_value[g][j], factors[g], x);
             if (final)
                 result[j] = narrow<T>(x / total);
-            else if (own == spans - 1)
-                memory.part[own][j] = x;  // no other thread reads this column
+            else if (receives)
+                of_spans[i][j] = x;  // no other thread reads this column
             else
-                joint.send(own, 2 + j, x);
+                joint.send(i, 2 + j, x);
         }
         if (final) {
-            if (spans > 1 && threadIdx.x == 0) joint.end();
+            if (own > 0 && threadIdx.x == 0) joint.end();
             return;
         }
-        if (own < spans - 1) {
-            if (threadIdx.x < 2) joint.send(own, threadIdx.x, threadIdx.x == 0 ? top : total);
-            return;
+        if (receives && threadIdx.x == 0) {
+            span_mosts[i] = top;
+            span_sums[i] = total;
+        } else if (!receives && threadIdx.x < 2) {
+            joint.send(i, threadIdx.x, threadIdx.x == 0 ? top : total);
         }
-        __syncthreads();  // all have read the groups' maxima and sums
-        if (threadIdx.x == 0) {
-            mosts[own] = top;
-            sums[own] = total;
-        }
-        joint.receive(own, limit, [&](int span, int i, float first, float second) {
-            (i == 0 ? mosts[span] : memory.part[span][i - 2]) = first;
-            (i == 0 ? sums[span] : memory.part[span][i - 1]) = second;
+        if (i + 1 < own_end) continue;
+        if (!receives) return;
+        __syncthreads();  // all have read the values of the groups
+        joint.receive(own, limit, [&](int of, int at, float one, float two) {
+            (at == 0 ? span_mosts[of] : of_spans[of][at - 2]) = one;
+            (at == 0 ? span_sums[of] : of_spans[of][at - 1]) = two;
         });
-        final = true;
     }
 }
 
@@ -720,16 +781,22 @@ int find_limit(Limit* limit) {
 template <typename T, int kElements, bool kPacked>
 int attend(const cqil_attention_shape& s, const Inputs& in, void* out, void* scratch, cudaStream_t stream) {
     bool overlap = true;
-    if (touched().note(stream, in.cache, s.length == 1, &overlap)) return -1;
+    const bool decode = s.length == 1 || s.drafts != 0;
+    if (touched().note(stream, in.cache, decode, &overlap)) return -1;
     T* result = static_cast<T*>(out);
-    if (s.length == 1) {
+    using M = AttendMemory<T, kElements, kPacked>;
+    if (decode) {
         int processors = 0;
         if (device_attribute(cudaDevAttrMultiProcessorCount, &processors)) return -1;
-        const dim3 grid(s.heads, span_count(s, processors), s.batch);
+        const int rows = s.batch * s.length;
+        const Spans spans = spans_of(s, rows, processors);
+        const Launch l = {dim3(s.heads, spans.blocks(), rows), kAttendThreads, stream, overlap, M::bytes(spans.each)};
         Limit limit = {};
         if (find_limit(&limit)) return -1;
-        return launch(attend_kernel<T, kElements, kPacked, true>, {grid, kAttendThreads, stream, overlap}, s, in,
-                      nullptr, result, limit);
+        return s.length == 1
+                   ? launch(attend_kernel<T, kElements, kPacked, Pass::kStep>, l, s, in, nullptr, result, spans, limit)
+                   : launch(attend_kernel<T, kElements, kPacked, Pass::kDrafts>, l, s, in, nullptr, result, spans,
+                            limit);
     }
     T* queries = static_cast<T*>(scratch);
     const int heads = s.heads + 2 * s.kv_heads;
@@ -740,8 +807,9 @@ int attend(const cqil_attention_shape& s, const Inputs& in, void* out, void* scr
         if (s.head_dim == 64) return prefill<T, 64>(s, in, queries, result, stream);
         if (s.head_dim == 128) return prefill<T, 128>(s, in, queries, result, stream);
     }
-    return launch(attend_kernel<T, kElements, kPacked, false>,
-                  {dim3(s.heads, s.length, s.batch), kAttendThreads, stream}, s, in, queries, result, Limit{});
+    return launch(attend_kernel<T, kElements, kPacked, Pass::kPrompt>,
+                  {dim3(s.heads, s.length, s.batch), kAttendThreads, stream, true, M::bytes(1)}, s, in, queries, result,
+                  Spans{1, 1}, Limit{});
 }
 
 template <typename T, int kElements>
@@ -767,7 +835,8 @@ int check(const cqil_attention_shape& s) {
         return fail("%d query heads from %d in groups of %d need more than %d key/value heads", s.heads, s.first,
                     s.group, s.kv_heads);
     if (s.dtype < CQIL_FLOAT32 || s.dtype > CQIL_BFLOAT16) return fail("type %d is not known", s.dtype);
-    if (s.batch > 65535 || s.length > 65535) return fail("%d sequences or %d tokens are too many", s.batch, s.length);
+    if (s.batch > 65535 || s.length > 65535 || (s.drafts != 0 && s.batch * s.length > 65535))
+        return fail("%d sequences or %d tokens are too many", s.batch, s.length);
     return 0;
 }
 
@@ -796,11 +865,10 @@ const char* cqil_attention_failure(void) {
     const volatile GaveUp* r = record;
     if (r == nullptr || r->code == 0) return nullptr;
     thread_local char text[256];
-    snprintf(
-        text, sizeof(text),
-        "attention gave up waiting for part %u of head %u of sequence %u, in the head's join number %u: another block "
-        "of the same kernel did not deliver it within the time limit",
-        r->span, r->head, r->sequence, r->join);
+    snprintf(text, sizeof(text),
+             "attention gave up waiting for part %u of head %u of row %u, in the head's join number %u: another block "
+             "of the same kernel did not deliver it within the time limit",
+             r->span, r->head, r->row, r->join);
     return text;
 }
 
@@ -809,7 +877,7 @@ int cqil_attention(const cqil_attention_shape* s, const void* qkv, const int32_t
                    void* scratch, void* stream) {
     if (check(*s)) return -1;
     if ((q_norm == nullptr) != (k_norm == nullptr)) return fail("one head norm of two is given");
-    if (s->length == 1 && out == nullptr) return fail("one new token attends at once");
+    if ((s->length == 1 || s->drafts) && out == nullptr) return fail("the tokens of a decode step attend at once");
     if (s->batch == 0 || s->length == 0) return 0;
     const Inputs in = {qkv, past, slots, cos, sin, q_norm, k_norm, cache};
     auto st = static_cast<cudaStream_t>(stream);

@@ -77,6 +77,10 @@ int cqil_workspace_failure(cqil_workspace* workspace, cqil_failure* failure);
 // overlap the end of the previous kernel (programmatic dependent launch). Must be equal on all ranks.
 int cqil_workspace_tune(cqil_workspace* workspace, int threads, int blocks, size_t one_shot_bytes, int overlap);
 
+// Whether all-reduces let the next kernel launch once they compute, not as soon as they start: set it where products with
+// packed weights follow (cqil_attention_shape).
+int cqil_workspace_release_late(cqil_workspace* workspace, int late);
+
 // out = residual + sum over ranks of in; residual may be NULL. `count` elements. out may be in or residual.
 int cqil_all_reduce(cqil_workspace* workspace, const void* in, const void* residual, void* out, size_t count,
                     cqil_dtype dtype, void* stream);
@@ -158,10 +162,11 @@ int cqil_logprobs(const void* logits, int rows, int width, cqil_dtype dtype, con
 // ranks' columns side by side.
 int cqil_spread(const void* part, void* out, int rows, int width, int first, int all, cqil_dtype dtype, void* stream);
 
-// The input of a step whose rows are not those of the step before: tokens[row] = slot_tokens[slots[row]], past[row] =
-// slot_past[slots[row]].
-int cqil_arrange(const int32_t* slots, const int32_t* slot_tokens, const int32_t* slot_past, int32_t* tokens,
-                 int32_t* past, int rows, void* stream);
+// The input of a step whose rows are not those of the step before, `width` for each sequence: tokens[row] =
+// slot_tokens[slots[row]] in a sequence's first row and drafts[row] in the others, past[row] =
+// min(slot_past[slots[row]] + row % width, last). With a width of 1, drafts may be NULL.
+int cqil_arrange(const int32_t* slots, const int32_t* slot_tokens, const int32_t* slot_past, const int32_t* drafts,
+                 int32_t* tokens, int32_t* past, int rows, int width, int last, void* stream);
 
 // Makes the chosen tokens the input of the next step: tokens[row] = next[row], past[row] = min(past[row] + 1, last),
 // both also in slot_tokens[slots[row]] and slot_past[slots[row]]. Unless counts is NULL, counts[slots[row] * vocabulary
@@ -171,6 +176,15 @@ int cqil_arrange(const int32_t* slots, const int32_t* slot_tokens, const int32_t
 int cqil_advance(const int32_t* next, const int32_t* slots, int32_t* tokens, int32_t* past, int32_t* slot_tokens,
                  int32_t* slot_past, uint32_t* counts, int vocabulary, int rows, int last, int32_t* step,
                  uint64_t* history, int history_slots, int stride, void* stream);
+
+// The end of a step with drafts, `width` rows for each sequence, of which the first fed its next token and drafted[i]
+// more fed drafts. next[row] was chosen after tokens[row]. Of sequence i the chosen tokens are accepted up to the first
+// that is not the draft that was fed after it. In place of each of them cqil_advance would have been called: the last
+// one and its position go to slot_tokens and slot_past, all are counted. `history` gets next[row] of every row.
+int cqil_accept(const int32_t* next, const int32_t* tokens, const int32_t* drafted, const int32_t* slots,
+                const int32_t* past, int32_t* slot_tokens, int32_t* slot_past, uint32_t* counts, int vocabulary,
+                int rows, int width, int last, int32_t* step, uint64_t* history, int history_slots, int stride,
+                void* stream);
 
 // sum = residual + delta, normed = RMSNorm(sum) * weight, for `rows` rows of `hidden` elements. Without delta (NULL),
 // normed is that of residual, and sum is not written. sum may be residual.
@@ -188,16 +202,17 @@ typedef enum { CQIL_DENSE = 0, CQIL_FP8 = 1, CQIL_INT8 = 2, CQIL_INT4 = 3 } cqil
 
 // Rows of x; elements of a row of out and of x. `gated`: W holds gate and up one after the other, and out is silu(gate)
 // * up, with gate and up rounded to the type first. `eps` is for the norm. `weights` is a cqil_weights. `group`: with
-// CQIL_INT4, the columns that have a scale in common, 32, 64 or 128.
+// CQIL_INT4, the columns that have a scale in common, 32, 64 or 128. `alike`: one row has the same bits as among others,
+// which takes longer with dense weights.
 typedef struct {
     int32_t rows, outputs, inputs, gated, dtype;
     float eps;
-    int32_t weights, group;
+    int32_t weights, group, alike;
 } cqil_linear_shape;
 
-// The most rows for which cqil_linear should be used on the current device, 8 or 1; a library is faster with more.
-// Negative: an error.
-int cqil_linear_rows(cqil_dtype dtype);
+// The most rows for which cqil_linear should be used on the current device; a library is faster with more. `alike`: for
+// which a row has the same bits as alone. Negative: an error.
+int cqil_linear_rows(cqil_dtype dtype, int alike);
 
 // Bytes of scratch memory per call.
 size_t cqil_linear_scratch_bytes(const cqil_linear_shape* shape);
@@ -206,8 +221,8 @@ size_t cqil_linear_scratch_bytes(const cqil_linear_shape* shape);
 // [outputs, inputs] ([2 * outputs, inputs] when gated). Without norm (NULL) x is used as it is, and delta must be NULL.
 // delta, bias and residual may be NULL. Sums are in float32. W and norm may be read before earlier work on the stream
 // is done, so they must not be results of that work. out may be residual, but not x. A gated product takes no residual.
-// In half types on compute capability 9.0 and later, with 2 to 16 rows and a multiple of 8 inputs, a row's result has
-// the same bits whatever the other rows are, and however many.
+// In half types on compute capability 9.0 and later, with 2 to 16 rows (or 1 and `alike`) and a multiple of 8 inputs, a
+// row's result has the same bits whatever the other rows are, and however many.
 int cqil_linear(const cqil_linear_shape* shape, const void* x, const void* delta, const void* weight, const void* bias,
                 const void* norm, const void* residual, void* out, void* scratch, void* stream);
 
@@ -235,12 +250,13 @@ int cqil_dequantize(const cqil_linear_shape* shape, const void* codes, const voi
 
 // `length` new tokens of `batch` sequences, starting at position past[b], and a cache with `max_batch` slots for
 // sequences of `capacity` tokens. Query head i reads key/value head (i + first) / group. `eps` is for the head norms.
-// `late` (one new token only): lets the next kernel launch once this one computes, not as soon as it starts. Set it when
-// a product with packed weights follows: launched earlier, several of its blocks would share a multiprocessor.
+// `late` (decode steps only): lets the next kernel launch once this one computes, not as soon as it starts. Set it when
+// a product with packed weights follows: launched earlier, several of its blocks would share a multiprocessor. `drafts`:
+// several new tokens are a decode step, the next token of each sequence and drafts of those after it.
 typedef struct {
     int32_t batch, length, heads, kv_heads, head_dim, capacity, max_batch, group, first, dtype;
     float eps;
-    int32_t late;
+    int32_t late, drafts;
 } cqil_attention_shape;
 
 // Bytes of one layer's cache: keys, then values, each [max_batch, kv_heads, capacity, head_dim], then memory through
@@ -253,10 +269,13 @@ size_t cqil_attention_scratch_bytes(const cqil_attention_shape* shape);
 // halves, as Hugging Face does; cos and sin are [capacity, head_dim / 2]), appends keys and values to the cache, and
 // attends. qkv [batch * length, heads + 2 * kv_heads, head_dim] -> out [batch * length, heads, head_dim]. Sequence b is
 // in slot slots[b] of the cache, in slot b if slots is NULL; no two share a slot. With several new tokens out may be
-// NULL: then it only rotates and appends, and leaves the queries in scratch in the shape of out. With one new token and
-// up to 8 sequences, a sequence's result has the same bits whatever the other sequences are, and however many.
+// NULL: then it only rotates and appends, and leaves the queries in scratch in the shape of out.
 //
-// With one new token, `past`, `slots`, cos, sin and the cache may be read before earlier work on the stream is done.
+// In a decode step (one new token, or `drafts`) a row's result has the same bits whatever the other rows are, however
+// many, and whether its token is a draft. With `drafts`, `past` and `slots` have an entry for each row, of which the
+// first one of each sequence is read. Tokens from position `capacity` on are not appended, and have no meaningful result.
+//
+// In a decode step `past`, `slots`, cos, sin and the cache may be read before earlier work on the stream is done.
 // cos and sin must not be results of that work. `past` and `slots` may be written by cqil_advance or cqil_arrange, by a
 // copy, or by a kernel of the caller's that another such kernel or a copy follows. Earlier calls on the same cache are
 // waited for: a call overlaps earlier kernels only if a cqil_advance, a cqil_arrange, or a call that did not overlap

@@ -11,6 +11,7 @@
 #include "cqil_trt.h"
 #include "errors.h"
 #include "launch.cuh"
+#include "linear.cuh"
 #include "swiglu.cuh"
 #include "types.cuh"
 
@@ -22,10 +23,11 @@ constexpr int kThreads = 1024;
 
 // One block per row. Two passes; in the second each thread revisits its own elements.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    norm_kernel(const T* delta, const T* residual, const T* weight, T* sum_out, T* normed, int hidden, float eps) {
-    release_successor();
+__global__ void __launch_bounds__(kThreads) norm_kernel(const T* delta, const T* residual, const T* weight, T* sum_out,
+                                                        T* normed, int hidden, float eps, bool late) {
+    if (!late) release_successor();
     wait_for_predecessor();
+    if (late) release_successor();
     const size_t row = size_t(blockIdx.x) * hidden;
     float square = 0;
     for (int i = threadIdx.x; i < hidden; i += blockDim.x) {
@@ -140,12 +142,13 @@ __global__ void __launch_bounds__(kThreads)
 
 // Begins a decode step of other rows; one block. Like advance_kernel it does not release its successor.
 __global__ void __launch_bounds__(kThreads)
-    arrange_kernel(const int32_t* slots, const int32_t* slot_tokens, const int32_t* slot_past, int32_t* tokens,
-                   int32_t* past, int rows) {
+    arrange_kernel(const int32_t* slots, const int32_t* slot_tokens, const int32_t* slot_past, const int32_t* drafts,
+                   int32_t* tokens, int32_t* past, int rows, int width, int last) {
     wait_for_predecessor();
     for (int row = threadIdx.x; row < rows; row += blockDim.x) {
-        tokens[row] = slot_tokens[slots[row]];
-        past[row] = slot_past[slots[row]];
+        const int after = row % width;
+        tokens[row] = after == 0 ? slot_tokens[slots[row]] : drafts[row];
+        past[row] = min(slot_past[slots[row]] + after, last);
     }
     __threadfence();  // the step's attention reads `past` before it waits for this kernel
 }
@@ -170,21 +173,53 @@ __global__ void __launch_bounds__(kThreads)
     if (threadIdx.x == 0) *step = now + 1;
 }
 
+// Ends a step with drafts, as advance_kernel ends others; one block, a thread for each sequence.
+__global__ void __launch_bounds__(kThreads)
+    accept_kernel(const int32_t* next, const int32_t* tokens, const int32_t* drafted, const int32_t* slots,
+                  const int32_t* past, int32_t* slot_tokens, int32_t* slot_past, uint32_t* counts, int vocabulary,
+                  int rows, int width, int last, int32_t* step, volatile uint64_t* history, int history_slots,
+                  int stride) {
+    wait_for_predecessor();
+    const int now = *step;
+    for (int row = threadIdx.x; row < rows; row += blockDim.x)
+        history[size_t(now % history_slots) * stride + row] = uint64_t(now + 1) << 32 | uint32_t(next[row]);
+    for (int i = threadIdx.x; i < rows / width; i += blockDim.x) {
+        const int first = i * width, slot = slots[first];
+        int at = 0;
+        for (;; ++at) {
+            const int token = next[first + at];
+            if (counts != nullptr) ++counts[size_t(slot) * vocabulary + token];  // no other sequence has this slot
+            if (at == drafted[i] || token != tokens[first + at + 1]) break;
+        }
+        slot_tokens[slot] = next[first + at];
+        slot_past[slot] = min(past[first] + at + 1, last);
+    }
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) *step = now + 1;
+}
+
 }  // namespace
 
-extern "C" {
-
-int cqil_residual_norm(const void* delta, const void* residual, const void* weight, void* sum, void* normed, int rows,
-                       int hidden, float eps, cqil_dtype dtype, void* stream) {
+int cqil_trt::residual_norm(const void* delta, const void* residual, const void* weight, void* sum, void* normed,
+                            int rows, int hidden, float eps, int dtype, bool late, cudaStream_t stream) {
     if (rows < 0 || hidden < 1) return fail("%d rows of %d", rows, hidden);
     if (rows == 0) return 0;
     const int threads = hidden >= 2048 ? 1024 : hidden >= 512 ? 256 : 64;
     return by_type(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        return launch(norm_kernel<T>, {dim3(rows), dim3(threads), static_cast<cudaStream_t>(stream)},
-                      static_cast<const T*>(delta), static_cast<const T*>(residual), static_cast<const T*>(weight),
-                      static_cast<T*>(sum), static_cast<T*>(normed), hidden, eps);
+        return launch(norm_kernel<T>, {dim3(rows), dim3(threads), stream}, static_cast<const T*>(delta),
+                      static_cast<const T*>(residual), static_cast<const T*>(weight), static_cast<T*>(sum),
+                      static_cast<T*>(normed), hidden, eps, late);
     });
+}
+
+extern "C" {
+
+int cqil_residual_norm(const void* delta, const void* residual, const void* weight, void* sum, void* normed, int rows,
+                       int hidden, float eps, cqil_dtype dtype, void* stream) {
+    return residual_norm(delta, residual, weight, sum, normed, rows, hidden, eps, dtype, false,
+                         static_cast<cudaStream_t>(stream));
 }
 
 int cqil_add(const void* x, const void* y, void* out, size_t count, cqil_dtype dtype, void* stream) {
@@ -231,12 +266,14 @@ int cqil_row_argmax(const void* logits, int rows, int width, int offset, cqil_dt
     });
 }
 
-int cqil_arrange(const int32_t* slots, const int32_t* slot_tokens, const int32_t* slot_past, int32_t* tokens,
-                 int32_t* past, int rows, void* stream) {
-    if (rows < 0) return fail("%d rows", rows);
+int cqil_arrange(const int32_t* slots, const int32_t* slot_tokens, const int32_t* slot_past, const int32_t* drafts,
+                 int32_t* tokens, int32_t* past, int rows, int width, int last, void* stream) {
+    if (rows < 0 || width < 1 || rows % width != 0) return fail("%d rows, %d a sequence", rows, width);
+    if (width > 1 && drafts == nullptr) return fail("no drafts for %d rows a sequence", width);
     if (rows == 0) return 0;
     auto st = static_cast<cudaStream_t>(stream);
-    if (launch(arrange_kernel, {1, rows > 32 ? kThreads : 32, st}, slots, slot_tokens, slot_past, tokens, past, rows))
+    if (launch(arrange_kernel, {1, rows > 32 ? kThreads : 32, st}, slots, slot_tokens, slot_past, drafts, tokens, past,
+               rows, width, last))
         return -1;
     return note_full_wait(st);
 }
@@ -250,6 +287,20 @@ int cqil_advance(const int32_t* next, const int32_t* slots, int32_t* tokens, int
     auto st = static_cast<cudaStream_t>(stream);
     if (launch(advance_kernel, {1, rows > 32 ? kThreads : 32, st}, next, slots, tokens, past, slot_tokens, slot_past,
                counts, vocabulary, rows, last, step, history, history_slots, stride))
+        return -1;
+    return note_full_wait(st);
+}
+
+int cqil_accept(const int32_t* next, const int32_t* tokens, const int32_t* drafted, const int32_t* slots,
+                const int32_t* past, int32_t* slot_tokens, int32_t* slot_past, uint32_t* counts, int vocabulary,
+                int rows, int width, int last, int32_t* step, uint64_t* history, int history_slots, int stride,
+                void* stream) {
+    if (rows < 0 || width < 1 || rows % width != 0 || history_slots < 1 || stride < rows)
+        return fail("%d rows, %d a sequence, a history of %d slots of %d", rows, width, history_slots, stride);
+    if (rows == 0) return 0;
+    auto st = static_cast<cudaStream_t>(stream);
+    if (launch(accept_kernel, {1, rows > 32 ? kThreads : 32, st}, next, tokens, drafted, slots, past, slot_tokens,
+               slot_past, counts, vocabulary, rows, width, last, step, history, history_slots, stride))
         return -1;
     return note_full_wait(st);
 }

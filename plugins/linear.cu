@@ -682,7 +682,8 @@ int linear(const cqil_linear_shape& s, Operands o, char* scratch, cudaStream_t s
         const size_t bytes = stream_bytes(stages_of(s.inputs, norm, s.gated), s.inputs, norm, s.gated);
         const bool fits = bytes + 1024 <= size_t(device.shared_bytes);
         bool modern = false;
-        if (s.rows == 1 && aligned && fits && is_modern(stream_kernel<T, false, kManyStages>, &modern)) return -1;
+        if (s.rows == 1 && !s.alike && aligned && fits && is_modern(stream_kernel<T, false, kManyStages>, &modern))
+            return -1;
         if (modern) return s.gated ? stream<T, true>(o, device, st) : stream<T, false>(o, device, st);
     }
     bool few = false;
@@ -717,10 +718,10 @@ int linear(const cqil_linear_shape& s, Operands o, char* scratch, cudaStream_t s
 
 extern "C" {
 
-int cqil_linear_rows(cqil_dtype dtype) {
+int cqil_linear_rows(cqil_dtype dtype, int alike) {
     bool modern = false;
     if (dtype != CQIL_FLOAT32 && is_modern(few_rows_kernel<__half, false, 8>, &modern)) return -1;
-    return modern ? kQuickRows : 1;
+    return !modern ? 1 : alike ? kFewRows : kQuickRows;
 }
 
 size_t cqil_linear_scratch_bytes(const cqil_linear_shape* s) {

@@ -141,6 +141,10 @@ __device__ inline void multiply_accumulate(float (&c)[4], const unsigned (&a)[4]
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// cqil_residual_norm. `late`: releases the next kernel after the wait.
+int residual_norm(const void* delta, const void* residual, const void* weight, void* sum, void* normed, int rows,
+                  int hidden, float eps, int dtype, bool late, cudaStream_t stream);
+
 // cqil_linear with packed weights.
 int packed_linear(const cqil_linear_shape& shape, Operands o, void* scratch, cudaStream_t stream);
 

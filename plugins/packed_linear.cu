@@ -617,10 +617,10 @@ int cqil_trt::packed_linear(const cqil_linear_shape& s, Operands o, void* scratc
         // Whether the norm's weight fits does not depend on the rows: the other kernel rounds otherwise.
         const bool fits = ring_bytes(s, kColumns) + size_t(s.inputs) * 2 + kStaticBytes <= size_t(device.shared_bytes);
         if (o.norm != nullptr && (o.delta != nullptr || !fits)) {
-            const auto dtype = static_cast<cqil_dtype>(s.dtype);
             const size_t bytes = align(size_t(s.rows) * s.inputs * 2);
             void* sum = o.delta != nullptr ? static_cast<char*>(scratch) + bytes : nullptr;
-            if (cqil_residual_norm(o.delta, o.x, o.norm, sum, scratch, s.rows, s.inputs, s.eps, dtype, st)) return -1;
+            if (residual_norm(o.delta, o.x, o.norm, sum, scratch, s.rows, s.inputs, s.eps, s.dtype, true, st))
+                return -1;
             o.x = scratch;
             o.norm = nullptr;
         }

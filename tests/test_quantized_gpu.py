@@ -33,7 +33,7 @@ def model(tmp_path_factory):
     ],
 )
 def test_engines_run_and_validate(stored, dtype, p, model, tmp_path):
-    shape = {"p": p} if p == 1 else {"p": p, "start": 1, "end": 5}
+    shape = {"p": p} if p == 1 else {"p": p, "start": 1, "end": 1 + 4 // p * p}
     limits = {"max_seq_len": 128, "max_batch_size": 4}
     cqil_trt.build(model=model, output=tmp_path / "engine", dtype=dtype, quantize=stored, **limits, **shape)
     # Prompts of one packed product, of several, and of more tokens than those take.

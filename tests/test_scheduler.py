@@ -154,6 +154,10 @@ class FakeSession:
         return outcome
 
 
+def draft_width(sequences):
+    return max(1, 13 // sequences)
+
+
 class FakeSpeculator:
     """Knows the model; how many of its drafts are right depends on the tokens."""
 
@@ -175,6 +179,10 @@ class FakeSpeculator:
         self.drafted = len(draft)
         return tuple(draft)
 
+    def waits(self, sequences):
+        assert sequences >= 1
+        return zlib.crc32(b"wait" + bytes(self.tokens)) % 2 == 0
+
     def verified(self, drafted, accepted, sequences):
         assert sequences >= 1 and 0 <= accepted <= drafted
         assert drafted in (0, self.drafted)
@@ -195,7 +203,8 @@ class World:
             chunk=chunk,
             policy=policy,
             reuse=reuse,
-            speculator=FakeSpeculator if drafts else None,
+            speculator=lambda sampling: FakeSpeculator() if drafts else None,
+            draft_width=draft_width,
         )
         self.session, self.other = (FakeSession(slots, max_seq_len, ahead) for _ in range(2))
         self.follower = Follower(self.other)
@@ -332,6 +341,7 @@ class World:
         assert order.guided == ((chunk.slot,) if chunk.choose and wanted.guided else ())
 
     def check_decode(self, order, decodable, reading):
+        assert order.width <= draft_width(len(order.decode))
         assert set(order.decode) == decodable and list(order.decode) == sorted(order.decode)
         assert not (self.policy == "throughput" and reading)
         members = [self.wanted[self.owner[slot]] for slot in order.decode]

@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -43,9 +44,14 @@ _MAX_PROMPT_GRAPHS = 32
 _RESERVED_BYTES = 2 << 30
 
 
+# Rows for each sequence in decode steps that are captured.
+_WIDTHS = (1, 2, 4, 8, 16)
+
+
 class Phase(IntEnum):
     PREFILL = 0
     DECODE = 1
+    VERIFY = 2  # a decode step with drafts
 
 
 # The buffers that a pass reads and writes, by the names of the decoder's inputs and outputs.
@@ -53,7 +59,18 @@ BUFFERS: dict[Phase, dict[str, str]] = {
     Phase.PREFILL: {"past": "prefill.past", "slots": "prefill.slots"},
     # The decode step runs on what it wrote itself.
     Phase.DECODE: {"tokens": "next", "select": "each", "logits": "prediction"},
+    Phase.VERIFY: {
+        "tokens": "draft.tokens",
+        "past": "draft.past",
+        "slots": "draft.slots",
+        "select": "each",
+        "logits": "prediction",
+    },
 }
+
+
+def _phase_of(width: int) -> Phase:
+    return Phase.DECODE if width == 1 else Phase.VERIFY
 
 
 class _Part(Enum):
@@ -75,6 +92,7 @@ class _Rows:
 
 
 _DECODE_ROWS = _Rows(tokens="next", past="past", slots="slots")
+_DRAFT_ROWS = _Rows(tokens="draft.tokens", past="draft.past", slots="draft.slots")
 # After a prompt: `past` is then the position of its last token.
 _PROMPT_ROWS = _Rows(tokens="prompt.next", past="prompt.past", slots="prefill.slots")
 
@@ -83,11 +101,12 @@ _PROMPT_ROWS = _Rows(tokens="prompt.next", past="prompt.past", slots="prefill.sl
 class _Flying:
     """A step whose outcome was not collected.
 
-    `advance`: the number of its advance. `wanted`: how many log-probabilities each row reports. `reported`: an
-    event after which they are in `place` of the page-locked memory.
+    `width`: rows for each sequence. `advance`: the number of its advance. `wanted`: how many log-probabilities each
+    sequence reports. `reported`: an event after which they are in `place` of the page-locked memory.
     """
 
     step: Step
+    width: int = 1
     advance: int = 0
     wanted: tuple[int | None, ...] = ()
     scored: np.ndarray | None = None
@@ -104,6 +123,11 @@ class CudaSession(Session):
 
     ahead = 1
     on_gpu = True
+    # Without a step in flight the GPU waits for the host: 0.1 ms of a step of 2 ms (scripts/benchmark_speculation.py).
+    wait_cost = 0.05
+    # Penalties depend on the tokens before, which a step with drafts has yet to choose.
+    drafts_penalized = False
+    _draft_rows = 0  # the most rows of a step with drafts
 
     def __init__(self, engine: Engine, comm: Any, library: Any, slots: int):
         rank = 0 if comm is None else comm.Get_rank()
@@ -115,6 +139,7 @@ class CudaSession(Session):
         self._memory: dict[str, int] = {}
         self._phase = Phase.PREFILL  # of the last pass
         self._rows = 0  # tokens of the last pass
+        self._width = 1  # tokens of each sequence of the last decode step
         self._predicted = 1  # tokens that the last pass predicted from
         self._slot = 0  # of the last prefill pass
         self._configs: dict[int, SamplingConfig] = {}
@@ -122,6 +147,7 @@ class CudaSession(Session):
         self._advances = 0  # how often tokens were chosen, as the counter `step` on the GPU
         self._reports = 0
         self._flying: deque[_Flying] = deque()
+        self._verifies = False
         self._graphs: dict[tuple[Any, ...], cuda.Graph] = {}
         # By the length of the chunk, the one that was used last at the end; None once such a chunk has run.
         self._prompts: OrderedDict[int, cuda.Graph | None] = OrderedDict()
@@ -194,6 +220,8 @@ class CudaSession(Session):
     def _allocate(self) -> None:
         limits, model, slots = self.limits, self._plan.model, self.slots
         batch, chunk = limits.max_batch_size, min(limits.prefill_chunk, limits.max_seq_len)
+        drafts = self._draft_rows
+        rows = self._most_rows = max(batch, drafts)
         width, hidden = self._widths[self._plan.rank], model.hidden_size * self._bytes
         vocabulary = model.vocab_size
         sizes = {
@@ -210,18 +238,22 @@ class CudaSession(Session):
             "past": 4 * batch,
             "slots": 4 * batch,
             "each": 4 * batch,
-            "prediction": self._bytes * batch * width,
-            # Of either.
-            "joined": hidden * max(batch, chunk),
-            "value": 4 * batch,
-            "index": 4 * batch,
-            "best_value": 4 * batch,
-            "best": 4 * batch,
+            "prediction": self._bytes * rows * width,
+            # Of one with drafts: slots, drafts and their numbers are uploaded together.
+            "drafts": 3 * 4 * drafts,
+            "draft.tokens": 4 * drafts,
+            "draft.past": 4 * drafts,
+            # Of any pass.
+            "joined": hidden * max(rows, chunk),
+            "value": 4 * rows,
+            "index": 4 * rows,
+            "best_value": 4 * rows,
+            "best": 4 * rows,
             "step": 4,
-            "all_logits": self._bytes * batch * vocabulary,
-            "adjusted": 4 * batch * vocabulary,
-            "report.ids": 4 * batch * (MAX_LOGPROBS + 1),
-            "report.values": 4 * batch * (MAX_LOGPROBS + 1),
+            "all_logits": self._bytes * rows * vocabulary,
+            "adjusted": 4 * rows * vocabulary,
+            "report.ids": 4 * rows * (MAX_LOGPROBS + 1),
+            "report.values": 4 * rows * (MAX_LOGPROBS + 1),
             # By slot.
             "slot.next": 4 * slots,
             "slot.past": 4 * slots,
@@ -239,12 +271,14 @@ class CudaSession(Session):
         sizes |= self._caches
         arena = self._arena(sum(map(cuda.aligned, sizes.values())), "the KV cache and buffers")
         self._memory |= {name: arena.take(size) for name, size in sizes.items()}
+        for i, name in enumerate(("slots", "given", "counts")):
+            self._memory[f"draft.{name}"] = self._memory["drafts"] + 4 * drafts * i
         # In page-locked memory: what the host has not read yet.
         unread = _FLYING * self._passes_of_step
-        self._history = cuda.pinned((unread, batch), np.int64)
+        self._history = cuda.pinned((unread, rows), np.int64)
         self._history[:] = 0
-        self._report_ids = cuda.pinned((unread, batch, MAX_LOGPROBS + 1), np.int32)
-        self._report_values = cuda.pinned((unread, batch, MAX_LOGPROBS + 1), np.float32)
+        self._report_ids = cuda.pinned((unread, rows, MAX_LOGPROBS + 1), np.int32)
+        self._report_values = cuda.pinned((unread, rows, MAX_LOGPROBS + 1), np.float32)
 
     def _load_constants(self, engine: Engine) -> None:
         cuda.upload(self._memory["each"], np.arange(self.limits.max_batch_size, dtype=np.int32), self._stream)
@@ -291,6 +325,8 @@ class CudaSession(Session):
         copied = shared and first * row % cuda.ALIGNMENT != 0
         self._quantized = quantized_matrices(self._plan, self._library)
         matrices = {part: matrix for matrix in self._quantized.values() for part in matrix.parts}
+        if self._workspace is not None and any(matrix.packed for matrix in self._quantized.values()):
+            self._workspace.call("workspace_release_late", True)
         kept = [size for name, size in sizes.items() if name not in matrices] + [(last - first) * row] * copied
         kept += [matrix.nbytes(self._library) for matrix in self._quantized.values()]
         dense = max((matrix.dense_bytes for matrix in self._quantized.values() if matrix.packed), default=0)
@@ -393,7 +429,7 @@ class CudaSession(Session):
         width = self._widths[self._plan.rank]
         if self._phase is Phase.PREFILL:
             return self._fetch_floats("logits", (1, self._predicted, width))
-        return self._fetch_floats("prediction", (self._rows, 1, width))
+        return self._fetch_floats("prediction", (self._rows // self._width, self._width, width))
 
     def _fetch_floats(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """A tensor of the engine's type, as float32."""
@@ -484,13 +520,17 @@ class CudaSession(Session):
                 if chunk.scored:
                     flying.scored = self._gather(self._last_logits()[0])
             else:
-                self._arrange(step)
-                self._phase, self._rows = Phase.DECODE, len(step.decode)
+                flying.width = self._width = self._padded_width(step)
+                if flying.width > 1:
+                    self._arrange_drafts(step)
+                else:
+                    self._arrange(step)
+                self._phase, self._rows = _phase_of(flying.width), len(step.decode) * flying.width
         self._flying.append(flying)
         if not step.guided:
             self.choose({})
         elif chunk is None:
-            self._launch(_Part.FORWARD)
+            self._launch(_Part.FORWARD, len(step.decode), flying.width)
 
     def choose(self, masks: Mapping[int, np.ndarray]) -> None:
         flying = self._flying[-1]
@@ -507,14 +547,14 @@ class CudaSession(Session):
                     self._choose(1, self._memory["logits"] + last, plain, _PROMPT_ROWS)
                     self._advance(1, _PROMPT_ROWS)
             elif step.guided:
-                self._launch(_Part.CHOICE)
+                self._launch(_Part.CHOICE, len(slots), flying.width)
             else:
-                self._launch(_Part.GREEDY if plain else _Part.SAMPLED)
+                self._launch(_Part.GREEDY if plain else _Part.SAMPLED, len(slots), flying.width)
         self._advances += bool(slots)
         wanted = (self._configs[slot].logprobs for slot in slots)
         flying.wanted = tuple(None if count is None else min(count, self.vocab_size) for count in wanted)
         if any(wanted is not None for wanted in flying.wanted):
-            self._report(flying, len(slots))
+            self._report(flying, len(slots) * flying.width)
 
     def _report(self, flying: _Flying, rows: int) -> None:
         """Enqueues the copy of log-probabilities to the host."""
@@ -526,19 +566,27 @@ class CudaSession(Session):
 
     def collect(self) -> Outcome:
         flying = self._flying.popleft()
-        slots = flying.step.choosing
-        tokens = self._read(flying.advance, len(slots)) if slots else ()
-        choices = {slot: [Choice(int(token))] for slot, token in zip(slots, tokens)}
+        slots, width = flying.step.choosing, flying.width
+        tokens = self._read(flying.advance, len(slots) * width).tolist() if slots else []
         if flying.reported is not None:
             with self._guard():
                 cuda.call("EventSynchronize", flying.reported)
             cuda.call("EventDestroy", flying.reported)
-            for row, (slot, wanted) in enumerate(zip(slots, flying.wanted)):
-                if wanted is not None:
-                    ids = self._report_ids[flying.place, row, : wanted + 1].tolist()
-                    values = self._report_values[flying.place, row, : wanted + 1].tolist()
-                    choices[slot] = [Choice(choices[slot][0].token, tuple(zip(ids, values)))]
+        choices: dict[int, list[Choice]] = {}
+        for i, (slot, wanted, draft) in enumerate(zip(slots, flying.wanted, flying.step.drafts or repeat(()))):
+            choices[slot] = []
+            for row, expected in enumerate((*draft, None), i * width):
+                choices[slot].append(Choice(tokens[row], self._reported(flying.place, row, wanted)))
+                if tokens[row] != expected:
+                    break
         return self._note(Outcome(choices=choices, logits=flying.scored))
+
+    def _reported(self, place: int, row: int, wanted: int | None) -> tuple[tuple[int, float], ...] | None:
+        """The log-probabilities of a row's token and of the `wanted` likeliest; None for None."""
+        if wanted is None:
+            return None
+        reports = (report[place, row, : wanted + 1].tolist() for report in (self._report_ids, self._report_values))
+        return tuple(zip(*reports))
 
     def _read(self, number: int, rows: int) -> np.ndarray:
         """Waits for the tokens of an advance, one of those that the history holds."""
@@ -557,38 +605,67 @@ class CudaSession(Session):
             memory, rows = self._memory, len(step.decode)
             self._upload("slots", step.decode)
             state = memory["slots"], memory["slot.next"], memory["slot.past"], memory["next"], memory["past"]
-            self._call("arrange", *state, rows)
+            self._call("arrange", *state[:3], None, *state[3:], rows, 1, self.limits.max_seq_len - 1)
             self._arranged = step.decode
         if step.given:
             self._upload("next", step.given)
 
+    # Drafts
+
+    def verify_drafts(self, on: bool) -> None:
+        self._verifies = on
+
+    def draft_width(self, sequences: int) -> int:
+        return max((width for width in _WIDTHS if sequences * width <= self._draft_rows), default=1)
+
+    def _padded_width(self, step: Step) -> int:
+        return next(width for width in _WIDTHS if width >= step.width)
+
+    def _arrange_drafts(self, step: Step) -> None:
+        """Fills the row buffers of a step with drafts; what follows a sequence's drafts is computed in vain."""
+        memory, width, rows = self._memory, self._width, len(step.decode) * self._width
+        uploaded = np.zeros((3, self._draft_rows), np.int32)
+        uploaded[0, :rows] = np.repeat(step.decode, width)
+        for i, draft in enumerate(step.drafts):
+            uploaded[1, i * width + 1 : i * width + 1 + len(draft)] = draft
+        uploaded[2, : len(step.drafts)] = [len(draft) for draft in step.drafts]
+        self._upload("drafts", uploaded)
+        state = (memory[name] for name in ("draft.slots", "slot.next", "slot.past", "draft.given"))
+        fed = memory["draft.tokens"], memory["draft.past"]
+        self._call("arrange", *state, *fed, rows, width, self.limits.max_seq_len - 1)
+        self._arranged = ()
+
     # The decode step
 
-    def _launch(self, part: _Part) -> None:
+    def _launch(self, part: _Part, sequences: int, width: int) -> None:
         """A step from what the row buffers hold."""
-        self._graph(part).launch(self._stream)
+        self._graph(part, sequences, width).launch(self._stream)
 
     def _variant(self) -> Any:
         """What else than the number of rows a captured step depends on."""
 
-    def _graph(self, part: _Part) -> cuda.Graph:
-        rows = len(self._arranged)
-        key = rows, part, self._variant()
+    def _graph(self, part: _Part, sequences: int, width: int = 1) -> cuda.Graph:
+        key = sequences, width, part, self._verifies, self._variant()
+        phase, rows = _phase_of(width), sequences * width
         if key not in self._graphs:
             # Some things are set up when a shape first runs, which must not be during capture. The step runs once, then
             # is captured and writes the same again. It starts after everything that was enqueued, because a step reads
             # positions early (cqil_attention).
             self._finish()
             if part is not _Part.CHOICE:
-                self._execute(Phase.DECODE, rows, 1, rows)
+                self._execute(phase, sequences, width, rows)
             self._finish()
 
             def record() -> None:
                 if part is not _Part.CHOICE:
-                    self._execute(Phase.DECODE, rows, 1, rows)
+                    self._execute(phase, sequences, width, rows)
                 if part is not _Part.FORWARD:
-                    self._choose(rows, self._memory["prediction"], part is _Part.GREEDY, _DECODE_ROWS)
-                    self._advance(rows, _DECODE_ROWS)
+                    names = _DECODE_ROWS if width == 1 else _DRAFT_ROWS
+                    self._choose(rows, self._memory["prediction"], part is _Part.GREEDY, names)
+                    if width == 1:
+                        self._advance(rows, names)
+                    else:
+                        self._accept(rows, width)
 
             self._graphs[key] = cuda.Graph(self._stream, record)
         return self._graphs[key]
@@ -604,9 +681,16 @@ class CudaSession(Session):
         for count in range(1, rows + 1):
             slots = tuple(range(count))
             self._start([Start(slot=slot, prompt=(0,), sampling=SamplingConfig(), room=1) for slot in slots])
-            self._arrange(Step(decode=slots))
-            for part in _Part:
-                self._graph(part)
+            for width in _WIDTHS if self._verifies else (1,):
+                if width == 1:
+                    self._arrange(Step(decode=slots))
+                elif width <= self.draft_width(count):
+                    self._width = width
+                    self._arrange_drafts(Step(decode=slots))
+                else:
+                    break
+                for part in _Part:
+                    self._graph(part, count, width)
         self._arranged = ()
         self._finish()
 
@@ -615,8 +699,16 @@ class CudaSession(Session):
         memory, limits = self._memory, self.limits
         row = memory[rows.slots], memory[rows.tokens], memory[rows.past], memory["slot.next"], memory["slot.past"]
         counts = memory["counts"], self.vocab_size
-        history = self._history.ctypes.data, len(self._history), limits.max_batch_size
+        history = self._history.ctypes.data, len(self._history), self._most_rows
         self._call("advance", memory["best"], *row, *counts, count, limits.max_seq_len - 1, memory["step"], *history)
+
+    def _accept(self, count: int, width: int) -> None:
+        """As `_advance` for `count` rows with drafts, `width` of each sequence."""
+        memory, last = self._memory, self.limits.max_seq_len - 1
+        row = (memory[f"draft.{name}"] for name in ("tokens", "counts", "slots", "past"))
+        state = memory["slot.next"], memory["slot.past"], memory["counts"], self.vocab_size
+        history = self._history.ctypes.data, len(self._history), self._most_rows
+        self._call("accept", memory["best"], *row, *state, count, width, last, memory["step"], *history)
 
     def _choose(self, count: int, logits: int, plain: bool, rows: _Rows) -> None:
         """A token for every row, over the vocabulary of all ranks, into `best`; and log-probabilities if wanted."""
@@ -647,7 +739,7 @@ class CudaSession(Session):
         """As in Session, by CUDA events; steps are enqueued without waiting for their tokens."""
         step = Step(decode=tuple(slots))
         self._arrange(step)
-        self._graph(_Part.GREEDY)
+        self._graph(_Part.GREEDY, len(step.decode))
         events = [cuda.call("EventCreate") for _ in range(steps + 1)]
         cuda.call("EventRecord", events[0], self._stream)
         for event in events[1:]:

@@ -2,8 +2,9 @@
 
 usage: cuda_kernels_worker.py SEED CASES [CHECK]
 
-CHECK is `kernels` (the default: every kernel on its own), `swiglu`, `rows`, `packed` (products with quantized weights),
-or one of those that delay blocks. They need a library built with CQIL_TEST_DELAYS=ON, which CQIL_TRT_PLUGINS names:
+CHECK is `kernels` (the default: every kernel on its own), `swiglu`, `rows` (that they do not depend on each other, and
+drafts), `packed` (products with quantized weights), or one of those that delay blocks. They need a library built with
+CQIL_TEST_DELAYS=ON, which CQIL_TRT_PLUGINS names:
 
   joins    attention whose earlier spans start late
   overlap  a decoder's steps, launched back to back and in graphs
@@ -105,7 +106,7 @@ def check_choice(pick, dtype):
     tokens, past = torch.full_like(index, -1), torch.full_like(index, -1)
 
     def arrange(slot_of, rows):
-        call("arrange", slot_of, slot_tokens, slot_past, tokens, past, rows)
+        call("arrange", slot_of, slot_tokens, slot_past, None, tokens, past, rows, 1, 1 << 30)
         chosen = slot_of[:rows].long()
         assert torch.equal(tokens[:rows], slot_tokens[chosen]) and torch.equal(past[:rows], slot_past[chosen])
 
@@ -449,8 +450,8 @@ def product_of(chosen, shape, x, delta, weight, bias, norm, residual):
 
 
 def check_rows(pick, dtype):
-    """A row's product and attention have the same bits in every batch of two or more."""
-    quick = library.cqil_linear_rows(code(dtype))
+    """A row's product has the same bits in every batch."""
+    quick = library.cqil_linear_rows(code(dtype), False)
     assert quick == (1 if dtype == torch.float32 else 8), "this GPU has no kernel for few rows"
     if quick == 1:
         return 0.0
@@ -463,14 +464,14 @@ def check_rows(pick, dtype):
     norm = (1 + 0.2 * torch.randn(inputs, device="cuda")).to(dtype) if normed else None
     residual = torch.randn(rows, outputs, device="cuda").to(dtype) if added and not gated else None
 
-    shape = {"outputs": outputs, "inputs": inputs, "gated": gated, "dtype": code(dtype), "eps": 1e-5}
+    shape = {"outputs": outputs, "inputs": inputs, "gated": gated, "dtype": code(dtype), "eps": 1e-5, "alike": True}
 
     def product(chosen):
         return product_of(chosen, shape, x, delta, weight, None, norm, residual)
 
     whole = product(range(rows))
     for _ in range(8):
-        chosen = torch.randperm(rows)[: pick(2, rows)].tolist()
+        chosen = torch.randperm(rows)[: pick(1, rows)].tolist()
         different = int((product(chosen) != whole[chosen]).sum())
         assert different == 0, f"{different} elements differ between {len(chosen)} and {rows} rows"
     assert torch.isfinite(whole).all()
@@ -552,8 +553,8 @@ def check_packed(pick, dtype):
 
 
 def check_sequences(pick, dtype):
-    """A sequence's attention has the same bits in every batch of up to eight."""
-    heads, group, dim, capacity, batch = pick(1, 8), pick(1, 4), (64, 128)[pick(0, 1)], pick(40, 2000), 8
+    """A sequence's attention has the same bits in every batch, and where its tokens are drafts of one step."""
+    heads, group, dim, capacity, batch = pick(1, 8), pick(1, 4), (64, 128, 80, 256)[pick(0, 3)], pick(40, 2000), 20
     fields = {"heads": heads * group, "kv_heads": heads, "head_dim": dim, "capacity": capacity, "max_batch": batch}
     fields |= {"group": group, "first": 0, "dtype": code(dtype), "eps": 1e-6}
     past = torch.tensor([pick(0, capacity - 1) for _ in range(batch)], dtype=torch.int32, device="cuda")
@@ -579,6 +580,79 @@ def check_sequences(pick, dtype):
         chosen = torch.randperm(batch)[: pick(1, batch)].tolist()
         different = int((attended(chosen) != whole[chosen]).sum())
         assert different == 0, f"{different} elements differ between {len(chosen)} and {batch} sequences"
+
+    # `width` tokens of some sequences one after the other, then together; the last may be beyond the capacity.
+    width, chosen = pick(2, 8), torch.randperm(batch)[: pick(1, 4)].tolist()
+    count = len(chosen)
+    qkv = torch.randn(count, width, heads * (group + 2), dim, device="cuda").to(dtype)
+    norms = [(1 + 0.2 * torch.randn(dim, device="cuda")).to(dtype) for _ in range(2)] if pick(0, 1) else [None, None]
+    angles = torch.rand(capacity, dim // 2, device="cuda") * 6
+    table = angles.cos(), angles.sin()
+    slots = torch.tensor(chosen, dtype=torch.int32, device="cuda")
+    start = past[chosen].clone()
+    start[0] = max(0, capacity - pick(1, 2 * width))
+    before, alone = cache.clone(), torch.full((count, width, heads * group * dim), torch.nan, device="cuda").to(dtype)
+    for token in range(width):
+        fits = [i for i in range(count) if start[i] + token < capacity]
+        if not fits:
+            break
+        shape = abi.cqil_attention_shape(batch=len(fits), length=1, **fields)
+        inputs = qkv[fits, token].contiguous(), (start[fits] + token).contiguous(), slots[fits].contiguous()
+        out = torch.empty(len(fits), heads * group * dim, dtype=dtype, device="cuda")
+        call("attention", shape, *inputs, *table, *norms, cache, out, None)
+        torch.cuda.synchronize()
+        alone[fits, token] = out
+    after = cache.clone()
+    cache.copy_(before)
+    shape = abi.cqil_attention_shape(batch=count, length=width, **fields, drafts=True)
+    rows = start.repeat_interleave(width), slots.repeat_interleave(width)
+    together = torch.full_like(alone, torch.nan)
+    call("attention", shape, qkv, *rows, *table, *norms, cache, together, None)
+    torch.cuda.synchronize()
+    valid = (start[:, None] + torch.arange(width, device="cuda") < capacity).cpu()
+    assert torch.equal(together[valid], alone[valid]), "drafts differ from single tokens"
+    assert torch.equal(cache[: elements * dtype.itemsize], after[: elements * dtype.itemsize])
+    return 0.0
+
+
+def check_accept(pick, dtype):
+    """Drafts are accepted up to the first that was not chosen; what follows from it reaches slots, counts and host."""
+    sequences, width, vocabulary, last = pick(1, 5), pick(1, 9), 7, pick(5, 40)
+    slots, slot_of = some_slots(pick, sequences)
+    rows = sequences * width
+    slot_tokens = torch.randint(vocabulary, (slots,), dtype=torch.int32, device="cuda")
+    slot_past = torch.randint(last + 1, (slots,), dtype=torch.int32, device="cuda")
+    drafts = torch.randint(vocabulary, (rows,), dtype=torch.int32, device="cuda")
+    drafted = torch.randint(width, (sequences,), dtype=torch.int32, device="cuda")
+    row_slots = slot_of.repeat_interleave(width)
+    tokens, past = torch.full_like(drafts, -1), torch.full_like(drafts, -1)
+    call("arrange", row_slots, slot_tokens, slot_past, drafts, tokens, past, rows, width, last)
+    fed = drafts.view(sequences, width).clone()
+    fed[:, 0] = slot_tokens[slot_of.long()]
+    assert torch.equal(tokens.view(sequences, width), fed)
+    positions = slot_past[slot_of.long()][:, None] + torch.arange(width, device="cuda")
+    assert torch.equal(past.view(sequences, width), positions.clamp(max=last).int())
+    # Mostly what was drafted.
+    chosen = torch.randint(vocabulary, (sequences, width), dtype=torch.int32, device="cuda")
+    agrees = torch.rand(sequences, width - 1, device="cuda") < 0.8
+    chosen[:, :-1] = torch.where(agrees, fed[:, 1:], chosen[:, :-1])
+    counts = torch.zeros(slots, vocabulary, dtype=torch.int32, device="cuda")
+    expected = slot_tokens.tolist(), slot_past.tolist(), counts.tolist()
+    for i, slot in enumerate(slot_of.tolist()):
+        for at in range(int(drafted[i]) + 1):
+            token = int(chosen[i, at])
+            expected[2][slot][token] += 1
+            expected[0][slot] = token
+            expected[1][slot] = min(int(past[i * width]) + at + 1, last)
+            if at + 1 < width and token != int(fed[i, at + 1]):
+                break
+    step = torch.full((1,), 6, dtype=torch.int32, device="cuda")
+    history = torch.zeros(4, rows + 3, dtype=torch.int64).pin_memory()
+    state = chosen, tokens, drafted, row_slots, past, slot_tokens, slot_past, counts, vocabulary
+    call("accept", *state, rows, width, last, step, history, 4, rows + 3)
+    torch.cuda.synchronize()
+    assert (slot_tokens.tolist(), slot_past.tolist(), counts.tolist()) == expected and step.item() == 7
+    assert torch.equal(history[2, :rows], (7 << 32) + chosen.flatten().cpu().long()) and history.count_nonzero() == rows
     return 0.0
 
 
@@ -656,7 +730,8 @@ class Ending:
         self.history = torch.zeros(4, batch, dtype=torch.int64).pin_memory()
 
     def arrange(self, slots):
-        call("arrange", slots, self.slot_tokens, self.slot_past, self.tokens, self.past, self.batch)
+        state = self.slot_tokens, self.slot_past, None, self.tokens, self.past
+        call("arrange", slots, *state, self.batch, 1, 1 << 30)
 
     def advance(self, slots):
         state = self.tokens, self.past, self.slot_tokens, self.slot_past, None, 0
@@ -891,7 +966,7 @@ def check_limit(pick, dtype):
     assert time.monotonic() - began < 2.9
     said = library.cqil_attention_failure().decode()
     print(said)
-    assert "attention gave up waiting" in said and "head 1 of sequence 0" in said
+    assert "attention gave up waiting" in said and "head 1 of row 0" in said
     assert library.cqil_advance(*[None] * 7, 1, 1, 1, None, None, 1, 1, None) != 0
     assert said in library.cqil_last_error().decode(), library.cqil_last_error()
     print("the limit ends the wait and is named")
@@ -913,7 +988,7 @@ CHECKS = {
         check_attention,
     ),
     "swiglu": (check_one_swiglu,),
-    "rows": (check_rows, check_sequences),
+    "rows": (check_rows, check_sequences, check_accept),
     "packed": (check_packed,),
     "joins": (check_joins,),
     "overlap": (check_overlap,),

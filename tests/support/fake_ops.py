@@ -61,7 +61,7 @@ class HostKernels:
         at(out, rows, inner)[:] = F.silu(gate) * up
         return 0
 
-    def cqil_linear_rows(self, dtype):
+    def cqil_linear_rows(self, dtype, alike):
         return 1
 
     def cqil_linear_scratch_bytes(self, shape):

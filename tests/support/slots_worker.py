@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from noisy_drafts import Noisy, noisy
 
 from cqil_trt.job import Job, command
 from cqil_trt.llm import Llm
@@ -49,7 +50,7 @@ class Residues:
 def run(runner, requests, arrivals=None, aborted=None):
     """What each request gives that joins in its turn of `arrivals`; `aborted`: one, and its tokens before it ends."""
     arrivals = arrivals or [0] * len(requests)
-    found = [{"tokens": [], "logprobs": [], "cached": 0, "reason": ""} for _ in requests]
+    found = [{"tokens": [], "logprobs": [], "cached": 0, "reason": "", "accepted": 0} for _ in requests]
     waiting, numbers, turn = sorted(range(len(requests)), key=arrivals.__getitem__), {}, 0
     while waiting or not runner.scheduler.idle:
         while waiting and arrivals[waiting[0]] <= turn:
@@ -60,6 +61,7 @@ def run(runner, requests, arrivals=None, aborted=None):
             mine["tokens"] += [choice.token for choice in event.choices]
             mine["logprobs"] += [choice.logprobs for choice in event.choices if choice.logprobs is not None]
             mine["cached"], mine["reason"] = event.cached, event.finish_reason
+            mine["accepted"] += event.accepted
             if aborted and numbers[event.number] == aborted[0] and len(mine["tokens"]) >= aborted[1]:
                 runner.scheduler.abort(event.number)
         turn += 1
@@ -163,6 +165,19 @@ def main(case, job):
 
     result["guided"] = run(Runner.of(session, "latency"), mixed(), [0, 0, 1, 4, 4, 4, 12, 20, 25])
     result["guided alone"] = each_alone(session, mixed())
+
+    # Computed as with drafts, but without any; then with some.
+    for name, requests in (("reported", lambda: wanted), ("masked", mixed)):
+        plain = Runner.of(session, "latency")
+        session.verify_drafts(True)
+        result[f"{name} undrafted"] = run(plain, requests())
+        speculation = noisy(setattr, case["seed"], vocabulary)
+        Noisy.answers = tuple(
+            [*request.prompt, *found["tokens"]] for request, found in zip(requests(), result[f"{name} undrafted"])
+        )
+        runner = Runner.of(session, "latency", speculation=speculation)
+        result[f"{name} drafted"] = run(runner, requests(), [0, 0, 2, 2, 5, 9, 9, 20, 30])
+    session.verify_drafts(False)
 
     if job.size > 1:
         result["followed"] = [followed(session, job.comm, sampled, policy) for policy in ("latency", "throughput")]

@@ -166,8 +166,9 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         self._cached = slots
         self._kernels, self._stream, self._library = kernels, stream, library
         self._bytes, self._dtype = DTYPE_BYTES[limits.dtype], abi.dtype_code(limits.dtype)
-        self._few = kernels.cqil_linear_rows(self._dtype)
-        if self._few < 1:
+        # The most rows that our products take, by whether one row must be computed as several are.
+        self._few = {alike: kernels.cqil_linear_rows(self._dtype, alike) for alike in (False, True)}
+        if min(self._few.values()) < 1:
             raise RuntimeError(f"linear_rows: {kernels.cqil_last_error().decode()}")
         self._pool = Pool()
         quantized = quantized or {}
@@ -182,9 +183,16 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         for matrix in quantized.values():
             self._weights[matrix.parts[0]] = Matrix(memory[matrix.parts[0]], matrix.rows, matrix.inputs)
 
-    def begin(self, batch: int, length: int, past: int, slots: int, logits: int) -> None:
-        """Sets up the next pass; it reads the addresses `past` and `slots`, and writes the address `logits`."""
+    def begin(
+        self, batch: int, length: int, past: int, slots: int, logits: int, decodes: bool = False, alike: bool = False
+    ) -> None:
+        """Sets up the next pass; it reads the addresses `past` and `slots`, and writes the address `logits`.
+
+        `decodes`: it is a decode step, whose tokens after the first ones are drafts. `alike`: a row has the same bits
+        in a step of one row as among others.
+        """
         self._batch, self._length, self._past, self._slots, self._logits = batch, length, past, slots, logits
+        self._decodes, self._alike = decodes, alike
         self._left = self.plan.schedule.all_reduces
 
     def close(self) -> None:
@@ -204,8 +212,8 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         return self.rows(self._weights["embedding.weight"], tokens)
 
     def select(self, x: Any, indices: Matrix) -> Any:
-        # With one token per sequence there is nothing to choose.
-        return x if self._length == 1 else super().select(x, indices)
+        # A decode step predicts from all of its tokens, and one token leaves no choice.
+        return x if self._decodes or self._length == 1 else super().select(x, indices)
 
     def rows(self, x: Matrix, indices: Matrix) -> Matrix:
         out = self._new(indices.rows, x.width)
@@ -225,7 +233,7 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         outputs = weight.rows // 2 if gated else weight.rows
         out = Matrix(self._logits, x.rows, outputs) if name == "lm_head" else self._new(x.rows, outputs)
         packed = self._packed.get(name)
-        if x.rows > (self._few if packed is None else self._few_packed):
+        if x.rows > (self._few[self._alike] if packed is None else self._few_packed):
             if packed is not None:
                 weight = self._unpacked(packed, weight)
             if norm is not None:
@@ -241,7 +249,7 @@ class CudaOps(FusedOps[Matrix], _Collectives):
             shape = packed.shape(x.rows, eps)
         else:
             sizes = {"rows": x.rows, "outputs": outputs, "inputs": x.width, "gated": gated}
-            shape = abi.cqil_linear_shape(**sizes, dtype=self._dtype, eps=eps)
+            shape = abi.cqil_linear_shape(**sizes, dtype=self._dtype, eps=eps, alike=self._alike)
         scratch = self._scratch(self._kernels.cqil_linear_scratch_bytes(shape))
         self._call("linear", shape, x, delta, weight, bias, norm_weight, residual, out, scratch)
         return out
@@ -275,15 +283,16 @@ class CudaOps(FusedOps[Matrix], _Collectives):
 
     def attention(self, qkv: Matrix, positions: Any, shard: LayerShard) -> Matrix:
         qkv, fields = self.keep(qkv), attention_fields(self.plan.model, shard, self._limits, self._cached)
-        late = f"layers.{shard.index}.o" in self._packed
-        shape = abi.cqil_attention_shape(batch=self._batch, length=self._length, **fields, dtype=self._dtype, late=late)
+        flags = {"late": f"layers.{shard.index}.o" in self._packed, "drafts": self._decodes and self._length > 1}
+        tokens = {"batch": self._batch, "length": self._length}
+        shape = abi.cqil_attention_shape(**tokens, **fields, dtype=self._dtype, **flags)
         norms: list[Matrix | None] = [self._weights[name] for name in self.head_norms(shard)]
         norms = norms or [None, None]
         tables = [self._memory[name] for name in ("rotary.cos", "rotary.sin")]
         cache = self._memory[f"cache.{shard.index}"]
         out = self._new(qkv.rows, shard.num_heads * self.plan.model.head_dim)
         scratch = self._scratch(self._kernels.cqil_attention_scratch_bytes(shape))
-        delegated = self._length > 1 and shard.grouped
+        delegated = self._length > 1 and shard.grouped and not self._decodes
         result = None if delegated else out
         self._call("attention", shape, qkv, self._past, self._slots, *tables, *norms, cache, result, scratch)
         if delegated:

@@ -36,6 +36,9 @@ class TorchCudaSession(CudaSession):
     Raises UserError for too little memory, GPUs that cannot reach each other, or a missing plugin library.
     """
 
+    row_cost = 0.03  # scripts/benchmark_speculation.py, LLaMA-7B shapes on an H200
+    _draft_rows = 16  # what products take whose rows do not depend on each other
+
     def __init__(self, engine: Engine, comm: Any, device: int, slots: int):
         use_device(device)
         super().__init__(engine, comm, kernel_library.load(), slots)
@@ -64,7 +67,8 @@ class TorchCudaSession(CudaSession):
             name: self._memory[BUFFERS[phase].get(name, name)]
             for name in ("tokens", "past", "slots", "select", "logits")
         }
-        self._ops.begin(batch, length, address["past"], address["slots"], address["logits"])
+        decodes = phase is not Phase.PREFILL
+        self._ops.begin(batch, length, address["past"], address["slots"], address["logits"], decodes, self._verifies)
         tokens, select = Matrix(address["tokens"], batch * length, 1), Matrix(address["select"], rows, 1)
         with self._guard(), torch.inference_mode(), torch.cuda.stream(self._torch_stream):
             # `CudaOps` has the positions from `begin`.
