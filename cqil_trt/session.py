@@ -109,15 +109,12 @@ class Session(ABC):
     def close(self) -> None:  # noqa: B027 (optional)
         """Releases the session's resources, on all ranks together. The session cannot be used afterwards."""
 
-    def verify_drafts(self, on: bool) -> None:  # noqa: B027 (optional)
-        """Whether steps may have drafts. A token then does not depend on how many others are in its step."""
-
     def draft_width(self, sequences: int) -> int:
         """The most tokens of each of so many sequences that a decode step takes."""
         return 1 + MAX_TOKENS
 
-    def warm_up(self, rows: int, chunk: int) -> None:  # noqa: B027 (optional)
-        """Prepares decode steps of 1 to `rows` sequences and chunks of up to `chunk` tokens.
+    def warm_up(self, rows: int, chunk: int, drafts: bool = False) -> None:  # noqa: B027 (optional)
+        """Prepares decode steps of 1 to `rows` sequences, with `drafts` or without, and chunks of up to `chunk` tokens.
 
         All ranks call it together; nothing may be running.
         """

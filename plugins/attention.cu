@@ -33,8 +33,9 @@ constexpr int kLanes = 16;  // per key
 constexpr int kGroups = kThreads / kLanes;
 constexpr int kAttendThreads = 256;
 constexpr int kAttendGroups = kAttendThreads / kLanes;
-constexpr int kMaxSpans = kAttendThreads / 32;  // per head
-constexpr int kJointHeads = 256;                // heads of rows whose spans may be in several blocks
+constexpr int kAttendWarps = kAttendThreads / 32;
+constexpr int kMaxSpans = kAttendWarps;  // per head; combined by the code that combines a block's warps
+constexpr int kJointHeads = 256;         // heads of rows whose spans may be in several blocks
 constexpr int kMinSpan = 2 * kAttendGroups;
 constexpr int kMaxHeadDim = 256;
 constexpr float kLog2e = 1.4426950408889634f;
@@ -62,6 +63,12 @@ Spans spans_of(const cqil_attention_shape& s, int rows, int processors) {
 template <typename T>
 __device__ float wide(T x) {
     return float(x);
+}
+
+__device__ float power_of_2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
 
 template <typename T>
@@ -220,22 +227,26 @@ template <typename T, int kElements, bool kPacked>
 struct Ring {
     using H = Head<T, kElements, kPacked>;
     static constexpr int kSlots = std::max(1, 64 / H::kBytes);
+    static constexpr int kBatch = kSlots >= 4 ? 2 : 1;  // keys that a group requests and takes together
     struct Slots {
         typename H::Packet data[kSlots][2][H::kPackets][kAttendThreads];
     };
 
-    static __device__ void ask(Slots& ring, int slot, int which, const T* row, const Lane<kElements>& lane) {
+    // Zeros unless `valid`.
+    static __device__ void ask(Slots& ring, int slot, int which, const T* row, bool valid,
+                               const Lane<kElements>& lane) {
         if constexpr (kPacked) {
             constexpr int kSize = int(sizeof(typename H::Packet));
 #pragma unroll
             for (int i = 0; i < H::kPackets; ++i)
-                asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(static_cast<unsigned>(
+                asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(static_cast<unsigned>(
                                  __cvta_generic_to_shared(&ring.data[slot][which][i][threadIdx.x]))),
-                             "l"(row + lane.begin + i * (kSize / int(sizeof(T)))), "n"(kSize)
+                             "l"(row + lane.begin + i * (kSize / int(sizeof(T)))), "n"(kSize),
+                             "r"(valid && lane.count > 0 ? kSize : 0)
                              : "memory");
         } else {
-            H head;
-            head.read(row, lane);
+            H head = {};
+            if (valid) head.read(row, lane);
             put(ring, slot, which, head);
         }
     }
@@ -351,18 +362,17 @@ constexpr int attend_blocks() {
     return kElements <= 4 ? 4 : kElements <= 8 ? 3 : std::is_same_v<T, float> ? 1 : 2;
 }
 
-// Dynamic shared memory: the ring, then the weighted values of the groups, for the span at hand, and of the spans. A block
-// that has one span writes them over the ring, and those of the span over those of its groups: between two products
-// there is not much room.
+// Dynamic shared memory: the ring, then the weighted values of the warps, for two spans in turn, and those of the spans. A
+// block that has one span writes them over the ring: next to two products there is not much room.
 template <typename T, int kElements, bool kPacked>
 struct AttendMemory {
     using Slots = typename Ring<T, kElements, kPacked>::Slots;
     using Values = float[kLanes * kElements];
-    static constexpr size_t kSlotBytes = sizeof(Slots), kGroupBytes = sizeof(Values) * kAttendGroups;
-    static_assert(kGroupBytes <= kSlotBytes && kMaxSpans <= kAttendGroups, "both fit in the ring");
+    static constexpr size_t kSlotBytes = sizeof(Slots);
+    static_assert(sizeof(Values) * (kAttendWarps + kMaxSpans) <= kSlotBytes, "both fit in the ring");
 
     static size_t bytes(int spans) {
-        return spans == 1 ? kSlotBytes : kSlotBytes + kGroupBytes + sizeof(Values) * kMaxSpans;
+        return spans == 1 ? kSlotBytes : kSlotBytes + sizeof(Values) * (2 * kAttendWarps + kMaxSpans);
     }
 };
 
@@ -380,10 +390,9 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
     extern __shared__ __align__(16) char memory[];
     auto& ring = *reinterpret_cast<typename M::Slots*>(memory);
     const bool alone = !kDecode || spans.each == 1;
-    auto* const of_groups = reinterpret_cast<typename M::Values*>(memory + (alone ? 0 : M::kSlotBytes));
-    auto* const of_spans = of_groups + (alone ? 0 : kAttendGroups);
-    const bool late = kDecode && s.late != 0;
-    if (!late) release_successor();
+    auto* const of_warps = reinterpret_cast<typename M::Values*>(memory + (alone ? 0 : M::kSlotBytes));
+    auto* const of_spans = of_warps + (alone ? 1 : 2) * kAttendWarps;
+    release_successor();
     if constexpr (!kDecode) wait_for_predecessor();
     const int head = blockIdx.x, dim = s.head_dim, group = threadIdx.x / kLanes;
     const Lane<kElements> lane(threadIdx.x % kLanes, dim);
@@ -405,12 +414,15 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
     const Joint joint(static_cast<char*>(in.cache) + align(2 * to_values * sizeof(T)), s, row, head);
     const int fresh = kDecode ? past : INT32_MAX;  // keys from here on are not in the cache yet
     int asked = first + group, asked_end = min(first + span, last);
-    auto ask = [&](int slot) {  // requests the group's next key; commits a group even if it is empty
-        if (asked < min(asked_end, fresh) && lane.count > 0) {
-            R::ask(ring, slot, 0, keys + size_t(asked) * dim, lane);
-            R::ask(ring, slot, 1, keys + to_values + size_t(asked) * dim, lane);
+    auto ask = [&](int slot) {  // requests the group's next keys; commits a group even if it is empty
+#pragma unroll
+        for (int b = 0; b < R::kBatch; ++b) {
+            const bool valid = asked < min(asked_end, fresh);
+            const T* key = keys + (valid ? size_t(asked) * dim : 0);
+            R::ask(ring, slot + b, 0, key, valid, lane);
+            R::ask(ring, slot + b, 1, key + to_values, valid, lane);
+            asked += kAttendGroups;
         }
-        asked += kAttendGroups;
         if (asked - group >= asked_end) {  // the next span
             asked = asked_end + group;
             asked_end = min(asked_end + span, last);
@@ -418,7 +430,7 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
         asm volatile("cp.async.commit_group;" ::: "memory");
     };
 #pragma unroll 1
-    for (int slot = 0; slot < R::kSlots; ++slot) ask(slot);
+    for (int slot = 0; slot < R::kSlots; slot += R::kBatch) ask(slot);
 
     H q, own_key, own_value;
     auto read_key = [&](int of, H& key, H& value, const Rotation<T, kElements, kPacked>& rotation) {
@@ -431,7 +443,6 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
     if constexpr (kDecode) {
         const Rotation<T, kElements, kPacked> rotation(in, min(position, s.capacity - 1), lane);
         wait_for_predecessor();
-        if (late) release_successor();
         q.read(static_cast<const T*>(in.qkv) + (size_t(row) * heads + head) * dim, lane);
         if (in.q_norm != nullptr) q.normalise(static_cast<const T*>(in.q_norm), s.eps, lane);
         rotation.apply(q, true, lane);
@@ -445,91 +456,127 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
         q.read(queries + (size_t(row) * s.heads + head) * dim, lane);
     }
 
-    __shared__ float mosts[kAttendGroups], sums[kAttendGroups], factors[kAttendGroups];
-    __shared__ float span_mosts[kMaxSpans], span_sums[kMaxSpans];
-    const float scale = rsqrtf(float(dim)) * kLog2e;
+    __shared__ float mosts[2][kAttendWarps], sums[2][kAttendWarps], span_mosts[kMaxSpans], span_sums[kMaxSpans];
+    float query[kElements];  // scaled for powers of 2
+#pragma unroll
+    for (int e = 0; e < kElements; ++e) query[e] = wide(q.value[e]) * (rsqrtf(float(dim)) * kLog2e);
     T* result = out + (size_t(row) * s.heads + head) * dim;
     const bool receives = own_end == all;
     int slot = 0;
-    // The block's spans, each of which all threads then combine from the groups; at last, in the block that has the last
+    // The block's spans, each of which all threads then combine from the warps; at last, in the block that has the last
     // span, all spans.
 #pragma unroll 1
     for (int i = own;; ++i) {
         const bool joins = i == own_end;
+        const int turn = (i - own) % 2;
         if (!joins) {
             // An online softmax: maximum (times log2 e), sum of weights, weighted values. All lanes of a warp stay in
             // the loop together because they shuffle.
             float most = -INFINITY, sum = 0, value[kElements] = {};
             const int end = min((i + 1) * span, last);
 #pragma unroll 1
-            for (int j = i * span + group; j - group < end; j += kAttendGroups) {
-                H k, v;
-                asm volatile("cp.async.wait_group %0;" ::"n"(R::kSlots - 1) : "memory");
-                R::get(ring, slot, 0, k);
-                R::get(ring, slot, 1, v);
+            for (int j = i * span + group; j - group < end; j += R::kBatch * kAttendGroups) {
+                H k[R::kBatch], v[R::kBatch];
+                asm volatile("cp.async.wait_group %0;" ::"n"(R::kSlots / R::kBatch - 1) : "memory");
+#pragma unroll
+                for (int b = 0; b < R::kBatch; ++b) {
+                    R::get(ring, slot + b, 0, k[b]);
+                    R::get(ring, slot + b, 1, v[b]);
+                }
                 ask(slot);
-                slot = slot + 1 == R::kSlots ? 0 : slot + 1;
-                if constexpr (kPass == Pass::kDrafts) {
-                    // A key of a token before in the same step. A warp's two groups read theirs together.
-                    if (j - group % 2 + 1 >= fresh) {
-                        const int at = min(max(j, fresh), position);
-                        H key, other;
-                        read_key(entry + at - fresh, key, other, {in, min(at, s.capacity - 1), lane});
-                        if (j >= fresh) {
-                            k = key;
-                            v = other;
+                slot = slot + R::kBatch == R::kSlots ? 0 : slot + R::kBatch;
+                float score[R::kBatch] = {}, larger = most;
+#pragma unroll
+                for (int b = 0; b < R::kBatch; ++b) {
+                    const int at = j + b * kAttendGroups;
+                    if constexpr (kPass == Pass::kDrafts) {
+                        // A key of a token before in the same step. A warp's two groups read theirs together.
+                        if (at - group % 2 + 1 >= fresh) {
+                            const int token_of = min(max(at, fresh), position);
+                            H key, other;
+                            read_key(entry + token_of - fresh, key, other, {in, min(token_of, s.capacity - 1), lane});
+                            if (at >= fresh) {
+                                k[b] = key;
+                                v[b] = other;
+                            }
                         }
                     }
-                }
-                if (kDecode && j == position) {
-                    k = own_key;
-                    v = own_value;
-                }
-                float score = 0;
+                    if (kDecode && at == position) {
+                        k[b] = own_key;
+                        v[b] = own_value;
+                    }
 #pragma unroll
-                for (int e = 0; e < kElements; ++e)
-                    if (e < lane.count) score = fmaf(wide(q.value[e]), wide(k.value[e]), score);
-                for (int step = kLanes / 2; step > 0; step /= 2) score += __shfl_xor_sync(~0u, score, step);
+                    for (int e = 0; e < kElements; ++e) score[b] = fmaf(query[e], wide(k[b].value[e]), score[b]);
+                }
+#pragma unroll
+                for (int step = kLanes / 2; step > 0; step /= 2)
+#pragma unroll
+                    for (int b = 0; b < R::kBatch; ++b) score[b] += __shfl_xor_sync(~0u, score[b], step);
                 if (j >= end) continue;
-                score *= scale;
-                const float larger = fmaxf(most, score), before = exp2f(most - larger), weight = exp2f(score - larger);
+#pragma unroll
+                for (int b = 0; b < R::kBatch; ++b) {
+                    if (j + b * kAttendGroups >= end) score[b] = -INFINITY;
+                    larger = fmaxf(larger, score[b]);
+                }
+                const float before = power_of_2(most - larger);
                 most = larger;
-                sum = fmaf(sum, before, weight);
+                sum = __fmul_rn(sum, before);
+#pragma unroll
+                for (int e = 0; e < kElements; ++e) value[e] *= before;
+#pragma unroll
+                for (int b = 0; b < R::kBatch; ++b) {
+                    const float weight = power_of_2(score[b] - larger);
+                    sum += weight;
+#pragma unroll
+                    for (int e = 0; e < kElements; ++e) value[e] = fmaf(weight, wide(v[b].value[e]), value[e]);
+                }
+            }
+            // A warp's two groups, in both of which the results are the same.
+            const float larger = fmaxf(most, __shfl_xor_sync(~0u, most, kLanes));
+            const float part = most == -INFINITY ? 0 : power_of_2(most - larger);
+            sum = __fmul_rn(sum, part);
+            sum += __shfl_xor_sync(~0u, sum, kLanes);
+#pragma unroll
+            for (int e = 0; e < kElements; ++e) {
+                value[e] = __fmul_rn(value[e], part);
+                value[e] += __shfl_xor_sync(~0u, value[e], kLanes);
+            }
+            if (alone) __syncthreads();  // the ring's memory is reused
+            const int warp = threadIdx.x / 32;
+            if (threadIdx.x % 32 == 0) {
+                mosts[turn][warp] = larger;
+                sums[turn][warp] = sum;
+            }
+            if (threadIdx.x % 32 < kLanes)
 #pragma unroll
                 for (int e = 0; e < kElements; ++e)
-                    value[e] = fmaf(value[e], before, __fmul_rn(weight, wide(v.value[e])));
-            }
-            __syncthreads();  // the span before is combined, or the ring no longer used
-            if (lane.number == 0) {
-                mosts[group] = most;
-                sums[group] = sum;
-            }
-#pragma unroll
-            for (int e = 0; e < kElements; ++e)
-                if (e < lane.count) of_groups[group][lane.begin + e] = value[e];
+                    if (e < lane.count) of_warps[turn * kAttendWarps + warp][lane.begin + e] = value[e];
         }
         __syncthreads();
-        const int parts = joins ? all : kAttendGroups;
-        const float *of_most = joins ? span_mosts : mosts, *of_sum = joins ? span_sums : sums;
-        const auto* of_value = joins ? of_spans : of_groups;
-        float top = -INFINITY, total = 0;
-#pragma unroll 4
-        for (int g = 0; g < parts; ++g) top = fmaxf(top, of_most[g]);
-        if (int(threadIdx.x) < parts)
-            factors[threadIdx.x] = of_most[threadIdx.x] == -INFINITY ? 0 : exp2f(of_most[threadIdx.x] - top);
-        __syncthreads();
-#pragma unroll 4
-        for (int g = 0; g < parts; ++g) total = fmaf(of_sum[g], factors[g], total);
+        const int parts = joins ? all : kAttendWarps;
+        const float *of_most = joins ? span_mosts : mosts[turn], *of_sum = joins ? span_sums : sums[turn];
+        const auto* of_value = joins ? of_spans : of_warps + turn * kAttendWarps;
+        float top = -INFINITY, total = 0, factor[kMaxSpans] = {};
+#pragma unroll
+        for (int g = 0; g < kMaxSpans; ++g)
+            if (g < parts) top = fmaxf(top, of_most[g]);
+#pragma unroll
+        for (int g = 0; g < kMaxSpans; ++g)
+            if (g < parts) {
+                factor[g] = of_most[g] == -INFINITY ? 0 : power_of_2(of_most[g] - top);
+                total = fmaf(of_sum[g], factor[g], total);
+            }
         const bool final = joins || all == 1;
 #pragma unroll 1
         for (int j = threadIdx.x; j < dim; j += kAttendThreads) {
             float x = 0;
-#pragma unroll 4
-            for (int g = 0; g < parts; ++g) x = fmaf(of_value[g][j], factors[g], x);
+#pragma unroll
+            for (int g = 0; g < kMaxSpans; ++g)
+                if (g < parts) x = fmaf(of_value[g][j], factor[g], x);
             if (final)
                 result[j] = narrow<T>(x / total);
             else if (receives)
-                of_spans[i][j] = x;  // no other thread reads this column
+                of_spans[i][j] = x;
             else
                 joint.send(i, 2 + j, x);
         }
@@ -545,7 +592,6 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
         }
         if (i + 1 < own_end) continue;
         if (!receives) return;
-        __syncthreads();  // all have read the values of the groups
         joint.receive(own, limit, [&](int of, int at, float one, float two) {
             (at == 0 ? span_mosts[of] : of_spans[of][at - 2]) = one;
             (at == 0 ? span_sums[of] : of_spans[of][at - 1]) = two;

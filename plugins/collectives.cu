@@ -33,7 +33,6 @@ struct cqil_workspace {
     int threads = 0;            // 0: chosen by size
     int blocks = 0;
     bool overlap = true;
-    bool late = false;
 };
 
 namespace {
@@ -155,7 +154,6 @@ int launch_all_reduce(cqil_workspace* w, AllReduce a, cqil_dtype dtype, int vect
     int blocks = std::min<int>(a.rows, w->blocks ? w->blocks : resident);
     // If the number of blocks were a multiple of the ranks, all rows of a block would belong to one rank.
     if (two_shot && blocks > 1 && blocks < int(a.rows) && blocks % w->host.world == 0) --blocks;
-    a.late = w->late;
     return launch(pick(dtype, w->host.world, vectors, norm, two_shot),
                   {dim3(blocks), dim3(threads), stream, w->overlap}, w->device, a);
 }
@@ -323,11 +321,6 @@ int cqil_workspace_tune(cqil_workspace* w, int threads, int blocks, size_t one_s
     w->blocks = blocks;
     w->one_shot_bytes = std::min(one_shot_bytes ? one_shot_bytes : w->one_shot_capacity, w->one_shot_capacity);
     w->overlap = overlap != 0;
-    return 0;
-}
-
-int cqil_workspace_release_late(cqil_workspace* w, int late) {
-    w->late = late != 0;
     return 0;
 }
 

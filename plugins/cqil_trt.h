@@ -77,10 +77,6 @@ int cqil_workspace_failure(cqil_workspace* workspace, cqil_failure* failure);
 // overlap the end of the previous kernel (programmatic dependent launch). Must be equal on all ranks.
 int cqil_workspace_tune(cqil_workspace* workspace, int threads, int blocks, size_t one_shot_bytes, int overlap);
 
-// Whether all-reduces let the next kernel launch once they compute, not as soon as they start: set it where products with
-// packed weights follow (cqil_attention_shape).
-int cqil_workspace_release_late(cqil_workspace* workspace, int late);
-
 // out = residual + sum over ranks of in; residual may be NULL. `count` elements. out may be in or residual.
 int cqil_all_reduce(cqil_workspace* workspace, const void* in, const void* residual, void* out, size_t count,
                     cqil_dtype dtype, void* stream);
@@ -202,17 +198,16 @@ typedef enum { CQIL_DENSE = 0, CQIL_FP8 = 1, CQIL_INT8 = 2, CQIL_INT4 = 3 } cqil
 
 // Rows of x; elements of a row of out and of x. `gated`: W holds gate and up one after the other, and out is silu(gate)
 // * up, with gate and up rounded to the type first. `eps` is for the norm. `weights` is a cqil_weights. `group`: with
-// CQIL_INT4, the columns that have a scale in common, 32, 64 or 128. `alike`: one row has the same bits as among others,
-// which takes longer with dense weights.
+// CQIL_INT4, the columns that have a scale in common, 32, 64 or 128.
 typedef struct {
     int32_t rows, outputs, inputs, gated, dtype;
     float eps;
-    int32_t weights, group, alike;
+    int32_t weights, group;
 } cqil_linear_shape;
 
-// The most rows for which cqil_linear should be used on the current device; a library is faster with more. `alike`: for
-// which a row has the same bits as alone. Negative: an error.
-int cqil_linear_rows(cqil_dtype dtype, int alike);
+// The most rows for which cqil_linear should be used on the current device, 16 or 1; a library is faster with more.
+// Negative: an error.
+int cqil_linear_rows(cqil_dtype dtype);
 
 // Bytes of scratch memory per call.
 size_t cqil_linear_scratch_bytes(const cqil_linear_shape* shape);
@@ -221,8 +216,8 @@ size_t cqil_linear_scratch_bytes(const cqil_linear_shape* shape);
 // [outputs, inputs] ([2 * outputs, inputs] when gated). Without norm (NULL) x is used as it is, and delta must be NULL.
 // delta, bias and residual may be NULL. Sums are in float32. W and norm may be read before earlier work on the stream
 // is done, so they must not be results of that work. out may be residual, but not x. A gated product takes no residual.
-// In half types on compute capability 9.0 and later, with 2 to 16 rows (or 1 and `alike`) and a multiple of 8 inputs, a
-// row's result has the same bits whatever the other rows are, and however many.
+// In half types on compute capability 9.0 and later, with up to 16 rows and a multiple of 8 inputs, a row's result has
+// the same bits whatever the other rows are, and however many.
 int cqil_linear(const cqil_linear_shape* shape, const void* x, const void* delta, const void* weight, const void* bias,
                 const void* norm, const void* residual, void* out, void* scratch, void* stream);
 
@@ -250,13 +245,11 @@ int cqil_dequantize(const cqil_linear_shape* shape, const void* codes, const voi
 
 // `length` new tokens of `batch` sequences, starting at position past[b], and a cache with `max_batch` slots for
 // sequences of `capacity` tokens. Query head i reads key/value head (i + first) / group. `eps` is for the head norms.
-// `late` (decode steps only): lets the next kernel launch once this one computes, not as soon as it starts. Set it when
-// a product with packed weights follows: launched earlier, several of its blocks would share a multiprocessor. `drafts`:
-// several new tokens are a decode step, the next token of each sequence and drafts of those after it.
+// `drafts`: several new tokens are a decode step, the next token of each sequence and drafts of those after it.
 typedef struct {
     int32_t batch, length, heads, kv_heads, head_dim, capacity, max_batch, group, first, dtype;
     float eps;
-    int32_t late, drafts;
+    int32_t drafts;
 } cqil_attention_shape;
 
 // Bytes of one layer's cache: keys, then values, each [max_batch, kv_heads, capacity, head_dim], then memory through

@@ -11,7 +11,6 @@
 #include "cqil_trt.h"
 #include "errors.h"
 #include "launch.cuh"
-#include "linear.cuh"
 #include "swiglu.cuh"
 #include "types.cuh"
 
@@ -23,11 +22,10 @@ constexpr int kThreads = 1024;
 
 // One block per row. Two passes; in the second each thread revisits its own elements.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) norm_kernel(const T* delta, const T* residual, const T* weight, T* sum_out,
-                                                        T* normed, int hidden, float eps, bool late) {
-    if (!late) release_successor();
+__global__ void __launch_bounds__(kThreads)
+    norm_kernel(const T* delta, const T* residual, const T* weight, T* sum_out, T* normed, int hidden, float eps) {
+    release_successor();
     wait_for_predecessor();
-    if (late) release_successor();
     const size_t row = size_t(blockIdx.x) * hidden;
     float square = 0;
     for (int i = threadIdx.x; i < hidden; i += blockDim.x) {
@@ -201,25 +199,19 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-int cqil_trt::residual_norm(const void* delta, const void* residual, const void* weight, void* sum, void* normed,
-                            int rows, int hidden, float eps, int dtype, bool late, cudaStream_t stream) {
+extern "C" {
+
+int cqil_residual_norm(const void* delta, const void* residual, const void* weight, void* sum, void* normed, int rows,
+                       int hidden, float eps, cqil_dtype dtype, void* stream) {
     if (rows < 0 || hidden < 1) return fail("%d rows of %d", rows, hidden);
     if (rows == 0) return 0;
     const int threads = hidden >= 2048 ? 1024 : hidden >= 512 ? 256 : 64;
     return by_type(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        return launch(norm_kernel<T>, {dim3(rows), dim3(threads), stream}, static_cast<const T*>(delta),
-                      static_cast<const T*>(residual), static_cast<const T*>(weight), static_cast<T*>(sum),
-                      static_cast<T*>(normed), hidden, eps, late);
+        return launch(norm_kernel<T>, {dim3(rows), dim3(threads), static_cast<cudaStream_t>(stream)},
+                      static_cast<const T*>(delta), static_cast<const T*>(residual), static_cast<const T*>(weight),
+                      static_cast<T*>(sum), static_cast<T*>(normed), hidden, eps);
     });
-}
-
-extern "C" {
-
-int cqil_residual_norm(const void* delta, const void* residual, const void* weight, void* sum, void* normed, int rows,
-                       int hidden, float eps, cqil_dtype dtype, void* stream) {
-    return residual_norm(delta, residual, weight, sum, normed, rows, hidden, eps, dtype, false,
-                         static_cast<cudaStream_t>(stream));
 }
 
 int cqil_add(const void* x, const void* y, void* out, size_t count, cqil_dtype dtype, void* stream) {

@@ -74,7 +74,6 @@ struct AllReduce {
     uint32_t tail;
     float eps;
     float inverse_hidden;
-    bool late;  // releases the next kernel after the wait
 };
 
 __device__ inline bool partial(uint32_t index, const AllReduce& a) { return a.tail != 0 && index + 1 == a.packets; }
@@ -204,7 +203,7 @@ __device__ inline float block_sum(float x, uint32_t half) {
 // which sums what it is sent and returns the result to all.
 template <typename T, int kWorld, int kVectors, bool kNorm, bool kTwoShot>
 __global__ void __launch_bounds__(1024) all_reduce_kernel(State* state, AllReduce a) {
-    if (!a.late) release_successor();
+    release_successor();
     const uint32_t world = state->world, rank = state->rank;  // constant since the workspace was opened
     const Layout layout = state->layout;
     Packet weight[kVectors];
@@ -223,7 +222,6 @@ __global__ void __launch_bounds__(1024) all_reduce_kernel(State* state, AllReduc
     // Whatever does not depend on the epoch is computed before there is data to wait for.
     const size_t my_slot = layout.one_shot(0, rank), buffer_stride = layout.one_shot(1, 0) - layout.one_shot(0, 0);
     wait_for_predecessor();
-    if (a.late) release_successor();
 
     auto place = [&](uint32_t row, int k, uint32_t& column, uint32_t& index) {
         column = k * blockDim.x + threadIdx.x;

@@ -1,9 +1,8 @@
 // Matrix products of a decoder layer: out = activation(norm(x + delta) · Wᵀ + bias) + residual.
 //
-// Few rows (a decode step) are bound by reading W. Each warp streams it through a ring in shared memory. The copies
-// start before the previous kernel has finished (weights are constants), so memory hardly idles between kernels. One row
-// is multiplied by the ordinary cores, two to sixteen by the tensor cores. More rows are a product in tiles of x and W. A
-// plain kernel takes the rest.
+// Few rows (a decode step) are bound by reading W. Each warp streams it through a ring in shared memory to the tensor
+// cores. The copies start before the previous kernel has finished (weights are constants), so memory hardly idles between
+// kernels. More rows are a product in tiles of x and W. A plain kernel takes the rest.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -23,239 +22,28 @@ using namespace cqil_trt;
 
 namespace {
 
-// One row: streaming W through shared memory.
+// On tensor cores W is the left operand, so few rows of x waste little.
 
-constexpr int kWarps = 12;
-constexpr int kThreads = 32 * kWarps;
-constexpr int kChunk = 2048;  // bytes of a row of W in one stage of a warp's ring
-// On compute capability 9.0 two products and an attention share a multiprocessor. Where x takes more memory, the ring
-// is shorter.
-constexpr int kManyStages = 3, kFewStages = 2;
-constexpr size_t kRoom = 100 << 10;
-
-// Shared memory for the ring, x, the norm's weight, and the partial results of rows that warps share.
-size_t stream_bytes(int stages, int inputs, bool norm, bool gated) {
-    const size_t row = size_t(inputs) * 2, chunks = (row + kChunk - 1) / kChunk;
-    return size_t(kWarps) * stages * kChunk + row * (norm ? 2 : 1) +
-           (kWarps - 1) * chunks * (gated ? 2 : 1) * sizeof(float);
-}
-
-int stages_of(int inputs, bool norm, bool gated) {
-    return stream_bytes(kManyStages, inputs, norm, gated) <= kRoom ? kManyStages : kFewStages;
-}
-
-#if __CUDA_ARCH__ >= 900
-// A dot product in progress, in independent sums.
-struct Sums {
-    float part[4] = {};
-
-    // Adds the dot product of 16 bytes of w and x. Half types only.
-    template <typename T>
-    __device__ void add(uint4 w, uint4 x) {
-        using Two = typename Pair<T>::Type;
-        const Two *a = reinterpret_cast<const Two*>(&w), *b = reinterpret_cast<const Two*>(&x);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const float2 p = Pair<T>::wide(a[i]), q = Pair<T>::wide(b[i]);
-            part[i] = fmaf(p.x, q.x, fmaf(p.y, q.y, part[i]));
-        }
-    }
-
-    __device__ float total() const { return part[0] + part[1] + (part[2] + part[3]); }
-};
-
-#endif
-
-// Registers allow four blocks, so two of them fit on a multiprocessor next to attention or a collective. Otherwise a
-// waiting block would go to a multiprocessor that already has one, which would then take twice as long.
-// Small code matters: between two runs its instructions fall out of the caches that W streams through. The unrolling of
-// the short loops around the stream was tuned by measurement: it changes a step of LLaMA-7B by up to 4%
-// (docs/performance.md).
-template <typename T, bool kGated, int kStages>
-__global__ void __launch_bounds__(kThreads, 4) stream_kernel(Operands o) {
-#if __CUDA_ARCH__ >= 900
-    constexpr int kRingBytes = kWarps * kStages * kChunk;
-    extern __shared__ __align__(128) char memory[];
-    __shared__ uint64_t barriers[kWarps][kStages];
-    __shared__ float squares[kWarps];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    char* ring = memory + warp * kStages * kChunk;
-    auto* x = reinterpret_cast<uint4*>(memory + kRingBytes);
-    auto* part = reinterpret_cast<float*>(memory + kRingBytes + size_t(o.inputs) * 2 * (o.norm == nullptr ? 1 : 2));
-    const int packets = o.inputs / 8, row_bytes = o.inputs * 2;
-    const int chunks = (row_bytes + kChunk - 1) / kChunk,
-              pieces = (kGated ? 2 : 1) * chunks;  // per result
-    // Neighbouring rows go to different multiprocessors, so all read equally much. Each warp takes whole rows of the
-    // block's. Rows that do not divide evenly are shared piece by piece; otherwise most warps would wait for a few.
-    const int rows = (o.outputs - 1 - int(blockIdx.x)) / int(gridDim.x) + 1, whole = rows / kWarps * kWarps;
-    const int shared = (rows - whole) * pieces, alone = whole / kWarps * pieces;
-    const int total = alone + (shared - warp + kWarps - 1) / kWarps;
-    auto row_of = [&](int i) { return int(blockIdx.x) + i * int(gridDim.x); };
-    auto begin_of = [&](int i) { return static_cast<const char*>(o.weight) + size_t(row_of(i)) * row_bytes; };
-
-    // Lane 0 requests the next piece into the next stage. Its latency delays every piece, so there is no division here.
-    int fetched = 0, fetch_piece = alone > 0 ? 0 : warp, fetch_stage = 0;
-    const char* from = begin_of(alone > 0 ? warp : whole);
-    const uint64_t policy = streaming_policy();
-    auto fetch = [&] {
-        if (fetch_piece >= pieces) {
-            from += size_t(gridDim.x) * row_bytes * (fetched < alone ? kWarps : 1);
-            fetch_piece -= pieces;
-            if (fetch_piece >= pieces) return false;  // the warp's next piece is several rows ahead
-        }
-        const bool up = kGated && fetch_piece >= chunks;
-        const int begin = (up ? fetch_piece - chunks : fetch_piece) * kChunk, bytes = min(kChunk, row_bytes - begin);
-        expect_bytes(&barriers[warp][fetch_stage], bytes);
-        bulk_copy(ring + fetch_stage * kChunk, from + (up ? size_t(o.outputs) * row_bytes : 0) + begin, bytes,
-                  &barriers[warp][fetch_stage], policy);
-        if (++fetch_stage == kStages) fetch_stage = 0;
-        fetch_piece += fetched < alone ? 1 : kWarps;
-        if (++fetched == alone) {
-            from = begin_of(whole);
-            fetch_piece = warp;
-        }
-        return true;
-    };
-    if (lane == 0) {
-        for (int stage = 0; stage < kStages; ++stage) barrier_init(&barriers[warp][stage]);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#pragma unroll 1
-        while (fetched < min(kStages, total)) fetch();
-    }
-    auto* norm = x + packets;
-    if (o.norm != nullptr)
-#pragma unroll 1
-        for (int i = threadIdx.x; i < packets; i += kThreads) norm[i] = static_cast<const uint4*>(o.norm)[i];
-    release_successor();
-    wait_for_predecessor();
-
-    using Two = typename Pair<T>::Type;
-    if (o.norm == nullptr) {
-#pragma unroll 2
-        for (int i = threadIdx.x; i < packets; i += kThreads) x[i] = static_cast<const uint4*>(o.x)[i];
-    } else {
-        float square = 0;
-#pragma unroll 2
-        for (int i = threadIdx.x; i < packets; i += kThreads) {
-            uint4 packet = static_cast<const uint4*>(o.x)[i], added = {};
-            if (o.delta != nullptr) added = static_cast<const uint4*>(o.delta)[i];
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                auto& two = reinterpret_cast<Two*>(&packet)[j];
-                const float2 a = Pair<T>::wide(two), b = Pair<T>::wide(reinterpret_cast<const Two*>(&added)[j]);
-                two = Pair<T>::narrow(a.x + b.x, a.y + b.y);
-                const float2 rounded = Pair<T>::wide(two);
-                square = fmaf(rounded.x, rounded.x, fmaf(rounded.y, rounded.y, square));
-            }
-            x[i] = packet;
-        }
-        square = warp_sum(square);
-        if (lane == 0) squares[warp] = square;
-        __syncthreads();
-        square = 0;
-        for (float of_warp : squares) square += of_warp;
-        const float scale = rsqrtf(square / float(o.inputs) + o.eps);
-#pragma unroll 1
-        for (int i = threadIdx.x; i < packets; i += kThreads) {
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                auto& two = reinterpret_cast<Two*>(x + i)[j];
-                const float2 a = Pair<T>::wide(two), weight = Pair<T>::wide(reinterpret_cast<const Two*>(norm + i)[j]);
-                const float2 normed = Pair<T>::wide(Pair<T>::narrow(a.x * scale, a.y * scale));
-                two = Pair<T>::narrow(normed.x * weight.x, normed.y * weight.y);
-            }
-        }
-    }
-    __syncthreads();
-
-    auto residual_of = [&](int row) {
-        return o.residual == nullptr ? 0.0f : float(static_cast<const T*>(o.residual)[row]);
-    };
-    auto write = [&](int row, float gate, float sum, float added) {
-        if (const auto* bias = static_cast<const T*>(o.bias); bias != nullptr) {
-            if constexpr (kGated) gate += float(bias[row]);
-            sum += float(bias[kGated ? o.outputs + row : row]);
-        }
-        static_cast<T*>(o.out)[row] = kGated ? swiglu(T(gate), T(sum)) : T(sum + added);
-    };
-    Sums sums;
-    float gate = 0, added = 0;
-    int row = row_of(warp), piece = alone > 0 ? 0 : warp, stage = 0;
-    unsigned phase = 0;
-#pragma unroll 1
-    for (int done = 0; done < total; ++done) {
-        if (done >= alone)
-            while (piece >= pieces) piece -= pieces;
-        if (done < alone && piece == 0 && lane == 0) added = residual_of(row);
-        const int chunk = kGated && piece >= chunks ? piece - chunks : piece;
-        const int count = min(kChunk / 16, packets - chunk * (kChunk / 16));
-        const auto* w = reinterpret_cast<const uint4*>(ring + stage * kChunk) + lane;
-        const auto* v = x + chunk * (kChunk / 16) + lane;
-        barrier_wait(&barriers[warp][stage], phase);
-        if (count == kChunk / 16) {
-#pragma unroll
-            for (int i = 0; i < kChunk / 16; i += 32) sums.add<T>(w[i], v[i]);
-        } else {
-#pragma unroll 1
-            for (int i = 0; i < count - lane; i += 32) sums.add<T>(w[i], v[i]);
-        }
-        __syncwarp();
-        if (lane == 0 && fetched < total)
-            while (!fetch()) {}
-        if (++stage == kStages) {
-            stage = 0;
-            phase ^= 1;
-        }
-        if (done < alone && ++piece != chunks && piece != pieces) continue;
-        const float sum = warp_sum(sums.total());
-        sums = {};
-        if (done >= alone) {
-            if (lane == 0) part[warp + (done - alone) * kWarps] = sum;
-            piece += kWarps;
-        } else if (kGated && piece == chunks) {
-            gate = sum;
-        } else {
-            if (lane == 0) write(row, gate, sum, added);
-            row += int(gridDim.x) * kWarps;
-            piece = done + 1 < alone ? 0 : warp;
-        }
-    }
-    if (shared == 0) return;
-    const int mine = whole + int(threadIdx.x);
-    if (mine < rows) added = residual_of(row_of(mine));
-    __syncthreads();
-    if (mine >= rows) return;
-    float of_half[2] = {};
-#pragma unroll
-    for (int half = 0; half < (kGated ? 2 : 1); ++half)
-#pragma unroll 4
-        for (int chunk = 0; chunk < chunks; ++chunk)
-            of_half[half] += part[int(threadIdx.x) * pieces + half * chunks + chunk];
-    write(row_of(mine), of_half[0], of_half[kGated ? 1 : 0], added);
-#endif
-}
-
-// Several rows, on tensor cores. W is the left operand, so few rows of x waste little.
-
-// Two to sixteen rows: streaming W, 16 rows of it at a time (if gated, 8 of gate and 8 of up). A block takes every
+// Up to sixteen rows: streaming W, 16 rows of it at a time (if gated, 8 of gate and 8 of up). A block takes every
 // gridDim.x-th of these tiles, up to kTiles of them in a pass, so that it reads x once a pass. Its warps share the depth,
 // each with a ring of its own, and add up what they have at the end of a pass. The order in which a result is summed
 // depends neither on the number of rows nor on what is in the others.
 //
-// A lane copies 16 bytes at a time: bulk copies, which serve one row here, would be issued lane by lane.
+// The ring takes so much shared memory that a multiprocessor has room for one block. With room for two, several blocks
+// of one product meet on a multiprocessor where others have none, and it takes up to 1.3 times as long. The blocks of the
+// next product wait, and each begins where one of this product ends.
 
 constexpr int kFewRows = 16;
-constexpr int kQuickRows = 8;  // with more, a step is faster with a library's products (docs/performance.md)
 constexpr int kFewWarps = 8, kFewThreads = 32 * kFewWarps;
-constexpr int kRingStages = 4;
-constexpr int kTileRows = 16, kShare = 64;  // rows and depth of W in a stage: lines of 128 bytes
+constexpr int kManyStages = 8, kFewStages = 4;  // of the ring; few where a block may have less shared memory
+constexpr int kTileRows = 16, kShare = 64;      // rows and depth of W in a stage: lines of 128 bytes
 constexpr int kTileBytes = kTileRows * kShare * 2;
 
-__host__ __device__ constexpr int tiles_of_pass(int columns) { return columns == 8 ? 4 : 3; }
+__host__ __device__ constexpr int tiles_of_pass(int columns) { return columns == 8 ? 6 : 3; }
 
 // Shared memory for the rings, the sums of the warps, and the norm's weight.
-size_t few_bytes(int columns, int inputs, bool norm) {
-    return size_t(kFewWarps) * kRingStages * kTileBytes +
+size_t few_bytes(int columns, int stages, int inputs, bool norm) {
+    return size_t(kFewWarps) * stages * kTileBytes +
            sizeof(float) * kFewWarps * tiles_of_pass(columns) * kTileRows * columns + (norm ? size_t(inputs) * 2 : 0);
 }
 
@@ -269,7 +57,7 @@ __device__ void copy_once(unsigned to, const void* from, bool valid, uint64_t po
 #endif
 
 // kColumns: rows of x that there is room for, 8 or 16.
-template <typename T, bool kGated, int kColumns>
+template <typename T, bool kGated, bool kDelta, int kColumns, int kStages>
 __global__ void __launch_bounds__(kFewThreads, 2) few_rows_kernel(Operands o) {
 #if __CUDA_ARCH__ >= 900
     constexpr int kTiles = tiles_of_pass(kColumns), kOctets = kColumns / 8;
@@ -278,8 +66,8 @@ __global__ void __launch_bounds__(kFewThreads, 2) few_rows_kernel(Operands o) {
     extern __shared__ __align__(128) char memory[];
     __shared__ float scales[kColumns];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    char* const ring = memory + warp * kRingStages * kTileBytes;
-    auto* sums = reinterpret_cast<float*>(memory + kFewWarps * kRingStages * kTileBytes);
+    char* const ring = memory + warp * kStages * kTileBytes;
+    auto* sums = reinterpret_cast<float*>(memory + kFewWarps * kStages * kTileBytes);
     auto* norm = reinterpret_cast<uint4*>(sums + kFewWarps * kTiles * kTileRows * kColumns);
     const int tiles = (o.outputs + kPerTile - 1) / kPerTile, mine = (tiles - 1 - int(blockIdx.x)) / int(gridDim.x) + 1;
     const int chunks = (o.inputs + kTileDepth - 1) / kTileDepth, total = mine * chunks;
@@ -304,7 +92,7 @@ __global__ void __launch_bounds__(kFewThreads, 2) few_rows_kernel(Operands o) {
                 copy_once(to + fetch_stage * kTileBytes + i * 512, valid ? from + beyond : weight, valid, policy);
             }
             ++fetched;
-            if (++fetch_stage == kRingStages) fetch_stage = 0;
+            if (++fetch_stage == kStages) fetch_stage = 0;
             if (++fetch_tile == min(kTiles, mine - fetch_first)) {
                 fetch_tile = 0;
                 if (++fetch_chunk == chunks) {
@@ -316,21 +104,25 @@ __global__ void __launch_bounds__(kFewThreads, 2) few_rows_kernel(Operands o) {
         asm volatile("cp.async.commit_group;" ::: "memory");
     };
 #pragma unroll 1
-    for (int i = 0; i < kRingStages; ++i) fetch();
+    for (int i = 0; i < kStages; ++i) fetch();
     if (o.norm != nullptr)
 #pragma unroll 1
         for (int i = threadIdx.x; i < o.inputs / 8; i += kFewThreads) norm[i] = static_cast<const uint4*>(o.norm)[i];
     release_successor();
     wait_for_predecessor();
 
-    const auto* x = static_cast<const T*>(o.x);
+    const auto *x = static_cast<const uint4*>(o.x), *delta = static_cast<const uint4*>(o.delta);
+    auto packet_of = [&](int row, int i) {
+        const size_t at = size_t(row) * (o.inputs / 8) + i;
+        return kDelta ? sum_of<T>(x[at], delta[at]) : x[at];
+    };
     if (o.norm != nullptr) {
 #pragma unroll 1
         for (int row = warp; row < o.rows; row += kFewWarps) {
             float square = 0;
 #pragma unroll 8
             for (int i = lane; i < o.inputs / 8; i += 32) {
-                const uint4 packet = reinterpret_cast<const uint4*>(x + size_t(row) * o.inputs)[i];
+                const uint4 packet = packet_of(row, i);
                 square = dot<T>(packet, packet, square);
             }
             square = warp_sum(square);
@@ -354,8 +146,7 @@ __global__ void __launch_bounds__(kFewThreads, 2) few_rows_kernel(Operands o) {
             for (int step = 0; step < kSteps; ++step) {
                 const int row = i * 8 + column, k = chunk * kTileDepth + warp * kShare + step * 32 + quarter * 8;
                 next[i][step] = uint4{};
-                if (row < o.rows && k < o.inputs)
-                    next[i][step] = *reinterpret_cast<const uint4*>(x + size_t(row) * o.inputs + k);
+                if (row < o.rows && k < o.inputs) next[i][step] = packet_of(row, k / 8);
             }
     };
     load(0);
@@ -402,7 +193,7 @@ __global__ void __launch_bounds__(kFewThreads, 2) few_rows_kernel(Operands o) {
 #pragma unroll
             for (int tile = 0; tile < kTiles; ++tile) {
                 if (tile >= count) continue;
-                asm volatile("cp.async.wait_group %0;" ::"n"(kRingStages - 1) : "memory");
+                asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 1) : "memory");
                 __syncwarp();
 #pragma unroll
                 for (int step = 0; step < kSteps; ++step) {
@@ -419,7 +210,7 @@ __global__ void __launch_bounds__(kFewThreads, 2) few_rows_kernel(Operands o) {
                 }
                 __syncwarp();
                 fetch();
-                if (++stage == kRingStages) stage = 0;
+                if (++stage == kStages) stage = 0;
             }
         }
         __syncthreads();  // the sums of the pass before have been read
@@ -560,12 +351,14 @@ __global__ void __launch_bounds__(32 * kAcrossW * kAcrossX * kAcrossK) product_k
             }
 }
 
+constexpr int kPlainWarps = 12, kPlainThreads = 32 * kPlainWarps;
+
 // Everything else. A warp computes one output for up to kRows rows of x. Packets are 16 bytes, or one element where
 // rows are not aligned to 16 bytes.
 template <typename T, bool kGated, bool kAligned, int kRows>
-__global__ void __launch_bounds__(kThreads) plain_kernel(Operands o) {
+__global__ void __launch_bounds__(kPlainThreads) plain_kernel(Operands o) {
     constexpr int kHalves = kGated ? 2 : 1, kWidth = kAligned ? 16 / int(sizeof(T)) : 1, kUnroll = kRows == 1 ? 4 : 1;
-    const int lane = threadIdx.x % 32, row = blockIdx.x * kWarps + threadIdx.x / 32, first = blockIdx.y * kRows;
+    const int lane = threadIdx.x % 32, row = blockIdx.x * kPlainWarps + threadIdx.x / 32, first = blockIdx.y * kRows;
     release_successor();
     wait_for_predecessor();
     if (row >= o.outputs) return;
@@ -621,30 +414,32 @@ __global__ void __launch_bounds__(kThreads) plain_kernel(Operands o) {
 
 // Launching
 
-template <typename T, bool kGated, int kStages>
-int stream(const Operands& o, const Device& device, cudaStream_t st) {
-    const size_t bytes = stream_bytes(kStages, o.inputs, o.norm != nullptr, kGated);
-    const int blocks = std::min(device.processors, (o.outputs + kWarps - 1) / kWarps);
-    return launch(stream_kernel<T, kGated, kStages>, {dim3(blocks), kThreads, st, true, bytes}, o);
+// The stages for which a block has shared memory whatever the rows, 0 for none.
+int stages_of(int inputs, bool norm, const Device& device) {
+    for (const int stages : {kManyStages, kFewStages})
+        if (few_bytes(kFewRows, stages, inputs, norm) + 1024 <= size_t(device.shared_bytes)) return stages;
+    return 0;
 }
 
-template <typename T, bool kGated>
-int stream(const Operands& o, const Device& device, cudaStream_t st) {
-    return stages_of(o.inputs, o.norm != nullptr, kGated) == kManyStages ? stream<T, kGated, kManyStages>(o, device, st)
-                                                                         : stream<T, kGated, kFewStages>(o, device, st);
-}
-
-template <typename T, bool kGated, int kColumns>
+template <typename T, bool kGated, bool kDelta, int kColumns, int kStages>
 int few_rows(const Operands& o, const Device& device, cudaStream_t st) {
     constexpr int kPerTile = kGated ? 8 : 16;
     const int blocks = std::min(device.processors, (o.outputs + kPerTile - 1) / kPerTile);
-    const size_t bytes = few_bytes(kColumns, o.inputs, o.norm != nullptr);
-    return launch(few_rows_kernel<T, kGated, kColumns>, {dim3(blocks), kFewThreads, st, true, bytes}, o);
+    const size_t bytes = few_bytes(kColumns, kStages, o.inputs, o.norm != nullptr);
+    return launch(few_rows_kernel<T, kGated, kDelta, kColumns, kStages>, {dim3(blocks), kFewThreads, st, true, bytes},
+                  o);
 }
 
-template <typename T, bool kGated>
-int few_rows(const Operands& o, const Device& device, cudaStream_t st) {
-    return o.rows <= 8 ? few_rows<T, kGated, 8>(o, device, st) : few_rows<T, kGated, 16>(o, device, st);
+template <typename T, bool kGated, bool kDelta, int kColumns>
+int few_rows(const Operands& o, int stages, const Device& device, cudaStream_t st) {
+    return stages == kManyStages ? few_rows<T, kGated, kDelta, kColumns, kManyStages>(o, device, st)
+                                 : few_rows<T, kGated, kDelta, kColumns, kFewStages>(o, device, st);
+}
+
+template <typename T, bool kGated, bool kDelta>
+int few_rows(const Operands& o, int stages, const Device& device, cudaStream_t st) {
+    return o.rows <= 8 ? few_rows<T, kGated, kDelta, 8>(o, stages, device, st)
+                       : few_rows<T, kGated, kDelta, 16>(o, stages, device, st);
 }
 
 template <typename T, int kW, int kX, int kAcrossW, int kAcrossX, int kAcrossK, int kBuffers>
@@ -664,9 +459,9 @@ int product(const Operands& o, cudaStream_t st) {
 
 template <typename T, bool kGated, bool kAligned>
 int plain(const Operands& o, cudaStream_t st) {
-    const unsigned blocks = (o.outputs + kWarps - 1) / kWarps;
-    if (o.rows == 1) return launch(plain_kernel<T, kGated, kAligned, 1>, {dim3(blocks), kThreads, st}, o);
-    return launch(plain_kernel<T, kGated, kAligned, 8>, {dim3(blocks, (o.rows + 7) / 8), kThreads, st}, o);
+    const unsigned blocks = (o.outputs + kPlainWarps - 1) / kPlainWarps;
+    if (o.rows == 1) return launch(plain_kernel<T, kGated, kAligned, 1>, {dim3(blocks), kPlainThreads, st}, o);
+    return launch(plain_kernel<T, kGated, kAligned, 8>, {dim3(blocks, (o.rows + 7) / 8), kPlainThreads, st}, o);
 }
 
 size_t normed_bytes(const cqil_linear_shape& s) { return align(size_t(s.rows) * s.inputs * element_bytes(s.dtype)); }
@@ -677,31 +472,25 @@ int linear(const cqil_linear_shape& s, Operands o, char* scratch, cudaStream_t s
     if (describe(&device)) return -1;
     const auto type = static_cast<cqil_dtype>(s.dtype);
     const bool aligned = s.inputs * sizeof(T) % 16 == 0;
-    if constexpr (!std::is_same_v<T, float>) {
-        const bool norm = o.norm != nullptr;
-        const size_t bytes = stream_bytes(stages_of(s.inputs, norm, s.gated), s.inputs, norm, s.gated);
-        const bool fits = bytes + 1024 <= size_t(device.shared_bytes);
-        bool modern = false;
-        if (s.rows == 1 && !s.alike && aligned && fits && is_modern(stream_kernel<T, false, kManyStages>, &modern))
-            return -1;
-        if (modern) return s.gated ? stream<T, true>(o, device, st) : stream<T, false>(o, device, st);
-    }
     bool few = false;
-    if constexpr (!std::is_same_v<T, float>) {
-        const size_t bytes = few_bytes(kFewRows, s.inputs, o.norm != nullptr && o.delta == nullptr);
-        if (s.rows <= kFewRows && aligned && bytes + 1024 <= size_t(device.shared_bytes) &&
-            is_modern(few_rows_kernel<T, false, 8>, &few))
+    const int stages = stages_of(s.inputs, o.norm != nullptr, device);
+    if constexpr (!std::is_same_v<T, float>)
+        if (s.rows <= kFewRows && aligned && stages > 0 &&
+            is_modern(few_rows_kernel<T, false, false, 8, kManyStages>, &few))
             return -1;
-    }
-    if (o.norm != nullptr && !(few && o.delta == nullptr)) {
+    // The sum is only fused where a group's layer needs it.
+    if (o.norm != nullptr && !(few && (o.delta == nullptr || s.gated))) {
         void* sum = o.delta != nullptr ? scratch + normed_bytes(s) : nullptr;
         if (cqil_residual_norm(o.delta, o.x, o.norm, sum, scratch, s.rows, s.inputs, o.eps, type, st)) return -1;
         o.x = scratch;
-        o.norm = nullptr;
+        o.delta = o.norm = nullptr;
         scratch += 2 * normed_bytes(s);
     }
     if constexpr (!std::is_same_v<T, float>) {
-        if (few) return s.gated ? few_rows<T, true>(o, device, st) : few_rows<T, false>(o, device, st);
+        if (few && o.delta != nullptr) return few_rows<T, true, true>(o, stages, device, st);
+        if (few)
+            return s.gated ? few_rows<T, true, false>(o, stages, device, st)
+                           : few_rows<T, false, false>(o, stages, device, st);
         if (s.rows > 1 && aligned) {
             if (!s.gated) return product<T>(o, st);
             void* out = o.out;
@@ -718,10 +507,10 @@ int linear(const cqil_linear_shape& s, Operands o, char* scratch, cudaStream_t s
 
 extern "C" {
 
-int cqil_linear_rows(cqil_dtype dtype, int alike) {
+int cqil_linear_rows(cqil_dtype dtype) {
     bool modern = false;
-    if (dtype != CQIL_FLOAT32 && is_modern(few_rows_kernel<__half, false, 8>, &modern)) return -1;
-    return !modern ? 1 : alike ? kFewRows : kQuickRows;
+    if (dtype != CQIL_FLOAT32 && is_modern(few_rows_kernel<__half, false, false, 8, kManyStages>, &modern)) return -1;
+    return modern ? kFewRows : 1;
 }
 
 size_t cqil_linear_scratch_bytes(const cqil_linear_shape* s) {

@@ -59,6 +59,19 @@ __device__ inline float dot(uint4 w, uint4 x, float sum) {
     return sum;
 }
 
+// The sum of two packets, rounded.
+template <typename T>
+__device__ inline uint4 sum_of(uint4 x, uint4 y) {
+    using Two = typename Pair<T>::Type;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        auto& two = reinterpret_cast<Two*>(&x)[i];
+        const float2 a = Pair<T>::wide(two), b = Pair<T>::wide(reinterpret_cast<const Two*>(&y)[i]);
+        two = Pair<T>::narrow(a.x + b.x, a.y + b.y);
+    }
+    return x;
+}
+
 // A packet of x after RMSNorm: x * scale, rounded, times the norm's weight.
 template <typename T>
 __device__ inline uint4 normed(uint4 x, uint4 weight, float scale) {
@@ -140,10 +153,6 @@ __device__ inline void multiply_accumulate(float (&c)[4], const unsigned (&a)[4]
             : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-
-// cqil_residual_norm. `late`: releases the next kernel after the wait.
-int residual_norm(const void* delta, const void* residual, const void* weight, void* sum, void* normed, int rows,
-                  int hidden, float eps, int dtype, bool late, cudaStream_t stream);
 
 // cqil_linear with packed weights.
 int packed_linear(const cqil_linear_shape& shape, Operands o, void* scratch, cudaStream_t stream);

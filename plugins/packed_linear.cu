@@ -30,7 +30,7 @@ namespace {
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kColumns = 8;  // rows of x in one product
 constexpr int kTileRows = 16, kUnit = 128;
-constexpr int kTiles = 4;      // of a pass, which reads x once
+constexpr int kTiles = 6;      // of a pass, which reads x once
 constexpr int kMostRows = 32;  // with more, it takes less time to make dense weights for a library's product
 
 // Bytes of a unit's codes, and of the scales and zero points of one of its groups.
@@ -42,9 +42,10 @@ __host__ __device__ constexpr int unit_bytes(int weights, int groups) {
     return code_bytes(weights) + groups * kGroupBytes;
 }
 
-// Two products and an attention share a multiprocessor: x is kept in shared memory up to this size.
-constexpr size_t kSharedBytes = 24 << 10;
-__host__ __device__ constexpr int stages_of(int weights) { return weights == CQIL_INT4 ? 8 : 4; }
+// Shared memory: a multiprocessor has room for one block (linear.cu says why) and an attention's. x is kept in it up to
+// a size. The ring takes what is left, up to so many stages.
+constexpr size_t kLeastBytes = 116 << 10, kMostBytes = 180 << 10, kSharedBytes = 64 << 10;
+constexpr int kMaxStages = 12, kMinStages = 2;
 
 // Rows of x that there is room for in the sums.
 __host__ __device__ constexpr int padded(int rows) { return rows > 4 ? 8 : rows > 2 ? 4 : rows; }
@@ -124,19 +125,19 @@ __device__ void decode(const uint4* codes, int step, unsigned (&low)[4], unsigne
 // kGroups: of a unit, 0 where rows have one scale. kShared: x fits in shared memory, else each warp reads its columns of
 // it in every pass.
 template <typename T, int kWeights, int kGroups, bool kGated, bool kShared>
-__global__ void __launch_bounds__(kThreads + 32, 2) packed_kernel(Operands o) {
+__global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, int stages) {
 #if __CUDA_ARCH__ >= 900
     constexpr bool kHalf = std::is_same_v<T, __half>;
     constexpr int kSteps = kUnit / 32;
-    constexpr int kStages = stages_of(kWeights), kUnitBytes = unit_bytes(kWeights, kGroups);
+    constexpr int kUnitBytes = unit_bytes(kWeights, kGroups);
     constexpr int kPerTile = kGated ? 8 : 16;  // results of a row of x
     constexpr int kStageBytes = kWarps * kUnitBytes;
     extern __shared__ __align__(128) char memory[];
-    __shared__ uint64_t full[kStages], empty[kStages];
+    __shared__ uint64_t full[kMaxStages], empty[kMaxStages];
     __shared__ __align__(16) float squares[kColumns][kWarps];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int packets = o.inputs / 8, columns = padded(o.rows), shift = __ffs(columns) - 1;
-    auto* sums = reinterpret_cast<float*>(memory + kStages * kStageBytes);
+    auto* sums = reinterpret_cast<float*>(memory + stages * kStageBytes);
     auto* norm = reinterpret_cast<uint4*>(sums + kWarps * kTiles * kTileRows * columns);
     auto* own = norm + (o.norm == nullptr ? 0 : packets);  // x, if kShared
     const int tiles = (o.outputs + kPerTile - 1) / kPerTile, mine = (tiles - 1 - int(blockIdx.x)) / int(gridDim.x) + 1;
@@ -145,7 +146,7 @@ __global__ void __launch_bounds__(kThreads + 32, 2) packed_kernel(Operands o) {
     const char* const packed = static_cast<const char*>(o.weight);
 
     if (threadIdx.x == kThreads) {
-        for (int stage = 0; stage < kStages; ++stage) {
+        for (int stage = 0; stage < stages; ++stage) {
             barrier_init(&full[stage]);
             barrier_init(&empty[stage], kWarps);
         }
@@ -161,12 +162,12 @@ __global__ void __launch_bounds__(kThreads + 32, 2) packed_kernel(Operands o) {
         for (int first = 0; first < mine; first += kTiles)
             for (int chunk = 0; chunk < chunks; ++chunk)
                 for (int tile = first; tile < min(first + kTiles, mine); ++tile, ++requested) {
-                    if (requested >= kStages) barrier_wait(&empty[stage], phase);
+                    if (requested >= stages) barrier_wait(&empty[stage], phase);
                     const int bytes = min(kWarps, units - chunk * kWarps) * kUnitBytes;
                     const size_t unit = (blockIdx.x + size_t(tile) * gridDim.x) * units + chunk * kWarps;
                     expect_bytes(&full[stage], bytes);
                     bulk_copy(memory + stage * kStageBytes, packed + unit * kUnitBytes, bytes, &full[stage], policy);
-                    if (++stage == kStages) {
+                    if (++stage == stages) {
                         stage = 0;
                         phase ^= 1;
                     }
@@ -178,13 +179,12 @@ __global__ void __launch_bounds__(kThreads + 32, 2) packed_kernel(Operands o) {
 #pragma unroll 1
         for (int i = threadIdx.x; i < packets; i += kThreads)
             copy_async(shared_address(norm + i), static_cast<const uint4*>(o.norm) + i, true);
-    // Released only now. Earlier, the next kernel's blocks would fill whatever room is left, several on one
-    // multiprocessor, and those would take several times as long.
-    wait_for_predecessor();
     release_successor();
+    wait_for_predecessor();
 
     // A lane has row lane / 4 of x, and of W rows lane / 4 and lane / 4 + 8; 8 columns of 32 in each.
-    const auto* x = static_cast<const uint4*>(o.x);
+    const auto *x = static_cast<const uint4*>(o.x), *delta = static_cast<const uint4*>(o.delta);
+    auto packet_at = [&](size_t i) { return delta == nullptr ? x[i] : sum_of<T>(x[i], delta[i]); };
     const int column = lane / 4, quarter = lane % 4;
     auto packet_of = [&](int chunk, int step) { return (chunk * kWarps + warp) * (kUnit / 8) + step * 4 + quarter; };
     uint4 next[kSteps];
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kThreads + 32, 2) packed_kernel(Operands o) {
         for (int step = 0; step < kSteps; ++step) {
             const int i = packet_of(chunk, step);
             next[step] = uint4{};
-            if (column < o.rows && i < packets) next[step] = x[size_t(column) * packets + i];
+            if (column < o.rows && i < packets) next[step] = packet_at(size_t(column) * packets + i);
         }
     };
     if constexpr (kShared) {
@@ -211,7 +211,13 @@ __global__ void __launch_bounds__(kThreads + 32, 2) packed_kernel(Operands o) {
     if (o.norm != nullptr) {
         // A thread reads here what it has copied itself.
         auto add_square = [&](float& square, int row, int i) {
-            const uint4 packet = kShared ? own[row * stride + i] : x[size_t(row) * packets + i];
+            uint4 packet;
+            if constexpr (kShared) {
+                packet = own[row * stride + i];
+                if (delta != nullptr) own[row * stride + i] = packet = sum_of<T>(packet, delta[row * packets + i]);
+            } else {
+                packet = packet_at(size_t(row) * packets + i);
+            }
             square = dot<T>(packet, packet, square);
         };
         auto note = [&](float square, int row) {
@@ -256,7 +262,7 @@ __global__ void __launch_bounds__(kThreads + 32, 2) packed_kernel(Operands o) {
     int stage = 0;
     unsigned phase = 0;
     auto advance = [&] {
-        if (++stage == kStages) {
+        if (++stage == stages) {
             stage = 0;
             phase ^= 1;
         }
@@ -559,28 +565,40 @@ int by_half(const cqil_linear_shape& s, F run) {
     return fail("packed weights need a half type, not type %d", s.dtype);
 }
 
-// Dynamic shared memory for the ring and the sums of `rows` rows.
-size_t ring_bytes(const cqil_linear_shape& s, int rows) {
-    return size_t(kWarps) * stages_of(s.weights) * unit_bytes(s.weights, groups_of(s)) +
-           sizeof(float) * kWarps * kTiles * kTileRows * padded(rows);
-}
+// How a block uses its dynamic shared memory: whether it keeps x there, the stages of the ring, and all of its bytes.
+struct Room {
+    bool shared;
+    int stages;
+    size_t bytes;
+};
 
-// Of the shared memory that a block may have, what a kernel's own variables may take.
-constexpr size_t kStaticBytes = 1024;
+// 0 stages: there is no room for `rows` rows.
+Room room_of(const cqil_linear_shape& s, int rows, bool norm, const Device& device) {
+    constexpr size_t kStaticBytes = 1024;
+    const size_t stage = size_t(kWarps) * unit_bytes(s.weights, groups_of(s));
+    const size_t sums = sizeof(float) * kWarps * kTiles * kTileRows * padded(rows) + (norm ? size_t(s.inputs) * 2 : 0);
+    const size_t x = size_t(units_of(s.inputs)) * kUnit * 2 * rows;
+    const size_t most = std::min(kMostBytes, size_t(device.shared_bytes) - kStaticBytes);
+    for (const bool shared : {true, false}) {
+        const size_t fixed = sums + (shared ? x : 0);
+        if ((shared && x > kSharedBytes) || fixed + kMinStages * stage > most) continue;
+        const int stages = int(std::min(size_t(kMaxStages), (most - fixed) / stage));
+        return {shared, stages, std::max(fixed + stages * stage, std::min(kLeastBytes, most))};
+    }
+    return {};
+}
 
 template <typename T, int kWeights, int kGroups>
 int multiply(const cqil_linear_shape& s, const Operands& o, const Device& device, cudaStream_t st) {
-    const int tiles = tiles_of(s.outputs, s.gated), blocks = std::min(device.processors, tiles);
-    const size_t x_bytes = size_t(units_of(s.inputs)) * kUnit * 2 * o.rows;
-    size_t bytes = ring_bytes(s, o.rows) + (o.norm == nullptr ? 0 : size_t(s.inputs) * 2);
-    const bool shared = x_bytes <= kSharedBytes && bytes + x_bytes + kStaticBytes <= size_t(device.shared_bytes);
-    if (shared) bytes += x_bytes;
-    const Launch l = {dim3(blocks), kThreads + 32, st, true, bytes};
-    if (shared)
-        return s.gated ? launch(packed_kernel<T, kWeights, kGroups, true, true>, l, o)
-                       : launch(packed_kernel<T, kWeights, kGroups, false, true>, l, o);
-    return s.gated ? launch(packed_kernel<T, kWeights, kGroups, true, false>, l, o)
-                   : launch(packed_kernel<T, kWeights, kGroups, false, false>, l, o);
+    const int blocks = std::min(device.processors, tiles_of(s.outputs, s.gated));
+    const Room room = room_of(s, o.rows, o.norm != nullptr, device);
+    if (room.stages == 0) return fail("%d inputs leave no room for packed weights in shared memory", s.inputs);
+    const Launch l = {dim3(blocks), kThreads + 32, st, true, room.bytes};
+    if (room.shared)
+        return s.gated ? launch(packed_kernel<T, kWeights, kGroups, true, true>, l, o, room.stages)
+                       : launch(packed_kernel<T, kWeights, kGroups, false, true>, l, o, room.stages);
+    return s.gated ? launch(packed_kernel<T, kWeights, kGroups, true, false>, l, o, room.stages)
+                   : launch(packed_kernel<T, kWeights, kGroups, false, false>, l, o, room.stages);
 }
 
 template <typename T>
@@ -615,19 +633,20 @@ int cqil_trt::packed_linear(const cqil_linear_shape& s, Operands o, void* scratc
         Device device;
         if (describe(&device)) return -1;
         // Whether the norm's weight fits does not depend on the rows: the other kernel rounds otherwise.
-        const bool fits = ring_bytes(s, kColumns) + size_t(s.inputs) * 2 + kStaticBytes <= size_t(device.shared_bytes);
-        if (o.norm != nullptr && (o.delta != nullptr || !fits)) {
+        const bool fits = room_of(s, kColumns, true, device).stages > 0;
+        if (o.norm != nullptr && !fits) {
             const size_t bytes = align(size_t(s.rows) * s.inputs * 2);
             void* sum = o.delta != nullptr ? static_cast<char*>(scratch) + bytes : nullptr;
-            if (residual_norm(o.delta, o.x, o.norm, sum, scratch, s.rows, s.inputs, s.eps, s.dtype, true, st))
-                return -1;
+            const auto dtype = static_cast<cqil_dtype>(s.dtype);
+            if (cqil_residual_norm(o.delta, o.x, o.norm, sum, scratch, s.rows, s.inputs, s.eps, dtype, st)) return -1;
             o.x = scratch;
-            o.norm = nullptr;
+            o.delta = o.norm = nullptr;
         }
         for (int first = 0; first < s.rows; first += kColumns) {
             Operands part = o;
             part.rows = std::min(kColumns, s.rows - first);
             part.x = static_cast<const T*>(o.x) + size_t(first) * s.inputs;
+            if (o.delta != nullptr) part.delta = static_cast<const T*>(o.delta) + size_t(first) * s.inputs;
             part.out = static_cast<T*>(o.out) + size_t(first) * s.outputs;
             if (o.residual != nullptr) part.residual = static_cast<const T*>(o.residual) + size_t(first) * s.outputs;
             if (multiply<T>(s, part, device, st)) return -1;

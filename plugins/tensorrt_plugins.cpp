@@ -315,7 +315,6 @@ private:
                 fields_.dtype,
                 fields_.eps,
                 CQIL_DENSE,
-                0,
                 0};
     }
 };
@@ -395,8 +394,8 @@ private:
         const int batch = std::max(1, static_cast<int>(input[inputs() - kIntegers].dims.d[0]));
         const int length = static_cast<int>(input[0].dims.d[0]) / batch;
         const Fields& f = fields_;
-        return {batch,   length,  f.heads, f.kv_heads, f.head_dim, f.capacity, f.max_batch,
-                f.group, f.first, f.dtype, f.eps,      0,          0};
+        return {batch,       length,  f.heads, f.kv_heads, f.head_dim, f.capacity,
+                f.max_batch, f.group, f.first, f.dtype,    f.eps,      0};
     }
 };
 

@@ -402,7 +402,7 @@ def profile(session: Any, prompt: list[int], steps: int = 16) -> list[tuple[str,
     names = [re.sub(r".*?(\w+_kernel).*", r"\1", e.name) for e in events]
     # Of a product's template arguments, the first that is true or false says whether it is gated.
     gated = [re.findall(r"\b(true|false)\b", e.name)[:1] == ["true"] for e in events]
-    products = "stream_kernel", "packed_kernel"
+    products = "few_rows_kernel", "packed_kernel"
     shares: dict[str, list[float]] = {}
     for i in range(1, len(events) - 1):
         before, name, after = names[i - 1 : i + 2]

@@ -147,7 +147,6 @@ class CudaSession(Session):
         self._advances = 0  # how often tokens were chosen, as the counter `step` on the GPU
         self._reports = 0
         self._flying: deque[_Flying] = deque()
-        self._verifies = False
         self._graphs: dict[tuple[Any, ...], cuda.Graph] = {}
         # By the length of the chunk, the one that was used last at the end; None once such a chunk has run.
         self._prompts: OrderedDict[int, cuda.Graph | None] = OrderedDict()
@@ -325,8 +324,6 @@ class CudaSession(Session):
         copied = shared and first * row % cuda.ALIGNMENT != 0
         self._quantized = quantized_matrices(self._plan, self._library)
         matrices = {part: matrix for matrix in self._quantized.values() for part in matrix.parts}
-        if self._workspace is not None and any(matrix.packed for matrix in self._quantized.values()):
-            self._workspace.call("workspace_release_late", True)
         kept = [size for name, size in sizes.items() if name not in matrices] + [(last - first) * row] * copied
         kept += [matrix.nbytes(self._library) for matrix in self._quantized.values()]
         dense = max((matrix.dense_bytes for matrix in self._quantized.values() if matrix.packed), default=0)
@@ -612,9 +609,6 @@ class CudaSession(Session):
 
     # Drafts
 
-    def verify_drafts(self, on: bool) -> None:
-        self._verifies = on
-
     def draft_width(self, sequences: int) -> int:
         return max((width for width in _WIDTHS if sequences * width <= self._draft_rows), default=1)
 
@@ -645,7 +639,7 @@ class CudaSession(Session):
         """What else than the number of rows a captured step depends on."""
 
     def _graph(self, part: _Part, sequences: int, width: int = 1) -> cuda.Graph:
-        key = sequences, width, part, self._verifies, self._variant()
+        key = sequences, width, part, self._variant()
         phase, rows = _phase_of(width), sequences * width
         if key not in self._graphs:
             # Some things are set up when a shape first runs, which must not be during capture. The step runs once, then
@@ -670,7 +664,7 @@ class CudaSession(Session):
             self._graphs[key] = cuda.Graph(self._stream, record)
         return self._graphs[key]
 
-    def warm_up(self, rows: int, chunk: int) -> None:
+    def warm_up(self, rows: int, chunk: int, drafts: bool = False) -> None:
         """As in Session: captures the graphs of both, of chunks as many as are kept, the shortest first."""
         used = bisect_left(self._prompt_lengths, chunk) + 1  # up to the first that holds such a chunk
         with self._guard():
@@ -681,7 +675,7 @@ class CudaSession(Session):
         for count in range(1, rows + 1):
             slots = tuple(range(count))
             self._start([Start(slot=slot, prompt=(0,), sampling=SamplingConfig(), room=1) for slot in slots])
-            for width in _WIDTHS if self._verifies else (1,):
+            for width in _WIDTHS if drafts else (1,):
                 if width == 1:
                     self._arrange(Step(decode=slots))
                 elif width <= self.draft_width(count):

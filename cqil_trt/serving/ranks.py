@@ -125,8 +125,7 @@ def warm_up(llm: Llm, options: Options) -> None:
     room = session.limits.max_seq_len - 1
     for length in sorted({1, min(chunk, room), min(chunk + 1, room)}):
         session.load([0] * max(length, 1))
-    session.verify_drafts(llm.speculation is not None)
-    session.warm_up(rows, chunk)
+    session.warm_up(rows, chunk, llm.speculation is not None)
 
 
 def lead(llm: Llm, options: Options, followers: list[Connection], http: Connection, pulse: Pulse) -> None:

@@ -61,7 +61,7 @@ class HostKernels:
         at(out, rows, inner)[:] = F.silu(gate) * up
         return 0
 
-    def cqil_linear_rows(self, dtype, alike):
+    def cqil_linear_rows(self, dtype):
         return 1
 
     def cqil_linear_scratch_bytes(self, shape):

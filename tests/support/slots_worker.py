@@ -166,18 +166,15 @@ def main(case, job):
     result["guided"] = run(Runner.of(session, "latency"), mixed(), [0, 0, 1, 4, 4, 4, 12, 20, 25])
     result["guided alone"] = each_alone(session, mixed())
 
-    # Computed as with drafts, but without any; then with some.
+    # Without drafts, then with some.
     for name, requests in (("reported", lambda: wanted), ("masked", mixed)):
-        plain = Runner.of(session, "latency")
-        session.verify_drafts(True)
-        result[f"{name} undrafted"] = run(plain, requests())
+        result[f"{name} undrafted"] = run(Runner.of(session, "latency"), requests())
         speculation = noisy(setattr, case["seed"], vocabulary)
         Noisy.answers = tuple(
             [*request.prompt, *found["tokens"]] for request, found in zip(requests(), result[f"{name} undrafted"])
         )
         runner = Runner.of(session, "latency", speculation=speculation)
         result[f"{name} drafted"] = run(runner, requests(), [0, 0, 2, 2, 5, 9, 9, 20, 30])
-    session.verify_drafts(False)
 
     if job.size > 1:
         result["followed"] = [followed(session, job.comm, sampled, policy) for policy in ("latency", "throughput")]

@@ -166,9 +166,8 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         self._cached = slots
         self._kernels, self._stream, self._library = kernels, stream, library
         self._bytes, self._dtype = DTYPE_BYTES[limits.dtype], abi.dtype_code(limits.dtype)
-        # The most rows that our products take, by whether one row must be computed as several are.
-        self._few = {alike: kernels.cqil_linear_rows(self._dtype, alike) for alike in (False, True)}
-        if min(self._few.values()) < 1:
+        self._few = kernels.cqil_linear_rows(self._dtype)
+        if self._few < 1:
             raise RuntimeError(f"linear_rows: {kernels.cqil_last_error().decode()}")
         self._pool = Pool()
         quantized = quantized or {}
@@ -183,16 +182,13 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         for matrix in quantized.values():
             self._weights[matrix.parts[0]] = Matrix(memory[matrix.parts[0]], matrix.rows, matrix.inputs)
 
-    def begin(
-        self, batch: int, length: int, past: int, slots: int, logits: int, decodes: bool = False, alike: bool = False
-    ) -> None:
+    def begin(self, batch: int, length: int, past: int, slots: int, logits: int, decodes: bool = False) -> None:
         """Sets up the next pass; it reads the addresses `past` and `slots`, and writes the address `logits`.
 
-        `decodes`: it is a decode step, whose tokens after the first ones are drafts. `alike`: a row has the same bits
-        in a step of one row as among others.
+        `decodes`: it is a decode step, whose tokens after the first ones are drafts.
         """
         self._batch, self._length, self._past, self._slots, self._logits = batch, length, past, slots, logits
-        self._decodes, self._alike = decodes, alike
+        self._decodes = decodes
         self._left = self.plan.schedule.all_reduces
 
     def close(self) -> None:
@@ -233,7 +229,7 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         outputs = weight.rows // 2 if gated else weight.rows
         out = Matrix(self._logits, x.rows, outputs) if name == "lm_head" else self._new(x.rows, outputs)
         packed = self._packed.get(name)
-        if x.rows > (self._few[self._alike] if packed is None else self._few_packed):
+        if x.rows > (self._few if packed is None else self._few_packed):
             if packed is not None:
                 weight = self._unpacked(packed, weight)
             if norm is not None:
@@ -249,7 +245,7 @@ class CudaOps(FusedOps[Matrix], _Collectives):
             shape = packed.shape(x.rows, eps)
         else:
             sizes = {"rows": x.rows, "outputs": outputs, "inputs": x.width, "gated": gated}
-            shape = abi.cqil_linear_shape(**sizes, dtype=self._dtype, eps=eps, alike=self._alike)
+            shape = abi.cqil_linear_shape(**sizes, dtype=self._dtype, eps=eps)
         scratch = self._scratch(self._kernels.cqil_linear_scratch_bytes(shape))
         self._call("linear", shape, x, delta, weight, bias, norm_weight, residual, out, scratch)
         return out
@@ -283,9 +279,8 @@ class CudaOps(FusedOps[Matrix], _Collectives):
 
     def attention(self, qkv: Matrix, positions: Any, shard: LayerShard) -> Matrix:
         qkv, fields = self.keep(qkv), attention_fields(self.plan.model, shard, self._limits, self._cached)
-        flags = {"late": f"layers.{shard.index}.o" in self._packed, "drafts": self._decodes and self._length > 1}
-        tokens = {"batch": self._batch, "length": self._length}
-        shape = abi.cqil_attention_shape(**tokens, **fields, dtype=self._dtype, **flags)
+        tokens = {"batch": self._batch, "length": self._length, "drafts": self._decodes and self._length > 1}
+        shape = abi.cqil_attention_shape(**tokens, **fields, dtype=self._dtype)
         norms: list[Matrix | None] = [self._weights[name] for name in self.head_norms(shard)]
         norms = norms or [None, None]
         tables = [self._memory[name] for name in ("rotary.cos", "rotary.sin")]

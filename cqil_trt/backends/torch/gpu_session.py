@@ -68,7 +68,7 @@ class TorchCudaSession(CudaSession):
             for name in ("tokens", "past", "slots", "select", "logits")
         }
         decodes = phase is not Phase.PREFILL
-        self._ops.begin(batch, length, address["past"], address["slots"], address["logits"], decodes, self._verifies)
+        self._ops.begin(batch, length, address["past"], address["slots"], address["logits"], decodes)
         tokens, select = Matrix(address["tokens"], batch * length, 1), Matrix(address["select"], rows, 1)
         with self._guard(), torch.inference_mode(), torch.cuda.stream(self._torch_stream):
             # `CudaOps` has the positions from `begin`.
