@@ -6,9 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cache
 from typing import Any
 
-from jinja2 import TemplateError, nodes
+from jinja2 import Template, TemplateError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -84,7 +85,7 @@ class ChatTemplate:
         """
         source = self._choose(conversation)
         try:
-            template = _environment().from_string(source)
+            template = _compile(source)
         except Exception as error:  # Jinja's errors, and those of compiling the code that it generates
             raise UserError(
                 f"{conversation.source}: the chat template of {self._source} is malformed ({error})"
@@ -160,14 +161,15 @@ def _check_attribute(name: Any) -> None:
         raise SecurityError(f"a namespace cannot hold {name!r}")
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
+@cache
+def _compile(source: str) -> Template:
     # The sandbox and the options of transformers: a template is untrusted text.
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = _to_json
     environment.globals |= {"raise_exception": _refuse, "strftime_now": _now, "namespace": _Namespace}
-    return environment
+    return environment.from_string(source)
 
 
 def _to_json(
