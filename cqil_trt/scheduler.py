@@ -176,17 +176,31 @@ class _Sequence:
 
 
 class _Slot:
-    """A place in the KV cache: the tokens that it holds, and when it was last used."""
+    """A place in the KV cache: the tokens that it holds, and when it was last used. `row`: where they are kept."""
 
-    def __init__(self) -> None:
-        self.tokens = np.zeros(0, np.int64)
+    def __init__(self, row: np.ndarray) -> None:
+        self._row, self._size = row, 0
         self.sequence: _Sequence | None = None
         self.used = 0
 
+    def begin(self, sequence: _Sequence) -> None:
+        self.sequence, self._size = sequence, 0
+
+    def end(self, longest: int) -> None:
+        """Its sequence has ended; at most `longest` tokens of it stay."""
+        self._size = min(self.size(), longest)
+        self.sequence = None
+
+    def size(self) -> int:
+        """How many tokens it holds; `row` has them then."""
+        if self.sequence is not None:
+            size, known = self._size, self.sequence.known
+            self._row[size:known] = self.sequence.tokens[size:known]
+            self._size = known
+        return self._size
+
     def held(self) -> np.ndarray:
-        if self.sequence is None:
-            return self.tokens
-        return np.array(self.sequence.tokens[: self.sequence.known], np.int64)
+        return self._row[: self.size()]
 
 
 class Scheduler:
@@ -218,7 +232,8 @@ class Scheduler:
     ):
         if policy not in POLICIES:
             raise UserError(f"--policy must be one of {', '.join(POLICIES)}, found {policy}")
-        self._slots = [_Slot() for _ in range(slots)]
+        self._tokens = np.zeros((slots, max_seq_len), np.int64)
+        self._slots = [_Slot(row) for row in self._tokens]
         self._rows, self._max_seq_len, self._chunk = min(rows, slots), max_seq_len, chunk
         self._policy, self._reuse = policy, reuse
         self._speculator, self._draft_width = speculator, draft_width
@@ -335,7 +350,8 @@ class Scheduler:
             if room > 1 and not request.sampling.guided:
                 speculator = self._speculator(request.sampling)
             sequence = _Sequence(number, request, slot, cached, room, speculator)
-            self._slots[slot].sequence = self._running[number] = sequence
+            self._slots[slot].begin(sequence)
+            self._running[number] = sequence
             self._started.append(number)
             yield Start(
                 slot=slot,
@@ -356,12 +372,16 @@ class Scheduler:
         limit = len(request.prompt) - 1 if request.scored is None else min(request.scored, len(request.prompt) - 1)
         source, cached = oldest, 0
         if self._reuse and limit > 0:
-            prompt = np.array(request.prompt[:limit], np.int64)
-            common = [_common(prompt, slot.held()) for slot in self._slots]
-            source = max(range(len(common)), key=lambda i: (common[i], i in free))
+            sizes = [min(slot.size(), limit) for slot in self._slots]
+            longest = max(sizes)
+            # A column more than is compared, so that every row has a difference.
+            differs = np.ones((len(sizes), longest + 1), bool)
+            np.not_equal(self._tokens[:, :longest], request.prompt[:longest], out=differs[:, :longest])
+            common = np.minimum(differs.argmax(1), sizes).tolist()
+            source = max(range(len(common)), key=lambda i: (common[i], self._slots[i].sequence is None))
             cached = common[source]
         # A slot that mostly holds this prompt is continued; another one keeps what it has and is copied from.
-        if source in free and 2 * cached >= len(self._slots[source].tokens):
+        if self._slots[source].sequence is None and 2 * cached >= self._slots[source].size():
             target = source
         else:
             target = oldest
@@ -466,16 +486,9 @@ class Scheduler:
         sequence.finished = True
         slot = self._slots[sequence.slot]
         # A step in flight may write one more token, and at the end of a full slot it overwrites the last.
-        slot.tokens = np.array(sequence.tokens[: min(sequence.known, self._max_seq_len - 1)], np.int64)
-        slot.sequence, slot.used = None, self._clock
+        slot.end(self._max_seq_len - 1)
+        slot.used = self._clock
         del self._running[sequence.number]
-
-
-def _common(a: np.ndarray, b: np.ndarray) -> int:
-    """The length of the longest common beginning."""
-    size = min(len(a), len(b))
-    differs = np.flatnonzero(a[:size] != b[:size])
-    return int(differs[0]) if len(differs) else size
 
 
 def check_prompt(prompt: Sequence[int], name: str, vocab_size: int, max_seq_len: int) -> None:
