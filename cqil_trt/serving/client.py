@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,30 @@ class Ticket:
         self.updates.put_nowait((self.index, update))
 
 
+class _Frames(asyncio.Protocol):
+    """One end of a socket: hands every message to `take`, with itself, as it arrives, and calls `lost` at the end."""
+
+    transport: asyncio.WriteTransport
+
+    def __init__(self, take: Callable[[_Frames, Any], None], lost: Callable[[_Frames], None]):
+        self._take, self._lost = take, lost
+        self._inbox = wire.Inbox()
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._inbox.add(data)
+        for message in self._inbox:
+            self._take(self, message)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._lost(self)
+
+    def send(self, message: Any) -> None:
+        self.transport.write(wire.pack(message))
+
+
 @dataclass
 class RankState:
     seen: float
@@ -92,6 +117,7 @@ class EngineClient:
         self.running, self.waiting, self.usage = 0, 0, 0.0
         self._control, self._monitor = control, monitor
         self._ranks: dict[int, RankState] = {}
+        self._numbers: dict[_Frames, int] = {}  # the ranks at the other ends
         # Of the ranks' processes: a process id may soon be another's.
         self._handles: dict[int, int] = {}
         self._tickets: dict[int, Ticket] = {}
@@ -100,9 +126,11 @@ class EngineClient:
         self._stopping = False
 
     async def start(self) -> None:
-        self._reader, self._writer = await asyncio.open_unix_connection(sock=self._control)
-        await asyncio.start_unix_server(self._listen_to_rank, sock=self._monitor)
-        self._spawn(self._listen_to_engine())
+        loop = asyncio.get_running_loop()
+        _, self._engine = await loop.create_unix_connection(
+            lambda: _Frames(self._take, self._engine_lost), sock=self._control
+        )
+        await loop.create_unix_server(lambda: _Frames(self._take_beat, self._rank_lost), sock=self._monitor)
         self._spawn(self._watch())
 
     def _spawn(self, coroutine: Any) -> None:
@@ -122,33 +150,17 @@ class EngineClient:
         ticket = Ticket(self._number, index, len(fields["prompt"]), updates, time.monotonic())
         self._tickets[ticket.number] = ticket
         self.metrics.request_started(ticket.prompt_tokens)
-        self._send(wire.Add(number=ticket.number, **fields))
+        self._engine.send(wire.Add(number=ticket.number, **fields))
         return ticket
 
     def abort(self, ticket: Ticket) -> None:
         """Ends a request that nobody waits for. One that is over stays so."""
         if self._tickets.pop(ticket.number, None) is not None:
-            self._send(wire.Abort(numbers=(ticket.number,)))
-
-    def _send(self, message: Any) -> None:
-        self._writer.write(wire.pack(message))
+            self._engine.send(wire.Abort(numbers=(ticket.number,)))
 
     # What comes from the ranks
 
-    async def _receive(self, reader: asyncio.StreamReader) -> Any:
-        header = await reader.readexactly(wire.HEADER_BYTES)
-        return wire.unpack(await reader.readexactly(wire.body_bytes(header)))
-
-    async def _listen_to_engine(self) -> None:
-        try:
-            while True:
-                self._take(await self._receive(self._reader))
-        except (asyncio.IncompleteReadError, OSError):
-            await self._lost("rank 0 has ended")
-            if self._stopping:
-                self.ended.set()
-
-    def _take(self, message: Any) -> None:
+    def _take(self, engine: _Frames, message: Any) -> None:
         if isinstance(message, wire.Ready):
             self.ready = message
             host, port = self.address
@@ -205,22 +217,27 @@ class EngineClient:
             )
         )
 
-    async def _listen_to_rank(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        rank: int | None = None
-        try:
-            while True:
-                beat = await self._receive(reader)
-                rank = beat.rank
-                if rank not in self._handles:
-                    self._handles[rank] = os.pidfd_open(beat.process)
-                self._ranks[rank] = RankState(time.monotonic(), beat.process, beat.busy_since, beat.doing)
-                self.metrics.rank_seen(rank)
-                writer.write(wire.pack(wire.Heard()))
-        except (asyncio.IncompleteReadError, OSError):
-            if rank is not None:
-                await self._lost(f"rank {rank} (process {self._ranks.pop(rank).process}) has ended")
-        finally:
-            writer.close()
+    def _take_beat(self, rank: _Frames, beat: Any) -> None:
+        self._numbers[rank] = beat.rank
+        self._ranks[beat.rank] = RankState(time.monotonic(), beat.process, beat.busy_since, beat.doing)
+        if beat.rank not in self._handles:
+            self._handles[beat.rank] = os.pidfd_open(beat.process)
+        self.metrics.rank_seen(beat.rank)
+        rank.send(wire.Heard())
+
+    def _engine_lost(self, engine: _Frames) -> None:
+        async def end() -> None:
+            await self._lost("rank 0 has ended")
+            if self._stopping:
+                self.ended.set()
+
+        self._spawn(end())
+
+    def _rank_lost(self, rank: _Frames) -> None:
+        number = self._numbers.pop(rank, None)
+        if number is not None:
+            process = self._ranks.pop(number).process
+            self._spawn(self._lost(f"rank {number} (process {process}) has ended"))
 
     async def _watch(self) -> None:
         """Finds ranks that are stopped and steps that do not end."""
@@ -300,4 +317,4 @@ class EngineClient:
             ticket.tell(Update(finish_reason="error", error="the server is shutting down"))
         self._tickets.clear()
         self._stopping = True
-        self._send(wire.Stop())
+        self._engine.send(wire.Stop())

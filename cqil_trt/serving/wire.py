@@ -13,6 +13,7 @@ import socket
 import struct
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from cqil_trt.errors import JobError
 from cqil_trt.sampling import Choice, SamplingConfig
 
 _LENGTH = struct.Struct("<I")
-HEADER_BYTES = _LENGTH.size
 # Room for what a step says while the reader is late; the system may allow less (net.core.wmem_max).
 _BUFFER_BYTES = 8 << 20
 
@@ -36,13 +36,23 @@ def pack(message: Any) -> bytes:
     return _LENGTH.pack(len(body)) + body
 
 
-def body_bytes(header: bytes | bytearray) -> int:
-    """The length that a frame's first HEADER_BYTES tell."""
-    return int(_LENGTH.unpack_from(header)[0])
+class Inbox:
+    """The messages of frames that arrive in pieces: iterating takes those that are complete."""
 
+    def __init__(self) -> None:
+        self._received = bytearray()
 
-def unpack(body: bytes) -> Any:
-    return pickle.loads(body)
+    def add(self, data: bytes) -> None:
+        self._received += data
+
+    def __iter__(self) -> Iterator[Any]:
+        while len(self._received) >= _LENGTH.size:
+            end = _LENGTH.size + _LENGTH.unpack_from(self._received)[0]
+            if len(self._received) < end:
+                return
+            message = pickle.loads(self._received[_LENGTH.size : end])
+            del self._received[:end]
+            yield message
 
 
 class Connection:
@@ -52,7 +62,7 @@ class Connection:
         self.socket, self.peer = sock, peer
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             sock.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
-        self._received = bytearray()
+        self._inbox = Inbox()
 
     def send(self, message: Any) -> None:
         """Raises Closed if the other end is gone."""
@@ -63,35 +73,18 @@ class Connection:
 
     def receive(self) -> Any:
         """The next message. Raises Closed at the end."""
-        while (message := self._next()) is None:
+        while True:
+            for message in self._inbox:
+                return message
             self._read()
-        return message
 
     def poll(self, seconds: float) -> list[Any]:
         """The messages that are there, after at most `seconds` if there is none. Raises Closed at the end."""
-        messages = self._all()
-        if messages:
-            seconds = 0
-        readable, _, _ = select.select([self.socket], [], [], seconds)
+        messages = list(self._inbox)
+        readable, _, _ = select.select([self.socket], [], [], 0 if messages else seconds)
         if readable:
             self._read()
-        return messages + self._all()
-
-    def _all(self) -> list[Any]:
-        messages = []
-        while (message := self._next()) is not None:
-            messages.append(message)
-        return messages
-
-    def _next(self) -> Any:
-        if len(self._received) < HEADER_BYTES:
-            return None
-        end = HEADER_BYTES + body_bytes(self._received)
-        if len(self._received) < end:
-            return None
-        message = unpack(bytes(memoryview(self._received)[HEADER_BYTES:end]))
-        del self._received[:end]
-        return message
+        return [*messages, *self._inbox]
 
     def _read(self) -> None:
         try:
@@ -100,7 +93,7 @@ class Connection:
             raise self._closed() from None
         if not found:
             raise self._closed()
-        self._received += found
+        self._inbox.add(found)
 
     def _closed(self) -> Closed:
         return Closed(f"{self.peer} has ended")
@@ -111,15 +104,15 @@ class Connection:
 
 def receive_one(sock: socket.socket) -> Any:
     """The next message, and not a byte of what follows it, which somebody else is to read. Raises Closed at the end."""
-    size = HEADER_BYTES
+    size = _LENGTH.size
     header = sock.recv(size, socket.MSG_WAITALL)
     body = b""
     if len(header) == size:
-        size = body_bytes(header)
+        [size] = _LENGTH.unpack(header)
         body = sock.recv(size, socket.MSG_WAITALL)
     if len(body) != size:
         raise Closed("the sender has ended")
-    return unpack(body)
+    return pickle.loads(body)
 
 
 def say(*lines: str) -> None:
