@@ -191,10 +191,16 @@ class Exchange:
         self._updates: asyncio.Queue[tuple[int, Update | None]] = asyncio.Queue()
         self._seconds = seconds
         self.answers: list[Answer] = []
+        self._over = False
         loop = asyncio.get_running_loop()
-        self._deadline = loop.time() + seconds
-        late = (min(queue_seconds, seconds), seconds)
-        self._timers = [loop.call_later(delay, self._updates.put_nowait, (0, None)) for delay in late]
+        self._timers = [
+            loop.call_later(min(queue_seconds, seconds), self._updates.put_nowait, (0, None)),
+            loop.call_later(seconds, self._expire),
+        ]
+
+    def _expire(self) -> None:
+        self._over = True
+        self._updates.put_nowait((0, None))
 
     def ask(self, tokenizer: Tokenizer | None, stops: Sequence[str], tools: Tools | None, **fields: Any) -> None:
         ticket = self._client.submit(self._updates, len(self.answers), **fields)
@@ -202,7 +208,6 @@ class Exchange:
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Raises Refused when the engine fails or time is over."""
-        loop = asyncio.get_running_loop()
         left = len(self.answers)
         while left:
             index, update = await self._updates.get()
@@ -210,7 +215,7 @@ class Exchange:
                 if all(answer.ticket.started_at is None for answer in self.answers):
                     self._client.metrics.refused("timeout")
                     raise Refused(503, "the request waited too long for its turn", retry=1)
-                if loop.time() < self._deadline:
+                if not self._over:
                     continue
                 raise Refused(503, f"the request took longer than {self._seconds:g} s")
             answer = self.answers[index]

@@ -73,6 +73,7 @@ class _Frames(asyncio.Protocol):
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
+        transport.set_write_buffer_limits(high=0)  # uvloop would write when the task that runs gives up its turn
 
     def data_received(self, data: bytes) -> None:
         self._inbox.add(data)

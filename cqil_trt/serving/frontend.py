@@ -25,6 +25,11 @@ from cqil_trt.serving.client import EngineClient
 from cqil_trt.serving.metrics import Metrics
 from cqil_trt.tokenizer import Tokenizer, has_tokenizer
 
+try:
+    from uvloop import new_event_loop
+except ModuleNotFoundError:  # slower, and otherwise the same
+    from asyncio import new_event_loop
+
 
 class _Uvicorn(uvicorn.Server):
     """Signals are rank 0's matter."""
@@ -83,7 +88,7 @@ def main(arguments: list[str]) -> int:
         sock.setblocking(False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Not asyncio.run: it would cancel what listens to the ranks, and wait for threads.
-    return asyncio.new_event_loop().run_until_complete(serve(setup, control, monitor, listener))
+    return new_event_loop().run_until_complete(serve(setup, control, monitor, listener))
 
 
 if __name__ == "__main__":
