@@ -20,8 +20,9 @@ import uvicorn
 from cqil_trt.engine import Engine
 from cqil_trt.llm import end_tokens
 from cqil_trt.serving import wire
-from cqil_trt.serving.app import Server, application
+from cqil_trt.serving.app import Server
 from cqil_trt.serving.client import EngineClient
+from cqil_trt.serving.gate import Gate
 from cqil_trt.serving.metrics import Metrics
 from cqil_trt.tokenizer import Tokenizer, has_tokenizer
 
@@ -51,10 +52,11 @@ async def serve(setup: wire.Setup, control: socket.socket, monitor: socket.socke
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, client.drain)
     config = uvicorn.Config(
-        application(server),
+        Gate(server, setup, metrics),
         log_level="error",
         access_log=False,
         lifespan="off",
+        ws="none",
         timeout_keep_alive=75,
         timeout_graceful_shutdown=2,
         ssl_certfile=setup.certificate,

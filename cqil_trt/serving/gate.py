@@ -11,10 +11,13 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from starlette.responses import PlainTextResponse
+
 from cqil_trt.serving import wire
 from cqil_trt.serving.answers import Exchange
 from cqil_trt.serving.metrics import Metrics
 from cqil_trt.serving.refusals import REASONS, Refused, error_response
+from cqil_trt.serving.streams import Gone
 
 # Served without an API key: what probes ask, and the page that asks for the key.
 _OPEN = frozenset({"/", "/health", "/ready"})
@@ -42,9 +45,6 @@ class Gate:
         self._keys = [hashlib.sha256(key.encode()).digest() for key in setup.keys]
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         note = Note(
@@ -105,12 +105,16 @@ class Gate:
                 raise Refused(413, f"the body is larger than {limit} bytes")
             await self._app(scope, limited, answer)
         except Refused as refused:
-            self._metrics.refused(REASONS[refused.status])
+            if refused.status in REASONS:
+                self._metrics.refused(REASONS[refused.status])
             if not begun:
                 await error_response(refused)(scope, receive, answer)
+        except Gone:
+            note.status = 499
         except Exception as error:
-            # Starlette has answered with status 500.
             wire.say(f"error: request {note.id}: {type(error).__name__}: {error}")
+            if not begun:
+                await PlainTextResponse("Internal Server Error", 500)(scope, receive, answer)
         finally:
             timer.cancel()
             self._log(scope, note)
