@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from cqil_trt.sampling import Choice
@@ -182,29 +183,35 @@ class EngineClient:
                 self.drain()
         elif isinstance(message, wire.Progress):
             self.running, self.waiting, self.usage = message.running, message.waiting, message.usage
-            self.metrics.step(message.tokens, message.step_seconds)
+            counts: list[Callable[[], None]] = [partial(self.metrics.step, message.tokens, message.step_seconds)]
             if message.drafts.number:
                 drafts = message.drafts
-                self.metrics.drafts(drafts.number, drafts.tokens, drafts.accepted)
+                counts.append(partial(self.metrics.drafts, drafts.number, drafts.tokens, drafts.accepted))
             now = time.monotonic()
             for news in message.news:
-                self._tell(news, now)
+                self._tell(news, now, counts)
+            # After the tasks that send the tokens on.
+            asyncio.get_running_loop().call_soon(self._count, counts)
 
-    def _tell(self, news: wire.News, now: float) -> None:
+    def _count(self, counts: list[Callable[[], None]]) -> None:
+        for count in counts:
+            count()
+
+    def _tell(self, news: wire.News, now: float, counts: list[Callable[[], None]]) -> None:
         ticket = self._tickets.get(news.number)
         if ticket is None:
             return
         if ticket.started_at is None:
             ticket.started_at = now
-            self.metrics.queued(now - ticket.queued_at)
+            counts.append(partial(self.metrics.queued, now - ticket.queued_at))
         if ticket.first_at is None and news.choices:
             ticket.first_at = now
-            self.metrics.first_token(now - ticket.queued_at)
-            self.metrics.prefix(ticket.prompt_tokens, news.cached)
-            self.metrics.tokens([0.0] * (len(news.choices) - 1))
+            counts.append(partial(self.metrics.first_token, now - ticket.queued_at))
+            counts.append(partial(self.metrics.prefix, ticket.prompt_tokens, news.cached))
+            counts.append(partial(self.metrics.tokens, [0.0] * (len(news.choices) - 1)))
         elif news.choices and ticket.last_at is not None:
             each = (now - ticket.last_at) / len(news.choices)
-            self.metrics.tokens([each] * len(news.choices))
+            counts.append(partial(self.metrics.tokens, [each] * len(news.choices)))
         ticket.last_at = now if news.choices else ticket.last_at
         if news.finish_reason:
             del self._tickets[news.number]
