@@ -223,8 +223,6 @@ class Exchange:
                 continue
             if update.finish_reason == "error":
                 raise Refused(update.status, update.error, retry=5 if update.status == 503 else None)
-            if not (update.choices or update.finish_reason or update.prompt_logprobs):
-                continue
             piece = answer.add(update)
             if answer.finished:
                 left -= 1

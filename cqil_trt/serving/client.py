@@ -215,16 +215,17 @@ class EngineClient:
         ticket.last_at = now if news.choices else ticket.last_at
         if news.finish_reason:
             del self._tickets[news.number]
-        ticket.tell(
-            Update(
-                choices=news.choices,
-                finish_reason=news.finish_reason,
-                error=news.error,
-                status=400,  # rank 0 refuses or gives up a request for its grammar only
-                cached=news.cached,
-                prompt_logprobs=news.prompt_logprobs,
+        if news.choices or news.finish_reason or news.prompt_logprobs:
+            ticket.tell(
+                Update(
+                    choices=news.choices,
+                    finish_reason=news.finish_reason,
+                    error=news.error,
+                    status=400,  # rank 0 refuses or gives up a request for its grammar only
+                    cached=news.cached,
+                    prompt_logprobs=news.prompt_logprobs,
+                )
             )
-        )
 
     def _meet_rank(self) -> _Frames:
         rank = _Frames(self._take_beat, self._rank_lost)
