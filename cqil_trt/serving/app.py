@@ -32,7 +32,7 @@ from cqil_trt.serving.forms import ChatForm, CompletionForm, Form, read_tokens, 
 from cqil_trt.serving.gate import Note
 from cqil_trt.serving.grammars import Grammars
 from cqil_trt.serving.refusals import Refused, error_body, error_response
-from cqil_trt.serving.streams import EventStream, event, unless_gone
+from cqil_trt.serving.streams import EventStream, event, read_body, unless_gone
 from cqil_trt.tokenizer import Tokenizer
 
 # Texts of more characters are tokenized beside the event loop, which other clients' tokens pass through.
@@ -132,7 +132,7 @@ class Server:
     # Tokens
 
     async def tokenize(self, request: Request) -> Response:
-        body = api.parse(api.TokenizeBody, await request.body())
+        body = api.parse(api.TokenizeBody, await read_body(request))
         self._check_model(body.model)
         tokenizer = self._tokenizer()
         try:
@@ -146,7 +146,7 @@ class Server:
         return JSONResponse({"count": len(ids), "max_model_len": self.limits.max_seq_len, "tokens": ids})
 
     async def detokenize(self, request: Request) -> Response:
-        body = api.parse(api.DetokenizeBody, await request.body())
+        body = api.parse(api.DetokenizeBody, await read_body(request))
         self._check_model(body.model)
         size = self.engine.model.vocab_size
         if any(token >= size for token in body.tokens):
@@ -171,7 +171,7 @@ class Server:
     # Completions
 
     async def chat(self, request: Request) -> Response:
-        body = api.parse(api.ChatBody, await request.body())
+        body = api.parse(api.ChatBody, await read_body(request))
         self._check_model(body.model)
         tokenizer = self._tokenizer()
         tools = tools_of(body, tokenizer)
@@ -187,7 +187,7 @@ class Server:
         return await self._respond(request, body, exchange, form)
 
     async def complete(self, request: Request) -> Response:
-        body = api.parse(api.CompletionBody, await request.body())
+        body = api.parse(api.CompletionBody, await read_body(request))
         self._check_model(body.model)
         prompts: list[list[int]] = []
         for given in body.prompts:

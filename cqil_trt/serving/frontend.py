@@ -57,6 +57,7 @@ async def serve(setup: wire.Setup, control: socket.socket, monitor: socket.socke
         access_log=False,
         lifespan="off",
         ws="none",
+        proxy_headers=False,  # nothing asks who the client is
         timeout_keep_alive=75,
         timeout_graceful_shutdown=2,
         ssl_certfile=setup.certificate,

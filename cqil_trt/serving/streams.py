@@ -24,6 +24,16 @@ class Gone(Exception):
     """The client closed its connection."""
 
 
+async def read_body(request: Request) -> bytes:
+    """Raises Gone."""
+    parts = []
+    while (message := await request.receive())["type"] != "http.disconnect":
+        parts.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return b"".join(parts)
+    raise Gone
+
+
 async def unless_gone(request: Request, work: Awaitable[Any]) -> Any:
     """The result of `work`, which is cancelled when the client closes its connection. Raises Gone then."""
 
