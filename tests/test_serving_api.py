@@ -210,6 +210,8 @@ def test_models(served):
 def test_state(served):
     assert ask(served.server, "/health")[2] == {"status": "ok"}
     assert ask(served.server, "/ready")[0] == 200
+    assert ask(served.server, "/health/")[2] == {"status": "ok"}
+    assert ask(served.server, "/", method="HEAD")[::2] == (200, "")
     from cqil_trt import __version__
 
     assert ask(served.server, "/version")[2] == {"version": __version__}

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import signal
 import socket
 import subprocess
@@ -26,7 +27,8 @@ for name in ("uvicorn", "starlette", "pydantic", "prometheus_client"):
 # The HTTP process, and ranks that are not real
 
 
-def test_what_rank_0_says_right_after_the_setup_is_not_lost(tmp_path):
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_what_rank_0_says_right_after_the_setup_is_not_lost(loop, tmp_path):
     from support.chat_models import make_chat_model
 
     import cqil_trt
@@ -41,8 +43,12 @@ def test_what_rank_0_says_right_after_the_setup_is_not_lost(tmp_path):
     control.send(wire.Setup(engine=str(engine.path), model_names=("m",)))
     control.send(wire.Ready(slots=4, rows=2, device="cpu"))
     numbers = [sock.fileno() for sock in (theirs, monitor, listener)]
+    if loop == "uvloop":
+        pytest.importorskip(loop)
+    hidden = "" if loop == "uvloop" else "sys.modules['uvloop'] = None; "
+    program = f"import runpy, sys; {hidden}runpy.run_module('cqil_trt.serving.frontend', run_name='__main__')"
     process = subprocess.Popen(
-        [sys.executable, "-m", "cqil_trt.serving.frontend", *map(str, numbers)],
+        [sys.executable, "-c", program, *map(str, numbers)],
         pass_fds=numbers,
         stdout=subprocess.PIPE,
         text=True,
@@ -104,6 +110,25 @@ def fake(tmp_path, monkeypatch):
     yield made
     made.process.kill()
     made.process.wait()
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_connections_of_ranks_last(loop, fake):
+    from cqil_trt.serving import wire
+
+    run = pytest.importorskip(loop).run
+
+    async def scenario():
+        await fake.client.start()
+        gc.collect()
+        rank = wire.connect(fake.path, "it")
+        await asyncio.sleep(0.05)
+        gc.collect()
+        fake.beat(rank, 0)
+        assert await asyncio.to_thread(rank.receive) == wire.Heard()
+        assert fake.client.failure is None
+
+    run(scenario())
 
 
 def test_a_step_that_does_not_end(fake):

@@ -119,8 +119,7 @@ class EngineClient:
         self.running, self.waiting, self.usage = 0, 0, 0.0
         self._control, self._monitor = control, monitor
         self._ranks: dict[int, RankState] = {}
-        # The ranks at the other ends, None until they are known: uvloop closes what nobody holds, the server too.
-        self._numbers: dict[_Frames, int | None] = {}
+        self._numbers: dict[_Frames, int] = {}  # the ranks at the other ends
         # Of the ranks' processes: a process id may soon be another's.
         self._handles: dict[int, int] = {}
         self._tickets: dict[int, Ticket] = {}
@@ -133,7 +132,10 @@ class EngineClient:
         _, self._engine = await loop.create_unix_connection(
             lambda: _Frames(self._take, self._engine_lost), sock=self._control
         )
-        self._server = await loop.create_unix_server(self._meet_rank, sock=self._monitor)
+        # Held, as uvloop closes a server that nobody holds.
+        self._server = await loop.create_unix_server(
+            lambda: _Frames(self._take_beat, self._rank_lost), sock=self._monitor
+        )
         self._spawn(self._watch())
 
     def _spawn(self, coroutine: Any) -> None:
@@ -227,11 +229,6 @@ class EngineClient:
                 )
             )
 
-    def _meet_rank(self) -> _Frames:
-        rank = _Frames(self._take_beat, self._rank_lost)
-        self._numbers[rank] = None
-        return rank
-
     def _take_beat(self, rank: _Frames, beat: Any) -> None:
         self._numbers[rank] = beat.rank
         self._ranks[beat.rank] = RankState(time.monotonic(), beat.process, beat.busy_since, beat.doing)
@@ -249,7 +246,7 @@ class EngineClient:
         self._spawn(end())
 
     def _rank_lost(self, rank: _Frames) -> None:
-        number = self._numbers.pop(rank)
+        number = self._numbers.pop(rank, None)
         if number is not None:
             process = self._ranks.pop(number).process
             self._spawn(self._lost(f"rank {number} (process {process}) has ended"))
