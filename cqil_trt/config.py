@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,21 @@ DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1,
 PLACEMENTS = ("sharded", "leader", "tensor")
 BYPASSES = ("mlp", "residual")
 MAX_RANKS = 8
+# The first split layers, whose attention joins `auto:N` drops last.
+KEPT_JOINED = 3
 # The file in a PEFT adapter's directory that holds the CQIL configuration it was trained for.
 ADAPTER_FILE = "cqil_config.json"
+
+
+def layer_list(layers: Sequence[int]) -> str:
+    """Ascending layers in short form: 4, 5, 6, 28 become `4-6,28`."""
+    runs: list[tuple[int, int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1] = runs[-1][0], layer
+        else:
+            runs.append((layer, layer))
+    return ",".join(f"{first}-{last}" if first < last else str(first) for first, last in runs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +40,8 @@ class CqilConfig:
     """Which layers run concurrently and where the others run.
 
     Groups of `p` consecutive layers fill `[start, end)`; layer j of a group also receives the attention
-    outputs of the `d` layers just before it. The number of ranks is always `p`.
+    outputs of the `d` layers just before it. The number of ranks is always `p`. `drop_attention_join`: split layers
+    without the all-reduce after attention, in ascending order (docs/architecture.md).
     """
 
     p: int
@@ -34,8 +50,10 @@ class CqilConfig:
     end: int = 0
     bypass: str = "mlp"
     placement: str = "sharded"
+    drop_attention_join: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "drop_attention_join", tuple(sorted(self.drop_attention_join)))
         if not 1 <= self.p <= MAX_RANKS:
             raise UserError(f"--p must be from 1 to {MAX_RANKS}, found {self.p}")
         if not 0 <= self.d < self.p:
@@ -53,6 +71,34 @@ class CqilConfig:
             raise UserError(f"--placement must be one of {', '.join(PLACEMENTS)}, found {self.placement}")
         if self.placement == "tensor" and (self.start != self.end or self.d):
             raise UserError("--placement tensor has no groups: start must equal end and d must be 0")
+        if self.drop_attention_join:
+            self._check_dropped()
+
+    def _check_dropped(self) -> None:
+        dropped = self.drop_attention_join
+        said = f"--drop-attention-join {layer_list(dropped)}"
+        if not self._splits:
+            why = "--p 1" if self.p == 1 else f"--placement {self.placement}"
+            raise UserError(f"{said}: with {why} no layer is split over the ranks, so there is no join to drop")
+        for layer, following in zip(dropped, (*dropped[1:], None)):
+            if layer < 0:
+                raise UserError(f"{said}: there is no layer {layer}")
+            if layer == following:
+                raise UserError(f"{said}: names layer {layer} more than once")
+            if self.start <= layer < self.end:
+                raise UserError(
+                    f"{said}: layer {layer} is in a group of [{self.start}, {self.end}), and only the split layers "
+                    "outside the groups have a join after attention"
+                )
+
+    @property
+    def _splits(self) -> bool:
+        """Whether the ranks share the layers outside the groups."""
+        return self.p > 1 and self.placement != "leader"
+
+    def split_layers(self, num_layers: int) -> tuple[int, ...]:
+        """The layers outside the groups that all ranks share, in a model of `num_layers` layers."""
+        return tuple(i for i in range(num_layers) if self._splits and not self.start <= i < self.end)
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
@@ -61,10 +107,62 @@ class CqilConfig:
             return ()
         return tuple(tuple(range(i, i + self.p)) for i in range(self.start, self.end, self.p))
 
+    @property
+    def summary(self) -> str:
+        """The configuration without the placement: `p=2 d=1 mlp [12, 30), attention joins dropped in 4-11`."""
+        bypass = f" {self.bypass}" if self.d else ""
+        dropped = f", attention joins dropped in {layer_list(drop)}" if (drop := self.drop_attention_join) else ""
+        return f"p={self.p} d={self.d}{bypass} [{self.start}, {self.end}){dropped}"
+
+    @property
+    def name(self) -> str:
+        """As part of a directory's name, without bypass and placement: `p2-d1-12-30-drop4-11_30`."""
+        dropped = layer_list(self.drop_attention_join).replace(",", "_")
+        return f"p{self.p}-d{self.d}-{self.start}-{self.end}" + (f"-drop{dropped}" if dropped else "")
+
+    @property
+    def changed_layers(self) -> tuple[int, ...]:
+        """The layers that compute something else than in the original model, in ascending order."""
+        grouped = (layer for group in self.groups for layer in group)
+        return tuple(sorted((*grouped, *self.drop_attention_join)))
+
     def check_depth(self, num_layers: int) -> None:
-        """Raises UserError when the range reaches beyond a model of `num_layers` layers."""
+        """Raises UserError when a layer is beyond a model of `num_layers` layers."""
         if self.end > num_layers:
             raise UserError(f"--end {self.end} is beyond the model, which has {num_layers} layers")
+        if self.drop_attention_join and (last := self.drop_attention_join[-1]) >= num_layers:
+            raise UserError(f"--drop-attention-join: layer {last} is beyond the model, which has {num_layers} layers")
+
+    def dropping(self, wanted: str | Iterable[int], num_layers: int) -> CqilConfig:
+        """The same configuration with the attention joins of the layers `wanted` dropped, and no others.
+
+        `wanted`: layers; or text, `4-11,28-31`, `none`, or `auto:N`: N split layers from their middle, where it costs
+        least, and the first KEPT_JOINED only when there are no others (measured in docs/quality.md). Raises UserError
+        for layers that have no such join, or are beyond a model of `num_layers` layers.
+        """
+        layers = self._parse_dropped(wanted, num_layers) if isinstance(wanted, str) else tuple(wanted)
+        config = replace(self, drop_attention_join=layers)
+        config.check_depth(num_layers)
+        return config
+
+    def _parse_dropped(self, text: str, num_layers: int) -> tuple[int, ...]:
+        if text == "none":
+            return ()
+        if match := re.fullmatch(r"auto:(\d{1,4})", text):
+            split, count = self.split_layers(num_layers), int(match[1])
+            if count > len(split):
+                raise UserError(f"--drop-attention-join {text}: {len(split)} layers are split over the ranks")
+            left = len(split) - count
+            first = min(max(left // 2, KEPT_JOINED), left)
+            return split[first : first + count]
+        layers: list[int] = []
+        for part in text.split(","):
+            match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
+            first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+            if first > last:
+                raise UserError(f"--drop-attention-join {text:.60}: expected layers like 4-11,28-31, auto:N or none")
+            layers += range(first, last + 1)
+        return tuple(layers)
 
     @classmethod
     def choose(
@@ -76,14 +174,17 @@ class CqilConfig:
         end: int | None = None,
         bypass: str = "mlp",
         placement: str = "sharded",
+        drop_attention_join: str | Iterable[int] = (),
     ) -> CqilConfig:
         """A configuration for a model of `num_layers` layers; `start` and `end` default to its middle.
+
+        `drop_attention_join`: as `dropping` takes it.
 
         The middle is where neighbouring layers' inputs are most alike. The first 40% of the layers and the last
         sixteenth stay sequential, close to what the authors published (12..30 of 32 layers, 17..37 of 40).
         """
         if placement == "tensor":
-            return cls(p=p, placement=placement)
+            return cls(p=p, placement=placement).dropping(drop_attention_join, num_layers)
         cls(p=p, d=d, bypass=bypass, placement=placement)  # p and d are checked before they are divided by
         if start is None:
             limit = num_layers if end is None else end
@@ -94,8 +195,7 @@ class CqilConfig:
             limit = num_layers - max(1, num_layers // 16)
             end = start + max(0, limit - start) // p * p
         config = cls(p=p, d=d, start=start, end=end, bypass=bypass, placement=placement)
-        config.check_depth(num_layers)
-        return config
+        return config.dropping(drop_attention_join, num_layers)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -119,6 +219,7 @@ class CqilConfig:
                 start=values.integer("start", low=0),
                 end=values.integer("end", low=0),
                 bypass=values.text("bypass", "mlp"),
+                drop_attention_join=values.integers("drop_attention_join", "a layer or a list of them"),
             )
         except UserError as error:
             message = str(error)

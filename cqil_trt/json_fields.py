@@ -86,10 +86,10 @@ class Fields:
             raise self.fail(name, "an object")
         return Fields(value, f"{self.source}: {name}")
 
-    def integers(self, name: str) -> tuple[int, ...]:
-        """A token id or a list of them, as Hugging Face writes eos_token_id."""
+    def integers(self, name: str, what: str = "a token id or a list of them") -> tuple[int, ...]:
+        """A number from 0 or a list of them, as Hugging Face writes eos_token_id. `what`: they are, for the error."""
         value = self.get(name, [])
         value = value if isinstance(value, list) else [value]
         if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in value):
-            raise self.fail(name, "a token id or a list of them")
+            raise self.fail(name, what)
         return tuple(value)

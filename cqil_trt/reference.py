@@ -1,7 +1,7 @@
 """CQIL on Hugging Face's own modules, in one process: the reference for every engine, and the model that is trained.
 
 Nothing is shared with `network/`: attention, MLP, norms, forward loop, masks, cache and generate() are those of the
-Hugging Face model.
+Hugging Face model. Of the sharding only the rule is shared by which heads and neurons are dealt to ranks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from functools import cache
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from cqil_trt import families
 from cqil_trt.config import CqilConfig
@@ -29,6 +30,7 @@ from cqil_trt.gguf_files import gguf_parts, open_gguf
 from cqil_trt.json_fields import read_json
 from cqil_trt.model import ModelConfig
 from cqil_trt.probes import TOP, Probe
+from cqil_trt.shard import even_split
 from cqil_trt.weights import GgufReader, WeightReader, open_checkpoint
 from cqil_trt.weights.quantized import is_quantized
 
@@ -39,8 +41,9 @@ class CqilModel(nn.Module):
     The modules are shared with `model` and keep their names, so PEFT and Trainer work on it and an adapter trained
     with it fits the original model. Everything else (`config`, `generate`, `device`, …) is the model's own. While the
     wrapper exists `model` itself computes CQIL too; inside `with wrapper.sequential():` both compute the original.
+    `drop_attention_join`: as `CqilConfig.dropping` takes it; these layers compute what `p` ranks that share them do.
 
-    Raises UserError when the range does not fit the model.
+    Raises UserError when the configuration does not fit the model.
     """
 
     def __init__(
@@ -51,10 +54,11 @@ class CqilModel(nn.Module):
         start: int | None = None,
         end: int | None = None,
         bypass: str = "mlp",
+        drop_attention_join: str | Iterable[int] = (),
     ):
         super().__init__()
         layers = model.get_submodule("model.layers")
-        self.cqil = CqilConfig.choose(len(layers), p, d, start, end, bypass)
+        self.cqil = CqilConfig.choose(len(layers), p, d, start, end, bypass, drop_attention_join=drop_attention_join)
         # Register the children but not the model itself, so that parameters keep the checkpoint's names.
         for name, child in model.named_children():
             self.add_module(name, child)
@@ -68,6 +72,14 @@ class CqilModel(nn.Module):
             _replace_forward(first, _group_forward)
             for layer in others:
                 _replace_forward(layer, _absorbed_forward)
+        for index in self.cqil.drop_attention_join:
+            layers[index].cqil_config = self.cqil
+            _replace_forward(layers[index], _split_forward)
+
+    @classmethod
+    def of(cls, model: nn.Module, cqil: CqilConfig) -> CqilModel:
+        """The model with this configuration. What is computed does not depend on the placement."""
+        return cls(model, cqil.p, cqil.d, cqil.start, cqil.end, cqil.bypass, cqil.drop_attention_join)
 
     # Trainer reads the names of its input columns from this signature.
     def forward(
@@ -138,6 +150,65 @@ def _group_forward(self: nn.Module, hidden_states: torch.Tensor, **kwargs: Any) 
 def _absorbed_forward(self: nn.Module, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     """The forward of a group's other layers, which already ran within the first."""
     return hidden_states
+
+
+def _split_forward(self: nn.Module, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    """The forward of a layer whose attention join is dropped, as all ranks compute it together.
+
+    Values of all ranks are stacked, [ranks, B, T, …]. `self` is the Hugging Face decoder layer.
+    """
+    ranks, x = self.cqil_config.p, hidden_states
+    # The projections' inputs are split, never their weights: whatever adapts the modules stays in effect.
+    with _replaced(self.self_attn, "o_proj", _EachRank(self.self_attn.o_proj, ranks, self.self_attn.head_dim)):
+        a = self.self_attn(hidden_states=self.input_layernorm(x), **kwargs)[0]
+    with _replaced(self.mlp, "down_proj", _OverRanks(self.mlp.down_proj, ranks)):
+        m = self.mlp(self.post_attention_layernorm(x + a))
+    return x + a.sum(0) + m
+
+
+class _EachRank(nn.Module):
+    """The o projection of each rank's heads: [B, T, heads * D] → [ranks, B, T, H].
+
+    The last rank adds the bias, as in `shard.LayerShard`.
+    """
+
+    def __init__(self, projection: nn.Module, ranks: int, head_dim: int):
+        super().__init__()
+        self.projection, self.ranks, self.head_dim = projection, ranks, head_dim
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        width, parts = x.shape[-1], []
+        for rank in range(self.ranks):
+            first, last = even_split(width // self.head_dim, self.ranks, rank)
+            first, last = first * self.head_dim, last * self.head_dim
+            parts.append(F.pad(x[..., first:last], (first, width - last)).flatten(0, -2))
+        # One call, as a module may read its weights when it is called. A row of zeros gives the bias, LoRA's included.
+        found = self.projection(torch.cat([*parts, x.new_zeros(1, width)]))
+        *others, last_part, bias = found.split([*map(len, parts), 1])
+        return torch.stack([*(part - bias for part in others), last_part]).view(self.ranks, *x.shape[:-1], -1)
+
+
+class _OverRanks(nn.Module):
+    """The down projection of the neurons [ranks, B, T, I] that ranks have: summed over the ranks, [B, T, H]."""
+
+    def __init__(self, projection: nn.Module, ranks: int):
+        super().__init__()
+        self.projection, self.ranks = projection, ranks
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        spans = [even_split(x.shape[-1], self.ranks, rank) for rank in range(self.ranks)]
+        return self.projection(torch.cat([part[..., first:last] for part, (first, last) in zip(x, spans)], -1))
+
+
+@contextmanager
+def _replaced(parent: nn.Module, name: str, module: nn.Module) -> Iterator[None]:
+    """Inside, `module` is the submodule `name` of `parent`."""
+    original = getattr(parent, name)
+    setattr(parent, name, module)
+    try:
+        yield
+    finally:
+        setattr(parent, name, original)
 
 
 def load_hugging_face(model: str, lora: str | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -277,10 +348,8 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def with_cqil(network: nn.Module, cqil: CqilConfig) -> nn.Module:
-    """The network that engines of this configuration compute; unchanged if there are no groups."""
-    if not cqil.groups:
-        return network
-    return CqilModel(network, cqil.p, cqil.d, cqil.start, cqil.end, cqil.bypass)
+    """The network that engines of this configuration compute; unchanged if that is the original model."""
+    return CqilModel.of(network, cqil) if cqil.changed_layers else network
 
 
 # The largest model, in bytes, that stays in host memory; a larger one is read from its files in every pass.

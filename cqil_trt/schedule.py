@@ -14,10 +14,18 @@ class Receive:
 
 @dataclass(frozen=True)
 class Layer:
-    """An ordinary layer. `split`: all ranks run it together, tensor-parallel; otherwise this rank runs it alone."""
+    """An ordinary layer. `split`: all ranks run it together, tensor-parallel; otherwise this rank runs it alone.
+
+    `drops_join`: a split layer without the all-reduce after attention. Its MLP sees this rank's part of the attention.
+    """
 
     index: int
     split: bool
+    drops_join: bool = False
+
+    @property
+    def all_reduces(self) -> int:
+        return self.split * (2 - self.drops_join)
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,10 @@ class Group:
 
     layers: tuple[int, ...]
     index: int
+
+    @property
+    def all_reduces(self) -> int:
+        return 1
 
 
 Step = Receive | Layer | Group
@@ -54,7 +66,7 @@ class RankSchedule:
     @property
     def all_reduces(self) -> int:
         """This rank's all-reduces per forward pass."""
-        return sum(2 * step.split if isinstance(step, Layer) else isinstance(step, Group) for step in self.steps)
+        return sum(step.all_reduces for step in self.layers)
 
     @property
     def broadcasts(self) -> int:
@@ -65,7 +77,7 @@ def schedule(cqil: CqilConfig, num_layers: int) -> tuple[RankSchedule, ...]:
     """The schedule of every rank for a model of `num_layers` layers.
 
     Every rank lists its collectives in the same order, so a run in lockstep cannot deadlock. Raises UserError when
-    the range reaches beyond the model.
+    a layer of the configuration is beyond the model.
     """
     cqil.check_depth(num_layers)
     return tuple(_rank_schedule(cqil, num_layers, rank) for rank in range(cqil.p))
@@ -88,5 +100,6 @@ def _rank_schedule(cqil: CqilConfig, num_layers: int, rank: int) -> RankSchedule
         )
 
     split = cqil.p > 1
-    steps = (*(Layer(i, split) for i in before), *groups, *(Layer(i, split) for i in after))
+    ordinary = {i: Layer(i, split, i in cqil.drop_attention_join) for i in (*before, *after)}
+    steps = (*(ordinary[i] for i in before), *groups, *(ordinary[i] for i in after))
     return RankSchedule(rank=rank, world_size=cqil.p, steps=steps, embeds=True, predicts=True, split_vocabulary=split)

@@ -266,7 +266,7 @@ def plan(
 ) -> tuple[RankPlan, ...]:
     """The plan of every rank of an engine in `dtype`; it stores projections in the format `weights`, except in `keep`.
 
-    Raises UserError when the groups reach beyond the model.
+    Raises UserError when a layer of the configuration is beyond the model.
     """
 
     def shard(step: Layer | Group, rank: RankSchedule) -> LayerShard:

@@ -120,11 +120,65 @@ def test_a_sliding_window_is_refused_only_where_it_is_in_use(tmp_path):
         ({"p": 2, "bypass": "both"}, "--bypass"),
         ({"p": 2, "placement": "here"}, "--placement"),
         ({"p": 2, "start": 2, "end": 4, "placement": "tensor"}, "tensor"),
+        ({"p": 1, "drop_attention_join": [1]}, "--drop-attention-join 1: with --p 1 no layer is split"),
+        ({"p": 2, "placement": "leader", "drop_attention_join": [1]}, "with --placement leader no layer is split"),
+        ({"p": 2, "start": 2, "end": 4, "drop_attention_join": [3, 1]}, "1,3: layer 3 is in a group of .2, 4."),
+        ({"p": 2, "drop_attention_join": [4, 5, 4]}, "names layer 4 more than once"),
+        ({"p": 2, "drop_attention_join": [-1]}, "no layer -1"),
     ],
 )
 def test_wrong_configurations_name_the_flag(values, message):
     with pytest.raises(UserError, match=message):
         CqilConfig(**values)
+
+
+@pytest.mark.parametrize(
+    "wanted, message",
+    [
+        ("4-", "4-: expected layers like"),
+        ("7-4", "7-4: expected layers like"),
+        ("auto", "auto: expected layers like"),
+        ("4,,5", "4,,5: expected layers like"),
+        ("4-6,5", "names layer 5 more than once"),
+        ("20", "layer 20 is in a group of .12, 30."),
+        ("31-32", "layer 32 is beyond the model, which has 32 layers"),
+        ("auto:15", "auto:15: 14 layers are split"),
+    ],
+)
+def test_layers_that_have_no_join_to_drop_are_named(wanted, message):
+    with pytest.raises(UserError, match=f"--drop-attention-join.*{message}"):
+        CqilConfig.choose(32, 2, drop_attention_join=wanted)
+
+
+def test_layers_whose_join_is_dropped_are_chosen_and_described():
+    def dropped(*arguments, **options):
+        return CqilConfig.choose(*arguments, **options).drop_attention_join
+
+    assert dropped(32, 2, drop_attention_join="28-31,4", end=28) == (4, 28, 29, 30, 31)
+    assert dropped(32, 2, drop_attention_join="auto:4") == (5, 6, 7, 8)
+    assert dropped(32, 2, drop_attention_join="auto:10") == (*range(3, 12), 30)
+    assert dropped(32, 2, drop_attention_join="auto:13") == (*range(1, 12), 30, 31)
+    assert dropped(32, 2, drop_attention_join="auto:0") == dropped(32, 1, drop_attention_join="none") == ()
+    tensor = CqilConfig.choose(4, 3, placement="tensor", drop_attention_join="auto:3")
+    assert tensor.drop_attention_join == tensor.changed_layers == (1, 2, 3) and not tensor.groups
+    both = CqilConfig.choose(32, 2, d=1, start=12, end=14, drop_attention_join=[31, 4, 5, 7])
+    assert both.changed_layers == (4, 5, 7, 12, 13, 31) and both.name == "p2-d1-12-14-drop4-5_7_31"
+    assert both.summary == "p=2 d=1 mlp [12, 14), attention joins dropped in 4-5,7,31"
+
+
+def test_what_an_adapter_was_trained_for_is_kept(tmp_path):
+    config = CqilConfig(p=2, d=1, start=2, end=4, drop_attention_join=(0, 5))
+    config.save_with_adapter(tmp_path)
+    assert CqilConfig.of_adapter(tmp_path) == config
+    path = tmp_path / "cqil_config.json"
+    values = json.loads(path.read_text())
+    del values["drop_attention_join"]  # as it was written before there was such a thing
+    write_json(path, values)
+    assert CqilConfig.of_adapter(tmp_path) == CqilConfig(p=2, d=1, start=2, end=4)
+    for wrong, message in (("4-6", "a layer or a list of them, found '4-6'"), ([3], "layer 3 is in a group")):
+        write_json(path, {**values, "drop_attention_join": wrong})
+        with pytest.raises(UserError, match=f"cqil_config.json.*{message}"):
+            CqilConfig.of_adapter(tmp_path)
 
 
 def test_the_middle_is_chosen_when_no_range_is_given():

@@ -25,9 +25,9 @@ SHAPES = [
     {"p": 1},
     {"p": 2, "start": 1, "end": 5},
     {"p": 2, "d": 1, "start": 2, "end": 6, "placement": "leader"},
-    {"p": 2, "d": 1, "start": 0, "end": 4, "bypass": "residual"},
+    {"p": 2, "d": 1, "start": 0, "end": 4, "bypass": "residual", "drop_attention_join": (5,)},
     {"p": 2, "placement": "tensor"},
-    {"p": 4, "d": 1, "start": 1, "end": 5},
+    {"p": 4, "d": 1, "start": 1, "end": 5, "drop_attention_join": (0,)},
     {"p": 4, "start": 2, "end": 6, "placement": "leader"},
     {"p": 4, "placement": "tensor"},
 ]

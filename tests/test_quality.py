@@ -30,7 +30,7 @@ from cqil_trt.checkpoint import Checkpoint
 from cqil_trt.config import CqilConfig, EngineLimits
 from cqil_trt.errors import UserError
 from cqil_trt.job import Job
-from cqil_trt.latency import critical_bytes, decode_seconds
+from cqil_trt.latency import H200, critical_bytes, decode_seconds
 from cqil_trt.quality import corpus, open_tokenizer, perplexity, similarity, text_blocks
 from cqil_trt.quality.distillation import largest_rise
 from cqil_trt.shard import plan
@@ -159,6 +159,13 @@ def test_predicted_latency_is_near_what_was_measured(shapes, start, end, measure
     config, configurations = placed(shapes, 2, start, end)
     for name, cqil in configurations.items():
         assert decode_seconds(config, cqil, "float16") * 1e3 == pytest.approx(measured[name], rel=0.03)
+    one_join = configurations["sharded"].dropping(f"auto:{config.num_layers - end + start}", config.num_layers)
+    fewer = plan(config, configurations["sharded"])[0].collectives - plan(config, one_join)[0].collectives
+    assert fewer == config.num_layers - end + start
+    if shapes == "llama-7b":
+        assert plan(config, one_join)[0].collectives == 23
+    saved = decode_seconds(config, configurations["sharded"], "float16") - decode_seconds(config, one_join, "float16")
+    assert saved == pytest.approx(fewer * H200.collective)
     leader = CqilConfig(p=2, start=start, end=end, placement="leader")
     bypassed = CqilConfig(p=2, d=1, start=start, end=end, placement="leader")  # an exchange more in every group
     assert decode_seconds(config, bypassed, "float16") > decode_seconds(config, leader, "float16")
@@ -365,8 +372,8 @@ def test_teacher_is_the_unchanged_model_and_student_starts_as_cqil(model):
     network = load_model(model)
     with torch.no_grad():
         unchanged = network(blocks).logits
-    cqil = CqilConfig(p=2, d=1, start=2, end=6)
-    expected = cqil_trt.CqilModel(load_model(model), cqil.p, cqil.d, cqil.start, cqil.end)(blocks).logits
+    cqil = CqilConfig(p=2, d=1, start=2, end=6, drop_attention_join=(1, 7))
+    expected = cqil_trt.CqilModel.of(load_model(model), cqil)(blocks).logits
     student = Student(network, cqil, 4, 8, 0.0)
     assert torch.equal(student.model(blocks).logits, expected)
     with torch.no_grad():
@@ -427,13 +434,15 @@ def test_an_adapter_of_the_concurrent_layers_alone_in_bfloat16(tmp_path):
     from cqil_trt.quality.distillation import Student
 
     directory = make_model(tmp_path / "model", num_hidden_layers=8)
-    student = Student(load_model(directory), CqilConfig(p=2, start=2, end=6), 4, 8, 0.0, concurrent_only=True)
+    cqil = CqilConfig(p=2, start=2, end=4, drop_attention_join=(5,))
+    student = Student(load_model(directory), cqil, 4, 8, 0.0, concurrent_only=True)
     student.save(tmp_path / "adapter", torch.bfloat16)
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
-    assert {name.split(".layers.")[1].split(".")[0] for name in tensors} == {"2", "3", "4", "5"}
+    assert {name.split(".layers.")[1].split(".")[0] for name in tensors} == {"2", "3", "5"}
     config, reader = open_checkpoint(directory)
-    assert LoraReader(reader, tmp_path / "adapter", config).merged == 4 * 7
+    assert LoraReader(reader, tmp_path / "adapter", config).merged == 3 * 7
+    assert CqilConfig.of_adapter(tmp_path / "adapter") == cqil
 
 
 def test_checkpointed_gradients_keep_nothing_of_a_group_but_its_input(model):
@@ -525,7 +534,8 @@ def test_compiled_training_is_the_same_training(model, recompute, tmp_path, monk
     blocks, losses, states, scores = tokens((12, 16)), [], [], []
     for compiled in (False, True):
         torch.manual_seed(SEED)
-        student = Student(load_model(model), CqilConfig(p=2, d=1, start=2, end=6), 4, 8, 0.0)
+        cqil = CqilConfig(p=2, d=1, start=2, end=6, drop_attention_join=(1,))
+        student = Student(load_model(model), cqil, 4, 8, 0.0)
         if compiled:
             student.compile()
         if recompute:

@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 from support import SEED
+from support.cases import ARCHITECTURES as CASES
 from support.checkpoints import load_model, make_adapter, make_model
+from support.formulas import Formulas
 
 from cqil_trt import families
 from cqil_trt.errors import UserError
@@ -33,73 +35,77 @@ def test_without_groups_it_is_the_hugging_face_model_bit_for_bit(architecture, s
     assert not torch.equal(wrapped(tokens()).logits, expected)
 
 
-class Formulas:
-    """The definition of CQIL in float64, from raw weights: no module of transformers or of this project."""
-
-    def __init__(self, state, heads, kv_heads, dim, eps=1e-6, theta=10000.0):
-        self.w = {name: tensor.double() for name, tensor in state.items()}
-        self.heads, self.kv_heads, self.dim, self.eps, self.theta = heads, kv_heads, dim, eps, theta
-
-    def norm(self, x, name):
-        return x / (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt() * self.w[name]
-
-    def rotate(self, x):
-        positions = torch.arange(x.shape[-2]).double()[:, None]
-        angles = positions * self.theta ** (-2 * torch.arange(self.dim // 2).double() / self.dim)
-        pairs = torch.complex(x[..., : self.dim // 2], x[..., self.dim // 2 :]) * torch.polar(
-            torch.ones_like(angles), angles
-        )
-        return torch.cat((pairs.real, pairs.imag), -1)
-
-    def attention(self, x, i):
-        def project(name, heads):
-            return (
-                (x @ self.w[f"model.layers.{i}.self_attn.{name}.weight"].T)
-                .unflatten(-1, (heads, self.dim))
-                .transpose(1, 2)
-            )
-
-        q, k = self.rotate(project("q_proj", self.heads)), self.rotate(project("k_proj", self.kv_heads))
-        v = project("v_proj", self.kv_heads)
-        group = self.heads // self.kv_heads
-        out = torch.zeros_like(q)
-        for h in range(self.heads):
-            scores = q[:, h] @ k[:, h // group].transpose(1, 2) / self.dim**0.5
-            scores += torch.full_like(scores, -torch.inf).triu(1)
-            out[:, h] = scores.softmax(-1) @ v[:, h // group]
-        return out.transpose(1, 2).flatten(2) @ self.w[f"model.layers.{i}.self_attn.o_proj.weight"].T
-
-    def mlp(self, x, i):
-        gate, up, down = (self.w[f"model.layers.{i}.mlp.{n}_proj.weight"].T for n in ("gate", "up", "down"))
-        return (torch.nn.functional.silu(x @ gate) * (x @ up)) @ down
-
-    def logits(self, ids, layers, p, d, start, end, bypass):
-        x = self.w["model.embed_tokens.weight"][ids]
-        i = 0
-        while i < layers:
-            size = p if start <= i < end else 1
-            a = [
-                self.attention(self.norm(x, f"model.layers.{layer}.input_layernorm.weight"), layer)
-                for layer in range(i, i + size)
-            ]
-            delta = 0
-            for j, layer in enumerate(range(i, i + size)):
-                b = sum(a[max(0, j - d) : j], torch.zeros_like(x))
-                m = self.mlp(self.norm(x + a[j] + b, f"model.layers.{layer}.post_attention_layernorm.weight"), layer)
-                delta = delta + a[j] + m + (b if bypass == "residual" else 0)
-            x = x + delta
-            i += size
-        return self.norm(x, "model.norm.weight") @ self.w["lm_head.weight"].T
-
-
 @pytest.mark.parametrize("bypass", ["mlp", "residual"])
 @pytest.mark.parametrize("p, d, start, end", [(2, 0, 1, 5), (2, 1, 0, 6), (3, 2, 0, 6), (4, 1, 1, 5), (4, 3, 2, 6)])
 def test_groups_follow_the_definition(bypass, p, d, start, end, tmp_path):
     make_model(tmp_path, seed=SEED + p + d)
     network = load_model(tmp_path)
-    expected = Formulas(network.state_dict(), 6, 2, 8).logits(tokens(), 6, p, d, start, end, bypass)
+    expected = Formulas(network.config, network.state_dict()).logits(tokens(), p, d, start, end, bypass)
     found = CqilModel(network, p, d, start, end, bypass)(tokens()).logits
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+# Biases of o and down, uneven heads and neurons, ranks without heads, norms of heads; groups, and none.
+DROPPED = [
+    ("llama-tied-bias", {"p": 2, "d": 1, "start": 2, "end": 4, "drop_attention_join": (0, 4, 5)}),
+    ("llama-tied-bias", {"p": 4, "drop_attention_join": (1, 2)}),
+    ("llama-odd-heads", {"p": 2, "start": 2, "end": 6, "drop_attention_join": (1,)}),
+    ("llama-odd-heads", {"p": 3, "d": 2, "start": 0, "end": 3, "bypass": "residual", "drop_attention_join": (3, 5)}),
+    ("llama-few-heads", {"p": 4, "start": 1, "end": 5, "drop_attention_join": (0, 5)}),
+    ("qwen2", {"p": 3, "start": 3, "end": 3, "drop_attention_join": range(6)}),
+    ("qwen3", {"p": 2, "start": 0, "end": 4, "drop_attention_join": (4,)}),
+]
+
+
+@pytest.mark.parametrize("name, shape", DROPPED)
+def test_dropped_joins_follow_the_definition(name, shape, tmp_path):
+    architecture, changes = CASES[name]
+    make_model(tmp_path, architecture, **changes)
+    network = load_model(tmp_path)
+    formulas = Formulas(network.config, network.state_dict())
+    expected = formulas.logits(tokens(), **shape)
+    model = CqilModel(network, **{"start": 0, "end": 0, **shape})
+    found = model(tokens()).logits
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    joined = formulas.logits(tokens(), **{**shape, "drop_attention_join": ()})
+    assert (joined - expected).abs().max() > 1e-2
+    with model.sequential():
+        torch.testing.assert_close(model(tokens()).logits.double(), formulas.logits(tokens()), rtol=1e-4, atol=1e-4)
+    out = model.generate(tokens(1), max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert torch.equal(out[0, 11:], model(out[:, :-1], use_cache=False).logits[0, 10:].argmax(-1))
+
+
+def test_gradients_of_an_adapter_are_those_of_the_definition(tmp_path):
+    """Through LoRA on every projection, those that have biases too."""
+    from peft import LoraConfig, get_peft_model
+
+    make_model(tmp_path, **CASES["llama-tied-bias"][1])
+    network = load_model(tmp_path)
+    state, shape = dict(network.state_dict()), {"p": 3, "start": 2, "end": 5, "drop_attention_join": (0, 5)}
+    wrapped = CqilModel(network, **shape)
+    options = LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
+    tuned = get_peft_model(network, options).train()
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    factors = {name: p for name, p in tuned.named_parameters() if p.requires_grad}
+    exact = {name: p.detach().double().requires_grad_() for name, p in factors.items()}
+    for name, b in exact.items():
+        if ".lora_B." in name:
+            weight = name.removeprefix("base_model.model.").replace(".lora_B.default", "")
+            state[weight] = state[weight].double() + 2 * b @ exact[name.replace("lora_B", "lora_A")]
+    weights = torch.randn(2, 11, 131, dtype=torch.float64)
+    (Formulas(network.config, state).logits(tokens(), **shape) * weights).sum().backward()
+    for checkpointed in (False, True):
+        if checkpointed:
+            tuned.gradient_checkpointing_enable()
+            tuned.enable_input_require_grads()
+        tuned.zero_grad()
+        (tuned(tokens(), use_cache=False).logits * weights).sum().backward()
+        for name, factor in factors.items():
+            expected = exact[name].grad
+            assert (factor.grad - expected).norm() < 1e-4 * expected.norm(), name
+    assert wrapped.cqil.changed_layers == (0, 2, 3, 4, 5)
 
 
 def test_generate_with_its_cache_equals_full_passes(tmp_path):

@@ -18,9 +18,12 @@ def configurations(draw):
     layers = start + groups * p + draw(st.integers(0, 5)) or 1
     placement = draw(st.sampled_from(["sharded", "leader", "tensor"]))
     if placement == "tensor":
-        return CqilConfig(p=p, placement="tensor"), layers
-    d = draw(st.integers(0, p - 1))
-    return CqilConfig(p=p, d=d, start=start, end=start + groups * p, placement=placement), layers
+        config = CqilConfig(p=p, placement="tensor")
+    else:
+        d = draw(st.integers(0, p - 1))
+        config = CqilConfig(p=p, d=d, start=start, end=start + groups * p, placement=placement)
+    split = config.split_layers(layers)
+    return config.dropping(draw(st.sets(st.sampled_from(split))) if split else (), layers), layers
 
 
 @given(configurations())
@@ -40,9 +43,15 @@ def test_every_layer_runs_where_it_should_and_collectives_line_up(configuration)
             assert rank.all_reduces == len(cqil.groups) and rank.broadcasts == bool(cqil.groups)
         else:
             assert alone == outside
-            assert rank.all_reduces == (0 if cqil.p == 1 else len(cqil.groups) + 2 * len(outside))
+            twice = set(outside) - set(cqil.drop_attention_join)
+            joins = len(cqil.groups) + len(outside) + len(twice)
+            assert rank.all_reduces == (0 if cqil.p == 1 else joins)
+            assert cqil.split_layers(layers) == (() if cqil.p == 1 else tuple(outside))
         collectives.append([s for s in rank.steps if isinstance(s, (Receive, Group)) or s.split])
-    shapes = [[type(s).__name__ + str(getattr(s, "layers", "")) for s in steps] for steps in collectives]
+    shapes = [
+        [type(s).__name__ + str(getattr(s, "layers", getattr(s, "all_reduces", ""))) for s in steps]
+        for steps in collectives
+    ]
     assert all(shape == shapes[0] for shape in shapes)
 
 

@@ -38,10 +38,11 @@ SHAPES += [
 ]
 SHAPES += [{"p": p, "placement": "tensor"} for p in (2, 4)]
 CASES = [(name, shape) for name in ARCHITECTURES for shape in SHAPES]
-# Attention passed further on, other ranges, and a rank with nothing to do.
+# Attention passed further on, other ranges, joins left out, and a rank with nothing to do.
 CASES += [
     ("llama-gqa", {"p": 4, "d": 3, "start": 2, "end": 6}),
     ("qwen3", {"p": 3, "d": 2, "start": 0, "end": 6, "bypass": "residual", "placement": "leader"}),
+    ("llama-tied-bias", {"p": 2, "start": 2, "end": 4, "drop_attention_join": (0, 5)}),
     ("qwen2", {"p": 2, "start": 3, "end": 3, "placement": "leader"}),
 ]
 # Every architecture, and every shape at some of them.

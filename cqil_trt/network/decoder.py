@@ -72,6 +72,8 @@ def _input_norms(ops: Ops[V]) -> list[str]:
 
 def _layer(ops: Ops[V], step: Layer, shard: LayerShard, x: V, normed: V, norm: str, positions: Any) -> tuple[V, V]:
     """An ordinary decoder layer: attention then MLP, alone or split over the ranks."""
+    if step.drops_join:
+        return ops.all_reduce_residual_norm(_own_change(ops, shard, x, normed, positions), x, norm)
     join = ops.all_reduce_residual_norm if step.split else ops.residual_norm
     x, normed = join(_attention(ops, shard, normed, positions), x, f"layers.{shard.index}.mlp_norm")
     return join(_mlp(ops, shard, normed), x, norm)
@@ -79,13 +81,19 @@ def _layer(ops: Ops[V], step: Layer, shard: LayerShard, x: V, normed: V, norm: s
 
 def _group(ops: Ops[V], shard: LayerShard, x: V, normed: V, norm: str, positions: Any) -> tuple[V, V]:
     """This rank's layer of a concurrent group; one all-reduce joins the group."""
-    cqil = ops.plan.cqil
+    return ops.all_reduce_residual_norm(_own_change(ops, shard, x, normed, positions, ops.plan.cqil.d), x, norm)
+
+
+def _own_change(ops: Ops[V], shard: LayerShard, x: V, normed: V, positions: Any, d: int = 0) -> V:
+    """The change that this rank's layer, or its share of one, makes to x before any join.
+
+    `d`: how many ranks' attention outputs the bypass adds to its own.
+    """
     a = ops.keep(_attention(ops, shard, normed, positions))
-    b = ops.bypass(a, cqil.d) if cqil.d else None
+    b = ops.bypass(a, d) if d else None
     attended = a if b is None else ops.add(a, b)
     _, normed = ops.residual_norm(attended, x, f"layers.{shard.index}.mlp_norm")
-    delta = ops.add(attended if cqil.bypass == "residual" else a, _mlp(ops, shard, normed))
-    return ops.all_reduce_residual_norm(delta, x, norm)
+    return ops.add(attended if ops.plan.cqil.bypass == "residual" else a, _mlp(ops, shard, normed))
 
 
 def _attention(ops: Ops[V], shard: LayerShard, normed: V, positions: Any) -> V:

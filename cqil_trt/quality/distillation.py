@@ -35,8 +35,8 @@ _GREEDY_TOKENS = 4
 class Student:
     """A Hugging Face model as teacher and student: with CQIL's forward pass and a fresh LoRA adapter.
 
-    `model` is the PEFT model that is trained. `concurrent_only`: whether only the concurrent layers are adapted.
-    Raises UserError when the range does not fit the model.
+    `model` is the PEFT model that is trained. `concurrent_only`: whether only `CqilConfig.changed_layers`
+    are adapted. Raises UserError when the configuration does not fit the model.
     """
 
     def __init__(
@@ -48,14 +48,14 @@ class Student:
         dropout: float,
         concurrent_only: bool = False,
     ):
-        self.cqil = CqilModel(network, cqil.p, cqil.d, cqil.start, cqil.end, cqil.bypass)
+        self.cqil = CqilModel.of(network, cqil)
         lora = LoraConfig(
             r=rank,
             lora_alpha=alpha,
             lora_dropout=dropout,
             # Every projection, as the authors of CQIL adapted them.
             target_modules=list(families.of_type(network.config.model_type).linear_modules),
-            layers_to_transform=list(range(cqil.start, cqil.end)) if concurrent_only else None,
+            layers_to_transform=list(cqil.changed_layers) if concurrent_only else None,
             task_type="CAUSAL_LM",
         )
         with peft_attributes():

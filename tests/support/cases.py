@@ -69,13 +69,17 @@ RANK_SHAPES = [
     {"p": 2, "start": 1, "end": 5},
     {"p": 2, "d": 1, "start": 2, "end": 6, "bypass": "residual"},
     {"p": 4, "d": 1, "start": 1, "end": 5, "placement": "leader"},
-    {"p": 4, "placement": "tensor"},
+    {"p": 4, "placement": "tensor", "drop_attention_join": (1, 4)},
 ]
 
 
 def identifier(case):
     name, shape = case
-    return name + "-" + "-".join(f"{k}{v}" if isinstance(v, int) else v for k, v in shape.items())
+
+    def part(key, value):
+        return value if key in ("bypass", "placement", "dtype") else f"{key}{value}"
+
+    return name + "-" + "-".join(part(*item) for item in shape.items())
 
 
 def relative(found, expected):
