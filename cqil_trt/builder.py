@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cqil_trt import backends, probes
 from cqil_trt import engine as engine_directory
-from cqil_trt.config import CqilConfig, EngineLimits
+from cqil_trt.config import CqilConfig, EngineLimits, layer_list
 from cqil_trt.demo import demo_adapter, is_demo_model
 from cqil_trt.errors import UserError
 from cqil_trt.formats import DENSE
@@ -88,8 +88,9 @@ class BuildRequest:
         lora: a PEFT adapter (a directory or a name on the hub), merged in float32. If it contains a CQIL configuration,
             that replaces the defaults of the next two. None: the adapter bundled with this package, for the demo model
             in the configuration it was trained for. "none": no adapter.
-        preset: a published configuration (`presets.PRESETS`); p, d, start, end, bypass and placement override it.
+        preset: a published configuration (`presets.PRESETS`), which the next two override.
         p, d, start, end, bypass, placement: see `CqilConfig`; start and end default to the middle of the model.
+        drop_attention_join: as `CqilConfig.dropping` takes it.
         dtype: float32, float16 or bfloat16; default the checkpoint's (float32 for GGUF).
         quantize: the format that the matrices of layers are quantized to: one of `formats.names()`, default dense; or
             "stored", the codes of a quantized checkpoint.
@@ -115,6 +116,7 @@ class BuildRequest:
     end: int | None = None
     bypass: str | None = None
     placement: str | None = None
+    drop_attention_join: str | tuple[int, ...] | None = None
     dtype: str | None = None
     quantize: str | None = None
     keep: str | None = None
@@ -140,7 +142,7 @@ class BuildRequest:
     @property
     def cqil_flags(self) -> dict[str, Any]:
         """The flags for `choose_cqil`."""
-        names = ("preset", "p", "d", "start", "end", "bypass", "placement")
+        names = ("preset", "p", "d", "start", "end", "bypass", "placement", "drop_attention_join")
         return {name: getattr(self, name) for name in names}
 
     def locate(self, job: Job) -> BuildRequest:
@@ -220,23 +222,24 @@ class BuildPlan:
 
 
 def describe_steps(rank: RankPlan) -> str:
-    """A rank's layers in short form, e.g. `0-11 (1/2 of each), 12 14 … 28, 30-31 (1/2 of each)`."""
+    """A rank's layers in short form, e.g. `0-11 (1/2 of each), 12 14 … 28, 30-31 (1/2 of each, one join)`."""
     parts: list[str] = []
-    run: list[int] = []
-    split = False
+    run: list[Layer] = []
 
     def flush() -> None:
         if run:
-            span = f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}"
             of_each = " of each" if len(run) > 1 else ""
-            parts.append(span + (f" (1/{rank.world_size}{of_each})" if split else ""))
+            join = ", one join" if run[0].drops_join else ""
+            how = f" (1/{rank.world_size}{of_each}{join})" if run[0].split else ""
+            parts.append(layer_list([step.index for step in run]) + how)
             run.clear()
 
     own = [step.index for step in rank.schedule.layers if isinstance(step, Group)]
     for step in rank.schedule.layers:
         if isinstance(step, Layer):
-            split = step.split
-            run.append(step.index)
+            if run and run[0].drops_join != step.drops_join:
+                flush()
+            run.append(step)
         elif step.index == own[0]:
             flush()
             parts.append(" ".join(map(str, own)) if len(own) <= 4 else f"{own[0]} {own[1]} … {own[-1]}")
@@ -308,7 +311,7 @@ def _open_engine(request: BuildRequest, path: Path) -> _Opened:
         "keep": request.keep,
         "no-tokenizer": None if request.tokenizer else True,
     }
-    if given := [f"--{name}" for name, value in decided.items() if value is not None]:
+    if given := [f"--{name.replace('_', '-')}" for name, value in decided.items() if value is not None]:
         raise UserError(f"--model {path}: an engine, which fixes {', '.join(given)}: omit it")
     plain = f"-{backends.PLAIN}-"
     name = f"{path.name}-{request.backend}"
@@ -461,15 +464,14 @@ def choose_cqil(
         ignored = [f"--{field}" for field in ("d", "start", "end", "bypass") if given.get(field)]
         if ignored:
             notes.append(f"placement tensor has no groups: {', '.join(ignored)} not used")
-        return CqilConfig(p=given.get("p", basis.p if basis else 2), placement="tensor")
+        config = CqilConfig(p=given.get("p", basis.p if basis else 2), placement="tensor")
+        return config.dropping(given.get("drop_attention_join", ()), model.num_layers)
     if basis is not None:
-        config = replace(basis, **given)
-        config.check_depth(model.num_layers)
+        # Last, because the rest decides which layers have a join.
+        dropped = given.pop("drop_attention_join", basis.drop_attention_join)
+        config = replace(basis, **given, drop_attention_join=()).dropping(dropped, model.num_layers)
         if trained is not None and replace(config, placement=trained.placement) != trained:
-            notes.append(
-                f"the adapter was trained for p={trained.p} d={trained.d} [{trained.start}, {trained.end}), bypass "
-                f"{trained.bypass}: this build differs"
-            )
+            notes.append(f"the adapter was trained for {trained.summary}: this build differs")
         return config
     config = CqilConfig.choose(model.num_layers, **{"p": 2, **given})
     if config.groups and ("start" not in given or "end" not in given):
@@ -478,13 +480,13 @@ def choose_cqil(
             "middle of the model (--start and --end choose another)"
         )
     elif config.p > 1 and not config.groups:
-        notes.append("no layers run concurrently: the range is empty, so this is plain tensor parallelism or one rank")
+        notes.append("no layers run concurrently: the range is empty, so this is tensor parallelism or one rank")
     return config
 
 
 def _default_name(backend: str, model: Found, cqil: CqilConfig, limits: EngineLimits, adapter: Found | None) -> str:
     parts = [model.stem] if adapter is None else [model.stem, adapter.stem]
-    parts.append(f"p{cqil.p}-d{cqil.d}-{cqil.start}-{cqil.end}")
+    parts.append(cqil.name)
     if cqil.d:
         parts.append(cqil.bypass)
     stored = [limits.dtype] if limits.weights == DENSE else [limits.weights, limits.dtype]

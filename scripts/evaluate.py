@@ -178,14 +178,14 @@ def references(options: argparse.Namespace, names: list[str], manager: Any) -> I
 
     network = reference.from_reader(model, checkpoint.reader, pieces=not options.quantize)
     yield run(network, Column(UNCHANGED, CqilConfig(p=1)))
-    if cqil.groups:
+    if cqil.changed_layers:
         reference.with_cqil(network, cqil)
         yield run(network, Column(CQIL, cqil))
     if adapted is not None:
         del network
         network = reference.from_reader(adapted.model, adapted.reader, pieces=not options.quantize)
         reference.with_cqil(network, cqil)
-        yield run(network, Column(ADAPTED if cqil.groups else "adapter", cqil))
+        yield run(network, Column(ADAPTED if cqil.changed_layers else "adapter", cqil))
     del network
     reference.free_memory()  # an engine allocates its memory outside PyTorch
 
@@ -259,10 +259,7 @@ def report(options: argparse.Namespace, columns: list[Column]) -> None:
 
 
 def describe(cqil: CqilConfig) -> str:
-    if not cqil.groups:
-        return "none"
-    bypass = f" {cqil.bypass}" if cqil.d else ""
-    return f"p={cqil.p} d={cqil.d}{bypass} [{cqil.start}, {cqil.end})"
+    return cqil.summary if cqil.changed_layers else "none"
 
 
 def task_table(columns: list[Column]) -> str:

@@ -101,7 +101,7 @@ def parser() -> RankParser:
         "--lora-layers",
         choices=("all", "concurrent"),
         default="all",
-        help="which layers are adapted; the concurrent ones alone make a smaller adapter",
+        help="which layers are adapted; the concurrent ones and those with a dropped join alone make a smaller adapter",
     )
     train.add_argument(
         "--adapter-dtype", choices=("float32", "bfloat16"), default="float32", help="type of the adapter's file"
@@ -145,16 +145,15 @@ def train(options: argparse.Namespace) -> None:
     model, reader = open_checkpoint(found.path)
     notes: list[str] = []
     cqil = choose_cqil(model, cqil_flags(options), notes)
-    if not cqil.groups:
+    if not cqil.changed_layers:
         raise UserError("no layers run concurrently: there is nothing to train (give --p above 1, --start and --end)")
     if options.sequence_length > model.max_position:
         raise UserError(f"--sequence-length {options.sequence_length}: the model has {model.max_position} positions")
-    bypass = f" ({cqil.bypass})" if cqil.d else ""
-    print(f"{found}: p={cqil.p} d={cqil.d}{bypass}, layers [{cqil.start}, {cqil.end}) of {model.num_layers}")
+    print(f"{found}, {model.num_layers} layers: {cqil.summary}")
     for note in notes:
         print(f"note: {note}")
     if options.output is None:
-        options.output = Path("adapters") / f"{found.stem}-p{cqil.p}-d{cqil.d}-{cqil.start}-{cqil.end}"
+        options.output = Path("adapters") / f"{found.stem}-{cqil.name}"
     settings = check_output(options, cqil, found.pinned)
     report = run(options, found.path, model, reader, cqil, settings)
     if not FIRST:

@@ -14,7 +14,7 @@ from support.made_tokenizers import save_byte_tokenizer
 from support.processes import assert_user_error, build, mpirun, run
 
 import cqil_trt.engine
-from cqil_trt.builder import BuildRequest, prepare
+from cqil_trt.builder import BuildRequest, choose_cqil, prepare
 from cqil_trt.commands.run import parser as run_parser
 from cqil_trt.commands.run import read_prompts
 from cqil_trt.errors import UserError
@@ -53,6 +53,31 @@ def test_build_prints_its_plan_and_writes_json(model, tmp_path):
     assert [rank["bypasses_per_token"] for rank in ranks] == [0, 0]
     bypassed = json.loads(build(*arguments, "--d", 1, "--json", "--force").stdout)["ranks"]
     assert [rank["bypasses_per_token"] for rank in bypassed] == [groups, groups]
+
+
+def test_dropped_joins_are_in_the_plan_and_in_the_engine(model, tmp_path):
+    flags = ("--p", 2, "--start", 2, "--end", 4, "--drop-attention-join", "0,4-5")
+    done = build("--model", model, *flags, "--output", tmp_path / "engine")
+    assert done.returncode == 0, done.stderr
+    assert "\ndropped    the all-reduce after attention in layers 0,4-5\n" in done.stdout
+    assert "0 (1/2, one join), 1 (1/2), 2, 4-5 (1/2 of each, one join)" in done.stdout
+    engine = cqil_trt.engine.Engine.open(tmp_path / "engine")
+    assert engine.cqil.drop_attention_join == (0, 4, 5)
+    assert engine.plan(0).collectives == 1 + 2 * 4 - 3
+    # What an adapter was trained for is built again, unless a flag says otherwise, and that is said.
+    for flags, dropped, noted in (
+        ({}, (0, 4, 5), False),
+        ({"placement": "sharded", "drop_attention_join": "auto:2"}, (4, 5), True),
+        ({"drop_attention_join": "none", "placement": "leader"}, (), True),
+        ({"placement": "tensor"}, (), False),
+    ):
+        found = choose_cqil(engine.model, flags, notes := [], trained=engine.cqil)
+        assert found.drop_attention_join == dropped
+        assert any("trained for p=2 d=0 [2, 4), attention joins dropped in 0,4-5" in note for note in notes) == noted
+    with pytest.raises(UserError, match="--drop-attention-join 0,4-5: with --placement leader"):
+        choose_cqil(engine.model, {"placement": "leader"}, [], trained=engine.cqil)
+    done = build("--model", tmp_path / "engine", "--backend", "onnx", "--drop-attention-join", "none")
+    assert_user_error(done, "which fixes --drop-attention-join: omit it")
 
 
 def test_one_rank_reads_all_the_weights(model, tmp_path):
@@ -199,6 +224,8 @@ BUILD_ERRORS = {
     "p does not divide the range": (["--p", 2, "--start", 0, "--end", 5], ["--p 2 does not divide", "--end 4"]),
     "end beyond the model": (["--p", 2, "--start", 0, "--end", 8], ["--end 8", "6 layers"]),
     "d not below p": (["--p", 2, "--d", 2], ["--d", "--p 2"]),
+    "a join of a group": (["--start", 2, "--end", 4, "--drop-attention-join", "1-2"], ["1-2: layer 2 is in a group"]),
+    "a join that leader has not": (["--placement", "leader", "--drop-attention-join", "0"], ["--placement leader"]),
     "unknown preset": (["--preset", "llama-8b"], ["--preset llama-8b", "llama-7b-p2-d0"]),
     "preset of a deeper model": (["--preset", "llama-7b-p2-d0"], ["--end 30", "6 layers"]),
     "too long": (["--max-seq-len", 4096], ["--max-seq-len 4096", "128 positions"]),

@@ -30,7 +30,7 @@ MODELS = {
 SHAPES = [
     {"p": 2, "start": 2, "end": 8},
     {"p": 4, "start": 1, "end": 9, "d": 1},
-    {"p": 2, "placement": "tensor"},
+    {"p": 2, "placement": "tensor", "drop_attention_join": (1, 8)},
     {"p": 1},
 ]
 
@@ -105,6 +105,8 @@ def test_the_checkpoint_put_back_together_is_the_model(name, shape, models, tmp_
     config = json.loads((engine / "checkpoint" / "config.json").read_text())
     layers = places(shape, SIZES["num_hidden_layers"])
     assert config["num_hidden_layers"] == len(layers) == len(config["num_kv_heads_per_layer"])
+    dropped, grouped = shape.get("drop_attention_join", ()), config["cqil"]["grouped"]
+    assert config["cqil"]["one_join"] == [whole or own[0] in dropped for whole, own in zip(grouped, layers)]
     found = put_together(engine / "checkpoint", config, layers)
     expected = load_model(models[name]).state_dict()
     assert found.keys() == expected.keys()
@@ -168,7 +170,7 @@ def test_tensorrt_llms_own_code_emits_the_network(name, collective, models, tmp_
     sources, package = os.environ.get("TRTLLM_SOURCE"), os.environ.get("TRTLLM_TENSORRT")
     if not sources or not package:
         pytest.skip("TRTLLM_SOURCE and TRTLLM_TENSORRT are not set (docs/tensorrt-llm.md)")
-    engine, shape = tmp_path / "engine", {"p": 2, "start": 2, "end": 8}
+    engine, shape = tmp_path / "engine", {"p": 2, "start": 2, "end": 8, "drop_attention_join": (1,)}
     options = {"collective": collective, "dtype": "float16", "probes": "never"}
     cqil_trt.build(model=models[name], backend="tensorrt-llm", output=engine, **options, **shape)
     config = json.loads((engine / "checkpoint" / "config.json").read_text())
@@ -193,7 +195,7 @@ def test_tensorrt_llms_own_code_emits_the_network(name, collective, models, tmp_
             by_name.setdefault(plugin["plugin"], []).append({k: v[0] for k, v in plugin["fields"].items()})
         grouped = config["cqil"]["grouped"]
         joins = by_name.pop("CqilAllReduce" if collective == "plugin" else "AllReduce")
-        assert len(joins) == sum(1 if whole else 2 for whole in grouped)
+        assert len(joins) == sum(1 if once else 2 for once in config["cqil"]["one_join"])
         for place, (fields, whole) in enumerate(zip(by_name.pop("GPTAttention"), grouped, strict=True)):
             ranks = 1 if whole else 2
             assert fields["layer_idx"] == place and fields["tp_size"] == ranks
@@ -337,6 +339,7 @@ def test_the_session_asks_the_runner_for_what_generation_and_validation_need(mod
 @pytest.mark.parametrize("version", API)
 def test_what_the_model_calls_is_what_each_version_takes(version, collective, models, tmp_path, monkeypatch):
     engine, shape = tmp_path / "engine", {"p": 2, "start": 2, "end": 8, "d": 1 if collective == "plugin" else 0}
+    shape["drop_attention_join"] = (0,)
     options = {"collective": collective, "probes": "never"}
     cqil_trt.build(model=models["biases"], backend="tensorrt-llm", output=engine, **options, **shape)
     values = json.loads((engine / "checkpoint" / "config.json").read_text())
@@ -349,8 +352,11 @@ def test_what_the_model_calls_is_what_each_version_takes(version, collective, mo
     required = contract.symbols["GenerationMixin.prepare_attention_inputs"]["required"]
     given = model.prepare_attention_inputs(**dict.fromkeys(required))
     assert given["num_kv_heads_per_layer"] == values["num_kv_heads_per_layer"]
-    assert {"Attention.__init__", "Attention.forward", "GatedMLP.forward", "Linear.__init__"} <= contract.called
-    assert ("allreduce" in contract.called) == (collective == "trtllm")
+    assert {"Attention.__init__", "Attention.forward", "GatedMLP.forward", "Linear.__init__"} <= contract.called.keys()
+    # Of three split layers, two join twice; the three groups have a bypass each.
+    joins = 2 + 2 + 1 + 3
+    expected = {"trtllm": (joins, 0), "plugin": (0, joins + 3)}[collective]
+    assert (contract.called["allreduce"], contract.called["default_trtnet"]) == expected
 
     flags = {flag for flag in build_command(tmp_path, tmp_path, EngineLimits(dtype="float16")) if flag.startswith("--")}
     assert flags <= set(contract.symbols["trtllm-build"]["flags"])

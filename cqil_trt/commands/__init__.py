@@ -59,6 +59,11 @@ def add_cqil_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--start", type=int, help="first concurrent layer (default: the middle of the model)")
     parser.add_argument("--end", type=int, help="first layer after the concurrent ones")
     parser.add_argument("--bypass", choices=BYPASSES, help="where the bypass goes when d > 0 (default mlp)")
+    parser.add_argument(
+        "--drop-attention-join",
+        metavar="LAYERS",
+        help="split layers without the all-reduce after attention: layers like 4-11,28-31, auto:N, or none (default)",
+    )
 
 
 def add_speculate_flag(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +79,8 @@ def add_speculate_flag(parser: argparse.ArgumentParser) -> None:
 
 def cqil_flags(options: argparse.Namespace) -> dict[str, Any]:
     """The values of the flags that `add_cqil_flags` adds; None where one was not given."""
-    return {name: getattr(options, name) for name in ("preset", "p", "d", "start", "end", "bypass")}
+    names = ("preset", "p", "d", "start", "end", "bypass", "drop_attention_join")
+    return {name: getattr(options, name) for name in names}
 
 
 def chosen_model(name: str | None) -> Found:

@@ -11,7 +11,7 @@ from typing import Any
 from cqil_trt import __version__, backends, formats
 from cqil_trt.builder import PROBES, STORED, BuildRequest, prepare, write
 from cqil_trt.commands import RankParser, add_cqil_flags, run_ranks
-from cqil_trt.config import DTYPES, PLACEMENTS
+from cqil_trt.config import DTYPES, PLACEMENTS, layer_list
 from cqil_trt.job import Job
 from cqil_trt.table import size, table
 
@@ -105,6 +105,9 @@ def describe(plan: dict[str, Any]) -> str:
     shape = f"{groups} groups of {cqil['p']} layers in [{cqil['start']}, {cqil['end']})" if groups else "no groups"
     bypass = f", d={cqil['d']} ({cqil['bypass']})" if cqil["d"] else ", d=0" if groups else ""
     lines.append(f"CQIL       p={cqil['p']}{bypass}: {shape}, placement {cqil['placement']}")
+    if cqil["drop_attention_join"]:
+        layers = layer_list(cqil["drop_attention_join"])
+        lines.append(f"dropped    the all-reduce after attention in layers {layers}")
     if limits["weights"] != formats.DENSE:
         kept = f", {len(limits['keep'])} layers kept in {limits['dtype']}" if limits["keep"] else ""
         lines.append(f"weights    {limits['weights']}{kept}")

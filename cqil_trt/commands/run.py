@@ -108,7 +108,7 @@ def run(options: argparse.Namespace, job: Job) -> bool:
     report: dict[str, Any] = {"engine": str(llm.engine.path), "ranks": job.size, "replicas": llm.replicas}
     cqil = llm.engine.cqil
     say(
-        f"{llm.engine.path}: p={cqil.p} d={cqil.d} [{cqil.start}, {cqil.end}) {cqil.placement}, {limits.dtype}, "
+        f"{llm.engine.path}: {cqil.summary}, {cqil.placement}, {limits.dtype}, "
         f"{llm.engine.backend}, {job.size} ranks" + (f", {llm.replicas} replicas" if llm.replicas > 1 else "")
     )
 

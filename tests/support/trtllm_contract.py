@@ -4,6 +4,7 @@ import inspect
 import json
 import sys
 import types
+from collections import Counter
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -13,10 +14,10 @@ UNPINNED = API.pop("no release named")["symbols"]
 
 
 class Contract:
-    """One version's signatures. `bind` raises TypeError for a call that they do not take; `called`: what was bound."""
+    """One version's signatures. `bind` raises TypeError for a call that they do not take; `called`: how often each."""
 
     def __init__(self, version):
-        self.symbols, self.called = UNPINNED | API[version]["symbols"], set()
+        self.symbols, self.called = UNPINNED | API[version]["symbols"], Counter()
 
     def bind(self, symbol, *arguments, **keywords):
         entry, kinds = self.symbols[symbol], inspect.Parameter
@@ -30,7 +31,7 @@ class Contract:
         ]
         if entry["any_keyword"]:
             parameters.append(kinds("any", kinds.VAR_KEYWORD))
-        self.called.add(symbol)
+        self.called[symbol] += 1
         try:
             return inspect.Signature(parameters).bind(*arguments, **keywords)
         except TypeError as error:

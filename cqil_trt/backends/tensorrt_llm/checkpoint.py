@@ -64,7 +64,8 @@ def describe(options: Mapping[str, Any], ranks: tuple[RankPlan, ...]) -> Descrip
 def configuration(ranks: tuple[RankPlan, ...], limits: EngineLimits, collective: str) -> dict[str, Any]:
     """The checkpoint's config.json: TensorRT-LLM's keys, and ours under `cqil`."""
     model, cqil = ranks[0].model, ranks[0].cqil
-    grouped = [isinstance(step, Group) for step in ranks[0].schedule.layers]
+    steps = ranks[0].schedule.layers
+    grouped = [isinstance(step, Group) for step in steps]
     return {
         # Every part of TensorRT-LLM can read the stock class's configuration. The model's class is ours.
         "architecture": "LlamaForCausalLM",
@@ -95,6 +96,7 @@ def configuration(ranks: tuple[RankPlan, ...], limits: EngineLimits, collective:
         "cqil": {
             **cqil.to_dict(),
             "grouped": grouped,
+            "one_join": [isinstance(step, Group) or step.drops_join for step in steps],
             "collective": collective,
             "qkv_bias": model.qkv_bias,
             "o_bias": model.o_bias,

@@ -5,7 +5,8 @@ the KV cache, and its attention module includes the projections, so an `Ops` wou
 from the stock LLaMA model in what joins the ranks. Outside the groups, layers are tensor-parallel. Inside a group, each
 rank runs one whole layer, at the same place in its list, and one all-reduce joins the group (docs/tensorrt-llm.md).
 
-The checkpoint's config.json says under `cqil` which layers are grouped; checkpoint.py writes it.
+The checkpoint's config.json says under `cqil` which layers are grouped, and which join the ranks only once;
+checkpoint.py writes it.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ class CqilDecoderLayer(Module):
         super().__init__()
         cqil, mapping = config.cqil, config.mapping
         self.grouped = cqil["grouped"][layer_idx]
+        # Older checkpoints do not have it: no join was dropped.
+        self._one_join = cqil.get("one_join", cqil["grouped"])[layer_idx]
         self._cqil, self._group = cqil, mapping.tp_group
         self._dtype = config.dtype
         # A layer of a group is not split. `_join` joins the ranks, never the matrices.
@@ -101,17 +104,17 @@ class CqilDecoderLayer(Module):
             attention_params=attention_params,
         )
         attended, presents = attended if use_cache else (attended, None)
-        if self.grouped:
-            delta = self._own_layer(x, attended)
+        if self._one_join:
+            delta = self._own_change(x, attended)
         else:
             x, normed = self._join(attended, x, self.post_layernorm)
             delta = self.mlp(normed)
         joined = self._join(delta, x, self.following[0])
         return (joined, presents) if use_cache else joined
 
-    def _own_layer(self, x: Tensor, a: Tensor) -> Tensor:
-        """The change that this rank's layer of a group makes to the residual stream."""
-        distance = self._cqil["d"]
+    def _own_change(self, x: Tensor, a: Tensor) -> Tensor:
+        """The change that this rank's layer of a group, or its share of a layer, makes before any join."""
+        distance = self._cqil["d"] if self.grouped else 0
         attended = a + self._bypass(a, distance) if distance else a
         changed = self.mlp(self.post_layernorm(x + attended))
         return changed + (attended if self._cqil["bypass"] == "residual" else a)
