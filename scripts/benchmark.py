@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -125,6 +126,12 @@ def parser() -> RankParser:
     parser.add_argument("--end", type=int)
     parser.add_argument("--layers", type=int, help="fewer for a quick look")
     parser.add_argument(
+        "--drop-attention-join",
+        metavar="LAYERS",
+        help="also measure sharded and tensor without the all-reduce after attention in these layers, as build.py "
+        "takes them; all: in every layer that is split",
+    )
+    parser.add_argument(
         "--quantize",
         default=formats.DENSE,
         choices=[formats.DENSE, *formats.choices()],
@@ -191,6 +198,18 @@ def configure(options: argparse.Namespace, ranks: int) -> tuple[CqilConfig, Mode
     return cqil, model
 
 
+def measured(options: argparse.Namespace, cqil: CqilConfig, num_layers: int) -> dict[str, CqilConfig]:
+    """What is measured, by name: one rank, every placement, and with --drop-attention-join those with fewer joins."""
+    found: dict[str, CqilConfig] = {"sequential": CqilConfig(p=1)}
+    found |= {name: replace(cqil, placement=name) for name in ("leader", "sharded")}
+    found["tensor"] = CqilConfig(p=cqil.p, placement="tensor")
+    if (wanted := options.drop_attention_join) is not None:
+        for name in ("sharded", "tensor"):
+            layers = found[name].split_layers(num_layers) if wanted == "all" else wanted
+            found[f"{name}, dropped"] = found[name].dropping(layers, num_layers)
+    return found
+
+
 @contextmanager
 def saying_when_memory_is_full() -> Iterator[None]:
     """Turns PyTorch's out-of-memory error into a UserError."""
@@ -206,6 +225,7 @@ def saying_when_memory_is_full() -> Iterator[None]:
 
 def run(options: argparse.Namespace, job: Job) -> None:
     cqil, model = job.agree(lambda: configure(options, job.size))
+    placements = job.agree(lambda: measured(options, cqil, model.num_layers))
     job.agree(lambda: use_device(RANK))
     reader: WeightReader = SyntheticReader(model)
     if options.quantize != formats.DENSE:
@@ -220,11 +240,6 @@ def run(options: argparse.Namespace, job: Job) -> None:
         weights=options.quantize,
         prefill_chunk=1024,
     )
-
-    placements: dict[str, CqilConfig] = {"sequential": CqilConfig(p=1)}
-    grouped = {"p": cqil.p, "d": cqil.d, "start": cqil.start, "end": cqil.end, "bypass": cqil.bypass}
-    placements |= {name: CqilConfig(**grouped, placement=name) for name in ("leader", "sharded")}
-    placements["tensor"] = CqilConfig(p=cqil.p, placement="tensor")
 
     bandwidth = job.agree(read_bandwidth)
     prompts = [
@@ -312,12 +327,16 @@ def read_bandwidth() -> float:
 def reference_answers(
     model: ModelConfig, reader: WeightReader, placements: Mapping[str, CqilConfig], prompts: list[list[int]]
 ) -> dict[str, Any]:
-    """The float32 reference's answers for each placement; placements with the same groups share them."""
+    """The float32 reference's answers for each placement; placements that compute the same share them."""
+
+    def computes(shape: CqilConfig) -> tuple[Any, ...]:
+        return shape.groups, shape.drop_attention_join
+
     answers: dict[str, Any] = {}
     with saying_when_memory_is_full():
         network = reference.from_reader(model, reader)
         for name, shape in placements.items():
-            alike = next((other for other in answers if placements[other].groups == shape.groups), None)
+            alike = next((other for other in answers if computes(placements[other]) == computes(shape)), None)
             answers[name] = answers.get(alike) or reference.probe(
                 reference.with_cqil(network, shape), prompts, [STEPS] * len(prompts), False
             )

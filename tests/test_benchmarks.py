@@ -56,6 +56,7 @@ def test_serving_is_measured_beside_the_engine(tmp_path):
         ("benchmark --synthetic --alone --start 12 --end 12", "no layers run concurrently in [12, 12)"),
         ("benchmark --synthetic --alone --contexts 20,x", "--contexts 20,x: expected numbers"),
         ("benchmark --synthetic --alone --layers 1", "--layers must be at least 2"),
+        ("benchmark --synthetic --alone --drop-attention-join 11-12", "11-12: layer 12 is in a group"),
         ("benchmark --synthetic --alone --layers 4 --end 4", "it takes neither --start nor --end"),
         ("benchmark --synthetic --alone --plot p.doc", "--plot p.doc: its ending is none of"),
         ("benchmark --synthetic --alone --json docs", "--json docs: is a directory"),
