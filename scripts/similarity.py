@@ -3,6 +3,7 @@
 
     python scripts/similarity.py --model path/to/model --text text.txt --plot similarity.png
     python scripts/similarity.py --model path/to/model --text text.txt --search --plot search.png
+    python scripts/similarity.py --model path/to/model --text text.txt --joins
 
 Without --search, ranges are recommended by similarity, the paper's criterion; with it, by measured perplexity.
 """
@@ -64,6 +65,11 @@ def parser() -> Parser:
         "--first", metavar="LAYER", type=int, help="the first layer of all ranges (default: 3/8 of the layers)"
     )
     p.add_argument("--dtype", choices=DTYPES, default="float16", help="type of weights, for predicted latency")
+    p.add_argument(
+        "--joins",
+        action="store_true",
+        help="measure what each layer loses without the all-reduce after attention (build.py --drop-attention-join)",
+    )
     search = p.add_argument_group("search")
     search.add_argument("--search", action="store_true", help="measure perplexity with every range from --first on")
     search.add_argument("--d", metavar="D,D", default="0", help="bypass distances to measure (default %(default)s)")
@@ -120,8 +126,11 @@ def run(options: argparse.Namespace) -> None:
     print(f"{found.stem}, {model.num_layers} layers, {blocks.size} tokens of text\n")
     print(neighbours(similarity))
     result["recommended"] = recommend(similarity, model, ps, first, options)
-    if options.search:
+    if options.search or options.joins:
         unchanged = score_reference(network, blocks)
+    if options.joins:
+        result["joins"] = joins(network, model, blocks, unchanged, ps)
+    if options.search:
         result["search"] = search(network, model, similarity, blocks, unchanged, ps, ds, first, options)
         for stored in quantized:
             del network
@@ -191,6 +200,26 @@ def recommend(
     print(f"\nlongest ranges from layer {first} with a similarity of at least {options.threshold:g} in every group")
     print("(--search measures their perplexity; latency is predicted for batch 1 on H200s, see cqil_trt/latency.py)")
     print(table(("p", "[start, end)", "lowest similarity", *COSTS), rows))
+    return found
+
+
+def joins(
+    network: Any, model: ModelConfig, blocks: np.ndarray, unchanged: Scores, ps: list[int]
+) -> dict[int, list[float]]:
+    """What dropping each layer's attention join costs in log-perplexity, without groups, by the number of ranks."""
+    from cqil_trt import reference
+    from cqil_trt.quality.perplexity import score_reference
+
+    layers, found = model.num_layers, {}
+    for p in ps:
+        tensor = CqilConfig(p=p, placement="tensor")
+        networks = (reference.with_cqil(network, tensor.dropping([layer], layers)) for layer in range(layers))
+        scores = (score_reference(each, blocks) for each in networks)
+        bar = tqdm(scores, total=layers, desc=f"joins, p={p}", disable=not sys.stderr.isatty(), leave=False)
+        found[p] = [each.log_perplexity - unchanged.log_perplexity for each in bar]
+    print(f"\nlog-perplexity that a dropped attention join costs in each layer (unchanged: {unchanged.perplexity:.3f})")
+    rows = [(layer, *(f"{found[p][layer]:+.4f}" for p in ps)) for layer in range(layers)]
+    print(table(("layer", *(f"p={p}" for p in ps)), rows))
     return found
 
 

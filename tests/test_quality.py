@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from support import ROOT, SEED
 from support.checkpoints import load_model, make_model
+from support.formulas import Formulas
 from support.made_tokenizers import save_byte_tokenizer
 from support.processes import assert_user_error, build, environment, mpirun, run
 
@@ -177,7 +178,8 @@ def test_predicted_latency_is_near_what_was_measured(shapes, start, end, measure
 def test_similarity_command(model, text, tmp_path):
     report, plot = tmp_path / "s.json", tmp_path / "s.png"
     common = ["--model", model, "--text", text, "--block", 32, "--text-tokens", 200, "--json", report, "--plot", plot]
-    done = script("similarity", *common, "--threshold", 0.1, "--search", "--d", "0,1", "--p", 2, "--first", 4)
+    flags = ("--search", "--d", "0,1", "--p", 2, "--first", 4, "--joins")
+    done = script("similarity", *common, "--threshold", 0.1, *flags)
     assert done.returncode == 0, done.stderr
     found = json.loads(report.read_text())
     assert np.shape(found["similarity"]) == (8, 8) and plot.read_bytes()[:4] == b"\x89PNG"
@@ -192,6 +194,12 @@ def test_similarity_command(model, text, tmp_path):
     with torch.no_grad():
         loss = torch.stack([wrapped(b[None], labels=b[None]).loss for b in ids.view(-1, 32)]).mean()
     assert points[1, 4, 8] == pytest.approx(math.exp(loss), rel=1e-4)
+    costs = found["joins"]["2"]
+    assert len(costs) == 8 and f"{costs[6]:+.4f}" in done.stdout
+    formulas, rows = Formulas(network.config, network.state_dict()), ids.view(-1, 32)
+    logits = [formulas.logits(rows, p=2, drop_attention_join=drop)[:, :-1].transpose(1, 2) for drop in ((), (6,))]
+    losses = [torch.nn.functional.cross_entropy(each, rows[:, 1:]).item() for each in logits]
+    assert costs[6] == pytest.approx(losses[1] - losses[0], abs=1e-5)
     # With the matrices rounded, beside the others and compared with the same unchanged model.
     flags = ("--search", "--quantize", "int8,int4", "--p", 2, "--first", 6)
     done = script("similarity", *common, "--threshold", 0.1, *flags)
