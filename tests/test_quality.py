@@ -38,7 +38,7 @@ from cqil_trt.shard import plan
 from cqil_trt.weights import open_checkpoint
 
 TEXT = (ROOT / "README.md").read_text()
-SHAPE = ["--p", 2, "--start", 2, "--end", 6]
+SHAPE = ["--p", 2, "--start", 2, "--end", 6, "--drop-attention-join", "6-7"]
 
 
 @pytest.fixture(scope="module")
@@ -512,16 +512,17 @@ def test_adapter_is_what_build_takes_with_its_configuration_inside(model, adapte
     done = build("--model", model, "--lora", adapter, "--output", tmp_path / "engine")
     assert done.returncode == 0 and "2 groups of 2 layers in [2, 6)" in done.stdout, done.stderr
     merged = PeftModel.from_pretrained(load_model(model), adapter).merge_and_unload()
-    expected = cqil_trt.CqilModel(merged, 2, 0, 2, 6)(torch.tensor([[5, 9, 77, 100]])).logits[0]
+    expected = cqil_trt.CqilModel(merged, 2, 0, 2, 6, drop_attention_join="6-7")(
+        torch.tensor([[5, 9, 77, 100]])
+    ).logits[0]
     (tmp_path / "prompt.json").write_text("[5, 9, 77, 100]")
     flags = ["--token-ids", tmp_path / "prompt.json", "--logits-out", tmp_path / "logits.npy", "--max-new-tokens", 1]
     assert mpirun(2, "--engine", tmp_path / "engine", *flags).returncode == 0
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected.detach(), rtol=1e-4, atol=1e-4)
     # Flags win over what is inside, and the plan says so.
     done = build("--model", model, "--lora", adapter, "--end", 4, "--output", tmp_path / "other")
-    assert (
-        "1 groups of 2 layers in [2, 4)" in done.stdout and "the adapter was trained for p=2 d=0 [2, 6)" in done.stdout
-    )
+    assert "1 groups of 2 layers in [2, 4)" in done.stdout
+    assert "the adapter was trained for p=2 d=0 [2, 6), attention joins dropped in 6-7" in done.stdout
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     for path in adapter.iterdir():
@@ -633,7 +634,7 @@ def test_two_processes_with_checkpointed_gradients_train_as_one_with_twice_the_b
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--p", 1], "no layers run concurrently"),
+        (["--p", 1, "--drop-attention-join", "none"], "no layers run concurrently"),
         (["--steps", 0], "--steps must be at least 1"),
         (["--sequence-length", 4096], "128 positions"),
         (["--batch-size", 5000], "fewer than one step's"),
