@@ -251,7 +251,7 @@ def run(
 
     on_gpu = torch.cuda.is_available()
     bfloat16 = (options.precision or ("bf16" if on_gpu else "fp32")) == "bf16"
-    recompute = checkpoint_gradients(options, model, reader)
+    recompute = checkpoint_gradients(options, model, reader, cqil)
     if recompute:
         print("gradient checkpointing: layers are recomputed for the backward pass")
     # transformers renamed the option between releases of version 5.
@@ -392,14 +392,18 @@ def choose_compile(options: argparse.Namespace, on_gpu: bool) -> bool:
     return True
 
 
-def checkpoint_gradients(options: argparse.Namespace, model: ModelConfig, reader: WeightReader) -> bool:
+def checkpoint_gradients(
+    options: argparse.Namespace, model: ModelConfig, reader: WeightReader, cqil: CqilConfig
+) -> bool:
     """Whether to keep fewer activations: as requested, or if they would leave no room on the GPU for logits."""
     import torch
 
     if options.gradient_checkpointing != "auto" or not torch.cuda.is_available():
         return options.gradient_checkpointing == "on"
     weights = sum(2 * torch.Size(shape).numel() for shape in reader.shapes().values())
-    needed = ACTIVATION_BYTES * options.batch_size * options.sequence_length * model.hidden_size * model.num_layers
+    # A layer with a dropped join computes for every rank.
+    layers = model.num_layers + (cqil.p - 1) * len(cqil.drop_attention_join)
+    needed = ACTIVATION_BYTES * options.batch_size * options.sequence_length * model.hidden_size * layers
     return needed > 0.5 * (torch.cuda.mem_get_info()[0] - weights)
 
 
