@@ -109,6 +109,11 @@ class Step:
     guided: tuple[int, ...] = ()
     given: tuple[int, ...] = ()
 
+    @classmethod
+    def of(cls, slots: Sequence[int], drafted: int = 0) -> Step:
+        """A decode step for measurements: the sequences in `slots`, for each of which token 0 is drafted so often."""
+        return cls(decode=tuple(slots), drafts=((0,) * drafted,) * len(slots) if drafted else ())
+
     @property
     def width(self) -> int:
         """Tokens that a decode step feeds to each sequence."""

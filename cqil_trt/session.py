@@ -141,12 +141,15 @@ class Session(ABC):
             outcome, starts = self.collect(), []
         return outcome.choices[slot][0].token
 
-    def time_decode(self, slots: Sequence[int], steps: int) -> list[float]:
-        """Milliseconds of each of `steps` decode steps of the sequences in these slots, from where they are."""
-        times = []
+    def time_decode(self, slots: Sequence[int], steps: int, drafted: int = 0) -> list[float]:
+        """Milliseconds of each of `steps` decode steps of the sequences in these slots, from where they are.
+
+        `drafted`: tokens drafted for each of them, of no likelihood.
+        """
+        step, times = Step.of(slots, drafted), []
         for _ in range(steps):
             began = time.perf_counter()
-            self.submit(Step(decode=tuple(slots)))
+            self.submit(step)
             self.collect()
             times.append((time.perf_counter() - began) * 1e3)
         return times

@@ -57,7 +57,7 @@ __device__ void copy_once(unsigned to, const void* from, bool valid, uint64_t po
 #endif
 
 // kColumns: rows of x that there is room for, 8 or 16.
-template <typename T, bool kGated, bool kDelta, int kColumns, int kStages>
+template <typename T, bool kGated, int kColumns, int kStages>
 __global__ void __launch_bounds__(kFewThreads, 2) few_rows_kernel(Operands o) {
 #if __CUDA_ARCH__ >= 900
     constexpr int kTiles = tiles_of_pass(kColumns), kOctets = kColumns / 8;
@@ -111,18 +111,15 @@ __global__ void __launch_bounds__(kFewThreads, 2) few_rows_kernel(Operands o) {
     release_successor();
     wait_for_predecessor();
 
-    const auto *x = static_cast<const uint4*>(o.x), *delta = static_cast<const uint4*>(o.delta);
-    auto packet_of = [&](int row, int i) {
-        const size_t at = size_t(row) * (o.inputs / 8) + i;
-        return kDelta ? sum_of<T>(x[at], delta[at]) : x[at];
-    };
+    const auto* x = static_cast<const uint4*>(o.x);
+    const int packets = o.inputs / 8;
     if (o.norm != nullptr) {
 #pragma unroll 1
         for (int row = warp; row < o.rows; row += kFewWarps) {
             float square = 0;
 #pragma unroll 8
             for (int i = lane; i < o.inputs / 8; i += 32) {
-                const uint4 packet = packet_of(row, i);
+                const uint4 packet = x[size_t(row) * packets + i];
                 square = dot<T>(packet, packet, square);
             }
             square = warp_sum(square);
@@ -146,7 +143,7 @@ __global__ void __launch_bounds__(kFewThreads, 2) few_rows_kernel(Operands o) {
             for (int step = 0; step < kSteps; ++step) {
                 const int row = i * 8 + column, k = chunk * kTileDepth + warp * kShare + step * 32 + quarter * 8;
                 next[i][step] = uint4{};
-                if (row < o.rows && k < o.inputs) next[i][step] = packet_of(row, k / 8);
+                if (row < o.rows && k < o.inputs) next[i][step] = x[size_t(row) * packets + k / 8];
             }
     };
     load(0);
@@ -421,25 +418,23 @@ int stages_of(int inputs, bool norm, const Device& device) {
     return 0;
 }
 
-template <typename T, bool kGated, bool kDelta, int kColumns, int kStages>
+template <typename T, bool kGated, int kColumns, int kStages>
 int few_rows(const Operands& o, const Device& device, cudaStream_t st) {
     constexpr int kPerTile = kGated ? 8 : 16;
     const int blocks = std::min(device.processors, (o.outputs + kPerTile - 1) / kPerTile);
     const size_t bytes = few_bytes(kColumns, kStages, o.inputs, o.norm != nullptr);
-    return launch(few_rows_kernel<T, kGated, kDelta, kColumns, kStages>, {dim3(blocks), kFewThreads, st, true, bytes},
-                  o);
+    return launch(few_rows_kernel<T, kGated, kColumns, kStages>, {dim3(blocks), kFewThreads, st, true, bytes}, o);
 }
 
-template <typename T, bool kGated, bool kDelta, int kColumns>
+template <typename T, bool kGated, int kColumns>
 int few_rows(const Operands& o, int stages, const Device& device, cudaStream_t st) {
-    return stages == kManyStages ? few_rows<T, kGated, kDelta, kColumns, kManyStages>(o, device, st)
-                                 : few_rows<T, kGated, kDelta, kColumns, kFewStages>(o, device, st);
+    return stages == kManyStages ? few_rows<T, kGated, kColumns, kManyStages>(o, device, st)
+                                 : few_rows<T, kGated, kColumns, kFewStages>(o, device, st);
 }
 
-template <typename T, bool kGated, bool kDelta>
+template <typename T, bool kGated>
 int few_rows(const Operands& o, int stages, const Device& device, cudaStream_t st) {
-    return o.rows <= 8 ? few_rows<T, kGated, kDelta, 8>(o, stages, device, st)
-                       : few_rows<T, kGated, kDelta, 16>(o, stages, device, st);
+    return o.rows <= 8 ? few_rows<T, kGated, 8>(o, stages, device, st) : few_rows<T, kGated, 16>(o, stages, device, st);
 }
 
 template <typename T, int kW, int kX, int kAcrossW, int kAcrossX, int kAcrossK, int kBuffers>
@@ -475,11 +470,10 @@ int linear(const cqil_linear_shape& s, Operands o, char* scratch, cudaStream_t s
     bool few = false;
     const int stages = stages_of(s.inputs, o.norm != nullptr, device);
     if constexpr (!std::is_same_v<T, float>)
-        if (s.rows <= kFewRows && aligned && stages > 0 &&
-            is_modern(few_rows_kernel<T, false, false, 8, kManyStages>, &few))
+        if (s.rows <= kFewRows && aligned && stages > 0 && is_modern(few_rows_kernel<T, false, 8, kManyStages>, &few))
             return -1;
-    // The sum is only fused where a group's layer needs it.
-    if (o.norm != nullptr && !(few && (o.delta == nullptr || s.gated))) {
+    // A sum is not fused: every block would compute it again, while the weights wait.
+    if (o.norm != nullptr && !(few && o.delta == nullptr)) {
         void* sum = o.delta != nullptr ? scratch + normed_bytes(s) : nullptr;
         if (cqil_residual_norm(o.delta, o.x, o.norm, sum, scratch, s.rows, s.inputs, o.eps, type, st)) return -1;
         o.x = scratch;
@@ -487,10 +481,7 @@ int linear(const cqil_linear_shape& s, Operands o, char* scratch, cudaStream_t s
         scratch += 2 * normed_bytes(s);
     }
     if constexpr (!std::is_same_v<T, float>) {
-        if (few && o.delta != nullptr) return few_rows<T, true, true>(o, stages, device, st);
-        if (few)
-            return s.gated ? few_rows<T, true, false>(o, stages, device, st)
-                           : few_rows<T, false, false>(o, stages, device, st);
+        if (few) return s.gated ? few_rows<T, true>(o, stages, device, st) : few_rows<T, false>(o, stages, device, st);
         if (s.rows > 1 && aligned) {
             if (!s.gated) return product<T>(o, st);
             void* out = o.out;
@@ -509,7 +500,7 @@ extern "C" {
 
 int cqil_linear_rows(cqil_dtype dtype) {
     bool modern = false;
-    if (dtype != CQIL_FLOAT32 && is_modern(few_rows_kernel<__half, false, false, 8, kManyStages>, &modern)) return -1;
+    if (dtype != CQIL_FLOAT32 && is_modern(few_rows_kernel<__half, false, 8, kManyStages>, &modern)) return -1;
     return modern ? kFewRows : 1;
 }
 

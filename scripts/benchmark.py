@@ -53,6 +53,7 @@ from cqil_trt.presets import PRESETS, preset
 from cqil_trt.runner import Runner
 from cqil_trt.scheduler import Step
 from cqil_trt.shard import plan
+from cqil_trt.speculation import MAX_TOKENS as MAX_TOKENS_DRAFTED
 from cqil_trt.table import table
 from cqil_trt.validate import answer, compare
 from cqil_trt.weights import WeightReader, cut
@@ -142,6 +143,7 @@ def parser() -> RankParser:
     parser.add_argument("--prefills", default="20,128,1024,4096", help="prompt lengths in tokens")
     parser.add_argument("--batches", default="1,4,8", help="sequences that decode together, at --batch-context")
     parser.add_argument("--batch-context", type=int, default=200)
+    parser.add_argument("--drafts", default="", help="tokens drafted for one sequence in a step, at --batch-context")
     parser.add_argument("--steps", type=int, default=64, help="decode steps per measurement")
     parser.add_argument("--alone", action="store_true", help="rank 0's share of every placement, without the others")
     parser.add_argument("--soak", type=int, default=0, metavar="N", help="then generate N tokens, watching for drift")
@@ -164,6 +166,7 @@ def configure(options: argparse.Namespace, ranks: int) -> tuple[CqilConfig, Mode
     options.contexts = numbers(options.contexts, "--contexts", 1, MAX_TOKENS)
     options.prefills = numbers(options.prefills, "--prefills", 1, MAX_TOKENS) if options.prefills else []
     options.batches = numbers(options.batches, "--batches", 1, 1024) if options.batches else []
+    options.drafts = numbers(options.drafts, "--drafts", 1, MAX_TOKENS_DRAFTED) if options.drafts else []
     check_at_least(options, 1, "batch_context")
     check_at_least(options, 2, "steps")
     check_at_least(options, 0, "soak")
@@ -231,7 +234,9 @@ def run(options: argparse.Namespace, job: Job) -> None:
     if options.quantize != formats.DENSE:
         names = [name for _, name in layer_matrices(model)]
         reader = QuantizingReader(reader, names, options.quantize, "float16")
-    longest = max(options.contexts + [options.batch_context, *options.prefills]) + 2 * options.steps + 8
+    longest = (
+        max(options.contexts + [options.batch_context, *options.prefills]) + 2 * options.steps + 8 + MAX_TOKENS_DRAFTED
+    )
     longest = max(longest, max(PARITY_PROMPTS) + STEPS)
     limits = EngineLimits(
         max_batch_size=max(options.batches + [1]),
@@ -358,21 +363,24 @@ def measure(session: Any, model: ModelConfig, options: argparse.Namespace, name:
     for batch in options.batches:
         some = [tokens(options.batch_context) for _ in range(batch)]
         work.append(("batch", batch, lambda some=some: decode(session, some, options.steps)))
+    for drafted in options.drafts:
+        some = [tokens(options.batch_context)]
+        work.append(("drafts", drafted, lambda n=drafted, some=some: decode(session, some, options.steps, n)))
     for length in options.prefills:
         work.append(("prefill", length, lambda n=length: prefill(session, tokens(n))))
-    found: dict[str, Any] = {"decode": {}, "batch": {}, "prefill": {}}
+    found: dict[str, Any] = {"decode": {}, "batch": {}, "drafts": {}, "prefill": {}}
     for kind, size, run in tqdm(work, desc=name, disable=RANK != 0 or not sys.stderr.isatty(), leave=False):
         found[kind][size] = run()
     return found
 
 
-def decode(session: Any, prompts: list[list[int]], steps: int) -> list[float]:
+def decode(session: Any, prompts: list[list[int]], steps: int, drafted: int = 0) -> list[float]:
     slots = range(len(prompts))
     for warming in (steps // 2, 4):  # the first steps after a prefill see the clocks and caches that it left
         for slot, prompt in zip(slots, prompts):
             session.load(prompt, slot)
-        session.time_decode(slots, warming)
-    return session.time_decode(slots, steps)
+        session.time_decode(slots, warming, drafted)
+    return session.time_decode(slots, steps, drafted)
 
 
 def prefill(session: Any, prompt: list[int]) -> list[float]:
@@ -557,6 +565,7 @@ def describe(results: dict[str, Any], options: argparse.Namespace, bandwidth: fl
     lines.append(table(["", "GB/GPU", "collectives", *contexts, "TB/s", "relative L2", "tokens", "parity"], rows))
     for kind, sizes, what in (
         ("batch", options.batches, f"decode at {options.batch_context}, batch {{}}"),
+        ("drafts", options.drafts, f"decode at {options.batch_context}, {{}} drafted"),
         ("prefill", options.prefills, "prefill {}"),
     ):
         if sizes:

@@ -150,29 +150,34 @@ def test_cuda_ops_ask_for_what_the_decoder_means(name, packed, tmp_path, host_me
             library = HostLibrary(kernels, model)
             ops = CudaOps(rank, limits, memory, workspace, kernels, 0, library, BATCH, quantized)
             width = rank.vocabulary[1] - rank.vocabulary[0]
-            # Prompts one at a time, in slots that are not in order, then both sequences, then one of them.
+            # Prompts one at a time, in slots that are not in order, then both sequences, then one of them, then both with
+            # drafts, which is a step that predicts from all tokens.
             prompts = [(new, past, (slot,)) for new, past in ((7, 0), (3, 7)) for slot in (1, 0)]
-            for new, past, places in (*prompts, (1, 10, (1, 0)), (1, 11, (1,))):
-                batch = len(places)
+            for new, past, places in (*prompts, (1, 10, (1, 0)), (1, 11, (1,)), (3, 11, (1, 0))):
+                batch, drafts = len(places), past >= 10 and new > 1
                 tokens = torch.randint(model.vocab_size, (batch, new), dtype=torch.int32)
                 pasts, select = torch.full((batch,), past, dtype=torch.int32), torch.full((batch, 1), new - 1)
+                if drafts:
+                    select = torch.arange(new).repeat(batch, 1)
                 plain.begin(places, None)
                 expected = decode(plain, tokens.long(), pasts.long(), select)
-                rows = (torch.arange(batch) * new + new - 1).to(torch.int32)
-                logits, slots = torch.full((batch, width), torch.nan), torch.tensor(places, dtype=torch.int32)
+                rows = (torch.arange(batch)[:, None] * new + select).flatten().to(torch.int32)
+                logits, slots = torch.full((rows.numel(), width), torch.nan), torch.tensor(places, dtype=torch.int32)
+                if drafts:
+                    pasts, slots = (pasts[:, None] + torch.arange(new)).int(), slots.repeat_interleave(new)
                 addresses = (t.data_ptr() for t in (pasts, slots, logits))
                 library.chunk = past, places[0]
-                ops.begin(batch, new, *addresses)
-                given = Matrix(tokens.data_ptr(), batch * new, 1), None, Matrix(rows.data_ptr(), batch, 1)
+                ops.begin(batch, new, *addresses, decodes=past >= 10)
+                given = Matrix(tokens.data_ptr(), batch * new, 1), None, Matrix(rows.data_ptr(), rows.numel(), 1)
                 decode(ops, *given)
                 if rank.schedule.predicts:
-                    torch.testing.assert_close(logits, expected[:, 0], rtol=1e-4, atol=1e-5)
+                    torch.testing.assert_close(logits.view_as(expected), expected, rtol=1e-4, atol=1e-5)
                 if rank.schedule.all_reduces:
                     joined = buffers["joined"].view(-1)[: plain.joined.numel()].view_as(plain.joined)
                     torch.testing.assert_close(joined, plain.joined, rtol=1e-4, atol=1e-5)
             # What a pass needed, the next of its shape finds.
             before = len(host_memory)
-            ops.begin(1, 1, *(t.data_ptr() for t in (pasts, slots, logits)))
+            ops.begin(2, 3, *(t.data_ptr() for t in (pasts, slots, logits)), decodes=True)
             decode(ops, *given)
             assert len(host_memory) == before
 

@@ -729,11 +729,10 @@ class CudaSession(Session):
         report = memory["best"], MAX_LOGPROBS, memory["report.ids"], memory["report.values"]
         self._call("logprobs", logits, count, everything, dtype, *settings, *report)
 
-    def time_decode(self, slots: Sequence[int], steps: int) -> list[float]:
+    def time_decode(self, slots: Sequence[int], steps: int, drafted: int = 0) -> list[float]:
         """As in Session, by CUDA events; steps are enqueued without waiting for their tokens."""
-        step = Step(decode=tuple(slots))
-        self._arrange(step)
-        self._graph(_Part.GREEDY, len(step.decode))
+        step = Step.of(slots, drafted)
+        self.submit(step)  # captures it, where it is not
         events = [cuda.call("EventCreate") for _ in range(steps + 1)]
         cuda.call("EventRecord", events[0], self._stream)
         for event in events[1:]:

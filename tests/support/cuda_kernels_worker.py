@@ -347,7 +347,6 @@ def check_attention(pick, dtype):
         first=first,
         dtype=code(dtype),
         eps=eps,
-        late=pick(0, 1),
     )
     cache = torch.zeros(library.cqil_attention_cache_bytes(shape), dtype=torch.uint8, device="cuda")
     angles = torch.arange(capacity)[:, None] * 10000.0 ** (-torch.arange(0, dim, 2) / dim)

@@ -95,13 +95,12 @@ class HostKernels:
         return 4 * shape.batch * shape.length * shape.heads * shape.head_dim
 
     def cqil_attention(self, s, qkv, past, slots, cos, sin, q_norm, k_norm, cache, out, scratch, stream):
-        assert s.late == bool(self.packed)
         dim, heads = s.head_dim, s.heads + 2 * s.kv_heads
         q, k, v = at(qkv, s.batch, s.length, heads, dim).split([s.heads, s.kv_heads, s.kv_heads], 2)
         if q_norm is not None:
             q, k = norm(q, at(q_norm, dim), s.eps), norm(k, at(k_norm, dim), s.eps)
-        pasts = at(past, s.batch, dtype=torch.int32).long()
-        rows = torch.arange(s.batch) if slots is None else at(slots, s.batch, dtype=torch.int32).long()
+        each = s.length if s.drafts else 1  # entries of a sequence, of which the first counts
+        pasts, rows = (at(entries, s.batch, each, dtype=torch.int32)[:, 0].long() for entries in (past, slots))
         where = pasts[:, None] + torch.arange(s.length)
         c, n = (at(table, s.capacity, dim // 2)[where][:, :, None] for table in (cos, sin))
 

@@ -140,7 +140,7 @@ class TensorRtLlmSession(Session):
         self._complete([sequence])
         return (sequence.tokens or [])[0]
 
-    def time_decode(self, slots: Sequence[int], steps: int) -> list[float]:
+    def time_decode(self, slots: Sequence[int], steps: int, drafted: int = 0) -> list[float]:
         """As `Session.time_decode`, but every entry is the mean: the runner does not report times per token.
 
         The time of a completion of one token, which is mostly the prompt's, is subtracted.

@@ -36,7 +36,9 @@ class TorchCudaSession(CudaSession):
     Raises UserError for too little memory, GPUs that cannot reach each other, or a missing plugin library.
     """
 
-    row_cost = 0.03  # scripts/benchmark_speculation.py, LLaMA-7B shapes on an H200
+    # Two H200, LLaMA-7B, `sharded`: scripts/benchmark.py --drafts 7.
+    _ROW_COST, _PACKED_ROW_COST = 0.035, 0.08
+    row_cost = _ROW_COST
     _draft_rows = 16  # what products take whose rows do not depend on each other
 
     def __init__(self, engine: Engine, comm: Any, device: int, slots: int):
@@ -47,6 +49,8 @@ class TorchCudaSession(CudaSession):
             self._prompt_lengths = prompt_lengths(min(engine.limits.prefill_chunk, engine.limits.max_seq_len))
         self._load(engine)
         self._torch_stream = torch.cuda.ExternalStream(int(self._stream))
+        if any(matrix.packed for matrix in self._quantized.values()):
+            self.row_cost = self._PACKED_ROW_COST
         kernels = self._memory, self._workspace, self._library, int(self._stream)
         self._torch_library = TorchLibrary(engine, self.slots, self._memory["chunk"], self._heads)
         self._ops = CudaOps(self._plan, engine.limits, *kernels, self._torch_library, self.slots, self._quantized)
