@@ -21,13 +21,13 @@ class Machine:
     device-to-device copy; `collective` and `layer` (norms, attention at a short context, launches) were fitted to
     measurements of LLaMA-7B, and predict Qwen1.5-14B within 2% in every placement (see docs/performance.md).
     `quantized`: the part of the bandwidth at which quantized weights are read, by format. Fitted to LLaMA-7B too (int8
-    as fp8), and within 11% of every placement (docs/quantization.md): small matrices are read more slowly.
+    as fp8), and within 3% of every placement (docs/quantization.md).
     """
 
     bandwidth: float = 4.3e12
     collective: float = 4.5e-6
     layer: float = 14e-6
-    quantized: Mapping[str, float] = field(default_factory=lambda: {"fp8": 0.82, "int8": 0.82, "int4": 0.6}, hash=False)
+    quantized: Mapping[str, float] = field(default_factory=lambda: {"fp8": 1.0, "int8": 1.0, "int4": 0.73}, hash=False)
 
 
 H200 = Machine()

@@ -305,7 +305,10 @@ class Scheduler:
     # Planning
 
     def plan(self) -> Step | None:
-        """The next step; None when there is nothing to do before an outcome is applied or a request comes."""
+        """The next step; None when there is nothing to do before an outcome is applied or a request comes.
+
+        After None, an outcome must be applied before the next call where a step is in flight: to wait has its price.
+        """
         if any(step.drafts for step, _ in self._flying):
             return None  # how far its sequences get is not known
         starts = tuple(self._admit())
@@ -328,13 +331,18 @@ class Scheduler:
 
     def _waits(self, ready: Sequence[_Sequence]) -> bool:
         """Whether tokens should be drafted once nothing is in flight."""
-        if self._draft_width(len(ready)) == 1:
+        if self._draft_space(ready) < 1:
             return False
-        return any(s.speculator is not None and s.speculator.waits(len(ready)) for s in ready)
+        drafted = (s.speculator for s in ready if s.speculator is not None and s.room - s.chosen > 1)
+        return any(speculator.pays_to_wait(len(ready)) for speculator in drafted)
+
+    def _draft_space(self, ready: Sequence[_Sequence]) -> int:
+        """How many tokens there is room for after the next one, in the step and in the slot that has the least."""
+        return min(self._max_seq_len - max(s.fed for s in ready), self._draft_width(len(ready))) - 1
 
     def _draft(self, ready: Sequence[_Sequence]) -> tuple[tuple[int, ...], ...]:
         """The drafts of sequences that decode. All of them must have room for the longest in their slots."""
-        space = min(self._max_seq_len - max(s.fed for s in ready), self._draft_width(len(ready))) - 1
+        space = self._draft_space(ready)
         drafts = tuple(
             s.speculator.draft(min(space, s.room - s.chosen - 1), len(ready)) if s.speculator is not None else ()
             for s in ready

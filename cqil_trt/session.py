@@ -144,7 +144,7 @@ class Session(ABC):
     def time_decode(self, slots: Sequence[int], steps: int, drafted: int = 0) -> list[float]:
         """Milliseconds of each of `steps` decode steps of the sequences in these slots, from where they are.
 
-        `drafted`: tokens drafted for each of them, of no likelihood.
+        `drafted`: tokens drafted for each of them, which are unlikely to be accepted.
         """
         step, times = Step.of(slots, drafted), []
         for _ in range(steps):

@@ -124,16 +124,20 @@ class Speculator:
         most = min(self._tokens, room, self._affordable(sequences))
         return tuple(self._drafter.draft(most)) if most > 0 else ()
 
-    def waits(self, sequences: int) -> bool:
-        """Whether the next step should wait for the one in flight, whose token may continue what occurred before."""
+    def pays_to_wait(self, sequences: int) -> bool:
+        """Whether the next step should wait for the one in flight, whose token may continue what occurred before.
+
+        Then the wait is paid for.
+        """
         cost = self._wait_cost * sequences
-        if cost > self._credit or self._affordable(sequences) < 1 or not self._drafter.draft(1):
+        if self._affordable(sequences, cost) < 1 or not self._drafter.draft(1):
             return False
         self._credit -= cost
         return True
 
-    def _affordable(self, sequences: int) -> int:
-        return int((self._credit / sequences - self._wait_cost) / self._row_cost)
+    def _affordable(self, sequences: int, spent: float = 0.0) -> int:
+        """How many tokens may be drafted when `spent` of the credit is gone."""
+        return int(((self._credit - spent) / sequences - self._wait_cost) / self._row_cost)
 
     def verified(self, drafted: int, accepted: int, sequences: int) -> None:
         """After each step: how many tokens were drafted for it, and how many of them were chosen."""

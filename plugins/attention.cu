@@ -1,8 +1,8 @@
 // Causal attention over a KV cache with its own layout. Head norms, rotary embedding and the cache update are fused in.
 //
-// A decode step is one kernel. Every block rotates the query and the new key itself and covers a span of the cache. The
-// block of a head's last span combines the spans. A prefill rotates and appends first, then attends, on tensor cores
-// where the type and head dimension allow it.
+// A decode step is one kernel, also with drafts. Every block rotates the query and the new keys itself and covers one
+// or several spans of the cache. The block of a head's last span combines the spans. A prefill rotates and appends
+// first, then attends, on tensor cores where the type and head dimension allow it.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -51,9 +51,9 @@ struct Spans {
     int blocks() const { return (count + each - 1) / each; }
 };
 
-// As many spans as if the row were alone, so that its result does not depend on the other rows: then about one block per
-// multiprocessor in total, so the next kernel finds room for its prefetches. Of more rows up to two, which take several
-// spans one after the other: more blocks than fit at once would each wait for their keys in turn.
+// As many spans as if the row were alone, so that its result does not depend on the other rows: then about one block
+// per multiprocessor in total, so the next kernel finds room for its prefetches. Of more rows up to two, which take
+// several spans one after the other: more blocks than fit at once would each wait for their keys in turn.
 Spans spans_of(const cqil_attention_shape& s, int rows, int processors) {
     const int count = std::clamp(processors / s.heads, 1, kMaxSpans), heads = s.heads * rows;
     const int blocks = rows == 1 ? count : heads > kJointHeads ? 1 : std::clamp(2 * processors / heads, 1, count);
@@ -265,9 +265,9 @@ struct Ring {
 };
 
 // How the blocks of one head of a row send their spans' results to the block of its last span, in memory after the
-// layer's cache. Each value carries the number of the join, one more than the head's counter, so a stale value is recognised.
-// The receiving block was the last of them to start, so it never waits for a block that waits for room. It advances the
-// counter only after it has received everything: every sender has read the counter by then.
+// layer's cache. Each value carries the number of the join, one more than the head's counter, so a stale value is
+// recognised. The receiving block was the last of them to start, so it never waits for a block that waits for room. It
+// advances the counter only after it has received everything: every sender has read the counter by then.
 struct Joint {
     static constexpr int kAhead = 2;
     unsigned* counter;
@@ -351,19 +351,20 @@ private:
     }
 };
 
-// What attend_kernel computes: tokens whose keys are in the cache already, and in a decode step each sequence's next token,
-// or that and the drafts after it.
+// What attend_kernel computes: tokens whose keys are in the cache already, and in a decode step each sequence's next
+// token, or that and the drafts after it.
 enum class Pass { kPrompt, kStep, kDrafts };
 
 // Blocks per multiprocessor that registers must leave room for when decoding. Without it nvcc aims higher and spills.
 template <typename T, int kElements, Pass kPass>
 constexpr int attend_blocks() {
     if (kPass == Pass::kPrompt) return 0;  // no constraint
-    return kElements <= 4 ? 4 : kElements <= 8 ? 3 : std::is_same_v<T, float> ? 1 : 2;
+    const int fewer = kPass == Pass::kDrafts;
+    return (kElements <= 4 ? 4 : kElements <= 8 ? 3 : std::is_same_v<T, float> ? 1 + fewer : 2) - fewer;
 }
 
-// Dynamic shared memory: the ring, then the weighted values of the warps, for two spans in turn, and those of the spans. A
-// block that has one span writes them over the ring: next to two products there is not much room.
+// Dynamic shared memory: the ring, then the weighted values of the warps, for two spans in turn, and those of the
+// spans. A block that has one span writes them over the ring, so that more room is left to products.
 template <typename T, int kElements, bool kPacked>
 struct AttendMemory {
     using Slots = typename Ring<T, kElements, kPacked>::Slots;
@@ -376,10 +377,11 @@ struct AttendMemory {
     }
 };
 
-// One query against some spans of the keys. In a decode step it rotates the query and the new keys itself, and reads the
-// older part of the cache while the previous kernel still computes them; grid: heads, blocks of a head, rows. Otherwise
-// `queries` are rotated; grid: heads, tokens, sequences, and the whole cache is one span. All passes round alike, so
-// where nvcc may contract in two ways the code says how. It is kept small, as in linear.cu.
+// One query against some spans of the keys. In a decode step it rotates the query and the new keys itself, and reads
+// the older part of the cache while the previous kernel still computes them; grid: heads, blocks of a head, rows.
+// Otherwise `queries` are rotated; grid: heads, tokens, sequences, and the whole cache is one span. All passes round
+// alike, so where nvcc may contract in two ways the code says how. It is kept small: between two runs its instructions
+// fall out of the caches that the weights stream through.
 template <typename T, int kElements, bool kPacked, Pass kPass>
 __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kPass>())
     attend_kernel(cqil_attention_shape s, Inputs in, const T* queries, T* out, Spans spans, Limit limit) {
@@ -389,23 +391,23 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
     using M = AttendMemory<T, kElements, kPacked>;
     extern __shared__ __align__(16) char memory[];
     auto& ring = *reinterpret_cast<typename M::Slots*>(memory);
-    const bool alone = !kDecode || spans.each == 1;
-    auto* const of_warps = reinterpret_cast<typename M::Values*>(memory + (alone ? 0 : M::kSlotBytes));
-    auto* const of_spans = of_warps + (alone ? 1 : 2) * kAttendWarps;
+    const bool one_span = !kDecode || spans.each == 1;
+    auto* const of_warps = reinterpret_cast<typename M::Values*>(memory + (one_span ? 0 : M::kSlotBytes));
+    auto* const of_spans = of_warps + (one_span ? 1 : 2) * kAttendWarps;
     release_successor();
     if constexpr (!kDecode) wait_for_predecessor();
     const int head = blockIdx.x, dim = s.head_dim, group = threadIdx.x / kLanes;
     const Lane<kElements> lane(threadIdx.x % kLanes, dim);
     const int row = kDecode ? blockIdx.z : blockIdx.z * s.length + blockIdx.y;
     const int token = kPass == Pass::kStep ? 0 : kDecode ? row % s.length : blockIdx.y;
-    const int entry = kDecode ? row - token : blockIdx.z;  // of the sequence, in `past` and `slots`
+    const int first_row = kDecode ? row - token : blockIdx.z;  // of the sequence, in `past` and `slots`
     const int kv = (head + s.first) / s.group, heads = s.heads + 2 * s.kv_heads;
     // Bypasses L1: a decode step reads these before it has waited (launch.cuh).
-    const int past = __ldcg(in.past + entry), position = past + token, count = min(position + 1, s.capacity);
-    const int cached = in.slot(entry);
-    const int span = max((count + spans.count - 1) / spans.count, kMinSpan), all = (count + span - 1) / span;
-    const int own = kDecode ? blockIdx.y * spans.each : 0, own_end = min(own + spans.each, all);  // the block's
-    if (own >= all) return;
+    const int past = __ldcg(in.past + first_row), position = past + token, count = min(position + 1, s.capacity);
+    const int cached = in.slot(first_row);
+    const int span = max((count + spans.count - 1) / spans.count, kMinSpan), span_count = (count + span - 1) / span;
+    const int own = kDecode ? blockIdx.y * spans.each : 0, own_end = min(own + spans.each, span_count);  // the block's
+    if (own >= span_count) return;
     const int first = own * span, last = min(own_end * span, count);
 
     const size_t line = (size_t(cached) * s.kv_heads + kv) * s.capacity;
@@ -461,7 +463,7 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
 #pragma unroll
     for (int e = 0; e < kElements; ++e) query[e] = wide(q.value[e]) * (rsqrtf(float(dim)) * kLog2e);
     T* result = out + (size_t(row) * s.heads + head) * dim;
-    const bool receives = own_end == all;
+    const bool receives = own_end == span_count;
     int slot = 0;
     // The block's spans, each of which all threads then combine from the warps; at last, in the block that has the last
     // span, all spans.
@@ -494,7 +496,8 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
                         if (at - group % 2 + 1 >= fresh) {
                             const int token_of = min(max(at, fresh), position);
                             H key, other;
-                            read_key(entry + token_of - fresh, key, other, {in, min(token_of, s.capacity - 1), lane});
+                            read_key(first_row + token_of - fresh, key, other,
+                                     {in, min(token_of, s.capacity - 1), lane});
                             if (at >= fresh) {
                                 k[b] = key;
                                 v[b] = other;
@@ -541,7 +544,10 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
                 value[e] = __fmul_rn(value[e], part);
                 value[e] += __shfl_xor_sync(~0u, value[e], kLanes);
             }
-            if (alone) __syncthreads();  // the ring's memory is reused
+            if (one_span) {  // the ring's memory is reused, also by zeros that are still to be written to it
+                asm volatile("cp.async.wait_all;" ::: "memory");
+                __syncthreads();
+            }
             const int warp = threadIdx.x / 32;
             if (threadIdx.x % 32 == 0) {
                 mosts[turn][warp] = larger;
@@ -553,7 +559,7 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
                     if (e < lane.count) of_warps[turn * kAttendWarps + warp][lane.begin + e] = value[e];
         }
         __syncthreads();
-        const int parts = joins ? all : kAttendWarps;
+        const int parts = joins ? span_count : kAttendWarps;
         const float *of_most = joins ? span_mosts : mosts[turn], *of_sum = joins ? span_sums : sums[turn];
         const auto* of_value = joins ? of_spans : of_warps + turn * kAttendWarps;
         float top = -INFINITY, total = 0, factor[kMaxSpans] = {};
@@ -566,7 +572,7 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
                 factor[g] = of_most[g] == -INFINITY ? 0 : power_of_2(of_most[g] - top);
                 total = fmaf(of_sum[g], factor[g], total);
             }
-        const bool final = joins || all == 1;
+        const bool final = joins || span_count == 1;
 #pragma unroll 1
         for (int j = threadIdx.x; j < dim; j += kAttendThreads) {
             float x = 0;
@@ -881,7 +887,7 @@ int check(const cqil_attention_shape& s) {
         return fail("%d query heads from %d in groups of %d need more than %d key/value heads", s.heads, s.first,
                     s.group, s.kv_heads);
     if (s.dtype < CQIL_FLOAT32 || s.dtype > CQIL_BFLOAT16) return fail("type %d is not known", s.dtype);
-    if (s.batch > 65535 || s.length > 65535 || (s.drafts != 0 && s.batch * s.length > 65535))
+    if (s.batch > 65535 || s.length > 65535 || (s.drafts != 0 && int64_t(s.batch) * s.length > 65535))
         return fail("%d sequences or %d tokens are too many", s.batch, s.length);
     return 0;
 }

@@ -118,7 +118,8 @@ int cqil_gather_rows(const void* table, const int32_t* indices, void* out, int r
 int cqil_row_argmax(const void* logits, int rows, int width, int offset, cqil_dtype dtype, float* value, int32_t* index,
                     void* stream);
 
-// A cache has slots for sequences. Row b of a step belongs to slot slots[b]; no two rows of a step share a slot.
+// A cache has slots for sequences. Row b of a step belongs to slot slots[b]; no two sequences of a step share
+// a slot.
 
 // How a slot's tokens are chosen. temperature 0: the likeliest token. top_k 0, top_p 1 and min_p 0 keep every token. A
 // repetition_penalty of 1, and 0 for the other penalties, change nothing; repetition_penalty is above 0. logprobs: how
@@ -174,9 +175,10 @@ int cqil_advance(const int32_t* next, const int32_t* slots, int32_t* tokens, int
                  uint64_t* history, int history_slots, int stride, void* stream);
 
 // The end of a step with drafts, `width` rows for each sequence, of which the first fed its next token and drafted[i]
-// more fed drafts. next[row] was chosen after tokens[row]. Of sequence i the chosen tokens are accepted up to the first
-// that is not the draft that was fed after it. In place of each of them cqil_advance would have been called: the last
-// one and its position go to slot_tokens and slot_past, all are counted. `history` gets next[row] of every row.
+// more (fewer than `width`) fed drafts. next[row] was chosen after tokens[row]. Of sequence i the chosen tokens are
+// accepted up to the first that is not the draft that was fed after it. In place of each of them cqil_advance would
+// have been called: the last one and its position go to slot_tokens and slot_past, all are counted. `history` gets
+// next[row] of every row.
 int cqil_accept(const int32_t* next, const int32_t* tokens, const int32_t* drafted, const int32_t* slots,
                 const int32_t* past, int32_t* slot_tokens, int32_t* slot_past, uint32_t* counts, int vocabulary,
                 int rows, int width, int last, int32_t* step, uint64_t* history, int history_slots, int stride,
@@ -229,9 +231,9 @@ int cqil_packed_rows(void);
 // Bytes of packed weights. Half types, and a multiple of 8 inputs, only.
 size_t cqil_packed_bytes(const cqil_linear_shape* shape);
 
-// Packs W = (codes - zeros) * scales, [outputs, inputs] ([2 * outputs, inputs] when gated). Codes of 4 bits are two in a
-// byte, the lower half first; a row begins with a byte. Scales of CQIL_INT4 are of the type, others float32. Scales and
-// zeros (bytes, NULL for none) are [outputs, groups], for groups of `size` columns, or one if it is 0. Column 0 is
+// Packs W = (codes - zeros) * scales, [outputs, inputs] ([2 * outputs, inputs] when gated). Codes of 4 bits are two in
+// a byte, the lower half first; a row begins with a byte. Scales of CQIL_INT4 are of the type, others float32. Scales
+// and zeros (bytes, NULL for none) are [outputs, groups], for groups of `size` columns, or one if it is 0. Column 0 is
 // column `first` of its group. `size` and `first` must be multiples of the shape's group.
 int cqil_pack(const cqil_linear_shape* shape, const void* codes, const void* scales, const void* zeros, int size,
               int first, void* packed, void* stream);
@@ -261,18 +263,19 @@ size_t cqil_attention_scratch_bytes(const cqil_attention_shape* shape);
 // Causal attention: applies head norms with weights [head_dim] unless they are NULL, rotates queries and keys (by
 // halves, as Hugging Face does; cos and sin are [capacity, head_dim / 2]), appends keys and values to the cache, and
 // attends. qkv [batch * length, heads + 2 * kv_heads, head_dim] -> out [batch * length, heads, head_dim]. Sequence b is
-// in slot slots[b] of the cache, in slot b if slots is NULL; no two share a slot. With several new tokens out may be
-// NULL: then it only rotates and appends, and leaves the queries in scratch in the shape of out.
+// in slot slots[b] of the cache, in slot b if slots is NULL; no two sequences share one. With several new tokens out
+// may be NULL: then it only rotates and appends, and leaves the queries in scratch in the shape of out.
 //
 // In a decode step (one new token, or `drafts`) a row's result has the same bits whatever the other rows are, however
 // many, and whether its token is a draft. With `drafts`, `past` and `slots` have an entry for each row, of which the
-// first one of each sequence is read. Tokens from position `capacity` on are not appended, and have no meaningful result.
+// first one of each sequence is read. Tokens from position `capacity` on are not appended, and have no meaningful
+// result.
 //
-// In a decode step `past`, `slots`, cos, sin and the cache may be read before earlier work on the stream is done.
-// cos and sin must not be results of that work. `past` and `slots` may be written by cqil_advance or cqil_arrange, by a
+// In a decode step `past`, `slots`, cos, sin and the cache may be read before earlier work on the stream is done. cos
+// and sin must not be results of that work. `past` and `slots` may be written by cqil_advance or cqil_arrange, by a
 // copy, or by a kernel of the caller's that another such kernel or a copy follows. Earlier calls on the same cache are
-// waited for: a call overlaps earlier kernels only if a cqil_advance, a cqil_arrange, or a call that did not overlap
-// lies between it and the last use of the cache on this stream.
+// waited for: a call overlaps earlier kernels only if a cqil_advance, cqil_accept or cqil_arrange, or a call that did
+// not overlap lies between it and the last use of the cache on this stream.
 int cqil_attention(const cqil_attention_shape* shape, const void* qkv, const int32_t* past, const int32_t* slots,
                    const float* cos, const float* sin, const void* q_norm, const void* k_norm, void* cache, void* out,
                    void* scratch, void* stream);

@@ -192,7 +192,6 @@ __global__ void __launch_bounds__(kThreads)
         slot_tokens[slot] = next[first + at];
         slot_past[slot] = min(past[first] + at + 1, last);
     }
-    __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) *step = now + 1;
 }

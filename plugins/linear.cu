@@ -1,8 +1,8 @@
 // Matrix products of a decoder layer: out = activation(norm(x + delta) · Wᵀ + bias) + residual.
 //
 // Few rows (a decode step) are bound by reading W. Each warp streams it through a ring in shared memory to the tensor
-// cores. The copies start before the previous kernel has finished (weights are constants), so memory hardly idles between
-// kernels. More rows are a product in tiles of x and W. A plain kernel takes the rest.
+// cores. The copies start before the previous kernel has finished (weights are constants), so memory hardly idles
+// between kernels. More rows are a product in tiles of x and W. A plain kernel takes the rest.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -25,13 +25,13 @@ namespace {
 // On tensor cores W is the left operand, so few rows of x waste little.
 
 // Up to sixteen rows: streaming W, 16 rows of it at a time (if gated, 8 of gate and 8 of up). A block takes every
-// gridDim.x-th of these tiles, up to kTiles of them in a pass, so that it reads x once a pass. Its warps share the depth,
-// each with a ring of its own, and add up what they have at the end of a pass. The order in which a result is summed
-// depends neither on the number of rows nor on what is in the others.
+// gridDim.x-th of these tiles, up to kTiles of them in a pass, so that it reads x once a pass. Its warps share the
+// depth, each with a ring of its own, and add up what they have at the end of a pass. The order in which a result is
+// summed depends neither on the number of rows nor on what is in the others.
 //
 // The ring takes so much shared memory that a multiprocessor has room for one block. With room for two, several blocks
-// of one product meet on a multiprocessor where others have none, and it takes up to 1.3 times as long. The blocks of the
-// next product wait, and each begins where one of this product ends.
+// of one product meet on a multiprocessor where others have none, and it takes up to 1.3 times as long. The blocks of
+// the next product wait, and each begins where one of this product ends.
 
 constexpr int kFewRows = 16;
 constexpr int kFewWarps = 8, kFewThreads = 32 * kFewWarps;
@@ -72,8 +72,8 @@ __global__ void __launch_bounds__(kFewThreads, 2) few_rows_kernel(Operands o) {
     const int tiles = (o.outputs + kPerTile - 1) / kPerTile, mine = (tiles - 1 - int(blockIdx.x)) / int(gridDim.x) + 1;
     const int chunks = (o.inputs + kTileDepth - 1) / kTileDepth, total = mine * chunks;
 
-    // A lane copies a packet of rows lane / 8, + 4, + 8 and + 12. The eight lanes that later read a packet at once, of two
-    // rows, hit different banks, as the halves of odd rows are exchanged.
+    // A lane copies a packet of rows lane / 8, + 4, + 8 and + 12. The eight lanes that later read a packet at once, of
+    // two rows, hit different banks, as the halves of odd rows are exchanged.
     const int line = lane / 8, row_bytes = o.inputs * 2;
     const unsigned to = shared_address(ring) + line * 128 + ((lane % 8) ^ (line % 2 * 4)) * 16;
     const char* const weight = static_cast<const char*>(o.weight) + warp * kShare * 2 + lane % 8 * 16;
@@ -128,8 +128,8 @@ __global__ void __launch_bounds__(kFewThreads, 2) few_rows_kernel(Operands o) {
         __syncthreads();
     }
 
-    // A lane has rows lane / 4 of x, and of W rows lane / 4 and lane / 4 + 8; 8 elements of 32 in each. The tensor cores
-    // take them in two steps of 4. Which elements meet in a step does not matter, as long as W and x agree.
+    // A lane has rows lane / 4 of x, and of W rows lane / 4 and lane / 4 + 8; 8 elements of 32 in each. The tensor
+    // cores take them in two steps of 4. Which elements meet in a step does not matter, as long as W and x agree.
     const int column = lane / 4, quarter = lane % 4;
     float scale[kOctets];
 #pragma unroll
@@ -468,12 +468,13 @@ int linear(const cqil_linear_shape& s, Operands o, char* scratch, cudaStream_t s
     const auto type = static_cast<cqil_dtype>(s.dtype);
     const bool aligned = s.inputs * sizeof(T) % 16 == 0;
     bool few = false;
-    const int stages = stages_of(s.inputs, o.norm != nullptr, device);
+    // Neither depends on the rows. A sum is not fused: every block would compute it again, while the weights wait.
+    const bool fuses = o.norm != nullptr && o.delta == nullptr && stages_of(s.inputs, true, device) > 0;
+    const int stages = stages_of(s.inputs, fuses, device);
     if constexpr (!std::is_same_v<T, float>)
         if (s.rows <= kFewRows && aligned && stages > 0 && is_modern(few_rows_kernel<T, false, 8, kManyStages>, &few))
             return -1;
-    // A sum is not fused: every block would compute it again, while the weights wait.
-    if (o.norm != nullptr && !(few && o.delta == nullptr)) {
+    if (o.norm != nullptr && !(few && fuses)) {
         void* sum = o.delta != nullptr ? scratch + normed_bytes(s) : nullptr;
         if (cqil_residual_norm(o.delta, o.x, o.norm, sum, scratch, s.rows, s.inputs, o.eps, type, st)) return -1;
         o.x = scratch;

@@ -1,8 +1,8 @@
 // Matrix products with quantized weights, for few rows: bound by reading the weights, as those of linear.cu are.
 //
-// Weights are packed once, when an engine is loaded, in the order in which the tensor cores take them. A tile of 16 rows
-// (if gated, 8 of gate and 8 of up) consists of units of 128 columns. A unit is contiguous: its codes, then with 4 bits
-// the scales and zero points of its groups, so that one bulk copy brings all of it. With 8 bits the scales of rows
+// Weights are packed once, when an engine is loaded, in the order in which the tensor cores take them. A tile of 16
+// rows (if gated, 8 of gate and 8 of up) consists of units of 128 columns. A unit is contiguous: its codes, then with 4
+// bits the scales and zero points of its groups, so that one bulk copy brings all of it. With 8 bits the scales of rows
 // follow the last unit.
 //
 // The order in which a result is summed depends neither on the number of rows nor on what is in the others. It is the
@@ -122,8 +122,8 @@ __device__ void decode(const uint4* codes, int step, unsigned (&low)[4], unsigne
 }
 #endif
 
-// kGroups: of a unit, 0 where rows have one scale. kShared: x fits in shared memory, else each warp reads its columns of
-// it in every pass.
+// kGroups: of a unit, 0 where rows have one scale. kShared: x fits in shared memory, else each warp reads its columns
+// of it in every pass.
 template <typename T, int kWeights, int kGroups, bool kGated, bool kShared>
 __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, int stages) {
 #if __CUDA_ARCH__ >= 900

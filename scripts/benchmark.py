@@ -53,7 +53,7 @@ from cqil_trt.presets import PRESETS, preset
 from cqil_trt.runner import Runner
 from cqil_trt.scheduler import Step
 from cqil_trt.shard import plan
-from cqil_trt.speculation import MAX_TOKENS as MAX_TOKENS_DRAFTED
+from cqil_trt.speculation import MAX_TOKENS as MAX_DRAFTED
 from cqil_trt.table import table
 from cqil_trt.validate import answer, compare
 from cqil_trt.weights import WeightReader, cut
@@ -166,7 +166,7 @@ def configure(options: argparse.Namespace, ranks: int) -> tuple[CqilConfig, Mode
     options.contexts = numbers(options.contexts, "--contexts", 1, MAX_TOKENS)
     options.prefills = numbers(options.prefills, "--prefills", 1, MAX_TOKENS) if options.prefills else []
     options.batches = numbers(options.batches, "--batches", 1, 1024) if options.batches else []
-    options.drafts = numbers(options.drafts, "--drafts", 1, MAX_TOKENS_DRAFTED) if options.drafts else []
+    options.drafts = numbers(options.drafts, "--drafts", 1, MAX_DRAFTED) if options.drafts else []
     check_at_least(options, 1, "batch_context")
     check_at_least(options, 2, "steps")
     check_at_least(options, 0, "soak")
@@ -234,9 +234,7 @@ def run(options: argparse.Namespace, job: Job) -> None:
     if options.quantize != formats.DENSE:
         names = [name for _, name in layer_matrices(model)]
         reader = QuantizingReader(reader, names, options.quantize, "float16")
-    longest = (
-        max(options.contexts + [options.batch_context, *options.prefills]) + 2 * options.steps + 8 + MAX_TOKENS_DRAFTED
-    )
+    longest = max(options.contexts + [options.batch_context, *options.prefills]) + 2 * options.steps + 8 + MAX_DRAFTED
     longest = max(longest, max(PARITY_PROMPTS) + STEPS)
     limits = EngineLimits(
         max_batch_size=max(options.batches + [1]),

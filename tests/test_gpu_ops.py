@@ -150,8 +150,8 @@ def test_cuda_ops_ask_for_what_the_decoder_means(name, packed, tmp_path, host_me
             library = HostLibrary(kernels, model)
             ops = CudaOps(rank, limits, memory, workspace, kernels, 0, library, BATCH, quantized)
             width = rank.vocabulary[1] - rank.vocabulary[0]
-            # Prompts one at a time, in slots that are not in order, then both sequences, then one of them, then both with
-            # drafts, which is a step that predicts from all tokens.
+            # Prompts one at a time, in slots that are not in order, then both sequences, then one of them, then both
+            # with drafts, which is a step that predicts from all tokens.
             prompts = [(new, past, (slot,)) for new, past in ((7, 0), (3, 7)) for slot in (1, 0)]
             for new, past, places in (*prompts, (1, 10, (1, 0)), (1, 11, (1,)), (3, 11, (1, 0))):
                 batch, drafts = len(places), past >= 10 and new > 1

@@ -179,7 +179,7 @@ class FakeSpeculator:
         self.drafted = len(draft)
         return tuple(draft)
 
-    def waits(self, sequences):
+    def pays_to_wait(self, sequences):
         assert sequences >= 1
         return zlib.crc32(b"wait" + bytes(self.tokens)) % 2 == 0
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,10 +16,11 @@ from support.processes import mpirun
 import cqil_trt
 from cqil_trt.errors import UserError
 from cqil_trt.generate import GenerationConfig, generate
+from cqil_trt.gpu.session import CudaSession
 from cqil_trt.llm import Llm
 from cqil_trt.runner import Runner
 from cqil_trt.sampling import SamplingConfig
-from cqil_trt.scheduler import Request
+from cqil_trt.scheduler import Request, Step
 from cqil_trt.session import HostSession
 from cqil_trt.speculation import NgramDrafter, Speculation, Speculator
 
@@ -81,6 +83,35 @@ def test_accepted_drafts_are_followed_by_long_ones():
         done += len(draft) + 1
         steps += 1
     assert steps <= 7
+
+
+def test_a_wait_is_paid_if_a_draft_can_follow():
+    speculator = Speculator(Speculation(method="ngram"), row_cost=0.05, wait_cost=0.1)
+    assert not speculator.pays_to_wait(1)  # nothing has occurred before
+    speculator.extend([1, 2, 3] * 10)
+    waits = 0
+    while speculator.pays_to_wait(1):
+        waits += 1
+        assert speculator.draft(9, 1)
+    assert waits == 3  # of half a step: the next wait, that after the draft and a row are 0.25
+    assert not speculator.pays_to_wait(3)
+    speculator.verified(4, 4, 1)
+    assert speculator.pays_to_wait(1)
+
+
+def test_steps_with_drafts_have_a_width_that_is_captured():
+    session = SimpleNamespace(_draft_rows=16)
+    widths = [CudaSession.draft_width(session, sequences) for sequences in range(1, 18)]
+    assert widths == [16, 8, 4, 4, 2, 2, 2, 2, *[1] * 9]
+    for width in range(1, 17):
+        padded = CudaSession._padded_width(session, Step(decode=(0,), drafts=((0,) * (width - 1),)))
+        assert width <= padded < 2 * width and padded in widths
+
+
+def test_sessions_without_drafts_refuse(engine, monkeypatch):
+    monkeypatch.setattr(HostSession, "row_cost", None)
+    with pytest.raises(UserError, match="this backend does not verify drafts"):
+        cqil_trt.load(engine, speculate="ngram").generate([[5]], 2)
 
 
 def test_flags_are_read():

@@ -44,7 +44,7 @@ _MAX_PROMPT_GRAPHS = 32
 _RESERVED_BYTES = 2 << 30
 
 
-# Rows for each sequence in decode steps that are captured.
+# The widths of captured decode steps: rows for each sequence.
 _WIDTHS = (1, 2, 4, 8, 16)
 
 
@@ -236,7 +236,7 @@ class CudaSession(Session):
             "next": 4 * batch,
             "past": 4 * batch,
             "slots": 4 * batch,
-            "each": 4 * batch,
+            "each": 4 * rows,
             "prediction": self._bytes * rows * width,
             # Of one with drafts: slots, drafts and their numbers are uploaded together.
             "drafts": 3 * 4 * drafts,
@@ -280,7 +280,7 @@ class CudaSession(Session):
         self._report_values = cuda.pinned((unread, rows, MAX_LOGPROBS + 1), np.float32)
 
     def _load_constants(self, engine: Engine) -> None:
-        cuda.upload(self._memory["each"], np.arange(self.limits.max_batch_size, dtype=np.int32), self._stream)
+        cuda.upload(self._memory["each"], np.arange(self._most_rows, dtype=np.int32), self._stream)
         tables = rotary_tables(engine.model, engine.rotary, self.limits.max_seq_len)
         for name, table in zip(("rotary.cos", "rotary.sin"), tables):
             cuda.upload(self._memory[name], table, self._stream)
@@ -618,6 +618,8 @@ class CudaSession(Session):
     def _arrange_drafts(self, step: Step) -> None:
         """Fills the row buffers of a step with drafts; what follows a sequence's drafts is computed in vain."""
         memory, width, rows = self._memory, self._width, len(step.decode) * self._width
+        if rows > self._draft_rows:
+            raise UserError(f"a step with drafts has {rows} rows, this backend takes {self._draft_rows}")
         uploaded = np.zeros((3, self._draft_rows), np.int32)
         uploaded[0, :rows] = np.repeat(step.decode, width)
         for i, draft in enumerate(step.drafts):

@@ -17,6 +17,9 @@ from cqil_trt.gpu.session import BUFFERS, CudaSession, Phase
 from cqil_trt.gpu.sources import source_version
 from cqil_trt.scheduler import Outcome, Step
 
+# The passes that engines have optimization profiles for (network.add_profiles), in their order.
+_PROFILES = Phase.PREFILL, Phase.DECODE
+
 
 class TensorRtSession(CudaSession):
     """One rank on one GPU. `device`: its number, modulo the number of GPUs.
@@ -142,16 +145,17 @@ class TensorRtSession(CudaSession):
         size: Any = getattr(engine, "device_memory_size_v2", None) or getattr(engine, "device_memory_size", 0)
         arena = self._arena(int(size), "TensorRT's scratch memory")
         contexts = []
-        for phase in Phase:
+        for phase in _PROFILES:
             if hasattr(engine, "create_execution_context_without_device_memory"):
                 context = engine.create_execution_context_without_device_memory()
             else:
                 context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
             context.device_memory = arena.address
-            context.set_optimization_profile_async(phase, int(self._stream))
+            if not context.set_optimization_profile_async(phase, int(self._stream)):
+                raise RuntimeError(f"TensorRT has no profile {phase.value}: {self._log.first_error}")
             contexts.append(context)
         self._synchronize()
-        for context, phase in zip(contexts, Phase):
+        for context, phase in zip(contexts, _PROFILES):
             for name in self._names:
                 # A decode step's token is at position `past`.
                 buffers = BUFFERS[phase] | ({"positions": "past"} if phase is Phase.DECODE else {})

@@ -145,6 +145,8 @@ class TensorRtLlmSession(Session):
 
         The time of a completion of one token, which is mostly the prompt's, is subtracted.
         """
+        if drafted:
+            raise UserError("this backend does not verify drafts")
         starts = [self._sequences[slot].start for slot in slots]
 
         def took(count: int) -> float:
