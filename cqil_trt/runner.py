@@ -49,7 +49,7 @@ class Runner:
         def speculator(sampling: SamplingConfig) -> Speculator | None:
             if speculation is None or session.row_cost is None or (sampling.penalizes and not session.drafts_penalized):
                 return None
-            return Speculator(speculation, session.row_cost, session.wait_cost)
+            return Speculator(speculation, session.row_cost, session.wait_cost, session.padded_width)
 
         scheduler = Scheduler(
             slots=session.slots,

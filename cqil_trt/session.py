@@ -113,6 +113,10 @@ class Session(ABC):
         """The most tokens of each of so many sequences that a decode step takes."""
         return 1 + MAX_TOKENS
 
+    def padded_width(self, width: int) -> int:
+        """The rows that are computed for each sequence in a decode step of `width` tokens of each."""
+        return width
+
     def warm_up(self, rows: int, chunk: int, drafts: bool = False) -> None:  # noqa: B027 (optional)
         """Prepares decode steps of 1 to `rows` sequences, with `drafts` or without, and chunks of up to `chunk` tokens.
 

@@ -104,16 +104,23 @@ class Speculation:
 class Speculator:
     """The drafts of one sequence, and whether they are worth their price.
 
-    A token that is drafted in vain costs each of the `sequences` in the step `row_cost` of it: they all get as many
-    rows as the longest draft has. A step that waits for the one before, because tokens may be drafted, costs them
-    `wait_cost`, and so does a step with drafts, for which the next one waits. A sequence may lose a small share of its
-    steps in this way, and what its accepted drafts saved before. So there are short drafts, if any, where many
-    sequences run.
+    A row for a token that is drafted in vain costs each of the `sequences` in the step `row_cost` of it: they all get
+    as many rows as the longest draft has, of which `padded` makes those that are computed. A step that waits for the
+    one before, because tokens may be drafted, costs them `wait_cost`, and so does a step with drafts, for which the
+    next one waits. A sequence may lose a small share of its steps in this way, and what its accepted drafts saved
+    before. So there are short drafts, if any, where many sequences run.
     """
 
-    def __init__(self, speculation: Speculation, row_cost: float, wait_cost: float = 0.0):
+    def __init__(
+        self,
+        speculation: Speculation,
+        row_cost: float,
+        wait_cost: float = 0.0,
+        padded: Callable[[int], int] = lambda width: width,
+    ):
         self._drafter = DRAFTERS[speculation.method]()
         self._tokens, self._row_cost, self._wait_cost = speculation.tokens, row_cost, wait_cost
+        self._padded = padded
         self._credit = _START
 
     def extend(self, tokens: Sequence[int]) -> None:
@@ -121,7 +128,7 @@ class Speculator:
 
     def draft(self, room: int, sequences: int) -> tuple[int, ...]:
         """Drafted tokens for the next step, at most `room`."""
-        most = min(self._tokens, room, self._affordable(sequences))
+        most = min(room, self._affordable(sequences))
         return tuple(self._drafter.draft(most)) if most > 0 else ()
 
     def pays_to_wait(self, sequences: int) -> bool:
@@ -137,10 +144,16 @@ class Speculator:
 
     def _affordable(self, sequences: int, spent: float = 0.0) -> int:
         """How many tokens may be drafted when `spent` of the credit is gone."""
-        return int(((self._credit - spent) / sequences - self._wait_cost) / self._row_cost)
+        most = self._tokens
+        while most > 0 and self._cost(most) * sequences > self._credit - spent:
+            most -= 1
+        return most
+
+    def _cost(self, drafted: int) -> float:
+        """Of a step with a draft of so many tokens, for each of its sequences."""
+        return self._row_cost * (self._padded(1 + drafted) - 1) + self._wait_cost if drafted else 0.0
 
     def verified(self, drafted: int, accepted: int, sequences: int) -> None:
         """After each step: how many tokens were drafted for it, and how many of them were chosen."""
-        cost = self._row_cost * drafted + (self._wait_cost if drafted else 0)
-        saved = accepted - cost * sequences + _SHARE
+        saved = accepted - self._cost(drafted) * sequences + _SHARE
         self._credit = min(self._credit + saved, _MOST)

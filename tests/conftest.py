@@ -18,6 +18,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 # For random models this small, a second thread costs several times what it computes. PyTorch is not imported yet.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The workers of pytest-xdist inherit it.
+os.environ.setdefault("CQIL_TEST_SEED", str(SEED))
 
 
 def pytest_report_header() -> str:

@@ -178,6 +178,7 @@ def test_validate_passes_on_a_good_engine_and_fails_on_a_wrong_one(engine, model
     make_model(other, vocab_size=259, seed=1)
     done = mpirun(2, "--engine", wrong, "--validate", env={})
     assert done.returncode == 1 and "validation FAILED" in done.stdout
+    assert "where its greedy tokens first differ, the reference's logits for the two are" in done.stdout
 
     # Without a checkpoint the judge is what the reference said at build time, about the right weights.
     shutil.rmtree(other)

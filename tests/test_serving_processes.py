@@ -19,6 +19,7 @@ from support import ROOT
 
 from cqil_trt.sampling import Choice, SamplingConfig
 from cqil_trt.scheduler import Outcome
+from cqil_trt.session import Session
 
 for name in ("uvicorn", "starlette", "pydantic", "prometheus_client"):
     pytest.importorskip(name)
@@ -231,6 +232,7 @@ class FakeSession:
     """A session that runs a step ahead, as those on GPUs do."""
 
     ahead, slots, reuses, on_gpu = 1, 2, True, False
+    draft_width = Session.draft_width
     limits = SimpleNamespace(max_batch_size=2, max_seq_len=10**6, prefill_chunk=8)
 
     def __init__(self):

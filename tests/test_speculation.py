@@ -20,7 +20,7 @@ from cqil_trt.gpu.session import CudaSession
 from cqil_trt.llm import Llm
 from cqil_trt.runner import Runner
 from cqil_trt.sampling import SamplingConfig
-from cqil_trt.scheduler import Request, Step
+from cqil_trt.scheduler import Request
 from cqil_trt.session import HostSession
 from cqil_trt.speculation import NgramDrafter, Speculation, Speculator
 
@@ -104,8 +104,17 @@ def test_steps_with_drafts_have_a_width_that_is_captured():
     widths = [CudaSession.draft_width(session, sequences) for sequences in range(1, 18)]
     assert widths == [16, 8, 4, 4, 2, 2, 2, 2, *[1] * 9]
     for width in range(1, 17):
-        padded = CudaSession._padded_width(session, Step(decode=(0,), drafts=((0,) * (width - 1),)))
+        padded = CudaSession.padded_width(session, width)
         assert width <= padded < 2 * width and padded in widths
+
+
+def test_computed_rows_are_paid():
+    speculator = Speculator(Speculation(method="ngram", tokens=15), 0.1, padded=lambda width: {5: 8}.get(width, width))
+    speculator.extend([1, 2, 3] * 30)
+    # Half a step is five rows: four drafted tokens would be seven.
+    assert len(speculator.draft(9, 1)) == 5 and len(speculator.draft(9, 2)) == 2
+    speculator.verified(1, 0, 1)
+    assert len(speculator.draft(9, 1)) == 3
 
 
 def test_sessions_without_drafts_refuse(engine, monkeypatch):

@@ -121,7 +121,7 @@ class Network:
             batch=batch,
             length=len(qkv) // batch,
             max_batch=f.max_batch,
-            late=0,
+            drafts=0,
             **{
                 name: getattr(f, name)
                 for name in ("heads", "kv_heads", "head_dim", "capacity", "group", "first", "eps")

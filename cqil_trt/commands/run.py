@@ -220,6 +220,12 @@ def validate(llm: Any, prompts: list[list[int]] | None, say: Callable[[str], Non
         f"threshold for {llm.engine.limits.dtype}: relative L2 <= {threshold.relative_l2:g}, "
         f"greedy tokens equal: {tokens}"
     )
+    for number, r in enumerate(verdict.results, 1):
+        if r.equal_tokens < r.steps:
+            say(
+                f"prompt {number}: where its greedy tokens first differ, the reference's logits for the two are "
+                f"{r.gap:.1e} apart"
+            )
     if verdict.tokens is not None:
         t = verdict.tokens
         differs = "" if t.passed else f"; the first that differs: {t.first!r:.80}"

@@ -517,7 +517,7 @@ class CudaSession(Session):
                 if chunk.scored:
                     flying.scored = self._gather(self._last_logits()[0])
             else:
-                flying.width = self._width = self._padded_width(step)
+                flying.width = self._width = self.padded_width(step.width)
                 if flying.width > 1:
                     self._arrange_drafts(step)
                 else:
@@ -612,8 +612,8 @@ class CudaSession(Session):
     def draft_width(self, sequences: int) -> int:
         return max((width for width in _WIDTHS if sequences * width <= self._draft_rows), default=1)
 
-    def _padded_width(self, step: Step) -> int:
-        return next(width for width in _WIDTHS if width >= step.width)
+    def padded_width(self, width: int) -> int:
+        return next(known for known in _WIDTHS if known >= width)
 
     def _arrange_drafts(self, step: Step) -> None:
         """Fills the row buffers of a step with drafts; what follows a sequence's drafts is computed in vain."""
