@@ -123,7 +123,7 @@ class CudaSession(Session):
 
     ahead = 1
     on_gpu = True
-    # Without a step in flight the GPU waits for the host: 0.1 ms of a step of 2 ms (scripts/benchmark_speculation.py).
+    # Without a step in flight the GPU waits for the host: an estimate, 0.1 ms of a step of 2 ms.
     wait_cost = 0.05
     # Penalties depend on the tokens before, which a step with drafts has yet to choose.
     drafts_penalized = False
