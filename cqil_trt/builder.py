@@ -338,7 +338,9 @@ def _open_checkpoint(
             f"the adapter {shipped} was trained for this model and these layers (--lora {NO_ADAPTER} leaves it out)"
         )
     elif request.lora is None and cqil.groups and is_demo_model(path):
-        notes.append("the demo model's adapter was trained for other layers and is not merged")
+        notes.append(
+            "the demo model's adapter was trained for another configuration and is not merged (--lora merges it)"
+        )
     model = weights.model
     if request.tokenizer:
         notes += _tokenizer_notes(weights.tokenizer, None if adapter is None else adapter.path, model.vocab_size)
@@ -471,7 +473,7 @@ def choose_cqil(
         dropped = given.pop("drop_attention_join", basis.drop_attention_join)
         config = replace(basis, **given, drop_attention_join=()).dropping(dropped, model.num_layers)
         if trained is not None and replace(config, placement=trained.placement) != trained:
-            notes.append(f"the adapter was trained for {trained.summary}: this build differs")
+            notes.append(f"the adapter was trained for {trained.summary}, and this build is {config.summary}")
         return config
     config = CqilConfig.choose(model.num_layers, **{"p": 2, **given})
     if config.groups and ("start" not in given or "end" not in given):

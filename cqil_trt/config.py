@@ -151,7 +151,9 @@ class CqilConfig:
         if match := re.fullmatch(r"auto:(\d{1,4})", text):
             split, count = self.split_layers(num_layers), int(match[1])
             if count > len(split):
-                raise UserError(f"--drop-attention-join {text}: {len(split)} layers are split over the ranks")
+                none = "no layers are split over the ranks, which takes placement sharded or tensor and --p 2 or more"
+                only = f"only {len(split)} layers are split over the ranks"
+                raise UserError(f"--drop-attention-join {text}: {only if split else none}")
             left = len(split) - count
             first = min(max(left // 2, KEPT_JOINED), left)
             return split[first : first + count]

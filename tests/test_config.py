@@ -142,7 +142,7 @@ def test_wrong_configurations_name_the_flag(values, message):
         ("4-6,5", "names layer 5 more than once"),
         ("20", "layer 20 is in a group of .12, 30."),
         ("31-32", "layer 32 is beyond the model, which has 32 layers"),
-        ("auto:15", "auto:15: 14 layers are split"),
+        ("auto:15", "auto:15: only 14 layers are split"),
     ],
 )
 def test_layers_that_have_no_join_to_drop_are_named(wanted, message):

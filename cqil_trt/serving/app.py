@@ -113,7 +113,7 @@ class Server:
         return JSONResponse({"object": "list", "data": [self._model(name) for name in self.setup.model_names]})
 
     async def one_model(self, request: Request) -> Response:
-        name = request.scope["path"].removeprefix(_ONE_MODEL)
+        name = request.scope["path"].removeprefix(_ONE_MODEL).rstrip("/")
         self._check_model(name)
         return JSONResponse(self._model(name))
 
@@ -316,7 +316,8 @@ class Server:
 
 def _place(path: str) -> str:
     """The path in the table of handlers."""
-    return _ONE_MODEL if path.startswith(_ONE_MODEL) else path.rstrip("/") or "/"
+    one_model = path.startswith(_ONE_MODEL) and path != _ONE_MODEL
+    return _ONE_MODEL if one_model else path.rstrip("/") or "/"
 
 
 def _size(messages: list[api.Message] | None) -> int:
