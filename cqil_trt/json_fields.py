@@ -87,7 +87,7 @@ class Fields:
         return Fields(value, f"{self.source}: {name}")
 
     def integers(self, name: str, what: str = "a token id or a list of them") -> tuple[int, ...]:
-        """A number from 0 or a list of them, as Hugging Face writes eos_token_id. `what`: they are, for the error."""
+        """A number from 0 or a list of them, as Hugging Face writes eos_token_id. `what`: the error calls them that."""
         value = self.get(name, [])
         value = value if isinstance(value, list) else [value]
         if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in value):

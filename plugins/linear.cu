@@ -56,7 +56,7 @@ __device__ void copy_once(unsigned to, const void* from, bool valid, uint64_t po
 }
 #endif
 
-// kColumns: rows of x that there is room for, 8 or 16.
+// kColumns: rows of x that there is room for, 8 or 16. Half of the registers are left to attention's blocks.
 template <typename T, bool kGated, int kColumns, int kStages>
 __global__ void __launch_bounds__(kFewThreads, 2) few_rows_kernel(Operands o) {
 #if __CUDA_ARCH__ >= 900

@@ -42,8 +42,6 @@ _FLYING = 3
 _MAX_PROMPT_GRAPHS = 32
 # Device memory that is left to activations, libraries and graphs when the KV cache takes the rest.
 _RESERVED_BYTES = 2 << 30
-
-
 # The widths of captured decode steps: rows for each sequence.
 _WIDTHS = (1, 2, 4, 8, 16)
 
@@ -518,10 +516,7 @@ class CudaSession(Session):
                     flying.scored = self._gather(self._last_logits()[0])
             else:
                 flying.width = self._width = self.padded_width(step.width)
-                if flying.width > 1:
-                    self._arrange_drafts(step)
-                else:
-                    self._arrange(step)
+                self._arrange(step, flying.width)
                 self._phase, self._rows = _phase_of(flying.width), len(step.decode) * flying.width
         self._flying.append(flying)
         if not step.guided:
@@ -596,13 +591,17 @@ class CudaSession(Session):
                 if done:
                     raise RuntimeError(f"the GPU is done, and there are no tokens of advance {number}")
 
-    def _arrange(self, step: Step) -> None:
-        """Makes the sequences in these slots the rows of decode steps."""
+    def _arrange(self, step: Step, width: int) -> None:
+        """Makes the sequences in these slots the rows of decode steps, `width` of each."""
+        if width > 1:
+            self._arrange_drafts(step, width)
+            return
         if step.decode != self._arranged:
             memory, rows = self._memory, len(step.decode)
             self._upload("slots", step.decode)
-            state = memory["slots"], memory["slot.next"], memory["slot.past"], memory["next"], memory["past"]
-            self._call("arrange", *state[:3], None, *state[3:], rows, 1, self.limits.max_seq_len - 1)
+            state = memory["slots"], memory["slot.next"], memory["slot.past"]
+            fed = memory["next"], memory["past"]
+            self._call("arrange", *state, None, *fed, rows, 1, self.limits.max_seq_len - 1)
             self._arranged = step.decode
         if step.given:
             self._upload("next", step.given)
@@ -615,9 +614,9 @@ class CudaSession(Session):
     def padded_width(self, width: int) -> int:
         return next(known for known in _WIDTHS if known >= width)
 
-    def _arrange_drafts(self, step: Step) -> None:
+    def _arrange_drafts(self, step: Step, width: int) -> None:
         """Fills the row buffers of a step with drafts; what follows a sequence's drafts is computed in vain."""
-        memory, width, rows = self._memory, self._width, len(step.decode) * self._width
+        memory, rows = self._memory, len(step.decode) * width
         if rows > self._draft_rows:
             raise UserError(f"a step with drafts has {rows} rows, this backend takes {self._draft_rows}")
         uploaded = np.zeros((3, self._draft_rows), np.int32)
@@ -677,14 +676,9 @@ class CudaSession(Session):
         for count in range(1, rows + 1):
             slots = tuple(range(count))
             self._start([Start(slot=slot, prompt=(0,), sampling=SamplingConfig(), room=1) for slot in slots])
-            for width in _WIDTHS if drafts else (1,):
-                if width == 1:
-                    self._arrange(Step(decode=slots))
-                elif width <= self.draft_width(count):
-                    self._width = width
-                    self._arrange_drafts(Step(decode=slots))
-                else:
-                    break
+            widest = self.draft_width(count) if drafts else 1
+            for width in (known for known in _WIDTHS if known <= widest):
+                self._arrange(Step(decode=slots), width)
                 for part in _Part:
                     self._graph(part, count, width)
         self._arranged = ()
@@ -695,16 +689,18 @@ class CudaSession(Session):
         memory, limits = self._memory, self.limits
         row = memory[rows.slots], memory[rows.tokens], memory[rows.past], memory["slot.next"], memory["slot.past"]
         counts = memory["counts"], self.vocab_size
-        history = self._history.ctypes.data, len(self._history), self._most_rows
-        self._call("advance", memory["best"], *row, *counts, count, limits.max_seq_len - 1, memory["step"], *history)
+        self._call("advance", memory["best"], *row, *counts, count, limits.max_seq_len - 1, *self._told())
 
     def _accept(self, count: int, width: int) -> None:
         """As `_advance` for `count` rows with drafts, `width` of each sequence."""
         memory, last = self._memory, self.limits.max_seq_len - 1
         row = (memory[f"draft.{name}"] for name in ("tokens", "counts", "slots", "past"))
         state = memory["slot.next"], memory["slot.past"], memory["counts"], self.vocab_size
-        history = self._history.ctypes.data, len(self._history), self._most_rows
-        self._call("accept", memory["best"], *row, *state, count, width, last, memory["step"], *history)
+        self._call("accept", memory["best"], *row, *state, count, width, last, *self._told())
+
+    def _told(self) -> tuple[int, ...]:
+        """Where the host is told which tokens were chosen: the counter of advances, and the history with its sizes."""
+        return self._memory["step"], self._history.ctypes.data, len(self._history), self._most_rows
 
     def _choose(self, count: int, logits: int, plain: bool, rows: _Rows) -> None:
         """A token for every row, over the vocabulary of all ranks, into `best`; and log-probabilities if wanted."""

@@ -316,8 +316,8 @@ class Server:
 
 def _place(path: str) -> str:
     """The path in the table of handlers."""
-    one_model = path.startswith(_ONE_MODEL) and path != _ONE_MODEL
-    return _ONE_MODEL if one_model else path.rstrip("/") or "/"
+    path = path.rstrip("/") or "/"
+    return _ONE_MODEL if path.startswith(_ONE_MODEL) else path
 
 
 def _size(messages: list[api.Message] | None) -> int:

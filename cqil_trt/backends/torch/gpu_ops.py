@@ -279,7 +279,7 @@ class CudaOps(FusedOps[Matrix], _Collectives):
 
     def attention(self, qkv: Matrix, positions: Any, shard: LayerShard) -> Matrix:
         qkv, fields = self.keep(qkv), attention_fields(self.plan.model, shard, self._limits, self._cached)
-        tokens = {"batch": self._batch, "length": self._length, "drafts": self._decodes and self._length > 1}
+        tokens = {"batch": self._batch, "length": self._length, "drafts": self._decodes}
         shape = abi.cqil_attention_shape(**tokens, **fields, dtype=self._dtype)
         norms: list[Matrix | None] = [self._weights[name] for name in self.head_norms(shard)]
         norms = norms or [None, None]
