@@ -89,7 +89,8 @@ class BuildRequest:
             that replaces the defaults of the next two. None: the adapter bundled with this package, for the demo model
             in the configuration it was trained for. "none": no adapter.
         preset: a published configuration (`presets.PRESETS`), which the next two override.
-        p, d, start, end, bypass, placement: see `CqilConfig`; start and end default to the middle of the model.
+        p, d, start, end, bypass, placement, ranks_per_layer: see `CqilConfig`; start and end default to the middle of
+            the model.
         drop_attention_join: as `CqilConfig.dropping` takes it.
         dtype: float32, float16 or bfloat16; default the checkpoint's (float32 for GGUF).
         quantize: the format that the matrices of layers are quantized to: one of `formats.names()`, default dense; or
@@ -117,6 +118,7 @@ class BuildRequest:
     bypass: str | None = None
     placement: str | None = None
     drop_attention_join: str | tuple[int, ...] | None = None
+    ranks_per_layer: int | None = None
     dtype: str | None = None
     quantize: str | None = None
     keep: str | None = None
@@ -142,7 +144,8 @@ class BuildRequest:
     @property
     def cqil_flags(self) -> dict[str, Any]:
         """The flags for `choose_cqil`."""
-        names = ("preset", "p", "d", "start", "end", "bypass", "placement", "drop_attention_join")
+        known = {field.name for field in fields(CqilConfig)}
+        names = ("preset", *(field.name for field in fields(self) if field.name in known))
         return {name: getattr(self, name) for name in names}
 
     def locate(self, job: Job) -> BuildRequest:
@@ -222,7 +225,10 @@ class BuildPlan:
 
 
 def describe_steps(rank: RankPlan) -> str:
-    """A rank's layers in short form, e.g. `0-11 (1/2 of each), 12 14 … 28, 30-31 (1/2 of each, one join)`."""
+    """A rank's layers in short form, e.g. `0-11 (1/2 of each), 12 14 … 28, 30-31 (1/2 of each, one join)`.
+
+    With four ranks, two per layer: `0-11 (1/4 of each), 12 14 … 28 (1/2 of each), 30-31 (1/4 of each)`.
+    """
     parts: list[str] = []
     run: list[Layer] = []
 
@@ -234,7 +240,8 @@ def describe_steps(rank: RankPlan) -> str:
             parts.append(layer_list([step.index for step in run]) + how)
             run.clear()
 
-    own = [step.index for step in rank.schedule.layers if isinstance(step, Group)]
+    groups = [step for step in rank.schedule.layers if isinstance(step, Group)]
+    own = [step.index for step in groups]
     for step in rank.schedule.layers:
         if isinstance(step, Layer):
             if run and run[0].drops_join != step.drops_join:
@@ -242,7 +249,8 @@ def describe_steps(rank: RankPlan) -> str:
             run.append(step)
         elif step.index == own[0]:
             flush()
-            parts.append(" ".join(map(str, own)) if len(own) <= 4 else f"{own[0]} {own[1]} … {own[-1]}")
+            shared = f" (1/{step.parts}{' of each' if len(own) > 1 else ''})" if step.parts > 1 else ""
+            parts.append((" ".join(map(str, own)) if len(own) <= 4 else f"{own[0]} {own[1]} … {own[-1]}") + shared)
     flush()
     return ", ".join(parts) or "none"
 
@@ -466,13 +474,14 @@ def choose_cqil(
         ignored = [f"--{field}" for field in ("d", "start", "end", "bypass") if given.get(field)]
         if ignored:
             notes.append(f"placement tensor has no groups: {', '.join(ignored)} not used")
-        config = CqilConfig(p=given.get("p", basis.p if basis else 2), placement="tensor")
+        sizes = {name: given.get(name, getattr(basis or CqilConfig(p=2), name)) for name in ("p", "ranks_per_layer")}
+        config = CqilConfig(**sizes, placement="tensor")
         return config.dropping(given.get("drop_attention_join", ()), model.num_layers)
     if basis is not None:
         # Last, because the rest decides which layers have a join.
         dropped = given.pop("drop_attention_join", basis.drop_attention_join)
         config = replace(basis, **given, drop_attention_join=()).dropping(dropped, model.num_layers)
-        if trained is not None and replace(config, placement=trained.placement) != trained:
+        if trained is not None and not config.computes_as(trained):
             notes.append(f"the adapter was trained for {trained.summary}, and this build is {config.summary}")
         return config
     config = CqilConfig.choose(model.num_layers, **{"p": 2, **given})
@@ -481,7 +490,7 @@ def choose_cqil(
             f"layers [{config.start}, {config.end}) of {model.num_layers} run concurrently: a range around the "
             "middle of the model (--start and --end choose another)"
         )
-    elif config.p > 1 and not config.groups:
+    elif config.ranks > 1 and not config.groups:
         notes.append("no layers run concurrently: the range is empty, so this is tensor parallelism or one rank")
     return config
 

@@ -40,8 +40,9 @@ class CqilConfig:
     """Which layers run concurrently and where the others run.
 
     Groups of `p` consecutive layers fill `[start, end)`; layer j of a group also receives the attention
-    outputs of the `d` layers just before it. The number of ranks is always `p`. `drop_attention_join`: split layers
-    without the all-reduce after attention, in ascending order (docs/architecture.md).
+    outputs of the `d` layers just before it. Each layer of a group is split over `ranks_per_layer` ranks, so there are
+    `p * ranks_per_layer` ranks. `drop_attention_join`: split layers without the all-reduce after attention, in
+    ascending order (docs/architecture.md).
     """
 
     p: int
@@ -51,11 +52,19 @@ class CqilConfig:
     bypass: str = "mlp"
     placement: str = "sharded"
     drop_attention_join: tuple[int, ...] = ()
+    ranks_per_layer: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "drop_attention_join", tuple(sorted(self.drop_attention_join)))
         if not 1 <= self.p <= MAX_RANKS:
             raise UserError(f"--p must be from 1 to {MAX_RANKS}, found {self.p}")
+        if self.ranks_per_layer < 1:
+            raise UserError(f"--ranks-per-layer must be at least 1, found {self.ranks_per_layer}")
+        if self.ranks > MAX_RANKS:
+            raise UserError(
+                f"--p {self.p} times --ranks-per-layer {self.ranks_per_layer} is {self.ranks} ranks: at most "
+                f"{MAX_RANKS} are supported"
+            )
         if not 0 <= self.d < self.p:
             raise UserError(f"--d must be at least 0 and below --p {self.p}, found {self.d}")
         if not 0 <= self.start <= self.end:
@@ -71,6 +80,11 @@ class CqilConfig:
             raise UserError(f"--placement must be one of {', '.join(PLACEMENTS)}, found {self.placement}")
         if self.placement == "tensor" and (self.start != self.end or self.d):
             raise UserError("--placement tensor has no groups: start must equal end and d must be 0")
+        if self.placement == "leader" and self.ranks_per_layer > 1:
+            raise UserError(
+                f"--ranks-per-layer {self.ranks_per_layer}: placement leader runs whole layers on each rank: use "
+                "placement sharded"
+            )
         if self.drop_attention_join:
             self._check_dropped()
 
@@ -78,27 +92,46 @@ class CqilConfig:
         dropped = self.drop_attention_join
         said = f"--drop-attention-join {layer_list(dropped)}"
         if not self._splits:
-            why = "--p 1" if self.p == 1 else f"--placement {self.placement}"
+            why = "--p 1" if self.ranks == 1 else f"--placement {self.placement}"
             raise UserError(f"{said}: with {why} no layer is split over the ranks, so there is no join to drop")
         for layer, following in zip(dropped, (*dropped[1:], None)):
             if layer < 0:
                 raise UserError(f"{said}: there is no layer {layer}")
             if layer == following:
                 raise UserError(f"{said}: names layer {layer} more than once")
-            if self.start <= layer < self.end:
+            if not any(layer in group for group in self.groups):
+                continue
+            if self.ranks_per_layer == 1:
                 raise UserError(
                     f"{said}: layer {layer} is in a group of [{self.start}, {self.end}), and only the split layers "
                     "outside the groups have a join after attention"
                 )
+            if self.d:
+                raise UserError(
+                    f"{said}: layer {layer} is in a group of [{self.start}, {self.end}), whose bypass (--d {self.d}) "
+                    "adds up whole attention outputs: only layers outside the groups can do without the join"
+                )
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks an engine has."""
+        return self.p * self.ranks_per_layer
 
     @property
     def _splits(self) -> bool:
         """Whether the ranks share the layers outside the groups."""
-        return self.p > 1 and self.placement != "leader"
+        return self.ranks > 1 and self.placement != "leader"
 
     def split_layers(self, num_layers: int) -> tuple[int, ...]:
         """The layers outside the groups that all ranks share, in a model of `num_layers` layers."""
-        return tuple(i for i in range(num_layers) if self._splits and not self.start <= i < self.end)
+        grouped = {layer for group in self.groups for layer in group}
+        return tuple(i for i in range(num_layers) if self._splits and i not in grouped)
+
+    def sharing(self, layer: int) -> int:
+        """How many ranks share a layer."""
+        if any(layer in group for group in self.groups):
+            return self.ranks_per_layer
+        return self.ranks if self._splits else 1
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
@@ -109,22 +142,40 @@ class CqilConfig:
 
     @property
     def summary(self) -> str:
-        """The configuration without the placement: `p=2 d=1 mlp [12, 30), attention joins dropped in 4-11`."""
+        """The configuration without the placement: `p=2 d=1 mlp [12, 30), attention joins dropped in 4-11`.
+
+        With several ranks per layer, `p=2x2 d=0 [12, 30)`.
+        """
         bypass = f" {self.bypass}" if self.d else ""
         dropped = f", attention joins dropped in {layer_list(drop)}" if (drop := self.drop_attention_join) else ""
-        return f"p={self.p} d={self.d}{bypass} [{self.start}, {self.end}){dropped}"
+        return f"p={self._size} d={self.d}{bypass} [{self.start}, {self.end}){dropped}"
+
+    @property
+    def _size(self) -> str:
+        return f"{self.p}x{self.ranks_per_layer}" if self.ranks_per_layer > 1 else f"{self.p}"
 
     @property
     def name(self) -> str:
-        """As part of a directory's name, without bypass and placement: `p2-d1-12-30-drop4-11_30`."""
+        """As part of a directory's name, without bypass and placement: `p2-d1-12-30-drop4-11_30`, `p2x2-d0-12-30`."""
         dropped = layer_list(self.drop_attention_join).replace(",", "_")
-        return f"p{self.p}-d{self.d}-{self.start}-{self.end}" + (f"-drop{dropped}" if dropped else "")
+        return f"p{self._size}-d{self.d}-{self.start}-{self.end}" + (f"-drop{dropped}" if dropped else "")
 
     @property
     def changed_layers(self) -> tuple[int, ...]:
         """The layers that compute something else than in the original model, in ascending order."""
         grouped = (layer for group in self.groups for layer in group)
         return tuple(sorted((*grouped, *self.drop_attention_join)))
+
+    def computes_as(self, other: CqilConfig) -> bool:
+        """Whether both change the model in the same way, wherever they place its layers."""
+        return self._computation() == other._computation()
+
+    def _computation(self) -> dict[str, Any]:
+        """The fields that decide what is computed."""
+        values = {name: value for name, value in asdict(self).items() if name != "placement"}
+        if not self.drop_attention_join:  # else the number of ranks does
+            del values["ranks_per_layer"]
+        return values
 
     def check_depth(self, num_layers: int) -> None:
         """Raises UserError when a layer is beyond a model of `num_layers` layers."""
@@ -136,8 +187,9 @@ class CqilConfig:
     def dropping(self, wanted: str | Iterable[int], num_layers: int) -> CqilConfig:
         """The same configuration with the attention joins of the layers `wanted` dropped, and no others.
 
-        `wanted`: layers; or text, `4-11,28-31`, `none`, or `auto:N`: N split layers from their middle, where it costs
-        least, and the first KEPT_JOINED only when there are no others (measured in docs/quality.md). Raises UserError
+        `wanted`: layers; or text, `4-11,28-31`, `none`, or `auto:N`: N of the layers that all ranks share, from their
+        middle, where it costs least, and the first KEPT_JOINED only when there are no others (measured in
+        docs/quality.md; layers of a group are dropped only by number). Raises UserError
         for layers that have no such join, or are beyond a model of `num_layers` layers.
         """
         layers = self._parse_dropped(wanted, num_layers) if isinstance(wanted, str) else tuple(wanted)
@@ -177,6 +229,7 @@ class CqilConfig:
         bypass: str = "mlp",
         placement: str = "sharded",
         drop_attention_join: str | Iterable[int] = (),
+        ranks_per_layer: int = 1,
     ) -> CqilConfig:
         """A configuration for a model of `num_layers` layers; `start` and `end` default to its middle.
 
@@ -185,9 +238,10 @@ class CqilConfig:
         The middle is where neighbouring layers' inputs are most alike. The first 40% of the layers and the last
         sixteenth stay sequential, close to what the authors published (12..30 of 32 layers, 17..37 of 40).
         """
+        fixed: dict[str, Any] = {"p": p, "ranks_per_layer": ranks_per_layer, "placement": placement}
         if placement == "tensor":
-            return cls(p=p, placement=placement).dropping(drop_attention_join, num_layers)
-        cls(p=p, d=d, bypass=bypass, placement=placement)  # p and d are checked before they are divided by
+            return cls(**fixed).dropping(drop_attention_join, num_layers)
+        cls(**fixed, d=d, bypass=bypass)  # p and d are checked before they are divided by
         if start is None:
             limit = num_layers if end is None else end
             start = min(int(0.4 * num_layers), limit)
@@ -196,16 +250,15 @@ class CqilConfig:
         if end is None:
             limit = num_layers - max(1, num_layers // 16)
             end = start + max(0, limit - start) // p * p
-        config = cls(p=p, d=d, start=start, end=end, bypass=bypass, placement=placement)
+        config = cls(**fixed, d=d, start=start, end=end, bypass=bypass)
         return config.dropping(drop_attention_join, num_layers)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def save_with_adapter(self, directory: Path) -> None:
-        """Writes the configuration, without the placement, into the directory of an adapter trained for it."""
-        values = {name: value for name, value in asdict(self).items() if name != "placement"}
-        (directory / ADAPTER_FILE).write_text(json.dumps(values, indent=1) + "\n")
+        """Writes what is computed, not where, into the directory of an adapter trained for it."""
+        (directory / ADAPTER_FILE).write_text(json.dumps(self._computation(), indent=1) + "\n")
 
     @classmethod
     def of_adapter(cls, directory: Path) -> CqilConfig | None:
@@ -222,6 +275,7 @@ class CqilConfig:
                 end=values.integer("end", low=0),
                 bypass=values.text("bypass", "mlp"),
                 drop_attention_join=values.integers("drop_attention_join", "a layer or a list of them"),
+                ranks_per_layer=values.integer("ranks_per_layer", 1, low=0),
             )
         except UserError as error:
             message = str(error)

@@ -75,7 +75,7 @@ class Engine:
 
     @property
     def world_size(self) -> int:
-        return self.cqil.p
+        return self.cqil.ranks
 
     def plan(self, rank: int) -> RankPlan:
         return plan(self.model, self.cqil, self.limits.dtype, self.limits.weights, self.limits.keep)[rank]

@@ -41,7 +41,8 @@ class CqilModel(nn.Module):
     The modules are shared with `model` and keep their names, so PEFT and Trainer work on it and an adapter trained
     with it fits the original model. Everything else (`config`, `generate`, `device`, …) is the model's own. While the
     wrapper exists `model` itself computes CQIL too; inside `with wrapper.sequential():` both compute the original.
-    `drop_attention_join`: as `CqilConfig.dropping` takes it; these layers compute what `p` ranks that share them do.
+    `drop_attention_join`: as `CqilConfig.dropping` takes it; these layers compute what the ranks that share them do,
+    which is all that `ranks_per_layer` decides here.
 
     Raises UserError when the configuration does not fit the model.
     """
@@ -55,10 +56,20 @@ class CqilModel(nn.Module):
         end: int | None = None,
         bypass: str = "mlp",
         drop_attention_join: str | Iterable[int] = (),
+        ranks_per_layer: int = 1,
     ):
         super().__init__()
         layers = model.get_submodule("model.layers")
-        self.cqil = CqilConfig.choose(len(layers), p, d, start, end, bypass, drop_attention_join=drop_attention_join)
+        self.cqil = CqilConfig.choose(
+            len(layers),
+            p,
+            d,
+            start,
+            end,
+            bypass,
+            drop_attention_join=drop_attention_join,
+            ranks_per_layer=ranks_per_layer,
+        )
         # Register the children but not the model itself, so that parameters keep the checkpoint's names.
         for name, child in model.named_children():
             self.add_module(name, child)
@@ -68,18 +79,21 @@ class CqilModel(nn.Module):
         for group in self.cqil.groups:
             first, *others = (layers[index] for index in group)
             first.cqil_members, first.cqil_config = tuple(others), self.cqil
+            first.cqil_dropped = tuple(index in self.cqil.drop_attention_join for index in group)
             # Replace the class, not an attribute of the layer: gradient checkpointing wraps the class's forward.
             _replace_forward(first, _group_forward)
             for layer in others:
                 _replace_forward(layer, _absorbed_forward)
-        for index in self.cqil.drop_attention_join:
-            layers[index].cqil_config = self.cqil
-            _replace_forward(layers[index], _split_forward)
+        for index in self.cqil.split_layers(len(layers)):
+            if index in self.cqil.drop_attention_join:
+                layers[index].cqil_config = self.cqil
+                _replace_forward(layers[index], _split_forward)
 
     @classmethod
     def of(cls, model: nn.Module, cqil: CqilConfig) -> CqilModel:
         """The model with this configuration. What is computed does not depend on the placement."""
-        return cls(model, cqil.p, cqil.d, cqil.start, cqil.end, cqil.bypass, cqil.drop_attention_join)
+        dropped, ranks_per_layer = cqil.drop_attention_join, cqil.ranks_per_layer
+        return cls(model, cqil.p, cqil.d, cqil.start, cqil.end, cqil.bypass, dropped, ranks_per_layer)
 
     # Trainer reads the names of its input columns from this signature.
     def forward(
@@ -134,6 +148,12 @@ def _group_forward(self: nn.Module, hidden_states: torch.Tensor, **kwargs: Any) 
     cqil: CqilConfig = self.cqil_config
     members = (self, *self.cqil_members)
     x = hidden_states
+    if any(self.cqil_dropped):  # no bypass then
+        changes = (
+            _split_change(layer, x, cqil.ranks_per_layer, kwargs) if dropped else _change(layer, x, kwargs)
+            for layer, dropped in zip(members, self.cqil_dropped)
+        )
+        return sum(changes, x)
     attended = [layer.self_attn(hidden_states=layer.input_layernorm(x), **kwargs)[0] for layer in members]
     output = x
     for j, (layer, a) in enumerate(zip(members, attended)):
@@ -153,17 +173,28 @@ def _absorbed_forward(self: nn.Module, hidden_states: torch.Tensor, **kwargs: An
 
 
 def _split_forward(self: nn.Module, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-    """The forward of a layer whose attention join is dropped, as all ranks compute it together.
+    """The forward of a layer that all ranks share and whose attention join is dropped."""
+    return hidden_states + _split_change(self, hidden_states, self.cqil_config.ranks, kwargs)
 
-    Values of all ranks are stacked, [ranks, B, T, …]. `self` is the Hugging Face decoder layer.
+
+def _change(layer: nn.Module, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+    """What a decoder layer adds to its input x."""
+    a = layer.self_attn(hidden_states=layer.input_layernorm(x), **kwargs)[0]
+    return a + layer.mlp(layer.post_attention_layernorm(x + a))
+
+
+def _split_change(layer: nn.Module, x: torch.Tensor, ranks: int, kwargs: dict[str, Any]) -> torch.Tensor:
+    """As `_change`, for a layer that `ranks` ranks share without an all-reduce after attention.
+
+    Values of all ranks are stacked, [ranks, B, T, …].
     """
-    ranks, x = self.cqil_config.p, hidden_states
+    attention = layer.self_attn
     # The projections' inputs are split, never their weights: whatever adapts the modules stays in effect.
-    with _replaced(self.self_attn, "o_proj", _EachRank(self.self_attn.o_proj, ranks, self.self_attn.head_dim)):
-        a = self.self_attn(hidden_states=self.input_layernorm(x), **kwargs)[0]
-    with _replaced(self.mlp, "down_proj", _OverRanks(self.mlp.down_proj, ranks)):
-        m = self.mlp(self.post_attention_layernorm(x + a))
-    return x + a.sum(0) + m
+    with _replaced(attention, "o_proj", _EachRank(attention.o_proj, ranks, attention.head_dim)):
+        a = attention(hidden_states=layer.input_layernorm(x), **kwargs)[0]
+    with _replaced(layer.mlp, "down_proj", _OverRanks(layer.mlp.down_proj, ranks)):
+        m = layer.mlp(layer.post_attention_layernorm(x + a))
+    return a.sum(0) + m
 
 
 class _EachRank(nn.Module):

@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 from cqil_trt.config import CqilConfig
+
+
+class Peers(Enum):
+    """Which ranks take part in a collective.
+
+    With t ranks per layer, rank j * t + u runs part u of layer j of each group.
+    """
+
+    ALL = "all"
+    LAYER = "layer"  # those that share this rank's layer of a group
+    PART = "part"  # those with the same part of the group's other layers
 
 
 @dataclass(frozen=True)
@@ -30,14 +42,20 @@ class Layer:
 
 @dataclass(frozen=True)
 class Group:
-    """`layers` run concurrently, one per rank; this rank runs layer `index`, which is `layers[rank]`."""
+    """`layers` run concurrently; this rank runs part `part` of `parts` of layer `index`.
+
+    `drops_join`: the ranks that share the layer do without the all-reduce after attention.
+    """
 
     layers: tuple[int, ...]
     index: int
+    part: int = 0
+    parts: int = 1
+    drops_join: bool = False
 
     @property
     def all_reduces(self) -> int:
-        return 1
+        return 1 + (self.parts > 1 and not self.drops_join)
 
 
 Step = Receive | Layer | Group
@@ -48,7 +66,8 @@ class RankSchedule:
     """What one rank does per token.
 
     `embeds` / `predicts`: whether the rank starts from the token embedding, and whether it ends in (its slice of)
-    the vocabulary. `split_vocabulary`: the last projection's rows are spread over the ranks.
+    the vocabulary. `split_vocabulary`: the last projection's rows are spread over the ranks. `ranks_per_layer`: how
+    many ranks share a layer of a group.
     """
 
     rank: int
@@ -57,6 +76,14 @@ class RankSchedule:
     embeds: bool
     predicts: bool
     split_vocabulary: bool
+    ranks_per_layer: int = 1
+
+    def peers(self, kind: Peers) -> range:
+        """The ranks, this one included, with which it joins in collectives of this kind; ascending."""
+        t = self.ranks_per_layer
+        if kind is Peers.LAYER:
+            return range(self.rank // t * t, self.rank // t * t + t)
+        return range(self.rank % t if kind is Peers.PART else 0, self.world_size, t if kind is Peers.PART else 1)
 
     @property
     def layers(self) -> tuple[Layer | Group, ...]:
@@ -80,11 +107,15 @@ def schedule(cqil: CqilConfig, num_layers: int) -> tuple[RankSchedule, ...]:
     a layer of the configuration is beyond the model.
     """
     cqil.check_depth(num_layers)
-    return tuple(_rank_schedule(cqil, num_layers, rank) for rank in range(cqil.p))
+    return tuple(_rank_schedule(cqil, num_layers, rank) for rank in range(cqil.ranks))
 
 
 def _rank_schedule(cqil: CqilConfig, num_layers: int, rank: int) -> RankSchedule:
-    groups = tuple(Group(layers, layers[rank]) for layers in cqil.groups)
+    member, part = divmod(rank, cqil.ranks_per_layer)
+    dropped = cqil.drop_attention_join
+    groups = tuple(
+        Group(layers, layers[member], part, cqil.ranks_per_layer, layers[member] in dropped) for layers in cqil.groups
+    )
     before, after = range(cqil.start), range(cqil.end, num_layers)
     if not groups:
         before, after = range(num_layers), range(0)
@@ -99,7 +130,15 @@ def _rank_schedule(cqil: CqilConfig, num_layers: int, rank: int) -> RankSchedule
             rank=rank, world_size=cqil.p, steps=steps, embeds=leads, predicts=leads, split_vocabulary=False
         )
 
-    split = cqil.p > 1
-    ordinary = {i: Layer(i, split, i in cqil.drop_attention_join) for i in (*before, *after)}
+    split = cqil.ranks > 1
+    ordinary = {i: Layer(i, split, i in dropped) for i in (*before, *after)}
     steps = (*(ordinary[i] for i in before), *groups, *(ordinary[i] for i in after))
-    return RankSchedule(rank=rank, world_size=cqil.p, steps=steps, embeds=True, predicts=True, split_vocabulary=split)
+    return RankSchedule(
+        rank=rank,
+        world_size=cqil.ranks,
+        steps=steps,
+        embeds=True,
+        predicts=True,
+        split_vocabulary=split,
+        ranks_per_layer=cqil.ranks_per_layer,
+    )

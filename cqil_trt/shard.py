@@ -272,6 +272,8 @@ def plan(
     def shard(step: Layer | Group, rank: RankSchedule) -> LayerShard:
         if isinstance(step, Layer) and step.split:
             return LayerShard.of(model, step.index, rank.rank, rank.world_size)
+        if isinstance(step, Group):
+            return LayerShard.of(model, step.index, step.part, step.parts)
         return LayerShard.of(model, step.index, 0, 1)
 
     return tuple(

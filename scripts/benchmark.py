@@ -127,6 +127,14 @@ def parser() -> RankParser:
     parser.add_argument("--end", type=int)
     parser.add_argument("--layers", type=int, help="fewer for a quick look")
     parser.add_argument(
+        "--ranks-per-layer",
+        type=int,
+        default=1,
+        metavar="T",
+        help="ranks that share each layer of a group; from 2 on, groups with a layer for each rank are measured too, "
+        "and leader is not",
+    )
+    parser.add_argument(
         "--drop-attention-join",
         metavar="LAYERS",
         help="also measure sharded and tensor without the all-reduce after attention in these layers, as build.py "
@@ -172,10 +180,10 @@ def configure(options: argparse.Namespace, ranks: int) -> tuple[CqilConfig, Mode
     check_at_least(options, 0, "soak")
     check_file(options.json, "--json")
     check_plot(options.plot)
-    cqil = preset(options.preset)
+    cqil = replace(preset(options.preset), ranks_per_layer=options.ranks_per_layer)
     check_at_least(options, cqil.p, "layers")
-    if ranks != (1 if options.alone else cqil.p):
-        advice = "--alone is one process" if options.alone else f"mpirun -n {cqil.p}, or --alone on one GPU"
+    if ranks != (1 if options.alone else cqil.ranks):
+        advice = "--alone is one process" if options.alone else f"mpirun -n {cqil.ranks}, or --alone on one GPU"
         raise UserError(f"{options.preset} with {ranks} ranks: {advice}")
     if options.alone and (cqil.d or options.soak or options.peers):
         raise UserError("--alone takes neither bypassing, --soak nor --peers: they need the other ranks")
@@ -183,6 +191,8 @@ def configure(options: argparse.Namespace, ranks: int) -> tuple[CqilConfig, Mode
         raise UserError("--shapes needs --start and --end")
     if options.layers and (options.start is not None or options.end is not None):
         raise UserError("--layers groups all layers: it takes neither --start nor --end")
+    if options.peers and cqil.ranks_per_layer > 1:
+        raise UserError("--peers have one rank per layer")
     if options.peers and options.quantize != formats.DENSE:
         raise UserError("--peers have no quantized weights")
     if options.peers and min(options.contexts) > PEER_TOKENS:
@@ -191,9 +201,9 @@ def configure(options: argparse.Namespace, ranks: int) -> tuple[CqilConfig, Mode
         start, end = (
             given if given is not None else its for given, its in ((options.start, cqil.start), (options.end, cqil.end))
         )
-        cqil = CqilConfig(p=cqil.p, d=cqil.d, start=start, end=end, bypass=cqil.bypass)
+        cqil = replace(cqil, start=start, end=end)
     if options.layers:
-        cqil = CqilConfig(p=cqil.p, d=cqil.d, start=0, end=options.layers // cqil.p * cqil.p, bypass=cqil.bypass)
+        cqil = replace(cqil, start=0, end=options.layers // cqil.p * cqil.p)
     model = model_config(model_name(options), options.layers)
     cqil.check_depth(model.num_layers)
     if not cqil.groups:
@@ -202,10 +212,19 @@ def configure(options: argparse.Namespace, ranks: int) -> tuple[CqilConfig, Mode
 
 
 def measured(options: argparse.Namespace, cqil: CqilConfig, num_layers: int) -> dict[str, CqilConfig]:
-    """What is measured, by name: one rank, every placement, and with --drop-attention-join those with fewer joins."""
+    """What is measured, by name: one rank, every placement, and with --drop-attention-join those with fewer joins.
+
+    With several ranks per layer, also groups of as many layers as there are ranks, in as much of the same range.
+    """
     found: dict[str, CqilConfig] = {"sequential": CqilConfig(p=1)}
-    found |= {name: replace(cqil, placement=name) for name in ("leader", "sharded")}
-    found["tensor"] = CqilConfig(p=cqil.p, placement="tensor")
+    if cqil.ranks_per_layer == 1:
+        found["leader"] = replace(cqil, placement="leader")
+    else:
+        end = cqil.end - (cqil.end - cqil.start) % cqil.ranks
+        wide = f"sharded, p={cqil.ranks}"
+        found[wide] = replace(cqil, p=cqil.ranks, ranks_per_layer=1, end=end)
+    found["sharded"] = replace(cqil, placement="sharded")
+    found["tensor"] = CqilConfig(p=cqil.p, ranks_per_layer=cqil.ranks_per_layer, placement="tensor")
     if (wanted := options.drop_attention_join) is not None:
         for name in ("sharded", "tensor"):
             layers = found[name].split_layers(num_layers) if wanted == "all" else wanted
@@ -257,10 +276,10 @@ def run(options: argparse.Namespace, job: Job) -> None:
             cqil=shape,
             limits=limits,
             rotary=tuple(inverse_frequencies(model)),
-            world_size=shape.p,
+            world_size=shape.ranks,
             plan=lambda rank, shape=shape: plan(model, shape, limits.dtype, limits.weights)[rank],
         )
-        comm = None if shape.p == 1 else MPI.COMM_SELF if options.alone else COMM
+        comm = None if shape.ranks == 1 else MPI.COMM_SELF if options.alone else COMM
         session = job.agree(
             lambda e=engine, c=comm: SyntheticSession(e, c, reader) if c is not None or RANK == 0 else None
         )
@@ -278,7 +297,7 @@ def run(options: argparse.Namespace, job: Job) -> None:
             found["profile"] = profile(session, prompts[-1])
         results[name] = found
         session.close()
-        if shape.p == 1:
+        if shape.ranks == 1:
             job.wait()
     report = {
         "model": model_name(options),
@@ -333,7 +352,7 @@ def reference_answers(
     """The float32 reference's answers for each placement; placements that compute the same share them."""
 
     def computes(shape: CqilConfig) -> tuple[Any, ...]:
-        return shape.groups, shape.drop_attention_join
+        return shape.groups, shape.drop_attention_join, bool(shape.drop_attention_join) and shape.ranks
 
     answers: dict[str, Any] = {}
     with saying_when_memory_is_full():

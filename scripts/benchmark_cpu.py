@@ -60,9 +60,9 @@ def run(options: argparse.Namespace, job: Job) -> None:
     functional = torch.nn.functional
     functional.linear = timed("matrix products", functional.linear)
     functional.scaled_dot_product_attention = timed("attention", functional.scaled_dot_product_attention)
-    communicator = llm.session.communicator
-    for name in ("all_reduce_residual", "broadcast", "bypass", "argmax"):
-        setattr(communicator, name, timed("MPI", getattr(communicator, name)))
+    for communicator in llm.session.communicators.values():
+        for name in ("all_reduce_residual", "broadcast", "bypass", "argmax"):
+            setattr(communicator, name, timed("MPI", getattr(communicator, name)))
 
     samples = []
     for _ in range(options.steps):

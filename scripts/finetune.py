@@ -402,7 +402,7 @@ def checkpoint_gradients(
         return options.gradient_checkpointing == "on"
     weights = sum(2 * torch.Size(shape).numel() for shape in reader.shapes().values())
     # A layer with a dropped join computes for every rank.
-    layers = model.num_layers + (cqil.p - 1) * len(cqil.drop_attention_join)
+    layers = model.num_layers + sum(cqil.sharing(layer) - 1 for layer in cqil.drop_attention_join)
     needed = ACTIVATION_BYTES * options.batch_size * options.sequence_length * model.hidden_size * layers
     return needed > 0.5 * (torch.cuda.mem_get_info()[0] - weights)
 

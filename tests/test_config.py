@@ -125,6 +125,13 @@ def test_a_sliding_window_is_refused_only_where_it_is_in_use(tmp_path):
         ({"p": 2, "start": 2, "end": 4, "drop_attention_join": [3, 1]}, "1,3: layer 3 is in a group of .2, 4."),
         ({"p": 2, "drop_attention_join": [4, 5, 4]}, "names layer 4 more than once"),
         ({"p": 2, "drop_attention_join": [-1]}, "no layer -1"),
+        ({"p": 2, "ranks_per_layer": 0}, "--ranks-per-layer must be at least 1, found 0"),
+        ({"p": 3, "ranks_per_layer": 3}, "--p 3 times --ranks-per-layer 3 is 9 ranks: at most 8"),
+        ({"p": 2, "ranks_per_layer": 2, "placement": "leader"}, "--ranks-per-layer 2: placement leader"),
+        (
+            {"p": 2, "d": 1, "ranks_per_layer": 2, "start": 2, "end": 4, "drop_attention_join": [3]},
+            "3: layer 3 is in a group of .2, 4., whose bypass",
+        ),
     ],
 )
 def test_wrong_configurations_name_the_flag(values, message):
@@ -164,12 +171,28 @@ def test_layers_whose_join_is_dropped_are_chosen_and_described():
     both = CqilConfig.choose(32, 2, d=1, start=12, end=14, drop_attention_join=[31, 4, 5, 7])
     assert both.changed_layers == (4, 5, 7, 12, 13, 31) and both.name == "p2-d1-12-14-drop4-5_7_31"
     assert both.summary == "p=2 d=1 mlp [12, 14), attention joins dropped in 4-5,7,31"
+    shared = CqilConfig.choose(32, 2, start=12, end=30, ranks_per_layer=2, drop_attention_join="auto:4")
+    assert shared.drop_attention_join == (5, 6, 7, 8) and shared.name == "p2x2-d0-12-30-drop5-8"
+    assert shared.dropping("5,12-13", 32).summary == "p=2x2 d=0 [12, 30), attention joins dropped in 5,12-13"
+    assert [shared.sharing(layer) for layer in (0, 12, 31)] == [4, 2, 4]
 
 
 def test_what_an_adapter_was_trained_for_is_kept(tmp_path):
     config = CqilConfig(p=2, d=1, start=2, end=4, drop_attention_join=(0, 5))
     config.save_with_adapter(tmp_path)
     assert CqilConfig.of_adapter(tmp_path) == config
+    # The number of ranks changes what is computed only with joins left out.
+    shared = CqilConfig(p=2, ranks_per_layer=2, start=2, end=4, drop_attention_join=(0, 2))
+    shared.save_with_adapter(tmp_path)
+    assert CqilConfig.of_adapter(tmp_path) == shared and not shared.computes_as(
+        CqilConfig(p=2, ranks_per_layer=3, start=2, end=4, drop_attention_join=(0, 2))
+    )
+    whole = CqilConfig(p=2, ranks_per_layer=2, start=2, end=4)
+    whole.save_with_adapter(tmp_path)
+    assert CqilConfig.of_adapter(tmp_path) == CqilConfig(p=2, start=2, end=4) and whole.computes_as(
+        CqilConfig(p=2, start=2, end=4, placement="leader")
+    )
+    config.save_with_adapter(tmp_path)
     path = tmp_path / "cqil_config.json"
     values = json.loads(path.read_text())
     del values["drop_attention_join"]  # as it was written before there was such a thing

@@ -13,6 +13,7 @@ from cqil_trt.collectives import LocalCommunicator
 from cqil_trt.config import CqilConfig, EngineLimits
 from cqil_trt.gpu.fused_ops import FusedOps
 from cqil_trt.network.decoder import decode
+from cqil_trt.schedule import Peers
 from cqil_trt.shard import plan
 
 
@@ -66,7 +67,8 @@ def test_fused_operations_compute_the_same(name, tmp_path):
         for rank in plan(checkpoint.model, CqilConfig(**shape)):
             weights = rank_weights(rank, checkpoint.reader)
             plain, fused = (
-                kind(rank, weights, Alone(rank.rank), limits, checkpoint.rotary) for kind in (TorchOps, FusedTorchOps)
+                kind(rank, weights, Alone.of(rank.schedule), limits, checkpoint.rotary)
+                for kind in (TorchOps, FusedTorchOps)
             )
             for new, past in ((7, 0), (1, 7), (1, 8)):
                 tokens = torch.randint(checkpoint.model.vocab_size, (2, new))
@@ -83,7 +85,11 @@ def test_a_sequential_layer_takes_four_products_and_nothing_else(tmp_path):
     [rank] = plan(checkpoint.model, CqilConfig(p=1))
     weights = rank_weights(rank, checkpoint.reader)
     ops = FusedTorchOps(
-        rank, weights, LocalCommunicator(), EngineLimits(max_batch_size=1, max_seq_len=32), checkpoint.rotary
+        rank,
+        weights,
+        {Peers.ALL: LocalCommunicator()},
+        EngineLimits(max_batch_size=1, max_seq_len=32),
+        checkpoint.rotary,
     )
     decode(
         ops, torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long)

@@ -24,6 +24,7 @@ from cqil_trt.gpu import abi, cuda
 from cqil_trt.gpu.packed import DeviceMatrix, quantized_matrices
 from cqil_trt.network.decoder import decode
 from cqil_trt.network.rotary import rotary_tables
+from cqil_trt.schedule import Peers
 from cqil_trt.shard import plan
 
 BATCH, CAPACITY = 2, 32
@@ -131,7 +132,7 @@ def test_cuda_ops_ask_for_what_the_decoder_means(name, packed, tmp_path, host_me
     for shape in RANK_SHAPES:
         for rank in plan(model, CqilConfig(**shape)):
             weights = rank_weights(rank, checkpoint.reader)
-            plain = TorchOps(rank, weights, Alone(rank.rank), limits, checkpoint.rotary)
+            plain = TorchOps(rank, weights, Alone.of(rank.schedule), limits, checkpoint.rotary)
 
             kernels = HostKernels()
             quantized = pack(weights := dict(weights), kernels) if packed else None
@@ -146,9 +147,10 @@ def test_cuda_ops_ask_for_what_the_decoder_means(name, packed, tmp_path, host_me
             if packed:
                 buffers["dense"] = torch.empty(max(matrix.numel() for matrix in kernels.packed.values()))
             memory = {key: value.data_ptr() for key, value in (weights | buffers).items()}
-            workspace = HostWorkspace(rank.rank, model.rms_norm_eps) if shape["p"] > 1 else None
+            places = {kind: rank.schedule.peers(kind).index(rank.rank) for kind in Peers}
+            workspaces = {kind: HostWorkspace(place, model.rms_norm_eps) for kind, place in places.items()}
             library = HostLibrary(kernels, model)
-            ops = CudaOps(rank, limits, memory, workspace, kernels, 0, library, BATCH, quantized)
+            ops = CudaOps(rank, limits, memory, workspaces, kernels, 0, library, BATCH, quantized)
             width = rank.vocabulary[1] - rank.vocabulary[0]
             # Prompts one at a time, in slots that are not in order, then both sequences, then one of them, then both
             # with drafts, which is a step that predicts from all tokens.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from support import SEED, write_json
-from support.cases import ARCHITECTURES, SHAPES, identifier, relative
+from support.cases import ARCHITECTURES, SHAPES, identifier, ranks_of, relative
 from support.checkpoints import load_model, make_adapter, make_model
 from support.formulas import Formulas
 from support.needs import missing, need, need_cuda_backend
@@ -37,6 +37,26 @@ def cases():
         ("llama-tied-bias", {"p": 3, "d": 1, "start": 0, "end": 3, "drop_attention_join": "3,5"}),
         ("qwen3", {"p": 3, "start": 3, "end": 3, "drop_attention_join": "auto:4"}),
         ("llama-few-heads", {"p": 3, "start": 1, "end": 4, "bypass": "residual", "d": 1, "drop_attention_join": "0"}),
+    ]
+    # Several ranks for each layer of a group: every number of both up to eight ranks, uneven heads, ranks without
+    # heads, biases, no groups; joins left out in groups, in both layers of one or in one, and outside.
+    found += [
+        ("llama-odd-heads", {"p": 2, "ranks_per_layer": 2, "start": 1, "end": 5}),
+        ("llama-tied-bias", {"p": 2, "ranks_per_layer": 2, "d": 1, "start": 0, "end": 4, "bypass": "residual"}),
+        ("llama-few-heads", {"p": 2, "ranks_per_layer": 3, "start": 2, "end": 6}),
+        ("llama-odd-heads", {"p": 2, "ranks_per_layer": 3, "d": 1, "start": 2, "end": 6}),
+        ("qwen3", {"p": 3, "ranks_per_layer": 2, "start": 0, "end": 6}),
+        ("phi3", {"p": 3, "ranks_per_layer": 2, "d": 1, "start": 0, "end": 6}),
+        ("llama-tied-bias", {"p": 2, "ranks_per_layer": 4, "start": 1, "end": 5}),
+        ("qwen2", {"p": 2, "ranks_per_layer": 4, "d": 1, "start": 2, "end": 6}),
+        ("llama-gqa", {"p": 4, "ranks_per_layer": 2, "start": 1, "end": 5}),
+        ("llama-odd-heads", {"p": 4, "ranks_per_layer": 2, "d": 1, "start": 2, "end": 6, "bypass": "residual"}),
+        ("llama-odd-heads", {"p": 2, "ranks_per_layer": 2, "start": 3, "end": 3}),
+        ("llama-gqa", {"p": 1, "ranks_per_layer": 3}),
+        ("qwen2", {"p": 2, "ranks_per_layer": 2, "placement": "tensor"}),
+        ("llama-tied-bias", {"p": 2, "ranks_per_layer": 2, "start": 2, "end": 6, "drop_attention_join": "0,2-3,5"}),
+        ("llama-odd-heads", {"p": 2, "ranks_per_layer": 4, "start": 0, "end": 4, "drop_attention_join": "1,3,5"}),
+        ("qwen3", {"p": 2, "ranks_per_layer": 2, "d": 1, "start": 2, "end": 4, "drop_attention_join": "auto:2"}),
     ]
     return found
 
@@ -87,7 +107,7 @@ def results(request, models, tmp_path_factory):
             "steps": STEPS,
             "out": str(root / f"out{i}"),
         }
-        by_ranks.setdefault(shape["p"], []).append(case)
+        by_ranks.setdefault(ranks_of(shape), []).append(case)
     for ranks, batch in by_ranks.items():
         done = mpirun(ranks, write_json(root / f"cases{ranks}.json", batch), script="tests/support/mpi_worker.py")
         assert done.returncode == 0, done.stderr
@@ -96,7 +116,7 @@ def results(request, models, tmp_path_factory):
 
 # In the fast run a few that two ranks can execute.
 NUMBERS = [
-    pytest.param(i, id=identifier(case), marks=() if i % 4 < 2 and case[1]["p"] < 3 else pytest.mark.slow)
+    pytest.param(i, id=identifier(case), marks=() if i % 4 < 2 and ranks_of(case[1]) < 3 else pytest.mark.slow)
     for i, case in enumerate(cases())
 ]
 
@@ -107,10 +127,10 @@ def test_engine_equals_reference(number, models, results):
     name, shape = cases()[number]
     if adapted(number):
         need("peft>=0.18")
-    ranks = [np.load(f"{root}/out{number}-{rank}.npz") for rank in range(shape["p"])]
+    ranks = [np.load(f"{root}/out{number}-{rank}.npz") for rank in range(ranks_of(shape))]
     for other in ranks[1:]:  # bit for bit
         assert all(np.array_equal(ranks[0][key], other[key]) for key in ranks[0])
-    has_collectives = shape["p"] > 1 and (shape.get("placement") != "leader" or shape["end"] > shape["start"])
+    has_collectives = len(ranks) > 1 and (shape.get("placement") != "leader" or shape["end"] > shape["start"])
     assert (ranks[0]["joined"].size > 0) == has_collectives
     found = ranks[0]
 

@@ -54,6 +54,8 @@ DROPPED = [
     ("llama-few-heads", {"p": 4, "start": 1, "end": 5, "drop_attention_join": (0, 5)}),
     ("qwen2", {"p": 3, "start": 3, "end": 3, "drop_attention_join": range(6)}),
     ("qwen3", {"p": 2, "start": 0, "end": 4, "drop_attention_join": (4,)}),
+    ("llama-tied-bias", {"p": 2, "ranks_per_layer": 2, "start": 1, "end": 5, "drop_attention_join": (1, 2, 3, 5)}),
+    ("llama-odd-heads", {"p": 3, "ranks_per_layer": 2, "d": 2, "start": 0, "end": 3, "drop_attention_join": (4,)}),
 ]
 
 

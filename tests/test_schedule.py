@@ -6,23 +6,27 @@ from hypothesis import strategies as st
 from cqil_trt.config import CqilConfig
 from cqil_trt.model import ModelConfig
 from cqil_trt.rope import RopeConfig
-from cqil_trt.schedule import Group, Layer, Receive, schedule
+from cqil_trt.schedule import Group, Layer, Peers, Receive, schedule
 from cqil_trt.shard import plan
 
 
 @st.composite
 def configurations(draw):
     p = draw(st.integers(1, 8))
+    shared = draw(st.integers(1, 8 // p))
     groups = draw(st.integers(0, 4))
     start = draw(st.integers(0, 5))
     layers = start + groups * p + draw(st.integers(0, 5)) or 1
     placement = draw(st.sampled_from(["sharded", "leader", "tensor"]))
     if placement == "tensor":
-        config = CqilConfig(p=p, placement="tensor")
+        config = CqilConfig(p=p, ranks_per_layer=shared, placement="tensor")
     else:
         d = draw(st.integers(0, p - 1))
-        config = CqilConfig(p=p, d=d, start=start, end=start + groups * p, placement=placement)
+        shared = 1 if placement == "leader" else shared
+        config = CqilConfig(p=p, ranks_per_layer=shared, d=d, start=start, end=start + groups * p, placement=placement)
     split = config.split_layers(layers)
+    if shared > 1 and not config.d:
+        split = range(layers)
     return config.dropping(draw(st.sets(st.sampled_from(split))) if split else (), layers), layers
 
 
@@ -36,7 +40,7 @@ def test_every_layer_runs_where_it_should_and_collectives_line_up(configuration)
     for rank in ranks:
         run = [step.index for step in rank.layers]
         assert run == sorted(set(run))
-        assert {i for i in run if i in grouped} == {group[rank.rank] for group in cqil.groups}
+        assert {i for i in run if i in grouped} == {group[rank.rank // cqil.ranks_per_layer] for group in cqil.groups}
         alone = [step.index for step in rank.steps if isinstance(step, Layer)]
         if cqil.placement == "leader":
             assert alone == (outside if rank.rank == 0 else [])
@@ -45,14 +49,32 @@ def test_every_layer_runs_where_it_should_and_collectives_line_up(configuration)
             assert alone == outside
             twice = set(outside) - set(cqil.drop_attention_join)
             joins = len(cqil.groups) + len(outside) + len(twice)
-            assert rank.all_reduces == (0 if cqil.p == 1 else joins)
-            assert cqil.split_layers(layers) == (() if cqil.p == 1 else tuple(outside))
+            own = {i for i in run if i in grouped} - set(cqil.drop_attention_join)
+            joins += len(own) if cqil.ranks_per_layer > 1 else 0
+            assert rank.all_reduces == (0 if cqil.ranks == 1 else joins)
+            assert cqil.split_layers(layers) == (() if cqil.ranks == 1 else tuple(outside))
         collectives.append([s for s in rank.steps if isinstance(s, (Receive, Group)) or s.split])
+        # Who joins with whom is agreed on, and those that share a layer of a group run the same ones.
+        for kind in Peers:
+            for other in rank.peers(kind):
+                assert ranks[other].peers(kind) == rank.peers(kind) and rank.rank in rank.peers(kind)
+        for other in rank.peers(Peers.LAYER) if cqil.groups else ():
+            own = [(s.index, s.all_reduces) for s in rank.steps if isinstance(s, Group)]
+            assert own == [(s.index, s.all_reduces) for s in ranks[other].steps if isinstance(s, Group)]
     shapes = [
         [type(s).__name__ + str(getattr(s, "layers", getattr(s, "all_reduces", ""))) for s in steps]
         for steps in collectives
     ]
     assert all(shape == shapes[0] for shape in shapes)
+
+
+@given(st.integers(1, 8), st.data())
+def test_without_groups_ranks_per_layer_are_tensor_parallelism(p, data):
+    shared, layers = data.draw(st.integers(1, 8 // p)), data.draw(st.integers(1, 9))
+    start = data.draw(st.integers(0, layers))
+    found = schedule(CqilConfig(p=p, ranks_per_layer=shared, start=start, end=start), layers)
+    expected = schedule(CqilConfig(p=p * shared, placement="tensor"), layers)
+    assert [rank.steps for rank in found] == [rank.steps for rank in expected]
 
 
 @given(configurations(), st.integers(1, 4), st.integers(1, 12), st.integers(1, 40), st.booleans())

@@ -18,6 +18,7 @@ from cqil_trt.checkpoint import Checkpoint
 from cqil_trt.config import CqilConfig, EngineLimits
 from cqil_trt.network.decoder import decode
 from cqil_trt.network.rotary import rotary_tables
+from cqil_trt.schedule import Peers
 from cqil_trt.shard import plan
 
 BATCH, CAPACITY = 2, 32
@@ -65,7 +66,7 @@ class Network:
         return self._count
 
     def add_input(self, name, dtype, shape):
-        value = torch.tensor([-1]) if name == "workspace" or name.startswith("cache.") else self._given[name]
+        value = torch.tensor([-1]) if name.startswith("workspace") or name.startswith("cache.") else self._given[name]
         assert len(shape) == value.dim() and all(s in (-1, n) for s, n in zip(shape, value.shape)), (name, shape)
         return Tensor(name, value, dtype)
 
@@ -176,7 +177,7 @@ def test_classic_networks_compute_what_the_decoder_means(name, tmp_path):
     for shape in RANK_SHAPES:
         for rank in plan(model, CqilConfig(**shape)):
             weights = rank_weights(rank, checkpoint.reader)
-            plain = TorchOps(rank, weights, Alone(rank.rank), limits, checkpoint.rotary)
+            plain = TorchOps(rank, weights, Alone.of(rank.schedule), limits, checkpoint.rotary)
             caches = HostKernels()
             for new, past in ((7, 0), (3, 7), (1, 10)):
                 tokens = torch.randint(model.vocab_size, (BATCH, new))
@@ -186,7 +187,7 @@ def test_classic_networks_compute_what_the_decoder_means(name, tmp_path):
                 slots = torch.randperm(BATCH)  # a sequence keeps its slot, not its row
                 inputs = {"tokens": tokens[slots], "past": pasts, "slots": slots, "select": rows}
                 given = inputs | constants | weights
-                network = Network(given, caches, rank.rank)
+                network = Network(given, caches, rank.schedule.peers(Peers.PART).index(rank.rank))
                 define_network(package(), network, LOWERING, rank, limits, checkpoint.rotary, nccl=False)
                 collectives = [p for p in network.plugins if p in ("CqilAllReduce", "CqilBroadcast")]
                 assert len(collectives) == rank.schedule.all_reduces + rank.schedule.broadcasts

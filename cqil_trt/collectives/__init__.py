@@ -2,5 +2,6 @@
 
 from cqil_trt.collectives.base import Communicator, LocalCommunicator
 from cqil_trt.collectives.host import HostCommunicator
+from cqil_trt.collectives.peers import split
 
-__all__ = ["Communicator", "HostCommunicator", "LocalCommunicator"]
+__all__ = ["Communicator", "HostCommunicator", "LocalCommunicator", "split"]

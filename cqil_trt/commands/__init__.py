@@ -54,7 +54,13 @@ def run_ranks(
 def add_cqil_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that choose a CQIL configuration, as `builder.choose_cqil` takes them."""
     parser.add_argument("--preset", metavar="NAME", help=f"a published configuration: {', '.join(PRESETS)}")
-    parser.add_argument("--p", type=int, help="concurrent layers per group, and number of ranks (default 2)")
+    parser.add_argument("--p", type=int, help="concurrent layers per group (default 2)")
+    parser.add_argument(
+        "--ranks-per-layer",
+        type=int,
+        metavar="T",
+        help="ranks that share each layer of a group (default 1); an engine has p x T ranks",
+    )
     parser.add_argument("--d", type=int, help="bypass distance: attention outputs passed on, 0 <= d < p (default 0)")
     parser.add_argument("--start", type=int, help="first concurrent layer (default: the middle of the model)")
     parser.add_argument("--end", type=int, help="first layer after the concurrent ones")
@@ -79,7 +85,7 @@ def add_speculate_flag(parser: argparse.ArgumentParser) -> None:
 
 def cqil_flags(options: argparse.Namespace) -> dict[str, Any]:
     """The values of the flags that `add_cqil_flags` adds; None where one was not given."""
-    names = ("preset", "p", "d", "start", "end", "bypass", "drop_attention_join")
+    names = ("preset", "p", "ranks_per_layer", "d", "start", "end", "bypass", "drop_attention_join")
     return {name: getattr(options, name) for name in names}
 
 

@@ -104,7 +104,8 @@ def describe(plan: dict[str, Any]) -> str:
     groups = (cqil["end"] - cqil["start"]) // cqil["p"] if cqil["p"] > 1 else 0
     shape = f"{groups} groups of {cqil['p']} layers in [{cqil['start']}, {cqil['end']})" if groups else "no groups"
     bypass = f", d={cqil['d']} ({cqil['bypass']})" if cqil["d"] else ", d=0" if groups else ""
-    lines.append(f"CQIL       p={cqil['p']}{bypass}: {shape}, placement {cqil['placement']}")
+    shared = f", {cqil['ranks_per_layer']} ranks per layer" if cqil["ranks_per_layer"] > 1 else ""
+    lines.append(f"CQIL       p={cqil['p']}{bypass}: {shape}{shared}, placement {cqil['placement']}")
     if cqil["drop_attention_join"]:
         layers = layer_list(cqil["drop_attention_join"])
         lines.append(f"dropped    the all-reduce after attention in layers {layers}")

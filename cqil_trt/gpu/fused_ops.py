@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 from cqil_trt.config import EngineLimits
 from cqil_trt.model import ModelConfig
 from cqil_trt.network.ops import Ops
+from cqil_trt.schedule import Peers
 from cqil_trt.shard import LayerShard
 
 V = TypeVar("V")
@@ -166,11 +167,11 @@ class FusedOps(Ops[V]):
 
     # Collectives take values, not deferred ones. The class that implements them is among the bases.
 
-    def all_reduce_residual(self, delta: Any, residual: Any) -> Any:
-        return super().all_reduce_residual(self.keep(delta), self.keep(residual))  # type: ignore[safe-super]
+    def all_reduce_residual(self, delta: Any, residual: Any, peers: Peers = Peers.ALL) -> Any:
+        return super().all_reduce_residual(self.keep(delta), self.keep(residual), peers)  # type: ignore[safe-super]
 
-    def all_reduce_residual_norm(self, delta: Any, residual: Any, norm: str) -> Any:
-        return super().all_reduce_residual_norm(self.keep(delta), self.keep(residual), norm)
+    def all_reduce_residual_norm(self, delta: Any, residual: Any, norm: str, peers: Peers = Peers.ALL) -> Any:
+        return super().all_reduce_residual_norm(self.keep(delta), self.keep(residual), norm, peers)
 
     def broadcast(self, x: Any, tokens: V) -> Any:
         return super().broadcast(None if x is None else self.keep(x), tokens)  # type: ignore[safe-super]

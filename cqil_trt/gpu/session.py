@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from cqil_trt.collectives import split
 from cqil_trt.config import DTYPE_BYTES
 from cqil_trt.engine import Engine, tensor_spans
 from cqil_trt.errors import UserError
@@ -32,6 +33,7 @@ from cqil_trt.gpu.packed import quantized_matrices
 from cqil_trt.gpu.workspace import Workspace, guard
 from cqil_trt.network.rotary import rotary_tables
 from cqil_trt.sampling import MAX_LOGPROBS, Choice, SamplingConfig
+from cqil_trt.schedule import Peers
 from cqil_trt.scheduler import Outcome, Start, Step
 from cqil_trt.session import Session, cache_bytes, fitting_slots
 
@@ -132,7 +134,11 @@ class CudaSession(Session):
         super().__init__(engine, rank, slots)
         self._comm, self._library = comm, library
         self._stream = cuda.call("StreamCreate")
-        self._workspace = None if comm is None else Workspace(comm)
+        self._workspaces: dict[Peers, Workspace] = {}
+        if comm is not None:
+            communicators = split(comm, self._plan.schedule)
+            made = {id(each): Workspace(each) for each in communicators.values()}  # one for each, whatever its kinds
+            self._workspaces = {kind: made[id(each)] for kind, each in communicators.items()}
         self._bytes, self._dtype_code = DTYPE_BYTES[engine.limits.dtype], abi.dtype_code(engine.limits.dtype)
         self._memory: dict[str, int] = {}
         self._phase = Phase.PREFILL  # of the last pass
@@ -168,8 +174,8 @@ class CudaSession(Session):
                 graph.destroy()
         for array in (self._history, self._report_ids, self._report_values):
             cuda.free_pinned(array)
-        if self._workspace is not None:
-            self._workspace.close()
+        for workspace in dict.fromkeys(self._workspaces.values()):
+            workspace.close()
         for arena in self._arenas:
             arena.free()
         cuda.call("StreamDestroy", self._stream)
@@ -363,7 +369,7 @@ class CudaSession(Session):
             self._synchronize()
 
     def _guard(self) -> AbstractContextManager[None]:
-        return guard(self._library, self._workspace)
+        return guard(self._library, *self._workspaces.values())
 
     def _upload(self, name: str, values: Any, dtype: Any = np.int32, offset: int = 0) -> None:
         """Fills a buffer from `offset` bytes on."""
@@ -705,19 +711,19 @@ class CudaSession(Session):
     def _choose(self, count: int, logits: int, plain: bool, rows: _Rows) -> None:
         """A token for every row, over the vocabulary of all ranks, into `best`; and log-probabilities if wanted."""
         memory, width, dtype = self._memory, self._widths[self._plan.rank], self._dtype_code
-        together = self._workspace is not None
+        workspace = self._workspaces.get(Peers.ALL)
         if plain:
-            value, index = memory["value"], memory["index"] if together else memory["best"]
+            value, index = memory["value"], memory["best" if workspace is None else "index"]
             self._call("row_argmax", logits, count, width, self._offset, dtype, value, index)
-            if self._workspace is not None:
+            if workspace is not None:
                 best = memory["best_value"], memory["best"]
-                self._workspace.call("argmax", value, index, *best, count, int(self._stream))
+                workspace.call("argmax", value, index, *best, count, int(self._stream))
             return
         everything = self.vocab_size
-        if self._workspace is not None:
+        if workspace is not None:
             whole, elements = memory["all_logits"], count * everything
             self._call("spread", logits, whole, count, width, self._offset, everything, dtype)
-            self._workspace.call("all_reduce", whole, None, whole, elements, dtype, int(self._stream))
+            workspace.call("all_reduce", whole, None, whole, elements, dtype, int(self._stream))
             logits = whole
         settings = memory["settings"], memory[rows.slots]
         state = memory["counts"], memory["bias"], memory["mask"], memory["adjusted"]

@@ -11,6 +11,7 @@ from cqil_trt.collectives.base import Communicator
 from cqil_trt.config import DTYPE_BYTES
 from cqil_trt.errors import CollectiveError, UserError
 from cqil_trt.gpu import abi, kernel_library
+from cqil_trt.schedule import Peers, RankSchedule
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +26,12 @@ def fuses_norm(hidden: int, dtype: str) -> bool:
     return row_bytes % 16 == 0 and row_bytes <= _MAX_ROW_BYTES
 
 
+def workspace_input(schedule: RankSchedule, peers: Peers) -> str:
+    """The input of a compiled network that the workspace of these peers is bound to."""
+    everyone = len(schedule.peers(peers)) == schedule.world_size
+    return "workspace" if everyone else f"workspace.{peers.value}"
+
+
 def attention_failure(library: ctypes.CDLL) -> CollectiveError | None:
     """Why attention gave up waiting for one of its own blocks, if it did; call it when CUDA reports an error."""
     text = library.cqil_attention_failure()
@@ -32,16 +39,18 @@ def attention_failure(library: ctypes.CDLL) -> CollectiveError | None:
 
 
 @contextmanager
-def guard(library: ctypes.CDLL, workspace: Workspace | None) -> Iterator[None]:
+def guard(library: ctypes.CDLL, *workspaces: Workspace) -> Iterator[None]:
     """Inside, a CUDA error that a kernel's time limit caused becomes a CollectiveError that says who waited for whom.
+
+    `workspaces`: those that the kernels may use.
 
     Kernels run asynchronously, so the block should end in a synchronisation.
     """
     try:
         yield
     except RuntimeError as error:
-        failure = attention_failure(library) if workspace is None else workspace.failure()
-        raise failure or error from None
+        failures = (workspace.failure() for workspace in workspaces)
+        raise next(filter(None, failures), None) or attention_failure(library) or error from None
 
 
 class Workspace:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from cqil_trt.network.ops import Ops
-from cqil_trt.schedule import Layer, Receive
+from cqil_trt.schedule import Group, Layer, Peers, Receive
 from cqil_trt.shard import LayerShard
 
 V = TypeVar("V")
@@ -48,7 +48,7 @@ def decode(ops: Ops[V], tokens: V, past: V, select: V) -> V:
         if isinstance(step, Layer):
             x, normed = _layer(ops, step, shard, x, normed, norm, positions)
         else:
-            x, normed = _group(ops, shard, x, normed, norm, positions)
+            x, normed = _group(ops, step, shard, x, normed, norm, positions)
 
     if not plan.schedule.predicts:
         return ops.keep(x) if x is not None else tokens
@@ -79,20 +79,27 @@ def _layer(ops: Ops[V], step: Layer, shard: LayerShard, x: V, normed: V, norm: s
     return join(_mlp(ops, shard, normed), x, norm)
 
 
-def _group(ops: Ops[V], shard: LayerShard, x: V, normed: V, norm: str, positions: Any) -> tuple[V, V]:
-    """This rank's layer of a concurrent group; one all-reduce joins the group."""
-    return ops.all_reduce_residual_norm(_own_change(ops, shard, x, normed, positions, ops.plan.cqil.d), x, norm)
+def _group(ops: Ops[V], step: Group, shard: LayerShard, x: V, normed: V, norm: str, positions: Any) -> tuple[V, V]:
+    """This rank's layer of a concurrent group, or its share of that; one all-reduce joins the group."""
+    joins = step.parts > 1 and not step.drops_join
+    change = _own_change(ops, shard, x, normed, positions, ops.plan.cqil.d, joins)
+    return ops.all_reduce_residual_norm(change, x, norm)
 
 
-def _own_change(ops: Ops[V], shard: LayerShard, x: V, normed: V, positions: Any, d: int = 0) -> V:
-    """The change that this rank's layer, or its share of one, makes to x before any join.
+def _own_change(ops: Ops[V], shard: LayerShard, x: V, normed: V, positions: Any, d: int = 0, joins: bool = False) -> V:
+    """The change that this rank's layer, or its share of one, makes to x before all ranks join.
 
-    `d`: how many ranks' attention outputs the bypass adds to its own.
+    `d`: how many layers' attention outputs the bypass adds to its own. `joins`: the ranks that share the layer add up
+    their attention for the MLP.
     """
     a = ops.keep(_attention(ops, shard, normed, positions))
     b = ops.bypass(a, d) if d else None
     attended = a if b is None else ops.add(a, b)
-    _, normed = ops.residual_norm(attended, x, f"layers.{shard.index}.mlp_norm")
+    mlp_norm = f"layers.{shard.index}.mlp_norm"
+    if joins:  # shares of the bypass add up too
+        _, normed = ops.all_reduce_residual_norm(attended, x, mlp_norm, Peers.LAYER)
+    else:
+        _, normed = ops.residual_norm(attended, x, mlp_norm)
     return ops.add(attended if ops.plan.cqil.bypass == "residual" else a, _mlp(ops, shard, normed))
 
 

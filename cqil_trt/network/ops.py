@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, Generic, TypeVar
 
+from cqil_trt.schedule import Peers
 from cqil_trt.shard import LayerShard, RankPlan
 
 V = TypeVar("V")
@@ -93,8 +94,8 @@ class Ops(ABC, Generic[V]):
     # Collectives: sums run in rank order and in float32, so every rank holds the same bits
 
     @abstractmethod
-    def all_reduce_residual(self, delta: V, residual: V) -> V:
-        """residual + the sum of every rank's delta, summed in float32 and rounded once."""
+    def all_reduce_residual(self, delta: V, residual: V, peers: Peers = Peers.ALL) -> V:
+        """residual + the sum of the deltas of these ranks, summed in float32 and rounded once."""
 
     @abstractmethod
     def broadcast(self, x: V | None, tokens: V) -> V:
@@ -102,7 +103,10 @@ class Ops(ABC, Generic[V]):
 
     @abstractmethod
     def bypass(self, x: V, d: int) -> V | None:
-        """The sum of the x of the min(d, rank) ranks just before this one; None, or zeros, on rank 0."""
+        """The sum of the x that the d layers of the group just before this one have, where there are as many.
+
+        Among the ranks with the same part of their layers (`Peers.PART`); None, or zeros, in the first layer.
+        """
 
     # Fused forms
 
@@ -111,7 +115,7 @@ class Ops(ABC, Generic[V]):
         residual = self.add(residual, delta)
         return residual, self.rms_norm(residual, norm)
 
-    def all_reduce_residual_norm(self, delta: V, residual: V, norm: str) -> tuple[V, V]:
+    def all_reduce_residual_norm(self, delta: V, residual: V, norm: str, peers: Peers = Peers.ALL) -> tuple[V, V]:
         """`all_reduce_residual`, and its RMSNorm `norm`."""
-        residual = self.all_reduce_residual(delta, residual)
+        residual = self.all_reduce_residual(delta, residual, peers)
         return residual, self.rms_norm(residual, norm)

@@ -70,6 +70,7 @@ RANK_SHAPES = [
     {"p": 2, "d": 1, "start": 2, "end": 6, "bypass": "residual"},
     {"p": 4, "d": 1, "start": 1, "end": 5, "placement": "leader"},
     {"p": 4, "placement": "tensor", "drop_attention_join": (1, 4)},
+    {"p": 2, "ranks_per_layer": 2, "d": 1, "start": 1, "end": 5},
 ]
 
 
@@ -80,6 +81,10 @@ def identifier(case):
         return value if key in ("bypass", "placement", "dtype") else f"{key}{value}"
 
     return name + "-" + "-".join(part(*item) for item in shape.items())
+
+
+def ranks_of(shape):
+    return shape["p"] * shape.get("ranks_per_layer", 1)
 
 
 def relative(found, expected):

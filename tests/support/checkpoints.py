@@ -105,11 +105,12 @@ def checkpoint_logits(checkpoint: Any, prompt: list[int]) -> Any:
     from cqil_trt.collectives import LocalCommunicator
     from cqil_trt.config import CqilConfig, EngineLimits
     from cqil_trt.network.decoder import decode
+    from cqil_trt.schedule import Peers
     from cqil_trt.shard import plan
 
     [rank] = plan(checkpoint.model, CqilConfig(p=1))
     limits, weights = EngineLimits(max_batch_size=1, max_seq_len=len(prompt)), rank_weights(rank, checkpoint.reader)
-    ops = TorchOps(rank, weights, LocalCommunicator(), limits, checkpoint.rotary)
+    ops = TorchOps(rank, weights, {Peers.ALL: LocalCommunicator()}, limits, checkpoint.rotary)
     ops.begin([0], len(prompt))
     tokens = torch.tensor([prompt])
     with torch.inference_mode():

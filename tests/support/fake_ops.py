@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from cqil_trt.collectives import LocalCommunicator
 from cqil_trt.gpu import abi
+from cqil_trt.schedule import Peers
 
 
 class Alone(LocalCommunicator):
@@ -15,6 +16,11 @@ class Alone(LocalCommunicator):
 
     def __init__(self, rank):
         self.rank = rank
+
+    @classmethod
+    def of(cls, schedule):
+        """One for each kind of peers, with the rank's place among them."""
+        return {kind: cls(schedule.peers(kind).index(schedule.rank)) for kind in Peers}
 
     def broadcast(self, x):
         return x if self.rank == 0 else torch.linspace(-1, 1, x.numel()).view_as(x)

@@ -69,23 +69,43 @@ class Formulas:
         gate, up = (self.rows(x, f"{block}.{name}_proj", first, last) for name in ("gate", "up"))
         return self.columns(F.silu(gate) * up, f"{block}.down_proj", first, last, bias=part == parts - 1)
 
-    def logits(self, ids, p=1, d=0, start=0, end=0, bypass="mlp", placement="sharded", drop_attention_join=()):
+    def dropped(self, x, i, parts):
+        """What layer i adds to x if `parts` ranks share it without a join after attention."""
+        delta = 0
+        for part in range(parts):
+            a = self.attention(self.norm(x, f"model.layers.{i}.input_layernorm"), i, part, parts)
+            normed = self.norm(x + a, f"model.layers.{i}.post_attention_layernorm")
+            delta = delta + a + self.mlp(normed, i, part, parts)
+        return delta
+
+    def logits(
+        self,
+        ids,
+        p=1,
+        d=0,
+        start=0,
+        end=0,
+        bypass="mlp",
+        placement="sharded",
+        drop_attention_join=(),
+        ranks_per_layer=1,
+    ):
         """Logits [B, T, vocabulary] of ids [B, T]. The placement changes nothing."""
         x = self.w["model.embed_tokens.weight"][ids]
         i = 0
         while i < self.layers:
-            if i in drop_attention_join:
-                delta = 0
-                for rank in range(p):
-                    a = self.attention(self.norm(x, f"model.layers.{i}.input_layernorm"), i, rank, p)
-                    normed = self.norm(x + a, f"model.layers.{i}.post_attention_layernorm")
-                    delta = delta + a + self.mlp(normed, i, rank, p)
-                x, i = x + delta, i + 1
+            grouped = p > 1 and start <= i < end
+            if i in drop_attention_join and not grouped:
+                x, i = x + self.dropped(x, i, p * ranks_per_layer), i + 1
                 continue
             group = range(i, i + (p if start <= i < end else 1))
             a = [self.attention(self.norm(x, f"model.layers.{layer}.input_layernorm"), layer) for layer in group]
             delta = 0
             for j, layer in enumerate(group):
+                if layer in drop_attention_join:
+                    assert d == 0
+                    delta = delta + self.dropped(x, layer, ranks_per_layer)
+                    continue
                 b = sum(a[max(0, j - d) : j], torch.zeros_like(x))
                 m = self.mlp(self.norm(x + a[j] + b, f"model.layers.{layer}.post_attention_layernorm"), layer)
                 delta = delta + a[j] + m + (b if bypass == "residual" else 0)

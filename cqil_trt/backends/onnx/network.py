@@ -21,9 +21,11 @@ from cqil_trt.backends import Compilation
 from cqil_trt.config import EngineLimits
 from cqil_trt.engine import tensor_spans
 from cqil_trt.gpu import abi
+from cqil_trt.gpu.workspace import workspace_input
 from cqil_trt.network.decoder import decode
 from cqil_trt.network.ops import Ops
 from cqil_trt.network.rotary import rotary_tables
+from cqil_trt.schedule import Peers
 from cqil_trt.shard import LayerShard, RankPlan
 
 OPSET = 24
@@ -202,8 +204,10 @@ class OnnxOps(Ops[str]):
 
     # Collectives
 
-    def _collective(self, operator: str, *inputs: str, outputs: int = 1, **attributes: Any) -> list[str]:
-        workspace = self.input("workspace", TensorProto.INT32, [1])
+    def _collective(
+        self, operator: str, *inputs: str, outputs: int = 1, peers: Peers = Peers.ALL, **attributes: Any
+    ) -> list[str]:
+        workspace = self.input(workspace_input(self.plan.schedule, peers), TensorProto.INT32, [1])
         attributes["dtype"] = abi.dtype_code(self._limits.dtype)
         attributes = abi.interface().plugin_fields(operator, attributes)
         # TensorRT's parser looks for the plugin in the attribute's namespace, not in the node's domain.
@@ -213,14 +217,19 @@ class OnnxOps(Ops[str]):
         self.annotations += [helper.make_tensor_value_info(name, self._type, shape) for name in names]
         return names
 
-    def all_reduce_residual(self, delta: str, residual: str) -> str:
-        [self.joined] = self._collective("CqilAllReduce", delta, residual, mode=1, eps=0.0)
-        return self.joined
+    def all_reduce_residual(self, delta: str, residual: str, peers: Peers = Peers.ALL) -> str:
+        [out] = self._collective("CqilAllReduce", delta, residual, peers=peers, mode=1, eps=0.0)
+        self.joined = out if peers is Peers.ALL else self.joined
+        return out
 
-    def all_reduce_residual_norm(self, delta: str, residual: str, norm: str) -> tuple[str, str]:
-        eps, weight = self.plan.model.rms_norm_eps, self._weight(f"{norm}.weight")
-        self.joined, normed = self._collective("CqilAllReduce", delta, residual, weight, outputs=2, mode=2, eps=eps)
-        return self.joined, normed
+    def all_reduce_residual_norm(
+        self, delta: str, residual: str, norm: str, peers: Peers = Peers.ALL
+    ) -> tuple[str, str]:
+        fields: dict[str, Any] = {"mode": 2, "eps": self.plan.model.rms_norm_eps}
+        inputs = delta, residual, self._weight(f"{norm}.weight")
+        out, normed = self._collective("CqilAllReduce", *inputs, outputs=2, peers=peers, **fields)
+        self.joined = out if peers is Peers.ALL else self.joined
+        return out, normed
 
     def broadcast(self, x: str | None, tokens: str) -> str:
         model, rank = self.plan.model, self.plan.rank
@@ -228,8 +237,8 @@ class OnnxOps(Ops[str]):
         return self._collective("CqilBroadcast", given, rank=rank, hidden=model.hidden_size)[0]
 
     def bypass(self, x: str, d: int) -> str:
-        # Rank 0 receives zeros. It must send, and a node with an unused output would be removed.
-        return self._collective("CqilBypass", x, distance=d)[0]
+        # The first layer receives zeros. It must send, and a node with an unused output would be removed.
+        return self._collective("CqilBypass", x, peers=Peers.PART, distance=d)[0]
 
 
 def define_network(plan: RankPlan, weights: Path, rotary: Sequence[float], limits: EngineLimits) -> ModelProto:
@@ -237,7 +246,7 @@ def define_network(plan: RankPlan, weights: Path, rotary: Sequence[float], limit
 
     Inputs: tokens int32 [B, T]; past int32 [B]; select int32 [B, K] on a rank that predicts; cache.N.key and
     cache.N.value [B, key/value heads, max_seq_len, head_dim] for each layer whose heads the rank has; workspace
-    int32 [1], for the collectives.
+    int32 [1], for the collectives, and workspace.layer and workspace.part for those of fewer ranks.
     Outputs: logits float32 [B, K, V], or hidden, the residual stream, on a rank that predicts nothing; joined
     [B, T, H], the residual stream after the last all-reduce; every cache, updated, as cache.N.key.updated.
     """

@@ -5,6 +5,7 @@ It shows that the file computes what it should, slowly: a node at a time, and ov
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,10 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from cqil_trt.backends.onnx.network import DOMAIN, TYPES
+from cqil_trt.collectives import split
 from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
+from cqil_trt.gpu.workspace import workspace_input
 from cqil_trt.session import HostSession, available_memory, cache_bytes, fitting_slots
 
 
@@ -32,7 +35,12 @@ class OnnxSession(HostSession):
             network.load(str(path))
         except onnx.checker.ValidationError as error:  # the weights are a link
             raise UserError(f"{path}: cannot be loaded ({error})") from None
-        self._evaluator = ReferenceEvaluator(network, new_ops=[RMSNormalization, *_collectives(comm)])
+        schedule = self._plan.schedule
+        joined = [] if comm is None else list(split(comm, schedule).items())
+        # What the workspaces hold here: the numbers of the communicators that the collectives use.
+        self._workspaces = {workspace_input(schedule, kind): np.array([i]) for i, (kind, _) in enumerate(joined)}
+        operators = _collectives([communicator for _, communicator in joined])
+        self._evaluator = ReferenceEvaluator(network, new_ops=[RMSNormalization, *operators])
         self._last: np.ndarray = np.zeros(0, np.float32)
         self._joined = np.zeros(0, np.float32)
         length, dim = self.limits.max_seq_len, self._plan.model.head_dim
@@ -48,7 +56,7 @@ class OnnxSession(HostSession):
         self, tokens: np.ndarray, past: np.ndarray, select: np.ndarray, slots: np.ndarray, length: int | None
     ) -> None:
         # The evaluator ignores inputs that a rank's graph does not have.
-        inputs = {"tokens": tokens, "past": past, "select": select, "workspace": np.zeros(1, np.int32)}
+        inputs = {"tokens": tokens, "past": past, "select": select, **self._workspaces}
         caches = {name: cache[slots] for name, cache in self._cache.items()}
         inputs = {name: value.astype(np.int32) for name, value in inputs.items()} | caches
         # Its sigmoid computes exp in both branches, and it overflows in the unused one.
@@ -109,13 +117,17 @@ def _ordered_sum(parts: list[np.ndarray]) -> np.ndarray:
     return total
 
 
-def _collectives(comm: Any) -> list[type[OpRun]]:
-    """The custom operators over an mpi4py communicator. `_` takes the attributes that only TensorRT needs."""
+def _collectives(communicators: Sequence[Any]) -> list[type[OpRun]]:
+    """The custom operators over the mpi4py communicator whose number their workspace holds.
+
+    `_` takes the attributes that only TensorRT needs.
+    """
 
     class CqilAllReduce(OpRun):
         op_domain = DOMAIN
 
         def _run(self, delta: Any, residual: Any, *rest: Any, mode: Any = None, eps: Any = None, **_: Any) -> Any:
+            comm = communicators[rest[-1].item()]
             total = _ordered_sum([*comm.allgather(delta), residual]).astype(delta.dtype)
             return (total,) if mode == 1 else (total, _rms_norm(total, rest[0], eps))
 
@@ -123,12 +135,13 @@ def _collectives(comm: Any) -> list[type[OpRun]]:
         op_domain = DOMAIN
 
         def _run(self, x: Any, workspace: Any, **_: Any) -> tuple[Any]:
-            return (comm.bcast(x, root=0),)
+            return (communicators[workspace.item()].bcast(x, root=0),)
 
     class CqilBypass(OpRun):
         op_domain = DOMAIN
 
         def _run(self, x: Any, workspace: Any, distance: Any = None, **_: Any) -> tuple[Any]:
+            comm = communicators[workspace.item()]
             rank = comm.Get_rank()
             before = comm.allgather(x)[max(0, rank - distance) : rank]
             return (_ordered_sum([np.zeros_like(x), *before]).astype(x.dtype),)

@@ -48,7 +48,7 @@ class TensorRtBackend(Backend):
     def describe(self, limits: EngineLimits, options: Mapping[str, Any], ranks: tuple[RankPlan, ...]) -> Description:
         from cqil_trt.backends.tensorrt.compiler import describe
 
-        return describe(limits, options)
+        return describe(limits, options, ranks)
 
     def compile(self, compilation: Compilation) -> None:
         from cqil_trt.backends.tensorrt.compiler import compile_rank

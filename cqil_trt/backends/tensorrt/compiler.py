@@ -22,6 +22,8 @@ from cqil_trt.config import EngineLimits
 from cqil_trt.errors import UserError
 from cqil_trt.gpu import tensorrt_plugins
 from cqil_trt.gpu.sources import source_version
+from cqil_trt.schedule import Group
+from cqil_trt.shard import RankPlan
 
 # Compute capabilities that TensorRT-RTX can build for, and its names for them.
 TARGETS = {"7.5": "SM75", "8.0": "SM80", "8.6": "SM86", "8.9": "SM89", "12.0": "SM120", "12.1": "SM121"}
@@ -45,7 +47,7 @@ def version(trt: Any) -> str:
     return f"{trt.__name__} {trt.__version__}"
 
 
-def describe(limits: EngineLimits, options: Mapping[str, Any]) -> Description:
+def describe(limits: EngineLimits, options: Mapping[str, Any], ranks: tuple[RankPlan, ...]) -> Description:
     """Chooses the package and the collective. Raises UserError for what they cannot do."""
     target = options.get("target")
     trt = import_package(("tensorrt_rtx",) if target else _PACKAGES)
@@ -59,6 +61,13 @@ def describe(limits: EngineLimits, options: Mapping[str, Any]) -> Description:
         raise UserError(f"--collective plugin: the Python interface of {version(trt)} takes no plugins: use nccl")
     if collective == "nccl" and not lowering.nccl:
         raise UserError(f"--collective nccl: {version(trt)} has no collective layer: use plugin")
+    # A join of a part of the ranks takes all of them there (network.py), so all must have it.
+    joins = {tuple(step.all_reduces for step in rank.schedule.layers if isinstance(step, Group)) for rank in ranks}
+    if collective == "nccl" and len(joins) > 1:
+        raise UserError(
+            "--collective nccl: --drop-attention-join must name all layers of a group or none, because NCCL's join "
+            "takes all ranks"
+        )
     built = {"collective": collective}
     if lowering.plugins:
         built["plugins"] = source_version()

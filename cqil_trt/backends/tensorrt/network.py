@@ -24,10 +24,11 @@ import numpy as np
 from cqil_trt.config import EngineLimits
 from cqil_trt.gpu import abi, tensorrt_plugins
 from cqil_trt.gpu.fused_ops import FusedOps, attention_fields
-from cqil_trt.gpu.workspace import fuses_norm
+from cqil_trt.gpu.workspace import fuses_norm, workspace_input
 from cqil_trt.network.decoder import decode
 from cqil_trt.network.ops import Ops
 from cqil_trt.network.rotary import rotary_tables
+from cqil_trt.schedule import Peers
 from cqil_trt.shard import LayerShard, RankPlan
 
 Tensor = Any  # an ITensor of tensorrt or tensorrt_rtx
@@ -98,8 +99,8 @@ class TensorRtOps(Ops[Tensor]):
         self.tokens = self._input("tokens", trt.int32, (-1, -1))
         self.past = self._input("past", trt.int32, (-1,))
         self.select_rows = self._input("select", trt.int32, (-1,)) if plan.schedule.predicts else None
-        joins = plan.schedule.all_reduces + plan.schedule.broadcasts > 0
-        self._workspace = self._input("workspace", trt.int32, (1,)) if joins and not nccl else None
+        self._nccl = nccl
+        self._workspaces: dict[str, Tensor] = {}
         self._with_heads = {index: shard for index, shard in plan.layers.items() if shard.num_heads}
         self._define_caches(rotary)
 
@@ -215,6 +216,12 @@ class TensorRtOps(Ops[Tensor]):
         self._types |= {tensor.name: self._dtype for tensor in found}
         return found
 
+    def _workspace(self, peers: Peers) -> Tensor:
+        name = workspace_input(self.plan.schedule, peers)
+        if name not in self._workspaces:
+            self._workspaces[name] = self._input(name, self._trt.int32, (1,))
+        return self._workspaces[name]
+
     def _collective(self, x: Tensor, operation: str, reduce: str = "NONE", root: int = -1) -> Tensor:
         trt = self._trt
         kind, reduction = getattr(trt.CollectiveOperation, operation), getattr(trt.ReduceOperation, reduce)
@@ -222,29 +229,47 @@ class TensorRtOps(Ops[Tensor]):
         layer.num_ranks = self.plan.world_size
         return self._out(layer, self.type_of(x))
 
-    def all_reduce_residual(self, delta: Tensor, residual: Tensor) -> Tensor:
-        if self._workspace is not None:
-            [out] = self._plugin("CqilAllReduce", [delta, residual, self._workspace], 1, mode=1, eps=0.0)
-        else:
-            # In float32, as defined. NCCL has its own order of summation, the same on every rank.
-            wide = self._collective(self._cast(delta, self._trt.float32), "ALL_REDUCE", "SUM")
+    def _sum_of(self, x: Tensor, ranks: Sequence[int]) -> Tensor:
+        """The sum of these ranks' x, float32, by TensorRT's collective layer.
+
+        That has no collective on a subset of ranks: all ranks gather, and each adds up the parts it needs.
+        """
+        wide = self._cast(x, self._trt.float32)
+        if len(ranks) == self.plan.world_size:
+            # NCCL has its own order of summation, the same on every rank.
+            return self._collective(wide, "ALL_REDUCE", "SUM")
+        parts = self._collective(self._reshape(wide, (1, -1, self.plan.model.hidden_size)), "ALL_GATHER")
+        needed = [1.0 if source in ranks else 0.0 for source in range(self.plan.world_size)]
+        kept = self._elementwise("PROD", parts, self._constant(np.array(needed, np.float32).reshape(-1, 1, 1)))
+        reduce = self._network.add_reduce(kept, self._trt.ReduceOperation.SUM, 1, False)
+        return self._out(reduce, self._trt.float32)
+
+    def all_reduce_residual(self, delta: Tensor, residual: Tensor, peers: Peers = Peers.ALL) -> Tensor:
+        if self._nccl:
+            wide = self._sum_of(delta, self.plan.schedule.peers(peers))
             out = self._cast(self.add(wide, self._cast(residual, self._trt.float32)), self.type_of(residual))
-        self.outputs["joined"] = out
+        else:
+            [out] = self._plugin("CqilAllReduce", [delta, residual, self._workspace(peers)], 1, mode=1, eps=0.0)
+        if peers is Peers.ALL:
+            self.outputs["joined"] = out
         return out
 
-    def all_reduce_residual_norm(self, delta: Tensor, residual: Tensor, norm: str) -> tuple[Tensor, Tensor]:
-        if self._workspace is None or not fuses_norm(self.plan.model.hidden_size, self._limits.dtype):
-            return super().all_reduce_residual_norm(delta, residual, norm)
-        inputs, eps = [delta, residual, self._weight(f"{norm}.weight"), self._workspace], self.plan.model.rms_norm_eps
-        out, normed = self._plugin("CqilAllReduce", inputs, 2, mode=2, eps=eps)
-        self.outputs["joined"] = out
+    def all_reduce_residual_norm(
+        self, delta: Tensor, residual: Tensor, norm: str, peers: Peers = Peers.ALL
+    ) -> tuple[Tensor, Tensor]:
+        if self._nccl or not fuses_norm(self.plan.model.hidden_size, self._limits.dtype):
+            return super().all_reduce_residual_norm(delta, residual, norm, peers)
+        inputs = [delta, residual, self._weight(f"{norm}.weight"), self._workspace(peers)]
+        out, normed = self._plugin("CqilAllReduce", inputs, 2, mode=2, eps=self.plan.model.rms_norm_eps)
+        if peers is Peers.ALL:
+            self.outputs["joined"] = out
         return out, normed
 
     def broadcast(self, x: Tensor | None, tokens: Tensor) -> Tensor:
         hidden = self.plan.model.hidden_size
-        if self._workspace is not None:
+        if not self._nccl:
             given = self._reshape(tokens, (-1,)) if x is None else x
-            inputs = [given, self._workspace]
+            inputs = [given, self._workspace(Peers.ALL)]
             return self._plugin("CqilBroadcast", inputs, 1, rank=self.plan.rank, hidden=hidden)[0]
         if x is None:  # something of the right shape and type to receive into
             zeros = self._constant(np.zeros((1, hidden), np.float32))
@@ -255,17 +280,11 @@ class TensorRtOps(Ops[Tensor]):
         return self._cast(self._collective(self._cast(x, wide), "BROADCAST", root=0), self._dtype)
 
     def bypass(self, x: Tensor, d: int) -> Tensor:
-        """On rank 0 zeros: a layer with an unused result would be removed, and its sending with it."""
-        if self._workspace is not None:
-            return self._plugin("CqilBypass", [x, self._workspace], 1, distance=d)[0]
-        # There is no collective on a subset of ranks: all ranks gather, and each adds up the parts it needs.
-        rank = self.plan.rank
-        wide = self._reshape(self._cast(x, self._trt.float32), (1, -1, self.plan.model.hidden_size))
-        parts = self._collective(wide, "ALL_GATHER")
-        needed = [1.0 if rank - d <= source < rank else 0.0 for source in range(self.plan.world_size)]
-        kept = self._elementwise("PROD", parts, self._constant(np.array(needed, np.float32).reshape(-1, 1, 1)))
-        reduce = self._network.add_reduce(kept, self._trt.ReduceOperation.SUM, 1, False)
-        return self._cast(self._out(reduce, self._trt.float32), self.type_of(x))
+        """In the first layer zeros: a layer with an unused result would be removed, and its sending with it."""
+        if not self._nccl:
+            return self._plugin("CqilBypass", [x, self._workspace(Peers.PART)], 1, distance=d)[0]
+        earlier = [rank for rank in self.plan.schedule.peers(Peers.PART) if rank < self.plan.rank]
+        return self._cast(self._sum_of(x, earlier[-d:]), self.type_of(x))
 
 
 class NativeOps(TensorRtOps):
@@ -430,7 +449,8 @@ def define_network(
     """Emits a rank's whole network; arguments as for `TensorRtOps`. Keep the result until the engine is built.
 
     Inputs: tokens int32 [B, T], past int32 [B], select int32 [R] (rows b * T + t to predict from), the rank's tensors
-    under their names, and the plugins' workspace int32 [1]. Native: positions int32 [B, T], and for each layer of the
+    under their names, and the plugins' workspaces int32 [1] (workspace, and for collectives of fewer ranks
+    workspace.layer and workspace.part). Native: positions int32 [B, T], and for each layer of the
     rank cache.N.key and cache.N.value [B, key/value heads, S, head_dim]; classic, where the rank has attention heads:
     slots int32 [B] (row b of the pass is in slot slots[b] of the caches), cache.N int32 [1], and rotary.cos and
     rotary.sin float32 [S, head_dim / 2]. Outputs: logits [R, V] (where the rank predicts), joined [B * T, H] (the

@@ -15,6 +15,7 @@ from cqil_trt.errors import UserError
 from cqil_trt.gpu import cuda, kernel_library, tensorrt_plugins
 from cqil_trt.gpu.session import BUFFERS, CudaSession, Phase
 from cqil_trt.gpu.sources import source_version
+from cqil_trt.gpu.workspace import workspace_input
 from cqil_trt.scheduler import Outcome, Step
 
 # The passes that engines have optimization profiles for (network.add_profiles), in their order.
@@ -155,15 +156,14 @@ class TensorRtSession(CudaSession):
                 raise RuntimeError(f"TensorRT has no profile {phase.value}: {self._log.first_error}")
             contexts.append(context)
         self._synchronize()
+        schedule = self._plan.schedule
+        workspaces = {workspace_input(schedule, kind): each.address for kind, each in self._workspaces.items()}
         for context, phase in zip(contexts, _PROFILES):
             for name in self._names:
                 # A decode step's token is at position `past`.
                 buffers = BUFFERS[phase] | ({"positions": "past"} if phase is Phase.DECODE else {})
                 source = buffers.get(name, name).removesuffix(".updated")
-                if name == "workspace" and self._workspace is not None:
-                    address = self._workspace.address
-                else:
-                    address = self._memory[source]
+                address = workspaces.get(name) or self._memory[source]
                 context.set_tensor_address(name, int(address))
         return contexts
 

@@ -20,6 +20,7 @@ from cqil_trt.gpu.fused_ops import FusedOps, attention_fields
 from cqil_trt.gpu.packed import DeviceMatrix
 from cqil_trt.gpu.workspace import Workspace, fuses_norm
 from cqil_trt.network.ops import Ops
+from cqil_trt.schedule import Peers
 from cqil_trt.shard import LayerShard, RankPlan
 
 
@@ -85,7 +86,7 @@ class Library(Protocol):
 class _Collectives(Ops[Matrix]):
     """Joins ranks by the kernels of collectives.cu."""
 
-    _workspace: Workspace | None
+    _workspaces: Mapping[Peers, Workspace]
     _weights: dict[str, Matrix]
     _memory: Mapping[str, int]
     _limits: EngineLimits
@@ -97,20 +98,22 @@ class _Collectives(Ops[Matrix]):
     def _new(self, rows: int, width: int) -> Matrix:
         """Memory for a result."""
 
-    def all_reduce_residual(self, delta: Matrix, residual: Matrix) -> Matrix:
+    def all_reduce_residual(self, delta: Matrix, residual: Matrix, peers: Peers = Peers.ALL) -> Matrix:
         out = self._joined(delta)
         count = delta.rows * delta.width
-        self._join("all_reduce", delta.address, residual.address, out.address, count, self._dtype)
+        self._join("all_reduce", delta.address, residual.address, out.address, count, self._dtype, peers=peers)
         return out
 
-    def all_reduce_residual_norm(self, delta: Matrix, residual: Matrix, norm: str) -> tuple[Matrix, Matrix]:
+    def all_reduce_residual_norm(
+        self, delta: Matrix, residual: Matrix, norm: str, peers: Peers = Peers.ALL
+    ) -> tuple[Matrix, Matrix]:
         if not fuses_norm(delta.width, self._limits.dtype):
-            return super().all_reduce_residual_norm(delta, residual, norm)
+            return super().all_reduce_residual_norm(delta, residual, norm, peers)
         out, normed = self._joined(delta), self._new(delta.rows, delta.width)
         weight = self._weights[f"{norm}.weight"]
         addresses = [matrix.address for matrix in (delta, residual, weight, out, normed)]
         shape = delta.rows, delta.width, self.plan.model.rms_norm_eps, self._dtype
-        self._join("all_reduce_residual_norm", *addresses, *shape)
+        self._join("all_reduce_residual_norm", *addresses, *shape, peers=peers)
         return out, normed
 
     def _joined(self, like: Matrix) -> Matrix:
@@ -127,15 +130,14 @@ class _Collectives(Ops[Matrix]):
         return out
 
     def bypass(self, x: Matrix, d: int) -> Matrix | None:
-        out = self._new(x.rows, x.width) if self.plan.rank else None
+        receives = self.plan.rank > self.plan.schedule.peers(Peers.PART)[0]
+        out = self._new(x.rows, x.width) if receives else None
         count = x.rows * x.width
-        self._join("bypass", x.address, out and out.address, count, d, self._dtype)
+        self._join("bypass", x.address, out and out.address, count, d, self._dtype, peers=Peers.PART)
         return out
 
-    def _join(self, name: str, *arguments: Any) -> None:
-        if self._workspace is None:
-            raise RuntimeError("a collective on a rank without peers")
-        self._workspace.call(name, *arguments, self._stream)
+    def _join(self, name: str, *arguments: Any, peers: Peers = Peers.ALL) -> None:
+        self._workspaces[peers].call(name, *arguments, self._stream)
 
 
 class CudaOps(FusedOps[Matrix], _Collectives):
@@ -144,6 +146,7 @@ class CudaOps(FusedOps[Matrix], _Collectives):
     Args:
         memory: addresses by name: weights, caches, rotary tables, `logits` and `joined`; with packed weights `dense`,
             room for the largest of these matrices.
+        workspaces: for the kinds of peers that the rank has.
         library: for operations with many rows.
         slots: sequences that the caches hold.
         quantized: the projections whose weights in `memory` were quantized, by name.
@@ -154,7 +157,7 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         plan: RankPlan,
         limits: EngineLimits,
         memory: Mapping[str, int],
-        workspace: Workspace | None,
+        workspaces: Mapping[Peers, Workspace],
         kernels: ctypes.CDLL,
         stream: int,
         library: Library,
@@ -162,7 +165,7 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         quantized: Mapping[str, DeviceMatrix] | None = None,
     ):
         self.plan = plan
-        self._limits, self._memory, self._workspace = limits, memory, workspace
+        self._limits, self._memory, self._workspaces = limits, memory, workspaces
         self._cached = slots
         self._kernels, self._stream, self._library = kernels, stream, library
         self._bytes, self._dtype = DTYPE_BYTES[limits.dtype], abi.dtype_code(limits.dtype)

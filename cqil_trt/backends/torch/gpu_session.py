@@ -51,7 +51,7 @@ class TorchCudaSession(CudaSession):
         self._torch_stream = torch.cuda.ExternalStream(int(self._stream))
         if any(matrix.packed for matrix in self._quantized.values()):
             self.row_cost = self._PACKED_ROW_COST
-        kernels = self._memory, self._workspace, self._library, int(self._stream)
+        kernels = self._memory, self._workspaces, self._library, int(self._stream)
         self._torch_library = TorchLibrary(engine, self.slots, self._memory["chunk"], self._heads)
         self._ops = CudaOps(self._plan, engine.limits, *kernels, self._torch_library, self.slots, self._quantized)
 

@@ -13,6 +13,7 @@ from cqil_trt.config import EngineLimits
 from cqil_trt.errors import UserError
 from cqil_trt.network.ops import Ops
 from cqil_trt.network.rotary import Tables, decode_tables, prompt_tables
+from cqil_trt.schedule import Peers
 from cqil_trt.shard import LayerShard, RankPlan
 
 
@@ -40,14 +41,14 @@ class TorchOps(Ops[torch.Tensor]):
 
     `rotary`: inverse frequencies [head_dim / 2], radians per position. `slots`: sequences that the KV cache holds, by
     default as many as a pass takes. `products`: those of projections without a dense matrix. Without `begin`, sequence
-    b of a pass is in slot b, and its tokens are generated.
+    b of a pass is in slot b, and its tokens are generated. `communicators`: for the kinds of peers that the rank has.
     """
 
     def __init__(
         self,
         plan: RankPlan,
         weights: Mapping[str, torch.Tensor],
-        communicator: Communicator,
+        communicators: Mapping[Peers, Communicator],
         limits: EngineLimits,
         rotary: Sequence[float],
         slots: int | None = None,
@@ -57,7 +58,7 @@ class TorchOps(Ops[torch.Tensor]):
         dtype = getattr(torch, limits.dtype)
         self.plan = plan
         self._weights, self._products = weights, products or {}
-        self._communicator = communicator
+        self._communicators = communicators
         self._dtype = dtype
         # The last value that all ranks hold, so that validation can compare their bits.
         self.joined: torch.Tensor | None = None
@@ -204,14 +205,18 @@ class TorchOps(Ops[torch.Tensor]):
             for part in parts:
                 part[target, :, :count] = part[source, :, :count]
 
-    def all_reduce_residual(self, delta: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        self.joined = self._communicator.all_reduce_residual(delta, residual)
-        return self.joined
+    def all_reduce_residual(
+        self, delta: torch.Tensor, residual: torch.Tensor, peers: Peers = Peers.ALL
+    ) -> torch.Tensor:
+        out = self._communicators[peers].all_reduce_residual(delta, residual)
+        if peers is Peers.ALL:
+            self.joined = out
+        return out
 
     def broadcast(self, x: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
         if x is None:
             x = torch.empty(*tokens.shape, self.plan.model.hidden_size, dtype=self._dtype)
-        return self._communicator.broadcast(x)
+        return self._communicators[Peers.ALL].broadcast(x)
 
     def bypass(self, x: torch.Tensor, d: int) -> torch.Tensor | None:
-        return self._communicator.bypass(x, d)
+        return self._communicators[Peers.PART].bypass(x, d)

@@ -10,11 +10,12 @@ import torch
 
 from cqil_trt.backends.torch.ops import TorchOps
 from cqil_trt.backends.torch.quantized import take_quantized
-from cqil_trt.collectives import HostCommunicator, LocalCommunicator
+from cqil_trt.collectives import Communicator, HostCommunicator, LocalCommunicator, split
 from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
 from cqil_trt.gpu import kernel_library
 from cqil_trt.network.decoder import decode
+from cqil_trt.schedule import Peers
 from cqil_trt.session import HostSession, Session, available_memory, cache_bytes, fitting_slots
 
 
@@ -58,16 +59,19 @@ class TorchSession(HostSession):
     def __init__(self, engine: Engine, comm: Any, slots: int):
         from safetensors.torch import load_file
 
-        self.communicator = LocalCommunicator() if comm is None else HostCommunicator(comm)
-        rank = self.communicator.rank
+        rank = 0 if comm is None else comm.Get_rank()
         free = available_memory() // 2 // engine.world_size
         super().__init__(engine, rank, fitting_slots(slots, free, cache_bytes(engine, rank), comm))
+        self.communicators: dict[Peers, Communicator] = {Peers.ALL: LocalCommunicator()}
+        if comm is not None:
+            parts = split(comm, self._plan.schedule)
+            self.communicators = {kind: HostCommunicator(part) for kind, part in parts.items()}
         weights = load_file(engine.rank_file(rank))
         if self._plan.shares_embedding:
             weights["lm_head.weight"] = weights["embedding.weight"][slice(*self._plan.vocabulary)]
         products = take_quantized(self._plan, weights, getattr(torch, engine.limits.dtype))
         sizes = engine.limits, engine.rotary, self.slots
-        self._ops = TorchOps(self._plan, weights, self.communicator, *sizes, products)
+        self._ops = TorchOps(self._plan, weights, self.communicators, *sizes, products)
         self._last = torch.empty(0)
 
     @torch.inference_mode()
@@ -94,10 +98,10 @@ class TorchSession(HostSession):
         else:
             values = torch.full(last.shape[:2], -torch.inf)
             indices = torch.zeros(last.shape[:2], dtype=torch.long)
-        return self.communicator.argmax(values, indices + self._offset).numpy()
+        return self.communicators[Peers.ALL].argmax(values, indices + self._offset).numpy()
 
     def _gather(self, columns: np.ndarray) -> np.ndarray:
-        return self.communicator.gather_columns(torch.from_numpy(columns), self._widths).numpy()
+        return self.communicators[Peers.ALL].gather_columns(torch.from_numpy(columns), self._widths).numpy()
 
     def joined(self) -> bytes:
         if self._ops.joined is None:
