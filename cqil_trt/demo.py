@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import replace
 from pathlib import Path
 
 from cqil_trt.config import CqilConfig
@@ -48,7 +47,7 @@ def demo_adapter(model: Path, cqil: CqilConfig) -> Path | None:
     """The bundled adapter, if `model` is the demo model and the adapter was trained for these concurrent layers."""
     found = next((path for path in _ADAPTERS if path.is_dir()), None)
     trained = None if found is None else CqilConfig.of_adapter(found)
-    if trained is None or replace(cqil, placement=trained.placement) != trained:
+    if trained is None or not cqil.computes_as(trained):
         return None
     return found if is_demo_model(model) else None
 

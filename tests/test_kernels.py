@@ -39,21 +39,33 @@ def delays(tmp_path_factory):
 @needs_gpu
 @pytest.mark.usefixtures("library")
 @pytest.mark.parametrize(
-    "ranks, operations, replays", [(1, 100, 100), (2, 400, 10_000), (3, 60, 50), (4, 60, 50), (8, 20, 10)]
+    "ranks, shared, operations, replays",
+    [
+        (1, 1, 100, 100),
+        (2, 1, 400, 10_000),
+        (3, 1, 60, 50),
+        (4, 1, 60, 50),
+        (8, 1, 20, 10),
+        (4, 2, 60, 10_000),
+        (6, 3, 40, 50),
+        (8, 2, 20, 10),
+        (8, 4, 20, 10),
+    ],
 )
-def test_sums_order_and_bits(ranks, operations, replays):
+def test_sums_order_and_bits(ranks, shared, operations, replays):
+    """`shared`: how many ranks share a layer of a group; then fewer ranks join too."""
     if ranks <= torch.cuda.device_count() and ranks > 1:
         operations, replays = 400, 10_000
-    done = mpirun(ranks, SEED % 100_000, operations, replays, script="tests/support/cuda_worker.py")
+    done = mpirun(ranks, SEED % 100_000, operations, replays, shared, script="tests/support/cuda_worker.py")
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow
 @needs_gpu
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_delayed_blocks_change_no_sum(ranks, delays):
-    done = mpirun(ranks, SEED % 100_000, 60, 20, script="tests/support/cuda_worker.py", env=delays)
+@pytest.mark.parametrize("ranks, shared", [(2, 1), (3, 1), (4, 2)])
+def test_delayed_blocks_change_no_sum(ranks, shared, delays):
+    done = mpirun(ranks, SEED % 100_000, 60, 20, shared, script="tests/support/cuda_worker.py", env=delays)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

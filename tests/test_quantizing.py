@@ -169,6 +169,7 @@ def test_the_engine_computes_with_the_dequantized_weights(stored, source, tmp_pa
             4,
         ),
         (("--quantize", "fp8", "--dtype", "float16", "--start", 1, "--end", 3, "--drop-attention-join", "0,3"), 2),
+        (("--quantize", "int4", "--dtype", "float32", "--ranks-per-layer", 2, "--p", 2, "--start", 1, "--end", 3), 4),
     ],
 )
 def test_commands_build_and_validate(flags, p, source, tmp_path):

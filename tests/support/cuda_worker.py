@@ -1,6 +1,9 @@
 """Run by mpirun on a GPU host: the CUDA collectives against sums computed from all ranks' inputs, which every rank has.
 
-usage: cuda_worker.py SEED OPERATIONS REPLAYS
+usage: cuda_worker.py SEED OPERATIONS REPLAYS [RANKS_PER_LAYER]
+
+With RANKS_PER_LAYER, operations of all ranks, of those that share a layer and of those with the same part of their
+layers follow each other in any order, each kind in a workspace of its own.
 
 With a library built with CQIL_TEST_DELAYS=ON, named by CQIL_TRT_PLUGINS, each rank also delays some blocks at random.
 Sums must equal, bit for bit but for the sign of zero, the float32 sum in rank order rounded once, and be within a
@@ -18,7 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from mpi4py import MPI
 
+from cqil_trt.collectives import split
+from cqil_trt.config import CqilConfig
 from cqil_trt.gpu.workspace import CudaCommunicator
+from cqil_trt.schedule import Peers, schedule
 
 EPS = 1e-5
 comm = MPI.COMM_WORLD
@@ -92,8 +98,23 @@ class Check:
         self.checksum.mul_(31).add_(found.view(torch.int16 if found.element_size() == 2 else torch.int32).long().sum())
 
 
-def operation(kind, dtype, rows, hidden, d, communicator, inputs, residual, weight, check, special=False):
-    mine = inputs[rank]
+class Ring:
+    """Ranks that join: their numbers, this one's place among them, and the check of what they compute."""
+
+    def __init__(self, part, members, check):
+        sizes = {"one_shot_bytes": 256 << 10, "max_bytes": 2 << 20}
+        self.communicator = CudaCommunicator(part, timeout=60, **sizes)
+        self.members, self.place, self.check = list(members), part.Get_rank(), check
+
+    def of(self, inputs):
+        """The inputs of these ranks, of those of all ranks."""
+        return [inputs[member] for member in self.members]
+
+
+def operation(kind, dtype, rows, hidden, d, ring, inputs, residual, weight, special=False):
+    communicator, check, inputs = ring.communicator, ring.check, ring.of(inputs)
+    mine, rank, world = inputs[ring.place], ring.place, len(inputs)
+    d = min(d, world - 1)
     if kind == "all_reduce":
         found = communicator.all_reduce(mine)
         check.equal(found, ordered_sum(inputs))
@@ -159,10 +180,11 @@ def delay_blocks(library, chance):
         assert library.cqil_test_delays(place, (ctypes.c_uint32 * len(delays))(*delays), len(delays)) == 0
 
 
-def flood(communicator, check, chance, seed):
+def flood(ring, chance, seed):
     """Messages whose sender is soon as far ahead as it may be, each checked."""
+    communicator, check, rank, world = ring.communicator, ring.check, ring.place, len(ring.members)
     size = chance.choice([1, 1000, 100_000])
-    rounds = [random_inputs(torch.float32, size, seed, "flood", number) for number in range(12)]
+    rounds = [ring.of(random_inputs(torch.float32, size, seed, "flood", number)) for number in range(12)]
     bypassed = [communicator.bypass(inputs[rank], world - 1) for inputs in rounds]
     sent = [communicator.broadcast(inputs[rank]) for inputs in rounds]
     for inputs, one, other in zip(rounds, bypassed, sent):
@@ -171,13 +193,20 @@ def flood(communicator, check, chance, seed):
             check.wrong += (one != ordered_sum(inputs[:rank])).sum()
 
 
-def main(seed, operations, replays):
+def main(seed, operations, replays, ranks_per_layer=1):
     chance = random.Random(seed)  # the same on every rank
     lag = random.Random(seed * 31 + rank)  # each rank's own delays
-    communicator = CudaCommunicator(comm, timeout=60, one_shot_bytes=256 << 10, max_bytes=2 << 20)
-    tune = communicator.workspace.call
-    check = Check()
+    check, own = Check(), Check()  # of what all ranks have, and of what only some have
+    mine = schedule(CqilConfig(p=world // ranks_per_layer, ranks_per_layer=ranks_per_layer), 1)[rank]
+    parts = {kind: part for kind, part in split(comm, mine).items() if kind is Peers.ALL or part is not comm}
+    rings = [Ring(part, mine.peers(kind), check if kind is Peers.ALL else own) for kind, part in parts.items()]
+    everyone = rings[0].communicator
     wrong64 = 0
+
+    def tune(*settings):
+        for ring in rings:
+            ring.communicator.workspace.call("workspace_tune", *settings)
+
     for number in range(operations):
         kind, dtype, rows, hidden, d = draw(chance)
         inputs = random_inputs(dtype, (rows, hidden), seed, number)
@@ -188,31 +217,32 @@ def main(seed, operations, replays):
             add_specials(inputs, seed, number)
         threads = chance.choice([0, 0, 32, 128, 512]) if kind not in ("norm",) else 0
         tune(
-            "workspace_tune",
             threads,
             chance.choice([0, 0, 1, 3, 64]),
             chance.choice([0, 0, 16, 4096]),
             chance.randint(0, 1),
         )
         if number % 4 == 0:
-            delay_blocks(communicator.workspace.library, lag)
+            delay_blocks(everyone.workspace.library, lag)
         torch.cuda._sleep(lag.choice([0, 0, 1000, 200_000]))
-        operation(kind, dtype, rows, hidden, d, communicator, inputs, residual, weight, check, special)
+        ring = chance.choice(rings)
+        operation(kind, dtype, rows, hidden, d, ring, inputs, residual, weight, special)
         if kind == "all_reduce" and not special:
-            wrong64 += float64_bound(inputs, communicator.all_reduce(inputs[rank]), dtype)
+            wrong64 += float64_bound(inputs, everyone.all_reduce(inputs[rank]), dtype)
         if number % 20 == 0:
-            flood(communicator, check, chance, (seed, number))
-    eager = check.wrong.item()
+            flood(chance.choice(rings), chance, (seed, number))
+    eager = (check.wrong + own.wrong).item()
 
     # Graphs: inputs change on the device at every replay, and results are checked there.
-    tune("workspace_tune", 0, 0, 0, 1)
+    tune(0, 0, 0, 1)
     graphs = []
     cases = []
     for number in range(10):
         kind, dtype, rows, hidden, d = draw(chance)
         rows = min(rows, 32)
         inputs = random_inputs(dtype, (rows, hidden), seed, "graph", number)
-        cases.append((kind, dtype, rows, hidden, d, inputs, torch.zeros_like(inputs[0]), torch.ones_like(inputs[0][0])))
+        ones, zeros = torch.ones_like(inputs[0][0]), torch.zeros_like(inputs[0])
+        cases.append((kind, dtype, rows, hidden, d, chance.choice(rings), inputs, zeros, ones))
     stream = torch.cuda.Stream()
     for _ in range(6):
         chance.shuffle(cases)
@@ -220,26 +250,27 @@ def main(seed, operations, replays):
         with torch.cuda.stream(stream):
             stream.synchronize()
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                for kind, dtype, rows, hidden, d, inputs, residual, weight in cases:
+                for *what, inputs, residual, weight in cases:
                     torch.cuda._sleep(lag.choice([0, 0, 2000, 30_000]))
                     for r, x in enumerate(inputs):
                         x.mul_(-0.75).add_(0.125 * (r + 1))
-                    operation(kind, dtype, rows, hidden, d, communicator, inputs, residual, weight, check)
+                    operation(*what, inputs, residual, weight)
         graphs.append(graph)
     with torch.cuda.stream(stream):
         for _ in range(replays):
             graphs[chance.randrange(len(graphs))].replay()
         stream.synchronize()
-    wrong = check.wrong.item()
+    wrong = (check.wrong + own.wrong).item()
     checksums = comm.allgather(check.checksum.item())
     totals = comm.allgather((eager, wrong, wrong64))
-    communicator.workspace.close()
+    for ring in rings:
+        ring.communicator.workspace.close()
     if rank == 0:
-        print(f"{world} ranks: {operations} operations, {replays} replays of graphs of {len(cases)} operations")
+        print(f"{world} ranks, {ranks_per_layer} per layer: {operations} operations, {replays} replays of graphs")
         print(f"wrong elements per rank (eager, with graphs, against float64): {totals}")
         print(f"ranks bit-identical: {len(set(checksums)) == 1}")
     sys.exit(0 if all(total == (0, 0, 0) for total in totals) and len(set(checksums)) == 1 else 1)
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:4]))
+    main(*map(int, sys.argv[1:5]))
