@@ -303,7 +303,8 @@ int cqil_test_delays(int place, const uint32_t* nanoseconds, int count);
     PLUGIN(CqilBroadcast, INT(rank) INT(hidden) INT(dtype))                                                         \
     PLUGIN(CqilBypass, INT(distance) INT(dtype) OPTIONAL_INT(shared))                                               \
     PLUGIN(CqilNorm, INT(delta) FLOAT(eps) INT(dtype))                                                              \
-    PLUGIN(CqilLinear, INT(delta) INT(bias) INT(norm) INT(residual) INT(gated) FLOAT(eps) INT(dtype))               \
+    PLUGIN(CqilLinear, INT(delta) INT(bias) INT(norm) INT(residual) INT(gated) FLOAT(eps) INT(dtype)                \
+                           OPTIONAL_INT(weights) OPTIONAL_INT(outputs) OPTIONAL_INT(group))                         \
     PLUGIN(CqilAdd, INT(terms) INT(dtype))                                                                          \
     PLUGIN(CqilGather, INT(dtype))                                                                                  \
     PLUGIN(CqilAttention, INT(heads) INT(kv_heads) INT(head_dim) INT(capacity) INT(max_batch) INT(group) INT(first) \

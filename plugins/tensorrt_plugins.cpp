@@ -13,7 +13,9 @@
 //   CqilBypass      x -> sum of the x of the `distance` ranks before this one (zeros on rank 0)
 //   CqilNorm        x, (delta,) weight -> RMSNorm(x + delta) * weight
 //   CqilLinear      x, (delta,) weight, (bias,) (norm,) (residual) -> as cqil_linear
-//                   a field is 1 where its input is given
+//                   a field is 1 where its input is given. With packed weights, `weights` (a cqil_weights),
+//                   `outputs` and `group` are those of cqil_linear_shape, and weight is an int32 tensor bound to what
+//                   cqil_pack made
 //   CqilAdd         x, (y) -> x + y (terms 2), zeros (terms 0)
 //   CqilGather      table [M, H], indices int32 [N] -> table[indices] [N, H]
 //   CqilAttention   qkv, cos, sin, (q_norm, k_norm,) past int32 [B], slots int32 [B], cache
@@ -279,28 +281,48 @@ public:
     static bool valid(const Fields& f) {
         for (int32_t flag : {f.delta, f.bias, f.norm, f.residual, f.gated})
             if (flag != 0 && flag != 1) return false;
+        const bool packed = f.weights != CQIL_DENSE, groups = f.group == 32 || f.group == 64 || f.group == 128;
+        if (f.weights < CQIL_DENSE || f.weights > CQIL_INT4 || packed != (f.outputs > 0)) return false;
+        if (packed && f.dtype == CQIL_FLOAT32) return false;
+        if (f.weights == CQIL_INT4 ? !groups : f.group != 0) return false;
         return (f.norm || !f.delta) && !(f.gated && f.residual) && f.eps >= 0 && valid_dtype(f.dtype);
     }
     int32_t inputs() const { return 2 + fields_.delta + fields_.bias + fields_.norm + fields_.residual; }
     int32_t outputs() const { return 1; }
     DimsExprs output_dimensions(DimsExprs const* in, IExprBuilder& builder) const {
         DimsExprs dims = in[0];
+        if (fields_.weights != CQIL_DENSE) {
+            dims.d[1] = builder.constant(fields_.outputs);
+            return dims;
+        }
         const auto* outputs = in[weight()].d[0];
         dims.d[1] =
             fields_.gated ? builder.operation(DimensionOperation::kFLOOR_DIV, *outputs, *builder.constant(2)) : outputs;
         return dims;
     }
+    bool supports(int32_t position, PluginTensorDesc const* io, int32_t) const {
+        const bool packed = position == weight() && fields_.weights != CQIL_DENSE;
+        return io[position].type == (packed ? DataType::kINT32 : type());
+    }
     size_t scratch_bytes(PluginTensorDesc const* input) const {
-        const cqil_linear_shape s = shape(input);
-        return cqil_linear_scratch_bytes(&s);
+        cqil_linear_shape s = shape(input);
+        const size_t dense = dense_bytes(s);
+        if (dense) s.weights = CQIL_DENSE;
+        return dense + cqil_linear_scratch_bytes(&s);
     }
     int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in, void* const* out,
             void* scratch, cudaStream_t stream) const {
-        const cqil_linear_shape s = shape(input);
+        cqil_linear_shape s = shape(input);
         int at = 0;
         auto next = [&](int32_t given) { return given ? in[at++] : nullptr; };
         const void *x = next(1), *delta = next(fields_.delta), *weight = next(1), *bias = next(fields_.bias),
                    *norm = next(fields_.norm), *residual = next(fields_.residual);
+        if (const size_t dense = dense_bytes(s)) {
+            if (cqil_unpack(&s, weight, scratch, stream)) return -1;
+            weight = scratch;
+            scratch = static_cast<char*>(scratch) + dense;
+            s.weights = CQIL_DENSE;
+        }
         return cqil_linear(&s, x, delta, weight, bias, norm, residual, out[0], scratch, stream);
     }
 
@@ -308,14 +330,17 @@ private:
     int weight() const { return 1 + fields_.delta; }
     cqil_linear_shape shape(PluginTensorDesc const* input) const {
         const auto *x = input[0].dims.d, *w = input[weight()].dims.d;
-        return {static_cast<int>(x[0]),
-                static_cast<int>(w[0]) / (1 + fields_.gated),
-                static_cast<int>(x[1]),
-                fields_.gated,
-                fields_.dtype,
-                fields_.eps,
-                CQIL_DENSE,
-                0};
+        const bool packed = fields_.weights != CQIL_DENSE;
+        return {static_cast<int>(x[0]), packed ? fields_.outputs : static_cast<int>(w[0]) / (1 + fields_.gated),
+                static_cast<int>(x[1]), fields_.gated,
+                fields_.dtype,          fields_.eps,
+                fields_.weights,        fields_.group};
+    }
+    // Bytes of a dense copy of packed weights, for more rows than the packed product takes; else 0.
+    static size_t dense_bytes(const cqil_linear_shape& s) {
+        if (s.weights == CQIL_DENSE || s.rows <= std::max(1, cqil_packed_rows())) return 0;
+        const size_t bytes = size_t(s.outputs) * (1 + s.gated) * s.inputs * 2;
+        return (bytes + 255) / 256 * 256;
     }
 };
 

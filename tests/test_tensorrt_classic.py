@@ -55,10 +55,14 @@ class Shuffle(Layer):
 
 
 class Network:
-    """INetworkDefinition, as far as the classic lowering uses it. `given`: the value of every input, by name."""
+    """INetworkDefinition, as far as the classic lowering uses it. `given`: the value of every input, by name.
 
-    def __init__(self, given, caches, rank):
-        self._given, self._caches, self._rank = given, caches, rank
+    `packed`: what packed weights are, by name.
+    """
+
+    def __init__(self, given, caches, rank, packed=()):
+        self._given, self._caches, self._rank, self._packed = given, caches, rank, dict(packed)
+        self.taken = set()
         self._count, self.outputs, self.plugins = 0, {}, []
 
     def count(self):
@@ -66,7 +70,8 @@ class Network:
         return self._count
 
     def add_input(self, name, dtype, shape):
-        value = torch.tensor([-1]) if name.startswith("workspace") or name.startswith("cache.") else self._given[name]
+        pointed = name.startswith(("workspace", "cache.")) or (name in self._packed and dtype == "int32")
+        value = torch.tensor([-1]) if pointed else self._given[name]
         assert len(shape) == value.dim() and all(s in (-1, n) for s, n in zip(shape, value.shape)), (name, shape)
         return Tensor(name, value, dtype)
 
@@ -96,7 +101,12 @@ class Network:
         assert len(x) == max(1, f.terms)
         return [x[0] + x[1] if f.terms else torch.zeros_like(x[0])]
 
-    def CqilLinear(self, f, x, _):
+    def CqilLinear(self, f, x, inputs):
+        if getattr(f, "weights", 0):
+            name = inputs[1 + f.delta].name
+            matrix = x[1 + f.delta] = self._packed[name]
+            assert (f.outputs * (1 + f.gated), f.weights, f.group) == (len(matrix), 3, 32), name
+            self.taken.add(name)
         given = iter(x)
         value = next(given)
         if f.delta:
@@ -196,3 +206,30 @@ def test_classic_networks_compute_what_the_decoder_means(name, tmp_path):
                 if rank.schedule.all_reduces:
                     joined = network.outputs["joined"].view_as(plain.joined)
                     torch.testing.assert_close(joined, plain.joined[slots], rtol=1e-4, atol=1e-5)
+
+
+def test_packed_weights_are_pointed_to_and_others_are_dense(tmp_path):
+    """Groups of 32 of 96 columns: halves of the neurons begin within a group, which kernels do not take."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 4}
+    checkpoint = Checkpoint(make_model(tmp_path, seed=SEED, **sizes), None)
+    limits = EngineLimits(max_batch_size=BATCH, max_seq_len=CAPACITY, dtype="float16", weights="int4g32")
+    checkpoint.quantize(limits)
+    config, kernels = CqilConfig(p=2, start=2, end=4), SimpleNamespace(cqil_packed_rows=lambda: 32)
+    tables = map(torch.from_numpy, rotary_tables(checkpoint.model, checkpoint.rotary, CAPACITY))
+    constants = dict(zip(("rotary.cos", "rotary.sin"), tables))
+    for rank, dense in zip(plan(checkpoint.model, config, "float16", "int4g32"), plan(checkpoint.model, config)):
+        weights = rank_weights(dense, checkpoint.reader)  # dequantized
+        single = EngineLimits(max_batch_size=BATCH, max_seq_len=CAPACITY, dtype="float32")
+        plain = TorchOps(dense, weights, Alone.of(rank.schedule), single, checkpoint.rotary)
+        tokens, rows = torch.randint(checkpoint.model.vocab_size, (BATCH, 7)), torch.arange(BATCH) * 7 + 6
+        pasts = torch.zeros(BATCH, dtype=torch.long)
+        expected = decode(plain, tokens, pasts, torch.full((BATCH, 1), 6))
+        slots = torch.arange(BATCH)
+        given = {"tokens": tokens, "past": pasts, "slots": slots, "select": rows} | constants | weights
+        matrices = {n: m for n, m in weights.items() if n.startswith("layers.") and n.endswith(".weight")}
+        network = Network(given, HostKernels(), rank.rank, matrices)
+        define_network(package(), network, LOWERING, rank, limits, checkpoint.rotary, False, kernels)
+        torch.testing.assert_close(network.outputs["logits"], expected[:, 0], rtol=1e-4, atol=1e-5)
+        projections = {name for name in matrices if "norm" not in name}
+        split = {f"layers.{i}.down.weight" for i in (0, 1, 4, 5)}
+        assert network.taken == projections - (split if rank.rank else set())

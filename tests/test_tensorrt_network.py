@@ -20,7 +20,7 @@ from cqil_trt.config import DTYPES, PLACEMENTS, CqilConfig, EngineLimits
 from cqil_trt.demo import demo_model
 from cqil_trt.engine import fingerprint
 from cqil_trt.errors import UserError
-from cqil_trt.reference import CqilModel
+from cqil_trt.reference import CqilModel, from_reader
 from cqil_trt.schedule import Group
 from cqil_trt.shard import plan
 from cqil_trt.validate import THRESHOLDS
@@ -93,7 +93,8 @@ class Definition:
 
 def define(directory, shape, limits):
     checkpoint = Checkpoint(directory, None)
-    ranks = plan(checkpoint.model, CqilConfig(**shape), limits.dtype)
+    checkpoint.quantize(limits)
+    ranks = plan(checkpoint.model, CqilConfig(**shape), limits.dtype, limits.weights)
     return checkpoint, [Definition(rank, limits, checkpoint.rotary) for rank in ranks]
 
 
@@ -105,12 +106,16 @@ def rank_arrays(rank, reader, dtype):
 class Ranks:
     """All ranks of a model in one process. A pass is given what backends/tensorrt_session.py binds to the engine."""
 
-    def __init__(self, directory, shape, dtype):
-        limits = EngineLimits(max_batch_size=BATCH, max_seq_len=LENGTH, dtype=dtype, prefill_chunk=CHUNK)
+    def __init__(self, directory, shape, dtype, weights="dense"):
+        sizes = {"max_batch_size": BATCH, "max_seq_len": LENGTH, "prefill_chunk": CHUNK}
+        limits = EngineLimits(**sizes, dtype=dtype, weights=weights)
         checkpoint, self.definitions = define(directory, shape, limits)
         self.plans = [definition.plan for definition in self.definitions]
         self.evaluators = [NetworkEvaluator(trt, definition.network) for definition in self.definitions]
-        self.weights = [rank_arrays(rank, checkpoint.reader, dtype) for rank in self.plans]
+        # As the session gives them to the engine: quantized ones dequantized.
+        dense = plan(checkpoint.model, CqilConfig(**shape), dtype)
+        self.weights = [rank_arrays(rank, checkpoint.reader, dtype) for rank in dense]
+        self.reader = checkpoint.reader
         self.dtype = dtype
         self.caches = []
 
@@ -200,6 +205,42 @@ def test_it_computes_what_the_reference_does(number, models):
         logits.append(ranks.forward(tokens, lengths + step, np.zeros((BATCH, 1), np.int64))[:, 0])
     for i, length in enumerate(lengths):
         assert relative(np.stack(logits)[:, i], expected[i][length - 1 :]) < allowed
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4g32"])
+def test_quantized_weights_are_dequantized_when_the_engine_is_loaded(weights, models):
+    shape = {"p": 2, "start": 1, "end": 5}
+    ranks = Ranks(models["llama-tied-bias"], shape, "float32", weights)
+    model = ranks.plans[0].model
+    reference = CqilModel(from_reader(model, ranks.reader), **shape)
+    tokens = np.random.default_rng([SEED, 7]).integers(131, size=11)
+    with torch.inference_mode():
+        expected = reference(torch.tensor(tokens[None]), use_cache=False).logits[0].numpy()
+        unchanged = CqilModel(load_model(models["llama-tied-bias"]), **shape)(torch.tensor(tokens[None])).logits[0]
+    ranks.start(1)
+    scored = ranks.forward(tokens[None], np.zeros(1, np.int64), np.arange(11)[None])
+    assert relative(scored[0], expected) < THRESHOLDS["float32"].relative_l2 < relative(unchanged.numpy(), expected)
+
+
+@pytest.mark.slow
+def test_an_engine_with_quantized_weights_is_built(models, tmp_path):
+    engine = cqil_trt.build(
+        model=models["qwen3"],
+        backend="tensorrt",
+        target="12.0",
+        output=tmp_path / "engine",
+        p=2,
+        dtype="float16",
+        quantize="fp8",
+        max_seq_len=LENGTH,
+        probes="never",
+        save_network_json=True,
+    )
+    stored = {tensor.name: tensor.dtype for tensor in engine.plan(0).tensors}
+    assert stored["layers.0.qkv.weight"] == "float8_e4m3fn" and engine.files["rank0.engine"]["size"] > 0
+    layers = json.loads(engine.rank_file(0, "network.json").read_text())
+    read = {tensor["name"]: tensor["dtype"] for layer in layers for tensor in layer["inputs"] if tensor}
+    assert read["layers.0.qkv.weight"] == "HALF" and "layers.0.qkv.scale" not in read
 
 
 @pytest.mark.parametrize("number", NUMBERS[: len(CASES)])

@@ -77,14 +77,17 @@ class DeviceMatrix:
 
 
 def quantized_matrices(plan: RankPlan, library: Any) -> dict[str, DeviceMatrix]:
-    """The rank's quantized projections, by name. `library`: that of the kernels, for the current GPU."""
+    """The rank's quantized projections, by name.
+
+    `library`: that of the kernels, for the current GPU; None if nothing is to be packed.
+    """
     parts: dict[str, list[MatrixPart]] = {}
     for tensor in plan.tensors:
         if isinstance(tensor, MatrixPart):
             parts.setdefault(tensor.name.rpartition(".")[0], []).append(tensor)
     if not parts:
         return {}
-    possible = plan.dtype != "float32" and _packed_rows(library) > 0
+    possible = library is not None and plan.dtype != "float32" and _packed_rows(library) > 0
     found = {}
     for name, tensors in parts.items():
         codes = tensors[0]

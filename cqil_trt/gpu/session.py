@@ -319,6 +319,13 @@ class CudaSession(Session):
         finally:
             cuda.free_pinned(staging)
 
+    # Whether the network multiplies with packed weights.
+    _takes_packed = True
+
+    def _dense_bytes(self) -> int:
+        """Bytes of the room `dense`, for a dense copy of any packed matrix."""
+        return max((matrix.dense_bytes for matrix in self._quantized.values() if matrix.packed), default=0)
+
     def _load_weights(self, engine: Engine) -> None:
         """Copies the rank's tensors to the GPU, and packs those that are quantized."""
         sizes = self._stored_bytes(engine)
@@ -326,11 +333,11 @@ class CudaSession(Session):
         row = self._plan.model.hidden_size * self._bytes
         shared = self._plan.shares_embedding
         copied = shared and first * row % cuda.ALIGNMENT != 0
-        self._quantized = quantized_matrices(self._plan, self._library)
+        self._quantized = quantized_matrices(self._plan, self._library if self._takes_packed else None)
         matrices = {part: matrix for matrix in self._quantized.values() for part in matrix.parts}
         kept = [size for name, size in sizes.items() if name not in matrices] + [(last - first) * row] * copied
         kept += [matrix.nbytes(self._library) for matrix in self._quantized.values()]
-        dense = max((matrix.dense_bytes for matrix in self._quantized.values() if matrix.packed), default=0)
+        dense = self._dense_bytes()
         kept.append(dense)
         arena = self._arena(sum(map(cuda.aligned, kept)), "the weights")
         self._memory["dense"] = arena.take(dense)

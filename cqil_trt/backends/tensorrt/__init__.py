@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from cqil_trt import formats
 from cqil_trt.backends import Backend, Compilation, Description, Option
 from cqil_trt.config import EngineLimits
 from cqil_trt.errors import UserError
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 class TensorRtBackend(Backend):
     name = "tensorrt"
     packages = {"tensorrt": "tensorrt", "cuda": "tensorrt", "tensorrt_rtx": "rtx"}
+    formats = formats.names()
     options = (
         Option(
             name="target",

@@ -130,7 +130,8 @@ def compile_rank(compilation: Compilation) -> None:
     network = builder.create_network(1 << int(flags.STRONGLY_TYPED if lowering.typed else flags.EXPLICIT_BATCH))
     nccl = compilation.description.build["collective"] == "nccl"
     # Held until the engine is built: the network's constants live in it.
-    ops = define_network(trt, network, lowering, compilation.plan, compilation.limits, compilation.rotary, nccl)
+    given = compilation.plan, compilation.limits, compilation.rotary
+    ops = define_network(trt, network, lowering, *given, nccl, library)
     if compilation.options.get("save_network_json"):
         compilation.file("network.json").write_text(json.dumps(describe_network(network), indent=1) + "\n")
 

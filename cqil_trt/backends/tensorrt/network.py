@@ -21,9 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from cqil_trt.config import EngineLimits
+from cqil_trt.config import DTYPES, EngineLimits
 from cqil_trt.gpu import abi, tensorrt_plugins
 from cqil_trt.gpu.fused_ops import FusedOps, attention_fields
+from cqil_trt.gpu.packed import quantized_matrices
 from cqil_trt.gpu.workspace import fuses_norm, workspace_input
 from cqil_trt.network.decoder import decode
 from cqil_trt.network.ops import Ops
@@ -73,6 +74,8 @@ class TensorRtOps(Ops[Tensor]):
         trt: the package that made the network, tensorrt or tensorrt_rtx.
         rotary: inverse frequencies [head_dim / 2], radians per position.
         nccl: join ranks by TensorRT's collective layer instead of our plugins.
+        kernels: the kernel library, for the GPU that the network is for; None: quantized weights are dequantized when
+            the engine is loaded.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class TensorRtOps(Ops[Tensor]):
         limits: EngineLimits,
         rotary: Sequence[float],
         nccl: bool,
+        kernels: Any = None,
     ):
         self.plan = plan
         self.outputs: dict[str, Tensor] = {}
@@ -94,12 +98,14 @@ class TensorRtOps(Ops[Tensor]):
         self._types: dict[str, Any] = {}
         self._kept: list[Any] = []
         self._weights: dict[str, Tensor] = {}
-        self._dtypes = {tensor.name: getattr(trt, tensor.dtype) for tensor in plan.tensors}
+        # Not those of codes, some of which TensorRT lacks.
+        self._dtypes = {tensor.name: getattr(trt, tensor.dtype) for tensor in plan.tensors if tensor.dtype in DTYPES}
 
         self.tokens = self._input("tokens", trt.int32, (-1, -1))
         self.past = self._input("past", trt.int32, (-1,))
         self.select_rows = self._input("select", trt.int32, (-1,)) if plan.schedule.predicts else None
         self._nccl = nccl
+        self._quantized = quantized_matrices(plan, None if lowering.native else kernels)
         self._workspaces: dict[str, Tensor] = {}
         self._with_heads = {index: shard for index, shard in plan.layers.items() if shard.num_heads}
         self._define_caches(rotary)
@@ -198,7 +204,12 @@ class TensorRtOps(Ops[Tensor]):
 
     def _weight(self, name: str) -> Tensor:
         if name not in self._weights:
-            self._weights[name] = self._input(name, self._dtypes.get(name, self._dtype), self.plan.shapes[name])
+            matrix = self._quantized.get(name.removesuffix(".weight"))
+            dtype, shape = self._dtypes.get(name, self._dtype), self.plan.shapes[name]
+            if matrix is not None and name.endswith(".weight"):
+                packed = self._trt.int32, (1,)  # what the plugin finds at its address
+                dtype, shape = packed if matrix.packed else (self._dtype, (matrix.rows, matrix.inputs))
+            self._weights[name] = self._input(name, dtype, shape)
         return self._weights[name]
 
     def _bias(self, name: str) -> Tensor | None:
@@ -207,7 +218,7 @@ class TensorRtOps(Ops[Tensor]):
 
     # Collectives
 
-    def _plugin(self, name: str, inputs: list[Tensor], outputs: int, **fields: int | float) -> list[Tensor]:
+    def _plugin(self, name: str, inputs: list[Tensor], outputs: int, /, **fields: int | float) -> list[Tensor]:
         fields["dtype"] = abi.dtype_code(self._limits.dtype)
         plugin = tensorrt_plugins.create(self._trt, name, fields)
         layer = self._network.add_plugin_v2(inputs, plugin)
@@ -416,6 +427,10 @@ class ClassicOps(FusedOps[Tensor], TensorRtOps):
         inputs = [tensor for tensor in (x, delta, weight, bias, scale, residual) if tensor is not None]
         given = {"delta": delta, "bias": bias, "norm": scale, "residual": residual}
         fields = {name: int(tensor is not None) for name, tensor in given.items()}
+        matrix = self._quantized.get(name)
+        if matrix is not None and matrix.packed:
+            shape = matrix.shape()
+            fields |= {"weights": int(shape.weights), "outputs": shape.outputs, "group": shape.group}
         return self._plugin("CqilLinear", inputs, 1, **fields, gated=int(gated), eps=self.plan.model.rms_norm_eps)[0]
 
     def fused_norm(self, x: Tensor, delta: Tensor | None, name: str) -> Tensor:
@@ -445,19 +460,21 @@ def define_network(
     limits: EngineLimits,
     rotary: Sequence[float],
     nccl: bool,
+    kernels: Any = None,
 ) -> TensorRtOps:
     """Emits a rank's whole network; arguments as for `TensorRtOps`. Keep the result until the engine is built.
 
     Inputs: tokens int32 [B, T], past int32 [B], select int32 [R] (rows b * T + t to predict from), the rank's tensors
-    under their names, and the plugins' workspaces int32 [1] (workspace, and for collectives of fewer ranks
-    workspace.layer and workspace.part). Native: positions int32 [B, T], and for each layer of the
-    rank cache.N.key and cache.N.value [B, key/value heads, S, head_dim]; classic, where the rank has attention heads:
-    slots int32 [B] (row b of the pass is in slot slots[b] of the caches), cache.N int32 [1], and rotary.cos and
-    rotary.sin float32 [S, head_dim / 2]. Outputs: logits [R, V] (where the rank predicts), joined [B * T, H] (the
-    residual stream after the last all-reduce, where there is one), and native every cache, updated in place.
+    under their names (a quantized matrix as one, NAME.weight: dense, or where our plugins take it packed, int32 [1]),
+    and the plugins' workspaces int32 [1] (workspace, and for collectives of fewer ranks workspace.layer and
+    workspace.part). Native: positions int32 [B, T], and for each layer of the rank cache.N.key and cache.N.value
+    [B, key/value heads, S, head_dim]; classic, where the rank has attention heads: slots int32 [B] (row b of the pass
+    is in slot slots[b] of the caches), cache.N int32 [1], and rotary.cos and rotary.sin float32 [S, head_dim / 2].
+    Outputs: logits [R, V] (where the rank predicts), joined [B * T, H] (the residual stream after the last all-reduce,
+    where there is one), and native every cache, updated in place.
     """
     kind = NativeOps if lowering.native else ClassicOps
-    ops = kind(trt, network, lowering, plan, limits, rotary, nccl)
+    ops = kind(trt, network, lowering, plan, limits, rotary, nccl, kernels)
     out = decode(ops, ops.tokens, ops.past, ops.select_rows)
     outputs = dict(ops.outputs)
     if plan.schedule.predicts:

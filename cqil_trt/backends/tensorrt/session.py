@@ -65,6 +65,7 @@ class TensorRtSession(CudaSession):
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         self._names = set(names)
         self._native = "positions" in self._names
+        self._takes_packed = not self._native
         if self._native:
             self._passes_of_step = -(-engine.limits.max_batch_size // 2)
         self._passes: deque[int] = deque()  # of each step whose outcome was not collected
@@ -84,6 +85,9 @@ class TensorRtSession(CudaSession):
             if shard.num_heads
             for part in ("key", "value")
         }
+
+    def _dense_bytes(self) -> int:
+        return 0  # the plugins take it from TensorRT's scratch memory
 
     def _extra_sizes(self) -> dict[str, int]:
         limits = self.limits
