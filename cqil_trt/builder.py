@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from cqil_trt import backends, probes
 from cqil_trt import engine as engine_directory
 from cqil_trt.config import CqilConfig, EngineLimits, layer_list
+from cqil_trt.config_file import ConfigFile
 from cqil_trt.demo import demo_adapter, is_demo_model
 from cqil_trt.errors import UserError
 from cqil_trt.formats import DENSE
@@ -89,12 +90,14 @@ class BuildRequest:
             that replaces the defaults of the next two. None: the adapter bundled with this package, for the demo model
             in the configuration it was trained for. "none": no adapter.
         preset: a published configuration (`presets.PRESETS`), which the next two override.
+        config: a file of `similarity.py --write` instead of a preset. It also has the placement and the defaults of
+            dtype and quantize.
         p, d, start, end, bypass, placement, ranks_per_layer: see `CqilConfig`; start and end default to the middle of
             the model.
         drop_attention_join: as `CqilConfig.dropping` takes it.
-        dtype: float32, float16 or bfloat16; default the checkpoint's (float32 for GGUF).
-        quantize: the format that the matrices of layers are quantized to: one of `formats.names()`, default dense; or
-            "stored", the codes of a quantized checkpoint.
+        dtype: float32, float16 or bfloat16; default the file's of `config`, or the checkpoint's (float32 for GGUF).
+        quantize: the format that the matrices of layers are quantized to: one of `formats.names()`, default that of
+            `config`, or dense; or "stored", the codes of a quantized checkpoint.
         keep: what stays dense all the same, as `parse_keep` reads it.
         backend: one of `backends.names()`.
         max_batch_size, max_seq_len: limits in sequences and tokens; default 8 and min(2048, the model's context, with
@@ -111,6 +114,7 @@ class BuildRequest:
     model: str | Path | Found
     lora: str | Path | Found | None = None
     preset: str | None = None
+    config: str | Path | None = None
     p: int | None = None
     d: int | None = None
     start: int | None = None
@@ -314,6 +318,7 @@ def _open_engine(request: BuildRequest, path: Path) -> _Opened:
     decided = {
         "lora": request.lora,
         **request.cqil_flags,
+        "config": request.config,
         "dtype": request.dtype,
         "quantize": request.quantize,
         "keep": request.keep,
@@ -338,7 +343,8 @@ def _open_checkpoint(
     path = found.path
     weights = Checkpoint(path, None if adapter is None else adapter.path, request.tokenizer)
     trained = None if adapter is None else CqilConfig.of_adapter(adapter.path)
-    cqil = choose_cqil(weights.model, request.cqil_flags, notes, trained)
+    config = read_config(request.config, weights.model, request.preset)
+    cqil = choose_cqil(weights.model, request.cqil_flags, notes, trained, config)
     if request.lora is None and (shipped := demo_adapter(path, cqil)) is not None:
         adapter = Found(name=str(shipped), path=shipped)
         weights.merge(shipped)
@@ -353,7 +359,9 @@ def _open_checkpoint(
     if request.tokenizer:
         notes += _tokenizer_notes(weights.tokenizer, None if adapter is None else adapter.path, model.vocab_size)
     longest = min(2048, model.context, model.rope.fixed_context, model.sliding_window or model.context)
-    return _Opened(weights=weights, cqil=cqil, dtype=model.dtype, defaults=EngineLimits(max_seq_len=longest)), adapter
+    stored, dtype = (DENSE, model.dtype) if config is None else (config.weights, config.dtype)
+    defaults = EngineLimits(max_seq_len=longest, weights=stored)
+    return _Opened(weights=weights, cqil=cqil, dtype=dtype, defaults=defaults), adapter
 
 
 def _choose_limits(request: BuildRequest, opened: _Opened) -> EngineLimits:
@@ -363,9 +371,10 @@ def _choose_limits(request: BuildRequest, opened: _Opened) -> EngineLimits:
         given["weights"], given["keep"] = _own_format(request, opened)
     elif request.quantize is not None:
         given["weights"] = request.quantize
+    if request.quantize != STORED and request.keep is not None:
+        if given.get("weights", opened.defaults.weights) == DENSE:
+            raise UserError("--keep needs --quantize")
         given["keep"] = parse_keep(request.keep, opened.weights.model.num_layers)
-    elif request.keep is not None:
-        raise UserError("--keep needs --quantize")
     limits = replace(opened.defaults, dtype=request.dtype or opened.dtype, **given)
     limits.check_model(opened.weights.model)
     return limits
@@ -458,18 +467,41 @@ def _tokenizer_notes(tokenizer: TokenizerFiles | None, adapter: Path | None, voc
     return found
 
 
+def read_config(path: str | Path | None, model: ModelConfig, preset: str | None) -> ConfigFile | None:
+    """The file of --config, for `choose_cqil`. Raises UserError for a wrong one, or next to a preset."""
+    if path is None:
+        return None
+    if preset is not None:
+        raise UserError("--config and --preset both choose a configuration: give one of them")
+    return ConfigFile.read(Path(path), model.num_layers)
+
+
 def choose_cqil(
-    model: ModelConfig, flags: Mapping[str, Any], notes: list[str], trained: CqilConfig | None = None
+    model: ModelConfig,
+    flags: Mapping[str, Any],
+    notes: list[str],
+    trained: CqilConfig | None = None,
+    config: ConfigFile | None = None,
 ) -> CqilConfig:
     """The configuration that the flags choose.
 
-    Flags override a preset, a preset overrides what an adapter was `trained` for, and that overrides the defaults.
-    `flags`: preset and fields of `CqilConfig`; None where one was not given. Choices made for the user are appended to
-    `notes`. Raises UserError for a configuration that does not fit the model.
+    Flags override a preset or a `config` file, that overrides what an adapter was `trained` for, and that overrides the
+    defaults. `flags`: preset and fields of `CqilConfig`; None where one was not given. Choices made for the user are
+    appended to `notes`. Raises UserError for a configuration that does not fit the model.
     """
     given = {field: value for field, value in flags.items() if value is not None}
     preset = given.pop("preset", None)
-    basis = trained if preset is None else find_preset(preset)
+    basis = config.cqil if config is not None else trained if preset is None else find_preset(preset)
+    found = _choose_cqil(model, given, notes, basis, trained)
+    if config is not None and found != config.cqil:
+        there, here = (f"{cqil.summary}, {cqil.placement}" for cqil in (config.cqil, found))
+        notes.append(f"the file of --config has {there}, and flags make it {here}")
+    return found
+
+
+def _choose_cqil(
+    model: ModelConfig, given: dict[str, Any], notes: list[str], basis: CqilConfig | None, trained: CqilConfig | None
+) -> CqilConfig:
     if given.get("placement") == "tensor":
         ignored = [f"--{field}" for field in ("d", "start", "end", "bypass") if given.get(field)]
         if ignored:

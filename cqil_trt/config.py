@@ -266,7 +266,14 @@ class CqilConfig:
         path = directory / ADAPTER_FILE
         if not path.exists():
             return None
-        values = Fields(read_json(path), str(path))
+        return cls.of_fields(Fields(read_json(path), str(path)))
+
+    @classmethod
+    def of_fields(cls, values: Fields) -> CqilConfig:
+        """The configuration in a JSON object as `to_dict` makes it; only the numbers p, d, start and end must be there.
+
+        Raises UserError, naming the source, for a malformed one.
+        """
         try:
             return cls(
                 p=values.integer("p", low=0),
@@ -274,12 +281,13 @@ class CqilConfig:
                 start=values.integer("start", low=0),
                 end=values.integer("end", low=0),
                 bypass=values.text("bypass", "mlp"),
+                placement=values.text("placement", "sharded"),
                 drop_attention_join=values.integers("drop_attention_join", "a layer or a list of them"),
                 ranks_per_layer=values.integer("ranks_per_layer", 1, low=0),
             )
         except UserError as error:
             message = str(error)
-            raise UserError(message if str(path) in message else f"{path}: {message}") from None
+            raise UserError(message if values.source in message else f"{values.source}: {message}") from None
 
 
 @dataclass(frozen=True, kw_only=True)

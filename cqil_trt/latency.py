@@ -31,6 +31,11 @@ class Machine:
 
 
 H200 = Machine()
+# Two H100 (80 GB, NVLink): the bandwidth that they read with, everything else as on H200s. Within 5% of every placement
+# of LLaMA-7B there (docs/performance.md).
+H100 = Machine(bandwidth=3.03e12)
+# By the names that `similarity.py --gpu` takes.
+MACHINES: Mapping[str, Machine] = {"h200": H200, "h100": H100}
 
 
 def decode_seconds(

@@ -62,8 +62,8 @@ def parser() -> RankParser:
     add_cqil_flags(p)
     p.add_argument(
         "--quantize",
-        choices=formats.choices(),
-        help="quantize the reference's matrices as build.py --quantize does, for an engine in float16",
+        choices=(formats.DENSE, *formats.choices()),
+        help="quantize the reference's matrices as build.py --quantize does, for engines in float16 or --config's type",
     )
     p.add_argument("--engine", metavar="DIR", type=Path, action="append", default=[], help="an engine; may be repeated")
     p.add_argument("--device", choices=DEVICES, default="auto", help="where engines compute")
@@ -140,7 +140,7 @@ def evaluate(options: argparse.Namespace, job: Job) -> None:
 def references(options: argparse.Namespace, names: list[str], manager: Any) -> Iterator[Column]:
     """Evaluates the reference in every configuration, in this process."""
     from cqil_trt import reference
-    from cqil_trt.builder import choose_cqil
+    from cqil_trt.builder import choose_cqil, read_config
     from cqil_trt.checkpoint import Checkpoint
     from cqil_trt.quality import open_tokenizer, text_blocks, transformers_tokenizer
     from cqil_trt.quality.perplexity import score_reference
@@ -150,12 +150,15 @@ def references(options: argparse.Namespace, names: list[str], manager: Any) -> I
     checkpoint = Checkpoint(path, None)
     adapted = None if lora is None else Checkpoint(path, lora)
     model = checkpoint.model
-    if options.quantize:
-        for each in filter(None, (checkpoint, adapted)):
-            each.quantize(EngineLimits(dtype="float16", weights=options.quantize))
+    config = read_config(options.config, model, options.preset)
+    stored, dtype = (formats.DENSE, "float16") if config is None else (config.weights, config.dtype)
+    limits = EngineLimits(dtype=dtype, weights=options.quantize or stored)
+    for each in filter(None, (checkpoint, adapted)):
+        each.quantize(limits)
+    pieces = limits.weights == formats.DENSE
     trained = None if lora is None else CqilConfig.of_adapter(lora)
     notes: list[str] = []
-    cqil = choose_cqil(model, cqil_flags(options), notes, trained)
+    cqil = choose_cqil(model, cqil_flags(options), notes, trained, config)
     for note in notes:
         print(f"note: {note}")
     blocks = None
@@ -176,14 +179,14 @@ def references(options: argparse.Namespace, names: list[str], manager: Any) -> I
             column.tasks = run_tasks(lm, manager, names, options.num_fewshot, options.limit)
         return column
 
-    network = reference.from_reader(model, checkpoint.reader, pieces=not options.quantize)
+    network = reference.from_reader(model, checkpoint.reader, pieces=pieces)
     yield run(network, Column(UNCHANGED, CqilConfig(p=1)))
     if cqil.changed_layers:
         reference.with_cqil(network, cqil)
         yield run(network, Column(CQIL, cqil))
     if adapted is not None:
         del network
-        network = reference.from_reader(adapted.model, adapted.reader, pieces=not options.quantize)
+        network = reference.from_reader(adapted.model, adapted.reader, pieces=pieces)
         reference.with_cqil(network, cqil)
         yield run(network, Column(ADAPTED if cqil.changed_layers else "adapter", cqil))
     del network

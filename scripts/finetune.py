@@ -24,7 +24,8 @@ import installed  # noqa: F401
 import numpy as np
 from plots import check_plot, pyplot
 
-from cqil_trt.builder import choose_cqil
+from cqil_trt import formats
+from cqil_trt.builder import choose_cqil, read_config
 from cqil_trt.commands import (
     RankParser,
     add_cqil_flags,
@@ -46,7 +47,10 @@ SETTINGS = "settings.json"
 SAMPLED, CONVERSATIONS = "self-generated.npy", "self-generated-chat.npy"
 REPORT = "training.json"
 # Options that a resumed run may change: none of them affects what is trained.
-FREE = {"output", "resume", "force", "save_steps", "eval_text", "eval_tokens", "plot", "sampling_batch", "compile"}
+FREE = {
+    *("output", "resume", "force", "save_steps", "eval_text", "eval_tokens", "plot", "sampling_batch", "compile"),
+    "config",  # its content counts
+}
 # Options that affect the sampled text. A run without a checkpoint may change all others and keep that text.
 SAMPLING = {"model", "self_generated", "self_generated_chat", "top_p", "sequence_length", "seed"}
 # Bytes of activations kept for the backward pass, per token, hidden element and layer: measured with bfloat16 matrix
@@ -144,7 +148,12 @@ def train(options: argparse.Namespace) -> None:
         options.top_p = 0.95
     model, reader = open_checkpoint(found.path)
     notes: list[str] = []
-    cqil = choose_cqil(model, cqil_flags(options), notes)
+    config = read_config(options.config, model, options.preset)
+    cqil = choose_cqil(model, cqil_flags(options), notes, config=config)
+    if config is not None and config.weights != formats.DENSE:
+        notes.append(
+            f"{options.config}: {config.weights} is for build.py; the adapter is trained on the model as it is"
+        )
     if not cqil.changed_layers:
         raise UserError("no layers run concurrently: there is nothing to train (give --p above 1, --start and --end)")
     if options.sequence_length > model.max_position:

@@ -2,10 +2,11 @@
 """Which layers of a model can run concurrently: how similar their inputs are, and what each choice saves and costs.
 
     python scripts/similarity.py --model path/to/model --text text.txt --plot similarity.png
-    python scripts/similarity.py --model path/to/model --text text.txt --search --plot search.png
     python scripts/similarity.py --model path/to/model --text text.txt --joins
+    python scripts/similarity.py --model path/to/model --text text.txt --search --plot search.png --write best.json
 
-Without --search, ranges are recommended by similarity, the paper's criterion; with it, by measured perplexity.
+Without --search, ranges are recommended by similarity, the paper's criterion. With it, quality is measured: of groups,
+dropped joins and quantized weights together.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +27,24 @@ from tqdm import tqdm
 
 from cqil_trt import formats
 from cqil_trt.commands import Parser, check_at_least, check_file, check_texts, chosen_model, numbers
-from cqil_trt.config import BYPASSES, DTYPES, MAX_RANKS, CqilConfig, EngineLimits
+from cqil_trt.config import BYPASSES, DTYPES, MAX_RANKS, CqilConfig, layer_list
+from cqil_trt.config_file import ConfigFile
 from cqil_trt.errors import UserError
 from cqil_trt.job import command
-from cqil_trt.latency import critical_bytes, decode_seconds
+from cqil_trt.latency import MACHINES, Machine, critical_bytes, decode_seconds
 from cqil_trt.model import ModelConfig
 from cqil_trt.quality.perplexity import Scores
+from cqil_trt.quality.search import BOTH, KINDS, MEASURES, Candidate, Point, Quality, Search, Space, choose
 from cqil_trt.table import size, table
 
 # The authors' published ranges begin at 38% of the layers or later; the last layers differ most from each other.
 FIRST = 0.375
 REPORTED = 10  # configurations per line of progress, without a terminal
+# What a configuration may cost before an adapter is trained, which recovers most of it: times the unchanged perplexity.
+WITHIN = 2.25
+LEAST_EVALUATIONS = 16
+# Values of --placement and --quantize.
+FASTEST, NONE = "fastest", "none"
 
 
 def parser() -> Parser:
@@ -64,28 +74,63 @@ def parser() -> Parser:
     p.add_argument(
         "--first", metavar="LAYER", type=int, help="the first layer of all ranges (default: 3/8 of the layers)"
     )
-    p.add_argument("--dtype", choices=DTYPES, default="float16", help="type of weights, for predicted latency")
+    p.add_argument("--dtype", choices=DTYPES, default="float16", help="the engine's type (default %(default)s)")
+    p.add_argument(
+        "--gpu",
+        choices=tuple(MACHINES),
+        default="h200",
+        help="GPUs that latency is predicted for (default %(default)s)",
+    )
     p.add_argument(
         "--joins",
-        action="store_true",
-        help="measure what each layer loses without the all-reduce after attention (build.py --drop-attention-join)",
+        action=argparse.BooleanOptionalAction,
+        help="measure what each layer loses without the all-reduce after attention (build.py --drop-attention-join); "
+        "--no-joins: --search drops none",
     )
     search = p.add_argument_group("search")
-    search.add_argument("--search", action="store_true", help="measure perplexity with every range from --first on")
+    search.add_argument(
+        "--search",
+        action="store_true",
+        help="find the configurations that no other one beats in both measured quality and predicted latency",
+    )
+    search.add_argument(
+        "--evaluations",
+        metavar="N",
+        type=int,
+        default=128,
+        help="measure the quality of at most N configurations (default %(default)s)",
+    )
+    search.add_argument("--measure", choices=MEASURES, default="perplexity", help="quality (default %(default)s)")
     search.add_argument("--d", metavar="D,D", default="0", help="bypass distances to measure (default %(default)s)")
     search.add_argument("--bypass", choices=BYPASSES, default="mlp", help="where the bypass goes when d > 0")
     search.add_argument(
-        "--quantize",
-        metavar="FORMAT,…",
-        help=f"also measure with the layers' matrices in these formats ({', '.join(formats.choices())})",
+        "--placement",
+        choices=(FASTEST, "sharded", "leader"),
+        default=FASTEST,
+        help="how the ranks run the other layers (default: in the way that is predicted to be fastest)",
     )
     search.add_argument(
-        "--tolerance",
-        type=float,
-        default=0.8,
-        help="log-perplexity that a recommended range may cost before training (default %(default)s)",
+        "--quantize",
+        metavar="FORMAT,…",
+        default="int8,int4",
+        help=f"also with the layers' matrices in these formats: {', '.join(formats.choices())}, or {NONE} "
+        "(default %(default)s)",
     )
-    p.add_argument("--plot", metavar="F.png", type=Path, help="heat map of similarities, or the search's frontier")
+    limit = search.add_mutually_exclusive_group()
+    limit.add_argument(
+        "--within",
+        metavar="FACTOR",
+        type=float,
+        help="choose the fastest configuration with at most FACTOR times the unchanged perplexity, or of this e^KL "
+        f"(default {WITHIN})",
+    )
+    limit.add_argument(
+        "--at-most", metavar="MS", type=float, help="choose the best configuration of at most MS predicted milliseconds"
+    )
+    search.add_argument(
+        "--write", metavar="F.json", type=Path, help="write the chosen configuration, for --config of other commands"
+    )
+    p.add_argument("--plot", metavar="F.png", type=Path, help="heat map of similarities, or what the search found")
     p.add_argument("--json", metavar="F", type=Path, help="write all measurements to this file")
     return p
 
@@ -102,15 +147,9 @@ def run(options: argparse.Namespace) -> None:
     from cqil_trt.quality.perplexity import score_reference
     from cqil_trt.quality.similarity import input_similarity
 
-    check_at_least(options, 2, "block", "text_tokens")
-    check_file(options.json, "--json")
-    check_plot(options.plot)
-    check_texts(options.text, "--text")
+    check(options)
     ps = numbers(options.p, "--p", 2, MAX_RANKS)
     ds = numbers(options.d, "--d", 0, max(ps) - 1)
-    quantized = options.quantize.split(",") if options.quantize else []
-    for stored in quantized:
-        formats.load(stored)
     found = chosen_model(options.model)
     path = found.path
     checkpoint = Checkpoint(path, tokenizer=False)
@@ -126,26 +165,53 @@ def run(options: argparse.Namespace) -> None:
     print(f"{found.stem}, {model.num_layers} layers, {blocks.size} tokens of text\n")
     print(neighbours(similarity))
     result["recommended"] = recommend(similarity, model, ps, first, options)
-    if options.search or options.joins:
-        unchanged = score_reference(network, blocks)
     if options.joins:
-        result["joins"] = joins(network, model, blocks, unchanged, ps)
+        result["joins"] = joins(network, model, blocks, score_reference(network, blocks), ps)
     if options.search:
-        result["search"] = search(network, model, similarity, blocks, unchanged, ps, ds, first, options)
-        for stored in quantized:
-            del network
-            rounded = Checkpoint(path, tokenizer=False)
-            rounded.quantize(EngineLimits(dtype=options.dtype, weights=stored))
-            network = reference.from_reader(model, rounded.reader, pieces=False)
-            more = search(network, model, similarity, blocks, unchanged, ps, ds, first, options, stored)
-            for name in ("points", "recommended"):
-                result["search"][name] += more[name]
+        space = Space(
+            num_layers=model.num_layers,
+            first=first,
+            ps=tuple(dict.fromkeys(ps)),
+            ds=tuple(dict.fromkeys(ds)),
+            bypass=options.bypass,
+            weights=(formats.DENSE, *quantized_formats(options)),
+            drops=options.joins is not False and options.placement != "leader",
+        )
+        result["search"] = search(path, network, found.name, model, blocks, space, options)
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     if options.plot is not None and options.search:
         plot_search(result["search"], options.plot, found.stem)
     elif options.plot is not None:
         plot_similarity(similarity, options.plot, found.stem)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Checks the options: errors should be reported before a long search, not after."""
+    check_at_least(options, 2, "block", "text_tokens")
+    check_at_least(options, LEAST_EVALUATIONS, "evaluations")
+    check_file(options.json, "--json")
+    check_file(options.write, "--write")
+    check_plot(options.plot)
+    check_texts(options.text, "--text")
+    quantized_formats(options)
+    for name in ("write", "within", "at_most"):
+        if getattr(options, name) is not None and not options.search:
+            raise UserError(f"--{name.replace('_', '-')} needs --search")
+    if options.within is not None and not 1 <= options.within < math.inf:
+        raise UserError(f"--within must be a factor from 1 on, found {options.within:g}")
+    if options.at_most is not None and not 0 < options.at_most < math.inf:
+        raise UserError(f"--at-most must be above 0, found {options.at_most:g}")
+
+
+def quantized_formats(options: argparse.Namespace) -> list[str]:
+    """The formats of --quantize. Raises UserError for an unknown one."""
+    if options.quantize == NONE:
+        return []
+    found = list(dict.fromkeys(options.quantize.split(",")))
+    for name in found:
+        formats.load(name)
+    return [name for name in found if name != formats.DENSE]
 
 
 def neighbours(similarity: np.ndarray) -> str:
@@ -158,18 +224,16 @@ def neighbours(similarity: np.ndarray) -> str:
     return table(("layer", "to 1 before", "to 2 before", "to 3 before"), rows)
 
 
-def costs(model: ModelConfig, cqil: CqilConfig, dtype: str, weights: str = formats.DENSE) -> dict[str, float]:
+def costs(model: ModelConfig, cqil: CqilConfig, dtype: str, machine: Machine) -> dict[str, float]:
     """Bytes read and predicted milliseconds per token of a configuration, by placement."""
-    how: dict[str, Any] = {"dtype": dtype, "weights": weights}
-    leader = CqilConfig(p=cqil.p, d=cqil.d, start=cqil.start, end=cqil.end, bypass=cqil.bypass, placement="leader")
-    tensor = CqilConfig(p=cqil.p, placement="tensor")
+    leader, tensor = replace(cqil, placement="leader"), CqilConfig(p=cqil.p, placement="tensor")
     return {
-        "leader_bytes_per_token": critical_bytes(model, leader, **how),
-        "sharded_bytes_per_token": critical_bytes(model, cqil, **how),
-        "sequential_ms": decode_seconds(model, CqilConfig(p=1), **how) * 1e3,
-        "leader_ms": decode_seconds(model, leader, **how) * 1e3,
-        "sharded_ms": decode_seconds(model, cqil, **how) * 1e3,
-        "tensor_ms": decode_seconds(model, tensor, **how) * 1e3,
+        "leader_bytes_per_token": critical_bytes(model, leader, dtype),
+        "sharded_bytes_per_token": critical_bytes(model, cqil, dtype),
+        "sequential_ms": decode_seconds(model, CqilConfig(p=1), dtype, machine) * 1e3,
+        "leader_ms": decode_seconds(model, leader, dtype, machine) * 1e3,
+        "sharded_ms": decode_seconds(model, cqil, dtype, machine) * 1e3,
+        "tensor_ms": decode_seconds(model, tensor, dtype, machine) * 1e3,
     }
 
 
@@ -193,12 +257,13 @@ def recommend(
         if choice is None:
             rows.append((p, "none", "", "", "", "", "", ""))
             continue
-        values = costs(model, choice.cqil, options.dtype)
+        values = costs(model, choice.cqil, options.dtype, MACHINES[options.gpu])
         span = f"[{choice.cqil.start}, {choice.cqil.end})"
         rows.append((p, span, f"{choice.similarity:.3f}", *cost_cells(values)))
         found.append({"cqil": choice.cqil.to_dict(), "lowest_similarity": choice.similarity, **values})
     print(f"\nlongest ranges from layer {first} with a similarity of at least {options.threshold:g} in every group")
-    print("(--search measures their perplexity; latency is predicted for batch 1 on H200s, see cqil_trt/latency.py)")
+    gpus = options.gpu.upper()
+    print(f"(--search measures their perplexity; latency is predicted for batch 1 on {gpus}s, see cqil_trt/latency.py)")
     print(table(("p", "[start, end)", "lowest similarity", *COSTS), rows))
     return found
 
@@ -224,72 +289,133 @@ def joins(
 
 
 def search(
+    path: Path,
     network: Any,
+    name: str,
     model: ModelConfig,
-    similarity: np.ndarray,
     blocks: np.ndarray,
-    unchanged: Scores,
-    ps: list[int],
-    ds: list[int],
-    first: int,
+    space: Space,
     options: argparse.Namespace,
-    weights: str = formats.DENSE,
 ) -> dict[str, Any]:
-    """Perplexity of every configuration, and those that no other one beats in both latency and perplexity.
+    """Searches the space, prints the frontiers, writes the chosen configuration; returns all points."""
+    from cqil_trt.quality.measure import Measure
 
-    `unchanged`: the scores to compare with, of the unchanged model. `weights`: the format that the network's matrices
-    were rounded to.
-    """
-    from cqil_trt import reference
-    from cqil_trt.quality.perplexity import score_reference
-    from cqil_trt.quality.similarity import frontier, lowest_in_groups, ranges
-
-    own = unchanged if weights == formats.DENSE else score_reference(network, blocks)
-    candidates = [
-        CqilConfig(p=p, d=d, start=start, end=end, bypass=options.bypass if d else "mlp")
-        for p in ps
-        for d in ds
-        for start, end in ranges(first, model.num_layers, p)
-        if d < p
-    ]
-    rounded = "" if weights == formats.DENSE else f", matrices in {weights}"
-    print(f"\nsearching {len(candidates)} configurations{rounded} (fewer: a later --first, fewer --text-tokens)")
-    points: list[dict[str, Any]] = []
+    machine, limit = MACHINES[options.gpu], math.log(options.within or WITHIN)
+    measure = Measure(path, network, blocks, options.dtype, options.measure)
+    unchanged = measure.quality(measure.unchanged)
     seen = sys.stderr.isatty()
-    for cqil in tqdm(candidates, desc="searching", disable=not seen, leave=False):
-        scores = score_reference(reference.with_cqil(network, cqil), blocks)
-        points.append(
-            {
-                "cqil": cqil.to_dict(),
-                "weights": weights,
-                "lowest_similarity": lowest_in_groups(similarity, cqil),
-                **scores.to_dict(unchanged),
-                "log_cost": scores.log_perplexity - unchanged.log_perplexity,
-                **costs(model, cqil, options.dtype, weights),
-            }
+    with tqdm(desc="searching", disable=not seen, leave=False) as bar:
+
+        def judge(candidate: Candidate) -> Quality:
+            found = measure(candidate)
+            bar.update()
+            if not seen and (task.evaluations + 1) % REPORTED == 0:
+                print(f"{task.evaluations + 1} of {task.planned} measured", flush=True)
+            return found
+
+        def seconds(cqil: CqilConfig, weights: str) -> float:
+            return decode_seconds(model, cqil, options.dtype, machine, weights)
+
+        placements = ("sharded", "leader") if options.placement == FASTEST else (options.placement,)
+        expanded = math.inf if options.at_most is not None else limit
+        task = Search(space, judge, seconds, placements, options.evaluations, expanded, unchanged)
+        bar.reset(task.planned)
+        how, whole = "all" if task.exhaustive else "greedily", duration(task.planned * measure.seconds)
+        print(
+            f"\nsearching {len(space):,} configurations, {how}: at most {task.planned} measurements of "
+            f"{options.measure}, {measure.seconds:.2g} s each, about {whole} in all\n"
+            "(fewer: --evaluations, --text-tokens, --no-joins, --quantize)"
         )
-        if not seen and len(points) % REPORTED == 0:
-            print(f"{len(points)} of {len(candidates)} searched")
-    print(f"without CQIL, the perplexity is {own.perplexity:.3f}")
-    fastest = []
-    for p in ps:
-        for d in sorted({d for d in ds if d < p}):
-            mine = [point for point in points if (point["cqil"]["p"], point["cqil"]["d"]) == (p, d)]
-            best = [mine[i] for i in frontier([m["sharded_ms"] for m in mine], [m["perplexity"] for m in mine])]
-            rows = []
-            # The fastest one within the tolerance: the one to train.
-            chosen = next((point for point in best if point["log_cost"] <= options.tolerance), None)
-            for point in best:
-                cqil = CqilConfig(**point["cqil"])
-                mark = " <- recommended" if point is chosen else ""
-                cost = f"{point['perplexity']:.3f}", f"{point['log_cost']:+.3f}", f"{point['top1_equal']:.1%}"
-                rows.append((f"[{cqil.start}, {cqil.end}){mark}", *cost, *cost_cells(point)))
-            bypass = f" {options.bypass}" if d else ""
-            print(f"\np={p} d={d}{bypass}{rounded}: no other range is both faster and better than these")
-            print(table(("[start, end)", "perplexity", "log cost", "top-1 equal", *COSTS), rows))
-            if chosen is not None:
-                fastest.append(chosen)
-    return {"perplexity": unchanged.perplexity, "points": points, "recommended": fastest}
+        task.run()
+    goal = f"within {options.within or WITHIN:g} times the unchanged quality"
+    if options.at_most is not None:
+        goal = f"at most {options.at_most:g} ms"
+    print(f"{task.evaluations} measured; the unchanged perplexity is {measure.unchanged.perplexity:.3f}")
+    points = list(task.points.values())
+    frontiers = {ranks: {kind: task.frontier(ranks, kind) for kind in KINDS} for ranks in sorted(space.ps)}
+    within, at_most = (limit, None) if options.at_most is None else (None, options.at_most / 1e3)
+    chosen = choose(frontiers[max(space.ps)][BOTH], within, at_most)
+    for ranks, found in frontiers.items():
+        print(f"\non up to {ranks} GPUs no other configuration is both faster and better than these")
+        print(point_table(found[BOTH], chosen))
+    print(f"\n{'best' if options.at_most else 'fastest'} of each kind, {goal}")
+    print(point_table(best_of_kinds(frontiers[max(space.ps)], within, at_most), chosen))
+    if options.write is not None:
+        write(options, name, model, chosen)
+    return {
+        "measure": options.measure,
+        "gpu": options.gpu,
+        "dtype": options.dtype,
+        "configurations": len(space),
+        "evaluations": task.evaluations,
+        "joins": list(task.space.joins),
+        "perplexity": measure.unchanged.perplexity,
+        "points": [point.to_dict() for point in points],
+        "frontiers": {
+            ranks: {kind: [points.index(point) for point in best] for kind, best in found.items()}
+            for ranks, found in frontiers.items()
+        },
+        "chosen": points.index(chosen),
+    }
+
+
+def best_of_kinds(found: Mapping[str, Sequence[Point]], within: float | None, at_most: float | None) -> list[Point]:
+    """What `choose` takes from the frontier of each kind, each point once."""
+    best: list[Point] = []
+    for points in found.values():
+        try:
+            best.append(choose(points, within, at_most))
+        except UserError:
+            continue  # of this kind nothing is fast enough
+    return list(dict.fromkeys(best))
+
+
+def point_table(points: Sequence[Point], chosen: Point) -> str:
+    divergence = any("divergence" in point.quality.values for point in points)
+    rows = []
+    for point in points:
+        candidate, values = point.candidate, point.quality.values
+        how = f"{values['divergence']:.4f}" if divergence else f"{point.quality.cost:+.4f}"
+        rows.append(
+            (
+                title(candidate) + (" <- chosen" if point is chosen else ""),
+                candidate.kind,
+                candidate.weights,
+                f"{values['perplexity']:.3f}",
+                how,
+                f"{values['top1_equal']:.1%}",
+                candidate.cqil.placement if candidate.ranks > 1 else "",
+                f"{point.seconds * 1e3:.3f}",
+            )
+        )
+    cost = "KL" if divergence else "log cost"
+    return table(("configuration", "kind", "weights", "perplexity", cost, "top-1 equal", "placement", "ms"), rows)
+
+
+def title(candidate: Candidate) -> str:
+    cqil = candidate.cqil
+    if cqil.groups:
+        return cqil.summary
+    dropped = f", attention joins dropped in {layer_list(drop)}" if (drop := cqil.drop_attention_join) else ""
+    return f"no groups, {candidate.ranks} GPU{'s' if candidate.ranks > 1 else ''}{dropped}"
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} minutes"
+
+
+def write(options: argparse.Namespace, name: str, model: ModelConfig, chosen: Point) -> None:
+    found = chosen.to_dict()
+    how = {key: found[key] for key in found if key not in ("cqil", "weights", "kind", "ranks")}
+    ConfigFile(
+        model=name,
+        layers=model.num_layers,
+        cqil=chosen.candidate.cqil,
+        weights=chosen.candidate.weights,
+        dtype=options.dtype,
+        found={"gpu": options.gpu, "measure": options.measure, **how},
+    ).write(options.write)
+    print(f"\nwrote {options.write}\nbuild it: python builders/build.py --model {name} --config {options.write}")
 
 
 def plot_similarity(similarity: np.ndarray, path: Path, title: str) -> None:
@@ -302,37 +428,37 @@ def plot_similarity(similarity: np.ndarray, path: Path, title: str) -> None:
 
 
 def plot_search(found: dict[str, Any], path: Path, title: str) -> None:
-    """Every configuration, and the frontier of each p and d, against bytes read and predicted latency."""
-    from cqil_trt.quality.similarity import frontier
+    """Every measured configuration by its kind, and the frontier of each kind on the most GPUs."""
+    figure, axes = pyplot().subplots(figsize=(7.5, 5))
+    points, markers = found["points"], dict(zip((1, *found["frontiers"]), "x^osDPv*"))
+    by_kl = found["measure"] == "divergence"
 
-    figure, panels = pyplot().subplots(1, 2, figsize=(12, 4.5), sharey=True)
+    def quality(point: dict[str, Any]) -> float:
+        return math.exp(point["divergence"]) if by_kl else point["perplexity"]
 
-    def kind(point: dict[str, Any]) -> tuple[str, int, int]:
-        return point["weights"], point["cqil"]["p"], point["cqil"]["d"]
-
-    def label_of(weights: str, p: int, d: int) -> str:
-        return f"p={p} d={d}" + ("" if weights == formats.DENSE else f" {weights}")
-
-    kinds = list(dict.fromkeys(map(kind, found["points"])))
-    columns = (
-        ("leader_bytes_per_token", 1e-6, "MB of weights read per token, placement leader"),
-        ("sharded_ms", 1.0, "predicted ms per token, placement sharded"),
-    )
     highest = 0.0
-    for axes, (field, scale, label) in zip(panels, columns):
-        for weights, p, d in kinds:
-            mine = [point for point in found["points"] if kind(point) == (weights, p, d)]
-            x, y = [point[field] * scale for point in mine], [point["perplexity"] for point in mine]
-            best = frontier(x, y)
-            highest = max(highest, *(y[i] for i in best))
-            (line,) = axes.plot([x[i] for i in best], [y[i] for i in best], marker="o", label=label_of(weights, p, d))
-            axes.scatter(x, y, s=6, alpha=0.35, color=line.get_color())
-        axes.axhline(found["perplexity"], color="grey", linestyle="--", label="unchanged")
-        axes.set(xlabel=label, yscale="log")
+    for kind, color in zip(KINDS, ("tab:blue", "tab:orange", "tab:green", "tab:red")):
+        best = [points[i] for i in found["frontiers"][max(found["frontiers"])][kind]]
+        highest = max(highest, *map(quality, best))
+        x, y = [point["predicted_ms"] for point in best], [quality(point) for point in best]
+        axes.step(x, y, where="post", color=color, alpha=0.6, linewidth=1)
+        for ranks, marker in markers.items():
+            mine = [point for point in points if (point["kind"], point["ranks"]) == (kind, ranks)]
+            label = f"{kind}, {ranks} GPU{'s' if ranks > 1 else ''}"
+            if mine:
+                x, y = [point["predicted_ms"] for point in mine], [quality(point) for point in mine]
+                axes.scatter(x, y, s=14, marker=marker, color=color, alpha=0.7, label=label)
+    base = 1.0 if by_kl else found["perplexity"]
+    axes.axhline(base, color="grey", linestyle="--", label="unchanged")
     # Points far above every frontier would compress the rest.
-    panels[0].set(ylabel="perplexity", ylim=(0.9 * found["perplexity"], 1.5 * highest))
-    panels[0].legend()
-    figure.suptitle(title)
+    axes.set(
+        xlabel=f"predicted ms per token, {found['gpu'].upper()}, {found['dtype']}",
+        ylabel="e^KL from the unchanged model" if by_kl else "perplexity",
+        yscale="log",
+        ylim=(0.95 * base, 1.2 * highest),
+        title=title,
+    )
+    axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 

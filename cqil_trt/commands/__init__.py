@@ -54,6 +54,12 @@ def run_ranks(
 def add_cqil_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that choose a CQIL configuration, as `builder.choose_cqil` takes them."""
     parser.add_argument("--preset", metavar="NAME", help=f"a published configuration: {', '.join(PRESETS)}")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        type=Path,
+        help="a configuration that similarity.py --search --write found, instead of a preset; other flags override it",
+    )
     parser.add_argument("--p", type=int, help="concurrent layers per group (default 2)")
     parser.add_argument(
         "--ranks-per-layer",
@@ -84,7 +90,7 @@ def add_speculate_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def cqil_flags(options: argparse.Namespace) -> dict[str, Any]:
-    """The values of the flags that `add_cqil_flags` adds; None where one was not given."""
+    """The values of the flags that `add_cqil_flags` adds, but --config; None where one was not given."""
     names = ("preset", "p", "ranks_per_layer", "d", "start", "end", "bypass", "drop_attention_join")
     return {name: getattr(options, name) for name in names}
 

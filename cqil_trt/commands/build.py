@@ -32,12 +32,12 @@ def parser() -> RankParser:
     )
     add_cqil_flags(p)
     p.add_argument("--placement", choices=PLACEMENTS, help="how the ranks run the other layers (default sharded)")
-    p.add_argument("--dtype", choices=DTYPES, help="type of weights and cache (default: the checkpoint's)")
+    p.add_argument("--dtype", choices=DTYPES, help="type of weights and cache (default: --config's, the checkpoint's)")
     p.add_argument(
         "--quantize",
-        choices=[*formats.choices(), STORED],
+        choices=[formats.DENSE, *formats.choices(), STORED],
         help="quantize the matrices of the layers, after the adapter is merged; stored: keep those of a quantized "
-        "checkpoint (docs/quantization.md)",
+        "checkpoint (docs/quantization.md); default --config's, or dense",
     )
     p.add_argument("--keep", metavar="LIST", help="layers that stay as they are, like layers.0,layers.30-31")
     p.add_argument("--backend", choices=backends.names(), default=backends.PLAIN)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +24,12 @@ CELLS = ("perplexity", "log", "top-1 as the first")
 @dataclass(frozen=True)
 class Scores:
     """For blocks [N, T], without the first token of each: the tokens' negative log-likelihoods `nll`, float32
-    [N, T - 1], and the model's most likely tokens there `top1`, int32 [N, T - 1]."""
+    [N, T - 1], and the model's most likely tokens there `top1`, int32 [N, T - 1]. `divergence`: the Kullback-Leibler
+    divergence from another model's distributions there, mean in nats per token, if it was asked for."""
 
     nll: np.ndarray
     top1: np.ndarray
+    divergence: float | None = None
 
     @property
     def perplexity(self) -> float:
@@ -57,23 +60,54 @@ def won_back(base: Scores, without: Scores, with_adapter: Scores) -> float:
     return (without.log_perplexity - with_adapter.log_perplexity) / (without.log_perplexity - base.log_perplexity)
 
 
-def score_reference(model: nn.Module, blocks: np.ndarray, progress: bool = False) -> Scores:
-    """Scores of a Hugging Face model (a CqilModel too) on blocks of token ids, int [N, T]."""
+def score_reference(
+    model: nn.Module, blocks: np.ndarray, progress: bool = False, against: np.ndarray | None = None
+) -> Scores:
+    """Scores of a Hugging Face model (a CqilModel too) on blocks of token ids, int [N, T].
+
+    `against`: another model's `reference_logits` there, to take the divergence from.
+    """
+    import torch
+
+    nll, top1, diverged = [], [], 0.0
+    for first, tokens, logits in _batches(model, blocks, progress):
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+        nll.append(loss.view(len(tokens), -1).cpu().numpy())
+        top1.append(logits.argmax(-1).int().cpu().numpy())
+        if against is not None:
+            from cqil_trt.quality.distillation import divergence
+
+            theirs = torch.from_numpy(against[first : first + len(tokens)]).to(logits.device)
+            diverged += float(divergence(theirs, logits)) * len(tokens)
+    divergence_of_all = None if against is None else diverged / len(blocks)
+    return Scores(np.concatenate(nll), np.concatenate(top1), divergence_of_all)
+
+
+def reference_logits(model: nn.Module, blocks: np.ndarray) -> np.ndarray:
+    """Logits of a Hugging Face model after all tokens of blocks [N, T] but the last of each: float32 [N, T - 1,
+    vocabulary], in a temporary file that is gone when the array is."""
+    shape = len(blocks), blocks.shape[1] - 1, model.config.vocab_size
+    with tempfile.TemporaryFile() as file:
+        found = np.memmap(file, np.float32, "w+", shape=shape)
+        for first, tokens, logits in _batches(model, blocks, False):
+            found[first : first + len(tokens)] = logits.cpu().numpy()
+    return found
+
+
+def _batches(model: nn.Module, blocks: np.ndarray, progress: bool) -> Iterator[tuple[int, Any, Any]]:
+    """For some blocks at a time the place of the first, the tokens int64 [n, T] and the logits float32 [n, T - 1,
+    vocabulary] after all but the last of each."""
     import torch
 
     from cqil_trt.reference import device_of
 
     device = device_of(model)
     batch = max(1, _LOGITS // (blocks.shape[1] * model.config.vocab_size))
-    nll, top1 = [], []
-    with torch.inference_mode():
-        for first in _bar(range(0, len(blocks), batch), progress):
+    for first in _bar(range(0, len(blocks), batch), progress):
+        with torch.inference_mode():
             tokens = torch.from_numpy(blocks[first : first + batch].astype(np.int64)).to(device)
             logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-            nll.append(loss.view(len(tokens), -1).cpu().numpy())
-            top1.append(logits.argmax(-1).int().cpu().numpy())
-    return Scores(np.concatenate(nll), np.concatenate(top1))
+        yield first, tokens, logits
 
 
 def score_engine(llm: Llm, blocks: np.ndarray, progress: bool = False) -> Scores:

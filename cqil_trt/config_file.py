@@ -1,0 +1,71 @@
+"""A configuration in a file: what `similarity.py --search --write` found, for `--config` of the other commands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from cqil_trt import formats
+from cqil_trt.config import DTYPES, CqilConfig
+from cqil_trt.errors import UserError
+from cqil_trt.json_fields import Fields, read_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigFile:
+    """A configuration, what it was found for, and how.
+
+    Attributes:
+        layers: of the model.
+        cqil: which layers run concurrently.
+        weights, dtype: as in `EngineLimits`.
+        model: the model's name, for readers.
+        found: how it was found, for readers.
+    """
+
+    layers: int
+    cqil: CqilConfig
+    weights: str
+    dtype: str
+    model: str = ""
+    found: Mapping[str, Any] = field(default_factory=dict)
+
+    def write(self, path: Path) -> None:
+        values = {"model": self.model, "layers": self.layers, "cqil": self.cqil.to_dict()}
+        values |= {"weights": self.weights, "dtype": self.dtype, "found": dict(self.found)}
+        path.write_text(json.dumps(values, indent=1) + "\n")
+
+    @classmethod
+    def read(cls, path: Path, num_layers: int) -> ConfigFile:
+        """The file at `path`, for a model of `num_layers` layers.
+
+        Raises UserError, naming the field, for one that is malformed or does not fit.
+        """
+        values = Fields(read_json(path), str(path))
+        _only(values, ("model", "layers", "cqil", "weights", "dtype", "found"))
+        layers = values.integer("layers")
+        if layers != num_layers:
+            raise UserError(f"{path}: layers is {layers}, and the model has {num_layers}: it is for another model")
+        stored, known = values.text("weights", formats.DENSE), (*formats.names(), *formats.choices())
+        if stored not in known:
+            raise values.fail("weights", f"one of {', '.join(dict.fromkeys(known))}")
+        dtype = values.text("dtype")
+        if dtype not in DTYPES:
+            raise values.fail("dtype", f"one of {', '.join(DTYPES)}")
+        inner = values.object("cqil")
+        _only(inner, tuple(f.name for f in fields(CqilConfig)))
+        cqil = CqilConfig.of_fields(inner)
+        try:
+            cqil.check_depth(layers)
+        except UserError as error:
+            raise UserError(f"{inner.source}: {error}") from None
+        return cls(layers=layers, cqil=cqil, weights=stored, dtype=dtype, model=values.text("model", ""))
+
+
+def _only(values: Fields, known: tuple[str, ...]) -> None:
+    """Raises UserError for a field with another name: a misspelled one would silently have its default."""
+    if unknown := [name for name in values.values if name not in known]:
+        raise UserError(f"{values.source}: unknown field {unknown[0]:.60} (known: {', '.join(known)})")

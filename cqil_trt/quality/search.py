@@ -1,0 +1,343 @@
+"""Which configurations of a model no other one beats in both quality and predicted latency.
+
+A configuration is groups of layers (p, d, start, end), split layers without the all-reduce after attention, and the
+format of the layers' matrices. Quality is measured, at most as often as a budget says; latency is predicted. No tensors
+here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from cqil_trt.config import CqilConfig
+from cqil_trt.errors import UserError
+from cqil_trt.formats import DENSE
+from cqil_trt.quality.similarity import frontier, ranges
+
+T = TypeVar("T")
+
+# What a configuration's cost is: the rise of log-perplexity, or the divergence from the unchanged model.
+MEASURES = ("perplexity", "divergence")
+# The kinds of configurations; a kind's frontier is over the kinds that it names here.
+PLAIN, JOINS, QUANTIZED, BOTH = "dense", "dropped joins", "quantized", "quantized, dropped joins"
+KINDS: Mapping[str, tuple[str, ...]] = {
+    PLAIN: (PLAIN,),
+    JOINS: (PLAIN, JOINS),
+    QUANTIZED: (PLAIN, QUANTIZED),
+    BOTH: (PLAIN, JOINS, QUANTIZED, BOTH),
+}
+# A greedy step drops the joins of a twelfth of the layers: those of two of 32 layers.
+_STEPS = 12
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A configuration and the format of its matrices."""
+
+    cqil: CqilConfig
+    weights: str = DENSE
+
+    @property
+    def kind(self) -> str:
+        dropped = bool(self.cqil.drop_attention_join)
+        return (BOTH if dropped else QUANTIZED) if self.weights != DENSE else JOINS if dropped else PLAIN
+
+    @property
+    def ranks(self) -> int:
+        return self.cqil.p
+
+    @property
+    def computed(self) -> Candidate:
+        """The candidate that stands for all that compute the same: only its quality is measured.
+
+        The placement never matters. The number of ranks that share a layer matters only where a join is dropped.
+        """
+        if not self.cqil.changed_layers:
+            return replace(self, cqil=CqilConfig(p=1))
+        return replace(self, cqil=replace(self.cqil, placement="sharded" if self.cqil.groups else "tensor"))
+
+    def placed(self, placements: Collection[str]) -> tuple[CqilConfig, ...]:
+        """The configurations that compute this, in those of the `placements` that they can have.
+
+        Placement leader has no joins after attention. Without groups, or on one rank, there is nothing to choose.
+        """
+        if not self.cqil.groups:
+            return (self.cqil,)
+        fitting = [name for name in placements if name == "sharded" or not self.cqil.drop_attention_join]
+        return tuple(replace(self.cqil, placement=name) for name in fitting)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quality:
+    """`cost`: what a configuration loses, in nats per token. `values`: the measurements, by name."""
+
+    cost: float
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Point:
+    """A measured candidate, in its fastest placement. `seconds`: predicted, per token."""
+
+    candidate: Candidate
+    seconds: float
+    quality: Quality
+
+    def to_dict(self) -> dict[str, Any]:
+        candidate = self.candidate
+        described = {"cqil": candidate.cqil.to_dict(), "weights": candidate.weights, "kind": candidate.kind}
+        found = {"log_cost": self.quality.cost, **self.quality.values, "predicted_ms": self.seconds * 1e3}
+        return {**described, "ranks": candidate.ranks, **found}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """The configurations that are searched.
+
+    Attributes:
+        num_layers: of the model.
+        first: the first layer that may be in a group.
+        ps: numbers of ranks, which are group sizes.
+        ds, bypass: bypass distances, and where the bypass goes.
+        weights: formats of the matrices; the first is dense.
+        drops: whether joins may be dropped.
+        joins: the layers in the order in which their joins are dropped.
+    """
+
+    num_layers: int
+    first: int
+    ps: tuple[int, ...]
+    ds: tuple[int, ...]
+    bypass: str
+    weights: tuple[str, ...]
+    drops: bool
+    joins: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        dropped = [len(cqil.split_layers(self.num_layers)) if self.drops else 0 for cqil in self._joined()]
+        return len(self.weights) * sum(1 + count for count in dropped)
+
+    def __iter__(self) -> Iterator[Candidate]:
+        """Every candidate, format by format: of the layers in the order `joins`, the first 0, 1, 2, … drop theirs."""
+        for weights in self.weights:
+            for cqil in self._joined():
+                counts = range(len(cqil.split_layers(self.num_layers)) + 1) if self.drops else (0,)
+                yield from (Candidate(self.dropping(cqil, count), weights) for count in counts)
+
+    def _joined(self) -> Iterator[CqilConfig]:
+        """The configurations that drop no join."""
+        yield from self.unchanged
+        for p, d in self.groups:
+            for start, end in ranges(self.first, self.num_layers, p):
+                yield self.grouped(p, d, start, end)
+
+    @property
+    def unchanged(self) -> list[CqilConfig]:
+        """The model as it is, on one rank and on each number of ranks."""
+        return [CqilConfig(p=1), *(CqilConfig(p=p, placement="tensor") for p in self.ps)]
+
+    @property
+    def groups(self) -> list[tuple[int, int]]:
+        """The kinds of groups, as p and d."""
+        return [(p, d) for p in self.ps for d in self.ds if d < p]
+
+    def grouped(self, p: int, d: int, start: int, end: int) -> CqilConfig:
+        return CqilConfig(p=p, d=d, start=start, end=end, bypass=self.bypass if d else "mlp")
+
+    def dropping(self, cqil: CqilConfig, count: int) -> CqilConfig:
+        """The configuration without the joins of the first `count` layers of `joins` that have one."""
+        split = set(cqil.split_layers(self.num_layers))
+        return cqil.dropping([layer for layer in self.joins if layer in split][:count], self.num_layers)
+
+
+class Search:
+    """Measures candidates of a space and keeps them as `points`.
+
+    `measure`: the quality of a candidate. `seconds`: predicted seconds per token of a configuration with a format.
+    `placements`: those to choose the fastest from. `budget`: how often `measure` may be called. `limit`: the cost from
+    which on a candidate leads to no others. `unchanged`: the quality of the unchanged model, whose measurement is not
+    counted.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        measure: Callable[[Candidate], Quality],
+        seconds: Callable[[CqilConfig, str], float],
+        placements: Collection[str],
+        budget: int,
+        limit: float,
+        unchanged: Quality,
+    ):
+        self.space, self.budget, self.points = space, budget, dict[Candidate, Point]()
+        self._measure, self._seconds, self._placements, self._limit = measure, seconds, placements, limit
+        self._qualities = {Candidate(CqilConfig(p=1)): unchanged}
+        self._first_groups: dict[tuple[int, int], list[int]] = {}
+
+    @property
+    def evaluations(self) -> int:
+        """How often quality has been measured."""
+        return len(self._qualities) - 1
+
+    @property
+    def planned(self) -> int:
+        """How often it will be measured at most."""
+        return min(self.budget, self._whole)
+
+    @property
+    def exhaustive(self) -> bool:
+        """Whether the budget is enough for the whole space."""
+        return self._whole <= self.budget
+
+    @property
+    def _whole(self) -> int:
+        """Measurements of the whole space: one of the unchanged model in each format, and the order of the joins."""
+        space = self.space
+        repeated = len(space.weights) * len(space.ps) + 1
+        return len(space) - repeated + (space.num_layers if space.drops else 0)
+
+    def run(self) -> None:
+        self._take(Candidate(cqil) for cqil in self.space.unchanged)
+        if self.exhaustive:
+            if self.space.drops:
+                self._order_joins(self.space.num_layers)
+            self._take(self.space)
+        else:
+            self._greedily()
+
+    def frontier(self, ranks: int, kind: str) -> list[Point]:
+        """The points on at most `ranks` ranks that no other of them beats, in order of latency.
+
+        `kind`: the kind that they may have, besides those that need less (`KINDS`).
+        """
+        fitting = [p for p in self.points.values() if p.candidate.ranks <= ranks and p.candidate.kind in KINDS[kind]]
+        return self._best(fitting)
+
+    @staticmethod
+    def _best(points: Sequence[Point]) -> list[Point]:
+        return [points[i] for i in frontier([p.seconds for p in points], [p.quality.cost for p in points])]
+
+    def _take(self, candidates: Iterable[Candidate]) -> None:
+        """Adds the candidates to the points, as long as the budget lasts."""
+        for candidate in candidates:
+            if candidate in self.points:
+                continue
+            computed = candidate.computed
+            if computed not in self._qualities:
+                if self.evaluations == self.budget:
+                    continue
+                self._qualities[computed] = self._measure(computed)
+            placed = candidate.placed(self._placements)
+            if not placed:
+                continue
+            seconds, cqil = min(
+                ((self._seconds(cqil, candidate.weights), cqil) for cqil in placed), key=lambda found: found[0]
+            )
+            self.points[candidate] = Point(
+                candidate=replace(candidate, cqil=cqil), seconds=seconds, quality=self._qualities[computed]
+            )
+
+    def _order_joins(self, count: int) -> None:
+        """Orders the joins by what each costs by itself, on the most ranks; `count` of them are measured.
+
+        A layer between two measured ones counts as the nearer.
+        """
+        layers, shared = self.space.num_layers, CqilConfig(p=max(self.space.ps), placement="tensor")
+        single = {layer: Candidate(shared.dropping([layer], layers)) for layer in spread(range(layers), count)}
+        self._take(single.values())
+        costs = {layer: self.points[one].quality.cost for layer, one in single.items()}
+        nearest = {layer: min(costs, key=lambda other: abs(other - layer)) for layer in range(layers)}
+        order = sorted(range(layers), key=lambda layer: (costs[nearest[layer]], layer))
+        self.space = replace(self.space, joins=tuple(order))
+
+    def _find_first_groups(self, p: int, d: int, count: int) -> None:
+        """The best place of a single group for each remainder of its first layer by p; `count` are measured."""
+        starts = range(self.space.first, self.space.num_layers - p + 1)
+        single = {start: Candidate(self.space.grouped(p, d, start, start + p)) for start in spread(starts, count)}
+        self._take(single.values())
+        by_cost = sorted(single, key=lambda start: self.points[single[start]].quality.cost)
+        self._first_groups[p, d] = list({start % p: start for start in reversed(by_cost)}.values())
+
+    def _greedily(self) -> None:
+        """Half of the budget looks at dense matrices, the rest measures what it found in the other formats."""
+        space, others = self.space, self.space.weights[1:]
+        dense = self.budget // 2 if others else self.budget
+        sizes = {pd: space.num_layers - pd[0] + 1 - space.first for pd in space.groups}
+        joins = space.num_layers if space.drops else 0
+        share = min(1.0, dense / 2 / (joins + sum(sizes.values())))
+        if joins:
+            self._order_joins(max(1, int(share * joins)))
+        for (p, d), size in sizes.items():
+            if size > 0:
+                self._find_first_groups(p, d, max(1, int(share * size)))
+        while self.evaluations < dense:
+            steps = [step for point in self._growing() for step in self._steps(point) if step not in self.points]
+            if not steps:
+                break
+            self._take(spread(list(dict.fromkeys(steps)), dense - self.evaluations))
+        for number, weights in enumerate(others):
+            count = (self.budget - self.evaluations) // (len(others) - number)
+            ranks = max(space.ps)
+            best = dict.fromkeys((*self.frontier(ranks, PLAIN), *self.frontier(ranks, JOINS), *self._growing()))
+            unchanged = [Candidate(cqil, weights) for cqil in space.unchanged]
+            found = [self._key(point.candidate.cqil, weights) for point in sorted(best, key=lambda p: p.seconds)]
+            changed = [candidate for candidate in dict.fromkeys(found) if candidate.cqil.changed_layers]
+            self._take((*unchanged, *spread(changed, count - 1)))
+
+    @staticmethod
+    def _key(cqil: CqilConfig, weights: str) -> Candidate:
+        return Candidate(replace(cqil, placement="sharded" if cqil.groups else cqil.placement), weights)
+
+    def _growing(self) -> list[Point]:
+        """The dense points that may lead to better ones: on each number of ranks the frontiers without and with dropped
+        joins, up to the limit."""
+        found: dict[Point, None] = {}
+        for ranks in self.space.ps:
+            for kind in (PLAIN, JOINS):
+                mine = [
+                    p for p in self.points.values() if p.candidate.ranks == ranks and p.candidate.kind in KINDS[kind]
+                ]
+                found |= dict.fromkeys(point for point in self._best(mine) if point.quality.cost <= self._limit)
+        return list(found)
+
+    def _steps(self, point: Point) -> Iterator[Candidate]:
+        """The candidates one step faster: a group more at either end of the range, a few joins fewer."""
+        space, cqil = self.space, point.candidate.cqil
+        dropped = len(cqil.drop_attention_join)
+        if cqil.groups:
+            spans = [(cqil.d, cqil.start - cqil.p, cqil.end), (cqil.d, cqil.start, cqil.end + cqil.p)]
+        else:
+            spans = [(d, s, s + cqil.p) for (p, d), starts in self._first_groups.items() if p == cqil.p for s in starts]
+        for d, start, end in spans:
+            if space.first <= start and end <= space.num_layers:
+                yield Candidate(space.dropping(space.grouped(cqil.p, d, start, end), dropped))
+        if space.drops and cqil.p > 1:
+            joined = replace(self._key(cqil, DENSE).cqil, drop_attention_join=())
+            yield Candidate(space.dropping(joined, dropped + max(1, space.num_layers // _STEPS)))
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """At most `count` of the items, at even distances; the first and the last are among them if two or more are."""
+    if count >= len(items):
+        return list(items)
+    if count < 2:
+        return list(items[len(items) // 2 :][:count])
+    return [items[i * (len(items) - 1) // (count - 1)] for i in range(count)]
+
+
+def choose(points: Collection[Point], within: float | None, at_most: float | None) -> Point:
+    """The fastest point that costs at most `within` nats per token; or of the points that take at most `at_most`
+    seconds the one that costs least.
+
+    Exactly one limit is given. Raises UserError where no point keeps to it.
+    """
+    if at_most is None:
+        fitting = [point for point in points if within is not None and point.quality.cost <= within]
+        return min(fitting, key=lambda point: (point.seconds, point.quality.cost))
+    fitting = [point for point in points if point.seconds <= at_most]
+    if not fitting:
+        fastest = min(point.seconds for point in points) * 1e3
+        raise UserError(f"--at-most {at_most * 1e3:g}: the fastest configuration found takes {fastest:.3f} ms")
+    return min(fitting, key=lambda point: (point.quality.cost, point.seconds))

@@ -1,0 +1,409 @@
+"""The search over groups, dropped joins and formats, against enumerations, float64 formulas and numpy; --config."""
+
+import itertools
+import json
+import math
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import ROOT, SEED
+from support.checkpoints import load_model, make_model
+from support.formulas import Formulas
+from support.made_tokenizers import save_byte_tokenizer
+from support.processes import assert_user_error, build, mpirun, run
+
+from cqil_trt import families
+from cqil_trt.builder import BuildRequest, choose_cqil, prepare, read_config
+from cqil_trt.config import CqilConfig
+from cqil_trt.config_file import ConfigFile
+from cqil_trt.errors import UserError
+from cqil_trt.latency import MACHINES, decode_seconds
+from cqil_trt.quality import open_tokenizer
+from cqil_trt.quality.search import BOTH, KINDS, Quality, Search, Space, choose, spread
+
+LAYERS = 6
+COMPUTED = ("p", "d", "start", "end", "bypass", "drop_attention_join")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("search") / "model"
+    make_model(directory, vocab_size=260, num_hidden_layers=LAYERS)
+    save_byte_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def text(model):
+    path = model.parent / "text.txt"
+    path.write_text((ROOT / "README.md").read_text()[:4000])
+    return path
+
+
+def similarity(model, text, *arguments):
+    common = ["--model", model, "--text", text, "--block", 32, "--text-tokens", 128]
+    return run(sys.executable, "scripts/similarity.py", *common, *arguments)
+
+
+def not_beaten(points):
+    """The pairs (latency, cost) of which no other is at least as low in both and lower in one."""
+    pairs = set(points)
+    return {(x, y) for x, y in pairs if not any(a <= x and b <= y and (a, b) != (x, y) for a, b in pairs)}
+
+
+def enumerated(order, first, ps, ds, weights, layers=LAYERS):
+    """All configurations, as (weights, p, d, start, end, dropped); d, start and end are 0 without groups."""
+    found = {(stored, 1, 0, 0, 0, ()) for stored in weights}
+    for stored, p, d in itertools.product(weights, ps, ds):
+        spans = {(0, 0, 0)}
+        if d < p:
+            spans |= {(d, s, e) for s in range(first, layers) for e in range(s + p, layers + 1, p)}
+        for span in spans:
+            split = [layer for layer in order if not span[1] <= layer < span[2]]
+            found |= {(stored, p, *span, tuple(sorted(split[:n]))) for n in range(len(split) + 1 if order else 1)}
+    return found
+
+
+def key(cqil, weights):
+    return weights, cqil["p"], cqil["d"], cqil["start"], cqil["end"], tuple(cqil["drop_attention_join"])
+
+
+# The search itself, on made-up qualities
+
+
+def quality_of(seed):
+    """A cost for whatever changes the output: more groups, more dropped joins and fewer bits cost more, with noise."""
+
+    def cost(candidate):
+        random = np.random.default_rng([seed, *repr(candidate).encode()])
+        bits = {"dense": 0, "int8": 0.01, "int4": 0.2}[candidate.weights]
+        changed = len(candidate.cqil.changed_layers)
+        return (bits + 0.05 * changed) * random.uniform(0.5, 1.5)
+
+    return cost
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 2**20),
+    st.integers(16, 400),
+    st.sampled_from([(2,), (2, 4), (3,)]),
+    st.sampled_from([(0,), (0, 1)]),
+    st.booleans(),
+    st.sampled_from([("sharded", "leader"), ("sharded",)]),
+)
+def test_search_keeps_its_budget_and_its_frontier_is_what_no_point_beats(seed, budget, ps, ds, drops, placements):
+    cost, seen = quality_of(seed), []
+
+    def measure(candidate):
+        seen.append(candidate)
+        return Quality(cost=cost(candidate), values={})
+
+    def seconds(cqil, weights):
+        slower = {"leader": 1.2, "sharded": 1.0, "tensor": 1.0}[cqil.placement] if cqil.p > 1 else 1.0
+        joins = 2 * LAYERS - len(cqil.changed_layers)
+        return slower * (joins + {"dense": 4, "int8": 2, "int4": 1}[weights] * LAYERS / cqil.p)
+
+    weights = ("dense", "int8", "int4")
+    space = Space(num_layers=LAYERS, first=1, ps=ps, ds=ds, bypass="mlp", weights=weights, drops=drops)
+    task = Search(space, measure, seconds, placements, budget, math.inf, Quality(cost=0.0, values={}))
+    planned = task.planned
+    task.run()
+    assert len(seen) == len(set(seen)) == task.evaluations <= planned <= budget
+    points = list(task.points.values())
+    assert {point.candidate.weights for point in points} == set(weights)
+    for point in points:
+        changed = point.candidate.weights != "dense" or point.candidate.cqil.changed_layers
+        assert point.quality.cost == (cost(point.candidate.computed) if changed else 0)
+        assert point.seconds == seconds(point.candidate.cqil, point.candidate.weights)
+    for ranks, kind in itertools.product(ps, KINDS):
+        allowed = [
+            point
+            for point in points
+            if point.candidate.ranks <= ranks
+            and (point.candidate.weights == "dense" or "quantized" in kind)
+            and (not point.candidate.cqil.drop_attention_join or "dropped" in kind)
+        ]
+        best = [(point.seconds, point.quality.cost) for point in task.frontier(ranks, kind)]
+        assert best == sorted(not_beaten((point.seconds, point.quality.cost) for point in allowed))
+    order = task.space.joins
+    assert sorted(order) == (list(range(LAYERS)) if drops else [])
+    every = enumerated(order, 1, ps, ds, weights)
+    found = {key(point.candidate.cqil.to_dict(), point.candidate.weights) for point in points}
+    single = {(stored, max(ps), 0, 0, 0, (layer,)) for stored in weights for layer in range(LAYERS)} if drops else set()
+    assert len(space) == len(every)
+    if task.exhaustive:
+        assert found == every | {one for one in single if one[0] == "dense"}
+    assert found <= every | single
+
+
+@given(st.lists(st.integers()), st.integers(0, 40))
+def test_spread_keeps_order_and_both_ends(items, count):
+    found = spread(list(enumerate(items)), count)
+    assert len(found) == min(count, len(items)) and found == sorted(set(found))
+    if count > 1 and items:
+        assert (found[0][0], found[-1][0]) == (0, len(items) - 1)
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def searched(model, text, tmp_path_factory):
+    """What a whole search reports, and the files that it wrote."""
+    directory = tmp_path_factory.mktemp("found")
+    flags = ["--search", "--p", "2", "--d", "0,1", "--first", 3, "--quantize", "int8", "--within", 3]
+    files = ["--json", directory / "s.json", "--plot", directory / "s.png", "--write", directory / "best.json"]
+    done = similarity(model, text, *flags, *files)
+    assert done.returncode == 0, done.stderr
+    return done, json.loads((directory / "s.json").read_text())["search"], directory
+
+
+def rounded(state):
+    """The matrices of layers in int8: one scale for each output channel, the largest magnitude over 127."""
+    found = dict(state)
+    for name, weight in state.items():
+        if "layers" in name and weight.ndim == 2:
+            scale = weight.abs().amax(1, keepdim=True) / 127
+            found[name] = (weight / scale).round() * scale
+    return found
+
+
+def test_search_measures_everything_that_the_budget_allows(model, text, searched):
+    done, found, directory = searched
+    points = {key(point["cqil"], point["weights"]): point for point in found["points"]}
+    single = {("dense", 2, 0, 0, 0, (layer,)) for layer in range(LAYERS)}
+    assert points.keys() == enumerated(found["joins"], 3, (2,), (0, 1), ("dense", "int8")) | single
+    assert found["configurations"] == len(points.keys() - single) + 1  # the cheapest join alone is among them
+    by_itself = [points["dense", 2, 0, 0, 0, (layer,)]["log_cost"] for layer in found["joins"]]
+    assert by_itself == sorted(by_itself) and len(by_itself) == LAYERS
+    assert (directory / "s.png").read_bytes()[:4] == b"\x89PNG"
+    # Some of them, computed in float64.
+    network = load_model(model)
+    ids = torch.tensor(open_tokenizer(model).pieces([text.read_text()])[0][:128]).view(-1, 32)
+    states = {"dense": network.state_dict(), "int8": rounded(network.state_dict())}
+    formulas = {name: Formulas(network.config, state) for name, state in states.items()}
+    unchanged = formulas["dense"].logits(ids)[:, :-1]
+    for i in np.random.default_rng(SEED).choice(len(points), 8, replace=False):
+        point = found["points"][i]
+        logits = formulas[point["weights"]].logits(ids, **{name: point["cqil"][name] for name in COMPUTED})[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:]).item()
+        assert point["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+        assert point["top1_equal"] == pytest.approx((logits.argmax(-1) == unchanged.argmax(-1)).double().mean())
+    # No other placement of theirs is faster, and the frontiers are what no point beats.
+    config = families.read_config(model / "config.json")
+    for point in found["points"]:
+        cqil = CqilConfig(**point["cqil"])
+        placements = ["sharded"] + ["leader"] * (not cqil.drop_attention_join) if cqil.groups else [cqil.placement]
+        found_ms = [
+            1e3 * decode_seconds(config, replace(cqil, placement=name), "float16", weights=point["weights"])
+            for name in placements
+        ]
+        assert point["predicted_ms"] == pytest.approx(min(found_ms))
+    for kind, best in found["frontiers"]["2"].items():
+        allowed = [
+            (point["predicted_ms"], point["log_cost"])
+            for point in found["points"]
+            if (point["weights"] == "dense" or "quantized" in kind)
+            and (not point["cqil"]["drop_attention_join"] or "dropped" in kind)
+        ]
+        pairs = [(found["points"][i]["predicted_ms"], found["points"][i]["log_cost"]) for i in best]
+        assert pairs == sorted(not_beaten(allowed))
+    chosen = found["points"][found["chosen"]]
+    fitting = [p["predicted_ms"] for p in found["points"] if p["log_cost"] <= math.log(3)]
+    assert chosen["predicted_ms"] == min(fitting) and "<- chosen" in done.stdout
+
+
+def test_search_by_divergence_within_a_budget(model, text, tmp_path):
+    report, best = tmp_path / "s.json", tmp_path / "best.json"
+    flags = ["--search", "--measure", "divergence", "--evaluations", 18, "--p", "2", "--first", 1, "--gpu", "h100"]
+    slowest = 1e3 * decode_seconds(families.read_config(model / "config.json"), CqilConfig(p=1), "float16")
+    files = ["--json", report, "--write", best, "--at-most", slowest]
+    done = similarity(model, text, *flags, *files)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(report.read_text())["search"]
+    assert found["evaluations"] <= 18 and "greedily: at most 18 measurements of divergence" in done.stdout
+    network = load_model(model)
+    ids = torch.tensor(open_tokenizer(model).pieces([text.read_text()])[0][:128]).view(-1, 32)
+    formulas = Formulas(network.config, network.state_dict())
+    base = formulas.logits(ids)[:, :-1].log_softmax(-1)
+    for point in [point for point in found["points"] if point["kind"] == "dropped joins"][:3]:
+        mine = formulas.logits(ids, **{name: point["cqil"][name] for name in COMPUTED})[:, :-1].log_softmax(-1)
+        divergence = (base.exp() * (base - mine)).sum(-1).mean().item()
+        assert point["log_cost"] == point["divergence"] == pytest.approx(divergence, rel=1e-3, abs=1e-6)
+    assert {point["log_cost"] for point in found["points"] if point["cqil"]["p"] == 1 and point["kind"] == "dense"} == {
+        0
+    }
+    written = json.loads(best.read_text())
+    fitting = [point["log_cost"] for point in found["points"] if point["predicted_ms"] <= slowest]
+    assert written["found"]["divergence"] == min(fitting) and written["found"]["gpu"] == "h100"
+
+
+def test_flags_of_the_search_that_are_refused(model, text, tmp_path):
+    for flags, message in (
+        (["--search", "--quantize", "int3"], "--quantize must be one of"),
+        (["--search", "--within", 0.9], "--within must be a factor from 1 on"),
+        (["--search", "--at-most", -1], "--at-most must be above 0"),
+        (["--search", "--within", 2, "--at-most", 1], "not allowed with argument"),
+        (["--write", tmp_path / "b.json"], "--write needs --search"),
+        (["--search", "--write", tmp_path / "none" / "b.json"], "its directory does not exist"),
+        (["--search", "--evaluations", 2], "--evaluations must be at least"),
+        (["--search", "--gpu", "abacus"], "--gpu"),
+    ):
+        assert_user_error(similarity(model, text, *flags), message)
+    done = similarity(model, text, "--search", "--no-joins", "--quantize", "none", "--p", 2, "--at-most", 1e-6)
+    assert_user_error(done, "--at-most 1e-06: the fastest configuration found takes")
+
+
+# --config
+
+
+def test_found_configuration_is_built_and_validates(model, searched, tmp_path):
+    _, found, directory = searched
+    chosen = found["points"][found["chosen"]]
+    done = build("--model", model, "--config", directory / "best.json", "--output", tmp_path / "engine", "--json")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["cqil"] == chosen["cqil"]
+    assert (plan["limits"]["weights"], plan["limits"]["dtype"]) == (chosen["weights"], "float16")
+    done = mpirun(chosen["ranks"], "--engine", tmp_path / "engine", "--validate")
+    assert done.returncode == 0, done.stdout + done.stderr
+    # The same in an engine in which little is rounded, flags win.
+    flags = ["--dtype", "float32", "--quantize", "dense", "--output", tmp_path / "exact", "--json"]
+    done = build("--model", model, "--config", directory / "best.json", *flags)
+    limits = json.loads(done.stdout)["limits"]
+    assert (limits["weights"], limits["dtype"]) == ("dense", "float32")
+
+
+VALUES = {
+    "layers": LAYERS,
+    "cqil": {"p": 2, "d": 0, "start": 2, "end": 4, "placement": "sharded", "drop_attention_join": [4, 5]},
+    "weights": "int8",
+    "dtype": "bfloat16",
+}
+
+
+def written(path, **changes):
+    """A file with VALUES changed; `cqil` changes within."""
+    inner = (
+        {**VALUES["cqil"], **changes.pop("cqil", {})} if isinstance(changes.get("cqil", {}), dict) else changes["cqil"]
+    )
+    path.write_text(json.dumps({**VALUES, **changes, **({"cqil": inner} if "cqil" not in changes else {})}))
+    return path
+
+
+def test_flags_override_the_file_which_overrides_the_adapter(model, tmp_path):
+    path = written(tmp_path / "best.json")
+    plan = prepare(BuildRequest(model=model, config=path, output=tmp_path / "e"))
+    dropped = CqilConfig(p=2, start=2, end=4, drop_attention_join=(4, 5))
+    assert (plan.cqil, plan.limits.weights, plan.limits.dtype) == (dropped, "int8", "bfloat16")
+    assert not [note for note in plan.notes if "--config" in note]
+    given = {"drop_attention_join": "none", "end": 6, "quantize": "int4g32", "dtype": "float16"}
+    plan = prepare(BuildRequest(model=model, config=path, output=tmp_path / "e", **given))
+    assert plan.cqil == CqilConfig(p=2, start=2, end=6)
+    assert (plan.limits.weights, plan.limits.dtype) == ("int4g32", "float16")
+    assert "attention joins dropped in 4-5" in " ".join(plan.notes) and "[2, 6)" in " ".join(plan.notes)
+    plan = prepare(BuildRequest(model=model, config=path, keep="layers.0", output=tmp_path / "e"))
+    assert plan.limits.keep == (0,)
+    config, notes = families.read_config(model / "config.json"), []
+    found = choose_cqil(config, {}, notes, CqilConfig(p=3, start=0, end=3), read_config(path, config, None))
+    assert found == dropped and "the adapter was trained for p=3" in notes[0]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "best.json: not valid JSON"),
+        ("[]", "expected a JSON object"),
+        ({"layers": 7}, "layers is 7, and the model has 6"),
+        ({"layers": "6"}, "layers must be an integer"),
+        ({"weights": "int3"}, "weights must be one of"),
+        ({"dtype": "int8"}, "dtype must be one of float32, float16, bfloat16"),
+        ({"cqil": 3}, "cqil must be an object"),
+        ({"speed": 1}, "unknown field speed"),
+        ({"cqil": {"ends": 4}}, "cqil: unknown field ends"),
+        ({"cqil": {"p": "2"}}, "cqil: p must be an integer"),
+        ({"cqil": {"p": None}}, "cqil: p must be an integer"),
+        ({"cqil": {"p": 9}}, "cqil: --p must be from 1 to 8"),
+        ({"cqil": {"end": 5}}, "cqil: --p 2 does not divide"),
+        ({"cqil": {"end": 8, "drop_attention_join": []}}, "cqil: --end 8 is beyond the model"),
+        ({"cqil": {"drop_attention_join": [3]}}, "layer 3 is in a group"),
+        ({"cqil": {"drop_attention_join": [6]}}, "layer 6 is beyond the model"),
+        ({"cqil": {"drop_attention_join": ["4"]}}, "drop_attention_join must be a layer"),
+        ({"cqil": {"placement": "fast"}}, "--placement must be one of"),
+        ({"cqil": {"placement": "leader"}}, "--placement leader no layer is split"),
+    ],
+)
+def test_wrong_files_are_named(tmp_path, content, message):
+    path = tmp_path / "best.json"
+    if isinstance(content, str):
+        path.write_text(content)
+    else:
+        written(path, **json.loads(json.dumps(content)))
+    with pytest.raises(UserError) as error:
+        ConfigFile.read(path, LAYERS)
+    assert str(path) in str(error.value) and message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_commands_refuse_wrong_files_in_one_line(model, text, tmp_path):
+    path, other = written(tmp_path / "best.json", layers=9), written(tmp_path / "right.json")
+    output = tmp_path / "output"
+    commands = {
+        "builders/build.py": ["--output", output],
+        "scripts/finetune.py": ["--text", text, "--output", output],
+        "scripts/evaluate.py": ["--text", text],
+    }
+    for script, flags in commands.items():
+        done = run(sys.executable, script, "--model", model, "--config", path, *flags)
+        assert_user_error(done, f"{path}: layers is 9, and the model has {LAYERS}")
+    done = build("--model", model, "--config", other, "--preset", "llama-7b-p2-d0", "--output", output)
+    assert_user_error(done, "--config and --preset both choose")
+    assert_user_error(build("--model", model, "--config", tmp_path / "none.json"), "none.json: no such file")
+    assert not output.exists()
+
+
+def test_adapter_and_evaluation_for_a_found_configuration(model, text, tmp_path):
+    path, output = written(tmp_path / "best.json"), tmp_path / "adapter"
+    small = ["--sequence-length", 16, "--batch-size", 2, "--steps", 1, "--lora-rank", 2, "--precision", "fp32"]
+    flags = ["--text", text, "--output", output, *small]
+    done = run(sys.executable, "scripts/finetune.py", "--model", model, "--config", path, *flags)
+    assert done.returncode == 0, done.stderr
+    assert "int8 is for build.py" in done.stdout
+    trained = CqilConfig.of_adapter(output)
+    assert trained == CqilConfig(p=2, start=2, end=4, drop_attention_join=(4, 5))
+    report = tmp_path / "e.json"
+    flags = ["--text", text, "--text-tokens", 128, "--block", 32, "--json", report]
+    done = run(sys.executable, "scripts/evaluate.py", "--model", model, "--config", path, *flags)
+    assert done.returncode == 0, done.stderr
+    network = load_model(model)
+    ids = torch.tensor(open_tokenizer(model).pieces([text.read_text()])[0][:128]).view(-1, 32)
+    formulas = Formulas(network.config, rounded(network.state_dict()))
+    for column, shape in zip(json.loads(report.read_text())["columns"], ({}, VALUES["cqil"])):
+        logits = formulas.logits(ids, **shape)[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:]).item()
+        assert column["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+
+
+def test_choice_keeps_to_its_limit(model):
+    space = Space(num_layers=4, first=0, ps=(2,), ds=(0,), bypass="mlp", weights=("dense",), drops=False)
+    config = families.read_config(model / "config.json")
+
+    def seconds(cqil, weights):
+        return decode_seconds(config, cqil, "float16", MACHINES["h200"], weights)
+
+    def measure(candidate):
+        return Quality(cost=0.3 * len(candidate.cqil.groups), values={})
+
+    task = Search(space, measure, seconds, ("leader",), 100, 1.0, Quality(cost=0.0, values={}))
+    task.run()
+    best = task.frontier(2, BOTH)
+    assert [point.quality.cost for point in best] == sorted({0.0, 0.3, 0.6}, reverse=True)
+    assert choose(best, 0.5, None).quality.cost == 0.3 and choose(best, 0.0, None).quality.cost == 0
+    assert choose(best, None, best[1].seconds).quality.cost == 0.3
+    with pytest.raises(UserError, match="--at-most"):
+        choose(best, None, best[0].seconds / 2)
