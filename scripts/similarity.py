@@ -121,7 +121,7 @@ def parser() -> Parser:
         "--within",
         metavar="FACTOR",
         type=float,
-        help="choose the fastest configuration with at most FACTOR times the unchanged perplexity, or of this e^KL "
+        help="choose the fastest configuration with at most FACTOR times the unchanged perplexity, or with this e^KL "
         f"(default {WITHIN})",
     )
     limit.add_argument(
@@ -327,7 +327,8 @@ def search(
             "(fewer: --evaluations, --text-tokens, --no-joins, --quantize)"
         )
         task.run()
-    goal = f"within {options.within or WITHIN:g} times the unchanged quality"
+    factor = f"{options.within or WITHIN:g}"
+    goal = f"at most {factor} times the unchanged perplexity" if options.measure == "perplexity" else f"e^KL {factor}"
     if options.at_most is not None:
         goal = f"at most {options.at_most:g} ms"
     print(f"{task.evaluations} measured; the unchanged perplexity is {measure.unchanged.perplexity:.3f}")

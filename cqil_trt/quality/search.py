@@ -261,10 +261,13 @@ class Search:
         self._first_groups[p, d] = list({start % p: start for start in reversed(by_cost)}.values())
 
     def _greedily(self) -> None:
-        """Half of the budget looks at dense matrices, the rest measures what it found in the other formats."""
+        """Two thirds of the budget look at dense matrices, a third measures what was found in the other formats.
+
+        Of the two thirds, at most half find single joins and groups that cost little; the rest grows configurations.
+        """
         space, others = self.space, self.space.weights[1:]
-        dense = self.budget // 2 if others else self.budget
-        sizes = {pd: space.num_layers - pd[0] + 1 - space.first for pd in space.groups}
+        dense = self.budget * 2 // 3 if others else self.budget
+        sizes = {pd: max(0, space.num_layers - pd[0] + 1 - space.first) for pd in space.groups}
         joins = space.num_layers if space.drops else 0
         share = min(1.0, dense / 2 / (joins + sum(sizes.values())))
         if joins:
@@ -279,12 +282,10 @@ class Search:
             self._take(spread(list(dict.fromkeys(steps)), dense - self.evaluations))
         for number, weights in enumerate(others):
             count = (self.budget - self.evaluations) // (len(others) - number)
-            ranks = max(space.ps)
-            best = dict.fromkeys((*self.frontier(ranks, PLAIN), *self.frontier(ranks, JOINS), *self._growing()))
-            unchanged = [Candidate(cqil, weights) for cqil in space.unchanged]
-            found = [self._key(point.candidate.cqil, weights) for point in sorted(best, key=lambda p: p.seconds)]
-            changed = [candidate for candidate in dict.fromkeys(found) if candidate.cqil.changed_layers]
-            self._take((*unchanged, *spread(changed, count - 1)))
+            best = sorted(self._growing(), key=lambda point: point.seconds)
+            found = dict.fromkeys(self._key(point.candidate.cqil, weights) for point in best)
+            changed = [candidate for candidate in found if candidate.cqil.changed_layers]
+            self._take((*(Candidate(cqil, weights) for cqil in space.unchanged), *spread(changed, count - 1)))
 
     @staticmethod
     def _key(cqil: CqilConfig, weights: str) -> Candidate:
