@@ -101,7 +101,8 @@ class BuildRequest:
         keep: what stays dense all the same, as `parse_keep` reads it.
         backend: one of `backends.names()`.
         max_batch_size, max_seq_len: limits in sequences and tokens; default 8 and min(2048, the model's context, with
-            dynamic rope the one before scaling).
+            dynamic rope and longrope the one before scaling; a sliding window, if nothing else keeps the model from
+            GPUs).
         prefill_chunk: prompt tokens per forward pass; default 512.
         probes: whether to store the float32 reference's answers to a few prompts, for validation without PyTorch:
             "always", "never", or "auto" (models up to 2 GiB in float32, or that fit on a GPU visible to PyTorch).
@@ -358,7 +359,9 @@ def _open_checkpoint(
     model = weights.model
     if request.tokenizer:
         notes += _tokenizer_notes(weights.tokenizer, None if adapter is None else adapter.path, model.vocab_size)
-    longest = min(2048, model.context, model.rope.fixed_context, model.sliding_window or model.context)
+    longest = min(2048, model.context, model.fixed_context)
+    if model.sliding_window is not None and not model.features(model.sliding_window):
+        longest = min(longest, model.sliding_window)  # within it, every backend computes the model
     stored, dtype = (DENSE, model.dtype) if config is None else (config.weights, config.dtype)
     defaults = EngineLimits(max_seq_len=longest, weights=stored)
     return _Opened(weights=weights, cqil=cqil, dtype=dtype, defaults=defaults), adapter

@@ -320,11 +320,6 @@ class EngineLimits:
         """Raises UserError if the model's computation differs from ours at these lengths."""
         if self.max_seq_len > model.context:
             raise UserError(f"--max-seq-len {self.max_seq_len} is beyond the model's {model.context} positions")
-        if model.sliding_window is not None and self.max_seq_len > model.sliding_window:
-            raise UserError(
-                f"the model uses sliding-window attention ({model.sliding_window} tokens), which is not supported: "
-                f"--max-seq-len {model.sliding_window} or less keeps it out of use"
-            )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

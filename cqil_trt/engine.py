@@ -32,7 +32,7 @@ from cqil_trt.json_fields import read_json
 from cqil_trt.model import ModelConfig
 from cqil_trt.shard import RankPlan, plan
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 _TEMPORARY = ".building-"
 LOCK = ".lock"
 _SAFETENSORS_NAMES = {
@@ -53,7 +53,8 @@ class Source:
 class Engine:
     """An engine directory whose configuration has been verified; `verify_rank` verifies the files of a rank.
 
-    `rotary`: the inverse frequencies of rotary embedding, float32 values [head_dim / 2], radians per position.
+    `rotary`: the inverse frequencies of rotary embedding, float32 values [rotary_dim / 2], radians per position; for a
+    model with several (`ModelConfig.ropes`) those of each, one after the other.
     `backend_version`, `architecture`: what built it, and the GPUs it runs on ("any", "9.0", "8.0, 8.9"). `build`:
     further data for the backend's runtime. `files`: size in bytes and sha256 by name. `owners`: the rank of each file
     that belongs to one.
@@ -142,7 +143,8 @@ class Engine:
                 files=raw["files"],
                 owners=raw["owners"],
             )
-            complete = len(engine.rotary) == engine.model.head_dim // 2 and all(
+            model = engine.model
+            complete = len(engine.rotary) == len(model.ropes) * model.rotary_dim // 2 and all(
                 {"size", "sha256"} <= entry.keys() for entry in engine.files.values()
             )
             complete = complete and engine.owners.keys() <= engine.files.keys()

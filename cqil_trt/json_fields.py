@@ -68,6 +68,13 @@ class Fields:
             raise self.fail(name, f"a finite number above {low:g}")
         return value
 
+    def numbers(self, name: str, count: int) -> tuple[float, ...]:
+        """A list of `count` numbers above 0."""
+        value = self.get(name)
+        if not isinstance(value, list) or len(value) != count:
+            raise self.fail(name, f"a list of {count} numbers")
+        return tuple(Fields({name: each}, self.source).number(name) for each in value)
+
     def boolean(self, name: str, default: bool = False) -> bool:
         value = self.get(name, default)
         if not isinstance(value, bool):

@@ -76,17 +76,24 @@ class CqilModel(nn.Module):
         object.__setattr__(self, "_model", model)
         for layer in layers:  # undoes an earlier wrapper
             layer.__class__ = _original(type(layer))
+        parts = dict(families.of_type(model.config.model_type).layer)
+        kinds = getattr(model.config, "layer_types", None)
+        if self.cqil.drop_attention_join and "attention_post_norm" in parts:
+            raise UserError("drop_attention_join: the model normalises attention outputs before they are added")
+        for index in self.cqil.changed_layers:
+            layers[index].cqil_config, layers[index].cqil_parts = self.cqil, parts
         for group in self.cqil.groups:
-            first, *others = (layers[index] for index in group)
-            first.cqil_members, first.cqil_config = tuple(others), self.cqil
-            first.cqil_dropped = tuple(index in self.cqil.drop_attention_join for index in group)
+            *others, last = (layers[index] for index in group)
+            last.cqil_others = tuple(others)
+            last.cqil_dropped = tuple(index in self.cqil.drop_attention_join for index in group)
+            for layer, index in zip(others, group):
+                layer.cqil_own_arguments = None if kinds is None or kinds[index] == kinds[group[-1]] else {}
             # Replace the class, not an attribute of the layer: gradient checkpointing wraps the class's forward.
-            _replace_forward(first, _group_forward)
             for layer in others:
-                _replace_forward(layer, _absorbed_forward)
+                _replace_forward(layer, _waiting_forward)
+            _replace_forward(last, _group_forward)
         for index in self.cqil.split_layers(len(layers)):
             if index in self.cqil.drop_attention_join:
-                layers[index].cqil_config = self.cqil
                 _replace_forward(layers[index], _split_forward)
 
     @classmethod
@@ -143,33 +150,54 @@ def _original(kind: type) -> type:
     return getattr(kind, "cqil_original", kind)
 
 
+def _input_norm(layer: nn.Module, part: str, x: torch.Tensor) -> torch.Tensor:
+    """The input of the layer's attention or MLP (`part`): x, or its norm."""
+    name = layer.cqil_parts.get(f"{part}_norm")
+    return x if name is None else layer.get_submodule(name)(x)
+
+
+def _contribution(layer: nn.Module, part: str, output: torch.Tensor) -> torch.Tensor:
+    """What is added of the output of the layer's attention or MLP."""
+    name = layer.cqil_parts.get(f"{part}_post_norm")
+    output = output if name is None else layer.get_submodule(name)(output)
+    scale = getattr(layer, "residual_multiplier", None)
+    return output if scale is None else output * scale
+
+
+# Arguments of a layer's forward that differ between kinds of layers (windows, rotary embeddings).
+_OWN_ARGUMENTS = ("attention_mask", "position_embeddings")
+
+
+def _waiting_forward(self: nn.Module, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    """The forward of a group's layers before the last, which computes them. `self` is a Hugging Face decoder layer."""
+    if self.cqil_own_arguments is not None:
+        self.cqil_own_arguments = {name: kwargs[name] for name in _OWN_ARGUMENTS}
+    return hidden_states
+
+
 def _group_forward(self: nn.Module, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-    """The forward of a group's first layer: the whole group. `self` is that Hugging Face decoder layer."""
+    """The forward of a group's last layer: the whole group. `self` is that Hugging Face decoder layer."""
     cqil: CqilConfig = self.cqil_config
-    members = (self, *self.cqil_members)
+    members = (*self.cqil_others, self)
     x = hidden_states
+    given = [kwargs | ({} if layer is self else layer.cqil_own_arguments or {}) for layer in members]
     if any(self.cqil_dropped):  # no bypass then
         changes = (
-            _split_change(layer, x, cqil.ranks_per_layer, kwargs) if dropped else _change(layer, x, kwargs)
-            for layer, dropped in zip(members, self.cqil_dropped)
+            _split_change(layer, x, cqil.ranks_per_layer, own) if dropped else _change(layer, x, own)
+            for layer, own, dropped in zip(members, given, self.cqil_dropped)
         )
         return sum(changes, x)
-    attended = [layer.self_attn(hidden_states=layer.input_layernorm(x), **kwargs)[0] for layer in members]
+    attended = [_attended(layer, x, own) for layer, own in zip(members, given)]
     output = x
     for j, (layer, a) in enumerate(zip(members, attended)):
         before = attended[max(0, j - cqil.d) : j]
         b = sum(before[1:], before[0]) if before else None
         mlp_input = x + a if b is None else x + a + b
-        m = layer.mlp(layer.post_attention_layernorm(mlp_input))
+        m = _contribution(layer, "mlp", layer.mlp(_input_norm(layer, "mlp", mlp_input)))
         output = output + a + m
         if b is not None and cqil.bypass == "residual":
             output = output + b
     return output
-
-
-def _absorbed_forward(self: nn.Module, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-    """The forward of a group's other layers, which already ran within the first."""
-    return hidden_states
 
 
 def _split_forward(self: nn.Module, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -177,10 +205,16 @@ def _split_forward(self: nn.Module, hidden_states: torch.Tensor, **kwargs: Any) 
     return hidden_states + _split_change(self, hidden_states, self.cqil_config.ranks, kwargs)
 
 
+def _attended(layer: nn.Module, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+    """What a decoder layer's attention adds to its input x."""
+    a = layer.self_attn(hidden_states=_input_norm(layer, "attention", x), **kwargs)[0]
+    return _contribution(layer, "attention", a)
+
+
 def _change(layer: nn.Module, x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
     """What a decoder layer adds to its input x."""
-    a = layer.self_attn(hidden_states=layer.input_layernorm(x), **kwargs)[0]
-    return a + layer.mlp(layer.post_attention_layernorm(x + a))
+    a = _attended(layer, x, kwargs)
+    return a + _contribution(layer, "mlp", layer.mlp(_input_norm(layer, "mlp", x + a)))
 
 
 def _split_change(layer: nn.Module, x: torch.Tensor, ranks: int, kwargs: dict[str, Any]) -> torch.Tensor:
@@ -191,10 +225,9 @@ def _split_change(layer: nn.Module, x: torch.Tensor, ranks: int, kwargs: dict[st
     attention = layer.self_attn
     # The projections' inputs are split, never their weights: whatever adapts the modules stays in effect.
     with _replaced(attention, "o_proj", _EachRank(attention.o_proj, ranks, attention.head_dim)):
-        a = attention(hidden_states=layer.input_layernorm(x), **kwargs)[0]
+        a = _attended(layer, x, kwargs)
     with _replaced(layer.mlp, "down_proj", _OverRanks(layer.mlp.down_proj, ranks)):
-        m = layer.mlp(layer.post_attention_layernorm(x + a))
-    return a.sum(0) + m
+        return a.sum(0) + _contribution(layer, "mlp", layer.mlp(_input_norm(layer, "mlp", x + a)))
 
 
 class _EachRank(nn.Module):
@@ -413,15 +446,17 @@ def from_reader(
     kind, config = hugging_face_config(model)
     with torch.device("meta"):
         network = kind(config).eval()
-    rotary = network.get_submodule("model.rotary_emb")
     sizes = [sum(p.numel() for p in module.parameters(recurse=False)) for module in network.modules()]
     device = "cuda" if fits_gpu(max(sizes), dtype) else "cpu"
-    # Buffers are computed, not stored: create the module again, off the meta device.
-    rotary = network.model.rotary_emb = type(rotary)(network.config).to(device)
-    # GGUF files can have divisors, unlike any rope type of transformers.
+    # Buffers are computed, not stored: create the modules that have some again, off the meta device.
+    rotary = network.model.rotary_emb = type(network.model.rotary_emb)(network.config).to(device)
+    # GGUF files can have divisors and attention factors, unlike any rope type of transformers.
     if model.rope.divisors:
         rotary.inv_freq /= torch.tensor(model.rope.divisors, device=device)
-    rotary.attention_scaling = model.rope.attention_factor
+    if model.local_rope is None:
+        rotary.attention_scaling = model.rope.attention_factor
+    if (scale := getattr(network.model.embed_tokens, "scalar_embed_scale", None)) is not None:
+        network.model.embed_tokens.embed_scale = torch.tensor(scale, device=device)
     whole = sum(sizes)
     if pieces is None:
         pieces = not fits_gpu(whole, dtype) if device == "cuda" else dtype.itemsize * whole > _RESIDENT_BYTES
@@ -453,29 +488,12 @@ def hugging_face_config(model: ModelConfig) -> tuple[Any, Any]:
         "max_position_embeddings": model.max_position,
         "rms_norm_eps": model.rms_norm_eps,
         "tie_word_embeddings": model.tie_embeddings,
-        **families.of(model).switches(model),
-        "sliding_window": None,
         "eos_token_id": list(model.eos_token_ids) or None,
+        **families.written(model),
         **families.of(model).reference,
-        "rope_theta": model.rope.theta,
-        "rope_parameters": {"rope_type": model.rope.kind, "rope_theta": model.rope.theta, **_rope_factors(model)},
     }
     kind = getattr(transformers, model.architecture)
     return kind, kind.config_class(**values)
-
-
-def _rope_factors(model: ModelConfig) -> dict[str, Any]:
-    rope = model.rope
-    if rope.kind == "default":
-        return {}
-    factors: dict[str, Any] = {"factor": rope.factor}
-    if rope.kind in ("yarn", "llama3"):
-        factors["original_max_position_embeddings"] = rope.original_max_position
-    if rope.kind == "yarn":
-        factors |= {name: getattr(rope, name) for name in ("attention_factor", "beta_fast", "beta_slow", "truncate")}
-    if rope.kind == "llama3":
-        factors |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
-    return factors
 
 
 def _loader(
@@ -563,4 +581,4 @@ def _forget_lengths(model: nn.Module) -> None:
 
 def device_of(model: nn.Module) -> torch.device:
     """The device of a Hugging Face model, taken from a buffer: the weights of a model in pieces have none."""
-    return model.get_submodule("model.rotary_emb").inv_freq.device
+    return next(model.get_submodule("model.rotary_emb").buffers()).device

@@ -12,7 +12,7 @@ from cqil_trt.errors import UserError
 if TYPE_CHECKING:
     from cqil_trt.json_fields import Fields
 
-KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
+KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 _MOST_POSITIONS = 2**31 - 1
 
 
@@ -23,6 +23,8 @@ class RopeConfig:
     `factor`: extends the context. `original_max_position`: the context, in tokens, before that. `attention_factor`:
     multiplies cosine and sine. `low_freq_factor` and `high_freq_factor` belong to llama3, `beta_fast`, `beta_slow` and
     `truncate` to yarn. `divisors`: one per frequency, which is divided by it last (GGUF's rope_freqs); empty for none.
+    `short_factors` and `long_factors` belong to longrope, one per frequency, which is divided by it: by the short ones
+    within the original context, by the long ones beyond.
     """
 
     theta: float = 10000.0
@@ -36,13 +38,18 @@ class RopeConfig:
     beta_slow: float = 1.0
     truncate: bool = True
     divisors: tuple[float, ...] = ()
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RopeConfig:
-        return cls(**{**values, "divisors": tuple(values.get("divisors", ()))})
+        lists = ("divisors", "short_factors", "long_factors")
+        return cls(**{**values, **{name: tuple(values.get(name, ())) for name in lists}})
 
     @classmethod
-    def from_hugging_face(cls, config: Fields, max_position: int, head_dim: int) -> RopeConfig:
+    def from_hugging_face(
+        cls, config: Fields, max_position: int, rotary_dim: int, aliases: Mapping[str, str] | None = None
+    ) -> RopeConfig:
         """The parameters in a config.json, by the rules of transformers 5 (RotaryEmbeddingConfigMixin).
 
         `rope_scaling`, unless empty, replaces `rope_parameters`; the default of `rope_theta` is the top level's.
@@ -53,25 +60,25 @@ class RopeConfig:
         Args:
             config: the file's fields.
             max_position: the model's positions without scaling.
-            head_dim: elements of a head.
+            rotary_dim: rotated elements of a head.
+            aliases: other names of types.
 
         Raises:
             UserError: for a type that is not supported, or parameters that transformers cannot use.
         """
-        rope = config.object("rope_scaling" if config.get("rope_scaling") else "rope_parameters")
+        rope = given_parameters(config)
         if any(isinstance(value, dict) for value in rope.values.values()):
             raise UserError(f"{rope.source}: rope parameters that differ by layer are not supported")
         rope = rope.with_defaults(rope_theta=config.values.get("rope_theta", 10000.0))
         kind = rope.with_defaults(rope_type=rope.values.get("type", "default")).text("rope_type")
+        kind = (aliases or {}).get(kind, kind)
         if kind not in KINDS:
             raise UserError(f"{rope.source}: rope type '{kind[:40]}' is not supported ({', '.join(KINDS)} are)")
-        if rope.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0)) != 1.0:
-            raise UserError(f"{rope.source}: partial rotary embedding (partial_rotary_factor) is not supported")
         theta = rope.number("rope_theta")
         if kind == "default":
             return cls(theta=theta)
         if kind == "dynamic":
-            if head_dim == 2:
+            if rotary_dim == 2:
                 raise UserError(f"{rope.source}: dynamic rope needs heads of more than 2 elements")
             return cls(theta=theta, kind=kind, factor=rope.number("factor"), original_max_position=max_position)
         if kind == "linear":
@@ -83,6 +90,8 @@ class RopeConfig:
         )
         if kind == "yarn":
             return cls._yarn(rope, max_position, original)
+        if kind == "longrope":
+            return cls._longrope(rope, max_position, original, rotary_dim)
         low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
         if high <= low:
             raise rope.fail("high_freq_factor", "greater than low_freq_factor")
@@ -122,6 +131,37 @@ class RopeConfig:
             truncate=rope.boolean("truncate") if "truncate" in rope.values else True,
         )
 
+    @classmethod
+    def _longrope(cls, rope: Fields, max_position: int, original: int, rotary_dim: int) -> RopeConfig:
+        factor = rope.number("factor", max_position / original)
+        attention = longrope_magnitude(factor, original)
+        if rope.get("attention_factor") is not None:
+            attention = rope.number("attention_factor")
+        return cls(
+            theta=rope.number("rope_theta"),
+            kind="longrope",
+            factor=factor,
+            original_max_position=original,
+            attention_factor=attention,
+            short_factors=rope.numbers("short_factor", rotary_dim // 2),
+            long_factors=rope.numbers("long_factor", rotary_dim // 2),
+        )
+
+    def to_hugging_face(self) -> dict[str, Any]:
+        """The parameters as transformers takes them; it has none for `divisors`."""
+        names = {
+            "linear": ("factor",),
+            "dynamic": ("factor",),
+            "yarn": ("factor", "original_max_position", "attention_factor", "beta_fast", "beta_slow", "truncate"),
+            "llama3": ("factor", "original_max_position", "low_freq_factor", "high_freq_factor"),
+            "longrope": ("factor", "original_max_position", "attention_factor", "short_factors", "long_factors"),
+        }.get(self.kind, ())
+        theirs = {"original_max_position": "original_max_position_embeddings"}
+        theirs |= {"short_factors": "short_factor", "long_factors": "long_factor"}
+        found = {theirs.get(name, name): getattr(self, name) for name in names}
+        found = {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+        return {"rope_type": self.kind, "rope_theta": self.theta, **found}
+
     def context(self, max_position: int) -> int:
         """The context, in tokens, of a model of `max_position` positions with this scaling.
 
@@ -138,7 +178,20 @@ class RopeConfig:
     @property
     def fixed_context(self) -> int:
         """The longest sequence, in tokens, whose frequencies do not depend on its length."""
-        return self.original_max_position if self.kind == "dynamic" else _MOST_POSITIONS
+        return self.original_max_position if self.kind in ("dynamic", "longrope") else _MOST_POSITIONS
+
+
+def given_parameters(config: Fields) -> Fields:
+    """The rope parameters in a config.json: `rope_scaling`, unless empty, else `rope_parameters`."""
+    return config.object("rope_scaling" if config.get("rope_scaling") else "rope_parameters")
+
+
+def longrope_magnitude(factor: float, original: int) -> float:
+    """LongRoPE's scale of cosine and sine (arXiv 2402.13753, as in transformers) for a context `factor` times as long.
+
+    `original`: the context before that, in tokens.
+    """
+    return 1.0 if factor <= 1 or original == 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
 def yarn_magnitude(factor: float, mscale: float = 1.0) -> float:

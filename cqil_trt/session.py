@@ -74,7 +74,7 @@ class Session(ABC):
         self.limits, self.slots = engine.limits, slots
         self.vocab_size = engine.model.vocab_size
         # Keys of earlier tokens depend on the length of their prompt where dynamic rope rotates by it.
-        self.reuses = engine.limits.max_seq_len <= engine.model.rope.fixed_context
+        self.reuses = engine.limits.max_seq_len <= engine.model.fixed_context
         self._plan = engine.plan(rank)
         spans = [engine.plan(other).vocabulary for other in range(engine.world_size)]
         self._offset = spans[rank][0]

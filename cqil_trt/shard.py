@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from cqil_trt import formats
 from cqil_trt.config import DTYPE_BYTES, CqilConfig
+from cqil_trt.errors import UserError
 from cqil_trt.families.family import EMBEDDING, FINAL_NORM, LM_HEAD
 from cqil_trt.families.layout import LayerLayout
 from cqil_trt.formats import DENSE, Piece, Projection, RankTensor
@@ -36,7 +37,7 @@ class LayerShard:
 
     `heads` and `kv_heads` are half-open ranges of the model's heads; `kv_index[i]` is the local key/value head that
     local query head i reads. `adds_bias`: this rank adds the biases of the o and down projections. Only the last part
-    does: an even split with more parts than heads leaves the first ones empty.
+    does: an even split with more parts than heads leaves the first ones empty. `parts`: the ranks that share the layer.
     """
 
     index: int
@@ -45,6 +46,7 @@ class LayerShard:
     neurons: tuple[int, int]
     kv_index: tuple[int, ...]
     adds_bias: bool
+    parts: int
 
     @property
     def num_heads(self) -> int:
@@ -57,6 +59,14 @@ class LayerShard:
     def first_in_group(self, group_size: int) -> int:
         """The position of its first query head among those that read the same key/value head."""
         return self.heads[0] - self.kv_heads[0] * group_size
+
+    def owned_kv_heads(self, group_size: int) -> tuple[int, int]:
+        """The half-open range of its local key/value heads whose first query head it has, so no other part has that.
+
+        Every key/value head of the model is owned by one part.
+        """
+        first, last = (-(-head // group_size) - self.kv_heads[0] for head in self.heads)
+        return first, last
 
     @property
     def num_neurons(self) -> int:
@@ -102,6 +112,7 @@ class LayerShard:
             neurons=even_split(model.intermediate_size, parts, part),
             kv_index=kv_index,
             adds_bias=part == parts - 1,
+            parts=parts,
         )
 
 
@@ -135,9 +146,15 @@ class RankPlan:
         return len(self.cqil.groups) if self.cqil.d else 0
 
     @property
+    def all_reduces(self) -> int:
+        """This rank's all-reduces per forward pass, with those of norms over all heads of a split layer."""
+        norms = sum(shard.parts > 1 for shard in self.layers.values()) if self.model.joint_qk_norm else 0
+        return self.schedule.all_reduces + norms
+
+    @property
     def collectives(self) -> int:
         """This rank's collectives per forward pass, without those that choose the next token."""
-        return self.schedule.all_reduces + self.schedule.broadcasts + self.bypasses
+        return self.all_reduces + self.schedule.broadcasts + self.bypasses
 
     @property
     def vocabulary(self) -> tuple[int, int]:
@@ -191,8 +208,8 @@ class RankPlan:
         q_rows = (shard.heads[0] * dim, shard.heads[1] * dim)
         kv_rows = (shard.kv_heads[0] * dim, shard.kv_heads[1] * dim)
 
-        def norm(name: str, size: int) -> RankTensor:
-            return self._plain(f"{ours}.{name}.weight", (size,), layout.piece(name, "weight"))
+        def norm(name: str, size: int, rows: tuple[int, int] | None = None) -> RankTensor:
+            return self._plain(f"{ours}.{name}.weight", (size,), layout.piece(name, "weight", rows))
 
         def by_rows(name: str, bias: bool, **rows: tuple[int, int]) -> tuple[RankTensor, ...]:
             """A projection split over the ranks by outputs, made of stacked parts."""
@@ -220,16 +237,24 @@ class RankPlan:
                 self.dtype,
             )
 
-        tensors = [norm("attention_norm", hidden)]
+        def head_norm(name: str, rows: tuple[int, int]) -> RankTensor:
+            return norm(name, rows[1] - rows[0], rows) if model.joint_qk_norm else norm(name, dim)
+
+        tensors = [norm("attention_norm", hidden)] if model.pre_norms else []
         if shard.num_heads:
             tensors += by_rows("qkv", model.qkv_bias, q=q_rows, k=kv_rows, v=kv_rows)
             if model.qk_norm:
-                tensors += [norm("q_norm", dim), norm("k_norm", dim)]
+                tensors += [head_norm("q_norm", q_rows), head_norm("k_norm", kv_rows)]
             tensors += by_columns("o", model.o_bias, q_rows)
-        tensors.append(norm("mlp_norm", hidden))
+        if model.post_norms:
+            tensors.append(norm("attention_post_norm", hidden))
+        if model.pre_norms:
+            tensors.append(norm("mlp_norm", hidden))
         if shard.num_neurons:
             tensors += by_rows("gate_up", model.mlp_bias, gate=shard.neurons, up=shard.neurons)
             tensors += by_columns("down", model.mlp_bias, shard.neurons)
+        if model.post_norms:
+            tensors.append(norm("mlp_post_norm", hidden))
         return tensors
 
     def blocks(self, reader: WeightReader) -> Iterator[torch.Tensor]:
@@ -266,8 +291,13 @@ def plan(
 ) -> tuple[RankPlan, ...]:
     """The plan of every rank of an engine in `dtype`; it stores projections in the format `weights`, except in `keep`.
 
-    Raises UserError when a layer of the configuration is beyond the model.
+    Raises UserError when a layer of the configuration is beyond the model, or a join cannot be dropped.
     """
+    if cqil.drop_attention_join and model.post_norms:
+        raise UserError(
+            f"--drop-attention-join: {model.architecture} normalises attention outputs before they are added, which "
+            "takes the sum over all ranks: none of its joins can be dropped"
+        )
 
     def shard(step: Layer | Group, rank: RankSchedule) -> LayerShard:
         if isinstance(step, Layer) and step.split:

@@ -8,10 +8,10 @@ import transformers
 from support import write_json
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from cqil_trt import families
+from cqil_trt import backends, families
 from cqil_trt.config import CqilConfig, EngineLimits
 from cqil_trt.errors import UserError
-from cqil_trt.model import ModelConfig
+from cqil_trt.model import Feature, ModelConfig
 from cqil_trt.network.rotary import inverse_frequencies
 from cqil_trt.presets import PRESETS
 
@@ -33,9 +33,15 @@ def test_fields_left_out_mean_what_transformers_takes_them_for(architecture, tmp
     assert model.head_dim == (getattr(expected, "head_dim", None) or 2)
     assert model.max_position == expected.max_position_embeddings
     assert model.rms_norm_eps == expected.rms_norm_eps
-    assert model.rope.theta == expected.rope_parameters["rope_theta"]
+    rope = expected.rope_parameters
+    assert model.rope.theta == rope.get("full_attention", rope)["rope_theta"]
+    if model.local_rope is not None:
+        assert model.local_rope.theta == rope["sliding_attention"]["rope_theta"]
     assert model.tie_embeddings == expected.tie_word_embeddings
-    assert model.sliding_window == getattr(expected, "sliding_window", None)
+    kinds = getattr(expected, "layer_types", None) or ["sliding_attention"] * 4
+    window = getattr(expected, "sliding_window", None)
+    windows = [window if kind == "sliding_attention" else None for kind in kinds]
+    assert [model.window_of(i) for i in range(4)] == windows
 
 
 ROPES = {
@@ -99,9 +105,13 @@ def test_what_would_be_computed_wrongly_is_refused_by_name(field, tmp_path):
 def test_a_sliding_window_is_refused_only_where_it_is_in_use(tmp_path):
     values = {"architectures": ["MistralForCausalLM"], **SMALL, "num_key_value_heads": 8, "sliding_window": 512}
     model = families.read_config(write_json(tmp_path / "config.json", values))
-    EngineLimits(max_seq_len=512).check_model(model)
-    with pytest.raises(UserError, match="sliding-window"):
-        EngineLimits(max_seq_len=513).check_model(model)
+    for name in backends.names():
+        backends.load(name).check_model(model, EngineLimits(max_seq_len=512))
+        if Feature.WINDOWS in backends.load(name).features:
+            backends.load(name).check_model(model, EngineLimits(max_seq_len=513))
+            continue
+        with pytest.raises(UserError, match=f"backend {name}: Mistral.* sliding windows.*--max-seq-len 512"):
+            backends.load(name).check_model(model, EngineLimits(max_seq_len=513))
     for off in ({"sliding_window": None}, {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False}):
         path = write_json(tmp_path / "config.json", {**values, **off})
         assert families.read_config(path).sliding_window is None

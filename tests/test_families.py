@@ -6,12 +6,9 @@ from support import SEED
 from support.checkpoints import checkpoint_logits, load_model, make_adapter, make_model, write_json
 
 from cqil_trt import families
-from cqil_trt.builder import BuildRequest, prepare
 from cqil_trt.checkpoint import Checkpoint
-from cqil_trt.errors import UserError
 from cqil_trt.families.family import HUGGING_FACE_LAYER
 from cqil_trt.families.layout import checkpoint_shapes
-from cqil_trt.json_fields import read_json
 
 FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 
@@ -73,23 +70,3 @@ def test_the_authors_projections_are_adapted_in_every_family():
     assert list(families.of_type("phi3").linear_modules) == FUSED
     split = [HUGGING_FACE_LAYER[part].rpartition(".")[2] for part in ("q", "k", "v", "o", "gate", "up", "down")]
     assert list(families.of_type("llama").linear_modules) == split
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"sliding_window": 17}, "sliding-window attention .17 tokens.*--max-seq-len 17"),
-        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope type 'longrope' is not supported"),
-        (
-            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}},
-            "partial rotary embedding",
-        ),
-    ],
-    ids=["window", "longrope", "partial"],
-)
-def test_what_phi3_has_and_is_not_computed_is_refused(changes, message, tmp_path):
-    source = make_model(tmp_path, "Phi3ForCausalLM", num_hidden_layers=1)
-    config = read_json(source / "config.json")
-    write_json(source / "config.json", {**config, **changes})
-    with pytest.raises(UserError, match=message):
-        prepare(BuildRequest(model=source, p=1, max_seq_len=18, output=tmp_path / "engine"))

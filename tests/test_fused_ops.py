@@ -53,8 +53,8 @@ class FusedTorchOps(FusedOps, TorchOps):
     def split_heads(self, qkv, shard):
         return TorchOps.split_heads(self, qkv, shard)
 
-    def rotary(self, x, positions):
-        return TorchOps.rotary(self, self.keep(x), positions)
+    def rotary(self, x, positions, which):
+        return TorchOps.rotary(self, self.keep(x), positions, which)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

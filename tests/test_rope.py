@@ -249,7 +249,7 @@ def test_rows_for_decoding_have_the_bits_of_transformers_frequencies(dynamic):
     tables = decode_tables(engine.model, engine.rotary, 3 * ORIGINAL)
     for position in range(3 * ORIGINAL):
         expected = rotary(torch.zeros(1), torch.tensor([[position]]))
-        own = engine.rotary if position < ORIGINAL else dynamic_frequencies(engine.model, position + 1)
+        own = engine.rotary if position < ORIGINAL else dynamic_frequencies(engine.model.rope, 8, position + 1)
         assert torch.equal(torch.tensor(own), rotary.inv_freq)
         for table, wanted in zip(tables, expected):
             assert np.abs(table[position] - wanted[0, 0, : len(own)].numpy()).max() < 1e-7

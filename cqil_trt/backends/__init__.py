@@ -7,7 +7,7 @@ packages it needs only when they are used, because `build.py --help` loads every
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from cqil_trt import formats
 from cqil_trt.config import EngineLimits
 from cqil_trt.errors import UserError
-from cqil_trt.model import ModelConfig
+from cqil_trt.model import Feature, ModelConfig
 from cqil_trt.shard import RankPlan
 
 if TYPE_CHECKING:
@@ -93,14 +93,16 @@ class Backend(ABC):
     """What the builder and the runtime ask of a backend. `name`: as `--backend` takes it.
 
     `packages`: the packages it needs, by import name, and the extra of this project that installs each. `options`: its
-    flags of build.py. `dynamic_rope`: whether it computes sequences beyond the original context of dynamic rope.
-    `formats`: the weight formats that its `Ops.project` multiplies with.
+    flags of build.py. `dynamic_rope`: whether it computes sequences beyond the original context of dynamic rope and
+    longrope. `features`: what it computes that LLaMA does not have. `formats`: the weight formats that its
+    `Ops.project` multiplies with.
     """
 
     name: str
     packages: Mapping[str, str] = {}
     options: tuple[Option, ...] = ()
     dynamic_rope = False
+    features: frozenset[Feature] = frozenset()
     formats: tuple[str, ...] = (formats.DENSE,)
 
     def rank_files(self, rank: int) -> tuple[str, ...]:
@@ -112,12 +114,15 @@ class Backend(ABC):
         if formats.base(limits.weights) not in self.formats:
             known = " or ".join(self.formats)
             raise UserError(f"--quantize {limits.weights}: backend {self.name} does not support it: use {known}")
-        context = model.rope.fixed_context
+        if missing := [feature for feature in model.features(limits.max_seq_len) if feature not in self.features]:
+            raise UserError(f"--backend {self.name}: {lacking(model, missing)}")
+        context = model.fixed_context
         if limits.max_seq_len > context and not self.dynamic_rope:
             able = " and ".join(name for name in names() if load(name).dynamic_rope)
             raise UserError(
-                f"--backend {self.name}: the model's dynamic rope rotates a longer prompt than {context} tokens by its "
-                f"length, which only backend {able} on CPUs does: --max-seq-len {context} or less keeps it out of use"
+                f"--backend {self.name}: the model's {model.rope.kind} rope rotates a longer prompt than {context} "
+                f"tokens by its length, which only backend {able} on CPUs does: --max-seq-len {context} or less keeps "
+                "it out of use"
             )
 
     @abstractmethod
@@ -140,6 +145,15 @@ class Backend(ABC):
             number: which GPU, modulo the number of GPUs.
             slots: the most sequences that the KV cache is to hold; fewer where memory does not suffice.
         """
+
+
+def lacking(model: ModelConfig, missing: Sequence[Feature]) -> str:
+    """Says that `missing` of the model's features are not computed, and what to do."""
+    what = f"{model.architecture} has {' and '.join(feature.value for feature in missing)}, not computed there"
+    if list(missing) == [Feature.WINDOWS]:
+        return f"{what}: --max-seq-len {model.sliding_window} or less keeps them out of use"
+    able = [name for name in names() if {*missing} <= load(name).features]
+    return f"{what}: use backend {' or '.join(able)}" + (" on CPUs" if PLAIN in able else "")
 
 
 @cache

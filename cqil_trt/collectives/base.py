@@ -24,6 +24,10 @@ class Communicator(ABC):
         """residual + the deltas of all ranks."""
 
     @abstractmethod
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of the x of all ranks."""
+
+    @abstractmethod
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         """Rank 0's x; the other ranks pass a tensor to receive into."""
 
@@ -54,6 +58,9 @@ class LocalCommunicator(Communicator):
 
     def all_reduce_residual(self, delta: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         return residual + delta
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return x
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         return x

@@ -21,9 +21,16 @@ class HostCommunicator(Communicator):
         self.world_size: int = comm.Get_size()
 
     def all_reduce_residual(self, delta: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        parts = delta.new_empty(self.world_size, *delta.shape)
-        self._comm.Allgather(_bytes(delta), _bytes(parts))
-        return (_ordered_sum(parts) + residual.float()).to(delta.dtype)
+        return (self._sum(delta) + residual.float()).to(delta.dtype)
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return self._sum(x).to(x.dtype)
+
+    def _sum(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of all ranks' x in float32."""
+        parts = x.new_empty(self.world_size, *x.shape)
+        self._comm.Allgather(_bytes(x), _bytes(parts))
+        return _ordered_sum(parts)
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()

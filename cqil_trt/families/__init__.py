@@ -9,10 +9,12 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
+from typing import Any
 
 from cqil_trt.errors import UserError
+from cqil_trt.families import hugging_face
 from cqil_trt.families.family import Family
-from cqil_trt.families.hugging_face import read_model
+from cqil_trt.families.refused import REASONS, TYPES
 from cqil_trt.json_fields import Fields, read_json
 from cqil_trt.model import ModelConfig
 
@@ -52,7 +54,12 @@ def read_config(path: Path) -> ModelConfig:
     Raises UserError for a family that is not supported, or for a feature that the model uses and is not supported.
     """
     config = Fields(read_json(path), str(path))
-    return read_model(config, _of_config(config))
+    return hugging_face.read_model(config, _of_config(config))
+
+
+def written(model: ModelConfig) -> dict[str, Any]:
+    """The fields of a config.json for what only some families have, and for rotary embedding."""
+    return hugging_face.written(model, of(model))
 
 
 def _of_config(config: Fields) -> Family:
@@ -62,15 +69,20 @@ def _of_config(config: Fields) -> Family:
     (LLaMAForCausalLM, as in 2023).
     """
     families = {family.model_type: family for family in all_families()}
-    kind = config.get("model_type")
+    kind = name = config.get("model_type")
     if kind is None:
         names = config.get("architectures")
         if not isinstance(names, list) or not names or not isinstance(names[0], str):
             raise UserError(f"{config.source}: no model_type and no architectures: not a model's configuration")
-        kind = names[0].lower().removesuffix("forcausallm")
-        if kind not in families:
+        name, types = names[0], {family.architecture.lower(): family.model_type for family in families.values()}
+        kind = types.get(name.lower(), TYPES.get(name))
+        if kind is None:
             known = ", ".join(family.architecture for family in families.values())
-            raise UserError(f"{config.source}: {names[0][:80]} is not supported (supported: {known})")
-    elif not isinstance(kind, str) or kind not in families:
+            raise UserError(f"{config.source}: {name[:80]} is not supported (supported: {known})")
+    if isinstance(kind, str) and kind in REASONS:
+        raise UserError(f"{config.source}: {name} is not supported: {REASONS[kind]}")
+    if not isinstance(kind, str) or kind not in families:
         raise UserError(f"{config.source}: model_type {kind!r:.80} is not supported ({', '.join(families)} are)")
-    return families[kind]
+    family = families[kind]
+    other = next((other for name, other in family.becomes.items() if name in config.values), None)
+    return family if other is None else families[other]

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
+from cqil_trt.json_fields import Fields
 from cqil_trt.model import ModelConfig
 
-# The parts of a layer, and their modules in transformers' decoders, within `model.layers.N`.
+# The parts of a layer, and their modules in transformers' decoders, within `model.layers.N`. Families with a norm after
+# attention or MLP also have the parts `attention_post_norm` and `mlp_post_norm`; a family may lack parts.
 HUGGING_FACE_LAYER: Mapping[str, str] = MappingProxyType(
     {
         "attention_norm": "input_layernorm",
@@ -25,6 +27,20 @@ HUGGING_FACE_LAYER: Mapping[str, str] = MappingProxyType(
         "down": "mlp.down_proj",
     }
 )
+# With norms before and after attention and MLP, and only after them.
+SANDWICH_LAYER: Mapping[str, str] = MappingProxyType(
+    {
+        **HUGGING_FACE_LAYER,
+        "attention_post_norm": "post_attention_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm",
+        "mlp_post_norm": "post_feedforward_layernorm",
+    }
+)
+POST_NORM_LAYER: Mapping[str, str] = MappingProxyType(
+    {part: module for part, module in SANDWICH_LAYER.items() if part not in ("attention_norm", "mlp_norm")}
+)
+# Transformers' name of GELU in its form with tanh, and ours.
+GATED_GELU: Mapping[str, str] = MappingProxyType({"gelu_pytorch_tanh": "gelu_tanh"})
 # The same parts in a GGUF file: tensors within `blk.N`.
 GGUF_LAYER: Mapping[str, str] = MappingProxyType(
     {
@@ -64,6 +80,31 @@ class Gguf:
     frequency_factors: bool = False
 
 
+@dataclass(frozen=True)
+class Number:
+    """A number in config.json under `name`. The field of `ModelConfig` is that number to the power `power`.
+
+    `whole`: it is an integer.
+    """
+
+    name: str
+    power: float = 1.0
+    whole: bool = False
+
+    def read(self, config: Fields, default: float | None) -> float | None:
+        """The value of ModelConfig's field: `default` if config.json has no such field; None if it is null."""
+        if self.name not in config.values:
+            return default
+        return None if config.values[self.name] is None else config.number(self.name) ** self.power
+
+    def write(self, value: float | None) -> float | None:
+        """The number in config.json."""
+        if value is None:
+            return None
+        number = value ** (1 / self.power)
+        return round(number) if self.whole else number
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """A family of decoders. All differences between families are attributes of this class.
@@ -75,12 +116,25 @@ class Family:
         layer: part of a layer → its module in a checkpoint, within `model.layers.N`. Parts with the same module are
             stacked in it, in the order of this mapping (a fused projection): write the mapping out where the order is
             another one. Heads of q, k and v that alternate within one matrix cannot be described.
-        activations: values of `hidden_act` that mean SiLU, the only activation that is supported.
+        activation: the field of config.json that names the activation; `activations`: its values that are supported,
+            and what `ModelConfig` calls them.
         qkv_bias, o_bias, mlp_bias: whether those projections have a bias; a string names the field of config.json that
             decides.
-        qk_norm: whether queries and keys get an RMSNorm per head.
+        qk_norm: whether queries and keys get an RMSNorm per head, or with `joint_qk_norm` one over all heads.
+        offset_norms, wide_norms: as in `ModelConfig`.
         sliding_window: whether layers attend to only `sliding_window` tokens: never, always (unless the field is null),
             or if `use_sliding_window` is set.
+        window_layers: which ones do, where config.json has no `layer_types`: all, all but every
+            `sliding_window_pattern`-th, those from `max_window_layers` on, or those without rotary embedding; "every"
+            is all whatever `layer_types` says.
+        local_theta: the field of config.json with the rotary base of the layers with a window; empty if they have the
+            same rotary embedding as the others.
+        no_rope_layers: whether a field of this name lists layers without rotary embedding.
+        partial_rotary: whether `partial_rotary_factor` may be other than 1. `rope_aliases`: other names of rope types.
+        embedding_scale: whether embeddings are multiplied by the square root of the hidden size.
+        numbers: fields of `ModelConfig` that config.json has under another name.
+        refused: switches of config.json that must not be set.
+        becomes: fields of config.json that make it one of another family, and that family's `model_type`.
         lora_targets: the modules that PEFT adapts by default; empty if PEFT has no default for the family.
         gguf: how llama.cpp stores the family; None if it stores it under another name, or not at all.
         reference: further arguments of transformers' configuration class, for a reference made from sizes alone.
@@ -90,12 +144,25 @@ class Family:
     model_type: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
     layer: Mapping[str, str] = field(default_factory=lambda: HUGGING_FACE_LAYER)
-    activations: tuple[str, ...] = ("silu", "swish")
+    activation: str = "hidden_act"
+    activations: Mapping[str, str] = field(default_factory=lambda: {"silu": "silu", "swish": "silu"})
     qkv_bias: bool | str = False
     o_bias: bool | str = False
     mlp_bias: bool | str = False
     qk_norm: bool = False
+    joint_qk_norm: bool = False
+    offset_norms: bool = False
+    wide_norms: bool = False
     sliding_window: Literal["never", "always", "switched"] = "never"
+    window_layers: Literal["every", "all", "pattern", "last", "unrotated"] = "every"
+    local_theta: str = ""
+    no_rope_layers: bool = False
+    partial_rotary: bool = False
+    rope_aliases: Mapping[str, str] = field(default_factory=dict)
+    embedding_scale: bool = False
+    numbers: Mapping[str, Number] = field(default_factory=dict)
+    refused: tuple[str, ...] = ()
+    becomes: Mapping[str, str] = field(default_factory=dict)
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
     gguf: Gguf | None = None
     reference: Mapping[str, Any] = field(default_factory=dict)
@@ -109,6 +176,18 @@ class Family:
             raise ValueError(f"{self.architecture}: a GGUF file must fuse the same parts as a checkpoint")
         if self.gguf.interleaved and fused & {"q", "k"}:
             raise ValueError(f"{self.architecture}: rows of a fused q, k and v cannot be interleaved")
+
+    def features(self, hidden_size: int) -> dict[str, Any]:
+        """The fields of `ModelConfig` that all models of the family share."""
+        return {
+            "qk_norm": self.qk_norm,
+            "joint_qk_norm": self.joint_qk_norm,
+            "pre_norms": "attention_norm" in self.layer,
+            "post_norms": "attention_post_norm" in self.layer,
+            "offset_norms": self.offset_norms,
+            "wide_norms": self.wide_norms,
+            **({"embedding_scale": hidden_size**0.5} if self.embedding_scale else {}),
+        }
 
     def switches(self, model: ModelConfig) -> dict[str, bool]:
         """The fields of config.json that decide about biases, and what they are for this model."""

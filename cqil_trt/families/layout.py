@@ -15,8 +15,10 @@ class LayerLayout:
         q, kv, hidden = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim, model.hidden_size
         self._family, self._prefix = families.of(model), f"model.layers.{index}"
         self._rows = {
-            **dict.fromkeys(("attention_norm", "mlp_norm", "o", "down"), hidden),
-            **dict.fromkeys(("q_norm", "k_norm"), model.head_dim),
+            **dict.fromkeys(("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm"), hidden),
+            **dict.fromkeys(("o", "down"), hidden),
+            "q_norm": q if model.joint_qk_norm else model.head_dim,
+            "k_norm": kv if model.joint_qk_norm else model.head_dim,
             **dict.fromkeys(("k", "v"), kv),
             **dict.fromkeys(("gate", "up"), model.intermediate_size),
             "q": q,

@@ -7,4 +7,5 @@ FAMILY = Family(
     model_type="mistral",
     defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
     sliding_window="always",
+    becomes={"layer_types": "ministral"},
 )

@@ -105,7 +105,7 @@ class FusedOps(Ops[V]):
     def split_heads(self, qkv: Any, shard: LayerShard) -> Any:
         raise NotImplementedError("attention is one kernel")
 
-    def rotary(self, x: Any, positions: Any) -> Any:
+    def rotary(self, x: Any, positions: Any, which: int) -> Any:
         raise NotImplementedError("attention is one kernel")
 
     def cached_attention(self, q: Any, k: Any, v: Any, positions: Any, shard: LayerShard) -> Any:

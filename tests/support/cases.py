@@ -52,6 +52,71 @@ ARCHITECTURES = {
     # q, k and v in one matrix of the checkpoint, gate and up in another.
     "phi3": ("Phi3ForCausalLM", {}),
 }
+_FACTORS = {"short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]}
+# What LLaMA does not have, which not every backend computes. Windows are shorter than the tests' sequences; groups have
+# layers with and without them.
+FAMILIES = {
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        {
+            "sliding_window": 9,
+            "head_dim": 12,
+            "query_pre_attn_scalar": 18,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 20.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gemma3": (
+        "Gemma3ForCausalLM",
+        {
+            "sliding_window": 9,
+            "head_dim": 12,
+            "query_pre_attn_scalar": 18,
+            "sliding_window_pattern": 3,
+            "tie_word_embeddings": True,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+        },
+    ),
+    "smollm3": ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 1, 0, 1, 1, 0], "tie_word_embeddings": True}),
+    "granite": (
+        "GraniteForCausalLM",
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 4.0,
+            "attention_bias": True,
+        },
+    ),
+    "olmo2": ("Olmo2ForCausalLM", {"num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 24}),
+    "olmo3": ("Olmo3ForCausalLM", {"sliding_window": 9}),
+    "mistral-windows": ("MistralForCausalLM", {"sliding_window": 9}),
+    "ministral": (
+        "MinistralForCausalLM",
+        {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention", "full_attention"] * 2},
+    ),
+    "qwen2-windows": ("Qwen2ForCausalLM", {"sliding_window": 9, "use_sliding_window": True, "max_window_layers": 3}),
+    "qwen3-windows": (
+        "Qwen3ForCausalLM",
+        {"sliding_window": 9, "use_sliding_window": True, "max_window_layers": 3, "head_dim": 12},
+    ),
+    "phi3-partial": (
+        "Phi3ForCausalLM",
+        {"partial_rotary_factor": 0.75, "hidden_size": 96, "head_dim": 16, "sliding_window": 9},
+    ),
+    "phi3-longrope": (
+        "Phi3ForCausalLM",
+        {
+            "partial_rotary_factor": 0.75,
+            "hidden_size": 96,
+            "head_dim": 16,
+            "original_max_position_embeddings": 16,
+            "rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, **_FACTORS},
+        },
+    ),
+}
 # Every number of ranks, bypass and range that engines are built with.
 SHAPES = [
     {"p": 1},

@@ -151,8 +151,12 @@ def _join(kind: Collective, arrays: list[Array]) -> list[Array]:
 
 
 def _activation(layer: Any, x: Array) -> Array:
-    assert layer.type.name == "SIGMOID", layer.type
-    return 1 / (1 + np.exp(-x))
+    wide = x.astype(np.float32)
+    if layer.type.name == "GELU_TANH":
+        out = 0.5 * wide * (1 + np.tanh(np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3)))
+    else:
+        out = {"SIGMOID": lambda: 1 / (1 + np.exp(-wide)), "TANH": lambda: np.tanh(wide)}[layer.type.name]()
+    return out.astype(x.dtype)
 
 
 def _attention(layer: Any, q: Array, k: Array, v: Array, mask: Array) -> Array:
@@ -183,6 +187,7 @@ def _elementwise(layer: Any, x: Array, y: Array) -> Array:
         "PROD": np.multiply,
         "DIV": np.divide,
         "GREATER": np.greater,
+        "AND": np.logical_and,
     }
     assert x.ndim == y.ndim and x.dtype == y.dtype, (layer.name, x.shape, x.dtype, y.shape, y.dtype)
     return operations[layer.op.name](x, y)
@@ -224,10 +229,12 @@ def _reduce(layer: Any, x: Array) -> Array:
 
 def _rotary_embedding(layer: Any, x: Array, cos: Array, sin: Array, positions: Array) -> Array:
     """Of halves, which are rotated against each other; positions index the tables."""
-    assert not layer.interleaved and layer.rotary_embedding_dim == 0 and positions.min() >= 0
+    assert not layer.interleaved and positions.min() >= 0
+    dim = layer.rotary_embedding_dim or x.shape[-1]
+    assert cos.shape[-1] == dim // 2
     cos, sin = cos[positions][:, None], sin[positions][:, None]
-    first, second = np.split(x, 2, axis=-1)
-    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    first, second, rest = np.split(x, [dim // 2, dim], axis=-1)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
 def _shape(layer: Any, x: Array) -> Array:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from cqil_trt.backends import Backend, Compilation, Description
 from cqil_trt.config import EngineLimits
 from cqil_trt.errors import UserError
+from cqil_trt.model import Feature
 from cqil_trt.shard import RankPlan
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 class OnnxBackend(Backend):
     name = "onnx"
     packages = {"onnx": "onnx"}
+    features = frozenset(Feature)
 
     def rank_files(self, rank: int) -> tuple[str, ...]:
         return f"rank{rank}.safetensors", f"rank{rank}.onnx"

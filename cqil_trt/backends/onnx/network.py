@@ -35,11 +35,15 @@ TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16
 
 @dataclass(frozen=True)
 class OnnxPositions:
-    """Positions of the new tokens, int64 [B, T]; the first of each sequence, int64 [B]; visible keys, [B, 1, T, S]."""
+    """Positions of the new tokens, int64 [B, T]; the first of each sequence, int64 [B]; visible keys, [B, 1, T, S].
+
+    `windowed`: those visible in layers with a window.
+    """
 
     index: str
     past: str
     mask: str
+    windowed: str
 
 
 class OnnxOps(Ops[str]):
@@ -63,7 +67,7 @@ class OnnxOps(Ops[str]):
         self._location, self._spans = weights.name, tensor_spans(weights)
         self._tensors = {tensor.name: tensor for tensor in plan.tensors}
         self._limits, self._type = limits, TYPES[limits.dtype]
-        self._cos, self._sin = rotary_tables(plan.model, rotary, limits.max_seq_len)
+        self._tables = [rotary_tables(plan.model, rotary, limits.max_seq_len, i) for i in range(len(plan.model.ropes))]
 
     # Helpers that add nodes
 
@@ -131,8 +135,13 @@ class OnnxOps(Ops[str]):
         index = self._node("Add", self._node("Unsqueeze", past, self._constant("axes.1", [1])), steps)
         keys = self._constant("positions", np.arange(self._limits.max_seq_len))
         # An explicit mask: TensorRT has no nonpad_kv_seqlen, and the meaning of Attention's is_causal with it changed.
-        mask = self._node("LessOrEqual", keys, self._node("Unsqueeze", index, self._constant("axes.1.3", [1, 3])))
-        return OnnxPositions(index, past, mask)
+        queries = self._node("Unsqueeze", index, self._constant("axes.1.3", [1, 3]))
+        mask = self._node("LessOrEqual", keys, queries)
+        window = self.plan.model.sliding_window
+        if window is None or window >= self._limits.max_seq_len:
+            return OnnxPositions(index, past, mask, mask)
+        beyond = self._node("Sub", queries, self._constant("window", window))
+        return OnnxPositions(index, past, mask, self._node("And", mask, self._node("Greater", keys, beyond)))
 
     # Arithmetic
 
@@ -144,10 +153,21 @@ class OnnxOps(Ops[str]):
         return self.add(out, self._weight(f"{name}.bias")) if f"{name}.bias" in self.plan.shapes else out
 
     def rms_norm(self, x: str, name: str) -> str:
-        weight = self._weight(f"{name}.weight")
+        weight, model = self._weight(f"{name}.weight"), self.plan.model
+        if model.wide_norms:
+            x, weight = self._wide(x), self._wide(weight)
+        if model.offset_norms:
+            weight = self._node("Add", weight, self._number(1.0, TensorProto.FLOAT))
         # stash_type 1: computed in float32, and rounded to x's type before it is scaled.
-        epsilon = self.plan.model.rms_norm_eps
-        return self._node("RMSNormalization", x, weight, axis=-1, epsilon=epsilon, stash_type=1)
+        normed = self._node("RMSNormalization", x, weight, axis=-1, epsilon=model.rms_norm_eps, stash_type=1)
+        return self._node("Cast", normed, to=self._type) if model.wide_norms else normed
+
+    def _wide(self, x: str) -> str:
+        return self._node("Cast", x, to=TensorProto.FLOAT)
+
+    def _number(self, value: float, dtype: int | None = None) -> str:
+        dtype = self._type if dtype is None else dtype
+        return self._constant(f"number.{dtype}.{value!r}", value, dtype)
 
     def add(self, x: str, y: str) -> str:
         return self._node("Add", x, y)
@@ -156,6 +176,16 @@ class OnnxOps(Ops[str]):
         gate, up = self._nodes("Split", [gate_up], 2, axis=-1, num_outputs=2)
         # Swish would be one node, but TensorRT's parser supports it only since a later release.
         return self._node("Mul", self._node("Mul", gate, self._node("Sigmoid", gate)), up)
+
+    def geglu(self, gate_up: str) -> str:
+        gate, up = self._nodes("Split", [gate_up], 2, axis=-1, num_outputs=2)
+        return self._node("Mul", self._node("Gelu", gate, approximate="tanh"), up)
+
+    def scale(self, x: str, factor: float) -> str:
+        return self._node("Mul", x, self._number(factor))
+
+    def soft_cap(self, x: str, cap: float) -> str:
+        return self._node("Mul", self._node("Tanh", self._node("Div", x, self._number(cap))), self._number(cap))
 
     def zeros_like(self, x: str) -> str:
         zero = helper.make_tensor("zero", self._type, [1], [0.0])
@@ -175,12 +205,43 @@ class OnnxOps(Ops[str]):
         q, k, v = self._nodes("Split", [heads, sizes], 3, axis=1)
         return q, k, v
 
-    def rotary(self, x: str, positions: OnnxPositions) -> str:
-        cos, sin = self._constant("cos", self._cos, self._type), self._constant("sin", self._sin, self._type)
-        return self._node("RotaryEmbedding", x, cos, sin, positions.index, interleaved=0)
+    def head_squares(self, q: str | None, k: str | None, like: str, shard: LayerShard) -> str:
+        axes = self._constant("axes.1.3", [1, 3])
+        if q is None or k is None:
+            rows = self._node("Slice", self._node("Shape", like), *self._ends(0, 2), self._constant("axes.0", [0]))
+            shape = self._node("Concat", rows, self._constant("two", [2]), axis=0)
+            zeros = self._node(
+                "ConstantOfShape", shape, value=helper.make_tensor("zero", TensorProto.FLOAT, [1], [0.0])
+            )
+            return self._node("Unsqueeze", zeros, self._constant("axes.1", [1]))
+        owned = self._ends(*shard.owned_kv_heads(self.plan.model.group_size))
+        k = self._node("Slice", k, *owned, self._constant("axes.1", [1]))
+        sums = [self._node("ReduceSumSquare", self._wide(x), axes) for x in (q, k)]
+        return self._node("Concat", *sums, axis=-1)
+
+    def scale_heads(self, x: str, squares: str, which: int, name: str) -> str:
+        model, last = self.plan.model, self._constant("axes.3", [3])
+        count = (model.num_kv_heads if which else model.num_heads) * model.head_dim
+        own = self._node("Slice", squares, *self._ends(which, which + 1), last)
+        mean = self._node("Div", own, self._number(count, TensorProto.FLOAT))
+        shifted = self._node("Add", mean, self._number(model.rms_norm_eps, TensorProto.FLOAT))
+        normed = self._node("Div", self._wide(x), self._node("Sqrt", shifted))
+        shape = self._constant("shape.head_weights", [-1, 1, model.head_dim])
+        weight = self._node("Reshape", self._wide(self._weight(f"{name}.weight")), shape)
+        return self._node("Cast", self._node("Mul", normed, weight), to=self._type)
+
+    def _ends(self, first: int, last: int) -> tuple[str, str]:
+        """The first two arguments of Slice along one axis."""
+        return self._constant(f"at.{first}", [first]), self._constant(f"at.{last}", [last])
+
+    def rotary(self, x: str, positions: OnnxPositions, which: int) -> str:
+        model, tables = self.plan.model, zip(("cos", "sin"), self._tables[which])
+        cos, sin = (self._constant(f"{name}{which or ''}", table, self._type) for name, table in tables)
+        partial = {} if model.rotary_dim == model.head_dim else {"rotary_embedding_dim": model.rotary_dim}
+        return self._node("RotaryEmbedding", x, cos, sin, positions.index, interleaved=0, **partial)
 
     def cached_attention(self, q: str, k: str, v: str, positions: OnnxPositions, shard: LayerShard) -> str:
-        cached = []
+        cached, model = [], self.plan.model
         shape = ("batch", shard.num_kv_heads, self._limits.max_seq_len, self.plan.model.head_dim)
         for part, new in (("key", k), ("value", v)):
             cache = self.input(f"cache.{shard.index}.{part}", self._type, shape)
@@ -191,7 +252,10 @@ class OnnxOps(Ops[str]):
         if not shard.grouped:
             q = self._heads(q, shard.query_slots)
         # No softmax_precision: TensorRT always uses float32 and refuses the attribute.
-        out = self._node("Attention", q, *cached, positions.mask)
+        mask = positions.mask if model.window_of(shard.index) is None else positions.windowed
+        scores = {"scale": model.query_scale, "softcap": model.attention_cap}
+        given = {name: value for name, value in scores.items() if value is not None}
+        out = self._node("Attention", q, *cached, mask, **given)
         if not shard.grouped:
             out = self._heads(out, shard.slot_of)
         return self._node(
@@ -205,17 +269,35 @@ class OnnxOps(Ops[str]):
     # Collectives
 
     def _collective(
-        self, operator: str, *inputs: str, outputs: int = 1, peers: Peers = Peers.ALL, **attributes: Any
+        self,
+        operator: str,
+        *inputs: str,
+        outputs: int = 1,
+        peers: Peers = Peers.ALL,
+        dtype: int | None = None,
+        shape: tuple[int | str, ...] = (),
+        **attributes: Any,
     ) -> list[str]:
+        """`dtype`, `shape`: of the outputs, where they are not of the residual stream's."""
         workspace = self.input(workspace_input(self.plan.schedule, peers), TensorProto.INT32, [1])
-        attributes["dtype"] = abi.dtype_code(self._limits.dtype)
+        dtype = dtype or self._type
+        attributes["dtype"] = abi.dtype_code(next(name for name, code in TYPES.items() if code == dtype))
         attributes = abi.interface().plugin_fields(operator, attributes)
         # TensorRT's parser looks for the plugin in the attribute's namespace, not in the node's domain.
         attributes["plugin_namespace"] = abi.CQIL_PLUGIN_NAMESPACE
         names = self._nodes(operator, [*inputs, workspace], outputs, domain=DOMAIN, **attributes)
-        shape = ("batch", "tokens", self.plan.model.hidden_size)
-        self.annotations += [helper.make_tensor_value_info(name, self._type, shape) for name in names]
+        shape = shape or ("batch", "tokens", self.plan.model.hidden_size)
+        self.annotations += [helper.make_tensor_value_info(name, dtype, shape) for name in names]
         return names
+
+    def all_reduce(self, x: str, peers: Peers = Peers.ALL) -> str:
+        [out] = self._collective("CqilAllReduce", x, peers=peers, mode=0, eps=0.0)
+        self.joined = out if peers is Peers.ALL else self.joined
+        return out
+
+    def all_reduce_squares(self, x: str, peers: Peers) -> str:
+        made: dict[str, Any] = {"dtype": TensorProto.FLOAT, "shape": ("batch", 1, "tokens", 2)}
+        return self._collective("CqilAllReduce", x, peers=peers, mode=0, eps=0.0, **made)[0]
 
     def all_reduce_residual(self, delta: str, residual: str, peers: Peers = Peers.ALL) -> str:
         [out] = self._collective("CqilAllReduce", delta, residual, peers=peers, mode=1, eps=0.0)

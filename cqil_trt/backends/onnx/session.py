@@ -127,7 +127,9 @@ def _collectives(communicators: Sequence[Any]) -> list[type[OpRun]]:
         op_domain = DOMAIN
 
         def _run(self, delta: Any, residual: Any, *rest: Any, mode: Any = None, eps: Any = None, **_: Any) -> Any:
-            comm = communicators[rest[-1].item()]
+            comm = communicators[(rest[-1] if rest else residual).item()]
+            if mode == 0:  # the second input is the workspace
+                return (_ordered_sum(comm.allgather(delta)).astype(delta.dtype),)
             total = _ordered_sum([*comm.allgather(delta), residual]).astype(delta.dtype)
             return (total,) if mode == 1 else (total, _rms_norm(total, rest[0], eps))
 

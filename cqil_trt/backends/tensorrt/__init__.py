@@ -9,6 +9,7 @@ from cqil_trt import formats
 from cqil_trt.backends import Backend, Compilation, Description, Option
 from cqil_trt.config import EngineLimits
 from cqil_trt.errors import UserError
+from cqil_trt.model import Feature
 from cqil_trt.shard import RankPlan
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ class TensorRtBackend(Backend):
     name = "tensorrt"
     packages = {"tensorrt": "tensorrt", "cuda": "tensorrt", "tensorrt_rtx": "rtx"}
     formats = formats.names()
+    # With TensorRT's own layers; its attention has no caps, and our plugins have none of them (`compiler.describe`).
+    features = frozenset(Feature) - {Feature.ATTENTION_CAP}
     options = (
         Option(
             name="target",

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cqil_trt.backends import Compilation, Description
+from cqil_trt.backends import Compilation, Description, lacking
 from cqil_trt.backends.tensorrt import BACKEND
 from cqil_trt.backends.tensorrt.network import Lowering, add_profiles, define_network, describe_network
 from cqil_trt.config import EngineLimits
@@ -54,6 +54,10 @@ def describe(limits: EngineLimits, options: Mapping[str, Any], ranks: tuple[Rank
     lowering = Lowering.of(trt)
     if limits.dtype == "bfloat16" and not hasattr(trt, "bfloat16"):
         raise UserError(f"--dtype bfloat16: TensorRT {trt.__version__} does not have it: use float16 or float32")
+    model = ranks[0].model
+    features = model.features(limits.max_seq_len)
+    if features and not lowering.native:
+        raise UserError(f"--backend tensorrt with {version(trt)}: {lacking(model, features)}")
     collective = options.get("collective") or ("plugin" if lowering.plugins else "nccl")
     if collective not in _COLLECTIVES:
         raise UserError(f"--collective must be one of {', '.join(_COLLECTIVES)}, found {collective}")

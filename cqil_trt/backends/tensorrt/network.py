@@ -59,10 +59,14 @@ class Lowering:
 
 @dataclass(frozen=True)
 class TensorRtPositions:
-    """Native: positions of the new tokens, int64 [B, T], and the keys they see, bool [B, 1, T, S]."""
+    """Native: positions of the new tokens, int64 [B, T], and the keys they see, bool [B, 1, T, S].
+
+    `windowed`: those that they see in layers with a window.
+    """
 
     index: Tensor
     mask: Tensor
+    windowed: Tensor
 
 
 class TensorRtOps(Ops[Tensor]):
@@ -72,7 +76,7 @@ class TensorRtOps(Ops[Tensor]):
 
     Args:
         trt: the package that made the network, tensorrt or tensorrt_rtx.
-        rotary: inverse frequencies [head_dim / 2], radians per position.
+        rotary: as in `Engine`.
         nccl: join ranks by TensorRT's collective layer instead of our plugins.
         kernels: the kernel library, for the GPU that the network is for; None: quantized weights are dequantized when
             the engine is loaded.
@@ -219,12 +223,14 @@ class TensorRtOps(Ops[Tensor]):
     # Collectives
 
     def _plugin(self, name: str, inputs: list[Tensor], outputs: int, /, **fields: int | float) -> list[Tensor]:
-        fields["dtype"] = abi.dtype_code(self._limits.dtype)
+        """`fields`: without `dtype` it is the engine's."""
+        fields.setdefault("dtype", abi.dtype_code(self._limits.dtype))
+        dtype = next(name for name in DTYPES if abi.dtype_code(name) == fields["dtype"])
         plugin = tensorrt_plugins.create(self._trt, name, fields)
         layer = self._network.add_plugin_v2(inputs, plugin)
         # No layer precision: it would apply to integer inputs too. The plugin accepts only the type of its field.
         found = [layer.get_output(i) for i in range(outputs)]
-        self._types |= {tensor.name: self._dtype for tensor in found}
+        self._types |= {tensor.name: getattr(self._trt, dtype) for tensor in found}
         return found
 
     def _workspace(self, peers: Peers) -> Tensor:
@@ -241,7 +247,7 @@ class TensorRtOps(Ops[Tensor]):
         return self._out(layer, self.type_of(x))
 
     def _sum_of(self, x: Tensor, ranks: Sequence[int]) -> Tensor:
-        """The sum of these ranks' x, float32, by TensorRT's collective layer.
+        """The sum of these ranks' x, float32, by TensorRT's collective layer; a matrix, unless they are all ranks.
 
         That has no collective on a subset of ranks: all ranks gather, and each adds up the parts it needs.
         """
@@ -249,7 +255,7 @@ class TensorRtOps(Ops[Tensor]):
         if len(ranks) == self.plan.world_size:
             # NCCL has its own order of summation, the same on every rank.
             return self._collective(wide, "ALL_REDUCE", "SUM")
-        parts = self._collective(self._reshape(wide, (1, -1, self.plan.model.hidden_size)), "ALL_GATHER")
+        parts = self._collective(self._reshape(wide, (1, -1, x.shape[-1])), "ALL_GATHER")
         needed = [1.0 if source in ranks else 0.0 for source in range(self.plan.world_size)]
         kept = self._elementwise("PROD", parts, self._constant(np.array(needed, np.float32).reshape(-1, 1, 1)))
         reduce = self._network.add_reduce(kept, self._trt.ReduceOperation.SUM, 1, False)
@@ -275,6 +281,22 @@ class TensorRtOps(Ops[Tensor]):
         if peers is Peers.ALL:
             self.outputs["joined"] = out
         return out, normed
+
+    def all_reduce(self, x: Tensor, peers: Peers = Peers.ALL) -> Tensor:
+        if self._nccl:
+            out = self._cast(self._sum_of(x, self.plan.schedule.peers(peers)), self.type_of(x))
+        else:
+            [out] = self._plugin("CqilAllReduce", [x, self._workspace(peers)], 1, mode=0, eps=0.0)
+        if peers is Peers.ALL:
+            self.outputs["joined"] = out
+        return out
+
+    def all_reduce_squares(self, x: Tensor, peers: Peers) -> Tensor:
+        if self._nccl:
+            whole = self._sum_of(x, self.plan.schedule.peers(peers))
+            return whole if peers is Peers.ALL else self._reshape(whole, self._network.add_shape(x).get_output(0))
+        fields = {"mode": 0, "eps": 0.0, "dtype": abi.dtype_code("float32")}
+        return self._plugin("CqilAllReduce", [x, self._workspace(peers)], 1, **fields)[0]
 
     def broadcast(self, x: Tensor | None, tokens: Tensor) -> Tensor:
         hidden = self.plan.model.hidden_size
@@ -304,7 +326,8 @@ class NativeOps(TensorRtOps):
     def _define_caches(self, rotary: Sequence[float]) -> None:
         trt, network, length = self._trt, self._network, self._limits.max_seq_len
         self._positions = self._input("positions", trt.int32, (-1, -1))
-        dim = self.plan.model.head_dim
+        model = self.plan.model
+        dim = model.head_dim
         self._caches = {
             (index, part): self._input(f"cache.{index}.{part}", self._dtype, (-1, shard.num_kv_heads, length, dim))
             for index, shard in self._with_heads.items()
@@ -314,15 +337,25 @@ class NativeOps(TensorRtOps):
         self._shape_dtype = shape.dtype
         self._batch, self._length = (network.add_slice(shape, (i,), (1,), (1,)).get_output(0) for i in (0, 1))
         # numpy has no bfloat16: the network rounds.
-        tables = (self._constant(table) for table in rotary_tables(self.plan.model, rotary, length))
-        self._tables = [self._cast(table, self._dtype) for table in tables]
+        self._tables = [
+            [self._cast(self._constant(table), self._dtype) for table in rotary_tables(model, rotary, length, i)]
+            for i in range(len(model.ropes))
+        ]
 
     def positions(self, tokens: Tensor, past: Tensor) -> TensorRtPositions:
         trt = self._trt
         keys = self._constant(np.arange(self._limits.max_seq_len, dtype=np.int32).reshape(1, 1, 1, -1))
         queries = self._reshape(self._positions, self._dims(self._batch, 1, self._length, 1))
-        hidden = self._elementwise("GREATER", keys, queries)
-        return TensorRtPositions(self._cast(self._positions, trt.int64), self._unary("NOT", hidden))
+        mask = self._unary("NOT", self._compare("GREATER", keys, queries))
+        index, windowed, window = self._cast(self._positions, trt.int64), mask, self.plan.model.sliding_window
+        if window is not None and window < self._limits.max_seq_len:
+            beyond = self._elementwise("SUB", queries, self._constant(np.full((1, 1, 1, 1), window, np.int32)))
+            windowed = self._elementwise("AND", mask, self._compare("GREATER", keys, beyond))
+        return TensorRtPositions(index, mask, windowed)
+
+    def _compare(self, operation: str, x: Tensor, y: Tensor) -> Tensor:
+        kind = getattr(self._trt.ElementWiseOperation, operation)
+        return self._out(self._network.add_elementwise(x, y, kind), self._trt.bool)
 
     def embedding(self, tokens: Tensor) -> Tensor:
         return self._gather(self._weight("embedding.weight"), self._reshape(tokens, (-1,)), 0)
@@ -333,15 +366,28 @@ class NativeOps(TensorRtOps):
         return out if bias is None else self.add(out, self._reshape(bias, (1, -1)))
 
     def rms_norm(self, x: Tensor, name: str) -> Tensor:
-        weight = self._weight(f"{name}.weight")
-        rank, dtype, eps = len(x.shape), self.type_of(x), self.plan.model.rms_norm_eps
+        weight, model = self._weight(f"{name}.weight"), self.plan.model
+        rank, dtype = len(x.shape), self.type_of(x)
         wide = self._cast(x, self._trt.float32)
-        square = self._elementwise("PROD", wide, wide)
-        reduce = self._network.add_reduce(square, self._trt.ReduceOperation.AVG, 1 << (rank - 1), True)
-        mean = self._out(reduce, self._trt.float32)
-        shifted = self._elementwise("SUM", mean, self._scalar(eps, rank, self._trt.float32))
-        normed = self._elementwise("DIV", wide, self._unary("SQRT", shifted))
-        return self._elementwise("PROD", self._cast(normed, dtype), self._reshape(weight, (1,) * (rank - 1) + (-1,)))
+        mean = self._reduced("AVG", self._elementwise("PROD", wide, wide), 1 << (rank - 1))
+        normed = self._elementwise("DIV", wide, self._deviation(mean))
+        weight = self._reshape(weight, (1,) * (rank - 1) + (-1,))
+        if not model.wide_norms:
+            return self._elementwise("PROD", self._cast(normed, dtype), weight)
+        weight = self._cast(weight, self._trt.float32)
+        if model.offset_norms:
+            weight = self._elementwise("SUM", weight, self._scalar(1.0, rank, self._trt.float32))
+        return self._cast(self._elementwise("PROD", normed, weight), dtype)
+
+    def _reduced(self, operation: str, x: Tensor, axes: int) -> Tensor:
+        """float32 x reduced along axes (bits), which remain with size 1."""
+        reduce = self._network.add_reduce(x, getattr(self._trt.ReduceOperation, operation), axes, True)
+        return self._out(reduce, self._trt.float32)
+
+    def _deviation(self, mean: Tensor) -> Tensor:
+        """What a norm divides by, of a float32 mean of squares."""
+        shifted = self._scalar(self.plan.model.rms_norm_eps, len(mean.shape), self._trt.float32)
+        return self._unary("SQRT", self._elementwise("SUM", mean, shifted))
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         return self._elementwise("SUM", x, y)
@@ -349,9 +395,22 @@ class NativeOps(TensorRtOps):
     def swiglu(self, gate_up: Tensor) -> Tensor:
         half = gate_up.shape[-1] // 2
         gate, up = self._span(gate_up, 1, 0, half), self._span(gate_up, 1, half, 2 * half)
-        layer = self._network.add_activation(gate, self._trt.ActivationType.SIGMOID)
-        sigmoid = self._out(layer, self.type_of(gate))
+        sigmoid = self._activation("SIGMOID", gate)
         return self._elementwise("PROD", self._elementwise("PROD", gate, sigmoid), up)
+
+    def geglu(self, gate_up: Tensor) -> Tensor:
+        half = gate_up.shape[-1] // 2
+        gate, up = self._span(gate_up, 1, 0, half), self._span(gate_up, 1, half, 2 * half)
+        return self._elementwise("PROD", self._activation("GELU_TANH", gate), up)
+
+    def _activation(self, kind: str, x: Tensor) -> Tensor:
+        return self._out(self._network.add_activation(x, getattr(self._trt.ActivationType, kind)), self.type_of(x))
+
+    def scale(self, x: Tensor, factor: float) -> Tensor:
+        return self._elementwise("PROD", x, self._scalar(factor, len(x.shape), self.type_of(x)))
+
+    def soft_cap(self, x: Tensor, cap: float) -> Tensor:
+        return self.scale(self._activation("TANH", self.scale(x, 1 / cap)), cap)
 
     def zeros_like(self, x: Tensor) -> Tensor:
         return self._elementwise("PROD", x, self._scalar(0.0, len(x.shape), self.type_of(x)))
@@ -367,8 +426,31 @@ class NativeOps(TensorRtOps):
         q, k, v = (self._span(heads, 1, first, last) for first, last in zip(ends, ends[1:]))
         return q, k, v
 
-    def rotary(self, x: Tensor, positions: TensorRtPositions) -> Tensor:
-        layer = self._network.add_rotary_embedding(x, *self._tables, False, 0)
+    def head_squares(self, q: Tensor | None, k: Tensor | None, like: Tensor, shard: LayerShard) -> Tensor:
+        wide, axes = self._trt.float32, 1 << 1 | 1 << 3
+        if q is None or k is None:
+            rows = self._reshape(self._positions, self._dims(self._batch, 1, self._length, 1))
+            return self._elementwise("PROD", self._cast(rows, wide), self._constant(np.zeros((1, 1, 1, 2), np.float32)))
+        k = self._span(k, 1, *shard.owned_kv_heads(self.plan.model.group_size))
+        sums = []
+        for x in (self._cast(q, wide), self._cast(k, wide)):
+            sums.append(self._reduced("SUM", self._elementwise("PROD", x, x), axes))
+        layer = self._network.add_concatenation(sums)
+        layer.axis = 3
+        return self._out(layer, wide)
+
+    def scale_heads(self, x: Tensor, squares: Tensor, which: int, name: str) -> Tensor:
+        model, wide = self.plan.model, self._trt.float32
+        count = (model.num_kv_heads if which else model.num_heads) * model.head_dim
+        mean = self.scale(self._span(squares, 3, which, which + 1), 1 / count)
+        normed = self._elementwise("DIV", self._cast(x, wide), self._deviation(mean))
+        weight = self._reshape(self._weight(f"{name}.weight"), (1, -1, 1, model.head_dim))
+        return self._cast(self._elementwise("PROD", normed, self._cast(weight, wide)), self.type_of(x))
+
+    def rotary(self, x: Tensor, positions: TensorRtPositions, which: int) -> Tensor:
+        model = self.plan.model
+        dim = 0 if model.rotary_dim == model.head_dim else model.rotary_dim  # 0: all of a head
+        layer = self._network.add_rotary_embedding(x, *self._tables[which], False, dim)
         layer.set_input(3, positions.index)
         return self._out(layer, self.type_of(x))
 
@@ -382,12 +464,13 @@ class NativeOps(TensorRtOps):
             # The runtime binds the output to the input's memory: the cache is updated in place.
             cached.append(self._out(layer, self._dtype))
             self.outputs[f"cache.{index}.{part}.updated"] = cached[-1]
-        q = self._elementwise("PROD", q, self._scalar(self.plan.model.head_dim**-0.5, 4, self.type_of(q)))
+        model = self.plan.model
+        q = self.scale(q, model.head_dim**-0.5 if model.query_scale is None else model.query_scale)
         if not shard.grouped:  # the layer takes grouped heads in equal groups
             q = self._gather(q, self._constant(np.array(shard.query_slots, np.int32)), 1)
         softmax, causal = trt.AttentionNormalizationOp.SOFTMAX, trt.CausalMaskKind.NONE
         layer = self._network.add_attention_v2(q, *cached, softmax, causal)
-        layer.mask = positions.mask
+        layer.mask = positions.mask if model.window_of(index) is None else positions.windowed
         layer.decomposable = True
         out = self._out(layer, self.type_of(q))
         if not shard.grouped:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from cqil_trt import formats
 from cqil_trt.backends import Backend, Description
 from cqil_trt.config import EngineLimits
+from cqil_trt.model import Feature
 from cqil_trt.shard import RankPlan
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ class TorchBackend(Backend):
     name = "torch"
     packages = {"torch": "torch"}
     dynamic_rope = True
+    features = frozenset(Feature)  # on CPUs
     formats = formats.names()
 
     def describe(self, limits: EngineLimits, options: Mapping[str, Any], ranks: tuple[RankPlan, ...]) -> Description:

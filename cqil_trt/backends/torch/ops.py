@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -22,26 +22,29 @@ class TorchPositions:
     """Positions of the new tokens, shared by all layers of a forward pass.
 
     `slots`: their places in the KV cache, a slice where they are neighbours. `past` is the common number of cached
-    tokens, or None when sequences differ; `length` how many cached positions any query sees; `mask` [B, 1, T, length]
-    True where a query sees a key, None when `causal` or everything is seen.
+    tokens, or None when sequences differ; queries see cached positions from `first` up to `length`; `mask`
+    [B, 1, T, length - first] True where a query sees a key, None when `causal` or everything is seen. `rotary`: cos and
+    sin (negative in the first half) of each of the model's rotary embeddings, [B or 1, 1, T, D], for each rotated
+    element of a head. `windowed`: the same for layers with a window; None where it is as long as the past.
     """
 
     index: torch.Tensor  # [B, T]
     slots: slice | torch.Tensor
     past: int | None
     length: int
-    cos: torch.Tensor  # [B or 1, 1, T, D], for each element of a head
-    sin: torch.Tensor  # negative in the first half
+    rotary: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     mask: torch.Tensor | None
     causal: bool
+    first: int = 0
+    windowed: TorchPositions | None = None
 
 
 class TorchOps(Ops[torch.Tensor]):
     """Executes on the device the weights are on.
 
-    `rotary`: inverse frequencies [head_dim / 2], radians per position. `slots`: sequences that the KV cache holds, by
-    default as many as a pass takes. `products`: those of projections without a dense matrix. Without `begin`, sequence
-    b of a pass is in slot b, and its tokens are generated. `communicators`: for the kinds of peers that the rank has.
+    `rotary`: as in `Engine`. `slots`: sequences that the KV cache holds, by default as many as a pass takes.
+    `products`: those of projections without a dense matrix. `communicators`: for the kinds of peers that the rank has.
+    Without `begin`, sequence b of a pass is in slot b, and its tokens are generated.
     """
 
     def __init__(
@@ -57,7 +60,7 @@ class TorchOps(Ops[torch.Tensor]):
         slots, max_seq_len = slots or limits.max_batch_size, limits.max_seq_len
         dtype = getattr(torch, limits.dtype)
         self.plan = plan
-        self._weights, self._products = weights, products or {}
+        self._weights, self._products = self._with_offsets(weights), products or {}
         self._communicators = communicators
         self._dtype = dtype
         # The last value that all ranks hold, so that validation can compare their bits.
@@ -65,8 +68,9 @@ class TorchOps(Ops[torch.Tensor]):
         self._eps = plan.model.rms_norm_eps
         self._epsilon = torch.tensor(self._eps)
         self._frequencies = rotary
-        self._decoding = self._rows(decode_tables(plan.model, rotary, max_seq_len))
-        self._cos, self._sin = self._decoding
+        self._ropes = range(len(plan.model.ropes))
+        self._decoding = tuple(self._rows(decode_tables(plan.model, rotary, max_seq_len, i)) for i in self._ropes)
+        self._tables = self._decoding
         self._slots: Sequence[int] | None = None
         # Zeros, not uninitialised memory: a masked position has weight 0, and 0 * NaN is NaN.
         try:
@@ -89,11 +93,23 @@ class TorchOps(Ops[torch.Tensor]):
         cos, sin = (torch.from_numpy(table).reshape(-1, 1, *table.shape[-2:]) for table in tables)
         return torch.cat((cos, cos), -1).to(self._dtype), torch.cat((-sin, sin), -1).to(self._dtype)
 
+    def _with_offsets(self, weights: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """The weights, those of norms as what they multiply by."""
+        model = self.plan.model
+        if not model.wide_norms:
+            return weights
+        offset = 1.0 if model.offset_norms else 0.0
+        return {name: w.float() + offset if name.endswith("_norm.weight") else w for name, w in weights.items()}
+
     def begin(self, slots: Sequence[int], length: int | None) -> None:
         """The next passes take sequences in these slots: part of a prompt of `length` tokens, or generated ones."""
-        tables = None if length is None else prompt_tables(self.plan.model, self._frequencies, [length])
-        self._cos, self._sin = self._decoding if tables is None else self._rows(tables)
+        self._tables = tuple(self._prompt_rows(i, length) or self._decoding[i] for i in self._ropes)
         self._slots = slots
+
+    def _prompt_rows(self, which: int, length: int | None) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The rows of a prompt that have other frequencies than generated tokens."""
+        tables = None if length is None else prompt_tables(self.plan.model, self._frequencies, [length], which)
+        return None if tables is None else self._rows(tables)
 
     def positions(self, tokens: torch.Tensor, past: torch.Tensor) -> TorchPositions:
         batch, new = tokens.shape
@@ -106,17 +122,26 @@ class TorchOps(Ops[torch.Tensor]):
         length = max(pasts) + new
         if common is not None:
             index = torch.arange(common, length)[None, :]
-            cos, sin = self._cos[:, :, common:length], self._sin[:, :, common:length]
+            rotary = tuple((cos[:, :, common:length], sin[:, :, common:length]) for cos, sin in self._tables)
             causal = common == 0 and new > 1
             masked = new > 1 and not causal
         else:
             index = past[:, None] + torch.arange(new)
-            cos, sin = self._cos[0, 0, index][:, None], self._sin[0, 0, index][:, None]
+            rotary = tuple((cos[0, 0, index][:, None], sin[0, 0, index][:, None]) for cos, sin in self._tables)
             causal, masked = False, True
         mask = (torch.arange(length) <= index[..., None])[:, None] if masked else None
-        return TorchPositions(
-            index=index, slots=slots, past=common, length=length, cos=cos, sin=sin, mask=mask, causal=causal
+        found = TorchPositions(
+            index=index, slots=slots, past=common, length=length, rotary=rotary, mask=mask, causal=causal
         )
+        window = self.plan.model.sliding_window
+        if window is None or length <= window:
+            return found
+        first = max(0, min(pasts) + 1 - window)
+        # A single token of each sequence sees all from `first` on, if their pasts are equal.
+        keys = torch.arange(first, length)
+        seen = (keys <= index[..., None]) & (keys > index[..., None] - window)
+        mask = seen[:, None] if masked or causal else None
+        return replace(found, windowed=replace(found, first=first, mask=mask, causal=False))
 
     def embedding(self, tokens: torch.Tensor) -> torch.Tensor:
         return F.embedding(tokens, self._weights["embedding.weight"])
@@ -133,10 +158,10 @@ class TorchOps(Ops[torch.Tensor]):
         if x.dtype == torch.float32:
             squares = (x * x).sum(-1, keepdim=True)
             return x.mul(torch.add(self._epsilon, squares, alpha=1 / x.shape[-1]).rsqrt_()).mul_(weight)
-        # Rounded before the weight, as Hugging Face does.
+        # Rounded before the weight, as Hugging Face does for most families.
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self._eps)
-        return weight * wide.to(x.dtype)
+        return (wide * weight).to(x.dtype) if self.plan.model.wide_norms else weight * wide.to(x.dtype)
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return x + y
@@ -144,6 +169,16 @@ class TorchOps(Ops[torch.Tensor]):
     def swiglu(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
+
+    def geglu(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.gelu(gate, approximate="tanh").mul_(up)
+
+    def scale(self, x: torch.Tensor, factor: float) -> torch.Tensor:
+        return x * factor
+
+    def soft_cap(self, x: torch.Tensor, cap: float) -> torch.Tensor:
+        return (x / cap).tanh_() * cap
 
     def zeros_like(self, x: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(x)
@@ -156,23 +191,46 @@ class TorchOps(Ops[torch.Tensor]):
         heads = qkv.view(batch, new, -1, self.plan.model.head_dim).transpose(1, 2)
         return heads.split([shard.num_heads, shard.num_kv_heads, shard.num_kv_heads], dim=1)
 
-    def rotary(self, x: torch.Tensor, positions: TorchPositions) -> torch.Tensor:
-        turned = torch.roll(x, x.shape[-1] // 2, -1)
-        return torch.addcmul(x * positions.cos, turned, positions.sin)
+    def head_squares(
+        self, q: torch.Tensor | None, k: torch.Tensor | None, like: torch.Tensor, shard: LayerShard
+    ) -> torch.Tensor:
+        if q is None or k is None:
+            return like.new_zeros(like.shape[0], 1, like.shape[1], 2, dtype=torch.float32)
+        k = k[:, slice(*shard.owned_kv_heads(self.plan.model.group_size))]
+        return torch.cat([x.float().square().sum((1, 3), keepdim=True) for x in (q, k)], -1)
+
+    def scale_heads(self, x: torch.Tensor, squares: torch.Tensor, which: int, name: str) -> torch.Tensor:
+        model = self.plan.model
+        count = (model.num_kv_heads if which else model.num_heads) * model.head_dim
+        factor = torch.rsqrt(squares[..., which, None] / count + self._eps)
+        weight = self._weights[f"{name}.weight"].view(x.shape[1], 1, x.shape[3])
+        return (x.float() * factor * weight).to(x.dtype)
+
+    def rotary(self, x: torch.Tensor, positions: TorchPositions, which: int) -> torch.Tensor:
+        cos, sin = positions.rotary[which]
+        dim = cos.shape[-1]
+        if dim < x.shape[-1]:
+            turning, rest = x.split([dim, x.shape[-1] - dim], -1)
+            return torch.cat((torch.addcmul(turning * cos, torch.roll(turning, dim // 2, -1), sin), rest), -1)
+        return torch.addcmul(x * cos, torch.roll(x, dim // 2, -1), sin)
 
     def attention(self, qkv: torch.Tensor, positions: TorchPositions, shard: LayerShard) -> torch.Tensor:
-        if self.plan.model.qk_norm:
+        which = self.plan.model.rope_of(shard.index)
+        if self.plan.model.qk_norm or which is None:
             return super().attention(qkv, positions, shard)
         # Queries and keys are adjacent and rotate together: every operation counts in a decode step.
         batch, new, _ = qkv.shape
         heads = qkv.view(batch, new, -1, self.plan.model.head_dim).transpose(1, 2)
         turning, v = heads.split([shard.num_heads + shard.num_kv_heads, shard.num_kv_heads], dim=1)
-        q, k = self.rotary(turning, positions).split([shard.num_heads, shard.num_kv_heads], dim=1)
+        q, k = self.rotary(turning, positions, which).split([shard.num_heads, shard.num_kv_heads], dim=1)
         return self.cached_attention(q, k, v, positions, shard)
 
     def cached_attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: TorchPositions, shard: LayerShard
     ) -> torch.Tensor:
+        model = self.plan.model
+        if positions.windowed is not None and model.window_of(shard.index) is not None:
+            positions = positions.windowed
         batch, heads, new, dim = q.shape
         keys, values = self._cache[shard.index]
         slots = positions.slots
@@ -184,20 +242,40 @@ class TorchOps(Ops[torch.Tensor]):
             keys[rows[:, None], :, positions.index] = k.transpose(1, 2)
             values[rows[:, None], :, positions.index] = v.transpose(1, 2)
         # A slice is a view; slots that are apart are copied.
-        keys, values = (part.narrow(2, 0, positions.length)[slots] for part in (keys, values))
+        seen = positions.first, positions.length - positions.first
+        keys, values = (part.narrow(2, *seen)[slots] for part in (keys, values))
         if not shard.grouped:
             index = self._kv_index[shard.index]
             keys, values = keys[:, index], values[:, index]
         elif new == 1:
             # Treats the query heads of a key/value head as its queries, so the cache is not copied for grouped heads.
             q = q.view(batch, shard.num_kv_heads, -1, dim)
-        gqa = keys.shape[1] != q.shape[1]
-        out = F.scaled_dot_product_attention(
-            q, keys, values, positions.mask, is_causal=positions.causal, enable_gqa=gqa
-        )
+        if model.attention_cap is not None:
+            out = self._capped_attention(q, keys, values, positions, model.attention_cap)
+        else:
+            gqa = keys.shape[1] != q.shape[1]
+            out = F.scaled_dot_product_attention(
+                q, keys, values, positions.mask, is_causal=positions.causal, enable_gqa=gqa, scale=model.query_scale
+            )
         if new > 1:
             out = out.transpose(1, 2)
         return out.reshape(batch, new, heads * dim)
+
+    def _capped_attention(
+        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: TorchPositions, cap: float
+    ) -> torch.Tensor:
+        """Attention whose scores are capped before they are masked, which PyTorch's own does not do."""
+        model = self.plan.model
+        scale = model.query_scale or model.head_dim**-0.5
+        if keys.shape[1] != q.shape[1]:
+            keys, values = (part.repeat_interleave(q.shape[1] // part.shape[1], 1) for part in (keys, values))
+        scores = self.soft_cap(q @ keys.transpose(2, 3) * scale, cap)
+        mask = positions.mask
+        if positions.causal:
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        if mask is not None:
+            scores.masked_fill_(~mask, -torch.inf)
+        return scores.softmax(-1, dtype=torch.float32).to(values.dtype) @ values
 
     def copy_cache(self, source: int, target: int, count: int) -> None:
         """Copies the first `count` tokens of a slot to another one."""
@@ -212,6 +290,15 @@ class TorchOps(Ops[torch.Tensor]):
         if peers is Peers.ALL:
             self.joined = out
         return out
+
+    def all_reduce(self, x: torch.Tensor, peers: Peers = Peers.ALL) -> torch.Tensor:
+        out = self._communicators[peers].all_reduce(x)
+        if peers is Peers.ALL:
+            self.joined = out
+        return out
+
+    def all_reduce_squares(self, x: torch.Tensor, peers: Peers) -> torch.Tensor:
+        return self._communicators[peers].all_reduce(x)
 
     def broadcast(self, x: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
         if x is None:

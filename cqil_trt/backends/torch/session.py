@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cqil_trt.backends import lacking
 from cqil_trt.backends.torch.ops import TorchOps
 from cqil_trt.backends.torch.quantized import take_quantized
 from cqil_trt.collectives import Communicator, HostCommunicator, LocalCommunicator, split
@@ -35,9 +36,12 @@ def open_session(engine: Engine, comm: Any, device: str, number: int, slots: int
 
 def _missing_for_cuda(engine: Engine) -> str | None:
     """Why this process cannot compute the engine on a GPU, None when it can."""
-    if engine.limits.max_seq_len > engine.model.rope.fixed_context:
-        context = engine.model.rope.fixed_context
-        return f"dynamic rope beyond {context} tokens is computed on CPUs only: build with --max-seq-len {context}"
+    if engine.limits.max_seq_len > engine.model.fixed_context:
+        context = engine.model.fixed_context
+        kind = engine.model.rope.kind
+        return f"{kind} rope beyond {context} tokens is computed on CPUs only: build with --max-seq-len {context}"
+    if features := engine.model.features(engine.limits.max_seq_len):
+        return lacking(engine.model, features)
     if not torch.cuda.is_available():
         return "this PyTorch sees no GPU (is it a build for CUDA?)"
     if torch.cuda.get_device_capability() < (8, 0):

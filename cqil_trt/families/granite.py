@@ -1,0 +1,19 @@
+"""Granite: LLaMA with multipliers of embeddings, attention scores, sub-layers and logits."""
+
+from cqil_trt.families.family import Family, Number
+
+FAMILY = Family(
+    architecture="GraniteForCausalLM",
+    model_type="granite",
+    defaults={"attention_multiplier": 1.0},
+    qkv_bias="attention_bias",
+    o_bias="attention_bias",
+    mlp_bias="mlp_bias",
+    lora_targets=(),  # PEFT names none
+    numbers={
+        "embedding_scale": Number("embedding_multiplier"),
+        "residual_scale": Number("residual_multiplier"),
+        "query_scale": Number("attention_multiplier"),
+        "logits_scale": Number("logits_scaling", -1.0),
+    },
+)

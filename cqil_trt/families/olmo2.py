@@ -1,0 +1,16 @@
+"""OLMo 2: norms only after each sub-layer, and norms of queries and keys over all heads."""
+
+from cqil_trt.families.family import POST_NORM_LAYER, Family
+
+FAMILY = Family(
+    architecture="Olmo2ForCausalLM",
+    model_type="olmo2",
+    defaults={"rms_norm_eps": 1e-5},
+    layer=POST_NORM_LAYER,
+    qkv_bias="attention_bias",
+    o_bias="attention_bias",
+    qk_norm=True,
+    joint_qk_norm=True,
+    wide_norms=True,
+    lora_targets=(),  # PEFT names none
+)
