@@ -5,7 +5,8 @@
     git clone --depth 1 --branch gh-pages https://github.com/NVIDIA/TensorRT-LLM pages
     python scripts/collect_trtllm_api.py pages/1.2.1                # which shows the release's sources as HTML
 
-Adds them under their version to tests/support/trtllm_api.json: names of parameters, nothing else of the code.
+Adds them under their version to tests/support/trtllm_api.json, and those of the PyTorch backend, which the
+documentation does not show, to trtllm_pytorch_api.json: names of parameters and of modules, nothing else of the code.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-TARGET = Path(__file__).resolve().parent.parent / "tests" / "support" / "trtllm_api.json"
-SYMBOLS = {
+SUPPORT = Path(__file__).resolve().parent.parent / "tests" / "support"
+ENGINE_FILE, PYTORCH_FILE = SUPPORT / "trtllm_api.json", SUPPORT / "trtllm_pytorch_api.json"
+ENGINE = {
     "_common.py": ["default_trtnet"],
     "functional.py": ["allreduce", "_create_tensor"],
     "layers/attention.py": ["Attention.__init__", "Attention.forward"],
@@ -40,38 +42,86 @@ SYMBOLS = {
 }
 
 
+# What moved between releases has several places, the newest first.
+PYTORCH = {
+    ("_torch/attention/attention.py", "_torch/modules/attention.py"): [
+        "Attention.__init__",
+        "Attention.forward",
+        "Attention.apply_rope",
+        "Attention.split_qkv",
+    ],
+    ("_torch/attention/backends/interface.py", "_torch/attention_backend/interface.py"): [
+        "PositionalEmbeddingParams.__init__",
+        "RopeParams.from_config",
+    ],
+    ("_torch/distributed/ops.py",): ["AllReduce.__init__", "AllReduce.forward", "allgather"],
+    ("_torch/models/modeling_utils.py",): [
+        "DecoderModel.__init__",
+        "DecoderModelForCausalLM.__init__",
+        "register_auto_model",
+    ],
+    ("_torch/modules/embedding.py",): ["Embedding.__init__", "LMHead.load_weights"],
+    ("_torch/modules/gated_mlp.py",): ["GatedMLP.__init__", "GatedMLP.forward"],
+    ("_torch/modules/linear.py",): ["Linear.load_weights"],
+    ("_torch/modules/rms_norm.py",): ["RMSNorm.__init__", "RMSNorm.forward"],
+    ("_utils.py",): ["mpi_comm", "mpi_disabled"],
+    ("functional.py",): ["AllReduceParams.__init__"],
+    ("mapping.py",): ["Mapping.__init__"],
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("sources", type=Path)
     root = parser.parse_args().sources
-    version, entry = collect(root)
-    known = json.loads(TARGET.read_text()) if TARGET.exists() else {}
+    package = root / "tensorrt_llm"
+    if not package.is_dir() or (package / "layers").is_dir():  # until the TensorRT backend was removed
+        _add(ENGINE_FILE, *collect(root))
+    if (package / "_torch").is_dir():
+        _add(PYTORCH_FILE, *collect_pytorch(package))
+
+
+def _add(target: Path, version: str, entry: dict[str, Any]) -> None:
+    known = json.loads(target.read_text()) if target.exists() else {}
     known[version] = entry
-    TARGET.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
-    print(f"{TARGET}: {len(entry['symbols'])} symbols of {version}")
+    target.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+    print(f"{target}: {len(entry['symbols'])} symbols of {version}")
 
 
 def collect(root: Path) -> tuple[str, dict[str, Any]]:
     """The version of the sources or documentation in `root`, and its entry for trtllm_api.json."""
     package, pages = root / "tensorrt_llm", root / "_modules" / "tensorrt_llm"
     found: dict[str, Any] = {}
-    for file, symbols in SYMBOLS.items():
+    for file, symbols in ENGINE.items():
         path = package / file if package.is_dir() else (pages / file).with_suffix(".html")
         if path.suffix == ".html" and not path.exists():
             print(f"{path}: not in the documentation: omits {', '.join(symbols)}")
             continue
         text = path.read_text()
-        functions = dict(_functions(ast.parse(text if path.suffix == ".py" else source_of_page(text))))
-        found |= {symbol: _signature(functions[symbol], method="." in symbol) for symbol in symbols}
+        found |= _signatures(text if path.suffix == ".py" else source_of_page(text), symbols)
     if package.is_dir():
         found["trtllm-build"] = {"flags": sorted(_flags(package))}
-        statements = ast.parse((package / "version.py").read_text()).body
-        version = next(ast.literal_eval(node.value) for node in statements if isinstance(node, ast.Assign))
-        return version, {"source": "collected from a whole tree", "symbols": found}
+        return _version(package), {"source": "collected from a whole tree", "symbols": found}
     listed = re.findall(r"--[a-z][a-z0-9_]+", _text((root / "commands" / "trtllm-build.html").read_text()))
     found["trtllm-build"] = {"flags": sorted(set(listed))}
     address = f"https://nvidia.github.io/TensorRT-LLM/{root.resolve().name}/"
     return root.resolve().name, {"source": f"the release's documentation, {address}", "symbols": found}
+
+
+def collect_pytorch(package: Path) -> tuple[str, dict[str, Any]]:
+    """The version of the sources in `package`, and its entry for trtllm_pytorch_api.json."""
+    symbols: dict[str, Any] = {}
+    modules: dict[str, str] = {}
+    for places, names in PYTORCH.items():
+        place = next(place for place in places if (package / place).exists())
+        symbols |= _signatures((package / place).read_text(), names)
+        modules |= {name.partition(".")[0]: f"tensorrt_llm.{place[:-3].replace('/', '.')}" for name in names}
+    return _version(package), {"source": "collected from a whole tree", "symbols": symbols, "modules": modules}
+
+
+def _version(package: Path) -> str:
+    statements = ast.parse((package / "version.py").read_text()).body
+    return next(ast.literal_eval(node.value) for node in statements if isinstance(node, ast.Assign))
 
 
 class _Page(HTMLParser):
@@ -113,14 +163,30 @@ def _text(page: str) -> str:
     return "".join(_parse(page).text)
 
 
-def _functions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef]]:
+def _signatures(source: str, symbols: list[str]) -> dict[str, Any]:
+    known = dict(_callables(ast.parse(source)))
+    return {symbol: known[symbol] for symbol in symbols}
+
+
+def _callables(tree: ast.Module) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Functions, methods, and the constructors of dataclasses."""
     for node in tree.body:
         if isinstance(node, ast.FunctionDef):
-            yield node.name, node
+            yield node.name, _signature(node, method=False)
         elif isinstance(node, ast.ClassDef):
+            if any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
+                yield f"{node.name}.__init__", _fields(node)
             for child in node.body:
                 if isinstance(child, ast.FunctionDef):
-                    yield f"{node.name}.{child.name}", child
+                    static = any(ast.unparse(decorator) == "staticmethod" for decorator in child.decorator_list)
+                    yield f"{node.name}.{child.name}", _signature(child, method=not static)
+
+
+def _fields(node: ast.ClassDef) -> dict[str, Any]:
+    fields = [child for child in node.body if isinstance(child, ast.AnnAssign)]
+    names = {ast.unparse(child.target): child.value is None for child in fields}
+    required = [name for name, missing in names.items() if missing]
+    return {"positional": [], "keyword": list(names), "required": required, "any_keyword": False}
 
 
 def _signature(function: ast.FunctionDef, method: bool) -> dict[str, Any]:

@@ -19,12 +19,11 @@ import cqil_trt
 from cqil_trt import backends, families, reference
 from cqil_trt.backends.torch.session import TorchSession, open_session
 from cqil_trt.checkpoint import Checkpoint
-from cqil_trt.config import CqilConfig, EngineLimits
+from cqil_trt.config import EngineLimits
 from cqil_trt.errors import UserError
 from cqil_trt.model import ModelConfig
 from cqil_trt.network.rotary import decode_tables, dynamic_frequencies, inverse_frequencies
 from cqil_trt.rope import RopeConfig
-from cqil_trt.shard import plan
 
 logging.getLogger("transformers").setLevel(logging.CRITICAL)
 
@@ -269,12 +268,10 @@ def test_a_gpu_is_not_given_dynamic_rope_beyond_the_context(dynamic):
 
 
 def test_tensorrt_llm_refuses_what_its_attention_has_no_parameters_for(tmp_path):
-    from cqil_trt.backends.tensorrt_llm.checkpoint import describe
-
-    directory = make_model(tmp_path, rope_parameters=complete("yarn", 4.0), vocab_size=132)
-    ranks = plan(families.read_config(directory / "config.json"), CqilConfig(p=2, placement="tensor"))
+    directory = make_model(tmp_path, rope_parameters=complete("yarn", 4.0))
+    model = families.read_config(directory / "config.json")
     with pytest.raises(UserError, match="yarn rope"):
-        describe({}, ranks)
+        backends.load("tensorrt-llm").check_model(model, EngineLimits())
 
 
 # GGUF: what llama.cpp computes

@@ -15,8 +15,9 @@ from support.processes import assert_user_error, build, environment, mpirun, run
 from support.trtllm_contract import API, Contract, Value, load_model_file
 
 import cqil_trt
-from cqil_trt.backends.tensorrt_llm.checkpoint import COLLECTIVES, MODEL_FILE, build_command
-from cqil_trt.backends.tensorrt_llm.versions import check
+from cqil_trt.backends.tensorrt_llm import COLLECTIVES
+from cqil_trt.backends.tensorrt_llm.engine import MODEL_FILE, build_command
+from cqil_trt.backends.tensorrt_llm.versions import check, default_target
 from cqil_trt.config import EngineLimits
 from cqil_trt.errors import UserError
 
@@ -148,19 +149,37 @@ def test_what_cannot_be_exported_is_refused(models, tmp_path):
     assert_user_error(refused(p=3, start=3, end=9), "8 query heads", "3 ranks")
     assert_user_error(refused(p=2, d=1, collective="trtllm"), "bypass")
     assert_user_error(refused(collective="nccl"), "plugin, trtllm")
+    assert_user_error(refused(target="8.6"), "engine, pytorch", "8.6")
+    assert_user_error(refused(target="pytorch", placement="leader"), "same attention layers")
     assert_user_error(refused("--verbose"), "--verbose")
     assert not (tmp_path / "no").exists()
 
 
-@pytest.mark.parametrize("version", ["0.20.0", "0.21.0", "1.0.0", "1.1.0rc2", "1.2.1"])
-def test_versions_with_the_engine_backend_are_taken(version):
-    check(version)
+VERSIONS = [("0.20.0", "engine"), ("1.1.0rc2", "engine"), ("1.2.1", "engine"), ("1.2.1", "pytorch"), ("1.4", "pytorch")]
 
 
-@pytest.mark.parametrize(("version", "reason"), [("0.19.0", "too old"), ("1.3.0rc1", "removed"), ("2.0", "removed")])
-def test_other_versions_are_refused_with_the_reason(version, reason):
+@pytest.mark.parametrize(("version", "target"), VERSIONS)
+def test_versions_that_have_the_targets_runtime_are_taken(version, target):
+    check(version, target)
+
+
+WRONG_VERSIONS = [
+    ("0.19.0", "engine", "too old"),
+    ("1.3.0rc1", "engine", "removed .* --target pytorch"),
+    ("2.0", "engine", "removed"),
+    ("1.1.0", "pytorch", "too old for --target pytorch"),
+]
+
+
+@pytest.mark.parametrize(("version", "target", "reason"), WRONG_VERSIONS)
+def test_other_versions_are_refused_with_the_reason(version, target, reason):
     with pytest.raises(UserError, match=reason):
-        check(version)
+        check(version, target)
+
+
+def test_the_default_target_is_an_engine_wherever_one_can_be_built():
+    found = [default_target(version) for version in (None, "0.21.0", "1.2.1", "1.3.0", "2.0")]
+    assert found == ["engine", "engine", "engine", "pytorch", "pytorch"]
 
 
 @pytest.mark.parametrize("collective", ["plugin", "trtllm"])

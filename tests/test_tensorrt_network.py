@@ -467,7 +467,10 @@ REFUSED = [
     ({"target": "8.6,"}, "--target : "),
     ({"target": "8.6", "collective": "plugin"}, "--collective plugin: .* takes no plugins: use nccl"),
     ({"target": "8.6", "collective": "mpi"}, "--collective must be one of plugin, nccl, found mpi"),
-    ({"backend": "torch", "target": "8.6"}, "--target: only backend tensorrt takes it, found backend torch"),
+    (
+        {"backend": "torch", "target": "8.6"},
+        "--target: only backends tensorrt and tensorrt-llm take it, found backend torch",
+    ),
     ({"backend": "torch", "collective": "nccl"}, "--collective: only backends tensorrt and tensorrt-llm take it"),
     ({"backend": "onnx", "timing_cache": "x"}, "--timing-cache: only backend tensorrt .* found backend onnx"),
     ({"backend": "torch", "save_network_json": True}, "--save-network-json: only backend tensorrt"),

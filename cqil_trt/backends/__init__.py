@@ -171,14 +171,23 @@ def load(name: str) -> Backend:
 
 
 def all_options() -> dict[str, tuple[Option, tuple[str, ...]]]:
-    """Every option by name, with the choices of all backends that have it, and the names of these backends."""
-    found: dict[str, tuple[Option, tuple[str, ...]]] = {}
+    """Every option by name, merged, and the names of the backends that have it.
+
+    The choices are those of all of them, None where one takes any value; the help says which backend takes what.
+    """
+    found: dict[str, dict[str, Option]] = {}
     for name in names():
         for option in load(name).options:
-            known, takers = found.get(option.name, (option, ()))
-            choices = None
-            if option.choices is not None:
-                choices = tuple(dict.fromkeys((*(known.choices or ()), *option.choices)))
-            merged = Option(name=option.name, help=known.help, choices=choices, keywords=known.keywords)
-            found[option.name] = merged, (*takers, name)
-    return found
+            found.setdefault(option.name, {})[name] = option
+    return {name: (_merged(takers), tuple(takers)) for name, takers in found.items()}
+
+
+def _merged(takers: Mapping[str, Option]) -> Option:
+    first, *_ = options = list(takers.values())
+    helps: dict[str, list[str]] = {}
+    for name, option in takers.items():
+        helps.setdefault(option.help, []).append(name)
+    known = [option.choices for option in options]
+    choices = None if None in known else tuple(dict.fromkeys(choice for own in known for choice in own or ()))
+    text = "; ".join(f"{', '.join(backends)}: {text}" for text, backends in helps.items())
+    return Option(name=first.name, help=text, choices=choices, keywords=first.keywords)

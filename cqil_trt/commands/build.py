@@ -57,10 +57,10 @@ def parser() -> RankParser:
         help="omit the tokenizer: the engine accepts token ids only",
     )
     own = p.add_argument_group("backend-specific options")
-    for option, takers in backends.all_options().values():
+    for option, _ in backends.all_options().values():
         keywords = dict(option.keywords) if option.choices is None else {**option.keywords, "choices": option.choices}
         text = option.help.replace("%", "%%")  # argparse formats it
-        own.add_argument(f"--{option.name.replace('_', '-')}", help=f"{', '.join(takers)}: {text}", **keywords)
+        own.add_argument(f"--{option.name.replace('_', '-')}", help=text, **keywords)
     p.add_argument("--output", metavar="DIR", help="engine directory to create (default engines/NAME)")
     p.add_argument("--force", action="store_true", help="replace the engine at --output")
     p.add_argument("--version", action="version", version=f"cqil-trt {__version__}")

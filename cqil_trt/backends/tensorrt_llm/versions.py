@@ -1,4 +1,8 @@
-"""The installed TensorRT-LLM, and what differs between the supported releases (0.20 to 1.2)."""
+"""The installed TensorRT-LLM, which runtimes the releases have, and what differs between those that build engines.
+
+What differs between releases of the PyTorch backend is in `pytorch/modeling_cqil/releases.py`, which the engine
+directory takes along.
+"""
 
 from __future__ import annotations
 
@@ -10,30 +14,44 @@ from typing import Any
 
 from cqil_trt.errors import UserError
 
-FIRST, LAST = (0, 20), (1, 2)
+ENGINE, PYTORCH = "engine", "pytorch"
+TARGETS = (ENGINE, PYTORCH)
+FIRST_WITH_ENGINES, LAST_WITH_ENGINES = (0, 20), (1, 2)
+FIRST_WITH_PYTORCH = (1, 2)
 
 
 def installed() -> str | None:
-    """The version of tensorrt_llm that is installed; None without one. Raises UserError for one not supported."""
+    """The version of tensorrt_llm that is installed; None without one."""
     try:
-        version = importlib.metadata.version("tensorrt_llm")
+        return importlib.metadata.version("tensorrt_llm")
     except importlib.metadata.PackageNotFoundError:
         return None
-    check(version)
-    return version
 
 
-def check(version: str) -> None:
-    """Raises UserError unless the version has what the export needs."""
-    found = re.match(r"(\d+)\.(\d+)", version)
-    number = tuple(map(int, found.groups())) if found else (0, 0)
-    if number < FIRST:
+def default_target(version: str | None) -> str:
+    """What is exported for this release when the user does not say: an engine, where a release can build one."""
+    return PYTORCH if version is not None and _number(version) > LAST_WITH_ENGINES else ENGINE
+
+
+def check(version: str, target: str) -> None:
+    """Raises UserError unless the version has what the target needs."""
+    number = _number(version)
+    if target == PYTORCH:
+        if number < FIRST_WITH_PYTORCH:
+            raise UserError(f"tensorrt_llm {version}: too old for --target pytorch, 1.2 and later are supported")
+        return
+    if number < FIRST_WITH_ENGINES:
         raise UserError(f"tensorrt_llm {version}: too old, 0.20 to 1.2 are supported")
-    if number > LAST:
+    if number > LAST_WITH_ENGINES:
         raise UserError(
-            f"tensorrt_llm {version}: its TensorRT backend was removed after 1.2: install 1.2.1, or use "
-            "--backend tensorrt"
+            f"tensorrt_llm {version}: its TensorRT backend was removed after 1.2: use --target pytorch, or install "
+            "1.2.1"
         )
+
+
+def _number(version: str) -> tuple[int, ...]:
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return tuple(map(int, found.groups())) if found else (0, 0)
 
 
 def load_plugins() -> ctypes.CDLL:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from cqil_trt.backends.tensorrt_llm.checkpoint import ENGINES
+from cqil_trt.backends.tensorrt_llm.engine import ENGINES
 from cqil_trt.backends.tensorrt_llm.versions import load_plugins
 from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError

@@ -1,0 +1,66 @@
+"""An export from the request to the finished directory: what either target refuses, and which of them does the rest.
+
+A target is a module with `NAMES`, `check`, `notes`, `finish` and `check_runnable`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from cqil_trt.backends import Compilation, Description
+from cqil_trt.backends.tensorrt_llm import COLLECTIVES, engine, pytorch, versions
+from cqil_trt.backends.tensorrt_llm.checkpoint import CHECKPOINT, copy_tensors
+from cqil_trt.errors import UserError
+from cqil_trt.model import ModelConfig
+from cqil_trt.shard import RankPlan
+
+
+def target(build: Mapping[str, Any]) -> ModuleType:
+    """The target that an engine was built for, by its `build`. Older engines name none."""
+    return {versions.ENGINE: engine, versions.PYTORCH: pytorch}[build.get("target", versions.ENGINE)]
+
+
+def check_model(model: ModelConfig) -> None:
+    """Raises UserError for a model that neither runtime can express."""
+    rope = model.rope
+    # Their attention modules have no attention factor of this kind and take no frequencies.
+    if rope.kind == "yarn" or rope.divisors or rope.attention_factor != 1:
+        what = "frequency factors (rope_freqs)" if rope.divisors else f"{rope.kind} rope with an attention factor"
+        raise UserError(f"--backend tensorrt-llm: {what} is not supported there: use --backend tensorrt")
+
+
+def describe(options: Mapping[str, Any], ranks: tuple[RankPlan, ...]) -> Description:
+    """Raises UserError for what TensorRT-LLM cannot express."""
+    model, cqil = ranks[0].model, ranks[0].cqil
+    version = versions.installed()
+    chosen = options.get("target") or versions.default_target(version)
+    if chosen not in versions.TARGETS:
+        raise UserError(f"--target must be one of {', '.join(versions.TARGETS)} here, found {chosen}")
+    if version is not None:
+        versions.check(version, chosen)
+    if cqil.placement == "leader":
+        raise UserError(
+            "--backend tensorrt-llm: its executor wants the same attention layers on every rank: --placement sharded "
+            "or tensor, or --backend tensorrt for leader"
+        )
+    if model.vocab_size % cqil.p:
+        raise UserError(f"--backend tensorrt-llm: a vocabulary of {model.vocab_size} is not a multiple of {cqil.p}")
+    collective = options.get("collective") or "plugin"
+    if collective not in COLLECTIVES:
+        raise UserError(f"--collective must be one of {', '.join(COLLECTIVES)} here, found {collective}")
+    build = {"target": chosen, "collective": collective}
+    target(build).check(ranks, collective)
+    notes = target(build).notes(version)
+    return Description(
+        version="a checkpoint" if version is None else f"tensorrt_llm {version}", build=build, notes=notes
+    )
+
+
+def write_rank(compilation: Compilation) -> None:
+    """Writes the rank's checkpoint from its weights, under the target's names, and removes the weights."""
+    source, directory = compilation.file("safetensors"), compilation.directory / CHECKPOINT
+    directory.mkdir(exist_ok=True)
+    copy_tensors(compilation.plan, target(compilation.description.build).NAMES, source, directory / source.name)
+    source.unlink()
