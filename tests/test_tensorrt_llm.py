@@ -6,19 +6,22 @@ import sys
 import types
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from support import ROOT, SEED
+from support.cases import relative
 from support.checkpoints import load_model, make_adapter, make_model
 from support.processes import assert_user_error, build, environment, mpirun, run
 from support.trtllm_contract import API, Contract, Value, load_model_file
 
 import cqil_trt
+from cqil_trt import reference
 from cqil_trt.backends.tensorrt_llm import COLLECTIVES
 from cqil_trt.backends.tensorrt_llm.engine import MODEL_FILE, build_command
-from cqil_trt.backends.tensorrt_llm.versions import check, default_target
-from cqil_trt.config import EngineLimits
+from cqil_trt.backends.tensorrt_llm.versions import check, default_target, installed
+from cqil_trt.config import CqilConfig, EngineLimits
 from cqil_trt.errors import UserError
 
 SIZES = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 132, "num_hidden_layers": 9}
@@ -243,20 +246,25 @@ def test_collector_reads_a_documentation_page_as_the_source_it_shows(tmp_path):
     )
 
 
-needs_tensorrt_llm = pytest.mark.skipif(
-    find_spec("tensorrt_llm") is None or torch.cuda.device_count() < 2,
-    reason="needs tensorrt_llm (0.20 to 1.2) and two GPUs",
-)
+def needs_tensorrt_llm(target):
+    """Skips unless this host can run the target."""
+    if find_spec("tensorrt_llm") is None or torch.cuda.device_count() < 2:
+        pytest.skip("needs tensorrt_llm and two GPUs")
+    try:
+        check(installed(), target)
+    except UserError as error:
+        pytest.skip(str(error))
 
 
-@needs_tensorrt_llm
 @pytest.mark.parametrize("collective", COLLECTIVES)
 def test_whole_path_with_tensorrt_llm(collective, tmp_path):
     """build.py builds the engines, run.py validates and measures them, and TensorRT-LLM's own runner gives the same."""
+    needs_tensorrt_llm("engine")
     sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_attention_heads": 4}
     model = make_model(tmp_path / "model", **{**SIZES, **sizes, "save_dtype": torch.float16})
     made, shape = tmp_path / "engine", ["--p", 2, "--start", 2, "--end", 8]
-    options = ["--backend", "tensorrt-llm", "--dtype", "float16", "--max-seq-len", 96, "--collective", collective]
+    options = ["--backend", "tensorrt-llm", "--target", "engine", "--dtype", "float16", "--max-seq-len", 96]
+    options += ["--collective", collective]
     done = build("--model", model, *shape, *options, "--output", made)
     assert done.returncode == 0, done.stderr
     report, prompt = tmp_path / "report.json", tmp_path / "prompt.json"
@@ -268,6 +276,30 @@ def test_whole_path_with_tensorrt_llm(collective, tmp_path):
     if collective == "trtllm":  # whose engines need nothing of ours
         done = mpirun(2, made / "trtllm", prompt, 8, script="tests/support/tensorrt_llm_runner.py")
         assert done.returncode == 0 and json.loads(done.stdout.splitlines()[-1]) == ours, done.stderr
+
+
+@pytest.mark.parametrize(("collective", "d"), [("trtllm", 0), ("plugin", 0), ("trtllm", 1), ("plugin", 1)])
+def test_whole_path_with_the_pytorch_backend(collective, d, tmp_path):
+    """TensorRT-LLM's LLM class loads what build.py wrote, and computes what the reference does."""
+    needs_tensorrt_llm("pytorch")
+    # As SmolLM2's, query heads cannot be shared out evenly.
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "head_dim": 64, "num_attention_heads": 9}
+    sizes |= {"num_key_value_heads": 3, "save_dtype": torch.float16}
+    model = make_model(tmp_path / "model", **{**SIZES, **sizes})
+    made, cqil = tmp_path / "engine", CqilConfig(p=2, d=d, start=2, end=8)
+    options = {"backend": "tensorrt-llm", "target": "pytorch", "dtype": "float16", "collective": collective}
+    cqil_trt.build(model=model, output=made, max_seq_len=96, p=2, d=d, start=2, end=8, **options)
+    prompt, found = [5, 9, 77, 100, 3, 8], tmp_path / "found.json"
+    (tmp_path / "prompt.json").write_text(json.dumps(prompt))
+    script = "tests/support/trtllm_pytorch_llm.py"
+    done = run(sys.executable, script, made, tmp_path / "prompt.json", 8, 2, found, env={})
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(found.read_text())
+    network = reference.with_cqil(load_model(model), cqil)
+    logits = reference.score(network, prompt + result["tokens"])
+    assert relative(np.array(result["logits"]), logits[: len(prompt)].numpy()) < 1e-2
+    for token, row in zip(result["tokens"], logits[len(prompt) - 1 :]):
+        assert row.max() - row[token] < 0.02 * row.abs().max()  # the largest, or as good as
 
 
 class Runner:

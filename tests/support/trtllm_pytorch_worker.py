@@ -1,14 +1,16 @@
 """Run by mpirun in the tests: executes exported models on stand-ins for TensorRT-LLM's modules.
 
-usage: trtllm_pytorch_worker.py CASES.json; CASES is a list of {engine, version, prompts, steps, out}
+usage: trtllm_pytorch_worker.py CASES.json; CASES is a list of {engine, version, kernels, prompts, steps, out}
 
 A case runs on the first ranks, as many as its checkpoint is for. Saved are the logits after every token of the prompts,
 which are one batch, and after each decoded token; from every rank the bits of the last norm's outputs.
+With `kernels`, cqil-trt's collectives load, and are those over MPI: its kernels need GPUs.
 """
 
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,12 +19,26 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-from support.trtllm_pytorch import Executor, install
+from cqil_trt.collectives.host import HostCommunicator
+from cqil_trt.errors import UserError
+from cqil_trt.gpu import kernel_library, workspace
+from support.trtllm_pytorch import Executor, install, rms_norm
+
+
+class Communicator(HostCommunicator):
+    def all_reduce_residual_norm(self, delta, residual, weight, eps):
+        total = self.all_reduce_residual(delta, residual)
+        return total, rms_norm(total, weight, eps)
+
+
+def not_built():
+    raise UserError("not built")
 
 
 def run(case, comm, p):
     engine, prompts = Path(case["engine"]), dict(enumerate(case["prompts"]))
     stand_ins = install(case["version"], comm)
+    kernel_library.load = (lambda: None) if case["kernels"] else not_built
     sys.path.insert(0, str(engine))
     import modeling_cqil
 
@@ -50,8 +66,14 @@ def run(case, comm, p):
 
 
 torch.set_num_threads(1)
-for case in json.loads(Path(sys.argv[1]).read_text()):
-    p = json.loads((Path(case["engine"]) / "checkpoint" / "config.json").read_text())["cqil"]["p"]
-    comm = MPI.COMM_WORLD.Split(0 if MPI.COMM_WORLD.rank < p else MPI.UNDEFINED)
-    if comm != MPI.COMM_NULL:
-        run(case, comm, p)
+workspace.CudaCommunicator = Communicator
+world = MPI.COMM_WORLD
+cases = json.loads(Path(sys.argv[1]).read_text())
+ranks = [json.loads((Path(case["engine"]) / "checkpoint" / "config.json").read_text())["cqil"]["p"] for case in cases]
+groups = {p: world.Split(0 if world.rank < p else MPI.UNDEFINED) for p in sorted(set(ranks))}
+for case, p in zip(cases, ranks):
+    if world.rank < p:
+        run(case, groups[p], p)
+done = world.Ibarrier()
+while not done.Test():  # a rank that waits in MPI keeps a core from those that compute
+    time.sleep(0.05)
