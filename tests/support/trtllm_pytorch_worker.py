@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -73,7 +74,11 @@ ranks = [json.loads((Path(case["engine"]) / "checkpoint" / "config.json").read_t
 groups = {p: world.Split(0 if world.rank < p else MPI.UNDEFINED) for p in sorted(set(ranks))}
 for case, p in zip(cases, ranks):
     if world.rank < p:
-        run(case, groups[p], p)
+        try:
+            run(case, groups[p], p)
+        except BaseException:
+            traceback.print_exc()
+            world.Abort(1)  # the others would wait for this rank
 done = world.Ibarrier()
 while not done.Test():  # a rank that waits in MPI keeps a core from those that compute
     time.sleep(0.05)
