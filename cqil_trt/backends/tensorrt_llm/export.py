@@ -45,6 +45,11 @@ def describe(options: Mapping[str, Any], ranks: tuple[RankPlan, ...]) -> Descrip
             "--backend tensorrt-llm: its executor wants the same attention layers on every rank: --placement sharded "
             "or tensor, or --backend tensorrt for leader"
         )
+    if cqil.ranks_per_layer > 1:
+        raise UserError(
+            f"--backend tensorrt-llm: --ranks-per-layer {cqil.ranks_per_layer}: its executor's attention takes either "
+            "all heads of a layer or an even share over all ranks: use --backend torch or tensorrt"
+        )
     if model.vocab_size % cqil.p:
         raise UserError(f"--backend tensorrt-llm: a vocabulary of {model.vocab_size} is not a multiple of {cqil.p}")
     collective = options.get("collective") or "plugin"
