@@ -12,6 +12,7 @@ _EXTRAS: dict[str, str | None] = {
     **dict.fromkeys(("gguf", "transformers", "peft", "huggingface_hub", "google"), "torch"),
     **dict.fromkeys(("datasets", "lm_eval", "matplotlib", "nltk"), "quality"),
     **dict.fromkeys(("uvicorn", "starlette", "pydantic", "prometheus_client", "llguidance"), "serve"),
+    **dict.fromkeys(("ray", "aiohttp"), "ray"),
 }
 
 

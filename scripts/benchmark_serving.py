@@ -3,6 +3,9 @@
 
 Starts run.py --benchmark and then serve.py on the engine, and streams completions of random prompts of token ids, which
 share no beginning. A client's interval is the time between two events that carry tokens.
+
+With --url it measures servers that run already instead, each beside the first, e.g. a gateway beside the bare server of
+the same engine. An API key is taken from CQIL_API_KEY.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.parse
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +47,7 @@ PERCENTILES = (1, 10, 25, 50, 75, 90, 95, 99, 99.9)
 def parser() -> Parser:
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--engine", type=Path, required=True)
+    parser.add_argument("--url", action="append", metavar="URL", help="a server to measure; repeat it to compare")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--concurrency", default="1,4,8", metavar="N,N")
     parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N")
@@ -116,8 +121,9 @@ def stop(process: subprocess.Popen[str], pid_file: Path) -> int:
 class Client:
     """A connection that stays, and as little else as can be measured with."""
 
-    def __init__(self, port: int):
-        self._socket = socket.create_connection(("127.0.0.1", port), timeout=_PATIENCE)
+    def __init__(self, place: tuple[str, int]):
+        self._host = f"{place[0]}:{place[1]}"
+        self._socket = socket.create_connection(place, timeout=_PATIENCE)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._lines = self._socket.makefile("rb")
 
@@ -126,7 +132,9 @@ class Client:
         wanted = {"prompt": prompt, "max_tokens": count, "temperature": 0, "ignore_eos": True, "stream": True}
         wanted["stream_options"] = {"include_usage": False, "continuous_usage_stats": True}
         body = json.dumps(wanted).encode()
-        head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {self._host}\r\nContent-Type: application/json\r\n"
+        if key := os.environ.get("CQIL_API_KEY"):
+            head += f"Authorization: Bearer {key}\r\n"
         request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
         began = last = time.perf_counter()
         self._socket.sendall(request)
@@ -160,14 +168,14 @@ class Client:
         self._socket.close()
 
 
-def load(port: int, options: argparse.Namespace, clients: int, vocabulary: int, random: Any) -> Served:
+def load(place: tuple[str, int], options: argparse.Namespace, clients: int, vocabulary: int, random: Any) -> Served:
     """What `clients` see that each send one request after another."""
     served, failures = [Served() for _ in range(clients)], []
     prompts = random.integers(vocabulary, size=(clients, options.rounds, options.prompt_tokens)).tolist()
 
     def run(number: int) -> None:
         try:
-            with contextlib.closing(Client(port)) as client:
+            with contextlib.closing(Client(place)) as client:
                 for prompt in prompts[number]:
                     client.complete(prompt, options.new_tokens, served[number])
         except (UserError, OSError, ValueError, KeyError) as error:
@@ -183,6 +191,47 @@ def load(port: int, options: argparse.Namespace, clients: int, vocabulary: int, 
     return Served([t for one in served for t in one.first], [t for one in served for t in one.between])
 
 
+def _place(url: str) -> tuple[str, int]:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme != "http" or not parts.hostname or parts.path not in ("", "/"):
+            raise ValueError
+        return parts.hostname, parts.port or 80
+    except ValueError:
+        raise UserError(f"--url {url}: expected http://host:port") from None
+
+
+def compare(options: argparse.Namespace, clients: list[int], vocabulary: int) -> None:
+    """Measures the servers in turns, round by round, so that what else the machine does meets all of them."""
+    places = [_place(url) for url in options.url]
+    random = np.random.default_rng(0)
+    found = {(count, url): Served() for count in clients for url in options.url}
+    rounds, options.rounds = options.rounds, 1
+    for place in places:
+        load(place, options, 1, vocabulary, random)  # warm up
+    bar = tqdm(total=rounds * len(found), desc="rounds", disable=not sys.stderr.isatty(), leave=False)
+    for count in clients:
+        for _ in range(rounds):
+            for url, place in zip(options.url, places):
+                served = load(place, options, count, vocabulary, random)
+                found[count, url].first += served.first
+                found[count, url].between += served.between
+                bar.update()
+    bar.close()
+    rows, report = [], []
+    for (count, url), served in found.items():
+        base = found[count, options.url[0]]
+        first, first_base = np.median(served.first), np.median(base.first)
+        (p50, p99), p50_base = np.percentile(served.between, (50, 99)), np.median(base.between)
+        row = (count, url, f"{first:.2f}", f"{first - first_base:+.2f}", f"{p50:.3f}", f"{p50 / p50_base - 1:+.1%}")
+        rows.append((*row, f"{p99:.3f}"))
+        between = {str(q): float(np.percentile(served.between, q)) for q in PERCENTILES}
+        report.append({"clients": count, "url": url, "first_token_ms": served.first, "between_tokens_ms": between})
+    print(table(("clients", "url", "first token ms", "", "between tokens ms", "", "p99 ms"), rows))
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
 def run(options: argparse.Namespace) -> None:
     check_at_least(options, 1, "prompt_tokens", "rounds")
     check_at_least(options, 2, "new_tokens")
@@ -192,6 +241,9 @@ def run(options: argparse.Namespace) -> None:
     clients = numbers(options.concurrency, "--concurrency", 1, engine.limits.max_batch_size)
     if options.prompt_tokens + options.new_tokens > engine.limits.max_seq_len:
         raise UserError(f"--prompt-tokens and --new-tokens: the engine holds {engine.limits.max_seq_len}")
+    if options.url:
+        compare(options, clients, engine.model.vocab_size)
+        return
     print("measuring the engine ...", file=sys.stderr)
     alone = engine_alone(options, engine.world_size, clients)
     print("measuring the server ...", file=sys.stderr)
@@ -201,9 +253,9 @@ def run(options: argparse.Namespace) -> None:
         pid_file = Path(directory) / "pid"
         process, port = start(options, engine.world_size, pid_file)
         try:
-            load(port, options, 1, engine.model.vocab_size, random)  # warm up
+            load(("127.0.0.1", port), options, 1, engine.model.vocab_size, random)  # warm up
             for count in tqdm(clients, desc="clients", disable=not sys.stderr.isatty(), leave=False):
-                found[count] = load(port, options, count, engine.model.vocab_size, random)
+                found[count] = load(("127.0.0.1", port), options, count, engine.model.vocab_size, random)
         finally:
             code = stop(process, pid_file)
     prefill = next(m["median_ms"] for m in alone if m["step"] == "prefill")

@@ -9,7 +9,9 @@ import pytest
 from support import ROOT
 from support.chat_models import make_chat_model
 from support.checkpoints import make_model
+from support.needs import need
 from support.processes import assert_user_error, mpirun, run
+from support.serving import ServerProcess
 
 import cqil_trt
 from cqil_trt.commands import RankParser
@@ -45,6 +47,27 @@ def test_serving_is_measured_beside_the_engine(tmp_path):
         times = found["engine_step_ms"], found["between_tokens_ms"]["50"], min(found["first_token_ms"])
         assert all(time > 0 for time in times)
     assert "engine's step ms" in done.stdout
+
+
+@pytest.mark.slow
+def test_two_servers_are_compared(tmp_path):
+    """The same server twice, as one and as the other."""
+    need("uvicorn", "starlette", "pydantic", "prometheus_client", "llguidance")
+    make_chat_model(tmp_path / "model")
+    cqil_trt.build(model=tmp_path / "model", p=1, output=tmp_path / "engine", max_seq_len=64, probes="never")
+    server = ServerProcess(1, tmp_path / "engine", "--device", "cpu")
+    flags = ["--engine", tmp_path / "engine", "--concurrency", "1,2", "--prompt-tokens", 7, "--new-tokens", 5]
+    for url in (server.url, server.url + "/"):
+        flags += ["--url", url]
+    done = run(sys.executable, "scripts/benchmark_serving.py", *flags, "--rounds", 2, "--json", tmp_path / "found.json")
+    assert server.stop() == 0 and done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [(row["clients"], len(row["first_token_ms"])) for row in found] == [(1, 2), (1, 2), (2, 4), (2, 4)]
+    refused = run(sys.executable, "scripts/benchmark_serving.py", *flags)
+    assert_user_error(refused, "Connection refused")
+    assert_user_error(
+        run(sys.executable, "scripts/benchmark_serving.py", *flags[:2], "--url", "x"), "--url x: expected"
+    )
 
 
 @pytest.mark.parametrize(

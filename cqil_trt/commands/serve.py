@@ -34,6 +34,10 @@ def parser() -> RankParser:
     p.add_argument("--device", choices=DEVICES, default="auto", help="where to compute (default: a GPU if available)")
     p.add_argument("--host", default="127.0.0.1", help="the address to listen on (default 127.0.0.1)")
     p.add_argument("--port", type=int, default=8000, help="0 for a free one (default 8000)")
+    p.add_argument(
+        "--unix-socket", metavar="F", type=Path, help="listen on this Unix socket instead, for this user only"
+    )
+    p.add_argument("--parent", metavar="PID", type=int, help="end when this process has ended")
     p.add_argument("--model-name", metavar="NAME", action="append", help="default: the engine directory's name")
     p.add_argument("--api-key-file", metavar="F", type=Path, help="one key per line; also the variable CQIL_API_KEYS")
     p.add_argument("--tls-certificate", metavar="F", type=Path, help="PEM file with the certificate chain")
@@ -98,8 +102,9 @@ def run(options: argparse.Namespace, job: Job) -> None:
     try:
         _serve(options, job, engine, path, setup, sockets)
     finally:
-        if options.pid_file is not None and job.rank == 0:
-            options.pid_file.unlink(missing_ok=True)
+        for file in (options.pid_file, options.unix_socket):
+            if file is not None and job.rank == 0:
+                file.unlink(missing_ok=True)
 
 
 def _serve(
@@ -167,6 +172,7 @@ def check(options: argparse.Namespace) -> None:
     for name in ("queue_timeout", "request_timeout", "step_timeout"):
         if not getattr(options, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} must be above 0, found {getattr(options, name):g}")
+    check_at_least(options, 1, "parent")
     if not 0 <= options.port <= 65535:
         raise UserError(f"--port must be from 0 to 65535, found {options.port}")
     if (options.tls_certificate is None) != (options.tls_key is None):
@@ -187,11 +193,6 @@ def _check_engine(engine: Engine, job: Job) -> None:
 def _listen(options: argparse.Namespace) -> _Sockets:
     from cqil_trt.serving.wire import Rendezvous
 
-    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-    try:
-        listener = socket.create_server((options.host, options.port), family=family, backlog=1024)
-    except OSError as error:
-        raise UserError(f"--host {options.host} --port {options.port}: {error.strerror or error}") from None
     if options.tls_certificate is not None:
         try:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(options.tls_certificate, options.tls_key)
@@ -200,8 +201,28 @@ def _listen(options: argparse.Namespace) -> _Sockets:
                 f"--tls-certificate {options.tls_certificate}, --tls-key {options.tls_key}: cannot be used "
                 f"({error.strerror or error})"
             ) from None
+    listener = _listen_for_clients(options)
     rendezvous = Rendezvous()
     return _Sockets(listener, rendezvous.listen("orders"), rendezvous.listen("monitor"), rendezvous)
+
+
+def _listen_for_clients(options: argparse.Namespace) -> socket.socket:
+    if options.unix_socket is not None:
+        listener = socket.socket(socket.AF_UNIX)
+        mask = os.umask(0o177)
+        try:
+            listener.bind(str(options.unix_socket))
+            listener.listen(1024)
+        except OSError as error:
+            raise UserError(f"--unix-socket {options.unix_socket}: {error.strerror or error}") from None
+        finally:
+            os.umask(mask)
+        return listener
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    try:
+        return socket.create_server((options.host, options.port), family=family, backlog=1024)
+    except OSError as error:
+        raise UserError(f"--host {options.host} --port {options.port}: {error.strerror or error}") from None
 
 
 def _setup(options: argparse.Namespace, path: Path) -> Any:
@@ -221,6 +242,7 @@ def _setup(options: argparse.Namespace, path: Path) -> Any:
         step_seconds=options.step_timeout,
         log_text=options.log_text,
         log_requests=not options.no_log,
+        parent=options.parent,
     )
 
 

@@ -99,13 +99,14 @@ class RankState:
 class EngineClient:
     """Sends requests to rank 0 and hands out what comes back. Lives in one event loop.
 
-    `address`: where clients connect. `failure`: why the server cannot go on. `exit_code`: once it has `ended`.
+    `address`: where clients connect, a Unix socket's path or a host and a port. `failure`: why the server cannot go on.
+    `exit_code`: once it has `ended`.
     """
 
     def __init__(
         self,
         setup: wire.Setup,
-        address: tuple[str, int],
+        address: str | tuple[str, int],
         control: socket.socket,
         monitor: socket.socket,
         metrics: Metrics,
@@ -168,12 +169,10 @@ class EngineClient:
     def _take(self, engine: _Frames, message: Any) -> None:
         if isinstance(message, wire.Ready):
             self.ready = message
-            host, port = self.address
-            scheme = "http" if self.setup.certificate is None else "https"
             with contextlib.suppress(OSError):  # nobody may read it
                 print(
                     f"{self.setup.engine}: {message.slots} slots, {message.rows} sequences at a time, on "
-                    f"{message.device}\nserving at {scheme}://{f'[{host}]' if ':' in host else host}:{port}",
+                    f"{message.device}\nserving at {self._url()}",
                     flush=True,
                 )
         elif isinstance(message, wire.GivenUp):
@@ -194,6 +193,13 @@ class EngineClient:
                 self._tell(news, now, counts)
             # After the tasks that send the tokens on.
             asyncio.get_running_loop().call_soon(self._count, counts)
+
+    def _url(self) -> str:
+        if isinstance(self.address, str):
+            return f"unix:{self.address}"
+        host, port = self.address
+        scheme = "http" if self.setup.certificate is None else "https"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
     def _count(self, counts: list[Callable[[], None]]) -> None:
         for count in counts:
@@ -275,6 +281,23 @@ class EngineClient:
             self.metrics.gauges(self.running, self.waiting, self.usage, healthy=self.failure is None)
 
     # The end
+
+    def end_with(self, process: int) -> None:
+        """Ends the engine when this process has ended, or if there is no such process."""
+        reason = f"process {process}, which the server belongs to, has ended"
+        try:
+            handle = os.pidfd_open(process)
+        except ProcessLookupError:
+            self.fail(reason)
+            return
+        loop = asyncio.get_running_loop()
+
+        def ended() -> None:
+            loop.remove_reader(handle)
+            os.close(handle)
+            self.fail(reason)
+
+        loop.add_reader(handle, ended)
 
     async def _lost(self, reason: str) -> None:
         if self.ready is None:

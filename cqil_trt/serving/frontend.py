@@ -46,8 +46,11 @@ async def serve(setup: wire.Setup, control: socket.socket, monitor: socket.socke
     engine = Engine.open(path)
     tokenizer = Tokenizer(path) if has_tokenizer(path) else None
     metrics = Metrics(setup.model_names[0], engine.limits.max_seq_len)
-    client = EngineClient(setup, listener.getsockname()[:2], control, monitor, metrics)
+    address = listener.getsockname()
+    client = EngineClient(setup, address if isinstance(address, str) else address[:2], control, monitor, metrics)
     await client.start()
+    if setup.parent is not None:
+        client.end_with(setup.parent)
     server = Server(client, engine, tokenizer, end_tokens(engine, tokenizer))
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, client.drain)

@@ -262,7 +262,8 @@ class Heard:
 class Setup:
     """What the HTTP process needs to know, sent first. Times in seconds, sizes in bytes.
 
-    `keys`: API keys, none for no check. `certificate`, `key`: files for TLS.
+    `keys`: API keys, none for no check. `certificate`, `key`: files for TLS. `parent`: the process without which the
+    server ends.
     """
 
     engine: str
@@ -278,3 +279,4 @@ class Setup:
     step_seconds: float = 4.0
     log_text: bool = False
     log_requests: bool = True
+    parent: int | None = None

@@ -98,7 +98,7 @@ class ServerProcess:
 
 def processes() -> dict[int, tuple[int, str]]:
     """Every process: its parent, and its command line."""
-    listed = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(["ps", "-ewwo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
     rows = (line.split(None, 2) for line in listed.splitlines())
     return {int(pid): (int(parent), args) for pid, parent, args in (row for row in rows if len(row) == 3)}
 
