@@ -19,13 +19,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     make.add_argument("--tensorrt-root", type=Path, metavar="DIR", help="with TensorRT plugins, from headers in DIR")
     make.add_argument("--architectures", metavar="LIST", help='e.g. "80;90" (default: all that apply)')
     make.add_argument("--output", type=Path, metavar="FILE", help=f"default: the cache ({kernel_library.LIBRARY})")
+    make.add_argument("--package", type=Path, metavar="DIR", help="for a wheel: DIR/cudaN/, with a record")
     actions.add_parser("path", help="print where the library is")
     options = parser.parse_args(arguments)
     with command():
         if options.action == "build":
             print("compiling (about two minutes) ...", file=sys.stderr)
-            root = options.tensorrt_root or os.environ.get("TENSORRT_ROOT")
-            print(kernel_library.build(Path(root) if root else None, options.architectures, options.output))
+            given = options.tensorrt_root or os.environ.get("TENSORRT_ROOT")
+            root = Path(given) if given else None
+            if options.package is not None:
+                print(kernel_library.build_packaged(options.package, root, options.architectures))
+            else:
+                print(kernel_library.build(root, options.architectures, options.output))
         else:
             print(kernel_library.library_path())
 

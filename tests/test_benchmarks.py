@@ -65,9 +65,8 @@ def test_two_servers_are_compared(tmp_path):
     assert [(row["clients"], len(row["first_token_ms"])) for row in found] == [(1, 2), (1, 2), (2, 4), (2, 4)]
     refused = run(sys.executable, "scripts/benchmark_serving.py", *flags)
     assert_user_error(refused, "Connection refused")
-    assert_user_error(
-        run(sys.executable, "scripts/benchmark_serving.py", *flags[:2], "--url", "x"), "--url x: expected"
-    )
+    refused = run(sys.executable, "scripts/benchmark_serving.py", *flags[:8], "--url", "x")
+    assert_user_error(refused, "--url x: expected http://host:port")
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,22 @@
 """The plugin library, as far as a machine without GPU goes: it compiles, loads, and TensorRT takes its plugins."""
 
 import ctypes.util
+import platform
 import re
 import shutil
 import subprocess
 import sys
 from enum import IntEnum
 from functools import cache
+from pathlib import Path
 
+import pycparser
 import pytest
 import torch
 from support import ROOT
 from support.processes import run
 
+import cqil_trt
 from cqil_trt.config import MAX_RANKS
 from cqil_trt.errors import UserError
 from cqil_trt.gpu import abi, kernel_library, tensorrt_plugins
@@ -195,6 +199,85 @@ def test_without_a_gpu_a_workspace_says_so(built):
     )
     done = run(sys.executable, "-c", code, built[1])
     assert "refused: cuda" in done.stdout, done.stderr
+
+
+# What a wheel brings
+
+
+CLEAN = """
+import sys
+from pathlib import Path
+import cqil_trt
+from cqil_trt.gpu import kernel_library, sources
+package = Path(cqil_trt.__file__).parent
+assert package.is_relative_to(sys.prefix), package
+assert sources.source_directory() == package / "_plugins"
+path = kernel_library.library_path()
+assert path == package / "_library" / "cuda13" / kernel_library.LIBRARY, path
+assert kernel_library.load().cqil_version().decode() == sources.source_version()
+print("loaded", cqil_trt.__version__)
+"""
+
+
+@pytest.mark.slow
+@needs_nvcc
+def test_a_wheel_brings_its_library(library, tmp_path):
+    """Built by the script from a library that is there, checked by auditwheel, installed where nothing else is."""
+    for name in ("auditwheel", "patchelf"):
+        if shutil.which(name) is None:
+            pytest.skip(f"{name} is not on the PATH")
+    pytest.importorskip("hatchling")
+    (tmp_path / "libraries" / "cuda13").mkdir(parents=True)
+    compiled = shutil.copy(library("11.1", "90"), tmp_path / "libraries" / "cuda13")
+    kernel_library.write_record(Path(compiled), 13, [90])
+    environment = {"CQIL_WHEEL_LIBRARIES": str(tmp_path / "libraries")}
+    done = run("bash", ROOT / "scripts" / "build_wheel.sh", tmp_path / "dist", env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [wheel] = (tmp_path / "dist").iterdir()
+    version = re.escape(cqil_trt.__version__)
+    assert re.fullmatch(rf"cqil_trt-{version}-py3-none-manylinux_2_\d+_{platform.machine()}(\..*)?\.whl", wheel.name)
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "clean"], check=True)
+    python = tmp_path / "clean" / "bin" / "python"
+    install = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-index"]
+    subprocess.run([python, *install, wheel], check=True)
+    # The one dependency that this needs, without a network.
+    [packages] = (tmp_path / "clean" / "lib").glob("python*/site-packages")
+    (packages / "pycparser").symlink_to(Path(pycparser.__file__).parent)
+    nothing = {"PYTHONPATH": "", "PATH": "/nowhere", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run([python, "-I", "-c", CLEAN], env=nothing, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"loaded {cqil_trt.__version__}\n"
+
+
+def test_a_packaged_library_is_used_where_it_fits(tmp_path, monkeypatch):
+    def record(cuda, architectures):
+        path = tmp_path / "packaged" / f"cuda{cuda}" / kernel_library.LIBRARY
+        path.parent.mkdir(parents=True)
+        path.touch()
+        kernel_library.write_record(path, cuda, architectures)
+        return path
+
+    find, gpu = kernel_library.packaged_library, kernel_library.Gpu
+    old, new = record(12, [80, 90]), record(13, [90, 120])
+    directory = tmp_path / "packaged"
+    assert find(directory, None) == new
+    assert find(directory, gpu(capability=90, cuda=13)) == find(directory, gpu(capability=103, cuda=14)) == new
+    assert find(directory, gpu(capability=86, cuda=13)) == find(directory, gpu(capability=90, cuda=12)) == old
+    assert find(directory, gpu(capability=75, cuda=13)) is None and find(directory, gpu(90, 11)) is None
+    # One that was compiled here comes first, and of other sources none is used.
+    monkeypatch.delenv("CQIL_TRT_PLUGINS", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(kernel_library, "_PACKAGED", directory)
+    monkeypatch.setattr(kernel_library, "this_gpu", lambda: gpu(90, 13))
+    assert kernel_library.library_path() == new
+    compiled = kernel_library.cache_directory() / kernel_library.LIBRARY
+    compiled.parent.mkdir(parents=True)
+    compiled.touch()
+    assert kernel_library.library_path() == compiled
+    compiled.unlink()
+    monkeypatch.setattr(kernel_library, "source_version", lambda: "0.0.0+other")
+    with pytest.raises(UserError, match="cqil_trt.kernels build"):
+        kernel_library.library_path()
 
 
 def exported(path):
