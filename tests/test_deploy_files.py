@@ -1,0 +1,140 @@
+"""The files in deploy/, judged by the schemas and linters of those who read them."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import yaml
+from support import ROOT
+from support.needs import need
+from support.processes import assert_user_error, environment, run
+
+DEPLOY = ROOT / "deploy"
+
+
+def manifests():
+    return {found["kind"]: found for found in yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text())}
+
+
+def test_the_manifests_are_kubernetes(tmp_path):
+    validate = pytest.importorskip("kubernetes_validate")
+    kinds = manifests()
+    assert kinds.keys() == {"Deployment", "Service", "PodDisruptionBudget", "HorizontalPodAutoscaler"}
+    for found in kinds.values():
+        validate.validate(found, validate.latest_version(), strict=True)
+    kinds["Deployment"]["spec"]["replica"] = 3
+    with pytest.raises(Exception, match="replica"):
+        validate.validate(kinds["Deployment"], validate.latest_version(), strict=True)
+
+
+def test_the_manifests_belong_together():
+    kinds = manifests()
+    deployment = kinds["Deployment"]["spec"]
+    labels = deployment["template"]["metadata"]["labels"]
+    assert deployment["selector"]["matchLabels"] == labels == kinds["Service"]["spec"]["selector"]
+    assert kinds["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"] == labels
+    scaled = kinds["HorizontalPodAutoscaler"]["spec"]
+    assert scaled["scaleTargetRef"]["name"] == kinds["Deployment"]["metadata"]["name"]
+    pod = deployment["template"]["spec"]
+    [container] = pod["containers"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    drain = float(container["args"][container["args"].index("--drain-seconds") + 1])
+    pause = float(container["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert drain + pause < pod["terminationGracePeriodSeconds"]
+    [metric] = scaled["metrics"]
+    [rule] = yaml.safe_load((DEPLOY / "prometheus-adapter.yaml").read_text())["rules"]["custom"]
+    assert rule["name"]["as"] == metric["pods"]["metric"]["name"]
+
+
+def test_flags_and_metrics_are_the_servers():
+    need("prometheus_client", "aiohttp")
+    from cqil_trt.commands.serve import parser
+    from cqil_trt.serving.metrics import Metrics
+
+    [container] = manifests()["Deployment"]["spec"]["template"]["spec"]["containers"]
+    assert parser().parse_args(container["args"]).model_name == ["mine"]
+    known = {f"{family.name}" for family in Metrics("m").registry.collect()}
+    used = set(re.findall(r"(?:vllm|cqil):\w+", (DEPLOY / "prometheus-adapter.yaml").read_text()))
+    assert used and used <= known
+
+
+def test_the_compose_file_is_one(tmp_path):
+    need("check_jsonschema")
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    check = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
+    done = subprocess.run([*check, DEPLOY / "compose.yaml"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    compose["services"]["server"]["shm-size"] = "1gb"
+    (tmp_path / "wrong.json").write_text(json.dumps(compose))
+    assert subprocess.run([*check, tmp_path / "wrong.json"], capture_output=True).returncode == 1
+    for service in compose["services"].values():
+        for volume in service["volumes"]:
+            if isinstance(volume, str):
+                assert (DEPLOY / volume.split(":")[0]).is_file()
+    for content in compose["configs"].values():
+        assert yaml.safe_load(content["content"])["apiVersion"] == 1
+
+
+@pytest.mark.skipif(shutil.which("hadolint") is None, reason="hadolint is not on the PATH")
+def test_the_dockerfile_passes_its_linter(tmp_path):
+    done = subprocess.run(["hadolint", DEPLOY / "Dockerfile"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    (tmp_path / "Dockerfile").write_text((DEPLOY / "Dockerfile").read_text() + "FROM nothing:latest AS cpu\n")
+    assert subprocess.run(["hadolint", tmp_path / "Dockerfile"], capture_output=True).returncode != 0
+
+
+def test_the_dockerfile_copies_what_the_wheel_needs():
+    """What .dockerignore lets in: everything that pyproject.toml and the build script name."""
+    allowed = {line[1:] for line in (DEPLOY / "Dockerfile.dockerignore").read_text().split() if line.startswith("!")}
+    assert all((ROOT / path).exists() for path in allowed)
+    text = (ROOT / "pyproject.toml").read_text()
+    included = re.findall(r'^"(\S+)" = "cqil_trt/_', text, re.M)
+    assert {*included, "README.md", "cqil_trt", "hatch_build.py", "pyproject.toml"} <= allowed
+    for copied in re.findall(r"^COPY .*?(deploy/\S+) ", (DEPLOY / "Dockerfile").read_text(), re.M):
+        assert copied in allowed
+
+
+@pytest.mark.slow
+def test_ray_reads_the_config_file():
+    need("ray", "aiohttp")
+    from ray.serve.schema import ServeDeploySchema
+
+    from cqil_trt.deploy.ray_serve import Options
+
+    config = ServeDeploySchema.model_validate(yaml.safe_load((DEPLOY / "ray-serve.yaml").read_text()))
+    [application] = config.applications
+    assert Options(**application.args).replicas == 2
+
+
+@pytest.mark.slow
+def test_the_entry_point_starts_as_many_ranks_as_the_engine_has(tmp_path):
+    need("uvicorn", "starlette", "pydantic", "prometheus_client", "llguidance")
+    from support.chat_models import make_chat_model
+
+    import cqil_trt
+
+    model = make_chat_model(tmp_path / "model")
+    engine = cqil_trt.build(model=model, p=2, output=tmp_path / "engine", probes="never").path
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "cqil-serve").write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT}/runtime/serve.py "$@"\n')
+    (tools / "python3").symlink_to(sys.executable)
+    for tool in tools.glob("cqil*"):
+        tool.chmod(0o755)
+    env = {**environment(), "CQIL_ENGINE": str(engine), "CQIL_PORT": "0", "PYTHONPATH": str(ROOT)}
+    env["PATH"] = f"{tools}:{env['PATH']}"
+    command = [DEPLOY / "entrypoint.sh", "--device", "cpu", "--pid-file", tmp_path / "pid"]
+    server = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+    try:
+        assert any("serving at http://0.0.0.0:" in line for line in server.stdout)
+        server.send_signal(signal.SIGTERM)  # as `docker stop` does
+        assert "stopped: all ranks hold identical bits" in server.stdout.read()
+        assert server.wait(30) == 0
+    finally:
+        server.kill()
+    wrong = run(sys.executable, "-m", "cqil_trt.deploy.ranks", tmp_path)
+    assert_user_error(wrong, "not an engine directory")
