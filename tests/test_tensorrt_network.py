@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from support import SEED, write_json
-from support.cases import ARCHITECTURES, identifier, ranks_of, relative
+from support.cases import ARCHITECTURES, FAMILIES, identifier, ranks_of, relative
 from support.checkpoints import load_model, make_model, rank_weights
 from support.processes import assert_user_error, build, mpirun, run
 from support.tensorrt_evaluator import NetworkEvaluator, Recorder, evaluate
@@ -54,12 +54,22 @@ HALF = [
     for i, name in enumerate(ARCHITECTURES)
     for j, dtype in enumerate(("float16", "bfloat16"))
 ]
+# Families with more than LLaMA has: TensorRT's attention has no caps of scores.
+NATIVE = [name for name in FAMILIES if name != "gemma2"]
+MORE = [
+    (name, {**shape, "dtype": dtype})
+    for i, name in enumerate(NATIVE)
+    for shape, dtype in (
+        ({"p": 2, "d": i % 2, "start": 1, "end": 5, "placement": PLACEMENTS[i % 2]}, "float32"),
+        ({"p": 4 if i % 2 else 3, "placement": "tensor"}, ("float32", "float16", "bfloat16")[i % 3]),
+    )
+]
 BUILDS = [
     (name, {**SHAPES[(4 * i + j) % len(SHAPES)], "dtype": DTYPES[(i + j) % 3]})
     for i, name in enumerate(ARCHITECTURES)
     for j in ([0, 2] if i < 5 else [0])
 ]
-BUILDS += [("qwen2", {**CASES[-1][1], "dtype": "float32"})]
+BUILDS += [("qwen2", {**CASES[-1][1], "dtype": "float32"}), *MORE[:2], *MORE[8:10]]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +78,7 @@ def models(tmp_path_factory):
     # An epsilon whose absence shows.
     return {
         name: make_model(root / name, architecture, seed=SEED + i, rms_norm_eps=1e-2, **changes)
-        for i, (name, (architecture, changes)) in enumerate(ARCHITECTURES.items())
+        for i, (name, (architecture, changes)) in enumerate({**ARCHITECTURES, **FAMILIES}.items())
     }
 
 
@@ -174,13 +184,13 @@ class Ranks:
 
 NUMBERS = [  # in the fast run those of few ranks
     pytest.param(i, id=identifier(case), marks=() if ranks_of(case[1]) < 3 else pytest.mark.slow)
-    for i, case in enumerate(CASES + HALF)
+    for i, case in enumerate(CASES + HALF + MORE)
 ]
 
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_it_computes_what_the_reference_does(number, models):
-    name, shape = (CASES + HALF)[number]
+    name, shape = (CASES + HALF + MORE)[number]
     shape = dict(shape)
     dtype = shape.pop("dtype", "float32")
     random = np.random.default_rng([SEED, number])
@@ -293,7 +303,7 @@ def joins_of_layers(rank):
 
 def expected_collectives(rank):
     bypasses = len(rank.cqil.groups) if rank.cqil.d else 0
-    return rank.schedule.all_reduces + rank.schedule.broadcasts + bypasses
+    return rank.all_reduces + rank.schedule.broadcasts + bypasses
 
 
 @pytest.mark.parametrize("chunk", [CHUNK, 10 * LENGTH])
@@ -368,7 +378,7 @@ def test_engines_of_every_rank_are_built(name, shape, models, tmp_path):
 
 
 def test_the_builds_cover_what_there_is():
-    assert {name for name, _ in BUILDS} == set(ARCHITECTURES)
+    assert {name for name, _ in BUILDS} == {*ARCHITECTURES, NATIVE[0], NATIVE[4]}
     assert {(s["p"], s.get("placement", PLACEMENTS[0])) for _, s in BUILDS} >= {
         (1, "sharded"),
         *((p, placement) for p in (2, 4) for placement in PLACEMENTS),

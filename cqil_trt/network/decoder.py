@@ -152,8 +152,9 @@ def _own_change(
 def _attention(ops: Ops[V], shard: LayerShard, normed: V, positions: Any) -> V:
     model = ops.plan.model
     if not shard.num_heads:
-        if model.joint_qk_norm:
-            ops.all_reduce_squares(ops.head_squares(None, None, normed, shard), ops.sharing(shard))
+        if model.joint_qk_norm:  # the other ranks need this one for the norms of their heads
+            squares = ops.head_squares(None, None, normed, shard)
+            return ops.zeros_after(normed, ops.all_reduce_squares(squares, ops.sharing(shard)))
         return ops.zeros_like(normed)
     qkv = ops.project(normed, f"layers.{shard.index}.qkv")
     out = ops.project(ops.attention(qkv, positions, shard), f"layers.{shard.index}.o")

@@ -91,8 +91,12 @@ class Ops(ABC, Generic[V]):
     def head_squares(self, q: V | None, k: V | None, like: V, shard: LayerShard) -> V:
         """The sums of q² and of k² over heads and D, float32 [B, 1, T, 2]; of k only of heads that `shard` owns.
 
-        q and k: as from `split_heads`, None on a rank without heads; like: [B, T, H].
+        q and k: as from `split_heads`, None on a rank without heads, which has zeros; like: [B, T, more than 1].
         """
+        raise NotImplementedError("norms over all heads")
+
+    def zeros_after(self, x: V, squares: V) -> V:
+        """Zeros in the shape of x [B, T, H] that depend on `squares`, so no compiler leaves out their all-reduce."""
         raise NotImplementedError("norms over all heads")
 
     def scale_heads(self, x: V, squares: V, which: int, name: str) -> V:
@@ -148,7 +152,7 @@ class Ops(ABC, Generic[V]):
         raise NotImplementedError("an all-reduce without a residual")
 
     def all_reduce_squares(self, x: V, peers: Peers) -> V:
-        """The sum of the `head_squares` of these ranks."""
+        """The sum of the `head_squares` of these ranks, the same bits on all."""
         raise NotImplementedError("norms over all heads")
 
     @abstractmethod

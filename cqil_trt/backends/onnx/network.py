@@ -208,16 +208,21 @@ class OnnxOps(Ops[str]):
     def head_squares(self, q: str | None, k: str | None, like: str, shard: LayerShard) -> str:
         axes = self._constant("axes.1.3", [1, 3])
         if q is None or k is None:
-            rows = self._node("Slice", self._node("Shape", like), *self._ends(0, 2), self._constant("axes.0", [0]))
-            shape = self._node("Concat", rows, self._constant("two", [2]), axis=0)
-            zeros = self._node(
-                "ConstantOfShape", shape, value=helper.make_tensor("zero", TensorProto.FLOAT, [1], [0.0])
-            )
+            # Zeros that depend on what came before, as the order of collectives must.
+            rows = self._node("Slice", self._wide(like), *self._ends(0, 2), self._constant("axes.2", [2]))
+            zeros = self._node("Mul", rows, self._number(0.0, TensorProto.FLOAT))
             return self._node("Unsqueeze", zeros, self._constant("axes.1", [1]))
+        # No head at all is a slice of size 0, whose sum is 0.
         owned = self._ends(*shard.owned_kv_heads(self.plan.model.group_size))
         k = self._node("Slice", k, *owned, self._constant("axes.1", [1]))
         sums = [self._node("ReduceSumSquare", self._wide(x), axes) for x in (q, k)]
         return self._node("Concat", *sums, axis=-1)
+
+    def zeros_after(self, x: str, squares: str) -> str:
+        sums = self._node("ReduceSum", squares, self._constant("axes.1.3", [1, 3]), keepdims=0)
+        zeros = self._node("Mul", sums, self._number(0.0, TensorProto.FLOAT))
+        zeros = self._node("Cast", self._node("Unsqueeze", zeros, self._constant("axes.2", [2])), to=self._type)
+        return self.add(self.zeros_like(x), zeros)
 
     def scale_heads(self, x: str, squares: str, which: int, name: str) -> str:
         model, last = self.plan.model, self._constant("axes.3", [3])

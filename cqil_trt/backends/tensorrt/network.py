@@ -247,14 +247,18 @@ class TensorRtOps(Ops[Tensor]):
         return self._out(layer, self.type_of(x))
 
     def _sum_of(self, x: Tensor, ranks: Sequence[int]) -> Tensor:
-        """The sum of these ranks' x, float32, by TensorRT's collective layer; a matrix, unless they are all ranks.
-
-        That has no collective on a subset of ranks: all ranks gather, and each adds up the parts it needs.
-        """
-        wide = self._cast(x, self._trt.float32)
+        """The sum of these ranks' x [N, W], float32, by TensorRT's collective layer."""
         if len(ranks) == self.plan.world_size:
             # NCCL has its own order of summation, the same on every rank.
-            return self._collective(wide, "ALL_REDUCE", "SUM")
+            return self._collective(self._cast(x, self._trt.float32), "ALL_REDUCE", "SUM")
+        return self._gathered_sum(x, ranks)
+
+    def _gathered_sum(self, x: Tensor, ranks: Sequence[int]) -> Tensor:
+        """As `_sum_of` for x [..., W], [N, W]: all ranks gather, and each adds up the parts it needs.
+
+        For subsets of the ranks, on which TensorRT has no collective.
+        """
+        wide = self._cast(x, self._trt.float32)
         parts = self._collective(self._reshape(wide, (1, -1, x.shape[-1])), "ALL_GATHER")
         needed = [1.0 if source in ranks else 0.0 for source in range(self.plan.world_size)]
         kept = self._elementwise("PROD", parts, self._constant(np.array(needed, np.float32).reshape(-1, 1, 1)))
@@ -290,13 +294,6 @@ class TensorRtOps(Ops[Tensor]):
         if peers is Peers.ALL:
             self.outputs["joined"] = out
         return out
-
-    def all_reduce_squares(self, x: Tensor, peers: Peers) -> Tensor:
-        if self._nccl:
-            whole = self._sum_of(x, self.plan.schedule.peers(peers))
-            return whole if peers is Peers.ALL else self._reshape(whole, self._network.add_shape(x).get_output(0))
-        fields = {"mode": 0, "eps": 0.0, "dtype": abi.dtype_code("float32")}
-        return self._plugin("CqilAllReduce", [x, self._workspace(peers)], 1, **fields)[0]
 
     def broadcast(self, x: Tensor | None, tokens: Tensor) -> Tensor:
         hidden = self.plan.model.hidden_size
@@ -428,16 +425,32 @@ class NativeOps(TensorRtOps):
 
     def head_squares(self, q: Tensor | None, k: Tensor | None, like: Tensor, shard: LayerShard) -> Tensor:
         wide, axes = self._trt.float32, 1 << 1 | 1 << 3
-        if q is None or k is None:
-            rows = self._reshape(self._positions, self._dims(self._batch, 1, self._length, 1))
-            return self._elementwise("PROD", self._cast(rows, wide), self._constant(np.zeros((1, 1, 1, 2), np.float32)))
-        k = self._span(k, 1, *shard.owned_kv_heads(self.plan.model.group_size))
+        first, last = shard.owned_kv_heads(self.plan.model.group_size)
+        owned = None if k is None or first == last else self._span(k, 1, first, last)
         sums = []
-        for x in (self._cast(q, wide), self._cast(k, wide)):
-            sums.append(self._reduced("SUM", self._elementwise("PROD", x, x), axes))
+        for x in (q, owned):
+            if x is None:
+                # Zeros that depend on what came before, as the order of collectives must.
+                rows = self._reshape(self._span(like, 1, 0, 1), self._dims(self._batch, 1, self._length, 1))
+                sums.append(self.scale(self._cast(rows, wide), 0.0))
+            else:
+                x = self._cast(x, wide)
+                sums.append(self._reduced("SUM", self._elementwise("PROD", x, x), axes))
         layer = self._network.add_concatenation(sums)
         layer.axis = 3
         return self._out(layer, wide)
+
+    def all_reduce_squares(self, x: Tensor, peers: Peers) -> Tensor:
+        if self._nccl:
+            # Not an all-reduce, with which TensorRT-RTX 1.7 crashes while it builds some networks.
+            whole = self._gathered_sum(x, self.plan.schedule.peers(peers))
+            return self._reshape(whole, self._dims(self._batch, 1, self._length, 2))
+        fields = {"mode": 0, "eps": 0.0, "dtype": abi.dtype_code("float32")}
+        return self._plugin("CqilAllReduce", [x, self._workspace(peers)], 1, **fields)[0]
+
+    def zeros_after(self, x: Tensor, squares: Tensor) -> Tensor:
+        zeros = self._reshape(self.scale(self._span(squares, 3, 0, 1), 0.0), (-1, 1))
+        return self._elementwise("PROD", x, self._cast(zeros, self.type_of(x)))
 
     def scale_heads(self, x: Tensor, squares: Tensor, which: int, name: str) -> Tensor:
         model, wide = self.plan.model, self._trt.float32

@@ -199,6 +199,9 @@ class TorchOps(Ops[torch.Tensor]):
         k = k[:, slice(*shard.owned_kv_heads(self.plan.model.group_size))]
         return torch.cat([x.float().square().sum((1, 3), keepdim=True) for x in (q, k)], -1)
 
+    def zeros_after(self, x: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(x)
+
     def scale_heads(self, x: torch.Tensor, squares: torch.Tensor, which: int, name: str) -> torch.Tensor:
         model = self.plan.model
         count = (model.num_kv_heads if which else model.num_heads) * model.head_dim
