@@ -147,9 +147,13 @@ class RankPlan:
 
     @property
     def all_reduces(self) -> int:
-        """This rank's all-reduces per forward pass, with those of norms over all heads of a split layer."""
-        norms = sum(shard.parts > 1 for shard in self.layers.values()) if self.model.joint_qk_norm else 0
-        return self.schedule.all_reduces + norms
+        """This rank's all-reduces per forward pass, with those that norms of split outputs and heads need."""
+        found = self.schedule.all_reduces
+        if self.model.joint_qk_norm:
+            found += sum(shard.parts > 1 for shard in self.layers.values())
+        if self.model.post_norms:  # of the MLP's whole output, where several ranks share a layer of a group
+            found += sum(isinstance(step, Group) and step.parts > 1 for step in self.schedule.layers)
+        return found
 
     @property
     def collectives(self) -> int:

@@ -64,6 +64,8 @@ MORE = [
         ({"p": 4 if i % 2 else 3, "placement": "tensor"}, ("float32", "float16", "bfloat16")[i % 3]),
     )
 ]
+SHARED = {"p": 2, "ranks_per_layer": 2, "start": 1, "end": 5, "dtype": "float32"}
+MORE += [("gemma3", {**SHARED, "d": 1}), ("olmo2", {**SHARED, "d": 1, "bypass": "residual"})]
 BUILDS = [
     (name, {**SHAPES[(4 * i + j) % len(SHAPES)], "dtype": DTYPES[(i + j) % 3]})
     for i, name in enumerate(ARCHITECTURES)
