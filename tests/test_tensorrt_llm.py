@@ -23,6 +23,7 @@ from cqil_trt.backends.tensorrt_llm.engine import MODEL_FILE, build_command
 from cqil_trt.backends.tensorrt_llm.versions import check, default_target, installed
 from cqil_trt.config import CqilConfig, EngineLimits
 from cqil_trt.errors import UserError
+from cqil_trt.weights.quantized.rounding import to_int4
 
 SIZES = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 132, "num_hidden_layers": 9}
 MODELS = {
@@ -138,6 +139,85 @@ def test_an_adapter_is_merged_first(models, tmp_path):
         torch.testing.assert_close(found[key], expected, rtol=1e-5, atol=1e-6)
     plain = load_model(models["llama"]).state_dict()
     assert any(not torch.equal(found[key], plain[key]) for key in plain)
+
+
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 32, "num_attention_heads": 8, "num_hidden_layers": 6}
+
+
+def unpacked(tensors, name, group):
+    """The matrix that TensorRT-LLM's kernels multiply with, from ModelOpt's layout of 4-bit codes."""
+    packed = tensors[f"{name}.weight"]
+    assert packed.dtype == torch.int8
+    # Two rows in a byte, signed: the even one is the lower half.
+    codes = torch.stack([packed << 4 >> 4, packed >> 4], 1).flatten(0, 1).float()
+    scales, zeros = (tensors[f"{name}.{part}"].float() for part in ("weights_scaling_factor", "zero"))
+    return codes * scales.repeat_interleave(group, 1) + zeros.T.repeat_interleave(group, 1)
+
+
+@pytest.mark.parametrize(("dtype", "quantize", "shape"), [
+    ("float16", "int4g64", {"p": 2, "start": 2, "end": 4}),
+    ("bfloat16", "int4", {"p": 2, "start": 1, "end": 5, "keep": "layers.0"}),
+    ("float16", "int4g64", {"p": 4, "placement": "tensor"}),
+])  # fmt: skip
+def test_4_bit_weights_are_stored_as_tensorrt_llms_layers_take_them(dtype, quantize, shape, tmp_path):
+    model = make_model(tmp_path / "model", **{**SIZES, **WIDE})
+    options = {"backend": "tensorrt-llm", "dtype": dtype, "quantize": quantize, "probes": "never"}
+    engine = cqil_trt.build(model=model, output=tmp_path / "engine", **options, **shape)
+    config = json.loads((engine.path / "checkpoint" / "config.json").read_text())
+    quantization, group = config["quantization"], 64 if quantize == "int4g64" else 128
+    assert quantization["quant_algo"] == "W4A16_AWQ" and quantization["group_size"] == group
+    assert quantization["has_zero_point"] is True and quantization["pre_quant_scale"] is False
+    excluded = [name for name in quantization["exclude_modules"] if "layers" in name]
+    assert excluded == (["transformer.layers.0.*"] if "keep" in shape else [])
+    expected = load_model(model).state_dict()
+    for rank in range(engine.world_size):
+        tensors, plan = load_file(engine.path / "checkpoint" / f"rank{rank}.safetensors"), engine.plan(rank)
+        for place, step in enumerate(plan.schedule.layers):
+            shard, dim = plan.layers[step.index], config["head_size"]
+            q, kv = (slice(heads[0] * dim, heads[1] * dim) for heads in (shard.heads, shard.kv_heads))
+            neurons = slice(*shard.neurons)
+
+            def theirs(module, rows=slice(None), columns=slice(None), index=step.index):
+                return expected[f"model.layers.{index}.{module}_proj.weight"][rows, columns]
+
+            whole = {
+                "attention.qkv": torch.cat([theirs(f"self_attn.{part}", r) for part, r in zip("qkv", (q, kv, kv))]),
+                "attention.dense": theirs("self_attn.o", columns=q),
+                "mlp.fc": theirs("mlp.gate", neurons),
+                "mlp.gate": theirs("mlp.up", neurons),
+                "mlp.proj": theirs("mlp.down", columns=neurons),
+            }
+            for module, weight in whole.items():
+                name = f"transformer.layers.{place}.{module}"
+                if "keep" in shape and step.index == 0:
+                    assert tensors[f"{name}.weight"].dtype == torch.bfloat16
+                    continue
+                found = unpacked(tensors, name, group)
+                # 4 bits hold a normal distribution to about a tenth; any other order of codes is off by more than 1.
+                assert relative(found.numpy(), weight.numpy()) < 0.15
+                rounded = to_int4(weight, getattr(torch, dtype), group).dequantize()
+                assert relative(found.numpy(), rounded.numpy()) < (2e-3 if dtype == "float16" else 2e-2)
+
+
+QUANTIZED = [
+    ({"quantize": "int8"}, "int8: TensorRT-LLM rounds 8-bit integers itself"),
+    ({"quantize": "fp8"}, "fp8: TensorRT-LLM's FP8 layers round activations too"),
+    ({"quantize": "int4g32"}, "groups of 64 or 128"),
+    ({"quantize": "int4", "dtype": "float32"}, "float16 or bfloat16"),
+    ({"quantize": "int4", "attention_bias": True}, "drops biases"),
+    ({"quantize": "int4", "intermediate_size": 640}, "fill up 640 MLP neurons to a multiple of 256"),
+    ({"quantize": "int4", "keep": "layers.2"}, "--keep whole groups"),
+    ({"quantize": "int4", "target": "pytorch"}, "--target pytorch has dense weights only"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), QUANTIZED, ids=[message[:24] for _, message in QUANTIZED])
+def test_quantized_weights_that_its_layers_do_not_take_are_refused_with_the_reason(changes, message, tmp_path):
+    sizes = {key: changes.pop(key) for key in ("attention_bias", "intermediate_size") if key in changes}
+    model = make_model(tmp_path / "model", **{**SIZES, **WIDE, **sizes})
+    options = {"dtype": "float16", "p": 2, "start": 2, "end": 4, **changes}
+    with pytest.raises(UserError, match=message):
+        cqil_trt.build(model=model, output=tmp_path / "no", backend="tensorrt-llm", **options)
 
 
 @pytest.mark.slow

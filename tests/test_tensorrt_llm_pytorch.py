@@ -177,7 +177,7 @@ REFUSED = [
     ({"p": 4, "placement": "leader"}, "same attention layers"),
     ({"p": 8, "placement": "tensor", "vocab_size": 136}, "6 query heads leave some of 8 ranks without any"),
     ({"p": 2, "vocab_size": 132, "collective": "nccl"}, "--collective must be one of plugin, trtllm"),
-    ({"p": 2, "vocab_size": 132, "quantize": "int8"}, "--quantize int8: backend tensorrt-llm does not support it"),
+    ({"p": 2, "vocab_size": 132, "quantize": "int8"}, "--quantize int8: TensorRT-LLM rounds"),
 ]
 
 

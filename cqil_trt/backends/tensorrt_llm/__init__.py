@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from cqil_trt import formats
 from cqil_trt.backends import Backend, Compilation, CompiledEngine, Description, Option
 from cqil_trt.config import EngineLimits
 from cqil_trt.model import ModelConfig
@@ -27,6 +28,7 @@ COLLECTIVES = ("plugin", "trtllm")
 
 class TensorRtLlmBackend(Backend):
     name = "tensorrt-llm"
+    formats = (formats.DENSE, "int4")
     packages = {"tensorrt_llm": "tensorrt-llm", "tensorrt": "tensorrt-llm", "cuda": "tensorrt-llm"}
     options = (
         Option(name="collective", help="what joins ranks (default plugin where possible)", choices=COLLECTIVES),
@@ -43,8 +45,8 @@ class TensorRtLlmBackend(Backend):
     def check_model(self, model: ModelConfig, limits: EngineLimits) -> None:
         from cqil_trt.backends.tensorrt_llm.export import check_model
 
+        check_model(model, limits)
         super().check_model(model, limits)
-        check_model(model)
 
     def describe(self, limits: EngineLimits, options: Mapping[str, Any], ranks: tuple[RankPlan, ...]) -> Description:
         from cqil_trt.backends.tensorrt_llm.export import describe

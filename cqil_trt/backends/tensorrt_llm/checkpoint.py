@@ -9,19 +9,16 @@ its share of every layer; a group takes one place in the list, where each rank h
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cqil_trt.backends.tensorrt_llm.names import Names, Part, tensors
+from cqil_trt.backends.tensorrt_llm.names import Names, tensors
 from cqil_trt.engine import tensor_header, tensor_spans
-from cqil_trt.errors import UserError
 from cqil_trt.model import ModelConfig
 from cqil_trt.schedule import Group
 from cqil_trt.shard import RankPlan
 
 CHECKPOINT = "checkpoint"
-_COPY_BYTES = 16 << 20
 
 
 def cqil_section(ranks: tuple[RankPlan, ...], collective: str) -> dict[str, Any]:
@@ -60,18 +57,5 @@ def copy_tensors(plan: RankPlan, names: Names, source: Path, path: Path) -> None
     with open(source, "rb") as read, open(path, "wb") as write:
         write.write(tensor_header(parts))
         for part in parts:
-            for block in _blocks(read, part, spans):
+            for block in part.blocks(read, spans):
                 write.write(block)
-
-
-def _blocks(file: Any, part: Part, spans: Mapping[str, tuple[int, int]]) -> Iterator[bytes]:
-    left = part.nbytes
-    if part.source is not None:
-        file.seek(spans[part.source][0] + part.first * part.nbytes // part.elements)
-    while left:
-        length = min(left, _COPY_BYTES)
-        block = bytes(length) if part.source is None else file.read(length)
-        if len(block) != length:
-            raise UserError(f"{file.name}: truncated while reading {part.source}")
-        yield block
-        left -= length

@@ -12,6 +12,7 @@ from typing import Any
 from cqil_trt.backends import Compilation, Description
 from cqil_trt.backends.tensorrt_llm import COLLECTIVES, engine, pytorch, versions
 from cqil_trt.backends.tensorrt_llm.checkpoint import CHECKPOINT, copy_tensors
+from cqil_trt.config import EngineLimits
 from cqil_trt.errors import UserError
 from cqil_trt.model import ModelConfig
 from cqil_trt.shard import RankPlan
@@ -22,8 +23,19 @@ def target(build: Mapping[str, Any]) -> ModuleType:
     return {versions.ENGINE: engine, versions.PYTORCH: pytorch}[build.get("target", versions.ENGINE)]
 
 
-def check_model(model: ModelConfig) -> None:
-    """Raises UserError for a model that neither runtime can express."""
+# Why quantized weights of these formats cannot be exported.
+_FORMATS = {
+    "int8": "TensorRT-LLM rounds 8-bit integers itself, to other codes, or wants them arranged for one kind of GPU",
+    "fp8": "TensorRT-LLM's FP8 layers round activations too, which our engines do not",
+}
+
+
+def check_model(model: ModelConfig, limits: EngineLimits) -> None:
+    """Raises UserError for a model or weights that neither runtime can express."""
+    if limits.weights in _FORMATS:
+        raise UserError(
+            f"--quantize {limits.weights}: {_FORMATS[limits.weights]}: int4 can be exported (--target engine)"
+        )
     rope = model.rope
     # Their attention modules have no attention factor of this kind and take no frequencies.
     if rope.kind == "yarn" or rope.divisors or rope.attention_factor != 1:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import BinaryIO
 
+from cqil_trt.errors import UserError
 from cqil_trt.formats import StoredTensor
 from cqil_trt.shard import RankPlan
+
+# Where our tensors are in a file: offset and length in bytes, by name.
+Spans = Mapping[str, tuple[int, int]]
+_COPY_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +21,24 @@ class Part(StoredTensor):
 
     source: str | None
     first: int = 0
+
+    def blocks(self, file: BinaryIO, spans: Spans) -> Iterator[bytes]:
+        """Its bytes, from the file that the builder wrote."""
+        if self.source is not None:
+            file.seek(spans[self.source][0] + self.first * self.nbytes // self.elements)
+        left = self.nbytes
+        while left:
+            length = min(left, _COPY_BYTES)
+            yield bytes(length) if self.source is None else read(file, length)
+            left -= length
+
+
+def read(file: BinaryIO, length: int) -> bytes:
+    """So many bytes. Raises UserError where the file ends before."""
+    block = file.read(length)
+    if len(block) != length:
+        raise UserError(f"{file.name}: truncated")
+    return block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +62,14 @@ class Names:
     up: str
     down: str
 
+    def matrix(
+        self, plan: RankPlan, layer: int, name: str, ours: str, first: int, shape: tuple[int, int]
+    ) -> Iterator[Part]:
+        """The tensors of a projection of model layer `layer`: `shape` of our `ours`, from row `first` on."""
+        yield Part(
+            name=f"{name}.weight", shape=shape, dtype=plan.dtype, source=f"{ours}.weight", first=first * shape[1]
+        )
+
 
 def tensors(plan: RankPlan, names: Names) -> Iterator[Part]:
     """The checkpoint of one rank, in the order of the file."""
@@ -48,38 +80,47 @@ def tensors(plan: RankPlan, names: Names) -> Iterator[Part]:
         name = name.format(rank=plan.rank)
         return Part(name=name, shape=shape or shapes[str(source)], dtype=plan.dtype, source=source, first=first)
 
-    def stacked(theirs: str, modules: tuple[str, ...], ours: str, rows: tuple[int, ...], bias: bool) -> Iterator[Part]:
-        """The modules that make up one of our matrices, of so many rows each."""
-        for kind, width in (("weight", hidden), ("bias", 1)):
-            if kind == "bias" and not bias:
-                continue
-            first = 0
-            for module, count in zip(modules, rows, strict=True):
-                shape = (count, hidden) if kind == "weight" else (count,)
-                yield part(f"{theirs}.{module}.{kind}", f"{ours}.{kind}", shape, first * width)
-                first += count
-
     yield part(f"{names.embedding}.weight", "embedding.weight")
     for place, step in enumerate(plan.schedule.layers):
-        shard, ours = plan.layers[step.index], f"layers.{step.index}"
-        theirs = names.layer.replace("{place}", str(place))
+        index, shard = step.index, plan.layers[step.index]
+        ours, theirs = f"layers.{index}", names.layer.format(rank=plan.rank, place=place)
+
+        def stacked(
+            modules: tuple[str, ...],
+            source: str,
+            rows: tuple[int, ...],
+            bias: bool,
+            index: int = index,
+            ours: str = ours,
+            theirs: str = theirs,
+        ) -> Iterator[Part]:
+            """The modules that make up one of our matrices, of so many rows each."""
+            first = 0
+            for module, count in zip(modules, rows, strict=True):
+                name = f"{theirs}.{module}"
+                yield from names.matrix(plan, index, name, f"{ours}.{source}", first, (count, hidden))
+                if bias:
+                    yield part(f"{name}.bias", f"{ours}.{source}.bias", (count,), first)
+                first += count
+
         q, kv = shard.num_heads * model.head_dim, shard.num_kv_heads * model.head_dim
         rows = (q, kv, kv) if len(names.qkv) == 3 else (q + 2 * kv,)
         yield part(f"{theirs}.{names.attention_norm}.weight", f"{ours}.attention_norm.weight")
-        yield from stacked(theirs, names.qkv, f"{ours}.qkv", rows, model.qkv_bias)
+        yield from stacked(names.qkv, "qkv", rows, model.qkv_bias)
         if model.qk_norm:
             yield part(f"{theirs}.{names.q_norm}.weight", f"{ours}.q_norm.weight")
             yield part(f"{theirs}.{names.k_norm}.weight", f"{ours}.k_norm.weight")
-        yield part(f"{theirs}.{names.o}.weight", f"{ours}.o.weight")
         yield part(f"{theirs}.{names.mlp_norm}.weight", f"{ours}.mlp_norm.weight")
-        neurons = (shard.num_neurons, shard.num_neurons)
-        yield from stacked(theirs, (names.gate, names.up), f"{ours}.gate_up", neurons, model.mlp_bias)
-        yield part(f"{theirs}.{names.down}.weight", f"{ours}.down.weight")
-        # Every rank adds one; those of split layers are added up, so only one rank may have it.
-        for given, module, our_name in ((model.o_bias, names.o, "o"), (model.mlp_bias, names.down, "down")):
-            if given:
-                source = f"{ours}.{our_name}.bias" if shard.adds_bias else None
-                yield part(f"{theirs}.{module}.bias", source, (hidden,))
+        neurons = shard.num_neurons
+        yield from stacked((names.gate, names.up), "gate_up", (neurons, neurons), model.mlp_bias)
+        for module, source, width, bias in (
+            (names.o, "o", q, model.o_bias),
+            (names.down, "down", neurons, model.mlp_bias),
+        ):
+            name = f"{theirs}.{module}"
+            yield from names.matrix(plan, index, name, f"{ours}.{source}", 0, (hidden, width))
+            if bias:  # Every rank adds one; those of split layers are added up, so only one rank may have it.
+                yield part(f"{name}.bias", f"{ours}.{source}.bias" if shard.adds_bias else None, (hidden,))
     yield part(f"{names.final_norm}.weight", "final_norm.weight")
     if plan.shares_embedding:
         first, last = plan.vocabulary

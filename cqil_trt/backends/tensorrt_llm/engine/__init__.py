@@ -17,7 +17,8 @@ from typing import Any
 from cqil_trt.backends import CompiledEngine
 from cqil_trt.backends.tensorrt_llm import versions
 from cqil_trt.backends.tensorrt_llm.checkpoint import CHECKPOINT, cqil_section, rope_scaling
-from cqil_trt.backends.tensorrt_llm.names import Names
+from cqil_trt.backends.tensorrt_llm.engine import int4
+from cqil_trt.backends.tensorrt_llm.engine.int4 import QuantizableNames
 from cqil_trt.config import EngineLimits
 from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
@@ -27,7 +28,7 @@ ENGINES = "trtllm"
 MODEL_FILE = Path(__file__).parent / "model.py"
 # models/llama in TensorRT-LLM 0.17 and its `LLaMAForCausalLM` since. Its gated MLP calls the matrix that the activation
 # follows `fc` (gate_proj in checkpoints) and the other one `gate` (up_proj).
-NAMES = Names(
+NAMES = QuantizableNames(
     embedding="transformer.vocab_embedding",
     final_norm="transformer.ln_f",
     lm_head="lm_head",
@@ -60,6 +61,7 @@ def check(ranks: tuple[RankPlan, ...], collective: str) -> None:
         raise UserError(f"--target engine: {model.num_kv_heads} key/value heads do not fit {cqil.p} ranks")
     if cqil.d and collective != "plugin":
         raise UserError(f"--collective {collective}: TensorRT-LLM's engines have no bypass (d > 0): use plugin")
+    int4.check(ranks)
 
 
 def notes(version: str | None) -> tuple[str, ...]:
@@ -98,7 +100,7 @@ def configuration(ranks: tuple[RankPlan, ...], limits: EngineLimits, collective:
         "use_parallel_embedding": False,
         "embedding_sharding_dim": 0,
         "has_partial_lora_mask": False,
-        "quantization": {"quant_algo": None, "kv_cache_quant_algo": None},
+        "quantization": int4.configuration(ranks),
         "mapping": {"world_size": cqil.p, "tp_size": cqil.p, "pp_size": 1},
         "cqil": section,
     }

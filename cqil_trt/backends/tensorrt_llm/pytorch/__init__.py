@@ -24,6 +24,7 @@ from cqil_trt.config import EngineLimits
 from cqil_trt.engine import LOCK, Engine
 from cqil_trt.errors import UserError
 from cqil_trt.families.family import EMBEDDING, FINAL_NORM, HUGGING_FACE_LAYER, LM_HEAD
+from cqil_trt.formats import DENSE
 from cqil_trt.model import ModelConfig
 from cqil_trt.schedule import Layer
 from cqil_trt.shard import LayerShard, RankPlan
@@ -44,6 +45,8 @@ NAMES = Names(
 def check(ranks: tuple[RankPlan, ...], collective: str) -> None:
     """Raises UserError for what the model cannot express."""
     model, p = ranks[0].model, ranks[0].cqil.p
+    if ranks[0].weights != DENSE:
+        raise UserError(f"--quantize {ranks[0].weights}: --target pytorch has dense weights only")
     split = any(isinstance(step, Layer) and step.split for step in ranks[0].schedule.layers)
     for name, size in (("query heads", model.num_heads), ("MLP neurons", model.intermediate_size)):
         if split and size < p:
