@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 from support import SEED, write_json
-from support.cases import ARCHITECTURES, identifier, ranks_of, relative
+from support.cases import ARCHITECTURES, FAMILIES, identifier, ranks_of, relative
 from support.checkpoints import load_model, make_model
 from support.processes import build, mpirun, run
 
@@ -36,6 +36,10 @@ CASES = [(name, SHAPES[(3 * i + j) % len(SHAPES)]) for i, name in enumerate(ARCH
 CASES += [("llama-odd-heads", shape) for shape in SHAPES if ("llama-odd-heads", shape) not in CASES]
 # Tied embeddings of which each rank predicts a part, and a rank with nothing to do.
 CASES += [("llama-tied-bias", SHAPES[5]), ("qwen2", {"p": 2, "start": 3, "end": 3, "placement": "leader"})]
+# Families with more than LLaMA has.
+CASES += [("gemma2", SHAPES[1]), ("gemma3", SHAPES[2]), ("smollm3", SHAPES[4]), ("granite", SHAPES[1])]
+CASES += [("olmo3", SHAPES[1]), ("olmo2", SHAPES[7]), ("phi3-longrope", SHAPES[2])]
+CASES += [("gemma3", {**SHAPES[1], "dtype": "bfloat16"})]
 CASES += [("qwen3", {**SHAPES[2], "dtype": dtype}) for dtype in ("float16", "bfloat16")]
 
 
@@ -44,14 +48,15 @@ def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     return {
         name: make_model(root / name, architecture, seed=SEED + i, **changes)
-        for i, (name, (architecture, changes)) in enumerate(ARCHITECTURES.items())
+        for i, (name, (architecture, changes)) in enumerate({**ARCHITECTURES, **FAMILIES}.items())
     }
 
 
 @pytest.fixture(scope="module")
 def engines(models, tmp_path_factory):
     root = tmp_path_factory.mktemp("engines")
-    limits = {"max_seq_len": 24, "max_batch_size": 2, "prefill_chunk": 5, "probes": "never"}
+    # Up to 16 tokens longrope does not depend on the length.
+    limits = {"max_seq_len": 16, "max_batch_size": 2, "prefill_chunk": 5, "probes": "never"}
     return [
         cqil_trt.build(model=models[name], output=root / str(i), backend="onnx", **limits, **shape)
         for i, (name, shape) in enumerate(CASES)
@@ -93,7 +98,7 @@ def test_every_rank_has_a_file_that_the_checker_takes(number, engines):
         assert {entry.domain: entry.version for entry in model.opset_import} == {"": 24, "cqil_trt": 1}
         nodes = Counter(node.op_type for node in model.graph.node if node.domain == "cqil_trt")
         expected = {
-            "CqilAllReduce": plan.schedule.all_reduces,
+            "CqilAllReduce": plan.all_reduces,
             "CqilBroadcast": plan.schedule.broadcasts,
             "CqilBypass": len(engine.cqil.groups) if engine.cqil.d else 0,
         }

@@ -312,6 +312,8 @@ class OnnxOps(Ops[str]):
     def all_reduce_residual_norm(
         self, delta: str, residual: str, norm: str, peers: Peers = Peers.ALL
     ) -> tuple[str, str]:
+        if self.plan.model.wide_norms:  # not those of the operator
+            return super().all_reduce_residual_norm(delta, residual, norm, peers)
         fields: dict[str, Any] = {"mode": 2, "eps": self.plan.model.rms_norm_eps}
         inputs = delta, residual, self._weight(f"{norm}.weight")
         out, normed = self._collective("CqilAllReduce", *inputs, outputs=2, peers=peers, **fields)

@@ -278,7 +278,8 @@ class TensorRtOps(Ops[Tensor]):
     def all_reduce_residual_norm(
         self, delta: Tensor, residual: Tensor, norm: str, peers: Peers = Peers.ALL
     ) -> tuple[Tensor, Tensor]:
-        if self._nccl or not fuses_norm(self.plan.model.hidden_size, self._limits.dtype):
+        fused = not self.plan.model.wide_norms and fuses_norm(self.plan.model.hidden_size, self._limits.dtype)
+        if self._nccl or not fused:
             return super().all_reduce_residual_norm(delta, residual, norm, peers)
         inputs = [delta, residual, self._weight(f"{norm}.weight"), self._workspace(peers)]
         out, normed = self._plugin("CqilAllReduce", inputs, 2, mode=2, eps=self.plan.model.rms_norm_eps)
