@@ -99,6 +99,7 @@ class BuildRequest:
         quantize: the format that the matrices of layers are quantized to: one of `formats.names()`, default that of
             `config`, or dense; or "stored", the codes of a quantized checkpoint.
         keep: what stays dense all the same, as `parse_keep` reads it.
+        quantize_head: the format of the last projection, default dense.
         backend: one of `backends.names()`.
         max_batch_size, max_seq_len: limits in sequences and tokens; default 8 and min(2048, the model's context, with
             dynamic rope and longrope the one before scaling; a sliding window, if nothing else keeps the model from
@@ -127,6 +128,7 @@ class BuildRequest:
     dtype: str | None = None
     quantize: str | None = None
     keep: str | None = None
+    quantize_head: str | None = None
     backend: str = backends.PLAIN
     max_batch_size: int | None = None
     max_seq_len: int | None = None
@@ -193,7 +195,8 @@ class BuildPlan:
     def to_dict(self) -> dict[str, Any]:
         """What the build will do: placement of layers, bytes, collectives."""
         limits = self.limits
-        alone = plan(self.model, CqilConfig(p=1), limits.dtype, limits.weights, limits.keep)[0].bytes_per_token
+        stored = limits.dtype, limits.weights, limits.keep, limits.head
+        alone = plan(self.model, CqilConfig(p=1), *stored)[0].bytes_per_token
         ranks: list[dict[str, Any]] = [
             {
                 "rank": rank.rank,
@@ -278,7 +281,7 @@ def prepare(request: BuildRequest) -> BuildPlan:
     options = _backend_options(request)
     if not isinstance(opened.weights, EngineWeights):
         opened.weights.quantize(limits)
-    ranks = plan(opened.weights.model, opened.cqil, limits.dtype, limits.weights, limits.keep)
+    ranks = plan(opened.weights.model, opened.cqil, limits.dtype, limits.weights, limits.keep, limits.head)
     description = backend.describe(limits, options, ranks)
     name = opened.name or _default_name(request.backend, found, opened.cqil, limits, adapter)
     target, may_replace = _choose_output(request, name, opened.weights.source, notes)
@@ -323,6 +326,7 @@ def _open_engine(request: BuildRequest, path: Path) -> _Opened:
         "dtype": request.dtype,
         "quantize": request.quantize,
         "keep": request.keep,
+        "quantize_head": request.quantize_head,
         "no-tokenizer": None if request.tokenizer else True,
     }
     if given := [f"--{name.replace('_', '-')}" for name, value in decided.items() if value is not None]:
@@ -378,6 +382,10 @@ def _choose_limits(request: BuildRequest, opened: _Opened) -> EngineLimits:
         if given.get("weights", opened.defaults.weights) == DENSE:
             raise UserError("--keep needs --quantize")
         given["keep"] = parse_keep(request.keep, opened.weights.model.num_layers)
+    if request.quantize_head is not None:
+        if "lm_head" in (request.keep or "").split(","):
+            raise UserError("--keep lm_head and --quantize-head contradict each other")
+        given["head"] = request.quantize_head
     limits = replace(opened.defaults, dtype=request.dtype or opened.dtype, **given)
     limits.check_model(opened.weights.model)
     return limits
@@ -400,7 +408,8 @@ def _own_format(request: BuildRequest, opened: _Opened) -> tuple[str, tuple[int,
 def parse_keep(text: str | None, num_layers: int) -> tuple[int, ...]:
     """The layers in a list like `lm_head,layers.0,layers.30-31`. Raises UserError for other text.
 
-    The embedding table and the last projection always stay dense, so naming them changes nothing.
+    The embedding table always stays dense, and the last projection unless it is asked for (`quantize_head`), so naming
+    them changes nothing.
     """
     kept: set[int] = set()
     for part in text.split(",") if text else ():
@@ -536,6 +545,7 @@ def _default_name(backend: str, model: Found, cqil: CqilConfig, limits: EngineLi
     if cqil.d:
         parts.append(cqil.bypass)
     stored = [limits.dtype] if limits.weights == DENSE else [limits.weights, limits.dtype]
+    stored += [] if limits.head == DENSE else [f"head-{limits.head}"]
     return "-".join([*parts, cqil.placement, backend, *stored])
 
 

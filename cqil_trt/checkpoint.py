@@ -15,6 +15,7 @@ import torch
 from cqil_trt import families, formats, probes
 from cqil_trt.config import CqilConfig, EngineLimits
 from cqil_trt.engine import Source, tensor_header
+from cqil_trt.families.family import EMBEDDING, LM_HEAD
 from cqil_trt.families.layout import checkpoint_shapes, layer_matrices
 from cqil_trt.formats.int4 import GROUP
 from cqil_trt.gguf_files import gguf_parts
@@ -58,12 +59,19 @@ class Checkpoint:
     def quantize(self, limits: EngineLimits) -> None:
         """Quantizes the matrices of all later reads as an engine with these limits stores them.
 
-        A checkpoint that has them in this format already keeps them.
+        A checkpoint that has them in this format already keeps them. With a quantized last projection, reads of
+        `lm_head.weight` are of a matrix of its own, even in a model that shares it with the embedding.
         """
+        wanted = {}
         stored = formats.load(limits.weights).quantized
         if stored and self.own_format(limits.dtype) != (limits.weights, limits.keep):
-            names = [name for index, name in layer_matrices(self.model) if index not in limits.keep]
-            self.reader = QuantizingReader(self.reader, names, limits.weights, limits.dtype)
+            wanted = {name: limits.weights for index, name in layer_matrices(self.model) if index not in limits.keep}
+        head, shared = f"{LM_HEAD}.weight", {}
+        if limits.head != formats.DENSE:
+            wanted[head] = limits.head
+            shared = {head: f"{EMBEDDING}.weight"} if self.model.tie_embeddings else {}
+        if wanted:
+            self.reader = QuantizingReader(self.reader, wanted, limits.dtype, shared)
 
     def own_format(self, dtype: str) -> tuple[str, tuple[int, ...]] | None:
         """The format in which an engine of type `dtype` holds the checkpoint's own codes, and the layers that have

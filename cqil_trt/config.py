@@ -296,7 +296,7 @@ class EngineLimits:
 
     `dtype`: of weights, activations and the KV cache. A prompt longer than `prefill_chunk` tokens takes several forward
     passes, which bounds the memory of each. `weights`: the format in which projections are stored (`formats.names()`);
-    those of the layers `keep` are stored dense.
+    those of the layers `keep` are stored dense. `head`: the format of the last projection.
     """
 
     max_batch_size: int = 8
@@ -305,6 +305,12 @@ class EngineLimits:
     prefill_chunk: int = 512
     weights: str = "dense"
     keep: tuple[int, ...] = ()
+    head: str = "dense"
+
+    @property
+    def quantized(self) -> bool:
+        """Whether any matrix is stored in another format than dense."""
+        return {self.weights, self.head} != {"dense"}
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_batch_size <= 4096:

@@ -79,7 +79,8 @@ class Engine:
         return self.cqil.ranks
 
     def plan(self, rank: int) -> RankPlan:
-        return plan(self.model, self.cqil, self.limits.dtype, self.limits.weights, self.limits.keep)[rank]
+        limits = self.limits
+        return plan(self.model, self.cqil, limits.dtype, limits.weights, limits.keep, limits.head)[rank]
 
     def rank_file(self, rank: int, suffix: str = "safetensors") -> Path:
         return self.path / rank_file(rank, suffix)

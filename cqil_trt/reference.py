@@ -504,7 +504,8 @@ def _loader(
     def load(module: nn.Module, *_: Any) -> None:
         for name in names:
             source = f"{prefix}.{name}"
-            if tied and source == "lm_head.weight":
+            # A quantized copy of the table is another matrix.
+            if tied and source == "lm_head.weight" and source not in reader.quantized_names:
                 source = "model.embed_tokens.weight"
             value = reader.read(source).to(device=device, dtype=dtype)
             setattr(module, name, nn.Parameter(value, requires_grad=False))

@@ -121,7 +121,7 @@ class RankPlan:
     """Everything that determines one rank's network: the model, the rank's schedule and its share of each layer.
 
     `dtype`: of activations, the KV cache, and everything that the format `weights` stores in no other type. `keep`: the
-    layers whose projections are dense all the same.
+    layers whose projections are dense all the same. `head`: the format of the last projection.
     """
 
     model: ModelConfig
@@ -131,6 +131,7 @@ class RankPlan:
     dtype: str
     weights: str
     keep: tuple[int, ...] = ()
+    head: str = DENSE
 
     @property
     def rank(self) -> int:
@@ -181,7 +182,8 @@ class RankPlan:
     @property
     def shares_embedding(self) -> bool:
         """Whether the last projection is a view of the rank's embedding table and is not stored."""
-        return self.model.tie_embeddings and self.schedule.embeds and self.schedule.predicts
+        shared = self.model.tie_embeddings and self.head == DENSE
+        return shared and self.schedule.embeds and self.schedule.predicts
 
     @cached_property
     def tensors(self) -> tuple[RankTensor, ...]:
@@ -196,9 +198,12 @@ class RankPlan:
         if self.schedule.predicts:
             tensors.append(self._plain("final_norm.weight", (hidden,), Piece(f"{FINAL_NORM}.weight")))
             if not self.shares_embedding:
-                source = f"{EMBEDDING if model.tie_embeddings else LM_HEAD}.weight"
+                # A quantized one is a matrix of its own, even where the model shares it.
+                tied = model.tie_embeddings and self.head == DENSE
+                rows = Piece(f"{EMBEDDING if tied else LM_HEAD}.weight", self.vocabulary)
                 first, last = self.vocabulary
-                tensors.append(self._plain("lm_head.weight", (last - first, hidden), Piece(source, (first, last))))
+                projection = Projection(name="lm_head", outputs=last - first, inputs=hidden, weight=(rows,))
+                tensors += formats.load(self.head).tensors(projection, self.dtype)
         return tuple(tensors)
 
     def _plain(self, name: str, shape: tuple[int, ...], piece: Piece) -> RankTensor:
@@ -292,8 +297,12 @@ def plan(
     dtype: str = "float32",
     weights: str = DENSE,
     keep: tuple[int, ...] = (),
+    head: str = DENSE,
 ) -> tuple[RankPlan, ...]:
-    """The plan of every rank of an engine in `dtype`; it stores projections in the format `weights`, except in `keep`.
+    """The plan of every rank of an engine in `dtype`.
+
+    It stores the projections of layers in the format `weights`, except in `keep`, and the last one in the format
+    `head`.
 
     Raises UserError when a layer of the configuration is beyond the model, or a join cannot be dropped.
     """
@@ -319,6 +328,7 @@ def plan(
             dtype=dtype,
             weights=weights,
             keep=keep,
+            head=head,
         )
         for rank in schedule(cqil, model.num_layers)
     )

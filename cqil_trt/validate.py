@@ -14,7 +14,6 @@ import numpy as np
 
 from cqil_trt import probes
 from cqil_trt.errors import UserError
-from cqil_trt.formats import DENSE
 from cqil_trt.probes import Probe
 from cqil_trt.runner import Runner
 from cqil_trt.scheduler import Request
@@ -254,7 +253,7 @@ def _live(llm: Llm, prompts: Sequence[Sequence[int]], lengths: Sequence[int]) ->
     threads = torch.get_num_threads()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     source, limits = llm.engine.source, llm.engine.limits
-    if limits.weights == DENSE:
+    if not limits.quantized:
         network = reference.load_hugging_face(source.model, source.lora)
     else:
         checkpoint = Checkpoint(Path(source.model), None if source.lora is None else Path(source.lora), tokenizer=False)

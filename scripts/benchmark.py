@@ -251,8 +251,7 @@ def run(options: argparse.Namespace, job: Job) -> None:
     job.agree(lambda: use_device(RANK))
     reader: WeightReader = SyntheticReader(model)
     if options.quantize != formats.DENSE:
-        names = [name for _, name in layer_matrices(model)]
-        reader = QuantizingReader(reader, names, options.quantize, "float16")
+        reader = QuantizingReader(reader, {name: options.quantize for _, name in layer_matrices(model)}, "float16")
     longest = max(options.contexts + [options.batch_context, *options.prefills]) + 2 * options.steps + 8 + MAX_DRAFTED
     longest = max(longest, max(PARITY_PROMPTS) + STEPS)
     limits = EngineLimits(

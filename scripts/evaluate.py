@@ -65,6 +65,12 @@ def parser() -> RankParser:
         choices=(formats.DENSE, *formats.choices()),
         help="quantize the reference's matrices as build.py --quantize does, for engines in float16 or --config's type",
     )
+    p.add_argument(
+        "--quantize-head",
+        default=formats.DENSE,
+        choices=(formats.DENSE, *formats.choices()),
+        help="the same of the last projection",
+    )
     p.add_argument("--engine", metavar="DIR", type=Path, action="append", default=[], help="an engine; may be repeated")
     p.add_argument("--device", choices=DEVICES, default="auto", help="where engines compute")
     text = p.add_argument_group("perplexity")
@@ -152,10 +158,10 @@ def references(options: argparse.Namespace, names: list[str], manager: Any) -> I
     model = checkpoint.model
     config = read_config(options.config, model, options.preset)
     stored, dtype = (formats.DENSE, "float16") if config is None else (config.weights, config.dtype)
-    limits = EngineLimits(dtype=dtype, weights=options.quantize or stored)
+    limits = EngineLimits(dtype=dtype, weights=options.quantize or stored, head=options.quantize_head)
     for each in filter(None, (checkpoint, adapted)):
         each.quantize(limits)
-    pieces = limits.weights == formats.DENSE
+    pieces = not limits.quantized
     trained = None if lora is None else CqilConfig.of_adapter(lora)
     notes: list[str] = []
     cqil = choose_cqil(model, cqil_flags(options), notes, trained, config)

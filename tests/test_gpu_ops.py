@@ -103,7 +103,9 @@ def pack(weights, kernels):
     """As if the projections were quantized: what CudaOps is told of them, and nothing at their addresses."""
     quantized = {}
     for name in [
-        name for name in weights if name.endswith(("qkv.weight", "o.weight", "gate_up.weight", "down.weight"))
+        name
+        for name in weights
+        if name.endswith(("qkv.weight", "o.weight", "gate_up.weight", "down.weight", "lm_head.weight"))
     ]:
         matrix, weights[name] = weights[name], torch.full((1,), torch.nan)
         kernels.packed[weights[name].data_ptr()] = matrix

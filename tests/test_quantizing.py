@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from support import SEED, write_json
 from support.checkpoints import load_model, make_adapter, make_model
 from support.made_tokenizers import save_byte_tokenizer
-from support.processes import build, mpirun, run
+from support.processes import assert_user_error, build, mpirun, run
 
 import cqil_trt
 from cqil_trt.backends.torch.quantized import take_quantized
@@ -170,6 +170,7 @@ def test_the_engine_computes_with_the_dequantized_weights(stored, source, tmp_pa
         ),
         (("--quantize", "fp8", "--dtype", "float16", "--start", 1, "--end", 3, "--drop-attention-join", "0,3"), 2),
         (("--quantize", "int4", "--dtype", "float32", "--ranks-per-layer", 2, "--p", 2, "--start", 1, "--end", 3), 4),
+        (("--quantize", "int4", "--quantize-head", "int8", "--dtype", "bfloat16"), 2),
     ],
 )
 def test_commands_build_and_validate(flags, p, source, tmp_path):
@@ -180,11 +181,51 @@ def test_commands_build_and_validate(flags, p, source, tmp_path):
     config = json.loads((tmp_path / "engine" / "config.json").read_text())
     assert config["limits"]["weights"] == stored
     assert config["limits"]["keep"] == ([0, 2, 3] if "--keep" in flags else [])
+    head = "int8" if "--quantize-head" in flags else "dense"
+    assert config["limits"]["head"] == head and ("\nhead       int8\n" in done.stdout) == (head == "int8")
     ids = write_json(tmp_path / "ids.json", [[5, 9, 77], [8] * 20])
     arguments = ("--engine", tmp_path / "engine", "--token-ids", ids, "--max-new-tokens", 8, "--validate")
     done = mpirun(p, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "validation passed: all ranks hold identical bits" in done.stdout
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("stored", ["int8", "fp8", "int4g32"])
+def test_the_last_projection_is_quantized_by_itself(stored, tied, tmp_path):
+    """Against transformers with this matrix and everything else as it is, the embedding table included."""
+    source = make_model(tmp_path / "model", tie_word_embeddings=tied)
+    flags = {"quantize_head": stored, "max_seq_len": 32, "dtype": "float32"}
+    engine = cqil_trt.build(model=source, p=1, output=tmp_path / "engine", **flags)
+    network = load_model(source)
+    table = network.lm_head.weight.detach().clone()
+    network.lm_head.weight = torch.nn.Parameter(rounded(table, stored, torch.float32).dequantize())
+    assert torch.equal(network.model.embed_tokens.weight, table) == tied
+    prompt = np.random.default_rng(SEED).integers(3, 131, 20).tolist()
+    with torch.inference_mode():
+        expected = network(torch.tensor([prompt])).logits[0].numpy()
+    found = Runner.of(Llm(engine.path).session, "latency").score(prompt)
+    np.testing.assert_allclose(found, expected, atol=2e-4, rtol=1e-4)
+    # The ranks have rows of the same codes, and both tables.
+    [whole], codes = plan(engine.model, CqilConfig(p=1), "float32", head=stored), []
+    checkpoint = Checkpoint(source, tokenizer=False)
+    checkpoint.quantize(engine.limits)
+    for rank in plan(engine.model, CqilConfig(p=3, placement="tensor"), "float32", head=stored):
+        path = tmp_path / f"rank{rank.rank}.safetensors"
+        write_rank(path, rank, checkpoint.reader)
+        held = load_file(path)
+        assert torch.equal(held["embedding.weight"], load_model(source).model.embed_tokens.weight)
+        codes.append(held["lm_head.weight"])
+    assert torch.equal(torch.cat(codes), load_file(engine.rank_file(0))["lm_head.weight"])
+    assert whole.bytes_per_token < plan(engine.model, CqilConfig(p=1))[0].bytes_per_token
+
+
+def test_a_head_that_is_kept_is_not_quantized(source, tmp_path):
+    arguments = ("--model", source, "--output", tmp_path / "engine", "--quantize-head", "int8")
+    assert_user_error(
+        build(*arguments, "--quantize", "int8", "--keep", "lm_head"), "--keep lm_head and --quantize-head"
+    )
+    assert_user_error(build(*arguments, "--backend", "onnx"), "--quantize-head int8: backend onnx does not support it")
 
 
 @pytest.mark.parametrize("stored", ["int8", "int4"])

@@ -95,7 +95,7 @@ class Backend(ABC):
     `packages`: the packages it needs, by import name, and the extra of this project that installs each. `options`: its
     flags of build.py. `dynamic_rope`: whether it computes sequences beyond the original context of dynamic rope and
     longrope. `features`: what it computes that LLaMA does not have. `formats`: the weight formats that its
-    `Ops.project` multiplies with.
+    `Ops.project` multiplies with. `head_formats`: those of the last projection, if they are others.
     """
 
     name: str
@@ -104,6 +104,7 @@ class Backend(ABC):
     dynamic_rope = False
     features: frozenset[Feature] = frozenset()
     formats: tuple[str, ...] = (formats.DENSE,)
+    head_formats: tuple[str, ...] = ()
 
     def rank_files(self, rank: int) -> tuple[str, ...]:
         """The files that a rank needs, relative to the engine directory."""
@@ -111,9 +112,13 @@ class Backend(ABC):
 
     def check_model(self, model: ModelConfig, limits: EngineLimits) -> None:
         """Raises UserError for a model or a weight format that the backend does not compute at these lengths."""
-        if formats.base(limits.weights) not in self.formats:
-            known = " or ".join(self.formats)
-            raise UserError(f"--quantize {limits.weights}: backend {self.name} does not support it: use {known}")
+        for flag, stored, known in (
+            ("--quantize", limits.weights, self.formats),
+            ("--quantize-head", limits.head, self.head_formats or self.formats),
+        ):
+            if formats.base(stored) not in known:
+                use = " or ".join(known)
+                raise UserError(f"{flag} {stored}: backend {self.name} does not support it: use {use}")
         if missing := [feature for feature in model.features(limits.max_seq_len) if feature not in self.features]:
             raise UserError(f"--backend {self.name}: {lacking(model, missing)}")
         context = model.fixed_context

@@ -40,6 +40,11 @@ def parser() -> RankParser:
         "checkpoint (docs/quantization.md); default --config's, or dense",
     )
     p.add_argument("--keep", metavar="LIST", help="layers that stay as they are, like layers.0,layers.30-31")
+    p.add_argument(
+        "--quantize-head",
+        choices=formats.choices(),
+        help="quantize the last projection as well, also without --quantize (default: it stays as it is)",
+    )
     p.add_argument("--backend", choices=backends.names(), default=backends.PLAIN)
     p.add_argument("--max-batch-size", type=int, metavar="N", help="concurrent sequences (default 8)")
     p.add_argument("--max-seq-len", type=int, metavar="N", help="prompt and generated tokens (default up to 2048)")
@@ -112,6 +117,8 @@ def describe(plan: dict[str, Any]) -> str:
     if limits["weights"] != formats.DENSE:
         kept = f", {len(limits['keep'])} layers kept in {limits['dtype']}" if limits["keep"] else ""
         lines.append(f"weights    {limits['weights']}{kept}")
+    if limits["head"] != formats.DENSE:
+        lines.append(f"head       {limits['head']}")
     lines.append(
         f"limits     batch {limits['max_batch_size']}, {limits['max_seq_len']} tokens, {limits['dtype']}, "
         f"backend {limits['backend']}"

@@ -28,6 +28,7 @@ COLLECTIVES = ("plugin", "trtllm")
 
 class TensorRtLlmBackend(Backend):
     name = "tensorrt-llm"
+    head_formats = (formats.DENSE,)
     formats = (formats.DENSE, "int4")
     packages = {"tensorrt_llm": "tensorrt-llm", "tensorrt": "tensorrt-llm", "cuda": "tensorrt-llm"}
     options = (
