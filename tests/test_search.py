@@ -92,8 +92,8 @@ def quality_of(seed):
 @given(
     st.integers(0, 2**20),
     st.integers(16, 400),
-    st.sampled_from([(2,), (2, 4), (3,)]),
-    st.sampled_from([(0,), (0, 1)]),
+    st.sampled_from([(2,), (2, 4), (3,), (2, 3, 4, 5, 6)]),
+    st.sampled_from([(0,), (0, 1), (0, 1, 2, 3)]),
     st.booleans(),
     st.sampled_from([("sharded", "leader"), ("sharded",)]),
 )

@@ -257,7 +257,8 @@ class Search:
         starts = range(self.space.first, self.space.num_layers - p + 1)
         single = {start: Candidate(self.space.grouped(p, d, start, start + p)) for start in spread(starts, count)}
         self._take(single.values())
-        by_cost = sorted(single, key=lambda start: self.points[single[start]].quality.cost)
+        measured = [start for start in single if single[start] in self.points]
+        by_cost = sorted(measured, key=lambda start: self.points[single[start]].quality.cost)
         self._first_groups[p, d] = list({start % p: start for start in reversed(by_cost)}.values())
 
     def _greedily(self) -> None:
@@ -289,6 +290,7 @@ class Search:
 
     @staticmethod
     def _key(cqil: CqilConfig, weights: str) -> Candidate:
+        """The candidate under which a configuration is kept, whatever its placement."""
         return Candidate(replace(cqil, placement="sharded" if cqil.groups else cqil.placement), weights)
 
     def _growing(self) -> list[Point]:
