@@ -3,7 +3,9 @@ runs on stand-ins for TensorRT-LLM's modules and computes what the reference doe
 
 import importlib
 import json
+import runpy
 import sys
+import types
 from contextlib import contextmanager
 
 import numpy as np
@@ -250,6 +252,21 @@ def test_adapters_at_run_time_are_refused(exported, stand_ins):
     model = Executor(engine / "checkpoint", found, 0, 1).model
     with pytest.raises(ValueError, match="adapters are merged"):
         model.model(attn_metadata=None, input_ids=torch.tensor([1]), lora_params={"rank": 8})
+
+
+@pytest.mark.parametrize(("name", "serves"), [("__main__", [True]), ("__worker__", [])])
+def test_serve_py_registers_the_model_where_workers_run_it_too(name, serves, exported, stand_ins):
+    """mpi4py gives the main program to the processes of a pool, under the second name."""
+    [engine] = [exported[name] for name in NAMES if name.endswith("p1")]
+    found, called = stand_ins(), []
+    sys.modules["tensorrt_llm.commands.serve"] = types.SimpleNamespace(main=lambda: called.append(True))
+    sys.modules["tensorrt_llm.commands"] = types.ModuleType("tensorrt_llm.commands")
+    before = list(sys.path)
+    try:
+        runpy.run_path(str(engine / "serve.py"), run_name=name)
+    finally:
+        sys.path[:] = before
+    assert list(found.models) == ["CqilForCausalLM"] and called == serves
 
 
 def test_a_release_that_keeps_its_modules_elsewhere_is_named(exported, stand_ins):

@@ -29,6 +29,8 @@ _FORMATS = {
     "fp8": "TensorRT-LLM's FP8 layers round activations too, which our engines do not",
 }
 
+_ROPE = ("default", "linear", "dynamic", "llama3")
+
 
 def check_model(model: ModelConfig, limits: EngineLimits) -> None:
     """Raises UserError for a model or weights that neither runtime can express."""
@@ -38,7 +40,7 @@ def check_model(model: ModelConfig, limits: EngineLimits) -> None:
         )
     rope = model.rope
     # Their attention modules have no attention factor of this kind and take no frequencies.
-    if rope.kind == "yarn" or rope.divisors or rope.attention_factor != 1:
+    if rope.kind not in _ROPE or rope.divisors or rope.attention_factor != 1:
         what = "frequency factors (rope_freqs)" if rope.divisors else f"{rope.kind} rope with an attention factor"
         raise UserError(f"--backend tensorrt-llm: {what} is not supported there: use --backend tensorrt")
 

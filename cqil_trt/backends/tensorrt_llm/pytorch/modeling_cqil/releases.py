@@ -29,8 +29,8 @@ PositionalEmbeddingParams, RopeParams = _interface.PositionalEmbeddingParams, _i
 
 
 def dtype(config: Any) -> Any:
-    """The model's torch.dtype: transformers 5 renamed it."""
-    return getattr(config, "torch_dtype", None) or config.dtype
+    """The model's torch.dtype, which transformers 5 renamed."""
+    return getattr(config, "dtype", None) or config.torch_dtype
 
 
 def on_one_rank(model_config: Any) -> Any:
