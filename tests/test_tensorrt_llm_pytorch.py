@@ -87,6 +87,7 @@ def executed(exported, tmp_path_factory):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "case"), zip(NAMES, CASES), ids=NAMES)
 def test_the_model_computes_what_the_reference_does(name, case, executed, exported, models):
     """Prompts in one batch, then decoding with the paged cache: every logit, in float32."""
@@ -112,6 +113,7 @@ def test_both_known_layouts_of_tensorrt_llm_are_covered():
     assert {version for _, version, _ in CASES} == API.keys()
 
 
+@pytest.mark.slow
 def test_a_rank_has_the_cache_of_its_own_heads(executed):
     """SmolLM2's ratio of heads, on two ranks: whole layers have 3 key/value heads, shares 2."""
     [name] = [name for name in NAMES if name.startswith("llama-odd-heads")]

@@ -27,6 +27,9 @@ from support.trtllm_pytorch import Executor, install, rms_norm
 
 
 class Communicator(HostCommunicator):
+    def __init__(self, comm, timeout):
+        super().__init__(comm)
+
     def all_reduce_residual_norm(self, delta, residual, weight, eps):
         total = self.all_reduce_residual(delta, residual)
         return total, rms_norm(total, weight, eps)

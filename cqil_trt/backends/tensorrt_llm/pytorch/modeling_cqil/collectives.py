@@ -9,6 +9,9 @@ from tensorrt_llm._torch.distributed import AllReduce, AllReduceFusionOp, AllRed
 from tensorrt_llm._utils import mpi_comm, mpi_disabled
 from tensorrt_llm.logger import logger
 
+# For a peer: while TensorRT-LLM starts, a rank may compile or tune kernels as the others wait for it.
+_TIMEOUT_SECONDS = 300.0
+
 
 class Join(torch.nn.Module):
     """TensorRT-LLM's own collectives. One rank has nothing to join."""
@@ -69,7 +72,7 @@ def cqil_join(model_config: Any, hidden_size: int, dtype: str) -> CqilJoin | Non
         from cqil_trt.gpu.workspace import CudaCommunicator
 
         try:
-            return CqilJoin(CudaCommunicator(mpi_comm()))
+            return CqilJoin(CudaCommunicator(mpi_comm(), timeout=_TIMEOUT_SECONDS))
         except UserError as error:  # on every rank
             reasons = [str(error)]
     if mpi_comm().Get_rank() == 0:
