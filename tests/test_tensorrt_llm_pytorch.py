@@ -185,6 +185,23 @@ REFUSED = [
 ]
 
 
+LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.5] * 4, "long_factor": [4.0] * 4}
+FOREIGN = [
+    ("LlamaForCausalLM", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}}, "yarn rope"),
+    ("Phi3ForCausalLM", {"rope_parameters": LONG, "original_max_position_embeddings": 64}, "longrope rope"),
+    ("Gemma2ForCausalLM", {}, "Gemma2ForCausalLM has .*, not computed there"),
+]
+
+
+@pytest.mark.parametrize("target", ["engine", "pytorch"])
+@pytest.mark.parametrize(("architecture", "changes", "message"), FOREIGN, ids=[case[2][:6] for case in FOREIGN])
+def test_models_that_tensorrt_llms_modules_do_not_compute_are_refused(architecture, changes, message, target, tmp_path):
+    model = make_model(tmp_path / "model", architecture, **{"vocab_size": 132, **changes})
+    with pytest.raises(cqil_trt.UserError, match=message):
+        options = {"backend": "tensorrt-llm", "target": target, "max_seq_len": 48}
+        cqil_trt.build(model=model, output=tmp_path / "no", p=2, **options)
+
+
 @pytest.mark.parametrize(("options", "message"), REFUSED, ids=[message[:20] for _, message in REFUSED])
 def test_what_cannot_be_exported_is_refused(options, message, tmp_path):
     sizes = {"vocab_size": options.pop("vocab_size", 131), "num_hidden_layers": 10}
