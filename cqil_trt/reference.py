@@ -367,10 +367,17 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> nn.Module:
 
     llama.cpp's rope is implemented here again, independently of `weights` and `network/rotary`, which it checks:
     transformers does the scaling, and frequency factors and the attention factor are set on its module.
-    transformers does not read split files; their tensors come from our reader.
+    transformers does not read split files, nor all that families have which compute more than LLaMA does; they come
+    from our reader.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
+    reader = GgufReader(path)
+    model = reader.model_config()
+    known = reader.architecture in GGUF_SUPPORTED_ARCHITECTURES
+    if not known or model.features(model.max_position) or model.rope.kind == "longrope":
+        return from_reader(model, reader, dtype, pieces=False)
     files = [open_gguf(part) for part in gguf_parts(path)]
     file, tensors = files[0], {tensor.name: tensor.data for each in files for tensor in each.tensors}
     architecture = file.fields["general.architecture"].contents()
@@ -395,11 +402,9 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> nn.Module:
         if hasattr(config, switch):
             stored = any(name.startswith(f"blk.0.{part}") and name.endswith(".bias") for name in tensors)
             setattr(config, switch, stored)
-    if (family := families.of_gguf(architecture)) is not None:
-        config.update(dict(family.reference))
+    config.update(dict(families.of(model).reference))
     if len(files) > 1:
-        reader = GgufReader(path)
-        network = from_reader(reader.model_config(), reader, dtype, pieces=False)
+        network = from_reader(model, reader, dtype, pieces=False)
     else:
         with _parsed(file):
             network = AutoModelForCausalLM.from_pretrained(path.parent, config=config, dtype=dtype, **options)

@@ -5,6 +5,7 @@ Files in this folder are discovered automatically; nothing else lists the famili
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -36,16 +37,18 @@ def of_type(model_type: str) -> Family:
     return next(family for family in all_families() if family.model_type == model_type)
 
 
-def of_gguf(architecture: str) -> Family | None:
-    """The family of a GGUF file's `general.architecture`; None for one that is not supported.
+def of_gguf(architecture: str, keys: Collection[str] = ()) -> Family | None:
+    """The family of a GGUF file by its `general.architecture` and the keys of its metadata; None if not supported.
 
     llama.cpp stores some families under the name of another with the same computation; the result is that other family.
     """
-    return next((family for family in all_families() if family.gguf and family.gguf.architecture == architecture), None)
+    found = [family for family in all_families() if family.gguf and family.gguf.architecture == architecture]
+    special = [f for f in found if f.gguf and f.gguf.requires and f"{architecture}.{f.gguf.requires}" in keys]
+    return next(iter(special or [f for f in found if f.gguf and not f.gguf.requires]), None)
 
 
 def gguf_architectures() -> tuple[str, ...]:
-    return tuple(family.gguf.architecture for family in all_families() if family.gguf)
+    return tuple(dict.fromkeys(family.gguf.architecture for family in all_families() if family.gguf))
 
 
 def read_config(path: Path) -> ModelConfig:

@@ -57,9 +57,40 @@ GGUF_LAYER: Mapping[str, str] = MappingProxyType(
         "down": "ffn_down",
     }
 )
+GGUF_POST_NORMS: Mapping[str, str] = MappingProxyType(
+    {"attention_post_norm": "post_attention_norm", "mlp_post_norm": "post_ffw_norm"}
+)
+GGUF_POST_NORM_LAYER: Mapping[str, str] = MappingProxyType(
+    {part: name for part, name in {**GGUF_LAYER, **GGUF_POST_NORMS}.items() if part in POST_NORM_LAYER}
+)
 # Parts that occur once in a model: their modules in a checkpoint, and their tensors in a GGUF file.
 EMBEDDING, FINAL_NORM, LM_HEAD = "model.embed_tokens", "model.norm", "lm_head"
 GGUF_TOP = MappingProxyType({"token_embd": EMBEDDING, "output_norm": FINAL_NORM, "output": LM_HEAD})
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number under `name` in config.json, or in a GGUF file. `ModelConfig` has it to the power `power`.
+
+    `whole`: it is an integer.
+    """
+
+    name: str
+    power: float = 1.0
+    whole: bool = False
+
+    def read(self, config: Fields, default: float | None) -> float | None:
+        """The value of ModelConfig's field: `default` if there is no such number; None if it is null."""
+        if self.name not in config.values:
+            return default
+        return None if config.values[self.name] is None else config.number(self.name) ** self.power
+
+    def write(self, value: float | None) -> float | None:
+        """The number in config.json."""
+        if value is None:
+            return None
+        number = value ** (1 / self.power)
+        return round(number) if self.whole else number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,38 +102,31 @@ class Gguf:
         layer: part → tensor within `blk.N`, as `Family.layer`.
         interleaved: whether the rows of q and k are reordered for a rotary embedding that rotates neighbouring pairs;
             transformers rotates the two halves of a head.
-        frequency_factors: whether `rope_freqs.weight` is applied.
+        frequency_factors: whether `rope_freqs.weight` is applied. `longrope`: whether `rope_factors_short.weight` and
+            `rope_factors_long.weight` are.
+        requires: a key of the metadata that tells the family from another with the same `architecture`.
+        numbers: fields of `ModelConfig`, and their keys in the metadata. `defaults`: values of keys that may be
+            missing.
+        window_pattern: all layers but every so many-th have the window, if the file does not list them; 0: all layers.
+        local_theta: the rotary base of layers with a window, whose rotary embedding is not scaled, if the file does not
+            say; 0: that of the other layers.
+        no_rope_interval: every so many-th layer has no rotary embedding; 0: none.
+        hidden_query_scale: the depths of models whose scores are divided by the square root of the hidden size per
+            head, not of `head_dim`.
     """
 
     architecture: str
     layer: Mapping[str, str] = field(default_factory=lambda: GGUF_LAYER)
     interleaved: bool = False
     frequency_factors: bool = False
-
-
-@dataclass(frozen=True)
-class Number:
-    """A number in config.json under `name`. The field of `ModelConfig` is that number to the power `power`.
-
-    `whole`: it is an integer.
-    """
-
-    name: str
-    power: float = 1.0
-    whole: bool = False
-
-    def read(self, config: Fields, default: float | None) -> float | None:
-        """The value of ModelConfig's field: `default` if config.json has no such field; None if it is null."""
-        if self.name not in config.values:
-            return default
-        return None if config.values[self.name] is None else config.number(self.name) ** self.power
-
-    def write(self, value: float | None) -> float | None:
-        """The number in config.json."""
-        if value is None:
-            return None
-        number = value ** (1 / self.power)
-        return round(number) if self.whole else number
+    longrope: bool = False
+    requires: str = ""
+    numbers: Mapping[str, Number] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    window_pattern: int = 0
+    local_theta: float = 0.0
+    no_rope_interval: int = 0
+    hidden_query_scale: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

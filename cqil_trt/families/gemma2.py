@@ -1,6 +1,6 @@
 """Gemma 2: norms before and after each sub-layer, soft caps of scores and logits, a window in every other layer."""
 
-from cqil_trt.families.family import GATED_GELU, SANDWICH_LAYER, Family, Number
+from cqil_trt.families.family import GATED_GELU, GGUF_LAYER, GGUF_POST_NORMS, SANDWICH_LAYER, Family, Gguf, Number
 
 FAMILY = Family(
     architecture="Gemma2ForCausalLM",
@@ -32,4 +32,15 @@ FAMILY = Family(
         "logits_cap": Number("final_logit_softcapping"),
     },
     refused=("use_bidirectional_attention",),
+    gguf=Gguf(
+        architecture="gemma2",
+        layer={**GGUF_LAYER, **GGUF_POST_NORMS},
+        numbers={
+            "attention_cap": Number("attn_logit_softcapping"),
+            "logits_cap": Number("final_logit_softcapping"),
+        },
+        defaults={"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        window_pattern=2,
+        hidden_query_scale=(46,),
+    ),
 )

@@ -3,7 +3,7 @@
 transformers reads a cap of attention scores and does not apply it.
 """
 
-from cqil_trt.families.family import GATED_GELU, SANDWICH_LAYER, Family, Number
+from cqil_trt.families.family import GATED_GELU, GGUF_LAYER, GGUF_POST_NORMS, SANDWICH_LAYER, Family, Gguf, Number
 
 FAMILY = Family(
     architecture="Gemma3ForCausalLM",
@@ -36,4 +36,12 @@ FAMILY = Family(
         "logits_cap": Number("final_logit_softcapping"),
     },
     refused=("use_bidirectional_attention",),
+    gguf=Gguf(
+        architecture="gemma3",
+        layer={**GGUF_LAYER, **GGUF_POST_NORMS},
+        numbers={"logits_cap": Number("final_logit_softcapping")},
+        window_pattern=6,
+        local_theta=1e4,
+        hidden_query_scale=(62,),
+    ),
 )

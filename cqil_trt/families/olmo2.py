@@ -1,6 +1,6 @@
 """OLMo 2: norms only after each sub-layer, and norms of queries and keys over all heads."""
 
-from cqil_trt.families.family import POST_NORM_LAYER, Family
+from cqil_trt.families.family import GGUF_POST_NORM_LAYER, POST_NORM_LAYER, Family, Gguf
 
 FAMILY = Family(
     architecture="Olmo2ForCausalLM",
@@ -13,4 +13,5 @@ FAMILY = Family(
     joint_qk_norm=True,
     wide_norms=True,
     lora_targets=(),  # PEFT names none
+    gguf=Gguf(architecture="olmo2", layer=GGUF_POST_NORM_LAYER),
 )

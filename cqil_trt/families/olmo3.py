@@ -1,6 +1,6 @@
 """OLMo 3: OLMo 2 with a window in three of four layers, whose rotary embedding is not scaled."""
 
-from cqil_trt.families.family import POST_NORM_LAYER, Family
+from cqil_trt.families.family import GGUF_POST_NORM_LAYER, POST_NORM_LAYER, Family, Gguf
 
 FAMILY = Family(
     architecture="Olmo3ForCausalLM",
@@ -23,4 +23,10 @@ FAMILY = Family(
     window_layers="pattern",
     local_theta="rope_local_base_freq",
     lora_targets=(),  # PEFT names none
+    gguf=Gguf(
+        architecture="olmo2",
+        layer=GGUF_POST_NORM_LAYER,
+        requires="attention.sliding_window",
+        window_pattern=4,
+    ),
 )

@@ -22,6 +22,7 @@ FAMILY = Family(
     gguf=Gguf(
         architecture="phi3",
         layer={**GGUF_LAYER, "q": "attn_qkv", "k": "attn_qkv", "v": "attn_qkv", "gate": "ffn_up", "up": "ffn_up"},
+        longrope=True,
     ),
     # Its default padding token is beyond a small vocabulary.
     reference={"pad_token_id": None},

@@ -1,6 +1,6 @@
 """SmolLM3: LLaMA with layers that have no rotary embedding."""
 
-from cqil_trt.families.family import Family
+from cqil_trt.families.family import Family, Gguf
 
 FAMILY = Family(
     architecture="SmolLM3ForCausalLM",
@@ -21,4 +21,5 @@ FAMILY = Family(
     no_rope_layers=True,
     # Its default padding token is beyond a small vocabulary.
     reference={"pad_token_id": None},
+    gguf=Gguf(architecture="smollm3", interleaved=True, frequency_factors=True, no_rope_interval=4),
 )

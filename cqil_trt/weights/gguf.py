@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from cqil_trt import families
 from cqil_trt.errors import UserError
-from cqil_trt.families.family import GGUF_TOP, Gguf
+from cqil_trt.families.family import GGUF_TOP, Family, Gguf
 from cqil_trt.gguf_files import gguf_parts, open_gguf
 from cqil_trt.json_fields import Fields
 from cqil_trt.model import ModelConfig
@@ -61,7 +61,7 @@ class GgufReader(WeightReader):
                 if number == 0:
                     self._reader = reader
                     self.architecture = str(self.field("general.architecture"))
-                    self._family = families.of_gguf(self.architecture)
+                    self._family = families.of_gguf(self.architecture, reader.fields.keys())
                     self._names = {} if self._family is None else dict(self._family.gguf_names())
                 tensors = {self._rename(tensor.name): tensor for tensor in reader.tensors}
                 found, count, total = (self._split(reader, key) for key in ("no", "count", "tensors.count"))
@@ -134,6 +134,8 @@ class GgufReader(WeightReader):
             values = np.array(dequantize(np.ascontiguousarray(data), entry.tensor_type), dtype=np.float32)
         except Exception as error:
             raise UserError(f"{self.source}: {entry.name} cannot be dequantized ({error})") from None
+        if self._family is not None and self._family.offset_norms and name.endswith("norm.weight"):
+            values = values - np.float32(1)  # llama.cpp's norms multiply by the weight itself
         if columns is not None:
             values = values[:, columns[0] - first : columns[1] - first]
         return torch.from_numpy(np.ascontiguousarray(values))
@@ -177,14 +179,13 @@ class GgufReader(WeightReader):
         heads = self._integer(f"attention.{count}", self._integer("attention.head_count"))
         return np.arange(self.shapes()[name][0]).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
-    def _rope(self, head_dim: int) -> RopeConfig:
+    def _rope(self, rotary_dim: int) -> RopeConfig:
         """As llama.cpp reads it: a factor without a type is linear scaling, and rope_freqs divide the frequencies."""
         for key, harmless in _GGUF_UNREAD.items():
             if self._number(key, harmless) != harmless:
                 raise UserError(f"{self.source}: {key} other than {harmless:g} is not supported")
-        for name in self._tensors:
-            if name.startswith("rope_factors_"):
-                raise UserError(f"{self.source}: {name} (longrope) is not supported")
+        if any(name.startswith("rope_factors_") for name in self._tensors):
+            return self._longrope(rotary_dim)
         scaling = str(self.field("{arch}.rope.scaling.type", "linear"))
         if scaling not in ("none", "linear", "yarn"):
             raise UserError(f"{self.source}: rope scaling {scaling[:80]!r} is not supported (linear and yarn are)")
@@ -197,7 +198,7 @@ class GgufReader(WeightReader):
             kind=kind,
             factor=1.0 if kind == "default" else factor,
             attention_factor=self._number("rope.scaling.attn_factor", 1.0),
-            divisors=self._divisors(head_dim),
+            divisors=self._divisors("rope_freqs.weight", rotary_dim),
         )
         if kind != "yarn":
             return rope
@@ -207,57 +208,119 @@ class GgufReader(WeightReader):
         attention = rope.attention_factor * yarn_magnitude(factor)
         return replace(rope, original_max_position=original, attention_factor=attention)
 
-    def _divisors(self, head_dim: int) -> tuple[float, ...]:
+    def _longrope(self, rotary_dim: int) -> RopeConfig:
+        """llama.cpp takes the long factors for a context beyond the original one, transformers for such a sequence."""
+        original = self._integer("rope.scaling.original_context_length", self._integer("context_length"))
+        return RopeConfig(
+            theta=self._number("rope.freq_base", 10000.0),
+            kind="longrope",
+            factor=self._integer("context_length") / original,
+            original_max_position=original,
+            attention_factor=self._number("rope.scaling.attn_factor", 1.0),
+            short_factors=self._factors("rope_factors_short.weight", rotary_dim),
+            long_factors=self._factors("rope_factors_long.weight", rotary_dim),
+        )
+
+    def _divisors(self, name: str, rotary_dim: int) -> tuple[float, ...]:
         """The values of rope_freqs.weight; empty if all are 1."""
-        name = "rope_freqs.weight"
-        if name not in self._tensors:
-            return ()
-        if self._gguf is None or not self._gguf.frequency_factors:
-            raise UserError(f"{self.source}: {name} in a file of architecture {self.architecture} is not supported")
-        if self.shapes()[name] != (head_dim // 2,):
-            raise UserError(f"{self.source}: {name} has shape {self.shapes()[name]}, heads of {head_dim} need half")
+        values = self._factors(name, rotary_dim) if name in self._tensors else ()
+        return () if set(values) <= {1.0} else values
+
+    def _factors(self, name: str, rotary_dim: int) -> tuple[float, ...]:
+        """What a tensor divides frequencies by."""
+        gguf, longrope = self._gguf, name.startswith("rope_factors_")
+        if gguf is None or not (gguf.longrope if longrope else gguf.frequency_factors):
+            what = f"{name} (longrope)" if longrope else name
+            raise UserError(f"{self.source}: {what} in a file of architecture {self.architecture} is not supported")
+        if self.shapes().get(name) != (rotary_dim // 2,):
+            raise UserError(
+                f"{self.source}: {name} has shape {self.shapes().get(name)}, heads of {rotary_dim} need half"
+            )
         values = self.read(name).tolist()
         if not all(0 < value < float("inf") for value in values):
             raise UserError(f"{self.source}: {name} holds a value that is not positive and finite")
-        return () if set(values) == {1.0} else tuple(values)
+        return tuple(values)
 
-    def _sliding_window(self) -> int | None:
-        """llama.cpp ignores some windows that transformers applies; both agree up to the window's length."""
+    def _windows(self, gguf: Gguf, layers: int) -> tuple[int | None, tuple[int, ...]]:
+        """The window, and the layers that have it.
+
+        llama.cpp ignores some windows that transformers applies; both agree up to the window's length.
+        """
         if self._family is None or self._family.sliding_window != "always":
-            return None
-        return self._integer("attention.sliding_window", 0, low=0) or None
+            return None, ()
+        window = self._integer("attention.sliding_window", 0, low=0)
+        listed = self.field("{arch}.attention.sliding_window_pattern")
+        pattern = gguf.window_pattern if listed is None or isinstance(listed, list) else int(listed)
+        if isinstance(listed, list):
+            windowed = tuple(i for i in range(layers) if listed[i])
+        else:
+            windowed = tuple(i for i in range(layers) if not pattern or (i + 1) % pattern)
+        return (window, windowed) if window and windowed else (None, ())
+
+    def _computation(self, gguf: Gguf, family: Family, layers: int, rope: RopeConfig) -> dict[str, Any]:
+        """The fields of `ModelConfig` for what only some families have."""
+        window, windowed = self._windows(gguf, layers)
+        heads, hidden = self._integer("attention.head_count"), self._integer("embedding_length")
+        local = None
+        if family.local_theta:
+            local = RopeConfig(theta=self._number("rope.freq_base_swa", gguf.local_theta or rope.theta))
+        known = {number.name: self.field(f"{{arch}}.{number.name}") for number in gguf.numbers.values()}
+        given = {name: float(value) for name, value in known.items() if value is not None}
+        metadata = Fields({**gguf.defaults, **given}, self.source)
+        defaults: dict[str, Any] = {field.name: field.default for field in fields(ModelConfig)}
+        found: dict[str, Any] = {name: n.read(metadata, defaults[name]) for name, n in gguf.numbers.items()}
+        if "query_scale" in family.numbers and "query_scale" not in gguf.numbers:
+            head_dim = self._integer("attention.key_length", hidden // heads)
+            found["query_scale"] = (hidden / heads if layers in gguf.hidden_query_scale else head_dim) ** -0.5
+        interval = gguf.no_rope_interval
+        return {
+            **family.features(hidden),
+            **found,
+            "sliding_window": window,
+            "windowed": windowed,
+            "unrotated": tuple(i for i in range(layers) if interval and (i + 1) % interval == 0),
+            "local_rope": local,
+            "activation": next(iter(family.activations.values())),
+        }
 
     def model_config(self) -> ModelConfig:
         """The model that the file's metadata describes. Raises UserError for one that is not supported."""
         if self._family is None:
             known = ", ".join(families.gguf_architectures())
             raise UserError(f"{self.source}: architecture {self.architecture!r:.80} is not supported ({known} are)")
-        shapes, layer = self.shapes(), self._family.layer
+        shapes, layer, gguf = self.shapes(), self._family.layer, self._family.gguf
         try:
             heads, hidden = self._integer("attention.head_count"), self._integer("embedding_length")
-            head_dim = self._integer("attention.key_length", hidden // heads)
-            if self._integer("rope.dimension_count", head_dim) != head_dim:
+            layers, head_dim = (
+                self._integer("block_count", high=1000),
+                self._integer("attention.key_length", hidden // heads),
+            )
+            rotary_dim = self._integer("rope.dimension_count", head_dim)
+            if rotary_dim != head_dim and not self._family.partial_rotary:
                 raise UserError(f"{self.source}: partial rotary embedding is not supported")
+            rope = self._rope(rotary_dim)
+            computation = self._computation(gguf or Gguf(architecture=""), self._family, layers, rope)
+            computation["qk_norm"] = f"model.layers.0.{layer['q_norm']}.weight" in shapes
             return ModelConfig(
                 architecture=self._family.architecture,
-                num_layers=self._integer("block_count", high=1000),
+                num_layers=layers,
                 hidden_size=hidden,
                 intermediate_size=self._integer("feed_forward_length"),
                 num_heads=heads,
                 num_kv_heads=self._integer("attention.head_count_kv", heads),
                 head_dim=head_dim,
+                rotated_dim=None if rotary_dim == head_dim else rotary_dim,
                 vocab_size=shapes["model.embed_tokens.weight"][0],
                 max_position=self._integer("context_length"),
                 rms_norm_eps=float(self.field("{arch}.attention.layer_norm_rms_epsilon")),
-                rope=self._rope(head_dim),
+                rope=rope,
                 tie_embeddings="lm_head.weight" not in shapes,
                 qkv_bias=f"model.layers.0.{layer['q']}.bias" in shapes,
                 o_bias=f"model.layers.0.{layer['o']}.bias" in shapes,
                 mlp_bias=f"model.layers.0.{layer['gate']}.bias" in shapes,
-                qk_norm=f"model.layers.0.{layer['q_norm']}.weight" in shapes,
-                sliding_window=self._sliding_window(),
                 dtype="float32",
                 eos_token_ids=GgufTokenizer(Path(self.source)).ends(),
+                **computation,
             )
         except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
             raise UserError(f"{self.source}: GGUF metadata is incomplete or malformed ({error})") from None

@@ -129,9 +129,11 @@ def write_gguf(
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(source)
-    writer = gguf.GGUFWriter(path, config.model_type, **options)
+    name = {"gemma3_text": "gemma3", "olmo3": "olmo2", "mistral": "llama"}.get(config.model_type, config.model_type)
+    writer = gguf.GGUFWriter(path, name, **options)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    rope = config.rope_parameters
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -139,20 +141,45 @@ def write_gguf(
     writer.add_head_count(heads)
     writer.add_head_count_kv(kv_heads)
     writer.add_key_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1)))
+    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
+    if config.model_type in ("gemma2", "gemma3_text", "olmo3", "phi3"):
+        writer.add_sliding_window(config.sliding_window or 0)
+    if config.model_type == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if config.model_type == "olmo3":
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
+    if config.model_type == "granite":
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
+    factors = {}
+    if rope.get("rope_type") == "longrope":
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        factor = config.max_position_embeddings / rope["original_max_position_embeddings"]
+        magnitude = np.sqrt(1 + np.log(factor) / np.log(rope["original_max_position_embeddings"]))
+        writer.add_rope_scaling_attn_factors(float(magnitude))
+        factors = {part: np.array(rope[f"{part}_factor"], np.float32) for part in ("short", "long")}
     add(writer)
-    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == config.model_type)
+    for part, values in factors.items():
+        writer.add_tensor(f"rope_factors_{part}.weight", values)
+    arch = next(arch for arch, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     for name, tensor in load_model(source).state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         values = tensor.numpy()
-        if config.model_type == "llama" and ("q_proj" in name or "k_proj" in name):
+        permuted = config.model_type in ("llama", "smollm3", "granite")
+        if permuted and ("q_proj" in name or "k_proj" in name):
             count = heads if "q_proj" in name else kv_heads
             values = values.reshape(count, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
+        if config.model_type.startswith("gemma") and "norm" in name:
+            values = values + 1
         kind = gguf.GGMLQuantizationType[quantization if values.ndim == 2 else "F32"]
         data = gguf.quantize(np.ascontiguousarray(values), kind)
         writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), data, raw_dtype=kind)
