@@ -80,6 +80,17 @@ def test_dropped_joins_are_in_the_plan_and_in_the_engine(model, tmp_path):
     assert_user_error(done, "which fixes --drop-attention-join: omit it")
 
 
+def test_a_dry_run_prints_the_plan_and_writes_nothing(model, tmp_path):
+    output = tmp_path / "engine"
+    arguments = ("--model", model, "--p", 2, "--output", output, "--json")
+    planned = json.loads(build(*arguments, "--dry-run").stdout)
+    done = build(*arguments[:-1], "--dry-run")
+    assert done.returncode == 0 and f"it would be written to {output}" in done.stdout and "all-reduces" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+    assert json.loads(build(*arguments).stdout) == planned | {"output": str(output.resolve())}
+    assert_user_error(build(*arguments[:-1], "--dry-run"), "exists already")
+
+
 @pytest.mark.slow
 def test_several_ranks_share_a_layer(model, tmp_path):
     engine = tmp_path / "engine"

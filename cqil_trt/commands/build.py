@@ -68,6 +68,7 @@ def parser() -> RankParser:
         own.add_argument(f"--{option.name.replace('_', '-')}", help=text, **keywords)
     p.add_argument("--output", metavar="DIR", help="engine directory to create (default engines/NAME)")
     p.add_argument("--force", action="store_true", help="replace the engine at --output")
+    p.add_argument("--dry-run", action="store_true", help="check everything and print the plan, and write nothing")
     p.add_argument("--version", action="version", version=f"cqil-trt {__version__}")
     p.add_argument("--json", action="store_true", help="print the plan as JSON instead of a table")
     return p
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def build(arguments: argparse.Namespace, job: Job) -> None:
     options = vars(arguments)
-    as_json = options.pop("json")
+    as_json, dry = options.pop("json"), options.pop("dry_run")
     say: Callable[[str], None] = print if job.rank == 0 else lambda text: None
     if options["model"] is None:
         from cqil_trt.demo import demo_model
@@ -90,6 +91,9 @@ def build(arguments: argparse.Namespace, job: Job) -> None:
     description = plan.to_dict()
     if not as_json:
         say(describe(description))
+    if dry:
+        say(json.dumps(description, indent=1) if as_json else f"\nit would be written to {plan.output}")
+        return
     engine = write(plan, progress=sys.stderr.isatty() and job.rank == 0, job=job)
     if as_json:
         say(json.dumps({**description, "output": str(engine.path.resolve())}, indent=1))
