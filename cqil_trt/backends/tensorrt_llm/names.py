@@ -73,57 +73,51 @@ class Names:
 
 def tensors(plan: RankPlan, names: Names) -> Iterator[Part]:
     """The checkpoint of one rank, in the order of the file."""
-    model, shapes, hidden = plan.model, plan.shapes, plan.model.hidden_size
-
-    def part(name: str, source: str | None, shape: tuple[int, ...] | None = None, first: int = 0) -> Part:
-        """All of `source`, or as much of it as `shape` says."""
-        name = name.format(rank=plan.rank)
-        return Part(name=name, shape=shape or shapes[str(source)], dtype=plan.dtype, source=source, first=first)
-
-    yield part(f"{names.embedding}.weight", "embedding.weight")
+    hidden = plan.model.hidden_size
+    yield _part(plan, f"{names.embedding}.weight", "embedding.weight")
     for place, step in enumerate(plan.schedule.layers):
-        index, shard = step.index, plan.layers[step.index]
-        ours, theirs = f"layers.{index}", names.layer.format(rank=plan.rank, place=place)
-
-        def stacked(
-            modules: tuple[str, ...],
-            source: str,
-            rows: tuple[int, ...],
-            bias: bool,
-            index: int = index,
-            ours: str = ours,
-            theirs: str = theirs,
-        ) -> Iterator[Part]:
-            """The modules that make up one of our matrices, of so many rows each."""
-            first = 0
-            for module, count in zip(modules, rows, strict=True):
-                name = f"{theirs}.{module}"
-                yield from names.matrix(plan, index, name, f"{ours}.{source}", first, (count, hidden))
-                if bias:
-                    yield part(f"{name}.bias", f"{ours}.{source}.bias", (count,), first)
-                first += count
-
-        q, kv = shard.num_heads * model.head_dim, shard.num_kv_heads * model.head_dim
-        rows = (q, kv, kv) if len(names.qkv) == 3 else (q + 2 * kv,)
-        yield part(f"{theirs}.{names.attention_norm}.weight", f"{ours}.attention_norm.weight")
-        yield from stacked(names.qkv, "qkv", rows, model.qkv_bias)
-        if model.qk_norm:
-            yield part(f"{theirs}.{names.q_norm}.weight", f"{ours}.q_norm.weight")
-            yield part(f"{theirs}.{names.k_norm}.weight", f"{ours}.k_norm.weight")
-        yield part(f"{theirs}.{names.mlp_norm}.weight", f"{ours}.mlp_norm.weight")
-        neurons = shard.num_neurons
-        yield from stacked((names.gate, names.up), "gate_up", (neurons, neurons), model.mlp_bias)
-        for module, source, width, bias in (
-            (names.o, "o", q, model.o_bias),
-            (names.down, "down", neurons, model.mlp_bias),
-        ):
-            name = f"{theirs}.{module}"
-            yield from names.matrix(plan, index, name, f"{ours}.{source}", 0, (hidden, width))
-            if bias:  # Every rank adds one; those of split layers are added up, so only one rank may have it.
-                yield part(f"{name}.bias", f"{ours}.{source}.bias" if shard.adds_bias else None, (hidden,))
-    yield part(f"{names.final_norm}.weight", "final_norm.weight")
+        yield from _layer(plan, names, names.layer.format(rank=plan.rank, place=place), step.index)
+    yield _part(plan, f"{names.final_norm}.weight", "final_norm.weight")
     if plan.shares_embedding:
         first, last = plan.vocabulary
-        yield part(f"{names.lm_head}.weight", "embedding.weight", (last - first, hidden), first * hidden)
+        yield _part(plan, f"{names.lm_head}.weight", "embedding.weight", (last - first, hidden), first * hidden)
     else:
-        yield part(f"{names.lm_head}.weight", "lm_head.weight")
+        yield _part(plan, f"{names.lm_head}.weight", "lm_head.weight")
+
+
+def _layer(plan: RankPlan, names: Names, theirs: str, index: int) -> Iterator[Part]:
+    """The tensors of model layer `index`, whose modules are in `theirs`."""
+    model, shard, ours, hidden = plan.model, plan.layers[index], f"layers.{index}", plan.model.hidden_size
+    q, kv, neurons = shard.num_heads * model.head_dim, shard.num_kv_heads * model.head_dim, shard.num_neurons
+
+    def stacked(modules: tuple[str, ...], source: str, rows: tuple[int, ...], bias: bool) -> Iterator[Part]:
+        """The modules that make up one of our matrices, of so many rows each."""
+        first = 0
+        for module, count in zip(modules, rows, strict=True):
+            name = f"{theirs}.{module}"
+            yield from names.matrix(plan, index, name, f"{ours}.{source}", first, (count, hidden))
+            if bias:
+                yield _part(plan, f"{name}.bias", f"{ours}.{source}.bias", (count,), first)
+            first += count
+
+    yield _part(plan, f"{theirs}.{names.attention_norm}.weight", f"{ours}.attention_norm.weight")
+    yield from stacked(names.qkv, "qkv", (q, kv, kv) if len(names.qkv) == 3 else (q + 2 * kv,), model.qkv_bias)
+    if model.qk_norm:
+        yield _part(plan, f"{theirs}.{names.q_norm}.weight", f"{ours}.q_norm.weight")
+        yield _part(plan, f"{theirs}.{names.k_norm}.weight", f"{ours}.k_norm.weight")
+    yield _part(plan, f"{theirs}.{names.mlp_norm}.weight", f"{ours}.mlp_norm.weight")
+    yield from stacked((names.gate, names.up), "gate_up", (neurons, neurons), model.mlp_bias)
+    for module, source, width, bias in (
+        (names.o, "o", q, model.o_bias),
+        (names.down, "down", neurons, model.mlp_bias),
+    ):
+        name = f"{theirs}.{module}"
+        yield from names.matrix(plan, index, name, f"{ours}.{source}", 0, (hidden, width))
+        if bias:  # Every rank adds one; those of split layers are added up, so only one rank may have it.
+            yield _part(plan, f"{name}.bias", f"{ours}.{source}.bias" if shard.adds_bias else None, (hidden,))
+
+
+def _part(plan: RankPlan, name: str, source: str | None, shape: tuple[int, ...] | None = None, first: int = 0) -> Part:
+    """All of `source`, or as much of it as `shape` says."""
+    name = name.format(rank=plan.rank)
+    return Part(name=name, shape=shape or plan.shapes[str(source)], dtype=plan.dtype, source=source, first=first)
