@@ -22,9 +22,9 @@ import cqil_trt
 from cqil_trt import backends, reference
 from cqil_trt.engine import Engine
 
-BEFORE, AFTER = "before 1.2.1", "after 1.2.1"
-# Model, shape, release, and what joins the ranks. Two ranks share 9 query heads, three share 2 key/value heads, and
-# four share 6 query heads.
+BEFORE, AFTER = "attention in modules", "attention in a package"
+# Model, shape, where TensorRT-LLM has its attention, and what joins the ranks. Two ranks share 9 query heads, three
+# share 2 key/value heads, and four share 6 query heads.
 CASES = [
     (("llama-gqa", {"p": 1}), BEFORE, {}),
     (("llama-linear-rope", {"p": 2, "start": 1, "end": 5}), BEFORE, {"collective": "trtllm"}),

@@ -10,7 +10,7 @@ from tensorrt_llm.mapping import Mapping
 
 
 def _module(*places: str) -> Any:
-    """The first of these modules that exists: attention moved to a package of its own after 1.2, its backends later."""
+    """The first of these modules that exists: attention moved to a package of its own in 2026, its backends later."""
     for place in places:
         try:
             return import_module(place)
