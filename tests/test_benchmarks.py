@@ -50,6 +50,22 @@ def test_serving_is_measured_beside_the_engine(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_parts_of_a_start(tmp_path):
+    need("uvicorn", "starlette", "pydantic", "prometheus_client", "llguidance")
+    make_model(tmp_path / "model")
+    engine = cqil_trt.build(model=tmp_path / "model", output=tmp_path / "engine", max_seq_len=64, probes="never", p=2)
+    flags = ("--engine", engine.path, "--device", "cpu", "--rounds", 1, "--json", tmp_path / "found.json")
+    done = mpirun(2, *flags, script="scripts/benchmark_start.py")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["bytes"] == sum(path.stat().st_size for path in engine.path.iterdir() if path.name != "config.json")
+    assert found["seconds"].keys() == {"copy", "interpreter", "verification", "session", "warm-up"}
+    assert all(seconds > 0 for seconds in found["seconds"].values())
+    refused = mpirun(1, *flags, script="scripts/benchmark_start.py")
+    assert_user_error(refused, "the engine needs 2 MPI ranks")
+
+
+@pytest.mark.slow
 def test_two_servers_are_compared(tmp_path):
     """The same server twice, as one and as the other."""
     need("uvicorn", "starlette", "pydantic", "prometheus_client", "llguidance")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -37,6 +39,11 @@ class TorchPositions:
     causal: bool
     first: int = 0
     windowed: TorchPositions | None = None
+
+
+def _zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros that take memory when they are used: numpy asks for them with calloc, where PyTorch writes them."""
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 class TorchOps(Ops[torch.Tensor]):
@@ -75,11 +82,11 @@ class TorchOps(Ops[torch.Tensor]):
         # Zeros, not uninitialised memory: a masked position has weight 0, and 0 * NaN is NaN.
         try:
             self._cache = {
-                index: torch.zeros(2, slots, shard.num_kv_heads, max_seq_len, plan.model.head_dim, dtype=dtype).unbind()
+                index: _zeros(2, slots, shard.num_kv_heads, max_seq_len, plan.model.head_dim, dtype=dtype).unbind()
                 for index, shard in plan.layers.items()
                 if shard.num_heads
             }
-        except RuntimeError:
+        except MemoryError:
             raise UserError(
                 f"no memory for the KV cache of {slots} sequences of {max_seq_len} tokens: build with a smaller "
                 "--max-batch-size or --max-seq-len"
