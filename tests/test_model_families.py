@@ -1,23 +1,30 @@
 """Families that compute what LLaMA does not: one rank against transformers, several against the formulas in float64."""
 
 import json
+import socket
 
 import numpy as np
 import pytest
 import torch
-from support import SEED
+import transformers
+from support import SEED, write_json
 from support.cases import FAMILIES, relative
-from support.checkpoints import load_model, make_model, rank_weights
+from support.checkpoints import checkpoint_logits, load_model, make_adapter, make_model, write_gguf
 from support.formulas import Formulas
 from support.threads import together
 
+import cqil_trt
+from cqil_trt import backends, families
 from cqil_trt.backends.torch.ops import TorchOps
+from cqil_trt.backends.torch.quantized import take_quantized
+from cqil_trt.backends.torch.session import open_session
 from cqil_trt.checkpoint import Checkpoint
 from cqil_trt.collectives import HostCommunicator, LocalCommunicator, split
 from cqil_trt.config import CqilConfig, EngineLimits
-from cqil_trt.model import ModelConfig
+from cqil_trt.errors import UserError
+from cqil_trt.model import Feature, ModelConfig
 from cqil_trt.network.decoder import decode
-from cqil_trt.reference import CqilModel
+from cqil_trt.reference import CqilModel, from_reader
 from cqil_trt.schedule import Peers
 from cqil_trt.shard import plan
 
@@ -39,12 +46,12 @@ def sequences(seed):
     return [random.integers(3, 131, length + FOLLOW).tolist() for length in LENGTHS]
 
 
-def computed(checkpoint, shape, tokens):
+def computed(checkpoint, shape, tokens, stored="dense"):
     """What every rank's decoder says after each token of both sequences, and the last stream that it joined.
 
     The prompts are read apart, the first in two chunks; then both sequences get a token at a time.
     """
-    ranks = plan(checkpoint.model, CqilConfig(**shape))
+    ranks = plan(checkpoint.model, CqilConfig(**shape), weights=stored)
     longest = max(map(len, tokens))
     limits = EngineLimits(max_batch_size=2, max_seq_len=longest)
 
@@ -52,7 +59,9 @@ def computed(checkpoint, shape, tokens):
         rank, communicators = ranks[number], {Peers.ALL: LocalCommunicator()}
         if len(ranks) > 1:
             communicators = {kind: HostCommunicator(part) for kind, part in split(comm, rank.schedule).items()}
-        ops = TorchOps(rank, rank_weights(rank, checkpoint.reader), communicators, limits, checkpoint.rotary)
+        weights = stored_weights(rank, checkpoint.reader)
+        products = take_quantized(rank, weights, torch.float32)
+        ops = TorchOps(rank, weights, communicators, limits, checkpoint.rotary, products=products)
         found = [[], []]
 
         def step(slots, new, past):
@@ -75,6 +84,20 @@ def computed(checkpoint, shape, tokens):
     results = together(len(ranks), work)
     logits = [torch.cat([torch.stack(found[i]) for found, _ in results if found[i]], -1) for i in range(2)]
     return logits, [joined for _, joined in results]
+
+
+def stored_weights(rank, reader):
+    """The rank's tensors by name, as an engine's file holds them."""
+    blocks = iter(rank.blocks(reader))
+    weights = {}
+    for tensor in rank.tensors:
+        parts = []
+        while sum(part.numel() for part in parts) < tensor.elements:
+            parts.append(next(blocks).reshape(-1))
+        weights[tensor.name] = torch.cat(parts).view(tensor.shape) if parts else torch.empty(tensor.shape)
+    if rank.shares_embedding:
+        weights["lm_head.weight"] = weights["embedding.weight"][slice(*rank.vocabulary)]
+    return weights
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -141,3 +164,159 @@ def test_ranks_compute_the_definition(name, models):
 def test_descriptions_survive_json(name, models):
     model = Checkpoint(models[name], None).model
     assert ModelConfig.from_dict(json.loads(json.dumps(model.to_dict()))) == model
+
+
+ADAPTED = ["gemma3", "granite", "olmo3", "smollm3"]
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_adapters_are_merged_as_peft_merges_them(name, models, tmp_path):
+    pytest.importorskip("peft")
+    from peft import PeftModel
+
+    adapter = make_adapter(models[name], tmp_path / "adapter")
+    checkpoint = Checkpoint(models[name], adapter)
+    merged = PeftModel.from_pretrained(load_model(models[name]), adapter).merge_and_unload()
+    formulas, tokens = Formulas(merged.config, merged.state_dict()), sequences(9)
+    shape = {"p": 2, "d": 1, "start": 2, "end": 6}
+    found, _ = computed(checkpoint, shape, tokens)
+    for logits, sequence in zip(found, tokens):
+        assert relative(logits.numpy(), formulas.logits(torch.tensor([sequence]), **shape)[0].numpy()) < 1e-5
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("name", ["gemma2", "olmo3", "granite", "phi3-partial"])
+def test_quantized_engines_compute_what_their_values_do(name, weights, models):
+    """The matrices that transformers' class is given are those that the codes stand for."""
+    checkpoint, tokens = Checkpoint(models[name], None), sequences(3)
+    checkpoint.quantize(EngineLimits(weights=weights))
+    network = from_reader(checkpoint.model, checkpoint.reader)
+    shape = {"p": 2, "start": 1, "end": 5}
+    with torch.inference_mode():
+        expected = [CqilModel(network, **shape)(torch.tensor([s]), use_cache=False).logits[0] for s in tokens]
+    found, _ = computed(checkpoint, shape, tokens, weights)
+    for logits, judged in zip(found, expected):
+        assert relative(logits.numpy(), judged.numpy()) < 1e-5
+
+
+def test_a_join_before_a_norm_cannot_be_dropped(models):
+    for name in ("gemma2", "gemma3", "olmo2", "olmo3"):
+        model = Checkpoint(models[name], None).model
+        cqil = CqilConfig(p=2, start=2, end=4, drop_attention_join=(1,))
+        with pytest.raises(UserError, match=f"--drop-attention-join: {model.architecture} normalises"):
+            plan(model, cqil)
+        with pytest.raises(UserError, match="drop_attention_join"):
+            CqilModel(load_model(models[name]), p=2, start=2, end=4, drop_attention_join=(1,))
+
+
+def test_a_join_after_a_scaled_sub_layer_can_be_dropped(models):
+    network, shape = load_model(models["granite"]), {"p": 3, "start": 3, "end": 6, "drop_attention_join": (0, 2)}
+    formulas, tokens = Formulas(network.config, network.state_dict()), sequences(5)
+    found, _ = computed(Checkpoint(models["granite"], None), shape, tokens)
+    for logits, sequence in zip(found, tokens):
+        expected = formulas.logits(torch.tensor([sequence]), **shape)[0].numpy()
+        assert relative(logits.numpy(), expected) < 1e-5
+        judged = CqilModel(network, **shape)(torch.tensor([sequence]), use_cache=False).logits[0]
+        assert relative(judged.detach().numpy(), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gpus_refuse_by_name_what_their_kernels_lack(name, models, tmp_path):
+    model = Checkpoint(models[name], None).model
+    limits = EngineLimits(max_seq_len=16)
+    backends.load("torch").check_model(model, limits)
+    backends.load("onnx").check_model(model, limits)
+    words = [feature.value for feature in model.features(16)]
+    with pytest.raises(UserError, match=f"--backend tensorrt-llm: {model.architecture} has {words[0]}"):
+        backends.load("tensorrt-llm").check_model(model, limits)
+    if Feature.ATTENTION_CAP in model.features(16):
+        with pytest.raises(UserError, match="--backend tensorrt: Gemma2.* has soft caps of attention scores"):
+            backends.load("tensorrt").check_model(model, limits)
+    else:
+        backends.load("tensorrt").check_model(model, limits)
+    engine = cqil_trt.build(model=models[name], p=1, output=tmp_path / "engine", max_seq_len=16, probes="never")
+    with pytest.raises(UserError, match=f"--device cuda: {model.architecture} has {words[0]}"):
+        open_session(engine, None, "cuda", 0, 1)
+    assert open_session(engine, None, "cpu", 0, 1).slots == 1
+
+
+@pytest.mark.parametrize("kind, why", [("qwen3_vl", "images"), ("llama4", "mixtures of experts"), ("gemma3", "images")])
+def test_families_that_are_refused_say_why(kind, why, tmp_path):
+    with pytest.raises(UserError, match=f"{kind} is not supported: .*{why}"):
+        families.read_config(write_json(tmp_path / "config.json", {"model_type": kind}))
+
+
+@pytest.mark.parametrize(
+    "name, changes, message",
+    [
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention is not supported"),
+        ("gemma3", {"rope_parameters": {"rope_theta": 1e4}}, "rope_theta must be given for full_attention"),
+        ("gemma2", {"hidden_activation": "relu"}, "activation 'relu'"),
+        ("gemma2", {"layer_types": ["chunked_attention"] * 6}, "layer_types: 'chunked_attention'"),
+        ("gemma2", {"layer_types": ["full_attention"]}, "layer_types must be a list of 6"),
+        ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers must be a list of 6"),
+        ("granite", {"residual_multiplier": "much"}, "residual_multiplier must be a number"),
+        ("phi3-longrope", {"partial_rotary_factor": 2.0}, "rotating 32"),
+    ],
+)
+def test_wrong_fields_are_named(name, changes, message, models, tmp_path):
+    values = json.loads((models[name] / "config.json").read_text())
+    if "partial_rotary_factor" in changes:
+        values.pop("rope_parameters")
+    with pytest.raises(UserError, match=message):
+        families.read_config(write_json(tmp_path / "config.json", {**values, **changes}))
+
+
+def test_mistral_with_layer_types_is_ministral(models, tmp_path):
+    """As transformers' AutoConfig takes it."""
+    values = json.loads((models["ministral"] / "config.json").read_text())
+    path = write_json(tmp_path / "config.json", {**values, "model_type": "mistral"})
+    assert families.read_config(path) == families.read_config(models["ministral"] / "config.json")
+    assert transformers.AutoConfig.from_pretrained(tmp_path).model_type == "ministral"
+
+
+# llama.cpp looks GELU up in a table of float16.
+JUDGED = {"gemma2": 5e-2, "smollm3": 1e-4, "granite": 1e-4, "olmo3": 1e-4, "phi3-longrope": 1e-4}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", JUDGED)
+def test_llama_cpp_says_the_same_of_a_gguf(name, tmp_path):
+    llama_cpp = pytest.importorskip("xllamacpp", reason="llama.cpp (the package xllamacpp) is not installed")
+    architecture, changes = FAMILIES[name]
+    taken_for_granted = {"gemma2": {"query_pre_attn_scalar": 12}, "smollm3": {"no_rope_layers": None}}
+    source = make_model(tmp_path / "hf", architecture, **{**changes, **taken_for_granted.get(name, {})})
+    path, prompt = write_gguf(tmp_path / "model.gguf", source, add=add_vocabulary), sequences(4)[0]
+    answers = llama_cpp_answers(llama_cpp, path, prompt)
+    tokens = prompt + [token for token, _ in answers[:-1]]
+    found = torch.log_softmax(checkpoint_logits(Checkpoint(path, None), tokens), -1)[len(prompt) - 1 :]
+    for ours, (_, theirs) in zip(found, answers, strict=True):
+        likely = {token: value for token, value in theirs.items() if value > -12}
+        assert likely and all(abs(float(ours[token]) - value) < JUDGED[name] for token, value in likely.items())
+
+
+def add_vocabulary(writer):
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(["<unk>", "<s>", "</s>", *(f"t{i}" for i in range(128))])
+    writer.add_token_scores([0.0] * 131)
+    writer.add_token_types([2, 3, 3] + [1] * 128)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+
+
+def llama_cpp_answers(llama_cpp, path, prompt):
+    """Greedy tokens, and the log-probabilities of all tokens that each was chosen from, computed in float32."""
+    options = llama_cpp.CommonParams()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        options.port = free.getsockname()[1]
+    options.model.path, options.n_ctx, options.warmup, options.verbosity = str(path), 128, False, -1
+    options.cache_type_k = options.cache_type_v = llama_cpp.ggml_type.GGML_TYPE_F32
+    options.flash_attn_type = llama_cpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    options.n_parallel, options.cpuparams.n_threads = 1, 1
+    request = {"prompt": prompt, "n_predict": 5, "temperature": 0.0, "n_probs": 131}
+    answer = llama_cpp.Server(options).handle_completions(request)
+    content = answer["choices"][0]["logprobs"]["content"]
+    return [(each["id"], {top["id"]: top["logprob"] for top in each["top_logprobs"]}) for each in content]
