@@ -204,7 +204,7 @@ class BuildPlan:
                 "weight_bytes": rank.stored_bytes,
                 "bytes_per_token": rank.bytes_per_token,
                 "kv_cache_bytes_per_token": rank.cache_bytes_per_token,
-                "all_reduces_per_token": rank.schedule.all_reduces,
+                "all_reduces_per_token": rank.all_reduces,
                 "broadcasts_per_token": rank.schedule.broadcasts,
                 "bypasses_per_token": rank.bypasses,
             }
@@ -535,7 +535,7 @@ def _choose_cqil(
             "middle of the model (--start and --end choose another)"
         )
     elif config.ranks > 1 and not config.groups:
-        notes.append("no layers run concurrently: the range is empty, so this is tensor parallelism or one rank")
+        notes.append("no layers run concurrently, so this is tensor parallelism")
     return config
 
 

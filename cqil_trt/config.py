@@ -175,6 +175,8 @@ class CqilConfig:
         values = {name: value for name, value in asdict(self).items() if name != "placement"}
         if not self.drop_attention_join:  # else the number of ranks does
             del values["ranks_per_layer"]
+        elif not self.groups:
+            values |= {"p": self.ranks, "ranks_per_layer": 1, "start": 0, "end": 0}
         return values
 
     def check_depth(self, num_layers: int) -> None:
@@ -203,7 +205,7 @@ class CqilConfig:
         if match := re.fullmatch(r"auto:(\d{1,4})", text):
             split, count = self.split_layers(num_layers), int(match[1])
             if count > len(split):
-                none = "no layers are split over the ranks, which takes placement sharded or tensor and --p 2 or more"
+                none = "no layers are split over the ranks, which takes placement sharded or tensor and two ranks"
                 only = f"only {len(split)} layers are split over the ranks"
                 raise UserError(f"--drop-attention-join {text}: {only if split else none}")
             left = len(split) - count

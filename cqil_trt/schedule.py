@@ -82,8 +82,11 @@ class RankSchedule:
         """The ranks, this one included, with which it joins in collectives of this kind; ascending."""
         t = self.ranks_per_layer
         if kind is Peers.LAYER:
-            return range(self.rank // t * t, self.rank // t * t + t)
-        return range(self.rank % t if kind is Peers.PART else 0, self.world_size, t if kind is Peers.PART else 1)
+            first = self.rank // t * t
+            return range(first, first + t)
+        if kind is Peers.PART:
+            return range(self.rank % t, self.world_size, t)
+        return range(self.world_size)
 
     @property
     def layers(self) -> tuple[Layer | Group, ...]:

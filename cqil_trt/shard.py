@@ -18,7 +18,7 @@ from cqil_trt.families.family import EMBEDDING, FINAL_NORM, LM_HEAD
 from cqil_trt.families.layout import LayerLayout
 from cqil_trt.formats import DENSE, Piece, Projection, RankTensor
 from cqil_trt.model import ModelConfig
-from cqil_trt.schedule import Group, Layer, RankSchedule, schedule
+from cqil_trt.schedule import Group, Layer, Peers, RankSchedule, schedule
 
 if TYPE_CHECKING:
     import torch
@@ -160,6 +160,16 @@ class RankPlan:
     def collectives(self) -> int:
         """This rank's collectives per forward pass, without those that choose the next token."""
         return self.all_reduces + self.schedule.broadcasts + self.bypasses
+
+    @property
+    def peers(self) -> dict[Peers, range]:
+        """The ranks, this one included, that it joins with, by kind. All ranks have the same kinds."""
+        kinds = [Peers.ALL]
+        if self.cqil.groups and self.cqil.ranks_per_layer > 1:
+            kinds.append(Peers.LAYER)
+        if self.bypasses:
+            kinds.append(Peers.PART)
+        return {kind: self.schedule.peers(kind) for kind in kinds}
 
     @property
     def vocabulary(self) -> tuple[int, int]:

@@ -217,7 +217,7 @@ size_t cqil_linear_scratch_bytes(const cqil_linear_shape* shape);
 // out [rows, outputs] = activation(RMSNorm(x + delta) * norm · Wᵀ + bias) + residual, for x [rows, inputs] and W
 // [outputs, inputs] ([2 * outputs, inputs] when gated). Without norm (NULL) x is used as it is, and delta must be NULL.
 // delta, bias and residual may be NULL. Sums are in float32. W and norm may be read before earlier work on the stream
-// is done, so they must not be results of that work. out may be residual, but not x. A gated product takes no residual.
+// is done, so they must not be results of that work; W may be with more than 16 rows. out may be residual, but not x. A gated product takes no residual.
 // In half types on compute capability 9.0 and later, with up to 16 rows and a multiple of 8 inputs, a row's result has
 // the same bits whatever the other rows are, and however many.
 int cqil_linear(const cqil_linear_shape* shape, const void* x, const void* delta, const void* weight, const void* bias,

@@ -336,9 +336,10 @@ private:
                 fields_.dtype,          fields_.eps,
                 fields_.weights,        fields_.group};
     }
-    // Bytes of a dense copy of packed weights, for more rows than the packed product takes; else 0.
+    // Bytes of a dense copy of packed weights, for more rows than the packed product takes; else 0. Never for 16 rows
+    // or fewer: their product reads W before what is enqueued before it is done.
     static size_t dense_bytes(const cqil_linear_shape& s) {
-        if (s.weights == CQIL_DENSE || s.rows <= std::max(1, cqil_packed_rows())) return 0;
+        if (s.weights == CQIL_DENSE || s.rows <= std::max(16, cqil_packed_rows())) return 0;
         const size_t bytes = size_t(s.outputs) * (1 + s.gated) * s.inputs * 2;
         return (bytes + 255) / 256 * 256;
     }

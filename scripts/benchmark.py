@@ -221,8 +221,8 @@ def measured(options: argparse.Namespace, cqil: CqilConfig, num_layers: int) -> 
         found["leader"] = replace(cqil, placement="leader")
     else:
         end = cqil.end - (cqil.end - cqil.start) % cqil.ranks
-        wide = f"sharded, p={cqil.ranks}"
-        found[wide] = replace(cqil, p=cqil.ranks, ranks_per_layer=1, end=end)
+        if end > cqil.start:
+            found[f"sharded, p={cqil.ranks}"] = replace(cqil, p=cqil.ranks, ranks_per_layer=1, end=end)
     found["sharded"] = replace(cqil, placement="sharded")
     found["tensor"] = CqilConfig(p=cqil.p, ranks_per_layer=cqil.ranks_per_layer, placement="tensor")
     if (wanted := options.drop_attention_join) is not None:

@@ -61,7 +61,7 @@ def run(options: argparse.Namespace, job: Job) -> None:
     functional.linear = timed("matrix products", functional.linear)
     functional.scaled_dot_product_attention = timed("attention", functional.scaled_dot_product_attention)
     for communicator in llm.session.communicators.values():
-        for name in ("all_reduce_residual", "broadcast", "bypass", "argmax"):
+        for name in ("all_reduce_residual", "all_reduce", "broadcast", "bypass", "argmax"):
             setattr(communicator, name, timed("MPI", getattr(communicator, name)))
 
     samples = []

@@ -218,6 +218,8 @@ def check_output(options: argparse.Namespace, cqil: CqilConfig, model: str) -> d
         if not path.exists():
             raise UserError(f"--resume: no unfinished training in {output}")
         begun = read_json(path)
+        # As it was written before there was such a thing.
+        begun["cqil"] = {"ranks_per_layer": 1, **begun.get("cqil", {})}
         for name, value in settings.items():
             changed = name in begun and begun[name] != value
             if changed and (name in SAMPLING or any(path.parent.glob("checkpoint-*"))):

@@ -58,7 +58,7 @@ def computed(checkpoint, shape, tokens, stored="dense"):
     def work(comm, number):
         rank, communicators = ranks[number], {Peers.ALL: LocalCommunicator()}
         if len(ranks) > 1:
-            communicators = {kind: HostCommunicator(part) for kind, part in split(comm, rank.schedule).items()}
+            communicators = {kind: HostCommunicator(part) for kind, part in split(comm, rank.peers).items()}
         weights = stored_weights(rank, checkpoint.reader)
         products = take_quantized(rank, weights, torch.float32)
         ops = TorchOps(rank, weights, communicators, limits, checkpoint.rotary, products=products)

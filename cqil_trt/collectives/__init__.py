@@ -2,6 +2,6 @@
 
 from cqil_trt.collectives.base import Communicator, LocalCommunicator
 from cqil_trt.collectives.host import HostCommunicator
-from cqil_trt.collectives.peers import split
+from cqil_trt.collectives.peers import agree, split
 
-__all__ = ["Communicator", "HostCommunicator", "LocalCommunicator", "split"]
+__all__ = ["Communicator", "HostCommunicator", "LocalCommunicator", "agree", "split"]

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from cqil_trt.collectives import split
+from cqil_trt.collectives import agree, split
 from cqil_trt.config import DTYPE_BYTES
 from cqil_trt.engine import Engine, tensor_spans
 from cqil_trt.errors import UserError
@@ -136,9 +136,11 @@ class CudaSession(Session):
         self._stream = cuda.call("StreamCreate")
         self._workspaces: dict[Peers, Workspace] = {}
         if comm is not None:
-            communicators = split(comm, self._plan.schedule)
-            made = {id(each): Workspace(each) for each in communicators.values()}  # one for each, whatever its kinds
-            self._workspaces = {kind: made[id(each)] for kind, each in communicators.items()}
+            peers, made = self._plan.peers, {}
+            for kind, each in split(comm, peers).items():
+                if id(each) not in made:  # one for each communicator, whatever its kinds
+                    made[id(each)] = agree(comm, partial(Workspace, each, ranks=peers[kind]))
+                self._workspaces[kind] = made[id(each)]
         self._bytes, self._dtype_code = DTYPE_BYTES[engine.limits.dtype], abi.dtype_code(engine.limits.dtype)
         self._memory: dict[str, int] = {}
         self._phase = Phase.PREFILL  # of the last pass
@@ -181,7 +183,7 @@ class CudaSession(Session):
         cuda.call("StreamDestroy", self._stream)
 
     def _load(self, engine: Engine) -> None:
-        self._load_weights(engine)
+        agree(self._comm, lambda: self._load_weights(engine))
         if not self._slots_are_fixed:
             self.slots = fitting_slots(
                 self.slots, self._free_memory(), cache_bytes(engine, self._plan.rank), self._comm

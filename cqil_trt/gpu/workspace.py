@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +57,8 @@ class Workspace:
     """This rank's share of the communication memory, on the current CUDA device. Needs neither torch nor TensorRT.
 
     `comm` is an mpi4py communicator of the ranks, in rank order. `timeout` bounds every wait on a peer, in seconds (0:
-    for ever). Raises UserError when the GPUs cannot reach each other's memory, on every rank.
+    for ever). `ranks`: their numbers in the engine, where these are some of its ranks. Raises UserError when the GPUs
+    cannot reach each other's memory, on every rank.
     """
 
     def __init__(
@@ -67,9 +68,10 @@ class Workspace:
         one_shot_bytes: int = 0,
         max_bytes: int = 0,
         library: ctypes.CDLL | None = None,
+        ranks: Sequence[int] | None = None,
     ):
         self.rank, self.world_size = comm.Get_rank(), comm.Get_size()
-        self._comm = comm
+        self._comm, self._ranks = comm, range(self.world_size) if ranks is None else ranks
         self._workspace = ctypes.c_void_p()
         handle = ctypes.create_string_buffer(abi.CQIL_HANDLE_BYTES)
         create = (self.rank, self.world_size, one_shot_bytes, max_bytes, timeout, ctypes.byref(self._workspace))
@@ -121,11 +123,12 @@ class Workspace:
         self.library.cqil_workspace_failure(self._workspace, record)
         if not record.code:
             return attention_failure(self.library)
-        what = _describe(record.operation)
+        what = f"{_describe(record.operation)} number {record.sequence}"
         missing = "its data" if record.code == 1 else "its acknowledgement"
+        rank, peer = self._ranks[record.rank], self._ranks[record.peer]
         return CollectiveError(
-            f"rank {record.rank} gave up waiting for rank {record.peer} in {what} number {record.sequence}: {missing} "
-            "did not come within the time limit (did that rank stop, or call something else?)"
+            f"rank {rank} gave up waiting for rank {peer} in {what}: {missing} did not come within the time limit (did "
+            "that rank stop, or call something else?)"
         )
 
     @contextmanager

@@ -145,8 +145,8 @@ def _own_change(
     _, normed = _join(ops, attended, x, _input_norm(ops, shard.index, "mlp"), split)  # shares of the bypass add up too
     m, split = _whole(ops, _mlp(ops, shard, normed), shard, "mlp", peers)
     change = ops.add(attended if ops.plan.cqil.bypass == "residual" else a, m)
-    # Where each of these ranks has the whole change, all of them add it up.
-    return change if split is peers else ops.scale(change, 1 / shard.parts)
+    # Where each of these ranks has the whole change, one of them adds it.
+    return change if split is peers or shard.adds_bias else ops.scale(change, 0.0)
 
 
 def _attention(ops: Ops[V], shard: LayerShard, normed: V, positions: Any) -> V:

@@ -198,7 +198,8 @@ def main(seed, operations, replays, ranks_per_layer=1):
     lag = random.Random(seed * 31 + rank)  # each rank's own delays
     check, own = Check(), Check()  # of what all ranks have, and of what only some have
     mine = schedule(CqilConfig(p=world // ranks_per_layer, ranks_per_layer=ranks_per_layer), 1)[rank]
-    parts = {kind: part for kind, part in split(comm, mine).items() if kind is Peers.ALL or part is not comm}
+    peers = {kind: mine.peers(kind) for kind in Peers if kind is Peers.ALL or 1 < len(mine.peers(kind)) < world}
+    parts = split(comm, peers)
     rings = [Ring(part, mine.peers(kind), check if kind is Peers.ALL else own) for kind, part in parts.items()]
     everyone = rings[0].communicator
     wrong64 = 0

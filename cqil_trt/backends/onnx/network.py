@@ -188,8 +188,8 @@ class OnnxOps(Ops[str]):
         return self._node("Mul", self._node("Tanh", self._node("Div", x, self._number(cap))), self._number(cap))
 
     def zeros_like(self, x: str) -> str:
-        zero = helper.make_tensor("zero", self._type, [1], [0.0])
-        return self._node("ConstantOfShape", self._node("Shape", x), value=zero)
+        # They depend on x, as the order of collectives must.
+        return self._node("Mul", x, self._number(0.0))
 
     def select(self, x: str, indices: str) -> str:
         wide = self._node("Cast", indices, to=TensorProto.INT64)

@@ -30,13 +30,13 @@ class OnnxSession(HostSession):
         rank = 0 if comm is None else comm.Get_rank()
         free = available_memory() // 2 // engine.world_size
         super().__init__(engine, rank, fitting_slots(slots, free, cache_bytes(engine, rank), comm))
+        schedule = self._plan.schedule
+        joined = [] if comm is None else list(split(comm, self._plan.peers).items())
         network, path = ModelContainer(), engine.rank_file(rank, "onnx")
         try:
             network.load(str(path))
         except onnx.checker.ValidationError as error:  # the weights are a link
             raise UserError(f"{path}: cannot be loaded ({error})") from None
-        schedule = self._plan.schedule
-        joined = [] if comm is None else list(split(comm, schedule).items())
         # What the workspaces hold here: the numbers of the communicators that the collectives use.
         self._workspaces = {workspace_input(schedule, kind): np.array([i]) for i, (kind, _) in enumerate(joined)}
         operators = _collectives([communicator for _, communicator in joined])

@@ -44,10 +44,11 @@ class TensorRtLlmBackend(Backend):
         return (f"checkpoint/rank{rank}.safetensors",)
 
     def check_model(self, model: ModelConfig, limits: EngineLimits) -> None:
-        from cqil_trt.backends.tensorrt_llm.export import check_model
+        from cqil_trt.backends.tensorrt_llm.export import check_format, check_rope
 
-        check_model(model, limits)
+        check_format(limits)
         super().check_model(model, limits)
+        check_rope(model)
 
     def describe(self, limits: EngineLimits, options: Mapping[str, Any], ranks: tuple[RankPlan, ...]) -> Description:
         from cqil_trt.backends.tensorrt_llm.export import describe

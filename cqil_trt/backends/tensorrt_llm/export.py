@@ -32,12 +32,16 @@ _FORMATS = {
 _ROPE = ("default", "linear", "dynamic", "llama3")
 
 
-def check_model(model: ModelConfig, limits: EngineLimits) -> None:
-    """Raises UserError for a model or weights that neither runtime can express."""
+def check_format(limits: EngineLimits) -> None:
+    """Raises UserError for weights that neither runtime can express."""
     if limits.weights in _FORMATS:
         raise UserError(
             f"--quantize {limits.weights}: {_FORMATS[limits.weights]}: int4 can be exported (--target engine)"
         )
+
+
+def check_rope(model: ModelConfig) -> None:
+    """Raises UserError for a rotary embedding that neither runtime can express."""
     rope = model.rope
     # Their attention modules have no attention factor of this kind and take no frequencies.
     if rope.kind not in _ROPE or rope.divisors or rope.attention_factor != 1:

@@ -68,7 +68,7 @@ class TorchSession(HostSession):
         super().__init__(engine, rank, fitting_slots(slots, free, cache_bytes(engine, rank), comm))
         self.communicators: dict[Peers, Communicator] = {Peers.ALL: LocalCommunicator()}
         if comm is not None:
-            parts = split(comm, self._plan.schedule)
+            parts = split(comm, self._plan.peers)
             self.communicators = {kind: HostCommunicator(part) for kind, part in parts.items()}
         weights = load_file(engine.rank_file(rank))
         if self._plan.shares_embedding:
