@@ -102,6 +102,12 @@ def parser() -> Parser:
     )
     search.add_argument("--measure", choices=MEASURES, default="perplexity", help="quality (default %(default)s)")
     search.add_argument("--d", metavar="D,D", default="0", help="bypass distances to measure (default %(default)s)")
+    search.add_argument(
+        "--ranks-per-layer",
+        metavar="T,T",
+        default="1",
+        help="numbers of ranks that share each layer of a group: engines have p times as many (default %(default)s)",
+    )
     search.add_argument("--bypass", choices=BYPASSES, default="mlp", help="where the bypass goes when d > 0")
     search.add_argument(
         "--placement",
@@ -150,6 +156,9 @@ def run(options: argparse.Namespace) -> None:
     check(options)
     ps = numbers(options.p, "--p", 2, MAX_RANKS)
     ds = numbers(options.d, "--d", 0, max(ps) - 1)
+    shared = numbers(options.ranks_per_layer, "--ranks-per-layer", 1, MAX_RANKS // min(ps))
+    if options.placement == "leader" and shared != [1]:
+        raise UserError("--placement leader runs whole layers on each rank: leave out --ranks-per-layer")
     found = chosen_model(options.model)
     path = found.path
     checkpoint = Checkpoint(path, tokenizer=False)
@@ -172,6 +181,7 @@ def run(options: argparse.Namespace) -> None:
             num_layers=model.num_layers,
             first=first,
             ps=tuple(dict.fromkeys(ps)),
+            ranks_per_layer=tuple(dict.fromkeys(shared)),
             ds=tuple(dict.fromkeys(ds)),
             bypass=options.bypass,
             weights=(formats.DENSE, *quantized_formats(options)),
@@ -333,14 +343,14 @@ def search(
         goal = f"at most {options.at_most:g} ms"
     print(f"{task.evaluations} measured; the unchanged perplexity is {measure.unchanged.perplexity:.3f}")
     points = list(task.points.values())
-    frontiers = {ranks: {kind: task.frontier(ranks, kind) for kind in KINDS} for ranks in sorted(space.ps)}
+    frontiers = {ranks: {kind: task.frontier(ranks, kind) for kind in KINDS} for ranks in space.ranks}
     within, at_most = (limit, None) if options.at_most is None else (None, options.at_most / 1e3)
-    chosen = choose(frontiers[max(space.ps)][BOTH], within, at_most)
+    chosen = choose(frontiers[max(space.ranks)][BOTH], within, at_most)
     for ranks, found in frontiers.items():
         print(f"\non up to {ranks} GPUs no other configuration is both faster and better than these")
         print(point_table(found[BOTH], chosen))
     print(f"\n{'best' if options.at_most else 'fastest'} of each kind, {goal}")
-    print(point_table(best_of_kinds(frontiers[max(space.ps)], within, at_most), chosen))
+    print(point_table(best_of_kinds(frontiers[max(space.ranks)], within, at_most), chosen))
     if options.write is not None:
         write(options, name, model, chosen)
     return {

@@ -27,7 +27,7 @@ from cqil_trt.quality import open_tokenizer
 from cqil_trt.quality.search import BOTH, KINDS, Quality, Search, Space, choose, spread
 
 LAYERS = 6
-COMPUTED = ("p", "d", "start", "end", "bypass", "drop_attention_join")
+COMPUTED = ("p", "d", "start", "end", "bypass", "drop_attention_join", "ranks_per_layer")
 
 
 @pytest.fixture(scope="module")
@@ -56,21 +56,24 @@ def not_beaten(points):
     return {(x, y) for x, y in pairs if not any(a <= x and b <= y and (a, b) != (x, y) for a, b in pairs)}
 
 
-def enumerated(order, first, ps, ds, weights, layers=LAYERS):
-    """All configurations, as (weights, p, d, start, end, dropped); d, start and end are 0 without groups."""
-    found = {(stored, 1, 0, 0, 0, ()) for stored in weights}
-    for stored, p, d in itertools.product(weights, ps, ds):
-        spans = {(0, 0, 0)}
+def enumerated(order, first, ps, ts, ds, weights, layers=LAYERS):
+    """All configurations, as (weights, p, t, d, start, end, dropped); without groups p is the number of ranks."""
+    found = {(stored, 1, 1, 0, 0, 0, ()) for stored in weights}
+    for stored, p, t, d in itertools.product(weights, ps, ts, ds):
+        if p * t > 8:
+            continue
+        shapes = {(p * t, 1, 0, 0, 0)}
         if d < p:
-            spans |= {(d, s, e) for s in range(first, layers) for e in range(s + p, layers + 1, p)}
-        for span in spans:
-            split = [layer for layer in order if not span[1] <= layer < span[2]]
-            found |= {(stored, p, *span, tuple(sorted(split[:n]))) for n in range(len(split) + 1 if order else 1)}
+            shapes |= {(p, t, d, s, e) for s in range(first, layers) for e in range(s + p, layers + 1, p)}
+        for shape in shapes:
+            split = [layer for layer in order if not shape[3] <= layer < shape[4]]
+            found |= {(stored, *shape, tuple(sorted(split[:n]))) for n in range(len(split) + 1 if order else 1)}
     return found
 
 
 def key(cqil, weights):
-    return weights, cqil["p"], cqil["d"], cqil["start"], cqil["end"], tuple(cqil["drop_attention_join"])
+    shape = (cqil[name] for name in ("p", "ranks_per_layer", "d", "start", "end"))
+    return weights, *shape, tuple(cqil["drop_attention_join"])
 
 
 # The search itself, on made-up qualities
@@ -93,11 +96,12 @@ def quality_of(seed):
     st.integers(0, 2**20),
     st.integers(16, 400),
     st.sampled_from([(2,), (2, 4), (3,), (2, 3, 4, 5, 6)]),
+    st.sampled_from([(1,), (1, 2), (2,), (1, 3, 4)]),
     st.sampled_from([(0,), (0, 1), (0, 1, 2, 3)]),
     st.booleans(),
     st.sampled_from([("sharded", "leader"), ("sharded",)]),
 )
-def test_search_keeps_its_budget_and_its_frontier_is_what_no_point_beats(seed, budget, ps, ds, drops, placements):
+def test_search_keeps_its_budget_and_its_frontier_is_what_no_point_beats(seed, budget, ps, ts, ds, drops, placements):
     cost, seen = quality_of(seed), []
 
     def measure(candidate):
@@ -107,10 +111,12 @@ def test_search_keeps_its_budget_and_its_frontier_is_what_no_point_beats(seed, b
     def seconds(cqil, weights):
         slower = {"leader": 1.2, "sharded": 1.0, "tensor": 1.0}[cqil.placement] if cqil.p > 1 else 1.0
         joins = 2 * LAYERS - len(cqil.changed_layers)
-        return slower * (joins + {"dense": 4, "int8": 2, "int4": 1}[weights] * LAYERS / cqil.p)
+        return slower * (joins + {"dense": 4, "int8": 2, "int4": 1}[weights] * LAYERS / cqil.ranks)
 
     weights = ("dense", "int8", "int4")
-    space = Space(num_layers=LAYERS, first=1, ps=ps, ds=ds, bypass="mlp", weights=weights, drops=drops)
+    space = Space(
+        num_layers=LAYERS, first=1, ps=ps, ranks_per_layer=ts, ds=ds, bypass="mlp", weights=weights, drops=drops
+    )
     task = Search(space, measure, seconds, placements, budget, math.inf, Quality(cost=0.0, values={}))
     planned = task.planned
     task.run()
@@ -121,7 +127,9 @@ def test_search_keeps_its_budget_and_its_frontier_is_what_no_point_beats(seed, b
         changed = point.candidate.weights != "dense" or point.candidate.cqil.changed_layers
         assert point.quality.cost == (cost(point.candidate.computed) if changed else 0)
         assert point.seconds == seconds(point.candidate.cqil, point.candidate.weights)
-    for ranks, kind in itertools.product(ps, KINDS):
+    numbers = sorted({p * t for p in ps for t in ts if p * t <= 8})
+    assert space.ranks == numbers
+    for ranks, kind in itertools.product(numbers, KINDS):
         allowed = [
             point
             for point in points
@@ -133,9 +141,9 @@ def test_search_keeps_its_budget_and_its_frontier_is_what_no_point_beats(seed, b
         assert best == sorted(not_beaten((point.seconds, point.quality.cost) for point in allowed))
     order = task.space.joins
     assert sorted(order) == (list(range(LAYERS)) if drops else [])
-    every = enumerated(order, 1, ps, ds, weights)
+    every = enumerated(order, 1, ps, ts, ds, weights)
     found = {key(point.candidate.cqil.to_dict(), point.candidate.weights) for point in points}
-    single = {(stored, max(ps), 0, 0, 0, (layer,)) for stored in weights for layer in range(LAYERS)} if drops else set()
+    single = {(stored, numbers[-1], 1, 0, 0, 0, (layer,)) for stored in weights for layer in range(LAYERS) if drops}
     assert len(space) == len(every)
     if task.exhaustive:
         assert found == every | {one for one in single if one[0] == "dense"}
@@ -157,7 +165,8 @@ def test_spread_keeps_order_and_both_ends(items, count):
 def searched(model, text, tmp_path_factory):
     """What a whole search reports, and the files that it wrote."""
     directory = tmp_path_factory.mktemp("found")
-    flags = ["--search", "--p", "2", "--d", "0,1", "--first", 3, "--quantize", "int8", "--within", 3]
+    flags = ["--search", "--p", "2", "--d", "0,1", "--ranks-per-layer", "1,2", "--first", 3, "--quantize", "int8"]
+    flags += ["--within", 3, "--evaluations", 200]
     files = ["--json", directory / "s.json", "--plot", directory / "s.png", "--write", directory / "best.json"]
     done = similarity(model, text, *flags, *files)
     assert done.returncode == 0, done.stderr
@@ -177,10 +186,10 @@ def rounded(state):
 def test_search_measures_everything_that_the_budget_allows(model, text, searched):
     done, found, directory = searched
     points = {key(point["cqil"], point["weights"]): point for point in found["points"]}
-    single = {("dense", 2, 0, 0, 0, (layer,)) for layer in range(LAYERS)}
-    assert points.keys() == enumerated(found["joins"], 3, (2,), (0, 1), ("dense", "int8")) | single
+    single = {("dense", 4, 1, 0, 0, 0, (layer,)) for layer in range(LAYERS)}
+    assert points.keys() == enumerated(found["joins"], 3, (2,), (1, 2), (0, 1), ("dense", "int8")) | single
     assert found["configurations"] == len(points.keys() - single) + 1  # the cheapest join alone is among them
-    by_itself = [points["dense", 2, 0, 0, 0, (layer,)]["log_cost"] for layer in found["joins"]]
+    by_itself = [points["dense", 4, 1, 0, 0, 0, (layer,)]["log_cost"] for layer in found["joins"]]
     assert by_itself == sorted(by_itself) and len(by_itself) == LAYERS
     assert (directory / "s.png").read_bytes()[:4] == b"\x89PNG"
     # Some of them, computed in float64.
@@ -199,17 +208,20 @@ def test_search_measures_everything_that_the_budget_allows(model, text, searched
     config = families.read_config(model / "config.json")
     for point in found["points"]:
         cqil = CqilConfig(**point["cqil"])
-        placements = ["sharded"] + ["leader"] * (not cqil.drop_attention_join) if cqil.groups else [cqil.placement]
+        whole = not cqil.drop_attention_join and cqil.ranks_per_layer == 1
+        placements = ["sharded"] + ["leader"] * whole if cqil.groups else [cqil.placement]
         found_ms = [
             1e3 * decode_seconds(config, replace(cqil, placement=name), "float16", weights=point["weights"])
             for name in placements
         ]
         assert point["predicted_ms"] == pytest.approx(min(found_ms))
-    for kind, best in found["frontiers"]["2"].items():
+    for (ranks, best_of), kind in itertools.product(found["frontiers"].items(), KINDS):
+        best = best_of[kind]
         allowed = [
             (point["predicted_ms"], point["log_cost"])
             for point in found["points"]
-            if (point["weights"] == "dense" or "quantized" in kind)
+            if point["ranks"] <= int(ranks)
+            and (point["weights"] == "dense" or "quantized" in kind)
             and (not point["cqil"]["drop_attention_join"] or "dropped" in kind)
         ]
         pairs = [(found["points"][i]["predicted_ms"], found["points"][i]["log_cost"]) for i in best]
@@ -390,7 +402,9 @@ def test_adapter_and_evaluation_for_a_found_configuration(model, text, tmp_path)
 
 
 def test_choice_keeps_to_its_limit(model):
-    space = Space(num_layers=4, first=0, ps=(2,), ds=(0,), bypass="mlp", weights=("dense",), drops=False)
+    space = Space(
+        num_layers=4, first=0, ps=(2,), ranks_per_layer=(1,), ds=(0,), bypass="mlp", weights=("dense",), drops=False
+    )
     config = families.read_config(model / "config.json")
 
     def seconds(cqil, weights):

@@ -1,8 +1,8 @@
 """Which configurations of a model no other one beats in both quality and predicted latency.
 
-A configuration is groups of layers (p, d, start, end), split layers without the all-reduce after attention, and the
-format of the layers' matrices. Quality is measured, at most as often as a budget says; latency is predicted. No tensors
-here.
+A configuration is groups of layers (p, d, start, end), ranks per layer, split layers without the all-reduce after
+attention, and the format of the layers' matrices. Quality is measured, at most as often as a budget says; latency is
+predicted. No tensors here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from cqil_trt.config import CqilConfig
+from cqil_trt.config import MAX_RANKS, CqilConfig
 from cqil_trt.errors import UserError
 from cqil_trt.formats import DENSE
 from cqil_trt.quality.similarity import frontier, ranges
@@ -46,7 +46,7 @@ class Candidate:
 
     @property
     def ranks(self) -> int:
-        return self.cqil.p
+        return self.cqil.ranks
 
     @property
     def computed(self) -> Candidate:
@@ -56,7 +56,9 @@ class Candidate:
         """
         if not self.cqil.changed_layers:
             return replace(self, cqil=CqilConfig(p=1))
-        return replace(self, cqil=replace(self.cqil, placement="sharded" if self.cqil.groups else "tensor"))
+        shared = self.cqil.ranks_per_layer if self.cqil.drop_attention_join else 1
+        placement = "sharded" if self.cqil.groups else "tensor"
+        return replace(self, cqil=replace(self.cqil, placement=placement, ranks_per_layer=shared))
 
     def placed(self, placements: Collection[str]) -> tuple[CqilConfig, ...]:
         """The configurations that compute this, in those of the `placements` that they can have.
@@ -65,7 +67,8 @@ class Candidate:
         """
         if not self.cqil.groups:
             return (self.cqil,)
-        fitting = [name for name in placements if name == "sharded" or not self.cqil.drop_attention_join]
+        splits = self.cqil.drop_attention_join or self.cqil.ranks_per_layer > 1
+        fitting = [name for name in placements if name == "sharded" or not splits]
         return tuple(replace(self.cqil, placement=name) for name in fitting)
 
 
@@ -99,7 +102,8 @@ class Space:
     Attributes:
         num_layers: of the model.
         first: the first layer that may be in a group.
-        ps: numbers of ranks, which are group sizes.
+        ps: group sizes.
+        ranks_per_layer: how many ranks may share each layer of a group.
         ds, bypass: bypass distances, and where the bypass goes.
         weights: formats of the matrices; the first is dense.
         drops: whether joins may be dropped.
@@ -109,6 +113,7 @@ class Space:
     num_layers: int
     first: int
     ps: tuple[int, ...]
+    ranks_per_layer: tuple[int, ...]
     ds: tuple[int, ...]
     bypass: str
     weights: tuple[str, ...]
@@ -116,14 +121,23 @@ class Space:
     joins: tuple[int, ...] = ()
 
     def __len__(self) -> int:
-        dropped = [len(cqil.split_layers(self.num_layers)) if self.drops else 0 for cqil in self._joined()]
-        return len(self.weights) * sum(1 + count for count in dropped)
+        return len(self.weights) * sum(1 + self._droppable(cqil) for cqil in self._joined())
+
+    @property
+    def computations(self) -> int:
+        """How many candidates of a format differ in what they compute."""
+        joined = list(self._joined())
+        return len({Candidate(cqil).computed for cqil in joined}) + sum(map(self._droppable, joined))
+
+    def _droppable(self, cqil: CqilConfig) -> int:
+        """How many joins may be dropped."""
+        return len(cqil.split_layers(self.num_layers)) if self.drops else 0
 
     def __iter__(self) -> Iterator[Candidate]:
         """Every candidate, format by format: of the layers in the order `joins`, the first 0, 1, 2, … drop theirs."""
         for weights in self.weights:
             for cqil in self._joined():
-                counts = range(len(cqil.split_layers(self.num_layers)) + 1) if self.drops else (0,)
+                counts = range(self._droppable(cqil) + 1)
                 yield from (Candidate(self.dropping(cqil, count), weights) for count in counts)
 
     def _joined(self) -> Iterator[CqilConfig]:
@@ -131,20 +145,29 @@ class Space:
         yield from self.unchanged
         for p, d in self.groups:
             for start, end in ranges(self.first, self.num_layers, p):
-                yield self.grouped(p, d, start, end)
+                yield from self.shared(self.grouped(p, d, start, end))
+
+    @property
+    def ranks(self) -> list[int]:
+        """The numbers of ranks, in ascending order."""
+        return sorted({p * t for p in self.ps for t in self.ranks_per_layer if p * t <= MAX_RANKS})
 
     @property
     def unchanged(self) -> list[CqilConfig]:
         """The model as it is, on one rank and on each number of ranks."""
-        return [CqilConfig(p=1), *(CqilConfig(p=p, placement="tensor") for p in self.ps)]
+        return [CqilConfig(p=1), *(CqilConfig(p=ranks, placement="tensor") for ranks in self.ranks)]
 
     @property
     def groups(self) -> list[tuple[int, int]]:
         """The kinds of groups, as p and d."""
-        return [(p, d) for p in self.ps for d in self.ds if d < p]
+        return [(p, d) for p in self.ps for d in self.ds if d < p and p * min(self.ranks_per_layer) <= MAX_RANKS]
 
     def grouped(self, p: int, d: int, start: int, end: int) -> CqilConfig:
         return CqilConfig(p=p, d=d, start=start, end=end, bypass=self.bypass if d else "mlp")
+
+    def shared(self, cqil: CqilConfig) -> list[CqilConfig]:
+        """The configuration with each number of ranks per layer."""
+        return [replace(cqil, ranks_per_layer=t) for t in self.ranks_per_layer if cqil.p * t <= MAX_RANKS]
 
     def dropping(self, cqil: CqilConfig, count: int) -> CqilConfig:
         """The configuration without the joins of the first `count` layers of `joins` that have one."""
@@ -195,8 +218,7 @@ class Search:
     def _whole(self) -> int:
         """Measurements of the whole space: one of the unchanged model in each format, and the order of the joins."""
         space = self.space
-        repeated = len(space.weights) * len(space.ps) + 1
-        return len(space) - repeated + (space.num_layers if space.drops else 0)
+        return len(space.weights) * space.computations - 1 + (space.num_layers if space.drops else 0)
 
     def run(self) -> None:
         self._take(Candidate(cqil) for cqil in self.space.unchanged)
@@ -224,27 +246,28 @@ class Search:
         for candidate in candidates:
             if candidate in self.points:
                 continue
-            computed = candidate.computed
+            computed, cqil = candidate.computed, candidate.cqil
             if computed not in self._qualities:
                 if self.evaluations == self.budget:
                     continue
                 self._qualities[computed] = self._measure(computed)
-            placed = candidate.placed(self._placements)
-            if not placed:
-                continue
-            seconds, cqil = min(
-                ((self._seconds(cqil, candidate.weights), cqil) for cqil in placed), key=lambda found: found[0]
-            )
-            self.points[candidate] = Point(
-                candidate=replace(candidate, cqil=cqil), seconds=seconds, quality=self._qualities[computed]
-            )
+            # The other numbers of ranks per layer come with it where they compute the same.
+            alike = self.space.shared(cqil) if cqil.groups and not cqil.drop_attention_join else [cqil]
+            for each in alike:
+                self._add(replace(candidate, cqil=each), self._qualities[computed])
+
+    def _add(self, candidate: Candidate, quality: Quality) -> None:
+        placed = [(self._seconds(cqil, candidate.weights), cqil) for cqil in candidate.placed(self._placements)]
+        if placed:
+            seconds, cqil = min(placed, key=lambda found: found[0])
+            self.points[candidate] = Point(candidate=replace(candidate, cqil=cqil), seconds=seconds, quality=quality)
 
     def _order_joins(self, count: int) -> None:
         """Orders the joins by what each costs by itself, on the most ranks; `count` of them are measured.
 
         A layer between two measured ones counts as the nearer.
         """
-        layers, shared = self.space.num_layers, CqilConfig(p=max(self.space.ps), placement="tensor")
+        layers, shared = self.space.num_layers, CqilConfig(p=max(self.space.ranks), placement="tensor")
         single = {layer: Candidate(shared.dropping([layer], layers)) for layer in spread(range(layers), count)}
         self._take(single.values())
         costs = {layer: self.points[one].quality.cost for layer, one in single.items()}
@@ -255,7 +278,10 @@ class Search:
     def _find_first_groups(self, p: int, d: int, count: int) -> None:
         """The best place of a single group for each remainder of its first layer by p; `count` are measured."""
         starts = range(self.space.first, self.space.num_layers - p + 1)
-        single = {start: Candidate(self.space.grouped(p, d, start, start + p)) for start in spread(starts, count)}
+        single = {
+            start: Candidate(self.space.shared(self.space.grouped(p, d, start, start + p))[0])
+            for start in spread(starts, count)
+        }
         self._take(single.values())
         measured = [start for start in single if single[start] in self.points]
         by_cost = sorted(measured, key=lambda start: self.points[single[start]].quality.cost)
@@ -277,16 +303,18 @@ class Search:
             if size > 0:
                 self._find_first_groups(p, d, max(1, int(share * size)))
         while self.evaluations < dense:
-            steps = [step for point in self._growing() for step in self._steps(point) if step not in self.points]
-            if not steps:
+            steps = (step for point in self._growing() for step in self._steps(point) if step not in self.points)
+            differing = {step.computed: step for step in steps}
+            if not differing:
                 break
-            self._take(spread(list(dict.fromkeys(steps)), dense - self.evaluations))
+            self._take(spread(list(differing.values()), dense - self.evaluations))
         for number, weights in enumerate(others):
             count = (self.budget - self.evaluations) // (len(others) - number)
             best = sorted(self._growing(), key=lambda point: point.seconds)
-            found = dict.fromkeys(self._key(point.candidate.cqil, weights) for point in best)
-            changed = [candidate for candidate in found if candidate.cqil.changed_layers]
-            self._take((*(Candidate(cqil, weights) for cqil in space.unchanged), *spread(changed, count - 1)))
+            found = [self._key(point.candidate.cqil, weights) for point in best if point.candidate.cqil.changed_layers]
+            differing = {candidate.computed: candidate for candidate in found}
+            unchanged = [Candidate(cqil, weights) for cqil in space.unchanged]
+            self._take((*unchanged, *spread(list(differing.values()), count - 1)))
 
     @staticmethod
     def _key(cqil: CqilConfig, weights: str) -> Candidate:
@@ -297,7 +325,7 @@ class Search:
         """The dense points that may lead to better ones: on each number of ranks the frontiers without and with dropped
         joins, up to the limit."""
         found: dict[Point, None] = {}
-        for ranks in self.space.ps:
+        for ranks in self.space.ranks:
             for kind in (PLAIN, JOINS):
                 mine = [
                     p for p in self.points.values() if p.candidate.ranks == ranks and p.candidate.kind in KINDS[kind]
@@ -310,13 +338,15 @@ class Search:
         space, cqil = self.space, point.candidate.cqil
         dropped = len(cqil.drop_attention_join)
         if cqil.groups:
-            spans = [(cqil.d, cqil.start - cqil.p, cqil.end), (cqil.d, cqil.start, cqil.end + cqil.p)]
+            spans = [(cqil.p, cqil.d, cqil.start - cqil.p, cqil.end), (cqil.p, cqil.d, cqil.start, cqil.end + cqil.p)]
         else:
-            spans = [(d, s, s + cqil.p) for (p, d), starts in self._first_groups.items() if p == cqil.p for s in starts]
-        for d, start, end in spans:
+            spans = [(p, d, s, s + p) for (p, d), starts in self._first_groups.items() for s in starts]
+        for p, d, start, end in spans:
             if space.first <= start and end <= space.num_layers:
-                yield Candidate(space.dropping(space.grouped(cqil.p, d, start, end), dropped))
-        if space.drops and cqil.p > 1:
+                grouped = space.shared(space.grouped(p, d, start, end))
+                same = (each for each in grouped if each.ranks == cqil.ranks)
+                yield from (Candidate(space.dropping(each, dropped)) for each in same)
+        if space.drops and cqil.ranks > 1:
             joined = replace(self._key(cqil, DENSE).cqil, drop_attention_join=())
             yield Candidate(space.dropping(joined, dropped + max(1, space.num_layers // _STEPS)))
 
