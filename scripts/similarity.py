@@ -18,7 +18,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import installed  # noqa: F401
 import numpy as np
@@ -36,6 +36,9 @@ from cqil_trt.model import ModelConfig
 from cqil_trt.quality.perplexity import Scores
 from cqil_trt.quality.search import BOTH, KINDS, MEASURES, Candidate, Point, Quality, Search, Space, choose
 from cqil_trt.table import size, table
+
+if TYPE_CHECKING:
+    from cqil_trt.quality.measure import Measure
 
 # The authors' published ranges begin at 38% of the layers or later; the last layers differ most from each other.
 FIRST = 0.375
@@ -150,6 +153,7 @@ def run(options: argparse.Namespace) -> None:
     from cqil_trt import reference
     from cqil_trt.checkpoint import Checkpoint
     from cqil_trt.quality import open_tokenizer, text_blocks
+    from cqil_trt.quality.measure import Measure
     from cqil_trt.quality.perplexity import score_reference
     from cqil_trt.quality.similarity import input_similarity
 
@@ -187,7 +191,9 @@ def run(options: argparse.Namespace) -> None:
             weights=(formats.DENSE, *quantized_formats(options)),
             drops=options.joins is not False and options.placement != "leader",
         )
-        result["search"] = search(path, network, found.name, model, blocks, space, options)
+        measure = Measure(path, network, blocks, options.dtype, options.measure)
+        del network  # of a large one, `measure` keeps one format at a time
+        result["search"] = search(measure, found.name, model, space, options)
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     if options.plot is not None and options.search:
@@ -299,19 +305,10 @@ def joins(
 
 
 def search(
-    path: Path,
-    network: Any,
-    name: str,
-    model: ModelConfig,
-    blocks: np.ndarray,
-    space: Space,
-    options: argparse.Namespace,
+    measure: Measure, name: str, model: ModelConfig, space: Space, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Searches the space, prints the frontiers, writes the chosen configuration; returns all points."""
-    from cqil_trt.quality.measure import Measure
-
     machine, limit = MACHINES[options.gpu], math.log(options.within or WITHIN)
-    measure = Measure(path, network, blocks, options.dtype, options.measure)
     unchanged = measure.quality(measure.unchanged)
     seen = sys.stderr.isatty()
     with tqdm(desc="searching", disable=not seen, leave=False) as bar:
