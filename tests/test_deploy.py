@@ -136,8 +136,6 @@ def test_unknown_beginnings_are_spread_and_stay_when_replicas_come_and_go():
 
 def test_options_are_checked(engine, tmp_path):
     need("ray")
-    from pydantic import ValidationError
-
     from cqil_trt.deploy.ray_serve import Options, application
     from cqil_trt.errors import UserError
 
@@ -147,10 +145,23 @@ def test_options_are_checked(engine, tmp_path):
         application(Options(engine=engine, replicas=3, max_replicas=2))
     with pytest.raises(UserError, match="no-such-mpirun is neither next to"):
         application(Options(engine=engine, mpirun="no-such-mpirun --x"))
-    with pytest.raises(ValidationError, match="replica_count"):
-        Options(engine=engine, replica_count=3)
-    with pytest.raises(ValidationError, match="greater than or equal to 1"):
-        Options(engine=engine, replicas="0")
+    # As `serve run` and config files give them.
+    with pytest.raises(UserError, match="^replica_count: Extra inputs are not permitted$"):
+        application({"engine": str(engine), "replica_count": 3})
+    with pytest.raises(UserError, match="^replicas: Input should be greater than or equal to 1$"):
+        application({"engine": str(engine), "replicas": "0"})
+    with pytest.raises(UserError, match="^engine: Field required$"):
+        application({})
+
+
+def test_a_host_without_the_keys_does_not_serve(engine, monkeypatch):
+    need("ray")
+    from cqil_trt.deploy.ray_serve import Options, Replica
+    from cqil_trt.errors import UserError
+
+    monkeypatch.delenv("CQIL_API_KEYS", raising=False)
+    with pytest.raises(UserError, match="CQIL_API_KEYS is set where the application was built, and not on"):
+        asyncio.run(Replica.__init__(object.__new__(Replica), Options(engine=engine), 2, "cpu", True))
 
 
 def test_a_replica_has_all_its_ranks_on_one_host(engine):

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import aiohttp
 import ray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import RequestRouterConfig
@@ -42,6 +42,8 @@ _PAUSES = (0.0, 0.2, 1.0, 2.0, 4.0)
 _STATUS_SECONDS = 5.0
 # How often Ray asks a replica whether its server works.
 _HEALTH_SECONDS = 1.0
+# How long the load must be too high for another replica, or low enough for one less.
+_SCALE_UP_SECONDS, _SCALE_DOWN_SECONDS = 10.0, 300.0
 # Headers of one connection (RFC 9110, section 7.6.1), and those that the next hop writes itself.
 _HOP = {"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "host", "content-length"}
 
@@ -265,12 +267,17 @@ async def _passed_on(stream: Any, head: Head) -> AsyncIterator[bytes]:
             stream.cancel()
 
 
-def application(options: Options) -> serve.Application:
-    """What `serve run` and a config file's `import_path` name.
+def application(arguments: Options | dict[str, Any]) -> serve.Application:
+    """What `serve run` and a config file's `import_path` name, with what follows there as `arguments`.
 
-    Raises UserError for an engine that cannot be opened or served, and for options that contradict each other.
+    Raises UserError for an engine that cannot be opened or served, and for wrong arguments.
     """
-    options.engine = options.engine.resolve()
+    try:
+        options = Options.model_validate(arguments)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    options = options.model_copy(update={"engine": options.engine.resolve()})
     engine = Engine.open(options.engine)
     if engine.backend == "tensorrt-llm":
         raise UserError("an engine of backend tensorrt-llm is served by TensorRT-LLM's own trtllm-serve")
@@ -292,6 +299,9 @@ def application(options: Options) -> serve.Application:
                 "initial_replicas": options.replicas,
                 "max_replicas": options.max_replicas,
                 "target_ongoing_requests": options.target_requests or rows,
+                "look_back_period_s": _SCALE_UP_SECONDS,
+                "upscale_delay_s": _SCALE_UP_SECONDS,
+                "downscale_delay_s": _SCALE_DOWN_SECONDS,
             }
         }
     replica = serve.deployment(Replica).options(
