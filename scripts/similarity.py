@@ -167,6 +167,10 @@ def run(options: argparse.Namespace) -> None:
     path = found.path
     checkpoint = Checkpoint(path, tokenizer=False)
     model = checkpoint.model
+    if options.joins and model.post_norms:
+        raise UserError(
+            f"--joins: {model.architecture} normalises attention outputs before they are added: no join can be dropped"
+        )
     first = math.ceil(FIRST * model.num_layers) if options.first is None else options.first
     if not 0 <= first < model.num_layers:
         raise UserError(f"--first {first}: the model has layers 0 to {model.num_layers - 1}")
@@ -189,7 +193,7 @@ def run(options: argparse.Namespace) -> None:
             ds=tuple(dict.fromkeys(ds)),
             bypass=options.bypass,
             weights=(formats.DENSE, *quantized_formats(options)),
-            drops=options.joins is not False and options.placement != "leader",
+            drops=options.joins is not False and options.placement != "leader" and not model.post_norms,
         )
         measure = Measure(path, network, blocks, options.dtype, options.measure)
         del network  # of a large one, `measure` keeps one format at a time

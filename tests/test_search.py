@@ -421,3 +421,13 @@ def test_choice_keeps_to_its_limit(model):
     assert choose(best, None, best[1].seconds).quality.cost == 0.3
     with pytest.raises(UserError, match="--at-most"):
         choose(best, None, best[0].seconds / 2)
+
+
+def test_models_whose_norms_follow_attention_have_no_joins_to_search(text, tmp_path):
+    directory = make_model(tmp_path / "model", "Olmo2ForCausalLM", vocab_size=260, num_hidden_layers=LAYERS)
+    save_byte_tokenizer(directory)
+    done = similarity(directory, text, "--search", "--p", 2, "--quantize", "none", "--json", tmp_path / "s.json")
+    assert done.returncode == 0, done.stderr
+    points = json.loads((tmp_path / "s.json").read_text())["search"]["points"]
+    assert len(points) > 1 and not any(point["cqil"]["drop_attention_join"] for point in points)
+    assert_user_error(similarity(directory, text, "--joins"), "--joins: Olmo2ForCausalLM normalises")
