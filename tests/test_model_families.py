@@ -49,7 +49,8 @@ def sequences(seed):
 def computed(checkpoint, shape, tokens, stored="dense"):
     """What every rank's decoder says after each token of both sequences, and the last stream that it joined.
 
-    The prompts are read apart, the first in two chunks; then both sequences get a token at a time.
+    The prompts are read apart, the first in two chunks; then both sequences get three tokens at once, as with drafts,
+    and a token at a time.
     """
     ranks = plan(checkpoint.model, CqilConfig(**shape), weights=stored)
     longest = max(map(len, tokens))
@@ -65,8 +66,7 @@ def computed(checkpoint, shape, tokens, stored="dense"):
         found = [[], []]
 
         def step(slots, new, past):
-            length = len(tokens[slots[0]]) if len(slots) == 1 else None
-            ops.begin(slots, None if length is None else LENGTHS[slots[0]])
+            ops.begin(slots, LENGTHS[slots[0]] if len(slots) == 1 else None)
             select = torch.arange(len(new[0])).expand(len(slots), -1)
             out = decode(ops, torch.tensor(new), torch.tensor(past), select)
             if rank.schedule.predicts:
@@ -77,8 +77,9 @@ def computed(checkpoint, shape, tokens, stored="dense"):
             for slot, spans in ((0, ((0, 5), (5, LENGTHS[0]))), (1, ((0, LENGTHS[1]),))):
                 for first, last in spans:
                     step([slot], [tokens[slot][first:last]], [first])
-            for i in range(FOLLOW):
-                step([0, 1], [[s[n + i]] for s, n in zip(tokens, LENGTHS)], [n + i for n in LENGTHS])
+            for first, last in ((0, 3), *((i, i + 1) for i in range(3, FOLLOW))):
+                new = [s[n + first : n + last] for s, n in zip(tokens, LENGTHS)]
+                step([0, 1], new, [n + first for n in LENGTHS])
         return found, ops.joined
 
     results = together(len(ranks), work)

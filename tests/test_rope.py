@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import SEED, write_json
 from support.batches import Batch, score
+from support.cases import FAMILIES
 from support.checkpoints import checkpoint_logits, load_model, make_model, write_gguf
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -58,6 +60,8 @@ def parameters():
             "mscale": st.sampled_from([None, 0, 1.0, 0.7]),
             "mscale_all_dim": st.sampled_from([None, 0, 1.0, 0.9]),
             "truncate": st.booleans() | st.none(),
+            "short_factor": st.sampled_from([[1.0] * 32, [1.5] * 31 + [2]]),
+            "long_factor": st.sampled_from([[4] * 32, [1.1] * 16 + [30.0] * 16]),
         },
     )
 
@@ -67,8 +71,9 @@ def complete(kind, factor=2.0, **more):
 
 
 def of_its_type():
-    kinds = st.sampled_from(["linear", "dynamic", "yarn", "yarn", "llama3", "llama3"])
-    return st.builds(lambda kind, more: {**complete(kind), **more, "rope_type": kind}, kinds, parameters())
+    kinds = st.sampled_from(["linear", "dynamic", "yarn", "yarn", "llama3", "llama3", "longrope", "longrope"])
+    factors = {"short_factor": [1.25] * 32, "long_factor": [2.5] * 32}
+    return st.builds(lambda kind, more: {**complete(kind, **factors), **more, "rope_type": kind}, kinds, parameters())
 
 
 def transformers_rotary(values):
@@ -101,7 +106,7 @@ def test_any_spelling_means_what_transformers_takes_it_for(scaling, standard, th
         model = families.read_config(write_json(tmp_path / "config.json", values))
     except UserError as error:
         # What transformers can compute is refused only for its type.
-        unsupported = expected is not None and expected.rope_type in ("longrope", "proportional")
+        unsupported = expected is not None and expected.rope_type == "proportional"
         assert expected is None or (unsupported and expected.rope_type in str(error)), (values, str(error))
         return
     assert expected is not None, values
@@ -214,6 +219,59 @@ def test_dynamic_rope_equals_transformers_within_and_beyond_the_context(length, 
         batch.decode(new)
 
 
+@pytest.fixture(scope="module")
+def longrope(tmp_path_factory):
+    """A Phi-3 with longrope and rotation of a part of each head, and a session that goes beyond its first context."""
+    root, (architecture, changes) = tmp_path_factory.mktemp("longrope"), FAMILIES["phi3-longrope"]
+    directory = make_model(root / "model", architecture, **{**changes, "original_max_position_embeddings": ORIGINAL})
+    options = {"max_seq_len": 100, "prefill_chunk": 16}
+    engine = cqil_trt.build(model=directory, p=1, output=root / "engine", probes="never", **options)
+    return directory, open_session(engine, None, "auto", 0, 4)
+
+
+@pytest.mark.parametrize("length", [7, ORIGINAL - 1, ORIGINAL, ORIGINAL + 1, 80])
+def test_longrope_equals_transformers_within_and_beyond_the_context(length, longrope):
+    directory, session = longrope
+    prompt, network, cache = prompt_of(length, length), load_model(directory), None
+    with torch.inference_mode():
+        expected = network(torch.tensor([prompt]), use_cache=False).logits[0].numpy()
+    assert relative(score(session, prompt), expected) < 1e-5
+    batch, new = Batch(session, [prompt]), prompt
+    for _ in range(12):
+        with torch.inference_mode():
+            out = network(torch.tensor([new]), past_key_values=cache, use_cache=True)
+        cache, logits = out.past_key_values, out.logits[0, -1]
+        assert relative(batch.logits[0], logits) < 1e-5
+        new = [int(logits.argmax())]
+        batch.decode(new)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "attention_factor": 1.2}
+
+
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        ("gemma3", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_local_base_freq": 777.0}),
+        ("gemma3", {"rope_theta": 5e4, "rope_local_base_freq": 300.0}),
+        ("gemma3", {"rope_parameters": {"sliding_attention": {"rope_theta": 500.0}, "full_attention": YARN}}),
+        ("olmo3", {"rope_scaling": YARN, "rope_theta": 500000}),
+        ("olmo3", {"rope_theta": 900.0}),
+    ],
+)
+def test_layers_with_windows_have_their_own_rope(name, changes, tmp_path):
+    architecture, sizes = FAMILIES[name]
+    directory = make_model(tmp_path / "model", architecture, **sizes)
+    values = json.loads((directory / "config.json").read_text())
+    write_json(directory / "config.json", {**{k: v for k, v in values.items() if k != "rope_parameters"}, **changes})
+    checkpoint, prompt = Checkpoint(directory, None), prompt_of(60)
+    expected = reference.score(load_model(directory), prompt)
+    assert relative(checkpoint_logits(checkpoint, prompt), expected) < 1e-5
+    network = reference.from_reader(checkpoint.model, checkpoint.reader)
+    assert relative(reference.score(network, prompt), expected) < 1e-5
+    assert checkpoint.model.local_rope is not None and checkpoint.model.local_rope.kind == "default"
+
+
 def test_dynamic_rope_of_a_sequence_does_not_depend_on_its_batch(dynamic):
     directory, _, session = dynamic
     prompts = [prompt_of(length, length) for length in (5, 90, ORIGINAL, 60)]
@@ -260,6 +318,9 @@ def test_other_backends_refuse_dynamic_rope_beyond_the_context(backend, dynamic)
     backends.load(backend).check_model(model, EngineLimits(max_seq_len=ORIGINAL))
     with pytest.raises(UserError, match=f"dynamic rope .* --max-seq-len {ORIGINAL}"):
         backends.load(backend).check_model(model, EngineLimits(max_seq_len=ORIGINAL + 1))
+    longrope = replace(model, rope=RopeConfig(kind="longrope", original_max_position=ORIGINAL))
+    with pytest.raises(UserError, match=f"longrope rope .* --max-seq-len {ORIGINAL}"):
+        backends.load(backend).check_model(longrope, EngineLimits(max_seq_len=ORIGINAL + 1))
 
 
 def test_a_gpu_is_not_given_dynamic_rope_beyond_the_context(dynamic):

@@ -154,7 +154,7 @@ class Backend(ABC):
 
 def lacking(model: ModelConfig, missing: Sequence[Feature]) -> str:
     """Says that `missing` of the model's features are not computed, and what to do."""
-    what = f"{model.architecture} has {' and '.join(feature.value for feature in missing)}, not computed there"
+    what = f"{model.architecture} has {', '.join(feature.value for feature in missing)}: not computed there"
     if list(missing) == [Feature.WINDOWS]:
         return f"{what}: --max-seq-len {model.sliding_window} or less keeps them out of use"
     able = [name for name in names() if {*missing} <= load(name).features]
