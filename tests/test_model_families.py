@@ -2,6 +2,7 @@
 
 import json
 import socket
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -239,6 +240,22 @@ def test_gpus_refuse_by_name_what_their_kernels_lack(name, models, tmp_path):
     with pytest.raises(UserError, match=f"--device cuda: {model.architecture} has {words[0]}"):
         open_session(engine, None, "cuda", 0, 1)
     assert open_session(engine, None, "cpu", 0, 1).slots == 1
+
+
+def test_tensorrt_with_our_plugins_refuses_what_they_lack(models, monkeypatch):
+    """As a release without its own attention layers does."""
+    from cqil_trt.backends.tensorrt import compiler
+
+    old = SimpleNamespace(
+        __name__="tensorrt",
+        __version__="8.5.3.1",
+        INetworkDefinition=SimpleNamespace(add_plugin_v2=None),
+        NetworkDefinitionCreationFlag=SimpleNamespace(),
+    )
+    monkeypatch.setattr(compiler, "import_package", lambda names: old)
+    model = Checkpoint(models["mistral-windows"], None).model
+    with pytest.raises(UserError, match="tensorrt 8.5.3.1: Mistral.* has sliding windows.*--max-seq-len 9 or less"):
+        compiler.describe(EngineLimits(max_seq_len=10), {}, model)
 
 
 @pytest.mark.parametrize("kind, why", [("qwen3_vl", "images"), ("llama4", "mixtures of experts"), ("gemma3", "images")])
