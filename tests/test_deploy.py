@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -161,7 +162,7 @@ def test_a_host_without_the_keys_does_not_serve(engine, monkeypatch):
 
     monkeypatch.delenv("CQIL_API_KEYS", raising=False)
     with pytest.raises(UserError, match="CQIL_API_KEYS is set where the application was built, and not on"):
-        asyncio.run(Replica.__init__(object.__new__(Replica), Options(engine=engine), 2, "cpu", True))
+        asyncio.run(Replica.__init__(SimpleNamespace(), Options(engine=engine), 2, "cpu", True))
 
 
 def test_a_replica_has_all_its_ranks_on_one_host(engine):
