@@ -67,7 +67,14 @@ def parser() -> Parser:
         help="at most N tokens of the text, in whole blocks (default %(default)s)",
     )
     p.add_argument("--block", metavar="N", type=int, default=1024, help="tokens per forward pass (default %(default)s)")
-    p.add_argument("--p", metavar="P,P", default="2,4", help="group sizes, and numbers of ranks (default %(default)s)")
+    p.add_argument("--p", metavar="P,P", default="2,4", help="group sizes (default %(default)s)")
+    p.add_argument(
+        "--ranks-per-layer",
+        metavar="T,T",
+        default="1",
+        help="numbers of ranks that share each layer of a group: engines have p times as many, with each p for which "
+        f"that is at most {MAX_RANKS} (default %(default)s)",
+    )
     p.add_argument(
         "--threshold",
         type=float,
@@ -105,12 +112,6 @@ def parser() -> Parser:
     )
     search.add_argument("--measure", choices=MEASURES, default="perplexity", help="quality (default %(default)s)")
     search.add_argument("--d", metavar="D,D", default="0", help="bypass distances to measure (default %(default)s)")
-    search.add_argument(
-        "--ranks-per-layer",
-        metavar="T,T",
-        default="1",
-        help="numbers of ranks that share each layer of a group: engines have p times as many (default %(default)s)",
-    )
     search.add_argument("--bypass", choices=BYPASSES, default="mlp", help="where the bypass goes when d > 0")
     search.add_argument(
         "--placement",
@@ -158,11 +159,8 @@ def run(options: argparse.Namespace) -> None:
     from cqil_trt.quality.similarity import input_similarity
 
     check(options)
-    ps = numbers(options.p, "--p", 2, MAX_RANKS)
+    ps, shared = sizes(options)
     ds = numbers(options.d, "--d", 0, max(ps) - 1)
-    shared = numbers(options.ranks_per_layer, "--ranks-per-layer", 1, MAX_RANKS // min(ps))
-    if options.placement == "leader" and shared != [1]:
-        raise UserError("--placement leader runs whole layers on each rank: leave out --ranks-per-layer")
     found = chosen_model(options.model)
     path = found.path
     checkpoint = Checkpoint(path, tokenizer=False)
@@ -181,15 +179,16 @@ def run(options: argparse.Namespace) -> None:
     result: dict[str, Any] = {"model": found.name, "tokens": blocks.size, "similarity": similarity.tolist()}
     print(f"{found.stem}, {model.num_layers} layers, {blocks.size} tokens of text\n")
     print(neighbours(similarity))
-    result["recommended"] = recommend(similarity, model, ps, first, options)
+    result["recommended"] = recommend(similarity, model, ps, shared, first, options)
     if options.joins:
-        result["joins"] = joins(network, model, blocks, score_reference(network, blocks), ps)
+        counts = sorted({p * t for p in ps for t in shared if p * t <= MAX_RANKS})
+        result["joins"] = joins(network, model, blocks, score_reference(network, blocks), counts)
     if options.search:
         space = Space(
             num_layers=model.num_layers,
             first=first,
-            ps=tuple(dict.fromkeys(ps)),
-            ranks_per_layer=tuple(dict.fromkeys(shared)),
+            ps=tuple(ps),
+            ranks_per_layer=tuple(shared),
             ds=tuple(dict.fromkeys(ds)),
             bypass=options.bypass,
             weights=(formats.DENSE, *quantized_formats(options)),
@@ -224,6 +223,18 @@ def check(options: argparse.Namespace) -> None:
         raise UserError(f"--at-most must be above 0, found {options.at_most:g}")
 
 
+def sizes(options: argparse.Namespace) -> tuple[list[int], list[int]]:
+    """The group sizes of --p and the ranks of --ranks-per-layer, each once.
+
+    Raises UserError for one that no value of the other flag goes with.
+    """
+    ps = list(dict.fromkeys(numbers(options.p, "--p", 2, MAX_RANKS)))
+    shared = list(dict.fromkeys(numbers(options.ranks_per_layer, "--ranks-per-layer", 1, MAX_RANKS)))
+    for p, t in ((max(ps), min(shared)), (min(ps), max(shared))):
+        CqilConfig(p=p, ranks_per_layer=t, placement="leader" if options.placement == "leader" else "sharded")
+    return ps, shared
+
+
 def quantized_formats(options: argparse.Namespace) -> list[str]:
     """The formats of --quantize. Raises UserError for an unknown one."""
     if options.quantize == NONE:
@@ -245,29 +256,35 @@ def neighbours(similarity: np.ndarray) -> str:
 
 
 def costs(model: ModelConfig, cqil: CqilConfig, dtype: str, machine: Machine) -> dict[str, float]:
-    """Bytes read and predicted milliseconds per token of a configuration, by placement."""
-    leader, tensor = replace(cqil, placement="leader"), CqilConfig(p=cqil.p, placement="tensor")
-    return {
-        "leader_bytes_per_token": critical_bytes(model, leader, dtype),
-        "sharded_bytes_per_token": critical_bytes(model, cqil, dtype),
-        "sequential_ms": decode_seconds(model, CqilConfig(p=1), dtype, machine) * 1e3,
-        "leader_ms": decode_seconds(model, leader, dtype, machine) * 1e3,
-        "sharded_ms": decode_seconds(model, cqil, dtype, machine) * 1e3,
-        "tensor_ms": decode_seconds(model, tensor, dtype, machine) * 1e3,
-    }
+    """Bytes read and predicted milliseconds per token of a configuration, by placement.
+
+    `tensor` is for as many ranks as the configuration has. Placement leader has one rank per layer.
+    """
+    placed = {"sharded": cqil, "tensor": CqilConfig(p=cqil.ranks, placement="tensor")}
+    if cqil.ranks_per_layer == 1:
+        placed["leader"] = replace(cqil, placement="leader")
+    read = {f"{name}_bytes_per_token": critical_bytes(model, each, dtype) for name, each in placed.items()}
+    placed["sequential"] = CqilConfig(p=1)
+    return read | {f"{name}_ms": decode_seconds(model, each, dtype, machine) * 1e3 for name, each in placed.items()}
 
 
 def cost_cells(found: dict[str, Any]) -> tuple[str, ...]:
     """The result of `costs` as cells under COSTS."""
-    times = (f"{found[f'{name}_ms']:.3f}" for name in ("sequential", "leader", "tensor", "sharded"))
-    return size(found["leader_bytes_per_token"]), *times
+    shown = ("sequential", "leader", "tensor", "sharded")
+    times = (f"{found[f'{name}_ms']:.3f}" if f"{name}_ms" in found else "" for name in shown)
+    return size(found["sharded_bytes_per_token"]), *times
 
 
-COSTS = ("read/token, leader", "sequential ms", "leader", "tensor", "sharded")
+COSTS = ("read/token, sharded", "sequential ms", "leader", "tensor", "sharded")
 
 
 def recommend(
-    similarity: np.ndarray, model: ModelConfig, ps: list[int], first: int, options: argparse.Namespace
+    similarity: np.ndarray,
+    model: ModelConfig,
+    ps: list[int],
+    shared: list[int],
+    first: int,
+    options: argparse.Namespace,
 ) -> list[dict[str, Any]]:
     from cqil_trt.quality.similarity import recommend as longest
 
@@ -275,36 +292,38 @@ def recommend(
     for p in ps:
         choice = longest(similarity, p, options.threshold, first)
         if choice is None:
-            rows.append((p, "none", "", "", "", "", "", ""))
+            rows.append((p, *[""] * 2, "none", *[""] * (1 + len(COSTS))))
             continue
-        values = costs(model, choice.cqil, options.dtype, MACHINES[options.gpu])
-        span = f"[{choice.cqil.start}, {choice.cqil.end})"
-        rows.append((p, span, f"{choice.similarity:.3f}", *cost_cells(values)))
-        found.append({"cqil": choice.cqil.to_dict(), "lowest_similarity": choice.similarity, **values})
+        for t in (t for t in shared if p * t <= MAX_RANKS):
+            cqil = replace(choice.cqil, ranks_per_layer=t)
+            values = costs(model, cqil, options.dtype, MACHINES[options.gpu])
+            span = f"[{cqil.start}, {cqil.end})"
+            rows.append((p, t, cqil.ranks, span, f"{choice.similarity:.3f}", *cost_cells(values)))
+            found.append({"cqil": cqil.to_dict(), "lowest_similarity": choice.similarity, **values})
     print(f"\nlongest ranges from layer {first} with a similarity of at least {options.threshold:g} in every group")
     gpus = options.gpu.upper()
     print(f"(--search measures their perplexity; latency is predicted for batch 1 on {gpus}s, see cqil_trt/latency.py)")
-    print(table(("p", "[start, end)", "lowest similarity", *COSTS), rows))
+    print(table(("p", "ranks per layer", "GPUs", "[start, end)", "lowest similarity", *COSTS), rows))
     return found
 
 
 def joins(
-    network: Any, model: ModelConfig, blocks: np.ndarray, unchanged: Scores, ps: list[int]
+    network: Any, model: ModelConfig, blocks: np.ndarray, unchanged: Scores, counts: list[int]
 ) -> dict[int, list[float]]:
     """What dropping each layer's attention join costs in log-perplexity, without groups, by the number of ranks."""
     from cqil_trt import reference
     from cqil_trt.quality.perplexity import score_reference
 
     layers, found = model.num_layers, {}
-    for p in ps:
-        tensor = CqilConfig(p=p, placement="tensor")
+    for ranks in counts:
+        tensor = CqilConfig(p=ranks, placement="tensor")
         networks = (reference.with_cqil(network, tensor.dropping([layer], layers)) for layer in range(layers))
         scores = (score_reference(each, blocks) for each in networks)
-        bar = tqdm(scores, total=layers, desc=f"joins, p={p}", disable=not sys.stderr.isatty(), leave=False)
-        found[p] = [each.log_perplexity - unchanged.log_perplexity for each in bar]
+        bar = tqdm(scores, total=layers, desc=f"joins, {ranks} ranks", disable=not sys.stderr.isatty(), leave=False)
+        found[ranks] = [each.log_perplexity - unchanged.log_perplexity for each in bar]
     print(f"\nlog-perplexity that a dropped attention join costs in each layer (unchanged: {unchanged.perplexity:.3f})")
-    rows = [(layer, *(f"{found[p][layer]:+.4f}" for p in ps)) for layer in range(layers)]
-    print(table(("layer", *(f"p={p}" for p in ps)), rows))
+    rows = [(layer, *(f"{found[ranks][layer]:+.4f}" for ranks in counts)) for layer in range(layers)]
+    print(table(("layer", *(f"{ranks} ranks" for ranks in counts)), rows))
     return found
 
 
@@ -391,6 +410,7 @@ def point_table(points: Sequence[Point], chosen: Point) -> str:
         rows.append(
             (
                 title(candidate) + (" <- chosen" if point is chosen else ""),
+                candidate.ranks,
                 candidate.kind,
                 candidate.weights,
                 f"{values['perplexity']:.3f}",
@@ -401,7 +421,9 @@ def point_table(points: Sequence[Point], chosen: Point) -> str:
             )
         )
     cost = "KL" if divergence else "log cost"
-    return table(("configuration", "kind", "weights", "perplexity", cost, "top-1 equal", "placement", "ms"), rows)
+    return table(
+        ("configuration", "GPUs", "kind", "weights", "perplexity", cost, "top-1 equal", "placement", "ms"), rows
+    )
 
 
 def title(candidate: Candidate) -> str:
@@ -409,7 +431,7 @@ def title(candidate: Candidate) -> str:
     if cqil.groups:
         return cqil.summary
     dropped = f", attention joins dropped in {layer_list(drop)}" if (drop := cqil.drop_attention_join) else ""
-    return f"no groups, {candidate.ranks} GPU{'s' if candidate.ranks > 1 else ''}{dropped}"
+    return f"no groups{dropped}"
 
 
 def duration(seconds: float) -> str:

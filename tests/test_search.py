@@ -1,5 +1,6 @@
 """The search over groups, dropped joins and formats, against enumerations, float64 formulas and numpy; --config."""
 
+import functools
 import itertools
 import json
 import math
@@ -21,10 +22,11 @@ from cqil_trt import families
 from cqil_trt.builder import BuildRequest, choose_cqil, prepare, read_config
 from cqil_trt.config import CqilConfig
 from cqil_trt.config_file import ConfigFile
+from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
 from cqil_trt.latency import MACHINES, decode_seconds
 from cqil_trt.quality import open_tokenizer
-from cqil_trt.quality.search import BOTH, KINDS, Quality, Search, Space, choose, spread
+from cqil_trt.quality.search import BOTH, KINDS, Candidate, Quality, Search, Space, choose, spread
 
 LAYERS = 6
 COMPUTED = ("p", "d", "start", "end", "bypass", "drop_attention_join", "ranks_per_layer")
@@ -66,14 +68,31 @@ def enumerated(order, first, ps, ts, ds, weights, layers=LAYERS):
         if d < p:
             shapes |= {(p, t, d, s, e) for s in range(first, layers) for e in range(s + p, layers + 1, p)}
         for shape in shapes:
-            split = [layer for layer in order if not shape[3] <= layer < shape[4]]
-            found |= {(stored, *shape, tuple(sorted(split[:n]))) for n in range(len(split) + 1 if order else 1)}
+            *_, start, end = shape
+            joins, waiting = [], {}
+            for layer in order:  # those of a group are due with the last of its layers
+                group = (layer - start) // p
+                if not start <= layer < end:
+                    joins.append((layer,))
+                elif t > 1 and d == 0:
+                    waiting.setdefault(group, []).append(layer)
+                    joins += [waiting[group]] * (len(waiting[group]) == p)
+            for n in range(len(joins) + 1):
+                found.add((stored, *shape, tuple(sorted(itertools.chain(*joins[:n])))))
     return found
 
 
 def key(cqil, weights):
     shape = (cqil[name] for name in ("p", "ranks_per_layer", "d", "start", "end"))
     return weights, *shape, tuple(cqil["drop_attention_join"])
+
+
+def output_of(cqil, weights):
+    """What decides the output: the groups, and how many ranks share each layer whose join is dropped."""
+    grouped = range(cqil["start"], cqil["end"])
+    t, ranks = cqil["ranks_per_layer"], cqil["p"] * cqil["ranks_per_layer"]
+    dropped = tuple((layer, t if layer in grouped else ranks) for layer in cqil["drop_attention_join"])
+    return weights, (cqil["p"], cqil["d"], grouped) if grouped else (), dropped
 
 
 # The search itself, on made-up qualities
@@ -83,7 +102,8 @@ def quality_of(seed):
     """A cost for whatever changes the output: more groups, more dropped joins and fewer bits cost more, with noise."""
 
     def cost(candidate):
-        random = np.random.default_rng([seed, *repr(candidate).encode()])
+        output = output_of(candidate.cqil.to_dict(), candidate.weights)
+        random = np.random.default_rng([seed, *repr(output).encode()])
         bits = {"dense": 0, "int8": 0.01, "int4": 0.2}[candidate.weights]
         changed = len(candidate.cqil.changed_layers)
         return (bits + 0.05 * changed) * random.uniform(0.5, 1.5)
@@ -120,7 +140,8 @@ def test_search_keeps_its_budget_and_its_frontier_is_what_no_point_beats(seed, b
     task = Search(space, measure, seconds, placements, budget, math.inf, Quality(cost=0.0, values={}))
     planned = task.planned
     task.run()
-    assert len(seen) == len(set(seen)) == task.evaluations <= planned <= budget
+    outputs = {output_of(candidate.cqil.to_dict(), candidate.weights) for candidate in seen}
+    assert len(seen) == len(outputs) == task.evaluations <= planned <= budget
     points = list(task.points.values())
     assert {point.candidate.weights for point in points} == set(weights)
     for point in points:
@@ -146,8 +167,67 @@ def test_search_keeps_its_budget_and_its_frontier_is_what_no_point_beats(seed, b
     single = {(stored, numbers[-1], 1, 0, 0, 0, (layer,)) for stored in weights for layer in range(LAYERS) if drops}
     assert len(space) == len(every)
     if task.exhaustive:
+        assert task.evaluations == planned
         assert found == every | {one for one in single if one[0] == "dense"}
     assert found <= every | single
+
+
+@pytest.mark.parametrize("ts, gpu", [((1, 2), "h200"), ((2, 1, 4), "h100")])
+def test_frontier_over_ranks_per_layer_equals_brute_force(ts, gpu):
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from synthetic import model_config
+
+    config = model_config("llama-7b", LAYERS)
+    cost, seen = quality_of(SEED), []
+
+    def measure(candidate):
+        seen.append(output_of(candidate.cqil.to_dict(), candidate.weights))
+        return Quality(cost=cost(candidate), values={})
+
+    @functools.cache
+    def seconds(cqil, weights):
+        return decode_seconds(config, cqil, "float16", MACHINES[gpu], weights)
+
+    space = Space(
+        num_layers=LAYERS,
+        first=1,
+        ps=(2, 4),
+        ranks_per_layer=ts,
+        ds=(0, 1),
+        bypass="mlp",
+        weights=("dense", "int8"),
+        drops=True,
+    )
+    unchanged = Quality(cost=0.0, values={})
+    task = Search(space, measure, seconds, ("sharded", "leader"), 10_000, math.inf, unchanged)
+    task.run()
+    most = max(p * t for p in (2, 4) for t in ts if p * t <= 8)
+    alone = {
+        layer: cost(Candidate(CqilConfig(p=most, placement="tensor", drop_attention_join=(layer,))))
+        for layer in range(LAYERS)
+    }
+    order = sorted(alone, key=alone.get)
+    singles = {("dense", most, 1, 0, 0, 0, (layer,)) for layer in order}
+    every, outputs = {}, set()
+    for weights, p, t, d, start, end, dropped in enumerated(order, 1, (2, 4), ts, (0, 1), space.weights) | singles:
+        shape = {"p": p, "ranks_per_layer": t, "d": d, "start": start, "end": end, "drop_attention_join": dropped}
+        outputs.add(output_of(shape, weights))
+        ways = ["sharded", "leader"] if start < end and t == 1 and not dropped else ["sharded"]
+        fastest = min(seconds(CqilConfig(**shape, placement=way), weights) for way in ways)
+        kind = (weights != "dense", bool(dropped))
+        same = Candidate(CqilConfig(**shape), weights)
+        every.setdefault((p * t, kind), []).append(
+            (fastest, 0.0 if kind == (False, False) and start == end else cost(same))
+        )
+    assert sorted(map(repr, seen)) == sorted(map(repr, outputs - {("dense", (), ())}))
+    for ranks, kind in itertools.product(space.ranks, KINDS):
+        allowed = [
+            point
+            for (count, (quantized, drops)), points in every.items()
+            if count <= ranks and (not quantized or "quantized" in kind) and (not drops or "dropped" in kind)
+            for point in points
+        ]
+        assert [(p.seconds, p.quality.cost) for p in task.frontier(ranks, kind)] == sorted(not_beaten(allowed))
 
 
 @given(st.lists(st.integers()), st.integers(0, 40))
@@ -188,6 +268,8 @@ def test_search_measures_everything_that_the_budget_allows(model, text, searched
     points = {key(point["cqil"], point["weights"]): point for point in found["points"]}
     single = {("dense", 4, 1, 0, 0, 0, (layer,)) for layer in range(LAYERS)}
     assert points.keys() == enumerated(found["joins"], 3, (2,), (1, 2), (0, 1), ("dense", "int8")) | single
+    outputs = {output_of(point["cqil"], point["weights"]) for point in found["points"]}
+    assert found["evaluations"] == len(outputs) - 1 and f"{len(outputs) - 1} measurements" in done.stdout
     assert found["configurations"] == len(points.keys() - single) + 1  # the cheapest join alone is among them
     by_itself = [points["dense", 4, 1, 0, 0, 0, (layer,)]["log_cost"] for layer in found["joins"]]
     assert by_itself == sorted(by_itself) and len(by_itself) == LAYERS
@@ -266,6 +348,9 @@ def test_flags_of_the_search_that_are_refused(model, text, tmp_path):
         (["--search", "--write", tmp_path / "none" / "b.json"], "its directory does not exist"),
         (["--search", "--evaluations", 2], "--evaluations must be at least"),
         (["--search", "--gpu", "abacus"], "--gpu"),
+        (["--ranks-per-layer", "0"], "--ranks-per-layer 0: expected numbers from 1 to 8"),
+        (["--ranks-per-layer", "1,4", "--p", "4"], "--p 4 times --ranks-per-layer 4 is 16 ranks: at most 8"),
+        (["--search", "--placement", "leader", "--ranks-per-layer", "1,2"], "--ranks-per-layer 2: placement leader"),
     ):
         assert_user_error(similarity(model, text, *flags), message)
     done = similarity(model, text, "--search", "--no-joins", "--quantize", "none", "--p", 2, "--at-most", 1e-6)
@@ -290,6 +375,32 @@ def test_found_configuration_is_built_and_validates(model, searched, tmp_path):
     done = build("--model", model, "--config", directory / "best.json", *flags)
     limits = json.loads(done.stdout)["limits"]
     assert (limits["weights"], limits["dtype"]) == ("dense", "float32")
+
+
+def test_found_ranks_per_layer_are_built(model, text, tmp_path):
+    best, report = tmp_path / "best.json", tmp_path / "s.json"
+    flags = ["--search", "--p", "2", "--ranks-per-layer", "1,2", "--first", 0, "--quantize", "none", "--within", 1e6]
+    done = similarity(model, text, *flags, "--threshold", -1, "--write", best, "--json", report)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(report.read_text())
+    # The fastest: two layers take the time of one, on half the bytes, and no group waits for its attention.
+    shape = {"p": 2, "ranks_per_layer": 2, "start": 0, "end": LAYERS, "drop_attention_join": list(range(LAYERS))}
+    summary = "p=2x2 d=0 [0, 6), attention joins dropped in 0-5"
+    assert shape.items() <= json.loads(best.read_text())["cqil"].items()
+    assert f"{summary} <- chosen" in done.stdout and "on up to 4 GPUs" in done.stdout
+    chosen = result["search"]["points"][result["search"]["chosen"]]
+    network = load_model(model)
+    ids = torch.tensor(open_tokenizer(model).pieces([text.read_text()])[0][:128]).view(-1, 32)
+    logits = Formulas(network.config, network.state_dict()).logits(ids, **shape)[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:]).item()
+    assert chosen["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+    config = families.read_config(model / "config.json")
+    one, two = result["recommended"]
+    tensor = decode_seconds(config, CqilConfig(p=4, placement="tensor"), "float16")
+    assert two["tensor_ms"] == pytest.approx(1e3 * tensor) and "leader_ms" in one and "leader_ms" not in two
+    done = build("--model", model, "--config", best, "--output", tmp_path / "engine")
+    assert done.returncode == 0 and "mpirun -n 4" in done.stdout, done.stdout + done.stderr
+    assert Engine.open(tmp_path / "engine").cqil.summary == summary
 
 
 VALUES = {
@@ -343,6 +454,7 @@ def test_flags_override_the_file_which_overrides_the_adapter(model, tmp_path):
         ({"cqil": {"p": None}}, "cqil: p must be an integer"),
         ({"cqil": {"p": 9}}, "cqil: --p must be from 1 to 8"),
         ({"cqil": {"end": 5}}, "cqil: --p 2 does not divide"),
+        ({"cqil": {"ranks_per_layer": 5}}, "cqil: --p 2 times --ranks-per-layer 5 is 10 ranks"),
         ({"cqil": {"end": 8, "drop_attention_join": []}}, "cqil: --end 8 is beyond the model"),
         ({"cqil": {"drop_attention_join": [3]}}, "layer 3 is in a group"),
         ({"cqil": {"drop_attention_join": [6]}}, "layer 6 is beyond the model"),

@@ -1,6 +1,6 @@
 """Which configurations of a model no other one beats in both quality and predicted latency.
 
-A configuration is groups of layers (p, d, start, end), ranks per layer, split layers without the all-reduce after
+A configuration is groups of layers (p, d, start, end), ranks per layer, layers without the all-reduce after
 attention, and the format of the layers' matrices. Quality is measured, at most as often as a budget says; latency is
 predicted. No tensors here.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, TypeVar
 
 from cqil_trt.config import MAX_RANKS, CqilConfig
@@ -63,7 +64,8 @@ class Candidate:
     def placed(self, placements: Collection[str]) -> tuple[CqilConfig, ...]:
         """The configurations that compute this, in those of the `placements` that they can have.
 
-        Placement leader has no joins after attention. Without groups, or on one rank, there is nothing to choose.
+        Placement leader has no joins after attention, and a rank for each layer of a group. Without groups, or on one
+        rank, there is nothing to choose.
         """
         if not self.cqil.groups:
             return (self.cqil,)
@@ -131,10 +133,10 @@ class Space:
 
     def _droppable(self, cqil: CqilConfig) -> int:
         """How many joins may be dropped."""
-        return len(cqil.split_layers(self.num_layers)) if self.drops else 0
+        return len(self.joins_of(cqil)) if self.drops else 0
 
     def __iter__(self) -> Iterator[Candidate]:
-        """Every candidate, format by format: of the layers in the order `joins`, the first 0, 1, 2, … drop theirs."""
+        """Every candidate, format by format: of the joins in the order `joins`, the first 0, 1, 2, … are dropped."""
         for weights in self.weights:
             for cqil in self._joined():
                 counts = range(self._droppable(cqil) + 1)
@@ -169,10 +171,22 @@ class Space:
         """The configuration with each number of ranks per layer."""
         return [replace(cqil, ranks_per_layer=t) for t in self.ranks_per_layer if cqil.p * t <= MAX_RANKS]
 
+    def joins_of(self, cqil: CqilConfig) -> list[tuple[int, ...]]:
+        """The joins that can be dropped: the layers of each.
+
+        The layers of a group drop theirs together: they wait for each other at its end, so one alone saves nothing.
+        """
+        groups = cqil.groups if cqil.ranks_per_layer > 1 and not cqil.d else ()
+        return [*((layer,) for layer in cqil.split_layers(self.num_layers)), *groups]
+
     def dropping(self, cqil: CqilConfig, count: int) -> CqilConfig:
-        """The configuration without the joins of the first `count` layers of `joins` that have one."""
-        split = set(cqil.split_layers(self.num_layers))
-        return cqil.dropping([layer for layer in self.joins if layer in split][:count], self.num_layers)
+        """The configuration without the first `count` of its joins in the order `joins`.
+
+        A group's join has the place of the last of its layers. SmolLM2's layers lose about half as much on two ranks
+        as on four (docs/quality.md), so the two layers of a group lose about as much as one that four ranks share.
+        """
+        ordered = sorted(self.joins_of(cqil), key=lambda layers: max(map(self.joins.index, layers))) if count else []
+        return cqil.dropping(chain.from_iterable(ordered[:count]), self.num_layers)
 
 
 class Search:
@@ -216,9 +230,10 @@ class Search:
 
     @property
     def _whole(self) -> int:
-        """Measurements of the whole space: one of the unchanged model in each format, and the order of the joins."""
+        """Measurements of the whole space, in which the unchanged model is known, and of each join by itself for their
+        order; the cheapest is in the space."""
         space = self.space
-        return len(space.weights) * space.computations - 1 + (space.num_layers if space.drops else 0)
+        return len(space.weights) * space.computations - 1 + (space.num_layers - 1 if space.drops else 0)
 
     def run(self) -> None:
         self._take(Candidate(cqil) for cqil in self.space.unchanged)
@@ -336,7 +351,7 @@ class Search:
     def _steps(self, point: Point) -> Iterator[Candidate]:
         """The candidates one step faster: a group more at either end of the range, a few joins fewer."""
         space, cqil = self.space, point.candidate.cqil
-        dropped = len(cqil.drop_attention_join)
+        dropped = sum(layers[0] in cqil.drop_attention_join for layers in space.joins_of(cqil))
         if cqil.groups:
             spans = [(cqil.p, cqil.d, cqil.start - cqil.p, cqil.end), (cqil.p, cqil.d, cqil.start, cqil.end + cqil.p)]
         else:
