@@ -3,11 +3,14 @@
 import argparse
 import hashlib
 import importlib
+import itertools
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import zipfile
 from functools import partial
@@ -179,6 +182,20 @@ def test_predicted_latency_on_h100():
     for name, milliseconds in {"sequential": 4.84, "leader": 3.56, "sharded": 2.62, "tensor": 2.79}.items():
         found = decode_seconds(config, configurations[name], "float16", MACHINES["h100"])
         assert found * 1e3 == pytest.approx(milliseconds, rel=0.05)
+
+
+def test_predictions_are_what_the_command_next_to_them_prints(monkeypatch, capsys):
+    section = (ROOT / "docs" / "performance.md").read_text().split("\n### Four and eight GPUs, predicted\n")[1]
+    section = section.split("\n### ")[0]
+    command = re.search(r"    PYTHONPATH=scripts python - <<'END'\n(.*?)    END\n", section, re.DOTALL)[1]
+    monkeypatch.setattr(sys, "path", [str(ROOT / "scripts"), *sys.path])
+    exec(textwrap.dedent(command), {})
+    rows = re.findall(
+        r"^\| (\d) \| `(\w+)`(?:, (p=\S+) (.*\)).*)? \| (\S+) \| (\S+) \| (\S+) \|$", section, re.MULTILINE
+    )
+    for line, row in itertools.zip_longest(capsys.readouterr().out.splitlines(), rows):
+        ranks, placement, size, span, *times = row
+        assert line.startswith(f"{ranks} {placement} {size}") and line.endswith(" ".join(times)) and span in line
 
 
 @pytest.mark.slow
