@@ -265,7 +265,7 @@ class GgufReader(WeightReader):
         if family.local_theta:
             local = RopeConfig(theta=self._number("rope.freq_base_swa", gguf.local_theta or rope.theta))
         known = {number.name: self.field(f"{{arch}}.{number.name}") for number in gguf.numbers.values()}
-        given = {name: float(value) for name, value in known.items() if value is not None}
+        given = {name: float(value) for name, value in known.items() if value}  # 0: not given, as in llama.cpp
         metadata = Fields({**gguf.defaults, **given}, self.source)
         defaults: dict[str, Any] = {field.name: field.default for field in fields(ModelConfig)}
         found: dict[str, Any] = {name: n.read(metadata, defaults[name]) for name, n in gguf.numbers.items()}
@@ -291,10 +291,8 @@ class GgufReader(WeightReader):
         shapes, layer, gguf = self.shapes(), self._family.layer, self._family.gguf
         try:
             heads, hidden = self._integer("attention.head_count"), self._integer("embedding_length")
-            layers, head_dim = (
-                self._integer("block_count", high=1000),
-                self._integer("attention.key_length", hidden // heads),
-            )
+            layers = self._integer("block_count", high=1000)
+            head_dim = self._integer("attention.key_length", hidden // heads)
             rotary_dim = self._integer("rope.dimension_count", head_dim)
             if rotary_dim != head_dim and not self._family.partial_rotary:
                 raise UserError(f"{self.source}: partial rotary embedding is not supported")
@@ -322,5 +320,5 @@ class GgufReader(WeightReader):
                 eos_token_ids=GgufTokenizer(Path(self.source)).ends(),
                 **computation,
             )
-        except (TypeError, ValueError, KeyError, ZeroDivisionError) as error:
+        except (TypeError, ValueError, LookupError, ZeroDivisionError) as error:
             raise UserError(f"{self.source}: GGUF metadata is incomplete or malformed ({error})") from None
