@@ -168,6 +168,26 @@ def test_descriptions_survive_json(name, models):
     assert ModelConfig.from_dict(json.loads(json.dumps(model.to_dict()))) == model
 
 
+@pytest.mark.parametrize("name", ["gemma3", "olmo3", "granite"])
+def test_gradients_are_those_of_the_definition(name, models):
+    """With gradient checkpointing, too, where a group computes its layers again with the arguments of each."""
+    network, shape = load_model(models[name]).train(), {"p": 2, "d": 1, "start": 1, "end": 5}
+    exact = {key: value.double().requires_grad_() for key, value in network.state_dict().items()}
+    ids = torch.tensor(sequences(6)[:1])
+    weights = torch.randn(1, ids.shape[1], 131, dtype=torch.float64)
+    (Formulas(network.config, exact).logits(ids, **shape) * weights).sum().backward()
+    model = CqilModel(network, **shape)
+    for checkpointed in (False, True):
+        if checkpointed:
+            network.gradient_checkpointing_enable()
+            network.enable_input_require_grads()
+        network.zero_grad()
+        (model(ids, use_cache=False).logits * weights).sum().backward()
+        for key, parameter in network.named_parameters():
+            if ".layers." in key:
+                assert (parameter.grad - exact[key].grad).norm() < 1e-4 * exact[key].grad.norm(), (key, checkpointed)
+
+
 ADAPTED = ["gemma3", "granite", "olmo3", "smollm3"]
 
 

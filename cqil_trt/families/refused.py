@@ -2,7 +2,7 @@
 
 # By model_type.
 REASONS = {
-    "gemma3": "it reads images; its text models, Gemma3ForCausalLM, are supported",
+    "gemma3": "it reads images; Gemma3ForCausalLM, and GGUF files of its text model, are supported",
     "gemma3n": "its layers share KV caches and take an embedding each",
     "llama4": "its MLPs are mixtures of experts, and its attention is in chunks",
     "llama4_text": "its MLPs are mixtures of experts, and its attention is in chunks",
