@@ -181,6 +181,34 @@ def test_a_replica_has_all_its_ranks_on_one_host(engine):
     assert (scaled.min_replicas, scaled.max_replicas, scaled.target_ongoing_requests) == (2, 9, 8)
 
 
+def test_a_request_that_no_replica_takes_does_not_wait_for_ever():
+    need("ray")
+    from cqil_trt.deploy.ray_serve import Call, Gateway
+
+    class Nobody:
+        """A handle of a deployment without replicas: what is sent to it stays in its queue."""
+
+        cancelled = 0
+
+        def options(self, **options):
+            return self
+
+        def remote(self, call):
+            return self
+
+        async def __anext__(self):
+            await asyncio.Event().wait()
+
+        def cancel(self):
+            self.cancelled += 1
+
+    handle = Nobody()
+    gateway = Gateway(handle, 1000, 0.1)
+    answer = asyncio.run(asyncio.wait_for(gateway._answer(Call("POST", "/v1/completions", (), b"{}")), 5))
+    assert answer.status_code == 503 and "retry-after" in answer.headers and handle.cancelled == 1
+    assert "no replica was free within 0.1 s" in json.loads(answer.body)["error"]["message"]
+
+
 # A server behind a Unix socket
 
 

@@ -67,6 +67,7 @@ class Options(BaseModel):
     prefix_slack: int = Field(4, ge=0, description="how many more requests the replica with a prompt's prefix may have")
     api_key_file: Path | None = Field(None, description="on every host; also the variable CQIL_API_KEYS on every host")
     max_body_bytes: int = Field(4 << 20, ge=1)
+    queue_timeout: float = Field(60.0, gt=0, description="until a request that no replica takes gets 503")
     start_timeout: float = Field(900.0, gt=0, description="until a replica is ready")
     drain_seconds: float = Field(60.0, ge=0, description="for running requests when a replica is replaced or removed")
     mpirun: str = Field("mpirun", description="how to start ranks, e.g. mpirun --bind-to none")
@@ -113,7 +114,7 @@ class Replica:
         self._name = serve.get_replica_context().replica_id.unique_id
         flags = ["--engine", str(options.engine), "--device", device, "--drain-seconds", str(options.drain_seconds)]
         flags += ["--model-name", options.model_name or options.engine.resolve().name]
-        flags += ["--max-body-bytes", str(options.max_body_bytes)]
+        flags += ["--max-body-bytes", str(options.max_body_bytes), "--queue-timeout", str(options.queue_timeout)]
         if options.max_running is not None:
             flags += ["--max-running", str(options.max_running)]
         if options.api_key_file is not None:
@@ -130,8 +131,9 @@ class Replica:
         if (status := await self._server.status()) in ("failed", "ended"):
             raise RuntimeError(f"the server has {status}")
 
-    async def forward(self, call: Call) -> AsyncIterator[Head | bytes]:
-        """The head of an answer, and its body in pieces."""
+    async def forward(self, call: Call) -> AsyncIterator[str | Head | bytes]:
+        """This replica's name at once, then the head of an answer, and its body in pieces."""
+        yield self._name
         begun, events = False, False
         try:
             async with self._server.session.request(
@@ -175,10 +177,10 @@ class Replica:
 class Gateway:
     """What clients talk to. It reads a request, asks for a replica, and passes the answer on as it comes."""
 
-    def __init__(self, engine: DeploymentHandle, max_body_bytes: int):
+    def __init__(self, engine: DeploymentHandle, max_body_bytes: int, queue_timeout: float):
         self._engine = engine
         self._forward = engine.options(stream=True, method_name="forward")
-        self._limit = max_body_bytes
+        self._limit, self._patience = max_body_bytes, queue_timeout
 
     async def __call__(self, request: Request) -> Response:
         path = request.url.path
@@ -204,7 +206,11 @@ class Gateway:
             await asyncio.sleep(pause)
             stream = self._forward.remote(call)
             try:
+                await asyncio.wait_for(anext(stream), self._patience)  # a replica has it
                 head = await anext(stream)
+            except (TimeoutError, asyncio.TimeoutError):  # two classes until Python 3.11
+                stream.cancel()
+                return error_response(Refused(503, f"no replica was free within {self._patience:g} s", retry=5))
             except BackPressureError:
                 return error_response(Refused(429, "too many requests are waiting, no more are taken", retry=1))
             except (RayError, RayServeException, StopAsyncIteration) as error:
@@ -332,4 +338,4 @@ def application(arguments: Options | dict[str, Any]) -> serve.Application:
         graceful_shutdown_timeout_s=options.drain_seconds + 30.0,
     )
     keyed = bool(os.environ.get("CQIL_API_KEYS"))
-    return gateway.bind(replica.bind(options, ranks, device, keyed), options.max_body_bytes)
+    return gateway.bind(replica.bind(options, ranks, device, keyed), options.max_body_bytes, options.queue_timeout)
