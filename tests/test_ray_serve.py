@@ -258,6 +258,23 @@ def test_metrics_are_those_of_all_replicas(fleet):
     assert sum(tokens.values()) >= 32 * NEW_TOKENS and all(tokens.values())
 
 
+def test_a_client_that_goes_away_frees_its_place(fleet):
+    def aborted():
+        families = {family.name: family for family in text_string_to_metric_families(fleet.get("/metrics")[1])}
+        samples = families["vllm:request_success"].samples
+        return sum(sample.value for sample in samples if sample.labels["finished_reason"] == "abort")
+
+    before = aborted()
+    asked = {"model": "m", "prompt": [3, 4, 5], "stream": True, "extra_body": {"ignore_eos": True}}
+    stream = fleet.client().completions.create(**asked, max_tokens=1000)
+    next(iter(stream))
+    stream.close()
+    end = time.monotonic() + 10
+    while aborted() == before and time.monotonic() < end:
+        time.sleep(0.1)
+    assert aborted() == before + 1
+
+
 def test_a_rank_and_a_node_are_killed_under_load(fleet):
     before = fleet.wait_for_replicas()
     load = Load(fleet, fleet.answers["old"], REQUESTS)
