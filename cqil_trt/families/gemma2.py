@@ -39,7 +39,11 @@ FAMILY = Family(
             "attention_cap": Number("attn_logit_softcapping"),
             "logits_cap": Number("final_logit_softcapping"),
         },
-        defaults={"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        defaults={
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "attention.sliding_window": 4096,
+        },
         window_pattern=2,
         hidden_query_scale=(46,),
     ),

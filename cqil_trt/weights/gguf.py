@@ -248,7 +248,7 @@ class GgufReader(WeightReader):
         """
         if self._family is None or self._family.sliding_window != "always":
             return None, ()
-        window = self._integer("attention.sliding_window", 0, low=0)
+        window = self._integer("attention.sliding_window", gguf.defaults.get("attention.sliding_window", 0), low=0)
         listed = self.field("{arch}.attention.sliding_window_pattern")
         pattern = gguf.window_pattern if listed is None or isinstance(listed, list) else int(listed)
         if isinstance(listed, list):
