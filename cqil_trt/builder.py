@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cqil_trt import backends, probes
+from cqil_trt import backends, families, probes
 from cqil_trt import engine as engine_directory
 from cqil_trt.config import CqilConfig, EngineLimits, layer_list
 from cqil_trt.config_file import ConfigFile
@@ -361,6 +361,8 @@ def _open_checkpoint(
             "the demo model's adapter was trained for another configuration and is not merged (--lora merges it)"
         )
     model = weights.model
+    if path.is_dir() and families.reads_more_than_text(path / "config.json"):
+        notes.append(f"{found.name} reads more than text: only its text model is built")
     if request.tokenizer:
         notes += _tokenizer_notes(weights.tokenizer, None if adapter is None else adapter.path, model.vocab_size)
     longest = min(2048, model.context, model.fixed_context)

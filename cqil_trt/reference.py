@@ -338,10 +338,14 @@ def peft_attributes() -> Iterator[None]:
 
 
 def _load_directory(path: Path, dtype: torch.dtype) -> nn.Module:
-    """As transformers loads it. Quantized matrices come from our reader: transformers needs a GPU for most of them."""
+    """As transformers loads it.
+
+    Quantized matrices come from our reader: transformers needs a GPU for most of them. So does the text model of a
+    larger one, which transformers loads as a whole.
+    """
     import transformers
 
-    if is_quantized(path):
+    if is_quantized(path) or families.reads_more_than_text(path / "config.json"):
         model, reader = open_checkpoint(path)
         return from_reader(model, reader, dtype, pieces=False)
     kind = transformers.AutoModelForCausalLM

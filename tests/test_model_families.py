@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from support import SEED, write_json
 from support.cases import FAMILIES, relative
 from support.checkpoints import checkpoint_logits, load_model, make_adapter, make_model, write_gguf
 from support.formulas import Formulas
+from support.processes import build
 from support.threads import together
 
 import cqil_trt
@@ -25,7 +27,7 @@ from cqil_trt.config import CqilConfig, EngineLimits
 from cqil_trt.errors import UserError
 from cqil_trt.model import Feature, ModelConfig
 from cqil_trt.network.decoder import decode
-from cqil_trt.reference import CqilModel, from_reader
+from cqil_trt.reference import CqilModel, from_reader, load_hugging_face, score
 from cqil_trt.schedule import Peers
 from cqil_trt.shard import plan
 
@@ -275,10 +277,60 @@ def test_tensorrt_with_our_plugins_refuses_what_they_lack(models, monkeypatch):
     monkeypatch.setattr(compiler, "import_package", lambda names: old)
     model = Checkpoint(models["mistral-windows"], None).model
     with pytest.raises(UserError, match="tensorrt 8.5.3.1: Mistral.* has sliding windows.*--max-seq-len 9 or less"):
-        compiler.describe(EngineLimits(max_seq_len=10), {}, model)
+        compiler.describe(EngineLimits(max_seq_len=10), {}, plan(model, CqilConfig(p=1)))
 
 
-@pytest.mark.parametrize("kind, why", [("qwen3_vl", "images"), ("llama4", "mixtures of experts"), ("gemma3", "images")])
+def make_images_model(directory):
+    """A random Gemma 3 that reads images too."""
+    text = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4}
+    text |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 131, "sliding_window": 9}
+    text |= {"query_pre_attn_scalar": 16, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    numbers = {"boi_token_index": 120, "eoi_token_index": 121, "image_token_index": 122, "mm_tokens_per_image": 4}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, eos_token_id=[1, 106], **numbers)
+    network = transformers.Gemma3ForConditionalGeneration(config).eval()
+    for parameter in network.parameters():
+        parameter.data.normal_(std=0.3)
+    network.save_pretrained(directory)
+    return network
+
+
+def test_the_text_model_of_a_model_that_reads_images(tmp_path):
+    network, prompt = make_images_model(tmp_path / "model"), sequences(0)[0]
+    with torch.inference_mode():
+        expected = network(torch.tensor([prompt])).logits[0].numpy()
+    flags = {"p": 2, "start": 6, "end": 6, "max_seq_len": 64, "probes": "never"}
+    # In files of transformers 4, and under the names that the modules have in transformers 5.
+    newer = tmp_path / "newer"
+    newer.mkdir()
+    save_file(network.state_dict() | {"lm_head.weight": network.lm_head.weight.clone()}, newer / "model.safetensors")
+    (newer / "config.json").write_text((tmp_path / "model" / "config.json").read_text())
+    for directory in (tmp_path / "model", newer):
+        checkpoint = Checkpoint(directory, None)
+        assert checkpoint.model.eos_token_ids == (1, 106) and checkpoint.model.sliding_window == 9
+        assert relative(checkpoint_logits(checkpoint, prompt).numpy(), expected) < 1e-5
+        assert relative(score(load_hugging_face(str(directory)), prompt).numpy(), expected) < 1e-5
+        engine = cqil_trt.build(model=directory, output=tmp_path / "engine", force=True, **flags)
+        assert engine.model.architecture == "Gemma3ForCausalLM" and engine.model.tie_embeddings
+    done = build("--model", newer, "--output", tmp_path / "again", "--dry-run")
+    assert done.returncode == 0 and "reads more than text: only its text model is built" in done.stdout, done.stderr
+
+
+def test_what_a_text_config_leaves_out_is_transformers_default(tmp_path):
+    # As the published configurations have it.
+    text = {"model_type": "gemma3_text", "hidden_size": 2560, "num_hidden_layers": 34, "sliding_window": 1024}
+    values = {"model_type": "gemma3", "text_config": text, "eos_token_id": [1, 106], "torch_dtype": "bfloat16"}
+    model = families.read_config(write_json(tmp_path / "config.json", values))
+    expected = transformers.Gemma3Config(**json.loads(json.dumps(values))).text_config
+    assert (model.num_heads, model.num_kv_heads) == (expected.num_attention_heads, expected.num_key_value_heads)
+    assert (model.vocab_size, model.intermediate_size) == (expected.vocab_size, expected.intermediate_size)
+    assert (model.head_dim, model.max_position) == (expected.head_dim, expected.max_position_embeddings)
+    windowed = [i for i, kind in enumerate(expected.layer_types) if kind == "sliding_attention"]
+    assert (model.windowed, model.dtype) == (tuple(windowed), "bfloat16")
+
+
+@pytest.mark.parametrize("kind, why", [("qwen3_vl", "images"), ("llama4", "mixtures of experts")])
 def test_families_that_are_refused_say_why(kind, why, tmp_path):
     with pytest.raises(UserError, match=f"{kind} is not supported: .*{why}"):
         families.read_config(write_json(tmp_path / "config.json", {"model_type": kind}))

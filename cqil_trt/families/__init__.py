@@ -54,10 +54,30 @@ def gguf_architectures() -> tuple[str, ...]:
 def read_config(path: Path) -> ModelConfig:
     """The model that a Hugging Face config.json describes, with the stop tokens of a generation_config.json next to it.
 
-    Raises UserError for a family that is not supported, or for a feature that the model uses and is not supported.
+    Of a model that also reads images the text model, where its family is supported. Raises UserError for a family that
+    is not supported, or for a feature that the model uses and is not supported.
     """
     config = Fields(read_json(path), str(path))
+    if (family := _text_family(config)) is not None:
+        shared = {name: config.values[name] for name in _SHARED if config.get(name) is not None}
+        text = config.object("text_config").values
+        config = Fields({**text, **shared, "model_type": family.model_type}, config.source)
     return hugging_face.read_model(config, _of_config(config))
+
+
+# What a configuration says for all of its models together.
+_SHARED = ("dtype", "torch_dtype", "eos_token_id")
+
+
+def _text_family(config: Fields) -> Family | None:
+    """The family of the text model of a model that reads more than text; None for any other."""
+    kind = config.get("model_type")
+    return next((family for family in all_families() if family.inside is not None and family.inside == kind), None)
+
+
+def reads_more_than_text(path: Path) -> bool:
+    """Whether a config.json describes a model of which only the text model is used."""
+    return _text_family(Fields(read_json(path), str(path))) is not None
 
 
 def written(model: ModelConfig) -> dict[str, Any]:

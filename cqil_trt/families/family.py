@@ -159,6 +159,8 @@ class Family:
         numbers: fields of `ModelConfig` that config.json has under another name.
         refused: switches of config.json that must not be set.
         becomes: fields of config.json that make it one of another family, and that family's `model_type`.
+        inside: the `model_type` of models that read more than text, whose text model is of this family: described by
+            `text_config`, with its tensors under `language_model`.
         lora_targets: the modules that PEFT adapts by default; empty if PEFT has no default for the family.
         gguf: how llama.cpp stores the family; None if it stores it under another name, or not at all.
         reference: further arguments of transformers' configuration class, for a reference made from sizes alone.
@@ -187,6 +189,7 @@ class Family:
     numbers: Mapping[str, Number] = field(default_factory=dict)
     refused: tuple[str, ...] = ()
     becomes: Mapping[str, str] = field(default_factory=dict)
+    inside: str | None = None
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
     gguf: Gguf | None = None
     reference: Mapping[str, Any] = field(default_factory=dict)

@@ -8,7 +8,13 @@ from cqil_trt.families.family import GATED_GELU, GGUF_LAYER, GGUF_POST_NORMS, SA
 FAMILY = Family(
     architecture="Gemma3ForCausalLM",
     model_type="gemma3_text",
+    inside="gemma3",
     defaults={
+        "vocab_size": 262208,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
         "head_dim": 256,
         "num_key_value_heads": 4,
         "max_position_embeddings": 131072,

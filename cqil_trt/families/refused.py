@@ -2,7 +2,6 @@
 
 # By model_type.
 REASONS = {
-    "gemma3": "it reads images; Gemma3ForCausalLM, and GGUF files of its text model, are supported",
     "gemma3n": "its layers share KV caches and take an embedding each",
     "llama4": "its MLPs are mixtures of experts, and its attention is in chunks",
     "llama4_text": "its MLPs are mixtures of experts, and its attention is in chunks",
@@ -15,7 +14,6 @@ REASONS = {
 }
 # By class in transformers, of configurations without a model_type.
 TYPES = {
-    "Gemma3ForConditionalGeneration": "gemma3",
     "Llama4ForCausalLM": "llama4_text",
     "Llama4ForConditionalGeneration": "llama4",
     "Qwen3VLForConditionalGeneration": "qwen3_vl",

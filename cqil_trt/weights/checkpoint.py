@@ -33,9 +33,10 @@ _COMPARED_ROWS = 4096
 def open_checkpoint(path: Path) -> tuple[ModelConfig, WeightReader]:
     """The model and the weights at `path`: a Hugging Face directory or a .gguf file, read as transformers reads it.
 
-    Names may lack the prefix `model.`, as in a checkpoint of the model without its last projection. If the
-    configuration ties the embedding to that projection, either may be stored alone; two tables that differ are not
-    tied, regardless of the configuration. Quantized matrices are read as float32.
+    Names may lack the prefix `model.`, as in a checkpoint of the model without its last projection, or have
+    `language_model`, as in one of a model that reads images too. If the configuration ties the embedding to the last
+    projection, either may be stored alone; two tables that differ are not tied, regardless of the configuration.
+    Quantized matrices are read as float32.
     """
     if path.suffix == ".gguf":
         gguf = GgufReader(path)
@@ -62,9 +63,17 @@ def _weights_file(path: Path) -> tuple[Path, Callable[[Path], WeightReader]]:
     raise UserError(f"--model {path}: no weights (looked for {', '.join(_CHECKPOINTS)})")
 
 
+# Prefixes of a text model within a larger one, in files of transformers 4 and 5, and what they are without it.
+_WITHIN = {"language_model.model.": "model.", "model.language_model.": "model.", "language_model.lm_head.": "lm_head."}
+
+
 def _with_prefix(reader: WeightReader) -> WeightReader:
-    bare = [name for name in reader.shapes() if name.startswith(("embed_tokens.", "layers.", "norm."))]
-    stored = {f"model.{name}": name for name in bare if f"model.{name}" not in reader.shapes()}
+    shapes = reader.shapes()
+    bare = [name for name in shapes if name.startswith(("embed_tokens.", "layers.", "norm."))]
+    stored = {f"model.{name}": name for name in bare}
+    for prefix, usual in _WITHIN.items():
+        stored |= {usual + name.removeprefix(prefix): name for name in shapes if name.startswith(prefix)}
+    stored = {name: source for name, source in stored.items() if name not in shapes}
     return RenamedReader(reader, stored) if stored else reader
 
 
