@@ -448,8 +448,8 @@ def _choose_output(
     """The output directory, and whether an engine there may be replaced."""
     chosen = request.output is not None
     target = Path(request.output or Path("engines") / name)
-    if chosen and target.exists() and not request.force:
-        raise UserError(f"--output {target}: exists already (--force replaces it)")
+    if target.exists():
+        engine_directory.check_replaceable(target, request.force or not chosen)
     old = engine_directory.existing(target)
     # Under a default name, a build replaces an engine of the same model but not of another.
     if old is not None and old.source != source and not (chosen or request.force):

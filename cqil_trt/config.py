@@ -240,6 +240,8 @@ class CqilConfig:
         The middle is where neighbouring layers' inputs are most alike. The first 40% of the layers and the last
         sixteenth stay sequential, close to what the authors published (12..30 of 32 layers, 17..37 of 40).
         """
+        if end is not None and end > num_layers:
+            raise UserError(f"--end {end} is beyond the model, which has {num_layers} layers")
         fixed: dict[str, Any] = {"p": p, "ranks_per_layer": ranks_per_layer, "placement": placement}
         if placement == "tensor":
             return cls(**fixed).dropping(drop_attention_join, num_layers)

@@ -19,7 +19,7 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,6 +210,14 @@ def write_config(directory: Path, values: dict[str, Any]) -> None:
     (directory / "config.json").write_text(json.dumps(values, indent=1) + "\n")
 
 
+def check_replaceable(path: Path, force: bool) -> None:
+    """Raises UserError unless what exists at `path` is an engine, or empty, and `force` is set."""
+    if not path.is_dir() or (any(path.iterdir()) and not is_engine(path)):
+        raise UserError(f"--output {path}: exists and is not an engine: give another directory")
+    if not force:
+        raise UserError(f"--output {path}: exists already (--force replaces it)")
+
+
 @contextmanager
 def new_directory(path: Path, force: bool) -> Iterator[Path]:
     """A temporary sibling of `path`, renamed to `path` if the block succeeds and removed if it fails.
@@ -217,10 +225,7 @@ def new_directory(path: Path, force: bool) -> Iterator[Path]:
     Raises UserError when `path` exists and `force` is not set, or holds something that is not an engine.
     """
     if path.exists():
-        if not force:
-            raise UserError(f"--output {path}: exists already (--force replaces it)")
-        if not path.is_dir() or (any(path.iterdir()) and not is_engine(path)):
-            raise UserError(f"--output {path}: exists and is not an engine, so --force does not replace it")
+        check_replaceable(path, force)
     temporary = lock = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -303,13 +308,18 @@ def _remove_abandoned(path: Path) -> None:
         shutil.rmtree(entry, ignore_errors=True)
 
 
-def find_engine(root: Path, ranks: int) -> Path:
-    """The newest engine under `root` that `ranks` ranks can run. Raises UserError when there is none."""
+def find_engine(root: Path, ranks: int, runs: Callable[[Engine], bool]) -> Path:
+    """The newest engine under `root` that `ranks` ranks can run, of those that run here (`runs`).
+
+    Raises UserError when there is none.
+    """
     sizes: list[tuple[str, int, Path]] = []
     for config in root.glob("[!.]*/config.json"):
         try:
             engine = Engine.open(config.parent)
         except UserError:
+            continue
+        if not runs(engine):
             continue
         sizes.append((engine.created, engine.world_size, config.parent))
     fitting = [entry for entry in sizes if ranks % entry[1] == 0]
@@ -318,4 +328,6 @@ def find_engine(root: Path, ranks: int) -> Path:
     if sizes:
         wanted = ", ".join(str(size) for size in sorted({size for _, size, _ in sizes}))
         raise UserError(f"no engine under {root} fits {ranks} MPI ranks: start with mpirun -n N, N one of {wanted}")
-    raise UserError(f"no engine under {root}: build one with builders/build.py, or name it with --engine")
+    raise UserError(
+        f"no engine under {root} that runs here: build one with builders/build.py, or name it with --engine"
+    )

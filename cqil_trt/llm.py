@@ -21,6 +21,19 @@ from cqil_trt.speculation import Speculation
 from cqil_trt.tokenizer import Conversation, Tokenizer, has_tokenizer
 
 
+def newest_engine(ranks: int, device: str) -> Path:
+    """The newest engine under engines/ that so many ranks run on this host. Raises UserError when there is none."""
+
+    def runs(engine: Engine) -> bool:
+        try:
+            backends.load(engine.backend).check_runnable(engine, device)
+        except (UserError, ModuleNotFoundError):
+            return False
+        return True
+
+    return find_engine(Path("engines"), ranks, runs)
+
+
 class Llm:
     """One rank's part of a loaded engine. Every rank of the job makes one and calls its methods together.
 
@@ -42,7 +55,7 @@ class Llm:
             raise UserError(f"device must be one of {', '.join(backends.DEVICES)}, found {device!r}")
         self.job = job or Job()
         # Only rank 0 searches, so that ranks cannot disagree while a build finishes.
-        path = self.job.share(lambda: directory or find_engine(Path("engines"), self.job.size))
+        path = self.job.share(lambda: directory or newest_engine(self.job.size, device))
         self.engine = self.job.agree(lambda: Engine.open(path))
         comm, self.rank, self.replica = self.job.group(self.engine.world_size)
         backend = backends.load(self.engine.backend)

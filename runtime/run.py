@@ -6,7 +6,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
-from cqil_trt.commands.run import main
+try:
+    from cqil_trt.commands.run import main
+except ModuleNotFoundError as error:
+    print(f"error: {error.name} is not installed here: is .venv activated?", file=sys.stderr)
+    sys.exit(2)
 
 if __name__ == "__main__":
     main()

@@ -108,7 +108,7 @@ def parser() -> Parser:
         metavar="N",
         type=int,
         default=128,
-        help="measure the quality of at most N configurations (default %(default)s)",
+        help=f"measure the quality of at most N configurations (default %(default)s, at least {LEAST_EVALUATIONS})",
     )
     search.add_argument("--measure", choices=MEASURES, default="perplexity", help="quality (default %(default)s)")
     search.add_argument("--d", metavar="D,D", default="0", help="bypass distances to measure (default %(default)s)")

@@ -89,6 +89,13 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(model, tmp_path):
     assert list(tmp_path.iterdir()) == []
     assert json.loads(build(*arguments).stdout) == planned | {"output": str(output.resolve())}
     assert_user_error(build(*arguments[:-1], "--dry-run"), "exists already")
+    # What is no engine is never replaced, and that is said before anything else.
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    for flags in ((), ("--force",), ("--force", "--dry-run")):
+        done = build("--model", model, "--p", 2, "--output", tmp_path / "notes", *flags)
+        assert_user_error(done, "exists and is not an engine: give another directory")
+        assert done.stdout == ""
 
 
 @pytest.mark.slow
@@ -242,13 +249,20 @@ def test_the_newest_engine_that_fits_is_found(model, tmp_path):
     arguments = ("--prompt", "x", "--max-new-tokens", 2)
     script = ROOT / "runtime" / "run.py"
     assert "p=2" in mpirun(2, *arguments, script=script, cwd=tmp_path).stdout
+    if not torch.cuda.is_available():  # one that does not run here is newer, and passed over
+        done = run(*command, "--p", 2, "--backend", "tensorrt", "--target", "8.6", cwd=tmp_path)
+        assert "it does not run here: engines/" in done.stdout and "runs on a GPU" in done.stdout, done.stderr
+        [foreign] = (tmp_path / "engines").glob("*-tensorrt-*")
+        assert "p=2" in mpirun(2, *arguments, script=script, cwd=tmp_path).stdout
+        shutil.rmtree(foreign)
     assert "p=2" in mpirun(4, *arguments, script=script, cwd=tmp_path).stdout
     assert_user_error(mpirun(3, *arguments, script=script, cwd=tmp_path), "3 MPI ranks", "mpirun -n N")
-    assert len(list((tmp_path / "engines").iterdir())) == 2
+    assert len(list((tmp_path / "engines").glob("[!.]*"))) == 2
 
 
 BUILD_ERRORS = {
     "p does not divide the range": (["--p", 2, "--start", 0, "--end", 5], ["--p 2 does not divide", "--end 4"]),
+    "end far beyond the model": (["--p", 2, "--start", 2, "--end", 99], ["--end 99 is beyond", "6 layers"]),
     "end beyond the model": (["--p", 2, "--start", 0, "--end", 8], ["--end 8", "6 layers"]),
     "d not below p": (["--p", 2, "--d", 2], ["--d", "--p 2"]),
     "a join of a group": (["--start", 2, "--end", 4, "--drop-attention-join", "1-2"], ["1-2: layer 2 is in a group"]),

@@ -140,6 +140,9 @@ class Backend(ABC):
     def finish(self, compiled: CompiledEngine) -> None:  # noqa: B027 (optional)
         """Called once, when all ranks are compiled."""
 
+    def check_runnable(self, engine: Engine, device: str) -> None:  # noqa: B027 (optional)
+        """Raises UserError for an engine that cannot be executed on this host; `device`: one of DEVICES."""
+
     @abstractmethod
     def open_session(self, engine: Engine, comm: Any, device: str, number: int, slots: int) -> Session:
         """The session that executes the engine on this rank.
@@ -158,7 +161,7 @@ def lacking(model: ModelConfig, missing: Sequence[Feature]) -> str:
     if list(missing) == [Feature.WINDOWS]:
         return f"{what}: --max-seq-len {model.sliding_window} or less keeps them out of use"
     able = [name for name in names() if {*missing} <= load(name).features]
-    return f"{what}: use backend {' or '.join(able)}" + (" on CPUs" if PLAIN in able else "")
+    return f"{what}: use backend {' or '.join(f'{name} on CPUs' if name == PLAIN else name for name in able)}"
 
 
 @cache

@@ -16,6 +16,7 @@ from cqil_trt import __version__
 from cqil_trt.backends import DEVICES
 from cqil_trt.commands import RankParser, add_speculate_flag, numbers, run_ranks
 from cqil_trt.errors import UserError
+from cqil_trt.formats import DENSE
 from cqil_trt.job import Job
 from cqil_trt.speculation import Speculation
 from cqil_trt.table import table
@@ -107,8 +108,9 @@ def run(options: argparse.Namespace, job: Job) -> bool:
     say: Callable[[str], None] = print if job.rank == 0 else lambda text: None
     report: dict[str, Any] = {"engine": str(llm.engine.path), "ranks": job.size, "replicas": llm.replicas}
     cqil = llm.engine.cqil
+    stored = limits.dtype if limits.weights == DENSE else f"{limits.weights}, {limits.dtype}"
     say(
-        f"{llm.engine.path}: {cqil.summary}, {cqil.placement}, {limits.dtype}, "
+        f"{llm.engine.path}: {cqil.summary}, {cqil.placement}, {stored}, "
         f"{llm.engine.backend}, {job.size} ranks" + (f", {llm.replicas} replicas" if llm.replicas > 1 else "")
     )
 

@@ -16,9 +16,10 @@ from typing import Any
 from cqil_trt import packages
 from cqil_trt.backends import DEVICES
 from cqil_trt.commands import RankParser, add_speculate_flag, check_at_least, run_ranks
-from cqil_trt.engine import Engine, find_engine
+from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
 from cqil_trt.job import Job
+from cqil_trt.llm import newest_engine
 from cqil_trt.scheduler import POLICIES
 from cqil_trt.speculation import Speculation
 
@@ -92,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(options: argparse.Namespace, job: Job) -> None:
     job.agree(lambda: check(options))
-    path = job.share(lambda: options.engine or find_engine(Path("engines"), job.size))
+    path = job.share(lambda: options.engine or newest_engine(job.size, options.device))
     engine = job.agree(lambda: Engine.open(path))
     job.agree(lambda: _check_engine(engine, job))
     setup = job.agree(lambda: _setup(options, path) if job.rank == 0 else None)

@@ -120,5 +120,5 @@ def blocks(tokens: np.ndarray, length: int, source: str) -> np.ndarray:
     """
     count = len(tokens) // length
     if not count:
-        raise UserError(f"{source}: {len(tokens)} tokens, fewer than one block of {length}")
+        raise UserError(f"{source}: {len(tokens)} tokens, fewer than one block of {length} (--block, --text-tokens)")
     return tokens[: count * length].reshape(count, length)

@@ -60,9 +60,16 @@ class TensorRtBackend(Backend):
 
         compile_rank(compilation)
 
-    def open_session(self, engine: Engine, comm: Any, device: str, number: int, slots: int) -> Session:
+    def check_runnable(self, engine: Engine, device: str) -> None:
         if device == "cpu":
             raise UserError("--device cpu: a TensorRT engine runs on a GPU")
+        from cqil_trt.gpu import cuda
+
+        if not cuda.device_count():
+            raise UserError(f"{engine.path}: a TensorRT engine runs on a GPU, and there is none here")
+
+    def open_session(self, engine: Engine, comm: Any, device: str, number: int, slots: int) -> Session:
+        self.check_runnable(engine, device)
         from cqil_trt.backends.tensorrt.session import TensorRtSession
 
         return TensorRtSession(engine, comm, number)

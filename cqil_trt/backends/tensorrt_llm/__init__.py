@@ -65,10 +65,13 @@ class TensorRtLlmBackend(Backend):
 
         target(compiled.description.build).finish(compiled)
 
-    def open_session(self, engine: Engine, comm: Any, device: str, number: int, slots: int) -> Session:
+    def check_runnable(self, engine: Engine, device: str) -> None:
         from cqil_trt.backends.tensorrt_llm.export import target
 
         target(engine.build).check_runnable(engine, device)
+
+    def open_session(self, engine: Engine, comm: Any, device: str, number: int, slots: int) -> Session:
+        self.check_runnable(engine, device)
         from cqil_trt.backends.tensorrt_llm.engine.session import TensorRtLlmSession
 
         return TensorRtLlmSession(engine, comm, number)

@@ -26,7 +26,10 @@ class TorchBackend(Backend):
     def describe(self, limits: EngineLimits, options: Mapping[str, Any], ranks: tuple[RankPlan, ...]) -> Description:
         import torch
 
-        return Description(version=f"torch {torch.__version__}")
+        notes: tuple[str, ...] = ()
+        if limits.quantized and limits.dtype != "bfloat16":
+            notes = (f"on CPUs in {limits.dtype}, quantized matrices are dequantized when the engine is loaded",)
+        return Description(version=f"torch {torch.__version__}", notes=notes)
 
     def open_session(self, engine: Engine, comm: Any, device: str, number: int, slots: int) -> Session:
         from cqil_trt.backends.torch.session import open_session
