@@ -122,8 +122,9 @@ def test_the_entry_point_starts_as_many_ranks_as_the_engine_has(tmp_path):
     tools = tmp_path / "bin"
     tools.mkdir()
     (tools / "cqil-serve").write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT}/runtime/serve.py "$@"\n')
-    (tools / "python3").symlink_to(sys.executable)
-    for tool in tools.glob("cqil*"):
+    # No link, which would leave the virtual environment.
+    (tools / "python3").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    for tool in tools.iterdir():
         tool.chmod(0o755)
     env = {**environment(), "CQIL_ENGINE": str(engine), "CQIL_PORT": "0", "PYTHONPATH": str(ROOT)}
     env["PATH"] = f"{tools}:{env['PATH']}"

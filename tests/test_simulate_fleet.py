@@ -69,7 +69,7 @@ def test_the_script_prints_saves_and_draws(tmp_path):
     done = run(sys.executable, "scripts/simulate_fleet.py", *flags)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
-    assert [(row["hosts"], row["requests"]) for row in found] == [(1, 300), (3, 300)]
+    assert [(row["hosts"], row["requests"]) for row in found] == [(1, 300), (3, 720)]  # 60 for each replica
     assert (tmp_path / "plot.png").stat().st_size > 1000
     lines = done.stdout.splitlines()
     assert len(lines) == 4 and lines[2].split()[:2] == ["1", "4"]

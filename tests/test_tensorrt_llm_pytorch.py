@@ -189,7 +189,7 @@ LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.5] * 
 FOREIGN = [
     ("LlamaForCausalLM", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}}, "yarn rope"),
     ("Phi3ForCausalLM", {"rope_parameters": LONG, "original_max_position_embeddings": 64}, "longrope rope"),
-    ("Gemma2ForCausalLM", {}, "Gemma2ForCausalLM has .*, not computed there"),
+    ("Gemma2ForCausalLM", {}, "Gemma2ForCausalLM has .*: not computed there"),
 ]
 
 
