@@ -521,5 +521,5 @@ def test_running_needs_a_gpu(p, models, tmp_path):
     )
     arguments = ("--engine", tmp_path / "engine", "--token-ids", write_json(tmp_path / "ids.json", [3, 4, 5]))
     done = mpirun(p, *arguments, "--device", "auto") if p > 1 else run(sys.executable, "runtime/run.py", *arguments)
-    assert_user_error(done, "no CUDA GPU here")
+    assert_user_error(done, "a TensorRT engine runs on a GPU, and there is none here")
     assert_user_error(mpirun(p, *arguments, "--device", "cpu"), "--device cpu: a TensorRT engine runs on a GPU")
