@@ -99,7 +99,7 @@ class CqilConfig:
                 raise UserError(f"{said}: there is no layer {layer}")
             if layer == following:
                 raise UserError(f"{said}: names layer {layer} more than once")
-            if not any(layer in group for group in self.groups):
+            if not self._grouped(layer):
                 continue
             if self.ranks_per_layer == 1:
                 raise UserError(
@@ -124,14 +124,17 @@ class CqilConfig:
 
     def split_layers(self, num_layers: int) -> tuple[int, ...]:
         """The layers outside the groups that all ranks share, in a model of `num_layers` layers."""
-        grouped = {layer for group in self.groups for layer in group}
-        return tuple(i for i in range(num_layers) if self._splits and i not in grouped)
+        return tuple(i for i in range(num_layers) if self._splits and not self._grouped(i))
 
     def sharing(self, layer: int) -> int:
         """How many ranks share a layer."""
-        if any(layer in group for group in self.groups):
+        if self._grouped(layer):
             return self.ranks_per_layer
         return self.ranks if self._splits else 1
+
+    def _grouped(self, layer: int) -> bool:
+        """Whether a layer is in a group."""
+        return self.p > 1 and self.start <= layer < self.end
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
