@@ -13,6 +13,7 @@ from cqil_trt.engine import Engine, find_engine
 from cqil_trt.errors import UserError
 from cqil_trt.generate import Completion, GenerationConfig, generate
 from cqil_trt.job import Job
+from cqil_trt.packages import missing
 from cqil_trt.runner import Runner
 from cqil_trt.sampling import SamplingConfig
 from cqil_trt.scheduler import check_prompt
@@ -24,14 +25,18 @@ from cqil_trt.tokenizer import Conversation, Tokenizer, has_tokenizer
 def newest_engine(ranks: int, device: str) -> Path:
     """The newest engine under engines/ that so many ranks run on this host. Raises UserError when there is none."""
 
-    def runs(engine: Engine) -> bool:
-        try:
-            backends.load(engine.backend).check_runnable(engine, device)
-        except (UserError, ModuleNotFoundError):
-            return False
-        return True
+    return find_engine(Path("engines"), ranks, lambda engine: why_not_here(engine, device) is None)
 
-    return find_engine(Path("engines"), ranks, runs)
+
+def why_not_here(engine: Engine, device: str = "auto") -> str | None:
+    """Why an engine cannot be executed on this host; None if it can."""
+    try:
+        backends.load(engine.backend).check_runnable(engine, device)
+    except UserError as error:
+        return str(error)
+    except ModuleNotFoundError as error:
+        return missing(error) or str(error)
+    return None
 
 
 class Llm:

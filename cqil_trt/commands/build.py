@@ -12,9 +12,8 @@ from cqil_trt import __version__, backends, formats
 from cqil_trt.builder import PROBES, STORED, BuildRequest, prepare, write
 from cqil_trt.commands import RankParser, add_cqil_flags, run_ranks
 from cqil_trt.config import DTYPES, PLACEMENTS, layer_list
-from cqil_trt.engine import Engine
-from cqil_trt.errors import UserError
 from cqil_trt.job import Job
+from cqil_trt.llm import why_not_here
 from cqil_trt.table import size, table
 
 
@@ -100,17 +99,11 @@ def build(arguments: argparse.Namespace, job: Job) -> None:
     if as_json:
         say(json.dumps({**description, "output": str(engine.path.resolve())}, indent=1))
     else:
-        say(f"\nbuilt {engine.path}\n{how_to_run(engine)}")
-
-
-def how_to_run(engine: Engine) -> str:
-    """What to do with a new engine, or why it does not run on this host."""
-    command = f"mpirun -n {engine.world_size} python runtime/run.py --engine {engine.path}"
-    try:
-        backends.load(engine.backend).check_runnable(engine, "auto")
-    except UserError as error:
-        return f"it does not run here: {error}"
-    return f"run it: {command}"
+        command = f"mpirun -n {engine.world_size} python runtime/run.py --engine {engine.path}"
+        reason = why_not_here(engine)
+        say(
+            f"\nbuilt {engine.path}\n" + (f"run it: {command}" if reason is None else f"it does not run here: {reason}")
+        )
 
 
 def describe(plan: dict[str, Any]) -> str:
