@@ -216,12 +216,14 @@ size_t cqil_linear_scratch_bytes(const cqil_linear_shape* shape);
 
 // out [rows, outputs] = activation(RMSNorm(x + delta) * norm · Wᵀ + bias) + residual, for x [rows, inputs] and W
 // [outputs, inputs] ([2 * outputs, inputs] when gated). Without norm (NULL) x is used as it is, and delta must be NULL.
-// delta, bias and residual may be NULL. Sums are in float32. W and norm may be read before earlier work on the stream
-// is done, so they must not be results of that work; W may be with more than 16 rows. out may be residual, but not x. A gated product takes no residual.
+// delta, bias and residual may be NULL. With sum, the residual is not added to out: sum [rows, outputs] = out + residual.
+// Sums are in float32. W and norm may be read before earlier work on the stream is done, so they must not be results of
+// that work; W may be with more than 16 rows. out (or sum) may be residual, but not x. A gated product takes no
+// residual.
 // In half types on compute capability 9.0 and later, with up to 16 rows and a multiple of 8 inputs, a row's result has
 // the same bits whatever the other rows are, and however many.
 int cqil_linear(const cqil_linear_shape* shape, const void* x, const void* delta, const void* weight, const void* bias,
-                const void* norm, const void* residual, void* out, void* scratch, void* stream);
+                const void* norm, const void* residual, void* out, void* sum, void* scratch, void* stream);
 
 // The most rows for which cqil_linear should be used with packed weights on the current device; 0: it cannot be. With
 // more, cqil_unpack and a library are faster. Negative: an error. However many rows there are, a row's result has the
@@ -304,7 +306,7 @@ int cqil_test_delays(int place, const uint32_t* nanoseconds, int count);
     PLUGIN(CqilBypass, INT(distance) INT(dtype) OPTIONAL_INT(shared))                                               \
     PLUGIN(CqilNorm, INT(delta) FLOAT(eps) INT(dtype))                                                              \
     PLUGIN(CqilLinear, INT(delta) INT(bias) INT(norm) INT(residual) INT(gated) FLOAT(eps) INT(dtype)                \
-                           OPTIONAL_INT(weights) OPTIONAL_INT(outputs) OPTIONAL_INT(group))                         \
+                           OPTIONAL_INT(weights) OPTIONAL_INT(outputs) OPTIONAL_INT(group) OPTIONAL_INT(sum))       \
     PLUGIN(CqilAdd, INT(terms) INT(dtype))                                                                          \
     PLUGIN(CqilGather, INT(dtype))                                                                                  \
     PLUGIN(CqilAttention, INT(heads) INT(kv_heads) INT(head_dim) INT(capacity) INT(max_batch) INT(group) INT(first) \

@@ -235,8 +235,11 @@ __global__ void __launch_bounds__(kFewThreads, 2) few_rows_kernel(Operands o) {
                     y[part] += sums[((of * kTiles + tile) * kTileRows + part * 8 + within) * kColumns + row];
                 if (bias != nullptr) y[part] += float(bias[part * o.outputs + output]);
             }
-            static_cast<T*>(o.out)[size_t(row) * o.outputs + output] =
-                kGated ? swiglu(T(y[0]), T(y[1])) : T(y[0] + added[i]);
+            const size_t at = size_t(row) * o.outputs + output;
+            if constexpr (kGated)
+                static_cast<T*>(o.out)[at] = swiglu(T(y[0]), T(y[1]));
+            else
+                write<T>(o, at, y[0], added[i]);
         }
     }
 #endif
@@ -343,8 +346,7 @@ __global__ void __launch_bounds__(32 * kAcrossW * kAcrossX * kAcrossK) product_k
                 const size_t at = size_t(row) * o.outputs + output;
                 float y = c[i][j][e];
                 if (bias != nullptr) y += float(bias[output]);
-                if (residual != nullptr) y += float(residual[at]);
-                static_cast<T*>(o.out)[at] = T(y);
+                write<T>(o, at, y, residual != nullptr ? float(residual[at]) : 0);
             }
 }
 
@@ -404,8 +406,10 @@ __global__ void __launch_bounds__(kPlainThreads) plain_kernel(Operands o) {
         }
         if (lane != 0 || n >= rows) continue;
         const size_t to = size_t(first + n) * o.outputs + row;
-        if (residual != nullptr) y[0] += float(residual[to]);
-        static_cast<T*>(o.out)[to] = kGated ? swiglu(T(y[0]), T(y[kHalves - 1])) : T(y[0]);
+        if constexpr (kGated)
+            static_cast<T*>(o.out)[to] = swiglu(T(y[0]), T(y[kHalves - 1]));
+        else
+            write<T>(o, to, y[0], residual != nullptr ? float(residual[to]) : 0);
     }
 }
 
@@ -510,13 +514,14 @@ size_t cqil_linear_scratch_bytes(const cqil_linear_shape* s) {
 }
 
 int cqil_linear(const cqil_linear_shape* s, const void* x, const void* delta, const void* weight, const void* bias,
-                const void* norm, const void* residual, void* out, void* scratch, void* stream) {
+                const void* norm, const void* residual, void* out, void* sum, void* scratch, void* stream) {
     if (s->rows < 0 || s->inputs < 1 || s->outputs < 1 || s->rows > 65535 * 8)
         return fail("%d rows of %d to %d", s->rows, s->inputs, s->outputs);
     if (delta != nullptr && norm == nullptr) return fail("delta is added for a norm, and there is none");
     if (s->gated && residual != nullptr) return fail("a gated product takes no residual");
+    if (sum != nullptr && residual == nullptr) return fail("a sum is with a residual, and there is none");
     if (s->rows == 0) return 0;
-    const Operands o = {x, delta, weight, bias, norm, residual, out, s->rows, s->outputs, s->inputs, s->eps};
+    const Operands o = {x, delta, weight, bias, norm, residual, out, sum, s->rows, s->outputs, s->inputs, s->eps};
     auto st = static_cast<cudaStream_t>(stream);
     if (s->weights != CQIL_DENSE) return packed_linear(*s, o, scratch, st);
     auto* space = static_cast<char*>(scratch);

@@ -21,6 +21,7 @@ struct Operands {
     const void* norm;
     const void* residual;
     void* out;
+    void* sum;
     int rows, outputs, inputs;
     float eps;
 };
@@ -83,6 +84,18 @@ __device__ inline uint4 normed(uint4 x, uint4 weight, float scale) {
         two = __hmul2(Pair<T>::narrow(wide.x * scale, wide.y * scale), reinterpret_cast<const Two*>(&weight)[i]);
     }
     return x;
+}
+
+// Writes result y of a product that is not gated; `added` is what the residual holds there.
+template <typename T>
+__device__ inline void write(const Operands& o, size_t at, float y, float added) {
+    if (o.sum == nullptr) {
+        static_cast<T*>(o.out)[at] = T(y + added);
+        return;
+    }
+    const T alone(y);
+    static_cast<T*>(o.out)[at] = alone;
+    static_cast<T*>(o.sum)[at] = T(float(alone) + added);
 }
 
 __device__ inline float warp_sum(float x) {

@@ -414,8 +414,11 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
                     if constexpr (kGroups == 0) y[part] *= r.factor[part];
                     if (bias != nullptr) y[part] += float(bias[part * o.outputs + r.output]);
                 }
-                static_cast<T*>(o.out)[size_t(r.row) * o.outputs + r.output] =
-                    kGated ? swiglu(T(y[0]), T(y[1])) : T(y[0] + r.added);
+                const size_t at = size_t(r.row) * o.outputs + r.output;
+                if constexpr (kGated)
+                    static_cast<T*>(o.out)[at] = swiglu(T(y[0]), T(y[1]));
+                else
+                    write<T>(o, at, y[0], r.added);
             }
             i += kThreads;
             if (i >= kTiles * kPerTile << shift) break;
@@ -649,6 +652,7 @@ int cqil_trt::packed_linear(const cqil_linear_shape& s, Operands o, void* scratc
             if (o.delta != nullptr) part.delta = static_cast<const T*>(o.delta) + size_t(first) * s.inputs;
             part.out = static_cast<T*>(o.out) + size_t(first) * s.outputs;
             if (o.residual != nullptr) part.residual = static_cast<const T*>(o.residual) + size_t(first) * s.outputs;
+            if (o.sum != nullptr) part.sum = static_cast<T*>(o.sum) + size_t(first) * s.outputs;
             if (multiply<T>(s, part, device, st)) return -1;
         }
         return 0;

@@ -13,7 +13,7 @@
 //   CqilBypass      x -> sum of the x of the `distance` ranks before this one (zeros on rank 0)
 //   CqilNorm        x, (delta,) weight -> RMSNorm(x + delta) * weight
 //   CqilLinear      x, (delta,) weight, (bias,) (norm,) (residual) -> as cqil_linear
-//                   a field is 1 where its input is given. With packed weights, `weights` (a cqil_weights),
+//                   a field is 1 where its input is given, and sum where there are two results. With packed weights, `weights` (a cqil_weights),
 //                   `outputs` and `group` are those of cqil_linear_shape, and weight is an int32 tensor bound to what
 //                   cqil_pack made
 //   CqilAdd         x, (y) -> x + y (terms 2), zeros (terms 0)
@@ -279,16 +279,17 @@ public:
     using Plugin::Plugin;
 
     static bool valid(const Fields& f) {
-        for (int32_t flag : {f.delta, f.bias, f.norm, f.residual, f.gated})
+        for (int32_t flag : {f.delta, f.bias, f.norm, f.residual, f.gated, f.sum})
             if (flag != 0 && flag != 1) return false;
         const bool packed = f.weights != CQIL_DENSE, groups = f.group == 32 || f.group == 64 || f.group == 128;
         if (f.weights < CQIL_DENSE || f.weights > CQIL_INT4 || packed != (f.outputs > 0)) return false;
         if (packed && f.dtype == CQIL_FLOAT32) return false;
         if (f.weights == CQIL_INT4 ? !groups : f.group != 0) return false;
-        return (f.norm || !f.delta) && !(f.gated && f.residual) && f.eps >= 0 && valid_dtype(f.dtype);
+        return (f.norm || !f.delta) && !(f.gated && f.residual) && (f.residual || !f.sum) && f.eps >= 0 &&
+               valid_dtype(f.dtype);
     }
     int32_t inputs() const { return 2 + fields_.delta + fields_.bias + fields_.norm + fields_.residual; }
-    int32_t outputs() const { return 1; }
+    int32_t outputs() const { return 1 + fields_.sum; }
     DimsExprs output_dimensions(DimsExprs const* in, IExprBuilder& builder) const {
         DimsExprs dims = in[0];
         if (fields_.weights != CQIL_DENSE) {
@@ -323,7 +324,8 @@ public:
             scratch = static_cast<char*>(scratch) + dense;
             s.weights = CQIL_DENSE;
         }
-        return cqil_linear(&s, x, delta, weight, bias, norm, residual, out[0], scratch, stream);
+        void* const sum = fields_.sum ? out[1] : nullptr;
+        return cqil_linear(&s, x, delta, weight, bias, norm, residual, out[0], sum, scratch, stream);
     }
 
 private:

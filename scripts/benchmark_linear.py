@@ -55,7 +55,7 @@ class Kernels:
         size = self._library.cqil_linear_scratch_bytes(shape)
         if size > len(self._scratch):
             self._scratch = torch.empty(size, dtype=torch.uint8, device="cuda")
-        given = [x, None, weight, None, norm, residual, out, self._scratch]
+        given = [x, None, weight, None, norm, residual, out, None, self._scratch]
         pointers = [None if tensor is None else tensor.data_ptr() for tensor in given]
         if self._library.cqil_linear(shape, *pointers, torch.cuda.current_stream().cuda_stream):
             raise RuntimeError(self._library.cqil_last_error().decode())

@@ -9,11 +9,9 @@ from support.fake_ops import Alone
 
 from cqil_trt.backends.torch.ops import TorchOps
 from cqil_trt.checkpoint import Checkpoint
-from cqil_trt.collectives import LocalCommunicator
 from cqil_trt.config import CqilConfig, EngineLimits
 from cqil_trt.gpu.fused_ops import FusedOps
 from cqil_trt.network.decoder import decode
-from cqil_trt.schedule import Peers
 from cqil_trt.shard import plan
 
 
@@ -30,6 +28,10 @@ class FusedTorchOps(FusedOps, TorchOps):
         if gated:
             out = TorchOps.swiglu(self, out)
         return out if residual is None else out + residual
+
+    def project_and_add(self, x, name, residual):
+        out = self.fused_project(x, name)
+        return out, out + residual
 
     def fused_norm(self, x, delta, name):
         self.calls += 1
@@ -80,18 +82,21 @@ def test_fused_operations_compute_the_same(name, tmp_path):
                     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_sequential_layer_takes_four_products_and_nothing_else(tmp_path):
+@pytest.mark.parametrize("shape", [{"p": 1}, {"p": 2, "start": 0, "end": 6}])
+def test_a_layer_takes_four_products_and_nothing_else(shape, tmp_path):
+    """Also a layer of a group, next to the all-reduce at its end."""
     checkpoint = Checkpoint(make_model(tmp_path, seed=SEED), None)
-    [rank] = plan(checkpoint.model, CqilConfig(p=1))
+    rank = plan(checkpoint.model, CqilConfig(**shape))[0]
     weights = rank_weights(rank, checkpoint.reader)
     ops = FusedTorchOps(
         rank,
         weights,
-        {Peers.ALL: LocalCommunicator()},
+        Alone.of(rank.schedule),
         EngineLimits(max_batch_size=1, max_seq_len=32),
         checkpoint.rotary,
     )
     decode(
         ops, torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, dtype=torch.long), torch.zeros(1, 1, dtype=torch.long)
     )
-    assert ops.calls == 4 * checkpoint.model.num_layers + 1  # and the last projection
+    layers = checkpoint.model.num_layers // shape["p"]
+    assert ops.calls == 4 * layers + 1  # and the last projection

@@ -107,14 +107,17 @@ assert create("CqilBroadcast", rank=3, hidden=4096, dtype=1) == ([3, 4096, 1], 1
 assert create("CqilBypass", distance=2, dtype=1) == ([2, 1, 0], 1)
 assert create("CqilNorm", delta=1, eps=0.0, dtype=2) == ([1, 0, 2], 1)
 linear = {"delta": 0, "bias": 1, "norm": 1, "residual": 0, "gated": 1, "eps": 0.0, "dtype": 1}
-assert create("CqilLinear", **linear) == ([0, 1, 1, 0, 1, 0, 1, 0, 0, 0], 1)
+assert create("CqilLinear", **linear) == ([0, 1, 1, 0, 1, 0, 1, 0, 0, 0, 0], 1)
 packed = {**linear, "weights": 3, "outputs": 11008, "group": 128}  # CQIL_INT4
-assert create("CqilLinear", **packed) == ([0, 1, 1, 0, 1, 0, 1, 3, 11008, 128], 1)
-assert create("CqilLinear", **{**packed, "weights": 1, "group": 0}) == ([0, 1, 1, 0, 1, 0, 1, 1, 11008, 0], 1)
+assert create("CqilLinear", **packed) == ([0, 1, 1, 0, 1, 0, 1, 3, 11008, 128, 0], 1)
+assert create("CqilLinear", **{**packed, "weights": 1, "group": 0}) == ([0, 1, 1, 0, 1, 0, 1, 1, 11008, 0, 0], 1)
 for wrong in ({"group": 0}, {"group": 48}, {"weights": 1}, {"weights": 4}, {"outputs": 0}, {"dtype": 0}):
     assert create("CqilLinear", **{**packed, **wrong}) is None, wrong
 assert create("CqilLinear", **linear, outputs=8) is None  # the weights say so
 assert create("CqilLinear", **{**linear, "residual": 1}) is None  # a gated product takes none
+added = {**linear, "gated": 0, "residual": 1, "sum": 1}
+assert create("CqilLinear", **added) == ([0, 1, 1, 1, 0, 0, 1, 0, 0, 0, 1], 2)
+assert create("CqilLinear", **{**added, "residual": 0}) is None
 assert create("CqilAdd", terms=2, dtype=1) == ([2, 1], 1) and create("CqilAdd", terms=1, dtype=1) is None
 assert create("CqilGather", dtype=1) == ([1], 1)
 attention = {"heads": 9, "kv_heads": 3, "head_dim": 64, "capacity": 2048, "max_batch": 8, "group": 3, "first": 1}

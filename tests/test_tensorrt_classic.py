@@ -119,10 +119,9 @@ class Network:
         if f.gated:
             gate, up = value.chunk(2, -1)
             value = F.silu(gate) * up
-        if f.residual:
-            value = value + next(given)
+        total = value + next(given) if f.residual else value
         assert next(given, None) is None
-        return [value]
+        return [value, total] if getattr(f, "sum", 0) else [total]
 
     def CqilAttention(self, f, x, inputs):
         qkv, cos, sin, *norms, past, slots, _ = x

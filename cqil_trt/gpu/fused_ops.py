@@ -61,8 +61,11 @@ class _Norm(_Deferred[V]):
 
 @dataclass(eq=False, kw_only=True)
 class _Product(_Deferred[V]):
+    """`shared`: it is used again after something was added to it."""
+
     x: V | _Norm[V]
     name: str
+    shared: bool = False
 
 
 class FusedOps(Ops[V]):
@@ -82,6 +85,10 @@ class FusedOps(Ops[V]):
         gated: bool = False,
     ) -> V:
         """The projection `name` of RMSNorm(x + delta), gated, + residual, as cqil_linear; without `norm`, of x."""
+
+    @abstractmethod
+    def project_and_add(self, x: V, name: str, residual: V) -> tuple[V, V]:
+        """The projection `name` of x, and that + residual, as cqil_linear with `sum`."""
 
     @abstractmethod
     def fused_norm(self, x: V, delta: V | None, name: str) -> V:
@@ -116,6 +123,12 @@ class FusedOps(Ops[V]):
         names = ("q_norm", "k_norm") if self.plan.model.qk_norm else ()
         return [f"layers.{shard.index}.{name}.weight" for name in names]
 
+    def share(self, x: Any) -> Any:
+        if isinstance(x, _Product) and x.value is None and not isinstance(x.x, _Norm):
+            x.shared = True
+            return x
+        return self.keep(x)
+
     def keep(self, x: Any) -> Any:
         if not isinstance(x, _Deferred):
             return x
@@ -146,7 +159,10 @@ class FusedOps(Ops[V]):
     def add(self, x: Any, y: Any) -> Any:
         for product, other in ((x, y), (y, x)):
             if isinstance(product, _Product) and product.value is None:
-                return self._multiply(product, residual=self.keep(other))
+                if not product.shared:
+                    return self._multiply(product, residual=self.keep(other))
+                product.value, total = self.project_and_add(self.keep(product.x), product.name, self.keep(other))
+                return total
         return self.fused_add(self.keep(x), self.keep(y))
 
     def rms_norm(self, x: Any, name: str) -> Any:

@@ -139,7 +139,7 @@ def _own_change(
     up their attention for the MLP.
     """
     attended, split = _whole(ops, _attention(ops, shard, normed, positions), shard, "attention", peers)
-    a = ops.keep(attended)
+    a = ops.keep(attended) if d else ops.share(attended)
     b = ops.bypass(a, d) if d else None
     attended = a if b is None else ops.add(a, b)
     _, normed = _join(ops, attended, x, _input_norm(ops, shard.index, "mlp"), split)  # shares of the bypass add up too

@@ -37,6 +37,10 @@ class Ops(ABC, Generic[V]):
         """x, which is used more than once or leaves the network: a backend that defers operations computes it here."""
         return x
 
+    def share(self, x: V) -> V:
+        """x, which `residual_norm` adds and something else uses after that."""
+        return self.keep(x)
+
     # Arithmetic
 
     @abstractmethod

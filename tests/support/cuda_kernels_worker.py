@@ -314,10 +314,11 @@ def check_linear(pick, dtype):
     norm = (1 + 0.2 * torch.randn(inputs, device="cuda")).to(dtype)
     residual = torch.randn(rows, outputs, device="cuda").to(dtype)
     out = torch.empty_like(residual)
+    total = torch.empty_like(residual) if added and pick(0, 1) else None
     shape = abi.cqil_linear_shape(rows=rows, outputs=outputs, inputs=inputs, gated=gated, dtype=code(dtype), eps=1e-5)
     scratch = torch.empty(library.cqil_linear_scratch_bytes(shape), dtype=torch.uint8, device="cuda")
     given = [x, delta if normed == 2 else None, weight, bias if biased else None, norm if normed else None]
-    call("linear", shape, *given, residual if added else None, out, scratch)
+    call("linear", shape, *given, residual if added else None, out, total, scratch)
     wide = x.double() if normed < 2 else (x.double() + delta.double()).to(dtype).double()
     if normed:
         wide = rms_norm(wide, norm.double(), 1e-5)
@@ -325,6 +326,9 @@ def check_linear(pick, dtype):
     if gated:
         gate, up = expected.chunk(2, -1)
         expected = torch.nn.functional.silu(gate) * up
+    if total is not None:
+        assert torch.equal(total, (out.float() + residual.float()).to(dtype))
+        added = False
     return relative(out, expected + residual.double() if added else expected)
 
 
@@ -423,7 +427,7 @@ def check_one_swiglu(pick, dtype):
         shape = abi.cqil_linear_shape(rows=rows, outputs=count, inputs=8, gated=1, dtype=code(dtype), eps=1e-5)
         scratch = torch.empty(library.cqil_linear_scratch_bytes(shape), dtype=torch.uint8, device="cuda")
         out = torch.empty(rows, count, dtype=dtype, device="cuda")
-        call("linear", shape, x, None, weight, None, None, None, out, scratch)
+        call("linear", shape, x, None, weight, None, None, None, out, None, scratch)
         different = int((out != direct).sum())
         assert different == 0, f"{different} of {out.numel()} elements of {rows} rows differ from cqil_swiglu's"
     wide = gate.double()
@@ -437,15 +441,18 @@ def check_one_swiglu(pick, dtype):
     return relative(direct, exact)
 
 
-def product_of(chosen, shape, x, delta, weight, bias, norm, residual):
-    """The product of these rows of x, delta and residual; `shape` without the number of rows."""
+def product_of(chosen, shape, x, delta, weight, bias, norm, residual, summed):
+    """The product of these rows of x, delta and residual; `shape` without the number of rows.
+
+    `summed`: without the residual, and next to it the sum with it.
+    """
     chosen = torch.tensor(chosen, device="cuda")
     wanted = abi.cqil_linear_shape(rows=len(chosen), **shape)
     scratch = torch.empty(library.cqil_linear_scratch_bytes(wanted), dtype=torch.uint8, device="cuda")
-    out = torch.full((len(chosen), wanted.outputs), torch.nan, dtype=x.dtype, device="cuda")
+    out, total = torch.full((2, len(chosen), wanted.outputs), torch.nan, dtype=x.dtype, device="cuda")
     part, more, old = (None if t is None else t[chosen].contiguous() for t in (x, delta, residual))
-    call("linear", wanted, part, more, weight, bias, norm, old, out, scratch)
-    return out
+    call("linear", wanted, part, more, weight, bias, norm, old, out, total if summed else None, scratch)
+    return torch.cat((out, total), 1) if summed else out
 
 
 def check_rows(pick, dtype):
@@ -462,11 +469,12 @@ def check_rows(pick, dtype):
     weight = (torch.randn(outputs * (1 + gated), inputs, device="cuda") / inputs**0.5).to(dtype)
     norm = (1 + 0.2 * torch.randn(inputs, device="cuda")).to(dtype) if normed else None
     residual = torch.randn(rows, outputs, device="cuda").to(dtype) if added and not gated else None
+    summed = residual is not None and pick(0, 1) == 1
 
     shape = {"outputs": outputs, "inputs": inputs, "gated": gated, "dtype": code(dtype), "eps": 1e-5}
 
     def product(chosen):
-        return product_of(chosen, shape, x, delta, weight, None, norm, residual)
+        return product_of(chosen, shape, x, delta, weight, None, norm, residual, summed)
 
     whole = product(range(rows))
     for _ in range(8):
@@ -533,9 +541,10 @@ def check_packed(pick, dtype):
     norm = (1 + 0.2 * torch.randn(inputs, device="cuda")).to(dtype) if normed else None
     bias = torch.randn(outputs * (1 + gated), device="cuda").to(dtype) if biased else None
     residual = torch.randn(rows, outputs, device="cuda").to(dtype) if added else None
+    summed = added and pick(0, 1) == 1
 
     def product(chosen):
-        return product_of(chosen, shape, x, delta, packed, bias, norm, residual)
+        return product_of(chosen, shape, x, delta, packed, bias, norm, residual, summed)
 
     whole = product(range(rows))
     for _ in range(3):
@@ -548,6 +557,10 @@ def check_packed(pick, dtype):
     if gated:
         gate, up = expected.chunk(2, -1)
         expected = torch.nn.functional.silu(gate) * up
+    if summed:
+        whole, total = whole.chunk(2, 1)
+        assert torch.equal(total, (whole.float() + residual.float()).to(dtype))
+        added = False
     return relative(whole, expected + residual.double() if added else expected)
 
 
@@ -826,7 +839,7 @@ class Decoder:
             eps=1e-5,
         )
         assert library.cqil_linear_scratch_bytes(shape) <= self.scratch.numel()
-        call("linear", shape, x, None, weight, None, norm, residual, out, self.scratch)
+        call("linear", shape, x, None, weight, None, norm, residual, out, None, self.scratch)
 
     def run(self, after=lambda: None):
         """All steps; `after` is called after each kernel."""

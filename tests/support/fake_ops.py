@@ -81,8 +81,8 @@ class HostKernels:
         at(out, s.outputs * (1 + s.gated), s.inputs)[:] = self.packed[packed]
         return 0
 
-    def cqil_linear(self, s, x, delta, weight, bias, norm_weight, residual, out, scratch, stream):
-        assert out != x and not (s.gated and residual) and (norm_weight or not delta)
+    def cqil_linear(self, s, x, delta, weight, bias, norm_weight, residual, out, total, scratch, stream):
+        assert (residual or not total) and out != x and not (s.gated and residual) and (norm_weight or not delta)
         value, wide = at(x, s.rows, s.inputs), s.outputs * (1 + s.gated)
         if delta is not None:
             value = value + at(delta, s.rows, s.inputs)
@@ -94,7 +94,12 @@ class HostKernels:
         if s.gated:
             gate, up = value.chunk(2, -1)
             value = F.silu(gate) * up
-        at(out, s.rows, s.outputs)[:] = value if residual is None else value + at(residual, s.rows, s.outputs)
+        added = 0 if residual is None else at(residual, s.rows, s.outputs)
+        if total is None:
+            value = value + added
+        else:
+            at(total, s.rows, s.outputs)[:] = value + added
+        at(out, s.rows, s.outputs)[:] = value
         return 0
 
     def cqil_attention_scratch_bytes(self, shape):

@@ -519,6 +519,21 @@ class ClassicOps(FusedOps[Tensor], TensorRtOps):
         residual: Tensor | None = None,
         gated: bool = False,
     ) -> Tensor:
+        return self._linear(x, name, norm, delta, residual, gated=int(gated))[0]
+
+    def project_and_add(self, x: Tensor, name: str, residual: Tensor) -> tuple[Tensor, Tensor]:
+        alone, total = self._linear(x, name, residual=residual, gated=0, sum=1)
+        return alone, total
+
+    def _linear(
+        self,
+        x: Tensor,
+        name: str,
+        norm: str | None = None,
+        delta: Tensor | None = None,
+        residual: Tensor | None = None,
+        **more: int,
+    ) -> list[Tensor]:
         weight, bias = self._weight(f"{name}.weight"), self._bias(name)
         scale = None if norm is None else self._weight(f"{norm}.weight")
         inputs = [tensor for tensor in (x, delta, weight, bias, scale, residual) if tensor is not None]
@@ -528,7 +543,8 @@ class ClassicOps(FusedOps[Tensor], TensorRtOps):
         if matrix is not None and matrix.packed:
             shape = matrix.shape()
             fields |= {"weights": int(shape.weights), "outputs": shape.outputs, "group": shape.group}
-        return self._plugin("CqilLinear", inputs, 1, **fields, gated=int(gated), eps=self.plan.model.rms_norm_eps)[0]
+        outputs = 1 + more.get("sum", 0)
+        return self._plugin("CqilLinear", inputs, outputs, **fields, **more, eps=self.plan.model.rms_norm_eps)
 
     def fused_norm(self, x: Tensor, delta: Tensor | None, name: str) -> Tensor:
         weight = self._weight(f"{name}.weight")

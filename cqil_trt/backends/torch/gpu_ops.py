@@ -228,6 +228,23 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         residual: Matrix | None = None,
         gated: bool = False,
     ) -> Matrix:
+        return self._project(x, name, norm, delta, residual, gated, None)
+
+    def project_and_add(self, x: Matrix, name: str, residual: Matrix) -> tuple[Matrix, Matrix]:
+        total = self._new(residual.rows, residual.width)
+        return self._project(x, name, None, None, residual, False, total), total
+
+    def _project(
+        self,
+        x: Matrix,
+        name: str,
+        norm: str | None,
+        delta: Matrix | None,
+        residual: Matrix | None,
+        gated: bool,
+        total: Matrix | None,
+    ) -> Matrix:
+        """With `total`, the residual is added there, and not to the result."""
         weight, bias = self._weights[f"{name}.weight"], self._weights.get(f"{name}.bias")
         outputs = weight.rows // 2 if gated else weight.rows
         out = Matrix(self._logits, x.rows, outputs) if name == "lm_head" else self._new(x.rows, outputs)
@@ -238,10 +255,15 @@ class CudaOps(FusedOps[Matrix], _Collectives):
             if norm is not None:
                 x = self.fused_norm(x, delta, norm)
             product = self._new(x.rows, weight.rows) if gated else out
-            self._library.multiply(x, weight, residual if bias is None else bias, product)
+            added = residual if bias is None and total is None else bias
+            self._library.multiply(x, weight, added, product)
             if gated:
                 self._call("swiglu", product, out, x.rows, outputs, self._dtype)
-            return out if bias is None or residual is None else self.fused_add(out, residual)
+            if residual is None or added is residual:
+                return out
+            to = out if total is None else total
+            self._call("add", out, residual, to, x.rows * outputs, self._dtype)
+            return out
         norm_weight = None if norm is None else self._weights[f"{norm}.weight"]
         eps = self.plan.model.rms_norm_eps
         if packed is not None:
@@ -250,7 +272,7 @@ class CudaOps(FusedOps[Matrix], _Collectives):
             sizes = {"rows": x.rows, "outputs": outputs, "inputs": x.width, "gated": gated}
             shape = abi.cqil_linear_shape(**sizes, dtype=self._dtype, eps=eps)
         scratch = self._scratch(self._kernels.cqil_linear_scratch_bytes(shape))
-        self._call("linear", shape, x, delta, weight, bias, norm_weight, residual, out, scratch)
+        self._call("linear", shape, x, delta, weight, bias, norm_weight, residual, out, total, scratch)
         return out
 
     def _unpacked(self, packed: DeviceMatrix, weight: Matrix) -> Matrix:
