@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kFewThreads, 2) few_rows_kernel(Operands o) {
     constexpr int kSteps = kShare / 32, kTileDepth = kFewWarps * kShare;
     constexpr int kPerTile = kGated ? 8 : 16;  // results of a row of x
     extern __shared__ __align__(128) char memory[];
-    __shared__ float scales[kColumns];
+    __shared__ __align__(16) float squares[kColumns][kFewWarps];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     char* const ring = memory + warp * kStages * kTileBytes;
     auto* sums = reinterpret_cast<float*>(memory + kFewWarps * kStages * kTileBytes);
@@ -113,28 +113,9 @@ __global__ void __launch_bounds__(kFewThreads, 2) few_rows_kernel(Operands o) {
 
     const auto* x = static_cast<const uint4*>(o.x);
     const int packets = o.inputs / 8;
-    if (o.norm != nullptr) {
-#pragma unroll 1
-        for (int row = warp; row < o.rows; row += kFewWarps) {
-            float square = 0;
-#pragma unroll 8
-            for (int i = lane; i < o.inputs / 8; i += 32) {
-                const uint4 packet = x[size_t(row) * packets + i];
-                square = dot<T>(packet, packet, square);
-            }
-            square = warp_sum(square);
-            if (lane == 0) scales[row] = rsqrtf(square / float(o.inputs) + o.eps);
-        }
-        __syncthreads();
-    }
-
     // A lane has rows lane / 4 of x, and of W rows lane / 4 and lane / 4 + 8; 8 elements of 32 in each. The tensor
     // cores take them in two steps of 4. Which elements meet in a step does not matter, as long as W and x agree.
     const int column = lane / 4, quarter = lane % 4;
-    float scale[kOctets];
-#pragma unroll
-    for (int i = 0; i < kOctets; ++i)
-        scale[i] = o.norm != nullptr && i * 8 + column < o.rows ? scales[i * 8 + column] : 0.0f;
     uint4 next[kOctets][kSteps];
     auto load = [&](int chunk) {
 #pragma unroll
@@ -147,6 +128,32 @@ __global__ void __launch_bounds__(kFewThreads, 2) few_rows_kernel(Operands o) {
             }
     };
     load(0);
+    float scale[kOctets] = {};
+    if (o.norm != nullptr) {
+        // All warps share each row: the time until its norm is known is lost to the products.
+#pragma unroll
+        for (int first = 0; first < kColumns; first += 8) {
+            float square[8] = {};
+#pragma unroll 2
+            for (int i = threadIdx.x; i < packets; i += kFewThreads)
+#pragma unroll
+                for (int row = 0; row < 8; ++row) {
+                    if (first + row >= o.rows) continue;
+                    const uint4 packet = x[size_t(first + row) * packets + i];
+                    square[row] = dot<T>(packet, packet, square[row]);
+                }
+#pragma unroll
+            for (int row = 0; row < 8; ++row) {
+                if (first + row >= o.rows) continue;
+                square[row] = warp_sum(square[row]);
+                if (lane == 0) squares[first + row][warp] = square[row];
+            }
+        }
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < kOctets; ++i)
+            if (i * 8 + column < o.rows) scale[i] = rsqrtf(total_of(squares[i * 8 + column]) / float(o.inputs) + o.eps);
+    }
     int stage = 0;
     const char* const w = ring + column * 128;
 #pragma unroll 1

@@ -103,6 +103,12 @@ __device__ inline float warp_sum(float x) {
     return x;
 }
 
+// The sum of what eight warps have, in 32 bytes of shared memory.
+__device__ inline float total_of(const float* of_warps) {
+    const auto *a = reinterpret_cast<const float4*>(of_warps), *b = a + 1;
+    return ((a->x + a->y) + (a->z + a->w)) + ((b->x + b->y) + (b->z + b->w));
+}
+
 __device__ inline unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
 
 // Copies 16 bytes to shared memory, or zeros unless `valid`.

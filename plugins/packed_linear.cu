@@ -92,12 +92,6 @@ __device__ unsigned pair_at(unsigned word, int place) {
     return *reinterpret_cast<const unsigned*>(&pair);
 }
 
-// The sum of what the warps have.
-__device__ float total_of(const float* of_warps) {
-    const auto *a = reinterpret_cast<const float4*>(of_warps), *b = a + 1;
-    return ((a->x + a->y) + (a->z + a->w)) + ((b->x + b->y) + (b->z + b->w));
-}
-
 // The left operands of two products: columns 0 to 3 and 4 to 7 of those 8 of a step that a lane has, of two rows.
 template <typename T, int kWeights>
 __device__ void decode(const uint4* codes, int step, unsigned (&low)[4], unsigned (&high)[4]) {
