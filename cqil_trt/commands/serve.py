@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import socket
 import ssl
@@ -147,6 +148,9 @@ def _serve(
     chosen = ranks.Options(policy=options.policy, rows=rows, chunk=chunk)
     say("warming up ...")
     ranks.warm_up(llm, chosen)
+    # What lives as long as the server: collections, which stop a step, need not walk it.
+    gc.collect()
+    gc.freeze()
     try:
         if http is None:
             ranks.ignore_signals()

@@ -127,6 +127,9 @@ class EngineClient:
         self._number = 0
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stopping = False
+        # Until when the loop does not sleep, None while it may.
+        self._awake: float | None = None
+        self._may_stay_awake = False
 
     async def start(self) -> None:
         loop = asyncio.get_running_loop()
@@ -157,7 +160,20 @@ class EngineClient:
         self._tickets[ticket.number] = ticket
         self.metrics.request_started(ticket.prompt_tokens)
         self._engine.send(wire.Add(number=ticket.number, **fields))
+        if self._may_stay_awake and self._awake is None:
+            self._awake = ticket.queued_at + wire.AWAKE_SECONDS
+            self._stay_awake()
         return ticket
+
+    def _stay_awake(self) -> None:
+        """Keeps the loop looking for messages while requests run, and for a while after that."""
+        now = time.monotonic()
+        if self._tickets:
+            self._awake = now + wire.AWAKE_SECONDS
+        if self._awake is not None and now < self._awake:
+            asyncio.get_running_loop().call_soon(self._stay_awake)
+        else:
+            self._awake = None
 
     def abort(self, ticket: Ticket) -> None:
         """Ends a request that nobody waits for. One that is over stays so."""
@@ -169,6 +185,8 @@ class EngineClient:
     def _take(self, engine: _Frames, message: Any) -> None:
         if isinstance(message, wire.Ready):
             self.ready = message
+            # The ranks have a core each, which they do not leave either.
+            self._may_stay_awake = message.device == "cuda" and (os.cpu_count() or 1) > 2 * len(self._ranks)
             with contextlib.suppress(OSError):  # nobody may read it
                 print(
                     f"{self.setup.engine}: {message.slots} slots, {message.rows} sequences at a time, on "

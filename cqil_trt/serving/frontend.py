@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -69,6 +70,8 @@ async def serve(setup: wire.Setup, control: socket.socket, monitor: socket.socke
         date_header=False,
     )
     http = _Uvicorn(config)
+    gc.collect()  # what lives as long as the server need not be walked again
+    gc.freeze()
     serving = asyncio.create_task(http.serve([listener]))
     ending = asyncio.create_task(client.ended.wait())
     await asyncio.wait({serving, ending}, return_when=asyncio.FIRST_COMPLETED)

@@ -25,6 +25,7 @@ from cqil_trt.sampling import log_probabilities
 from cqil_trt.scheduler import Event, Matcher, Request
 from cqil_trt.serving.grammars import Grammars
 from cqil_trt.serving.wire import (
+    AWAKE_SECONDS,
     Abort,
     Add,
     Beat,
@@ -157,6 +158,7 @@ class _Leader:
         self._numbers: dict[int, int] = {}  # theirs to ours
         self._requests: dict[int, Add] = {}  # by our numbers
         self._last: float | None = None  # when the last turn ended, if it gave tokens
+        self._awake = AWAKE_SECONDS if llm.session.on_gpu else 0.0
         self._told = 0, 0  # requests running and waiting, as the HTTP process knows
         self._signals = _Signals(http)
         session = llm.session
@@ -173,10 +175,15 @@ class _Leader:
             follower.send(order)
 
     def run(self, pulse: Pulse) -> None:
+        worked = time.monotonic()
         while True:
             news: list[News] = []
-            awaited = self._compiling or self._late
-            wait = 0.0 if not self._scheduler.idle else _AWAITING_SECONDS if awaited else _IDLE_SECONDS
+            if not self._scheduler.idle:
+                worked, wait = time.monotonic(), 0.0
+            elif time.monotonic() - worked < self._awake:
+                wait = 0.0
+            else:
+                wait = _AWAITING_SECONDS if self._compiling or self._late else _IDLE_SECONDS
             for message in self._http.poll(wait):
                 if isinstance(message, Stop):
                     self._send(message)
@@ -307,8 +314,9 @@ class _Leader:
 def follow(llm: Llm, orders: Connection, pulse: Pulse) -> None:
     """Every other rank: executes rank 0's orders until it says stop."""
     follower = Follower(llm.session)
+    awake = AWAKE_SECONDS if llm.session.on_gpu else 0.0
     while True:
-        order = orders.receive()
+        order = orders.receive(awake)
         if isinstance(order, Stop):
             with pulse.busy("the end"):
                 follower.finish()
