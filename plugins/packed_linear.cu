@@ -44,8 +44,9 @@ __host__ __device__ constexpr int unit_bytes(int weights, int groups) {
 
 // Shared memory: a multiprocessor has room for one block (linear.cu says why) and an attention's. x is kept in it up to
 // a size. The ring takes what is left, up to so many stages.
-constexpr size_t kLeastBytes = 116 << 10, kMostBytes = 180 << 10, kSharedBytes = 64 << 10;
+constexpr size_t kLeastBytes = 116 << 10, kMostBytes = 180 << 10, kSharedBytes = 65 << 10;
 constexpr int kMaxStages = 12, kMinStages = 2;
+constexpr int kRowGap = 4;  // packets between rows of x, so that two rows, which are read at once, hit different banks
 
 // Rows of x that there is room for in the sums.
 __host__ __device__ constexpr int padded(int rows) { return rows > 4 ? 8 : rows > 2 ? 4 : rows; }
@@ -136,7 +137,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
     auto* own = norm + (o.norm == nullptr ? 0 : packets);  // x, if kShared
     const int tiles = (o.outputs + kPerTile - 1) / kPerTile, mine = (tiles - 1 - int(blockIdx.x)) / int(gridDim.x) + 1;
     const int units = (o.inputs + kUnit - 1) / kUnit, chunks = (units + kWarps - 1) / kWarps;
-    const int stride = units * (kUnit / 8);  // packets of a row of x, if kShared
+    const int filled = units * (kUnit / 8), stride = filled + kRowGap;  // packets of a row of x, if kShared
     const char* const packed = static_cast<const char*>(o.weight);
 
     if (threadIdx.x == kThreads) {
@@ -194,7 +195,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
 #pragma unroll 1
         for (int row = 0; row < o.rows; ++row)
 #pragma unroll 1
-            for (int i = threadIdx.x; i < stride; i += kThreads)
+            for (int i = threadIdx.x; i < filled; i += kThreads)
                 copy_async(shared_address(own + row * stride + i), x + row * packets + min(i, packets - 1),
                            i < packets);
     } else {
@@ -574,7 +575,7 @@ Room room_of(const cqil_linear_shape& s, int rows, bool norm, const Device& devi
     constexpr size_t kStaticBytes = 1024;
     const size_t stage = size_t(kWarps) * unit_bytes(s.weights, groups_of(s));
     const size_t sums = sizeof(float) * kWarps * kTiles * kTileRows * padded(rows) + (norm ? size_t(s.inputs) * 2 : 0);
-    const size_t x = size_t(units_of(s.inputs)) * kUnit * 2 * rows;
+    const size_t x = (size_t(units_of(s.inputs)) * kUnit * 2 + kRowGap * 16) * rows;
     const size_t most = std::min(kMostBytes, size_t(device.shared_bytes) - kStaticBytes);
     for (const bool shared : {true, false}) {
         const size_t fixed = sums + (shared ? x : 0);
