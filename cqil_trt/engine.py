@@ -19,7 +19,9 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,16 +96,78 @@ class Engine:
 
     def verify(self, name: str) -> None:
         """Raises UserError unless file `name` exists with the size and BLAKE3 given in config.json."""
-        path, entry = self.path / name, self.files[name]
+        with self._reading(name) as path:
+            self._check(name, fingerprint(path)["blake3"])
+
+    def read(
+        self, name: str, buffers: Sequence[memoryview], use: Callable[[int, memoryview], Callable[[], None]]
+    ) -> None:
+        """Reads file `name` once, block by block, and verifies it like `verify`, of the same bytes.
+
+        As many threads as there are buffers, all of one size, read ahead. `use(offset, block)` begins to use the bytes
+        from `offset` on, and returns a function that waits until they are no longer needed; meanwhile they are hashed.
+        It is called in the order of the file. Whether the file was damaged is known, and raised, only at the end.
+        """
+        digest = blake3(max_threads=blake3.AUTO)
+        size, step = self.files[name]["size"], len(buffers[0])
+        offsets = iter(range(0, size, step))
+        reading: deque[tuple[int, memoryview, Future[memoryview]]] = deque()
+        with self._reading(name) as path, open(path, "rb", buffering=0) as file:
+            with ThreadPoolExecutor(len(buffers), thread_name_prefix="reader") as readers:
+
+                def begin(buffer: memoryview) -> None:
+                    offset = next(offsets, None)
+                    if offset is not None:
+                        block = buffer[: size - offset]
+                        reading.append(
+                            (offset, buffer, readers.submit(_read_block, file.fileno(), block, offset, path))
+                        )
+
+                for buffer in buffers:
+                    begin(buffer)
+                while reading:
+                    offset, buffer, read = reading.popleft()
+                    block = read.result()
+                    wait = use(offset, block)
+                    digest.update(block)
+                    wait()
+                    begin(buffer)
+        self._check(name, digest.hexdigest())
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[Path]:
+        """The path of file `name`, whose size has been verified. Inside, what cannot be read is a UserError."""
+        path, expected = self.path / name, self.files[name]["size"]
         try:
             size = path.stat().st_size
-            if size != entry["size"]:
-                raise UserError(f"{path}: {size} bytes, config.json says {entry['size']}: rebuild the engine")
-            found = fingerprint(path)
+            if size != expected:
+                raise UserError(f"{path}: {size} bytes, config.json says {expected}: rebuild the engine")
+            yield path
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}): rebuild the engine") from None
-        if found != entry:
-            raise UserError(f"{path}: the checksum differs from config.json: the file is damaged, rebuild the engine")
+
+    def _check(self, name: str, found: str) -> None:
+        if found != self.files[name]["blake3"]:
+            raise UserError(
+                f"{self.path / name}: the checksum differs from config.json: the file is damaged, rebuild the engine"
+            )
+
+    def weight_offsets(self, rank: int) -> list[int]:
+        """Where each of a rank's tensors begins in its file, in bytes, in the plan's order.
+
+        They follow from the plan, so that a damaged file cannot mislead. Raises UserError for another file.
+        """
+        tensors, name = self.plan(rank).tensors, rank_file(rank)
+        header = tensor_header(tensors)
+        offsets = [len(header)]
+        for tensor in tensors:
+            offsets.append(offsets[-1] + tensor.nbytes)
+        with self._reading(name) as path, open(path, "rb") as file:
+            found = file.read(len(header))
+        if found != header or offsets.pop() != self.files[name]["size"]:
+            self.verify(name)
+            raise _foreign(self.path)
+        return offsets
 
     def files_of(self, rank: int, needed: Sequence[str] = ()) -> list[str]:
         """The files of a rank. Raises UserError unless `needed` are among them."""
@@ -112,10 +176,14 @@ class Engine:
             raise _foreign(self.path)
         return own
 
-    def verify_rank(self, rank: int, needed: Sequence[str] = ()) -> None:
-        """Verifies the files that rank `rank` loads: its own (`needed` among them), and on rank 0 the shared ones."""
+    def verify_rank(self, rank: int, needed: Sequence[str] = (), but: Collection[str] = ()) -> None:
+        """Verifies the files that rank `rank` loads: its own (`needed` among them), and on rank 0 the shared ones.
+
+        `but`: those that whoever loads them verifies.
+        """
         for name in (*self.files_of(rank, needed), *(self.shared_files if rank == 0 else ())):
-            self.verify(name)
+            if name not in but:
+                self.verify(name)
 
     @classmethod
     def open(cls, path: Path) -> Engine:
@@ -156,6 +224,17 @@ class Engine:
         if not complete:
             raise _foreign(path)
         return engine
+
+
+def _read_block(file: int, block: memoryview, offset: int, path: Path) -> memoryview:
+    """Fills `block` from `offset` on. Raises UserError where the file ends before."""
+    filled = 0
+    while filled < len(block):
+        count = os.preadv(file, [block[filled:]], offset + filled)
+        if not count:
+            raise UserError(f"{path}: truncated while it was read: rebuild the engine")
+        filled += count
+    return block
 
 
 def _foreign(path: Path) -> UserError:

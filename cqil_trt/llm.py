@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from cqil_trt import backends
-from cqil_trt.engine import Engine, find_engine
+from cqil_trt.engine import Engine, find_engine, rank_file
 from cqil_trt.errors import UserError
 from cqil_trt.generate import Completion, GenerationConfig, generate
 from cqil_trt.job import Job
@@ -19,6 +20,7 @@ from cqil_trt.sampling import SamplingConfig
 from cqil_trt.scheduler import check_prompt
 from cqil_trt.session import Session
 from cqil_trt.speculation import Speculation
+from cqil_trt.startup import Startup
 from cqil_trt.tokenizer import Conversation, Tokenizer, has_tokenizer
 
 
@@ -46,6 +48,8 @@ class Llm:
     assigned to replicas round-robin. `device`: "cpu", "cuda" (each rank takes the next GPU), or "auto". `slots`: the
     sequences that the KV cache holds, by default as many as the engine runs at a time; fewer where memory is short.
     `speculation`: how tokens are drafted, None for not at all; UserError where the backend cannot verify drafts.
+
+    `startup`: how long this took.
     """
 
     def __init__(
@@ -58,23 +62,29 @@ class Llm:
     ):
         if device not in backends.DEVICES:
             raise UserError(f"device must be one of {', '.join(backends.DEVICES)}, found {device!r}")
+        self.startup = Startup()
         self.job = job or Job()
         # Only rank 0 searches, so that ranks cannot disagree while a build finishes.
         path = self.job.share(lambda: directory or newest_engine(self.job.size, device))
         self.engine = self.job.agree(lambda: Engine.open(path))
         comm, self.rank, self.replica = self.job.group(self.engine.world_size)
         backend = backends.load(self.engine.backend)
-        self.job.agree(lambda: self.engine.verify_rank(self.rank, backend.rank_files(self.rank)))
-        _share_cores(self.job)
+        self.job.agree(lambda: verify_files(self.engine, backend, self.rank))
+        self.startup.end("files")
         wanted = slots or self.engine.limits.max_batch_size
-        self.session: Session = self.job.agree(
-            lambda: backend.open_session(self.engine, comm, device, self.job.rank, wanted)
-        )
+        with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as thread:
+            tokenizer = thread.submit(Tokenizer, path) if has_tokenizer(path) else None
+            self.session: Session = self.job.agree(
+                lambda: backend.open_session(self.engine, comm, device, self.job.rank, wanted)
+            )
+            _share_cores(self.job)
+            self.startup.end("session", self.session.seconds)
+            self.tokenizer = None if tokenizer is None else tokenizer.result()
         if slots is None and self.session.slots < wanted and self.job.rank == 0:
             print(f"the KV cache has room for {self.session.slots} of {wanted} sequences", file=sys.stderr)
         self.speculation = speculation
         self.runner = self.job.agree(self.new_runner)
-        self.tokenizer = Tokenizer(path) if has_tokenizer(path) else None
+        self.startup.end("tokenizer")
 
     def new_runner(self) -> Runner:
         """A runner whose scheduler knows of nothing in the cache: needed after the session was used without it."""
@@ -169,6 +179,11 @@ class Llm:
     def close(self) -> None:
         """Releases the engine's memory, on every rank together. No method can be called afterwards."""
         self.session.close()
+
+
+def verify_files(engine: Engine, backend: backends.Backend, rank: int) -> None:
+    """Verifies the files that a rank loads, before it opens its session. Raises UserError for a damaged one."""
+    engine.verify_rank(rank, backend.rank_files(rank), but=[rank_file(rank)] if backend.verifies_weights else [])
 
 
 def end_tokens(engine: Engine, tokenizer: Tokenizer | None) -> tuple[int, ...]:

@@ -82,6 +82,8 @@ class Session(ABC):
         self._widths = [last - first for first, last in spans]
         # Of all chosen tokens, to be compared with that of other ranks.
         self.digest = 0
+        # How long parts of its start took, of which some ran at the same time.
+        self.seconds: dict[str, float] = {}
 
     @abstractmethod
     def submit(self, step: Step) -> None:

@@ -23,7 +23,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +45,8 @@ from cqil_trt.config import CqilConfig, EngineLimits
 from cqil_trt.errors import UserError
 from cqil_trt.families.layout import checkpoint_shapes, layer_matrices
 from cqil_trt.formats import RankTensor
-from cqil_trt.gpu import cuda
+from cqil_trt.gpu import cuda, kernel_library
+from cqil_trt.gpu.weights import DeviceWeights
 from cqil_trt.job import Job
 from cqil_trt.model import ModelConfig
 from cqil_trt.network.rotary import inverse_frequencies
@@ -92,23 +93,29 @@ class SyntheticReader(WeightReader):
         return cut(self._last[1], rows, columns)
 
 
+class SyntheticWeights(DeviceWeights):
+    """Weights from a reader instead of an engine directory."""
+
+    def __init__(self, engine: Any, rank: int, device: int, reader: WeightReader):
+        self._reader = reader
+        super().__init__(engine, rank, device, kernel_library.load())
+
+    def _copy(self, stream: Any) -> None:
+        for place in self._places:
+            made = whole(place.tensor, self._reader)
+            torch.cuda.synchronize()
+            cuda.copy(place.address, made.data_ptr(), made.nbytes, stream)
+            self._complete(place, stream)
+            cuda.call("StreamSynchronize", stream)
+
+
 class SyntheticSession(TorchCudaSession):
-    """A session with weights from a reader instead of an engine directory."""
+    """A session with such weights."""
 
     def __init__(self, engine: Any, comm: Any, reader: WeightReader):
-        self._reader = reader
+        weights = SyntheticWeights(engine, 0 if comm is None else comm.Get_rank(), RANK, reader)
         with saying_when_memory_is_full():
-            super().__init__(engine, comm, RANK, engine.limits.max_batch_size)
-
-    def _stored_bytes(self, engine: Any) -> dict[str, int]:
-        return {tensor.name: tensor.nbytes for tensor in self._plan.tensors}
-
-    def _stored(self, engine: Any) -> Generator[tuple[str, Callable[[int], None]]]:
-        for tensor in self._plan.tensors:
-            made = whole(tensor, self._reader)
-            torch.cuda.synchronize()
-            yield tensor.name, lambda to, made=made: cuda.copy(to, made.data_ptr(), made.nbytes, self._stream)
-            self._synchronize()
+            super().__init__(engine, comm, RANK, engine.limits.max_batch_size, weights)
 
 
 def whole(tensor: RankTensor, reader: WeightReader) -> torch.Tensor:

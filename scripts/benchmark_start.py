@@ -1,29 +1,31 @@
 #!/usr/bin/env python
-"""Where the seconds of a server's start go, against a plain copy of the same bytes: mpirun -n P … --engine DIR.
+"""How long a server's start takes, against a plain copy of the same bytes: mpirun -n P … --engine DIR.
 
-Each rank does what serve.py does before /ready is 200, and says how long each part took; the slowest counts. A copy
-is every rank reading its files into memory, all at the same time. All of it is from the page cache.
+Each rank does what serve.py does before /ready is 200, and says how long each part took; the slowest counts. (serve.py
+starts its HTTP process meanwhile.) Afterwards, in the same processes, every rank copies its files in a plain loop, all
+at the same time: on GPUs from the page cache into a page-locked buffer and from there to the GPU, on CPUs into memory.
+All of it is from the page cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
+import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import installed  # noqa: F401
 
-from cqil_trt import backends
 from cqil_trt.commands import RankParser, check_at_least, check_file, run_ranks
 from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
 from cqil_trt.job import Job
+from cqil_trt.startup import since_start
 from cqil_trt.table import table
 
-_BLOCK = 1 << 20
+_BLOCK = 64 << 20
 # Tokens of a prompt in one step, and slots for each row, as in serve.py on a CPU.
 _CHUNK, _SLOTS_PER_ROW = 128, 4
 
@@ -32,24 +34,42 @@ def parser() -> RankParser:
     parser = RankParser(description=__doc__.split("\n")[0])
     parser.add_argument("--engine", type=Path, required=True)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="copies and verifications (default 3)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="copies, of which the median (default 3)")
     parser.add_argument("--json", metavar="F", type=Path)
     return parser
 
 
-def since_start() -> float:
-    """Seconds since this process began (proc(5): field 22 of stat is in clock ticks since boot)."""
-    ticks = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-
-
-def copy(paths: list[Path]) -> None:
+def copy_to_memory(paths: list[Path]) -> None:
     """Reads the files into memory that was not used before."""
     for path in paths:
         target = memoryview(bytearray(path.stat().st_size))
         with open(path, "rb", buffering=0) as file:
             while target:
                 target = target[file.readinto(target[:_BLOCK]) :]
+
+
+class GpuCopy:
+    """Copies files to this rank's GPU, one block after the other, as a loop without threads does."""
+
+    def __init__(self) -> None:
+        from cqil_trt.gpu import cuda
+
+        self._cuda = cuda
+        self._block, self._target = cuda.pinned((_BLOCK,), "uint8"), cuda.Arena(_BLOCK, "the copy")
+        self._stream = cuda.new_stream()
+
+    def __call__(self, paths: list[Path]) -> None:
+        for path in paths:
+            with open(path, "rb", buffering=0) as file:
+                while count := file.readinto(self._block.data):
+                    self._cuda.upload(self._target.address, self._block[:count], self._stream)
+                    self._cuda.call("StreamSynchronize", self._stream)
+
+
+def slowest(job: Job, seconds: dict[str, float]) -> dict[str, float]:
+    """By part, the seconds of the rank that took longest."""
+    found = job.gather(seconds)
+    return {part: max(each.get(part, 0.0) for each in found) for part in found[0]}
 
 
 def run(options: argparse.Namespace, job: Job) -> None:
@@ -59,48 +79,50 @@ def run(options: argparse.Namespace, job: Job) -> None:
     engine = job.agree(lambda: Engine.open(options.engine))
     if engine.world_size != job.size:
         raise UserError(f"the engine needs {engine.world_size} MPI ranks: start with mpirun -n {engine.world_size}")
-    comm, rank, _ = job.group(engine.world_size)
-    backend = backends.load(engine.backend)
-    needed = backend.rank_files(rank)
-    paths = [engine.path / name for name in engine.files_of(rank, needed)]
+    names = [*engine.files_of(job.rank), *(engine.shared_files if job.rank == 0 else ())]
+    paths = [engine.path / name for name in names]
+    for path in paths:
+        with open(path, "rb", buffering=0) as file:  # into the page cache
+            while file.read(_BLOCK):
+                pass
+    job.wait()
 
-    def timed(work: Callable[[], object]) -> float:
-        """Seconds until the slowest rank is through."""
+    started = time.perf_counter()
+    from cqil_trt.llm import Llm
+    from cqil_trt.serving import ranks
+
+    imported = time.perf_counter() - started
+    llm = Llm(options.engine, job, options.device, _SLOTS_PER_ROW * engine.limits.max_batch_size)
+    ranks.warm_up(llm, ranks.Options(policy="latency", rows=None, chunk=None if llm.session.on_gpu else _CHUNK))
+    llm.startup.end("warm-up")
+    if job.rank == 0:
+        ranks.matchers(llm)
+    llm.startup.end("grammars")
+    total = max(job.gather(began + time.perf_counter() - started))
+    parts = slowest(job, {**llm.startup.parts, "process": began + imported})
+    within = {part: slowest(job, seconds) for part, seconds in llm.startup.within.items()}
+
+    copy = GpuCopy() if llm.session.on_gpu else copy_to_memory
+    copies = []
+    for _ in range(options.rounds):
         job.wait()
-        started = time.perf_counter()
-        work()
-        return max(job.gather(time.perf_counter() - started))
-
-    copy(paths)  # into the page cache
-    copies = sorted(timed(lambda: copy(paths)) for _ in range(options.rounds))
-    checks = sorted(timed(lambda: engine.verify_rank(rank, needed)) for _ in range(options.rounds))
-    parts = {"copy": copies[len(copies) // 2], "interpreter": max(job.gather(began))}
-    parts["verification"] = checks[len(checks) // 2]
-    sessions = []
-
-    def open_session() -> None:
-        slots = _SLOTS_PER_ROW * engine.limits.max_batch_size
-        sessions.append(backend.open_session(engine, comm, options.device, job.rank, slots))
-
-    parts["session"] = timed(open_session)
-    [session] = sessions
-
-    def warm_up() -> None:
-        from cqil_trt.serving import ranks
-
-        chunk = None if session.on_gpu else _CHUNK
-        ranks.warm_up_session(session, ranks.Options(policy="latency", rows=None, chunk=chunk))
-
-    parts["warm-up"] = timed(warm_up)
+        began = time.perf_counter()
+        copy(paths)
+        copies.append(max(job.gather(time.perf_counter() - began)))
     if job.rank:
         return
-    size = sum(entry["size"] for entry in engine.files.values())
-    weights = parts["verification"] + parts["session"]
-    rows = [(name, f"{seconds:.2f}", f"{size / 1e9 / seconds:.2f}") for name, seconds in parts.items()]
+    plain, size = statistics.median(copies), sum(entry["size"] for entry in engine.files.values())
+    rows: list[tuple[Any, ...]] = [("plain copy", f"{plain:.2f}", f"{size / 1e9 / plain:.2f}")]
+    for part, seconds in parts.items():
+        rows.append((part, f"{seconds:.2f}", ""))
+        rows += [(f"  {name}", f"{each:.2f}", "") for name, each in within.get(part, {}).items()]
+    rows.append(("start to ready", f"{total:.2f}", f"{size / 1e9 / total:.2f}"))
     print(table(("part", "seconds", "GB/s"), rows))
-    print(f"{size / 1e9:.2f} GB; verification and session: {weights / parts['copy']:.2f} times the copy")
+    print(f"{size / 1e9:.2f} GB; start to ready: {total / plain:.2f} times the plain copy")
     if options.json:
-        options.json.write_text(json.dumps({"bytes": size, "seconds": parts}, indent=1) + "\n")
+        seconds = {"copy": plain, "start": total, "parts": parts, "within": within}
+        found = {"bytes": size, "ranks": job.size, "on_gpu": llm.session.on_gpu, "seconds": seconds}
+        options.json.write_text(json.dumps({**found, "ratio": total / plain}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

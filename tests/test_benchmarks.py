@@ -59,8 +59,11 @@ def test_the_parts_of_a_start(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["bytes"] == sum(path.stat().st_size for path in engine.path.iterdir() if path.name != "config.json")
-    assert found["seconds"].keys() == {"copy", "interpreter", "verification", "session", "warm-up"}
-    assert all(seconds > 0 for seconds in found["seconds"].values())
+    seconds = found["seconds"]
+    assert seconds["parts"].keys() == {"process", "files", "session", "tokenizer", "warm-up", "grammars"}
+    assert {"PyTorch", "waiting for the verification"} <= seconds["within"]["session"].keys()
+    assert 0 < max(seconds["parts"].values()) < seconds["start"] and not found["on_gpu"]
+    assert found["ratio"] == pytest.approx(seconds["start"] / seconds["copy"])
     refused = mpirun(1, *flags, script="scripts/benchmark_start.py")
     assert_user_error(refused, "the engine needs 2 MPI ranks")
 

@@ -18,9 +18,9 @@ from support.threads import together
 
 import cqil_trt
 from cqil_trt import backends, families
+from cqil_trt.backends.torch.opening import open_session
 from cqil_trt.backends.torch.ops import TorchOps
 from cqil_trt.backends.torch.quantized import take_quantized
-from cqil_trt.backends.torch.session import open_session
 from cqil_trt.checkpoint import Checkpoint
 from cqil_trt.collectives import HostCommunicator, LocalCommunicator, split
 from cqil_trt.config import CqilConfig, EngineLimits

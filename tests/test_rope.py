@@ -19,7 +19,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import cqil_trt
 from cqil_trt import backends, families, reference
-from cqil_trt.backends.torch.session import TorchSession, open_session
+from cqil_trt.backends.torch.opening import open_session
+from cqil_trt.backends.torch.session import TorchSession
 from cqil_trt.checkpoint import Checkpoint
 from cqil_trt.config import EngineLimits
 from cqil_trt.errors import UserError

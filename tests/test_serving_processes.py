@@ -330,7 +330,7 @@ def test_a_grammar_that_takes_long_holds_nobody_up(monkeypatch):
         assert go.wait(10)
         return Anything()
 
-    monkeypatch.setattr(ranks, "_matchers", lambda llm: matcher)
+    monkeypatch.setattr(ranks, "matchers", lambda llm: matcher)
     guided = SamplingConfig(guided=True)
 
     def client(http):

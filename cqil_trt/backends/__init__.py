@@ -96,6 +96,7 @@ class Backend(ABC):
     flags of build.py. `dynamic_rope`: whether it computes sequences beyond the original context of dynamic rope and
     longrope. `features`: what it computes that LLaMA does not have. `formats`: the weight formats that its
     `Ops.project` multiplies with. `head_formats`: those of the last projection, if they are others.
+    `verifies_weights`: whether `open_session` verifies the rank's weights, while it loads them.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Backend(ABC):
     features: frozenset[Feature] = frozenset()
     formats: tuple[str, ...] = (formats.DENSE,)
     head_formats: tuple[str, ...] = ()
+    verifies_weights = False
 
     def rank_files(self, rank: int) -> tuple[str, ...]:
         """The files that a rank needs, relative to the engine directory."""
@@ -145,7 +147,7 @@ class Backend(ABC):
 
     @abstractmethod
     def open_session(self, engine: Engine, comm: Any, device: str, number: int, slots: int) -> Session:
-        """The session that executes the engine on this rank.
+        """The session that executes the engine on this rank, whose files are undamaged (but see `verifies_weights`).
 
         Args:
             comm: an mpi4py communicator of the engine's ranks; None for one rank.

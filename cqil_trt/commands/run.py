@@ -107,6 +107,7 @@ def run(options: argparse.Namespace, job: Job) -> bool:
     measured = job.agree(lambda: llm.encode(random_prompts(options.contexts, model.vocab_size)))
     say: Callable[[str], None] = print if job.rank == 0 else lambda text: None
     report: dict[str, Any] = {"engine": str(llm.engine.path), "ranks": job.size, "replicas": llm.replicas}
+    report["startup_seconds"] = llm.startup.report
     cqil = llm.engine.cqil
     stored = limits.dtype if limits.weights == DENSE else f"{limits.weights}, {limits.dtype}"
     say(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -66,6 +64,11 @@ def device_name() -> str:
     return call("GetDeviceProperties", call("GetDevice")).name.decode()
 
 
+def new_stream() -> Any:
+    """A stream that neither waits for the default stream nor lets it wait."""
+    return call("StreamCreateWithFlags", runtime.cudaStreamNonBlocking)
+
+
 class Arena:
     """One allocation of device memory, handed out in aligned pieces. Raises UserError when the GPU is too small."""
 
@@ -91,16 +94,6 @@ class Arena:
     def free(self) -> None:
         """Gives the memory back; no piece of it may be in use."""
         call("Free", self.address)
-
-
-@contextmanager
-def temporary(size: int, what: str) -> Iterator[Arena]:
-    """An arena that is freed at the end."""
-    arena = Arena(size, what)
-    try:
-        yield arena
-    finally:
-        arena.free()
 
 
 def aligned(size: int) -> int:
@@ -154,6 +147,10 @@ class Graph:
 
     def launch(self, stream: Any) -> None:
         call("GraphLaunch", self._graph, stream)
+
+    def upload(self, stream: Any) -> None:
+        """Does what the first launch would otherwise do first."""
+        call("GraphUpload", self._graph, stream)
 
     def destroy(self) -> None:
         call("GraphExecDestroy", self._graph)

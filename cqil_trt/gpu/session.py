@@ -1,20 +1,22 @@
 """Executes a rank's network on a GPU, for every GPU backend. Needs numpy, mpi4py, cuda-bindings and our kernels.
 
-Weights, caches and buffers are allocated when the session begins. Decode steps are CUDA graphs, one for each number of
-sequences: the network, the choice of a token over all ranks, and the input of the next step. Chunks of prompts are
-graphs too where launching their kernels one by one would take longer than executing them. What a sequence needs from
-step to step (its last token, its length, how it is sampled) stays on the GPU, by slot; the rows of a step are arranged
-from it when they change. So a step can be enqueued before the tokens of the one before are known.
+Weights, caches and buffers are allocated when the session begins; meanwhile a thread loads the weights (`weights.py`).
+Decode steps are CUDA graphs, one for each number of sequences: the network, the choice of a token over all ranks, and
+the input of the next step. Chunks of prompts are graphs too where launching their kernels one by one would take longer
+than executing them. What a sequence needs from step to step (its last token, its length, how it is sampled) stays on
+the GPU, by slot; the rows of a step are arranged from it when they change. So a step can be enqueued before the tokens
+of the one before are known.
 """
 
 from __future__ import annotations
 
 import ctypes
+import time
 from abc import abstractmethod
 from bisect import bisect_left
 from collections import OrderedDict, deque
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from functools import partial
@@ -25,11 +27,11 @@ import numpy as np
 
 from cqil_trt.collectives import agree, split
 from cqil_trt.config import DTYPE_BYTES
-from cqil_trt.engine import Engine, tensor_spans
+from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
 from cqil_trt.gpu import abi, cuda
 from cqil_trt.gpu.fused_ops import attention_fields
-from cqil_trt.gpu.packed import quantized_matrices
+from cqil_trt.gpu.weights import DeviceWeights
 from cqil_trt.gpu.workspace import Workspace, guard
 from cqil_trt.network.rotary import rotary_tables
 from cqil_trt.sampling import MAX_LOGPROBS, Choice, SamplingConfig
@@ -37,7 +39,6 @@ from cqil_trt.schedule import Peers
 from cqil_trt.scheduler import Outcome, Start, Step
 from cqil_trt.session import Session, cache_bytes, fitting_slots
 
-_STAGING_BYTES = 64 << 20
 # Steps whose tokens the host may not have read yet: one, that after it, and, on ranks that follow rank 0, one more.
 _FLYING = 3
 # Graphs of chunks, each with a node for every kernel; those that were not used for longest go first.
@@ -118,7 +119,7 @@ class CudaSession(Session):
     """One rank on the current GPU. Raises UserError for too little memory, or GPUs that cannot reach each other.
 
     Subclasses find out what they execute, then call `_load`, after which `_memory` has the address of every buffer and
-    weight. `slots`: the most sequences that the KV cache is to hold.
+    weight, and at last `_complete`. `slots`: the most sequences that the KV cache is to hold.
     """
 
     ahead = 1
@@ -154,6 +155,7 @@ class CudaSession(Session):
         self._reports = 0
         self._flying: deque[_Flying] = deque()
         self._graphs: dict[tuple[Any, ...], cuda.Graph] = {}
+        self._shapes: set[tuple[Any, ...]] = set()  # of decode steps that were executed, whatever their part
         # By the length of the chunk, the one that was used last at the end; None once such a chunk has run.
         self._prompts: OrderedDict[int, cuda.Graph | None] = OrderedDict()
         self._arenas: list[cuda.Arena] = []
@@ -178,18 +180,29 @@ class CudaSession(Session):
             cuda.free_pinned(array)
         for workspace in dict.fromkeys(self._workspaces.values()):
             workspace.close()
+        self._weights.close()
         for arena in self._arenas:
             arena.free()
         cuda.call("StreamDestroy", self._stream)
 
-    def _load(self, engine: Engine) -> None:
-        agree(self._comm, lambda: self._load_weights(engine))
+    def _load(self, engine: Engine, weights: DeviceWeights) -> None:
+        """Allocates memory, and fills what does not come from the rank's file; `_complete` waits for that."""
+        self._weights = weights
+        agree(self._comm, weights.allocated)
+        self._memory |= weights.memory
+        self._quantized = weights.quantized
         if not self._slots_are_fixed:
             self.slots = fitting_slots(
                 self.slots, self._free_memory(), cache_bytes(engine, self._plan.rank), self._comm
             )
         self._allocate()
         self._load_constants(engine)
+
+    def _complete(self) -> None:
+        """Waits for the weights; before it, nothing may be computed."""
+        began = time.perf_counter()
+        agree(self._comm, self._weights.wait)
+        self.seconds |= {**self._weights.seconds, "waiting for the weights": time.perf_counter() - began}
 
     # Whether the network was compiled for a number of slots, and the most passes that it needs for a step.
     _slots_are_fixed = False
@@ -198,7 +211,7 @@ class CudaSession(Session):
     def _free_memory(self) -> int:
         """Bytes of this GPU's memory that this rank may use for its cache; ranks that share a GPU share it."""
         if self._comm is not None:
-            self._comm.Barrier()  # all have their weights
+            self._comm.Barrier()  # all have allocated their weights
         free = cuda.call("MemGetInfo")
         here = cuda.call("DeviceGetPCIBusId", 32, cuda.call("GetDevice"))
         if self._comm is not None:
@@ -294,79 +307,6 @@ class CudaSession(Session):
             cuda.call("MemsetAsync", self._memory[name], 0, size, self._stream)
         self._synchronize()
 
-    def _stored_bytes(self, engine: Engine) -> dict[str, int]:
-        """Bytes of each of the rank's tensors, by name."""
-        return {name: length for name, (_, length) in tensor_spans(engine.rank_file(self._plan.rank)).items()}
-
-    def _stored(self, engine: Engine) -> Generator[tuple[str, Callable[[int], None]]]:
-        """Each of these tensors' names, in the plan's order, with a function that copies the tensor to an address."""
-        path = engine.rank_file(self._plan.rank)
-        spans = tensor_spans(path)
-        longest = max((length for _, length in spans.values()), default=1)
-        staging = cuda.pinned((min(_STAGING_BYTES, longest),), np.uint8)
-
-        def fill(file: Any, name: str, begin: int, length: int, address: int) -> None:
-            file.seek(begin)
-            for offset in range(0, length, len(staging)):
-                part = staging.data[: min(len(staging), length - offset)]
-                if file.readinto(part) != len(part):
-                    raise UserError(f"{path}: truncated while reading {name}")
-                cuda.upload(address + offset, np.frombuffer(part, np.uint8), self._stream)
-                self._synchronize()
-
-        try:
-            with open(path, "rb", buffering=0) as file:
-                for name, span in spans.items():
-                    yield name, partial(fill, file, name, *span)
-        finally:
-            cuda.free_pinned(staging)
-
-    # Whether the network multiplies with packed weights.
-    _takes_packed = True
-
-    def _dense_bytes(self) -> int:
-        """Bytes of the room `dense`, for a dense copy of any packed matrix."""
-        return max((matrix.dense_bytes for matrix in self._quantized.values() if matrix.packed), default=0)
-
-    def _load_weights(self, engine: Engine) -> None:
-        """Copies the rank's tensors to the GPU, and packs those that are quantized."""
-        sizes = self._stored_bytes(engine)
-        first, last = self._plan.vocabulary
-        row = self._plan.model.hidden_size * self._bytes
-        shared = self._plan.shares_embedding
-        copied = shared and first * row % cuda.ALIGNMENT != 0
-        self._quantized = quantized_matrices(self._plan, self._library if self._takes_packed else None)
-        matrices = {part: matrix for matrix in self._quantized.values() for part in matrix.parts}
-        kept = [size for name, size in sizes.items() if name not in matrices] + [(last - first) * row] * copied
-        kept += [matrix.nbytes(self._library) for matrix in self._quantized.values()]
-        dense = self._dense_bytes()
-        kept.append(dense)
-        arena = self._arena(sum(map(cuda.aligned, kept)), "the weights")
-        self._memory["dense"] = arena.take(dense)
-        # Room for the parts of one matrix, as they are stored: they follow each other.
-        most = max((sum(cuda.aligned(sizes[p]) for p in m.parts) for m in matrices.values()), default=0)
-        parts: dict[str, int] = {}
-        with cuda.temporary(most, "a matrix while it is packed") as room, closing(self._stored(engine)) as stored:
-            for name, fill in stored:
-                matrix = matrices.get(name)
-                if matrix is None:
-                    address = self._memory[name] = arena.take(sizes[name])
-                    fill(address)
-                    continue
-                parts[name] = room.take(sizes[name])
-                fill(parts[name])
-                if name == matrix.parts[-1]:
-                    address = self._memory[matrix.parts[0]] = arena.take(matrix.nbytes(self._library))
-                    matrix.load(self._library, parts, address, int(self._stream))
-                    self._synchronize()
-                    room.clear()
-        if shared:
-            address = self._memory["embedding.weight"] + first * row
-            if copied:
-                source, address = address, arena.take((last - first) * row)
-                cuda.copy(address, source, (last - first) * row, self._stream)
-            self._memory["lm_head.weight"] = address
-
     # The pass
 
     def _synchronize(self) -> None:
@@ -417,23 +357,24 @@ class CudaSession(Session):
 
     def _launch_prompt(self, length: int) -> None:
         """Executes a chunk of `length` tokens: kernel by kernel the first time, as a graph from then on."""
-
-        def record() -> None:
-            self._execute(Phase.PREFILL, 1, length, 1)
-
         if length not in self._prompts:
             self._prompts[length] = None
-            record()
+            self._execute(Phase.PREFILL, 1, length, 1)
             return
+        self._prompt_graph(length).launch(self._stream)
+
+    def _prompt_graph(self, length: int) -> cuda.Graph:
+        """The graph of a chunk of `length` tokens, which has been executed before; it becomes the last one used."""
         graph = self._prompts[length]
         if graph is None:
             self._finish()
             captured = [known for known, graph in self._prompts.items() if graph is not None]
             if len(captured) >= _MAX_PROMPT_GRAPHS:
                 self._prompts.pop(captured[0]).destroy()  # type: ignore[union-attr]
-            graph = self._prompts[length] = cuda.Graph(self._stream, record)
+            graph = cuda.Graph(self._stream, lambda: self._execute(Phase.PREFILL, 1, length, 1))
+            self._prompts[length] = graph
         self._prompts.move_to_end(length)
-        graph.launch(self._stream)
+        return graph
 
     def _last_logits(self) -> np.ndarray:
         width = self._widths[self._plan.rank]
@@ -662,8 +603,10 @@ class CudaSession(Session):
             # is captured and writes the same again. It starts after everything that was enqueued, because a step reads
             # positions early (cqil_attention).
             self._finish()
-            if part is not _Part.CHOICE:
+            shape = sequences, width, self._variant()
+            if part is not _Part.CHOICE and shape not in self._shapes:
                 self._execute(phase, sequences, width, rows)
+                self._shapes.add(shape)
             self._finish()
 
             def record() -> None:
@@ -685,9 +628,10 @@ class CudaSession(Session):
         used = bisect_left(self._prompt_lengths, chunk) + 1  # up to the first that holds such a chunk
         with self._guard():
             for length in self._prompt_lengths[: min(used, _MAX_PROMPT_GRAPHS)]:
-                for _ in range(2):
-                    one = np.zeros(1, np.int32)
-                    self._forward(np.zeros(length, np.int32), one, one + length - 1, one, None)
+                one = np.zeros(1, np.int32)
+                self._forward(np.zeros(length, np.int32), one, one + length - 1, one, None)
+                # Executing it too would take as long as reading such a prompt.
+                self._prompt_graph(length).upload(self._stream)
         for count in range(1, rows + 1):
             slots = tuple(range(count))
             self._start([Start(slot=slot, prompt=(0,), sampling=SamplingConfig(), room=1) for slot in slots])

@@ -147,7 +147,7 @@ class _Leader:
         self._followers, self._http = followers, http
         self._runner = Runner.of(llm.session, options.policy, options.rows, options.chunk, self._send, llm.speculation)
         self._scheduler = self._runner.scheduler
-        self._matchers = _matchers(llm)
+        self._matchers = matchers(llm)
         # Grammars are compiled beside the loop, one after the other: some take seconds.
         self._compiling: dict[int, tuple[Add, Future[Matcher]]] = {}  # by their numbers
         self._grammars: queue.SimpleQueue[tuple[str, Future[Matcher]]] = queue.SimpleQueue()
@@ -360,7 +360,7 @@ def _news(event: Event, request: Add) -> News:
     )
 
 
-def _matchers(llm: Llm) -> Callable[[str], Matcher]:
+def matchers(llm: Llm) -> Callable[[str], Matcher]:
     if llm.tokenizer is None:
         return _no_grammars
     grammars = Grammars(llm.tokenizer, llm.engine.model.vocab_size, llm.ends)

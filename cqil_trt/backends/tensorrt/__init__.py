@@ -23,6 +23,7 @@ class TensorRtBackend(Backend):
     formats = formats.names()
     # With TensorRT's own layers; its attention has no caps, and our plugins have none of them (`compiler.describe`).
     features = frozenset(Feature) - {Feature.ATTENTION_CAP}
+    verifies_weights = True
     options = (
         Option(
             name="target",

@@ -15,6 +15,7 @@ from cqil_trt.errors import UserError
 from cqil_trt.gpu import cuda, kernel_library, tensorrt_plugins
 from cqil_trt.gpu.session import BUFFERS, CudaSession, Phase
 from cqil_trt.gpu.sources import source_version
+from cqil_trt.gpu.weights import DeviceWeights
 from cqil_trt.gpu.workspace import workspace_input
 from cqil_trt.scheduler import Outcome, Step
 
@@ -65,14 +66,16 @@ class TensorRtSession(CudaSession):
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         self._names = set(names)
         self._native = "positions" in self._names
-        self._takes_packed = not self._native
         if self._native:
             self._passes_of_step = -(-engine.limits.max_batch_size // 2)
         self._passes: deque[int] = deque()  # of each step whose outcome was not collected
         self._held: Step | None = None  # a step that begins when its masks come
-        self._load(engine)
+        # The plugins take the room for a dense copy of a packed matrix from TensorRT's scratch memory.
+        weights = DeviceWeights(engine, self._plan.rank, device, self._library, packs=not self._native, unpacks=False)
+        self._load(engine, weights)
         self._contexts = self._make_contexts(trt)
         self._join_nccl(engine)
+        self._complete()
 
     def _cache_sizes(self) -> dict[str, int]:
         if not self._native:
@@ -85,9 +88,6 @@ class TensorRtSession(CudaSession):
             if shard.num_heads
             for part in ("key", "value")
         }
-
-    def _dense_bytes(self) -> int:
-        return 0  # the plugins take it from TensorRT's scratch memory
 
     def _extra_sizes(self) -> dict[str, int]:
         limits = self.limits

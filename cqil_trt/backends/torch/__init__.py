@@ -21,6 +21,7 @@ class TorchBackend(Backend):
     packages = {"torch": "torch"}
     dynamic_rope = True
     features = frozenset(Feature)  # on CPUs
+    verifies_weights = True
     formats = formats.names()
 
     def describe(self, limits: EngineLimits, options: Mapping[str, Any], ranks: tuple[RankPlan, ...]) -> Description:
@@ -32,7 +33,7 @@ class TorchBackend(Backend):
         return Description(version=f"torch {torch.__version__}", notes=notes)
 
     def open_session(self, engine: Engine, comm: Any, device: str, number: int, slots: int) -> Session:
-        from cqil_trt.backends.torch.session import open_session
+        from cqil_trt.backends.torch.opening import open_session
 
         return open_session(engine, comm, device, number, slots)
 

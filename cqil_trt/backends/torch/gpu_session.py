@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 from cqil_trt.backends.torch.gpu_ops import CudaOps, Matrix
 from cqil_trt.engine import Engine
 from cqil_trt.gpu import cuda, kernel_library
 from cqil_trt.gpu.session import BUFFERS, CudaSession, Phase
+from cqil_trt.gpu.weights import DeviceWeights
 from cqil_trt.network.decoder import decode
 from cqil_trt.shard import LayerShard
 
@@ -33,6 +33,8 @@ def use_device(number: int) -> None:
 class TorchCudaSession(CudaSession):
     """`device`: the GPU's number, modulo the number of GPUs. It becomes PyTorch's current device in this process.
 
+    `weights`: of this rank on that GPU, which may still be loaded.
+
     Raises UserError for too little memory, GPUs that cannot reach each other, or a missing plugin library.
     """
 
@@ -41,19 +43,20 @@ class TorchCudaSession(CudaSession):
     row_cost = _ROW_COST
     _draft_rows = 16  # what products take whose rows do not depend on each other
 
-    def __init__(self, engine: Engine, comm: Any, device: int, slots: int):
+    def __init__(self, engine: Engine, comm: Any, device: int, slots: int, weights: DeviceWeights):
         use_device(device)
         super().__init__(engine, comm, kernel_library.load(), slots)
         self._heads = sorted({shard.num_kv_heads for shard in self._plan.layers.values() if shard.num_heads})
         if takes_flash(engine):
             self._prompt_lengths = prompt_lengths(min(engine.limits.prefill_chunk, engine.limits.max_seq_len))
-        self._load(engine)
+        self._load(engine, weights)
         self._torch_stream = torch.cuda.ExternalStream(int(self._stream))
         if any(matrix.packed for matrix in self._quantized.values()):
             self.row_cost = self._PACKED_ROW_COST
         kernels = self._memory, self._workspaces, self._library, int(self._stream)
         self._torch_library = TorchLibrary(engine, self.slots, self._memory["chunk"], self._heads)
         self._ops = CudaOps(self._plan, engine.limits, *kernels, self._torch_library, self.slots, self._quantized)
+        self._complete()
 
     def _extra_sizes(self) -> dict[str, int]:
         return {"chunk": 4 * _CHUNK_WORDS * (len(self._heads) + 1)}
@@ -158,6 +161,9 @@ class TorchLibrary:
         return found
 
     def _plain_attention(self, q: torch.Tensor, cache: int, heads: int) -> torch.Tensor:
+        # Its import takes as long as all of PyTorch, and most engines never come here.
+        from torch.nn.attention.bias import causal_lower_right
+
         (past, slot), length = self.chunk, len(q)
         shape = 2, self._slots, heads, self._limits.max_seq_len, self._head_dim
         keys, values = self.view(cache, *shape)[:, slot : slot + 1, :, : past + length]

@@ -1,60 +1,19 @@
-"""Executes the decoder on the CPU with PyTorch; decides whether a GPU can do it."""
+"""Executes the decoder on the CPU with PyTorch."""
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import numpy as np
 import torch
 
-from cqil_trt.backends import lacking
 from cqil_trt.backends.torch.ops import TorchOps
 from cqil_trt.backends.torch.quantized import take_quantized
 from cqil_trt.collectives import Communicator, HostCommunicator, LocalCommunicator, split
 from cqil_trt.engine import Engine
-from cqil_trt.errors import UserError
-from cqil_trt.gpu import kernel_library
 from cqil_trt.network.decoder import decode
 from cqil_trt.schedule import Peers
-from cqil_trt.session import HostSession, Session, available_memory, cache_bytes, fitting_slots
-
-
-def open_session(engine: Engine, comm: Any, device: str, number: int, slots: int) -> Session:
-    """As `Backend.open_session`."""
-    missing = None if device == "cpu" else _missing_for_cuda(engine)
-    if device != "cpu" and missing is None:
-        from cqil_trt.backends.torch.gpu_session import TorchCudaSession
-
-        return TorchCudaSession(engine, comm, number, slots)
-    if device == "cuda":
-        raise UserError(f"--device cuda: {missing}")
-    if missing is not None and number == 0 and torch.cuda.is_available():
-        print(f"computing on the CPU, though there is a GPU: {missing}", file=sys.stderr)
-    return TorchSession(engine, comm, slots)
-
-
-def _missing_for_cuda(engine: Engine) -> str | None:
-    """Why this process cannot compute the engine on a GPU, None when it can."""
-    if engine.limits.max_seq_len > engine.model.fixed_context:
-        context = engine.model.fixed_context
-        kind = engine.model.rope.kind
-        return f"{kind} rope beyond {context} tokens is computed on CPUs only: build with --max-seq-len {context}"
-    if features := engine.model.features(engine.limits.max_seq_len):
-        return lacking(engine.model, features)
-    if not torch.cuda.is_available():
-        return "this PyTorch sees no GPU (is it a build for CUDA?)"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return f"the kernels need compute capability 8.0, {torch.cuda.get_device_name()} has less"
-    try:
-        import cuda.bindings  # noqa: F401
-    except ModuleNotFoundError:
-        return "cuda-bindings is not installed: pip install cuda-bindings"
-    try:
-        kernel_library.library_path()
-    except UserError as error:
-        return str(error)
-    return None
+from cqil_trt.session import HostSession, available_memory, cache_bytes, fitting_slots
 
 
 class TorchSession(HostSession):

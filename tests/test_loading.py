@@ -1,0 +1,269 @@
+"""How a rank's file gets to where it is used: read and verified once, through buffers, and put into its places."""
+
+import ctypes
+import random
+import threading
+import time
+from collections import deque
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+from support import SEED
+from support.checkpoints import make_model
+from support.needs import need
+
+import cqil_trt
+from cqil_trt.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory):
+    """A function that gives an engine of two ranks, in float16; the rows of its shared embedding are not aligned."""
+    root = tmp_path_factory.mktemp("loading")
+    model = make_model(root / "model", seed=SEED, tie_word_embeddings=True, hidden_size=72)
+    made = {}
+
+    def get(weights="dense"):
+        if weights not in made:
+            quantize = {} if weights == "dense" else {"quantize": weights}
+            made[weights] = cqil_trt.build(
+                model=model, output=root / weights, p=2, dtype="float16", probes="never", **quantize
+            )
+        return made[weights]
+
+    return get
+
+
+NAME = "rank1.safetensors"
+
+
+def buffers(chance):
+    size = chance.randrange(1000, 40_000)
+    return [memoryview(bytearray(size)) for _ in range(chance.randrange(1, 9))]
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_blocks_are_the_file_and_stay_until_they_were_used(number, engines):
+    engine, chance = engines(), random.Random(SEED + number)
+    found, users = bytearray(engine.files[NAME]["size"]), []
+
+    def use(offset, block):
+        """Copies a block later, as a GPU does."""
+
+        def copy():
+            time.sleep(chance.random() / 1000)
+            found[offset : offset + len(block)] = block
+
+        users.append(threading.Thread(target=copy))
+        users[-1].start()
+        return users[-1].join
+
+    engine.read(NAME, buffers(chance), use)
+    assert found == (engine.path / NAME).read_bytes()
+    assert len(users) > 1
+
+
+def test_damage_is_found_though_all_was_used(engines):
+    engine, chance = engines(), random.Random(SEED)
+    path = engine.path / NAME
+    whole = path.read_bytes()
+    read = lambda: engine.read(NAME, buffers(chance), lambda offset, block: lambda: None)
+    try:
+        flipped = bytearray(whole)
+        flipped[chance.randrange(len(whole))] ^= 1 << chance.randrange(8)
+        path.write_bytes(flipped)
+        with pytest.raises(UserError, match=f"{NAME}: the checksum differs"):
+            read()
+        path.write_bytes(whole[:-1])
+        with pytest.raises(UserError, match=f"{NAME}: {len(whole) - 1} bytes, config.json says {len(whole)}"):
+            read()
+        path.unlink()
+        with pytest.raises(UserError, match=f"{NAME}: cannot be read"):
+            read()
+        # A header that is another one must not decide where tensors go.
+        path.write_bytes(whole.replace(b"layers.1.", b"layers.2."))
+        with pytest.raises(UserError, match=f"{NAME}: the checksum differs"):
+            engine.weight_offsets(1)
+    finally:
+        path.write_bytes(whole)
+    read()
+
+
+def test_a_file_that_shrinks_while_it_is_read(engines, tmp_path):
+    engine = engines()
+    path = engine.path / NAME
+    whole = path.read_bytes()
+
+    def use(offset, block):
+        with open(path, "r+b") as file:
+            file.truncate(offset + len(block))
+        return lambda: None
+
+    try:
+        with pytest.raises(UserError, match=f"{NAME}: truncated while it was read"):
+            engine.read(NAME, [memoryview(bytearray(1000))], use)
+    finally:
+        path.write_bytes(whole)
+
+
+class HostGpu:
+    """Host memory in place of a GPU's, behind the functions of `gpu.cuda` that loading calls.
+
+    What is enqueued is executed when somebody waits for it: as late as on a slow GPU.
+    """
+
+    def __init__(self, real):
+        self._real, self._queue, self.ALIGNMENT, self.aligned = real, deque(), real.ALIGNMENT, real.aligned
+        self.live = 0
+        gpu = self
+
+        class Arena(real.Arena):
+            def __init__(self, size, what):
+                self.size, self._used = max(size, real.ALIGNMENT), 0
+                self.memory = np.full(self.size + real.ALIGNMENT, 0xA5, np.uint8)
+                self.address = real.aligned(self.memory.ctypes.data)
+                gpu.live += 1
+
+            def free(self):
+                gpu.live -= 1
+
+        self.Arena = Arena
+
+    def use_device(self, number):
+        pass
+
+    def new_stream(self):
+        return 7
+
+    def pinned(self, shape, dtype):
+        self.live += 1
+        return np.empty(shape, dtype)
+
+    def free_pinned(self, array):
+        self.live -= 1
+
+    def upload(self, address, array, stream):
+        self.copy(address, array.ctypes.data, array.nbytes, stream)
+
+    def copy(self, target, source, size, stream):
+        assert stream == 7
+        self.enqueue(lambda: ctypes.memmove(target, source, size))
+
+    def enqueue(self, work):
+        self._queue.append(work)
+
+    def call(self, name, *arguments):
+        if name.endswith("Synchronize"):
+            while self._queue:
+                self._queue.popleft()()
+        return 1
+
+
+class HostPacking:
+    """The library's functions of quantized weights. `made`: by address, the stored parts that were packed there."""
+
+    def __init__(self, gpu):
+        self._gpu, self.made, self.sizes = gpu, {}, {}
+
+    def cqil_packed_rows(self):
+        return 16
+
+    def cqil_packed_bytes(self, shape):
+        return shape.outputs * (1 + shape.gated) * shape.inputs
+
+    def _make(self, shape, codes, scales, zeros, size, first, address, stream):
+        sizes = self.sizes[address]
+        parts = [part for part in (codes, scales, zeros) if part is not None]
+        self._gpu.enqueue(lambda: self.made.update({address: [at(*part) for part in zip(parts, sizes, strict=True)]}))
+        return 0
+
+    cqil_pack = cqil_dequantize = _make
+
+
+def at(address, size):
+    return (ctypes.c_char * size).from_address(address).raw
+
+
+@pytest.mark.parametrize("weights", ["dense", "int8", "fp8", "int4g32"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_tensors_arrive_in_their_places(weights, rank, engines, monkeypatch):
+    need("cuda-bindings")
+    from cqil_trt.gpu import cuda
+    from cqil_trt.gpu import weights as loading
+
+    engine, chance = engines(weights), random.Random(SEED + rank)
+    gpu = HostGpu(cuda)
+    library = HostPacking(gpu)
+    monkeypatch.setattr(loading, "cuda", gpu)
+    monkeypatch.setattr(loading, "_BUFFERS", chance.randrange(1, 5))
+    monkeypatch.setattr(loading, "_BUFFER_BYTES", chance.randrange(500, 20_000))
+    stored = {name: tensor.view(-1).numpy(force=True) for name, tensor in bits(engine.rank_file(rank)).items()}
+
+    class Sizes(dict):
+        def __missing__(self, address):
+            [matrix] = [m for m in loaded.quantized.values() if loaded.memory[m.parts[0]] == address]
+            return [stored[part].nbytes for part in matrix.parts]
+
+    library.sizes = Sizes()
+    loaded = loading.DeviceWeights(engine, rank, 0, library)
+    loaded.wait()
+    packed = {part for matrix in loaded.quantized.values() for part in matrix.parts}
+    assert bool(packed) == (weights != "dense")
+    for name, values in stored.items():
+        if name not in packed:
+            assert at(loaded.memory[name], values.nbytes) == values.tobytes(), name
+    for matrix in loaded.quantized.values():
+        assert library.made[loaded.memory[matrix.parts[0]]] == [stored[part].tobytes() for part in matrix.parts]
+    plan = engine.plan(rank)
+    if plan.shares_embedding:
+        first, last = plan.vocabulary
+        rows = stored["embedding.weight"].reshape(plan.model.vocab_size, -1)[first:last]
+        assert at(loaded.memory["lm_head.weight"], rows.nbytes) == rows.tobytes()
+        assert loaded.memory["lm_head.weight"] % cuda.ALIGNMENT == 0
+    assert gpu.live == 1  # the weights alone
+    loaded.close()
+    assert gpu.live == 0
+
+
+def test_damage_is_raised_by_waiting(engines, monkeypatch):
+    need("cuda-bindings")
+    from cqil_trt.gpu import cuda
+    from cqil_trt.gpu import weights as loading
+
+    engine, gpu = engines(), HostGpu(cuda)
+    monkeypatch.setattr(loading, "cuda", gpu)
+    path = engine.path / NAME
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    try:
+        loaded = loading.DeviceWeights(engine, 1, 0, None)
+        for _ in range(2):
+            with pytest.raises(UserError, match="the checksum differs"):
+                loaded.wait()
+    finally:
+        path.write_bytes(whole)
+    loaded.close()
+    assert gpu.live == 0
+
+
+def test_closing_ends_the_loading(engines, monkeypatch):
+    need("cuda-bindings")
+    from cqil_trt.gpu import cuda
+    from cqil_trt.gpu import weights as loading
+
+    engine, gpu, may_go_on = engines(), HostGpu(cuda), threading.Event()
+    monkeypatch.setattr(loading, "cuda", gpu)
+    monkeypatch.setattr(loading, "_BUFFER_BYTES", 1000)
+    monkeypatch.setattr(gpu, "use_device", lambda number: may_go_on.wait())
+    closed = loading.DeviceWeights(engine, 1, 0, None)
+    threading.Timer(0.05, may_go_on.set).start()
+    closed.close()
+    assert gpu.live == 0
+
+
+def bits(path):
+    """A file's tensors as bytes."""
+    import torch
+
+    return {name: tensor.contiguous().view(torch.uint8) for name, tensor in load_file(path).items()}
