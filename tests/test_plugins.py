@@ -217,7 +217,10 @@ assert package.is_relative_to(sys.prefix), package
 assert sources.source_directory() == package / "_plugins"
 path = kernel_library.library_path()
 assert path == package / "_library" / "cuda13" / kernel_library.LIBRARY, path
-assert kernel_library.load().cqil_version().decode() == sources.source_version()
+for driver in (12, 13):  # each has its own
+    path = kernel_library.packaged_library(package / "_library", kernel_library.Gpu(90, driver))
+    assert path.parent.name == f"cuda{driver}", path
+    assert kernel_library.load(path).cqil_version().decode() == sources.source_version()
 print("loaded", cqil_trt.__version__)
 """
 
@@ -230,9 +233,10 @@ def test_a_wheel_brings_its_library(library, tmp_path):
         if shutil.which(name) is None:
             pytest.skip(f"{name} is not on the PATH")
     pytest.importorskip("hatchling")
-    (tmp_path / "libraries" / "cuda13").mkdir(parents=True)
-    compiled = shutil.copy(library("11.1", "90"), tmp_path / "libraries" / "cuda13")
-    kernel_library.write_record(Path(compiled), 13, [90])
+    for cuda in (12, 13):
+        (tmp_path / "libraries" / f"cuda{cuda}").mkdir(parents=True)
+        compiled = shutil.copy(library("11.1", "90"), tmp_path / "libraries" / f"cuda{cuda}")
+        kernel_library.write_record(Path(compiled), cuda, [90])
     environment = {"CQIL_WHEEL_LIBRARIES": str(tmp_path / "libraries")}
     done = run("bash", ROOT / "scripts" / "build_wheel.sh", tmp_path / "dist", env=environment)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -85,7 +85,8 @@ def _compile(target: Path, tensorrt_root: Path | None, architectures: str | None
         configure += [f"-DCQIL_VERSION={source_version()}", f"-DTENSORRT_ROOT={tensorrt_root or ''}"]
         if architectures:
             configure.append(f"-DCQIL_ARCHITECTURES={architectures}")
-        for command in (configure, ["cmake", "--build", work, "--parallel"]):
+        jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(len(os.sched_getaffinity(0)))
+        for command in (configure, ["cmake", "--build", work, "--parallel", jobs]):
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             if done.returncode:
                 lines = done.stdout.splitlines()
