@@ -119,11 +119,12 @@ class Session(ABC):
         """The rows that are computed for each sequence in a decode step of `width` tokens of each."""
         return width
 
-    def warm_up(self, rows: int, chunk: int, drafts: bool = False) -> None:  # noqa: B027 (optional)
+    def warm_up(self, rows: int, chunk: int, drafts: bool = False) -> dict[str, float]:
         """Prepares decode steps of 1 to `rows` sequences, with `drafts` or without, and chunks of up to `chunk` tokens.
 
-        All ranks call it together; nothing may be running.
+        All ranks call it together; nothing may be running. Returns the seconds of its parts.
         """
+        return {}
 
     def _note(self, outcome: Outcome) -> Outcome:
         """Counts an outcome that is about to be collected into the digest."""

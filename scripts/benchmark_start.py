@@ -94,7 +94,6 @@ def run(options: argparse.Namespace, job: Job) -> None:
     imported = time.perf_counter() - started
     llm = Llm(options.engine, job, options.device, _SLOTS_PER_ROW * engine.limits.max_batch_size)
     ranks.warm_up(llm, ranks.Options(policy="latency", rows=None, chunk=None if llm.session.on_gpu else _CHUNK))
-    llm.startup.end("warm-up")
     if job.rank == 0:
         ranks.matchers(llm)
     llm.startup.end("grammars")

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 from support import SEED
 from support.checkpoints import make_model
-from support.needs import need
+from support.needs import need, need_cuda_backend
 
 import cqil_trt
 from cqil_trt.errors import UserError
@@ -260,6 +260,28 @@ def test_closing_ends_the_loading(engines, monkeypatch):
     threading.Timer(0.05, may_go_on.set).start()
     closed.close()
     assert gpu.live == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_tensors_arrive_on_a_gpu(rank, engines, monkeypatch):
+    need_cuda_backend()
+    from cqil_trt.gpu import cuda, kernel_library
+    from cqil_trt.gpu import weights as loading
+
+    engine = engines()
+    monkeypatch.setattr(loading, "_BUFFER_BYTES", random.Random(SEED).randrange(500, 20_000))
+    cuda.use_device(0)
+    loaded = loading.DeviceWeights(engine, rank, 0, kernel_library.load())
+    loaded.wait()
+    stream = cuda.new_stream()
+    for name, tensor in bits(engine.rank_file(rank)).items():
+        found = np.empty(tensor.numel(), np.uint8)
+        cuda.download(found, loaded.memory[name], stream)
+        cuda.call("StreamSynchronize", stream)
+        assert found.tobytes() == tensor.numpy().tobytes(), name
+    loaded.close()
+    cuda.call("StreamDestroy", stream)
 
 
 def bits(path):

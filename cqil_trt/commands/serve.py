@@ -148,7 +148,6 @@ def _serve(
     chosen = ranks.Options(policy=options.policy, rows=rows, chunk=chunk)
     say("warming up ...")
     ranks.warm_up(llm, chosen)
-    llm.startup.end("warm-up")
     say(f"loaded after {llm.startup}")
     # What lives as long as the server: collections, which stop a step, need not walk it.
     gc.collect()

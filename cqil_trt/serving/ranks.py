@@ -40,7 +40,6 @@ from cqil_trt.serving.wire import (
     connect,
     say,
 )
-from cqil_trt.session import Session
 
 HTTP = "the HTTP process"
 ENDING = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
@@ -121,10 +120,7 @@ class Options:
 
 def warm_up(llm: Llm, options: Options) -> None:
     """Runs what the first requests would otherwise wait for, on all ranks together."""
-    warm_up_session(llm.session, options, llm.speculation is not None)
-
-
-def warm_up_session(session: Session, options: Options, drafts: bool = False) -> None:
+    session = llm.session
     rows = min(options.rows or session.limits.max_batch_size, session.slots)
     chunk = min(options.chunk or session.limits.prefill_chunk, session.limits.prefill_chunk)
     room = session.limits.max_seq_len - 1
@@ -132,7 +128,9 @@ def warm_up_session(session: Session, options: Options, drafts: bool = False) ->
     lengths = {1, min(chunk, room), min(chunk + 1, room)} if session.on_gpu else {1}
     for length in sorted(lengths):
         session.load([0] * max(length, 1))
-    session.warm_up(rows, chunk, drafts)
+    llm.startup.end("first passes")
+    within = session.warm_up(rows, chunk, llm.speculation is not None)
+    llm.startup.end("graphs", within)
 
 
 def lead(llm: Llm, options: Options, followers: list[Connection], http: Connection, pulse: Pulse) -> None:
