@@ -39,7 +39,8 @@ from synthetic import SHAPES, model_config
 from tqdm import tqdm
 
 from cqil_trt import formats, reference
-from cqil_trt.backends.torch.gpu_session import TorchCudaSession, use_device
+from cqil_trt.backends.torch.gpu_library import use_device
+from cqil_trt.backends.torch.gpu_session import TorchCudaSession
 from cqil_trt.commands import RankParser, check_at_least, check_file, numbers, run_ranks
 from cqil_trt.config import CqilConfig, EngineLimits
 from cqil_trt.errors import UserError

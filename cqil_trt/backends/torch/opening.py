@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import runpy
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from cqil_trt.backends import lacking
@@ -14,20 +17,19 @@ from cqil_trt.errors import UserError
 from cqil_trt.gpu import kernel_library
 from cqil_trt.session import Session
 
-_NO_GPU = "this PyTorch sees no GPU (is it a build for CUDA?)"
-
 
 def open_session(engine: Engine, comm: Any, device: str, number: int, slots: int) -> Session:
     """As `Backend.open_session`."""
     with ThreadPoolExecutor(1, thread_name_prefix="import") as thread:
         importing = thread.submit(_import_pytorch)
         missing = "the CPU was chosen" if device == "cpu" else _missing_for_cuda(engine)
-        session = None if missing else _open_on_gpu(engine, comm, number, slots, importing)
-        if session is None and device == "cuda":
-            raise UserError(f"--device cuda: {missing or _NO_GPU}")
-        if session is None:
+        if missing is None:
+            session = _open_on_gpu(engine, comm, number, slots)
+        elif device == "cuda":
+            raise UserError(f"--device cuda: {missing}")
+        else:
             if device == "auto" and number == 0 and kernel_library.this_gpu() is not None:
-                print(f"computing on the CPU, though there is a GPU: {missing or _NO_GPU}", file=sys.stderr)
+                print(f"computing on the CPU, though there is a GPU: {missing}", file=sys.stderr)
             session = _open_on_cpu(engine, comm, slots, importing)
     session.seconds["PyTorch"] = importing.result()
     return session
@@ -41,20 +43,12 @@ def _import_pytorch() -> float:
     return time.perf_counter() - began
 
 
-def _open_on_gpu(engine: Engine, comm: Any, number: int, slots: int, importing: Future[float]) -> Session | None:
-    """None where PyTorch sees no GPU."""
+def _open_on_gpu(engine: Engine, comm: Any, number: int, slots: int) -> Session:
+    from cqil_trt.backends.torch.gpu_session import TorchCudaSession
     from cqil_trt.gpu.weights import DeviceWeights
 
     weights = DeviceWeights(engine, _rank(comm), number, kernel_library.load())
     try:
-        importing.result()
-        import torch
-
-        if not torch.cuda.is_available():
-            weights.close()
-            return None
-        from cqil_trt.backends.torch.gpu_session import TorchCudaSession
-
         return TorchCudaSession(engine, comm, number, slots, weights)
     except UserError:
         weights.close()
@@ -80,7 +74,7 @@ def _rank(comm: Any) -> int:
 
 
 def _missing_for_cuda(engine: Engine) -> str | None:
-    """Why this process cannot compute the engine on a GPU, None when it can if PyTorch can."""
+    """Why this process cannot compute the engine on a GPU, None when it can."""
     if engine.limits.max_seq_len > engine.model.fixed_context:
         context = engine.model.fixed_context
         kind = engine.model.rope.kind
@@ -88,8 +82,11 @@ def _missing_for_cuda(engine: Engine) -> str | None:
     if features := engine.model.features(engine.limits.max_seq_len):
         return lacking(engine.model, features)
     gpu = kernel_library.this_gpu()
-    if gpu is None:
-        return _NO_GPU
+    runtime = _pytorch_cuda()
+    if gpu is None or runtime is None:
+        return "this PyTorch sees no GPU (is it a build for CUDA?)"
+    if runtime > gpu.cuda:
+        return f"this PyTorch is a build for CUDA {runtime}, the driver runs CUDA {gpu.cuda}"
     if gpu.capability < 80:
         return f"the kernels need compute capability 8.0, this GPU has {gpu.capability / 10}"
     try:
@@ -101,3 +98,12 @@ def _missing_for_cuda(engine: Engine) -> str | None:
     except UserError as error:
         return str(error)
     return None
+
+
+def _pytorch_cuda() -> int | None:
+    """The major version of CUDA that the installed PyTorch is built for; None for a build without it, or no PyTorch."""
+    found = find_spec("torch")
+    if found is None or found.origin is None:
+        return None
+    version = runpy.run_path(str(Path(found.origin).with_name("version.py")))["cuda"]
+    return None if version is None else int(version.partition(".")[0])

@@ -1,0 +1,116 @@
+"""What PyTorch's libraries compute on a GPU: products and attention of many rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+
+from cqil_trt.backends.torch.gpu_ops import Matrix
+from cqil_trt.backends.torch.gpu_session import CHUNK_WORDS, takes_flash
+from cqil_trt.engine import Engine
+from cqil_trt.gpu import cuda
+from cqil_trt.shard import LayerShard
+
+_MAX_VIEWS = 4096
+
+
+def use_device(number: int) -> None:
+    """`cuda.use_device`, for PyTorch too."""
+    cuda.use_device(number)
+    torch.cuda.set_device(int(cuda.call("GetDevice")))
+
+
+class TorchLibrary:
+    """`gpu_ops.Library` by cuBLAS and PyTorch's attention, on `stream` inside `executing`.
+
+    The current GPU becomes PyTorch's. For an engine in float32 it switches TF32 off, in the whole process: validation
+    compares with float32.
+
+    `chunk`, for flash attention: the address of int32 words about the chunk, CHUNK_WORDS for each line: 0, its tokens,
+    and the tokens of its sequence with it; then for each number of key/value heads in `heads` the first row of the slot
+    in a layer's keys [slots * heads * capacity, head_dim], and the row after a head's last one.
+    """
+
+    def __init__(self, engine: Engine, slots: int, chunk: int, heads: list[int], stream: int):
+        torch.cuda.set_device(int(cuda.call("GetDevice")))
+        self._stream = torch.cuda.ExternalStream(stream)
+        self._dtype = getattr(torch, engine.limits.dtype)
+        if self._dtype == torch.float32:
+            torch.backends.cuda.matmul.allow_tf32 = False
+        self._limits, self._head_dim, self._slots = engine.limits, engine.model.head_dim, slots
+        self._views: dict[tuple[int, ...], torch.Tensor] = {}
+        self._flash = takes_flash(engine)
+        self.chunk = 0, 0  # its past and slot, for other attention
+        # Graphs hold addresses of what attention allocates, so nobody else may get them.
+        self._pool = torch.cuda.MemPool()
+        words = device_tensor(chunk, (len(heads) + 1, CHUNK_WORDS), torch.int32)
+        self._queries_end, self._keys_end = words[0, :2], words[0, 2:3]
+        self._keys = {count: words[line + 1, :2] for line, count in enumerate(heads)}
+
+    @contextmanager
+    def executing(self) -> Iterator[None]:
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
+            yield
+
+    def view(self, address: int, *shape: int) -> torch.Tensor:
+        """Device memory as a tensor of the engine's type."""
+        key = address, *shape
+        if key not in self._views:
+            if len(self._views) == _MAX_VIEWS:  # prompts of many lengths
+                self._views.clear()
+            self._views[key] = device_tensor(address, shape, self._dtype)
+        return self._views[key]
+
+    def multiply(self, x: Matrix, weight: Matrix, added: Matrix | None, out: Matrix) -> None:
+        left, right, to = (self.view(m.address, m.rows, m.width) for m in (x, weight, out))
+        if added is None:
+            torch.mm(left, right.T, out=to)
+        else:
+            torch.addmm(self.view(added.address, added.rows, added.width), left, right.T, out=to)
+
+    def attend(self, queries: Matrix, cache: int, shard: LayerShard, out: Matrix) -> None:
+        shape = queries.rows, shard.num_heads, self._head_dim
+        q, to = (self.view(matrix.address, *shape) for matrix in (queries, out))
+        if self._flash:
+            with torch.cuda.use_mem_pool(self._pool):
+                to.copy_(self._flash_attention(q, cache, shard.num_kv_heads))
+        else:
+            to.copy_(self._plain_attention(q, cache, shard.num_kv_heads))
+
+    def _flash_attention(self, q: torch.Tensor, cache: int, heads: int) -> torch.Tensor:
+        length, dim, capacity = len(q), self._head_dim, self._limits.max_seq_len
+        every = self.view(cache, 2, self._slots * heads * capacity, dim)
+        # Row i of a head comes `capacity` rows after row i of the head before.
+        rows = self._slots * heads * capacity - (heads - 1) * capacity
+        keys, values = (part.as_strided((rows, heads, dim), (dim, capacity * dim, 1)) for part in every)
+        ends = self._queries_end, self._keys[heads], length, capacity
+        found, *_ = torch.ops.aten._flash_attention_forward(
+            q, keys, values, *ends, 0.0, True, False, seqused_k=self._keys_end
+        )
+        return found
+
+    def _plain_attention(self, q: torch.Tensor, cache: int, heads: int) -> torch.Tensor:
+        # Its import takes as long as all of PyTorch, and most engines never come here.
+        from torch.nn.attention.bias import causal_lower_right
+
+        (past, slot), length = self.chunk, len(q)
+        shape = 2, self._slots, heads, self._limits.max_seq_len, self._head_dim
+        keys, values = self.view(cache, *shape)[:, slot : slot + 1, :, : past + length]
+        mask = None if past == 0 else causal_lower_right(length, past + length)
+        gqa = q.shape[1] != heads
+        q = q.transpose(0, 1)[None]
+        found = F.scaled_dot_product_attention(q, keys, values, mask, is_causal=mask is None, enable_gqa=gqa)
+        return found[0].transpose(0, 1)
+
+
+def device_tensor(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Device memory as a tensor that does not own it."""
+    # The interface has no bfloat16: bits of the same size.
+    kind, bits = ("<i4", torch.int32) if dtype.itemsize == 4 else ("<i2", torch.int16)
+    described = {"version": 3, "shape": shape, "typestr": kind, "data": (address, False)}
+    memory = SimpleNamespace(__cuda_array_interface__=described)
+    return torch.as_tensor(memory, device="cuda", dtype=bits).view(dtype)
