@@ -106,32 +106,35 @@ class Engine:
 
         As many threads as there are buffers, all of one size, read ahead. `use(offset, block)` begins to use the bytes
         from `offset` on, and returns a function that waits until they are no longer needed; meanwhile they are hashed.
-        It is called in the order of the file. Whether the file was damaged is known, and raised, only at the end.
+        It is called in the order of the file, with two blocks in use at the most. Damage is known, and raised, only at
+        the end.
         """
         digest = blake3(max_threads=blake3.AUTO)
         size, step = self.files[name]["size"], len(buffers[0])
         offsets = iter(range(0, size, step))
         reading: deque[tuple[int, memoryview, Future[memoryview]]] = deque()
+        using: deque[tuple[Callable[[], None], memoryview]] = deque()
         with self._reading(name) as path, open(path, "rb", buffering=0) as file:
             with ThreadPoolExecutor(len(buffers), thread_name_prefix="reader") as readers:
 
                 def begin(buffer: memoryview) -> None:
                     offset = next(offsets, None)
                     if offset is not None:
-                        block = buffer[: size - offset]
-                        reading.append(
-                            (offset, buffer, readers.submit(_read_block, file.fileno(), block, offset, path))
-                        )
+                        read = readers.submit(_read_block, file.fileno(), buffer[: size - offset], offset, path)
+                        reading.append((offset, buffer, read))
 
                 for buffer in buffers:
                     begin(buffer)
                 while reading:
                     offset, buffer, read = reading.popleft()
                     block = read.result()
-                    wait = use(offset, block)
+                    using.append((use(offset, block), buffer))
                     digest.update(block)
-                    wait()
-                    begin(buffer)
+                    # One block stays in use while the next begins to be, so that a copy follows the one before at once.
+                    while len(using) > 1 or (using and not reading):
+                        wait, buffer = using.popleft()
+                        wait()
+                        begin(buffer)
         self._check(name, digest.hexdigest())
 
     @contextmanager

@@ -102,6 +102,7 @@ class SyntheticWeights(DeviceWeights):
         super().__init__(engine, rank, device, kernel_library.load())
 
     def _copy(self, stream: Any) -> None:
+        use_device(self._device)  # PyTorch's, in this thread
         for place in self._places:
             made = whole(place.tensor, self._reader)
             torch.cuda.synchronize()

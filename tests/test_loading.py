@@ -55,6 +55,7 @@ def test_blocks_are_the_file_and_stay_until_they_were_used(number, engines):
             time.sleep(chance.random() / 1000)
             found[offset : offset + len(block)] = block
 
+        assert sum(user.is_alive() for user in users) <= 1
         users.append(threading.Thread(target=copy))
         users[-1].start()
         return users[-1].join

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -155,7 +156,11 @@ class DeviceWeights:
         name = rank_file(self._rank)
         size = min(_BUFFER_BYTES, self._engine.files[name]["size"])
         ring = cuda.pinned((_BUFFERS, size), np.uint8)
-        copied = cuda.call("EventCreate")
+        events = (
+            cuda.call("EventCreate"),
+            cuda.call("EventCreate"),
+        )  # of two blocks, as `Engine.read` waits for the first
+        copied = cycle(events)
 
         def use(offset: int, block: memoryview) -> Callable[[], None]:
             if self._closed:
@@ -171,16 +176,18 @@ class DeviceWeights:
                     break
                 remaining.pop()
                 self._complete(place, stream)
-            cuda.call("EventRecord", copied, stream)
-            return lambda: cuda.call("EventSynchronize", copied)
+            event = next(copied)
+            cuda.call("EventRecord", event, stream)
+            return lambda: cuda.call("EventSynchronize", event)
 
         try:
             self._engine.read(name, [memoryview(buffer) for buffer in ring], use)
         except _Closed:
             pass
         finally:
-            cuda.call("EventDestroy", copied)
             cuda.call("StreamSynchronize", stream)
+            for event in events:
+                cuda.call("EventDestroy", event)
             cuda.free_pinned(ring)
 
     def _complete(self, place: Place, stream: Any) -> None:
