@@ -19,7 +19,7 @@ compile() {
 if [ -z "${CQIL_WHEEL_LIBRARIES:-}" ]; then
     compile
     # One, the newest: there is one library for each major version.
-    toolkit=${CQIL_WHEEL_TOOLKIT_12:-$(ls -d /usr/local/cuda-12* 2> /dev/null | sort -V | tail -n 1)}
+    toolkit=${CQIL_WHEEL_TOOLKIT_12:-$(find /usr/local -maxdepth 1 -name 'cuda-12*' | sort -V | tail -n 1)}
     if [ -n "$toolkit" ]; then
         PATH="$toolkit/bin:$PATH" CUDACXX="$toolkit/bin/nvcc" compile
     fi
