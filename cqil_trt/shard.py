@@ -149,9 +149,15 @@ class RankPlan:
     @property
     def all_reduces(self) -> int:
         """This rank's all-reduces per forward pass, with those that norms of split outputs and heads need."""
-        found = self.schedule.all_reduces
+        found = self.stream_all_reduces
         if self.model.joint_qk_norm:
             found += sum(shard.parts > 1 for shard in self.layers.values())
+        return found
+
+    @property
+    def stream_all_reduces(self) -> int:
+        """Those of them that join the residual stream, or what is added to it."""
+        found = self.schedule.all_reduces
         if self.model.post_norms:  # of the MLP's whole output, where several ranks share a layer of a group
             found += sum(isinstance(step, Group) and step.parts > 1 for step in self.schedule.layers)
         return found

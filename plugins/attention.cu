@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdio>
 #include <map>
 #include <mutex>
@@ -97,6 +98,7 @@ struct Inputs {
     const float* sin;
     const void* q_norm;
     const void* k_norm;
+    const float* squares;  // null: each head has a norm of its own
     void* cache;
 
     // Where the cache holds a sequence. Bypasses L1, as `past` does: a decode step reads both before it has waited.
@@ -116,10 +118,18 @@ struct Lane {
     }
 };
 
-// Whether every lane holds either no elements of a head or kElements aligned ones.
+// Whether every lane holds either no elements of a head or kElements aligned ones, rotated all or none.
 template <int kElements>
-bool is_packed(int dim) {
-    return dim / 2 % kElements == 0;
+bool is_packed(int dim, int rotary) {
+    return dim / 2 % kElements == 0 && rotary / 2 % kElements == 0;
+}
+
+// The place in a projected query or key of what the cache keeps at `place`: the first half of the rotated elements and
+// half of the others, then the rest of both.
+__device__ int source_of(int place, int dim, int rotary) {
+    const int half = dim / 2, turning = rotary / 2;
+    if (place < half) return place < turning ? place : place + turning;
+    return place - half < turning ? place - half + turning : place;
 }
 
 // One head of one token. Queries and keys are rounded to T, as if the rotation were a separate kernel.
@@ -156,6 +166,19 @@ struct Head {
         }
     }
 
+    // As `read`, of a projected query or key of which `rotary` elements are rotated.
+    __device__ void gather(const T* row, const Lane<kElements>& lane, int rotary) {
+        if constexpr (kPacked) {
+            Lane<kElements> from = lane;
+            from.begin = source_of(lane.begin, lane.dim, rotary);
+            read(row, from);
+        } else {
+#pragma unroll
+            for (int i = 0; i < kElements; ++i)
+                value[i] = i < lane.count ? row[source_of(lane.begin + i, lane.dim, rotary)] : narrow<T>(0);
+        }
+    }
+
     // RMSNorm, if `norm` is not null; rounds to T before the multiplication by the weight. All lanes of a warp call
     // this together.
     __device__ void normalise(const T* norm, float eps, const Lane<kElements>& lane) {
@@ -169,6 +192,25 @@ struct Head {
         for (int i = 0; i < kElements; ++i)
             if (i < lane.count)
                 value[i] = narrow<T>(wide(narrow<T>(wide(value[i]) * scale)) * wide(norm[lane.begin + i]));
+    }
+
+    // As `normalise`, after `gather`; with any cqil_norm, and the head's mean of squares if it is given.
+    __device__ void normalise(const T* norm, const float* squares, const cqil_attention_shape& s,
+                              const Lane<kElements>& lane) {
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < kElements; ++i) sum = fmaf(wide(value[i]), wide(value[i]), sum);
+        for (int step = kLanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+        if (norm == nullptr) return;
+        const float mean = squares == nullptr ? sum / float(lane.dim) : __ldcg(squares), scale = rsqrtf(mean + s.eps);
+#pragma unroll
+        for (int i = 0; i < kElements; ++i) {
+            if (i >= lane.count) continue;
+            const float weight = wide(norm[source_of(lane.begin + i, lane.dim, s.rotary)]), x = wide(value[i]) * scale;
+            value[i] = narrow<T>(s.norm == CQIL_NORM_ROUNDED  ? wide(narrow<T>(x)) * weight
+                                 : s.norm == CQIL_NORM_OFFSET ? x * (1 + weight)
+                                                              : x * weight);
+        }
     }
 };
 
@@ -186,6 +228,17 @@ struct Rotation {
         }
     }
 
+    // Of the first `rotary` elements, if there are tables.
+    __device__ Rotation(const Inputs& in, int position, const Lane<kElements>& lane, int rotary) {
+        const int turning = in.cos == nullptr ? 0 : rotary / 2, first = lane.number % (kLanes / 2) * kElements;
+#pragma unroll
+        for (int i = 0; i < kElements; ++i) {
+            const bool turns = i < lane.count && first + i < turning;
+            cos[i] = turns ? in.cos[size_t(position) * turning + first + i] : 1;
+            sin[i] = turns ? in.sin[size_t(position) * turning + first + i] : 0;
+        }
+    }
+
     // All lanes of a warp call this together; only `wanted` heads are rotated.
     __device__ void apply(Head<T, kElements, kPacked>& x, bool wanted, const Lane<kElements>& lane) const {
         const float sign = lane.number < kLanes / 2 ? -1 : 1;
@@ -197,9 +250,20 @@ struct Rotation {
     }
 };
 
+// The kernels that are compiled with kMore compute what LLaMA does not have: the shape's fields from `window` on, norms
+// over all heads, and layers without rotation. For LLaMA's own they would be larger and slower.
+
+// The first key that is seen by a query which sees keys before `end`.
+__device__ int first_seen(const cqil_attention_shape& s, int end) { return s.window > 0 ? max(end - s.window, 0) : 0; }
+
+// cap * tanh(x) * log2(e)
+__device__ float capped(float x, float cap) {
+    return cap * kLog2e * (1 - __fdividef(2, 1 + power_of_2(2 * kLog2e * x)));
+}
+
 // Rotates queries into `queries` [rows, heads, head_dim] and appends keys and values to the cache. Grid: rows, heads of
 // all kinds / kGroups.
-template <typename T, int kElements, bool kPacked>
+template <typename T, int kElements, bool kPacked, bool kMore>
 __global__ void __launch_bounds__(kThreads) append_kernel(cqil_attention_shape s, Inputs in, T* queries) {
     release_successor();
     wait_for_predecessor();
@@ -210,11 +274,21 @@ __global__ void __launch_bounds__(kThreads) append_kernel(cqil_attention_shape s
     const int h = min(head, heads - 1);
     const int position = in.past[sequence] + row % s.length;
     Head<T, kElements, kPacked> x;
-    x.read(static_cast<const T*>(in.qkv) + (size_t(row) * heads + h) * s.head_dim, lane);
+    if constexpr (!kMore) x.read(static_cast<const T*>(in.qkv) + (size_t(row) * heads + h) * s.head_dim, lane);
     const bool query = h < s.heads, key = !query && h < s.heads + s.kv_heads;
-    if (in.q_norm != nullptr)
-        x.normalise(static_cast<const T*>(query ? in.q_norm : key ? in.k_norm : nullptr), s.eps, lane);
-    Rotation<T, kElements, kPacked>(in, min(position, s.capacity - 1), lane).apply(x, query || key, lane);
+    if constexpr (kMore) {
+        const auto* norm = static_cast<const T*>(query ? in.q_norm : key ? in.k_norm : nullptr);
+        const float* squares = in.squares == nullptr ? nullptr : in.squares + 2 * row + key;
+        if (squares != nullptr && norm != nullptr) norm += (query ? h : h - s.heads) * s.head_dim;
+        x.gather(static_cast<const T*>(in.qkv) + (size_t(row) * heads + h) * s.head_dim, lane,
+                 query || key ? s.rotary : s.head_dim);
+        if (in.q_norm != nullptr) x.normalise(norm, squares, s, lane);
+        Rotation<T, kElements, kPacked>(in, min(position, s.capacity - 1), lane, s.rotary).apply(x, query || key, lane);
+    } else {
+        if (in.q_norm != nullptr)
+            x.normalise(static_cast<const T*>(query ? in.q_norm : key ? in.k_norm : nullptr), s.eps, lane);
+        Rotation<T, kElements, kPacked>(in, min(position, s.capacity - 1), lane).apply(x, query || key, lane);
+    }
     if (query) x.write(queries + (size_t(row) * s.heads + h) * s.head_dim, lane);
     if (query || position >= s.capacity) return;
     const int kv = (h - s.heads) % s.kv_heads;
@@ -382,7 +456,7 @@ struct AttendMemory {
 // Otherwise `queries` are rotated; grid: heads, tokens, sequences, and the whole cache is one span. All passes round
 // alike, so where nvcc may contract in two ways the code says how. It is kept small: between two runs its instructions
 // fall out of the caches that the weights stream through.
-template <typename T, int kElements, bool kPacked, Pass kPass>
+template <typename T, int kElements, bool kPacked, Pass kPass, bool kMore>
 __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kPass>())
     attend_kernel(cqil_attention_shape s, Inputs in, const T* queries, T* out, Spans spans, Limit limit) {
     using R = Ring<T, kElements, kPacked>;
@@ -405,10 +479,11 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
     // Bypasses L1: a decode step reads these before it has waited (launch.cuh).
     const int past = __ldcg(in.past + first_row), position = past + token, count = min(position + 1, s.capacity);
     const int cached = in.slot(first_row);
-    const int span = max((count + spans.count - 1) / spans.count, kMinSpan), span_count = (count + span - 1) / span;
+    const int begin = kMore ? first_seen(s, count) : 0, seen = count - begin;
+    const int span = max((seen + spans.count - 1) / spans.count, kMinSpan), span_count = (seen + span - 1) / span;
     const int own = kDecode ? blockIdx.y * spans.each : 0, own_end = min(own + spans.each, span_count);  // the block's
     if (own >= span_count) return;
-    const int first = own * span, last = min(own_end * span, count);
+    const int first = begin + own * span, last = min(begin + own_end * span, count);
 
     const size_t line = (size_t(cached) * s.kv_heads + kv) * s.capacity;
     T* keys = static_cast<T*>(in.cache) + line * dim;
@@ -435,18 +510,39 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
     for (int slot = 0; slot < R::kSlots; slot += R::kBatch) ask(slot);
 
     H q, own_key, own_value;
+    auto rotation_at = [&](int at) {
+        if constexpr (kMore)
+            return Rotation<T, kElements, kPacked>(in, min(at, s.capacity - 1), lane, s.rotary);
+        else
+            return Rotation<T, kElements, kPacked>(in, min(at, s.capacity - 1), lane);
+    };
+    // Queries (`kind` 0) or keys (1); the norm is that of the `which`-th of token `of`.
+    auto read = [&](H& x, const T* from) {
+        if constexpr (kMore)
+            x.gather(from, lane, s.rotary);
+        else
+            x.read(from, lane);
+    };
+    auto normalise = [&](H& x, const void* norm, int of, int kind, int which) {
+        if constexpr (kMore) {
+            const float* squares = in.squares == nullptr ? nullptr : in.squares + 2 * of + kind;
+            x.normalise(static_cast<const T*>(norm) + (squares == nullptr ? 0 : which * dim), squares, s, lane);
+        } else {
+            x.normalise(static_cast<const T*>(norm), s.eps, lane);
+        }
+    };
     auto read_key = [&](int of, H& key, H& value, const Rotation<T, kElements, kPacked>& rotation) {
         const T* source = static_cast<const T*>(in.qkv) + size_t(of) * heads * dim;
-        key.read(source + (s.heads + kv) * dim, lane);
+        read(key, source + (s.heads + kv) * dim);
         value.read(source + (s.heads + s.kv_heads + kv) * dim, lane);
-        if (in.k_norm != nullptr) key.normalise(static_cast<const T*>(in.k_norm), s.eps, lane);
+        if (in.k_norm != nullptr) normalise(key, in.k_norm, of, 1, kv);
         rotation.apply(key, true, lane);
     };
     if constexpr (kDecode) {
-        const Rotation<T, kElements, kPacked> rotation(in, min(position, s.capacity - 1), lane);
+        const Rotation<T, kElements, kPacked> rotation = rotation_at(position);
         wait_for_predecessor();
-        q.read(static_cast<const T*>(in.qkv) + (size_t(row) * heads + head) * dim, lane);
-        if (in.q_norm != nullptr) q.normalise(static_cast<const T*>(in.q_norm), s.eps, lane);
+        read(q, static_cast<const T*>(in.qkv) + (size_t(row) * heads + head) * dim);
+        if (in.q_norm != nullptr) normalise(q, in.q_norm, row, 0, head);
         rotation.apply(q, true, lane);
         read_key(row, own_key, own_value, rotation);
         // The first of the query heads that share this key appends it.
@@ -461,7 +557,10 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
     __shared__ float mosts[2][kAttendWarps], sums[2][kAttendWarps], span_mosts[kMaxSpans], span_sums[kMaxSpans];
     float query[kElements];  // scaled for powers of 2
 #pragma unroll
-    for (int e = 0; e < kElements; ++e) query[e] = wide(q.value[e]) * (rsqrtf(float(dim)) * kLog2e);
+    for (int e = 0; e < kElements; ++e)
+        query[e] = wide(q.value[e]) * (!kMore          ? rsqrtf(float(dim)) * kLog2e
+                                       : s.cap == 0.0f ? s.scale * kLog2e
+                                                       : s.scale / s.cap);
     T* result = out + (size_t(row) * s.heads + head) * dim;
     const bool receives = own_end == span_count;
     int slot = 0;
@@ -475,9 +574,9 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
             // An online softmax: maximum (times log2 e), sum of weights, weighted values. All lanes of a warp stay in
             // the loop together because they shuffle.
             float most = -INFINITY, sum = 0, value[kElements] = {};
-            const int end = min((i + 1) * span, last);
+            const int end = min(begin + (i + 1) * span, last);
 #pragma unroll 1
-            for (int j = i * span + group; j - group < end; j += R::kBatch * kAttendGroups) {
+            for (int j = begin + i * span + group; j - group < end; j += R::kBatch * kAttendGroups) {
                 H k[R::kBatch], v[R::kBatch];
                 asm volatile("cp.async.wait_group %0;" ::"n"(R::kSlots / R::kBatch - 1) : "memory");
 #pragma unroll
@@ -496,8 +595,7 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
                         if (at - group % 2 + 1 >= fresh) {
                             const int token_of = min(max(at, fresh), position);
                             H key, other;
-                            read_key(first_row + token_of - fresh, key, other,
-                                     {in, min(token_of, s.capacity - 1), lane});
+                            read_key(first_row + token_of - fresh, key, other, rotation_at(token_of));
                             if (at >= fresh) {
                                 k[b] = key;
                                 v[b] = other;
@@ -516,6 +614,12 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
 #pragma unroll
                     for (int b = 0; b < R::kBatch; ++b) score[b] += __shfl_xor_sync(~0u, score[b], step);
                 if (j >= end) continue;
+                if constexpr (kMore) {
+                    if (s.cap != 0) {
+#pragma unroll
+                        for (int b = 0; b < R::kBatch; ++b) score[b] = capped(score[b], s.cap);
+                    }
+                }
 #pragma unroll
                 for (int b = 0; b < R::kBatch; ++b) {
                     if (j + b * kAttendGroups >= end) score[b] = -INFINITY;
@@ -635,7 +739,7 @@ __device__ void load_tile(T (*to)[kDim + kPad], const T* from, size_t stride, in
 }
 
 // Grid: tiles of queries, heads, sequences.
-template <typename T, int kDim>
+template <typename T, int kDim, bool kMore>
 __global__ void __launch_bounds__(kThreads)
     prefill_kernel(cqil_attention_shape s, Inputs in, const T* queries, T* out) {
     using namespace nvcuda::wmma;
@@ -656,7 +760,14 @@ __global__ void __launch_bounds__(kThreads)
 
     // Two lanes share a row of the warp's scores; each takes half of the columns.
     const int row = top + lane / 2, column = lane % 2 * (kTile / 2), position = past + first + row;
-    const float scale = rsqrtf(float(kDim)) * kLog2e;
+    const float scale = !kMore ? rsqrtf(float(kDim)) * kLog2e : s.cap == 0.0f ? s.scale * kLog2e : s.scale / s.cap;
+    auto scaled = [&](float score) {
+        if constexpr (kMore)
+            if (s.cap != 0) return capped(score * scale, s.cap);
+        return score * scale;
+    };
+    const int first_tile = kMore ? first_seen(s, past + first + 1) / kTile * kTile : 0;
+    const int oldest = kMore ? first_seen(s, position + 1) : 0;
     float most = -INFINITY, sum = 0;
     auto scores = [&] {
 #pragma unroll
@@ -675,17 +786,18 @@ __global__ void __launch_bounds__(kThreads)
         }
         __syncwarp();
     };
-    for (int tile = 0; tile < count; tile += kTile) {
+    for (int tile = first_tile; tile < count; tile += kTile) {
         __syncthreads();
         load_tile<T, kDim>(m.key, keys, kDim, tile, count);
         __syncthreads();
         scores();
         const int seen = min(min(position + 1, count) - tile - column, kTile / 2);  // of this lane's columns
+        const int from = kMore ? max(oldest - tile - column, 0) : 0;
         float larger = most;
-        for (int i = 0; i < seen; ++i) larger = fmaxf(larger, m.score[row][column + i] * scale);
+        for (int i = from; i < seen; ++i) larger = fmaxf(larger, scaled(m.score[row][column + i]));
         float added = 0;
-        for (int i = 0; i < seen; ++i) added += exp2f(m.score[row][column + i] * scale - larger);
-        if (seen > 0) {
+        for (int i = from; i < seen; ++i) added += exp2f(scaled(m.score[row][column + i]) - larger);
+        if (seen > from) {
             sum = sum * exp2f(most - larger) + added;
             most = larger;
         }
@@ -698,15 +810,16 @@ __global__ void __launch_bounds__(kThreads)
     fragment<accumulator, 16, 16, 16, float> result[kDim / 16];
 #pragma unroll
     for (auto& part : result) fill_fragment(part, 0.0f);
-    for (int tile = 0; tile < count; tile += kTile) {
+    for (int tile = first_tile; tile < count; tile += kTile) {
         __syncthreads();
         load_tile<T, kDim>(m.key, keys, kDim, tile, count);
         load_tile<T, kDim>(m.value, values, kDim, tile, count);
         __syncthreads();
         scores();
-        const int seen = min(position + 1, count) - tile - column;
+        const int seen = min(position + 1, count) - tile - column, from = kMore ? oldest - tile - column : 0;
         for (int i = 0; i < kTile / 2; ++i) {
-            const float weight = i < seen ? exp2f(m.score[row][column + i] * scale - whole) * inverse : 0.0f;
+            const bool counts = i < seen && (!kMore || i >= from);
+            const float weight = counts ? exp2f(scaled(m.score[row][column + i]) - whole) * inverse : 0.0f;
             m.weight[row][column + i] = narrow<T>(weight);
         }
         __syncwarp();
@@ -737,11 +850,11 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-template <typename T, int kDim>
+template <typename T, int kDim, bool kMore>
 int prefill(const cqil_attention_shape& s, const Inputs& in, const T* queries, T* out, cudaStream_t stream) {
     constexpr int kBytes = int(sizeof(PrefillMemory<T, kDim>));
     const dim3 grid((s.length + kTile - 1) / kTile, s.heads, s.batch);
-    return launch(prefill_kernel<T, kDim>, {grid, kThreads, stream, true, kBytes}, s, in, queries, out);
+    return launch(prefill_kernel<T, kDim, kMore>, {grid, kThreads, stream, true, kBytes}, s, in, queries, out);
 }
 
 // The caches that attention has used on a stream since the last point that no later kernel can overtake. Only these can
@@ -830,7 +943,7 @@ int find_limit(Limit* limit) {
     return 0;
 }
 
-template <typename T, int kElements, bool kPacked>
+template <typename T, int kElements, bool kPacked, bool kMore>
 int attend(const cqil_attention_shape& s, const Inputs& in, void* out, void* scratch, cudaStream_t stream) {
     bool overlap = true;
     const bool decode = s.length == 1 || s.drafts != 0;
@@ -845,29 +958,49 @@ int attend(const cqil_attention_shape& s, const Inputs& in, void* out, void* scr
         const Launch l = {dim3(s.heads, spans.blocks(), rows), kAttendThreads, stream, overlap, M::bytes(spans.each)};
         Limit limit = {};
         if (find_limit(&limit)) return -1;
-        return s.length == 1
-                   ? launch(attend_kernel<T, kElements, kPacked, Pass::kStep>, l, s, in, nullptr, result, spans, limit)
-                   : launch(attend_kernel<T, kElements, kPacked, Pass::kDrafts>, l, s, in, nullptr, result, spans,
-                            limit);
+        return s.length == 1 ? launch(attend_kernel<T, kElements, kPacked, Pass::kStep, kMore>, l, s, in, nullptr,
+                                      result, spans, limit)
+                             : launch(attend_kernel<T, kElements, kPacked, Pass::kDrafts, kMore>, l, s, in, nullptr,
+                                      result, spans, limit);
     }
     T* queries = static_cast<T*>(scratch);
     const int heads = s.heads + 2 * s.kv_heads;
     const dim3 grid(s.batch * s.length, (heads + kGroups - 1) / kGroups);
-    if (launch(append_kernel<T, kElements, kPacked>, {grid, kThreads, stream}, s, in, queries)) return -1;
+    if (launch(append_kernel<T, kElements, kPacked, kMore>, {grid, kThreads, stream}, s, in, queries)) return -1;
     if (out == nullptr) return 0;
     if constexpr (!std::is_same_v<T, float>) {
-        if (s.head_dim == 64) return prefill<T, 64>(s, in, queries, result, stream);
-        if (s.head_dim == 128) return prefill<T, 128>(s, in, queries, result, stream);
+        if (s.head_dim == 64) return prefill<T, 64, kMore>(s, in, queries, result, stream);
+        if (s.head_dim == 128) return prefill<T, 128, kMore>(s, in, queries, result, stream);
+        if constexpr (kMore) {
+            int room = 0;  // in shared memory; not every GPU has enough
+            if (device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &room)) return -1;
+            if (s.head_dim == 256 && room >= int(sizeof(PrefillMemory<T, 256>)))
+                return prefill<T, 256, kMore>(s, in, queries, result, stream);
+        }
     }
-    return launch(attend_kernel<T, kElements, kPacked, Pass::kPrompt>,
+    return launch(attend_kernel<T, kElements, kPacked, Pass::kPrompt, kMore>,
                   {dim3(s.heads, s.length, s.batch), kAttendThreads, stream, true, M::bytes(1)}, s, in, queries, result,
                   Spans{1, 1}, Limit{});
 }
 
+// Whether the kernels with kMore are needed.
+bool needs_more(const cqil_attention_shape& s, const Inputs& in) {
+    const bool norms = in.q_norm != nullptr && (s.norm != CQIL_NORM_ROUNDED || in.squares != nullptr);
+    return norms || s.window != 0 || s.rotary != s.head_dim || s.scale != 0 || s.cap != 0 || in.cos == nullptr;
+}
+
 template <typename T, int kElements>
-int attend(const cqil_attention_shape& s, const Inputs& in, void* out, void* scratch, cudaStream_t stream) {
-    return is_packed<kElements>(s.head_dim) ? attend<T, kElements, true>(s, in, out, scratch, stream)
-                                            : attend<T, kElements, false>(s, in, out, scratch, stream);
+int attend(cqil_attention_shape s, const Inputs& in, void* out, void* scratch, cudaStream_t stream) {
+    if (s.rotary == 0) s.rotary = s.head_dim;
+    if (s.window >= s.capacity) s.window = 0;
+    const bool packed = is_packed<kElements>(s.head_dim, s.rotary);
+    if (!needs_more(s, in))
+        return packed ? attend<T, kElements, true, false>(s, in, out, scratch, stream)
+                      : attend<T, kElements, false, false>(s, in, out, scratch, stream);
+    if (s.scale == 0) s.scale = 1 / std::sqrt(float(s.head_dim));
+    // Of the kernels that are not packed, one takes every head.
+    return packed ? attend<T, kElements, true, true>(s, in, out, scratch, stream)
+                  : attend<T, kMaxHeadDim / kLanes, false, true>(s, in, out, scratch, stream);
 }
 
 template <typename T>
@@ -886,6 +1019,10 @@ int check(const cqil_attention_shape& s) {
     if (s.group < 1 || s.first < 0 || (s.heads - 1 + s.first) / s.group >= s.kv_heads)
         return fail("%d query heads from %d in groups of %d need more than %d key/value heads", s.heads, s.first,
                     s.group, s.kv_heads);
+    if (s.window < 0 || s.rotary < 0 || s.rotary % 2 || s.rotary > s.head_dim)
+        return fail("a window of %d, %d of %d elements rotated", s.window, s.rotary, s.head_dim);
+    if (s.norm < CQIL_NORM_ROUNDED || s.norm > CQIL_NORM_OFFSET || !(s.scale >= 0 && s.cap >= 0))
+        return fail("norms of kind %d, a scale of %g, a cap of %g", s.norm, double(s.scale), double(s.cap));
     if (s.dtype < CQIL_FLOAT32 || s.dtype > CQIL_BFLOAT16) return fail("type %d is not known", s.dtype);
     if (s.batch > 65535 || s.length > 65535 || (s.drafts != 0 && int64_t(s.batch) * s.length > 65535))
         return fail("%d sequences or %d tokens are too many", s.batch, s.length);
@@ -925,13 +1062,14 @@ const char* cqil_attention_failure(void) {
 }
 
 int cqil_attention(const cqil_attention_shape* s, const void* qkv, const int32_t* past, const int32_t* slots,
-                   const float* cos, const float* sin, const void* q_norm, const void* k_norm, void* cache, void* out,
-                   void* scratch, void* stream) {
+                   const float* cos, const float* sin, const void* q_norm, const void* k_norm, const float* squares,
+                   void* cache, void* out, void* scratch, void* stream) {
     if (check(*s)) return -1;
     if ((q_norm == nullptr) != (k_norm == nullptr)) return fail("one head norm of two is given");
+    if ((cos == nullptr) != (sin == nullptr)) return fail("one rotary table of two is given");
     if ((s->length == 1 || s->drafts) && out == nullptr) return fail("the tokens of a decode step attend at once");
     if (s->batch == 0 || s->length == 0) return 0;
-    const Inputs in = {qkv, past, slots, cos, sin, q_norm, k_norm, cache};
+    const Inputs in = {qkv, past, slots, cos, sin, q_norm, k_norm, squares, cache};
     auto st = static_cast<cudaStream_t>(stream);
     return by_type(s->dtype,
                    [&](auto* type) { return attend<std::remove_pointer_t<decltype(type)>>(*s, in, out, scratch, st); });

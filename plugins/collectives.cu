@@ -75,27 +75,42 @@ constexpr size_t kMaxRowBytes = 32 << 10;
 
 using AllReduceKernel = void (*)(State*, AllReduce);
 
+template <typename T, int kWorld, int kVectors, Norms kNorms>
+AllReduceKernel pick(bool two_shot) {
+    // cqil_all_reduce_norms sends long messages otherwise.
+    if constexpr (kNorms != Norms::kAny)
+        if (two_shot) return all_reduce_kernel<T, kWorld, kVectors, kNorms, true>;
+    return all_reduce_kernel<T, kWorld, kVectors, kNorms, false>;
+}
+
+template <typename T, int kWorld, Norms kNorms>
+AllReduceKernel pick(int vectors, bool two_shot) {
+    if constexpr (kNorms != Norms::kNone)
+        if (vectors == 2) return pick<T, kWorld, 2, kNorms>(two_shot);
+    return pick<T, kWorld, 1, kNorms>(two_shot);
+}
+
 template <typename T, int kWorld>
-AllReduceKernel pick(int vectors, bool norm, bool two_shot) {
-    if (!norm)
-        return two_shot ? all_reduce_kernel<T, kWorld, 1, false, true> : all_reduce_kernel<T, kWorld, 1, false, false>;
-    if (vectors == 1)
-        return two_shot ? all_reduce_kernel<T, kWorld, 1, true, true> : all_reduce_kernel<T, kWorld, 1, true, false>;
-    return two_shot ? all_reduce_kernel<T, kWorld, 2, true, true> : all_reduce_kernel<T, kWorld, 2, true, false>;
+AllReduceKernel pick(int vectors, Norms norms, bool two_shot) {
+    switch (norms) {
+        case Norms::kNone: return pick<T, kWorld, Norms::kNone>(vectors, two_shot);
+        case Norms::kAfter: return pick<T, kWorld, Norms::kAfter>(vectors, two_shot);
+        default: return pick<T, kWorld, Norms::kAny>(vectors, two_shot);
+    }
 }
 
 template <typename T>
-AllReduceKernel pick(int world, int vectors, bool norm, bool two_shot) {
-    if (world <= 2) return pick<T, 2>(vectors, norm, two_shot);
-    if (world <= 4) return pick<T, 4>(vectors, norm, two_shot);
-    return pick<T, 8>(vectors, norm, two_shot);
+AllReduceKernel pick(int world, int vectors, Norms norms, bool two_shot) {
+    if (world <= 2) return pick<T, 2>(vectors, norms, two_shot);
+    if (world <= 4) return pick<T, 4>(vectors, norms, two_shot);
+    return pick<T, 8>(vectors, norms, two_shot);
 }
 
-AllReduceKernel pick(cqil_dtype dtype, int world, int vectors, bool norm, bool two_shot) {
+AllReduceKernel pick(cqil_dtype dtype, int world, int vectors, Norms norms, bool two_shot) {
     switch (dtype) {
-        case CQIL_FLOAT32: return pick<float>(world, vectors, norm, two_shot);
-        case CQIL_FLOAT16: return pick<__half>(world, vectors, norm, two_shot);
-        default: return pick<__nv_bfloat16>(world, vectors, norm, two_shot);
+        case CQIL_FLOAT32: return pick<float>(world, vectors, norms, two_shot);
+        case CQIL_FLOAT16: return pick<__half>(world, vectors, norms, two_shot);
+        default: return pick<__nv_bfloat16>(world, vectors, norms, two_shot);
     }
 }
 
@@ -115,10 +130,10 @@ int load_kernels(int world) {
     cudaFuncAttributes attributes;
     for (cqil_dtype dtype : {CQIL_FLOAT32, CQIL_FLOAT16, CQIL_BFLOAT16}) {
         for (int vectors : {1, 2})
-            for (bool norm : {false, true})
+            for (Norms norms : {Norms::kNone, Norms::kAfter, Norms::kAny})
                 for (bool two_shot : {false, true})
                     CQIL_CUDA(
-                        cudaFuncGetAttributes(&attributes, (const void*)pick(dtype, world, vectors, norm, two_shot)));
+                        cudaFuncGetAttributes(&attributes, (const void*)pick(dtype, world, vectors, norms, two_shot)));
         CQIL_CUDA(cudaFuncGetAttributes(&attributes, (const void*)pick_directed(dtype)));
     }
     CQIL_CUDA(cudaFuncGetAttributes(&attributes, (const void*)argmax_kernel));
@@ -143,7 +158,7 @@ int check(const cqil_workspace* w, cqil_dtype dtype) {
 int ceil_to(int value, int step) { return (value + step - 1) / step * step; }
 
 // Launches one all-reduce that fits the workspace.
-int launch_all_reduce(cqil_workspace* w, AllReduce a, cqil_dtype dtype, int vectors, int threads, bool norm,
+int launch_all_reduce(cqil_workspace* w, AllReduce a, cqil_dtype dtype, int vectors, int threads, Norms norms,
                       cudaStream_t stream) {
     const size_t bytes = size_t(a.packets) * sizeof(Packet);
     const bool two_shot = bytes > w->one_shot_bytes;
@@ -154,8 +169,51 @@ int launch_all_reduce(cqil_workspace* w, AllReduce a, cqil_dtype dtype, int vect
     int blocks = std::min<int>(a.rows, w->blocks ? w->blocks : resident);
     // If the number of blocks were a multiple of the ranks, all rows of a block would belong to one rank.
     if (two_shot && blocks > 1 && blocks < int(a.rows) && blocks % w->host.world == 0) --blocks;
-    return launch(pick(dtype, w->host.world, vectors, norm, two_shot),
+    return launch(pick(dtype, w->host.world, vectors, norms, two_shot),
                   {dim3(blocks), dim3(threads), stream, w->overlap}, w->device, a);
+}
+
+struct NormOperands {
+    const void *in, *in_norm, *residual, *weight;
+    void *residual_out, *normed;
+};
+
+int all_reduce_norms(cqil_workspace* w, const NormOperands& o, int rows, int hidden, float eps, cqil_norm kind,
+                     Norms norms, cqil_dtype dtype, cudaStream_t stream) {
+    if (check(w, dtype)) return -1;
+    if (rows < 0 || hidden < 1) return fail("%d rows of %d", rows, hidden);
+    const size_t row_bytes = size_t(hidden) * element_bytes(dtype);
+    const size_t most = norms == Norms::kAny ? kMaxRowBytes / 2 : kMaxRowBytes;
+    if (row_bytes % sizeof(Packet) || row_bytes > most)
+        return fail("a row of %zu bytes is not a multiple of 16 up to %zu", row_bytes, most);
+    for (const void* p : {o.in, o.residual, static_cast<const void*>(o.residual_out)})
+        if (p == nullptr || !aligned(p)) return fail("pointers must be given and 16-byte aligned");
+    if (!aligned(o.in_norm) || !aligned(o.weight) || !aligned(o.normed))
+        return fail("pointers must be 16-byte aligned");
+    if ((o.weight == nullptr) != (o.normed == nullptr)) return fail("a norm's weight and its result belong together");
+    const int step = int(w->max_bytes / row_bytes);
+    for (int row = 0; row < rows; row += step) {
+        const size_t offset = size_t(row) * row_bytes;
+        AllReduce a = {};
+        a.in = static_cast<const char*>(o.in) + offset;
+        a.residual = static_cast<const char*>(o.residual) + offset;
+        a.weight = o.weight;
+        a.out = static_cast<char*>(o.residual_out) + offset;
+        a.normed = o.normed ? static_cast<char*>(o.normed) + offset : nullptr;
+        a.rows = uint32_t(std::min(step, rows - row));
+        a.width = uint32_t(row_bytes / sizeof(Packet));
+        a.packets = a.rows * a.width;
+        a.eps = eps;
+        a.inverse_hidden = 1.0f / float(hidden);
+        a.in_norm = o.in_norm;
+        a.kind = kind;
+        const int width = int(a.width);
+        // Blocks this small fit next to those of two products (linear.cu).
+        const int vectors = width > 512 || (w->threads && width > w->threads) ? 2 : 1;
+        const int threads = ceil_to((width + vectors - 1) / vectors, 32);
+        if (launch_all_reduce(w, a, dtype, vectors, threads, norms, stream)) return -1;
+    }
+    return 0;
 }
 
 int directed(cqil_workspace* w, const void* in, void* out, size_t count, uint32_t targets, uint32_t sources,
@@ -341,7 +399,7 @@ int cqil_all_reduce(cqil_workspace* w, const void* in, const void* residual, voi
         const int threads = w->threads ? w->threads : part <= (64 << 10) ? 128 : 512;
         a.width = threads;
         a.rows = (a.packets + a.width - 1) / a.width;
-        if (launch_all_reduce(w, a, dtype, 1, threads, false, static_cast<cudaStream_t>(stream))) return -1;
+        if (launch_all_reduce(w, a, dtype, 1, threads, Norms::kNone, static_cast<cudaStream_t>(stream))) return -1;
     }
     return 0;
 }
@@ -349,35 +407,27 @@ int cqil_all_reduce(cqil_workspace* w, const void* in, const void* residual, voi
 int cqil_all_reduce_residual_norm(cqil_workspace* w, const void* in, const void* residual, const void* weight,
                                   void* residual_out, void* normed, int rows, int hidden, float eps, cqil_dtype dtype,
                                   void* stream) {
+    if (weight == nullptr || normed == nullptr) return fail("pointers must be given and 16-byte aligned");
+    return all_reduce_norms(w, {in, nullptr, residual, weight, residual_out, normed}, rows, hidden, eps,
+                            CQIL_NORM_ROUNDED, Norms::kAfter, dtype, static_cast<cudaStream_t>(stream));
+}
+
+int cqil_all_reduce_norms(cqil_workspace* w, const void* in, const void* in_norm, const void* residual,
+                          const void* weight, void* residual_out, void* normed, int rows, int hidden, float eps,
+                          cqil_norm norm, cqil_dtype dtype, void* stream) {
+    if (norm < CQIL_NORM_ROUNDED || norm > CQIL_NORM_OFFSET) return fail("norms of kind %d", int(norm));
     if (check(w, dtype)) return -1;
-    if (rows < 0 || hidden < 1) return fail("%d rows of %d", rows, hidden);
-    const size_t row_bytes = size_t(hidden) * element_bytes(dtype);
-    if (row_bytes % sizeof(Packet) || row_bytes > kMaxRowBytes)
-        return fail("a row of %zu bytes is not a multiple of 16 up to %zu", row_bytes, kMaxRowBytes);
-    for (const void* p :
-         {in, residual, weight, static_cast<const void*>(residual_out), static_cast<const void*>(normed)})
-        if (p == nullptr || !aligned(p)) return fail("pointers must be given and 16-byte aligned");
-    const int step = int(w->max_bytes / row_bytes);
-    for (int row = 0; row < rows; row += step) {
-        const size_t offset = size_t(row) * row_bytes;
-        AllReduce a = {};
-        a.in = static_cast<const char*>(in) + offset;
-        a.residual = static_cast<const char*>(residual) + offset;
-        a.weight = weight;
-        a.out = static_cast<char*>(residual_out) + offset;
-        a.normed = static_cast<char*>(normed) + offset;
-        a.rows = uint32_t(std::min(step, rows - row));
-        a.width = uint32_t(row_bytes / sizeof(Packet));
-        a.packets = a.rows * a.width;
-        a.eps = eps;
-        a.inverse_hidden = 1.0f / float(hidden);
-        const int width = int(a.width);
-        // Blocks this small fit next to those of two products (linear.cu).
-        const int vectors = width > 512 || (w->threads && width > w->threads) ? 2 : 1;
-        const int threads = ceil_to((width + vectors - 1) / vectors, 32);
-        if (launch_all_reduce(w, a, dtype, vectors, threads, true, static_cast<cudaStream_t>(stream))) return -1;
-    }
-    return 0;
+    const size_t count = size_t(std::max(rows, 0)) * std::max(hidden, 0);
+    if (count * element_bytes(dtype) <= w->one_shot_bytes)
+        return all_reduce_norms(w, {in, in_norm, residual, weight, residual_out, normed}, rows, hidden, eps, norm,
+                                Norms::kAny, dtype, static_cast<cudaStream_t>(stream));
+    if (cqil_all_reduce(w, in, in_norm == nullptr ? residual : nullptr, residual_out, count, dtype, stream)) return -1;
+    if (in_norm != nullptr)
+        return cqil_residual_norm(residual_out, in_norm, residual, weight, residual_out, normed, rows, hidden, eps,
+                                  norm, dtype, stream);
+    if (weight == nullptr) return 0;
+    return cqil_residual_norm(nullptr, nullptr, residual_out, weight, nullptr, normed, rows, hidden, eps, norm, dtype,
+                              stream);
 }
 
 int cqil_broadcast(cqil_workspace* w, const void* in, void* out, size_t count, cqil_dtype dtype, void* stream) {

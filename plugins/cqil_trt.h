@@ -20,6 +20,9 @@ extern "C" {
 
 typedef enum { CQIL_FLOAT32 = 0, CQIL_FLOAT16 = 1, CQIL_BFLOAT16 = 2 } cqil_dtype;
 
+// How an RMSNorm multiplies by its weight: after it has rounded, before, or before and by 1 + weight.
+typedef enum { CQIL_NORM_ROUNDED = 0, CQIL_NORM_WIDE = 1, CQIL_NORM_OFFSET = 2 } cqil_norm;
+
 typedef struct cqil_workspace cqil_workspace;
 
 // The record of a kernel that gave up waiting; `code` is 0 if none did.
@@ -87,6 +90,14 @@ int cqil_all_reduce(cqil_workspace* workspace, const void* in, const void* resid
 int cqil_all_reduce_residual_norm(cqil_workspace* workspace, const void* in, const void* residual, const void* weight,
                                   void* residual_out, void* normed, int rows, int hidden, float eps, cqil_dtype dtype,
                                   void* stream);
+
+// As cqil_residual_norm, with the sum over ranks of in as delta and in_norm as delta_norm; residual is given, and is not
+// residual_out. hidden * element size must be a multiple of 16 and at most 16 KiB. One kernel for messages of up to
+// one_shot_bytes, with the same bits for a row whatever the others are; more for longer ones. The weights may be read
+// before earlier work on the stream is done, so they must not be the results of that work.
+int cqil_all_reduce_norms(cqil_workspace* workspace, const void* in, const void* in_norm, const void* residual,
+                          const void* weight, void* residual_out, void* normed, int rows, int hidden, float eps,
+                          cqil_norm norm, cqil_dtype dtype, void* stream);
 
 // Copies rank 0's `in` to every other rank's `out`. `in` may be NULL on ranks other than 0, `out` on rank 0.
 int cqil_broadcast(cqil_workspace* workspace, const void* in, void* out, size_t count, cqil_dtype dtype, void* stream);
@@ -185,26 +196,43 @@ int cqil_accept(const int32_t* next, const int32_t* tokens, const int32_t* draft
                 void* stream);
 
 // sum = residual + delta, normed = RMSNorm(sum) * weight, for `rows` rows of `hidden` elements. Without delta (NULL),
-// normed is that of residual, and sum is not written. sum may be residual.
-int cqil_residual_norm(const void* delta, const void* residual, const void* weight, void* sum, void* normed, int rows,
-                       int hidden, float eps, cqil_dtype dtype, void* stream);
+// normed is that of residual, and sum is not written. With delta_norm, RMSNorm(delta) * delta_norm takes the place of
+// delta, residual may be NULL, for zeros, and weight may be, for no normed. `norm` is of both norms. With delta_norm,
+// or with another `norm` than CQIL_NORM_ROUNDED, rows have up to 16384 elements, and the weights may be read before
+// earlier work on the stream is done, so they must not be results of that work. sum may be residual or delta.
+int cqil_residual_norm(const void* delta, const void* delta_norm, const void* residual, const void* weight, void* sum,
+                       void* normed, int rows, int hidden, float eps, cqil_norm norm, cqil_dtype dtype, void* stream);
 
 // out = x + y, `count` elements; out may be x or y.
 int cqil_add(const void* x, const void* y, void* out, size_t count, cqil_dtype dtype, void* stream);
 
-// out [rows, inner] = silu(gate) * up, of gate_up [rows, 2 * inner] that holds gate and up one after the other.
-int cqil_swiglu(const void* gate_up, void* out, int rows, int inner, cqil_dtype dtype, void* stream);
+// out = x * factor, `count` elements; with a cap other than 0, cap * tanh(x * factor / cap). out may be x.
+int cqil_scale(const void* x, void* out, size_t count, float factor, float cap, cqil_dtype dtype, void* stream);
+
+// What multiplies the second half of a product, made of the first: nothing, SiLU, or GELU in its form with tanh.
+typedef enum { CQIL_UNGATED = 0, CQIL_SWIGLU = 1, CQIL_GEGLU = 2 } cqil_gating;
+
+// out [rows, inner] = act(gate) * up, of gate_up [rows, 2 * inner] that holds gate and up one after the other.
+int cqil_gate(const void* gate_up, void* out, int rows, int inner, cqil_gating gating, cqil_dtype dtype, void* stream);
+
+// The squares of a row's queries and keys, for norms over all heads: out [rows, 2], float32, is query_factor times the
+// sum of q^2, and key_factor times that of k^2 of the key/value heads from first_key up to last_key. qkv is as in
+// cqil_attention; without heads it is not read.
+int cqil_head_squares(const void* qkv, float* out, int rows, int heads, int kv_heads, int head_dim, int first_key,
+                      int last_key, float query_factor, float key_factor, cqil_dtype dtype, void* stream);
 
 // How W is stored: as elements of the type, or packed by cqil_pack from codes of 8 bits (FP8 is E4M3) or 4 bits.
 typedef enum { CQIL_DENSE = 0, CQIL_FP8 = 1, CQIL_INT8 = 2, CQIL_INT4 = 3 } cqil_weights;
 
-// Rows of x; elements of a row of out and of x. `gated`: W holds gate and up one after the other, and out is silu(gate)
-// * up, with gate and up rounded to the type first. `eps` is for the norm. `weights` is a cqil_weights. `group`: with
-// CQIL_INT4, the columns that have a scale in common, 32, 64 or 128.
+// Rows of x; elements of a row of out and of x. `gated`, a cqil_gating: W holds gate and up one after the other, and
+// out is act(gate) * up, with gate and up rounded to the type first. `eps` is for the norm. `weights` is a
+// cqil_weights. `group`: with CQIL_INT4, the columns that have a scale in common, 32, 64 or 128. `scale`: a factor of
+// the product; 0 means 1.
 typedef struct {
     int32_t rows, outputs, inputs, gated, dtype;
     float eps;
     int32_t weights, group;
+    float scale;
 } cqil_linear_shape;
 
 // The most rows for which cqil_linear should be used on the current device, 16 or 1; a library is faster with more.
@@ -214,12 +242,12 @@ int cqil_linear_rows(cqil_dtype dtype);
 // Bytes of scratch memory per call.
 size_t cqil_linear_scratch_bytes(const cqil_linear_shape* shape);
 
-// out [rows, outputs] = activation(RMSNorm(x + delta) * norm · Wᵀ + bias) + residual, for x [rows, inputs] and W
-// [outputs, inputs] ([2 * outputs, inputs] when gated). Without norm (NULL) x is used as it is, and delta must be NULL.
-// delta, bias and residual may be NULL. With sum, the residual is not added to out: sum [rows, outputs] = out + residual.
-// Sums are in float32. W and norm may be read before earlier work on the stream is done, so they must not be results of
-// that work; W may be with more than 16 rows. out (or sum) may be residual, but not x. A gated product takes no
-// residual.
+// out [rows, outputs] = activation(RMSNorm(x + delta) * norm · Wᵀ + bias) * scale + residual, for x [rows, inputs] and
+// W [outputs, inputs] ([2 * outputs, inputs] when gated). Without norm (NULL) x is used as it is, and delta must be
+// NULL. delta, bias and residual may be NULL. With sum, the residual is not added to out: sum [rows, outputs] = out +
+// residual. Sums are in float32; the norm is CQIL_NORM_ROUNDED. W and norm may be read before earlier work on the
+// stream is done, so they must not be results of that work; W may be with more than 16 rows. out (or sum) may be
+// residual, but not x. A gated product takes no residual and no scale.
 // In half types on compute capability 9.0 and later, with up to 16 rows and a multiple of 8 inputs, a row's result has
 // the same bits whatever the other rows are, and however many.
 int cqil_linear(const cqil_linear_shape* shape, const void* x, const void* delta, const void* weight, const void* bias,
@@ -250,23 +278,33 @@ int cqil_dequantize(const cqil_linear_shape* shape, const void* codes, const voi
 // `length` new tokens of `batch` sequences, starting at position past[b], and a cache with `max_batch` slots for
 // sequences of `capacity` tokens. Query head i reads key/value head (i + first) / group. `eps` is for the head norms.
 // `drafts`: several new tokens are a decode step, the next token of each sequence and drafts of those after it.
+//
+// What LLaMA does not have, all 0 there. `window`: a query sees so many keys, its own included; 0: all before it.
+// `rotary`: elements of a head that are rotated, the first ones; 0: all. `norm` is a cqil_norm, of the head norms.
+// `scale` multiplies scores; 0: 1 / sqrt(head_dim). `cap`: a score s becomes cap * tanh(s / cap) where it is not 0.
 typedef struct {
     int32_t batch, length, heads, kv_heads, head_dim, capacity, max_batch, group, first, dtype;
     float eps;
     int32_t drafts;
+    int32_t window, rotary, norm;
+    float scale, cap;
 } cqil_attention_shape;
 
 // Bytes of one layer's cache: keys, then values, each [max_batch, kv_heads, capacity, head_dim], then memory through
 // which the blocks of a head communicate. The latter must be zero before the first use. And bytes of scratch memory per
-// call.
+// call. If not all elements of a head are rotated, keys (and queries in scratch) are kept in an order in which an
+// element and its partner in the rotation are head_dim / 2 apart.
 size_t cqil_attention_cache_bytes(const cqil_attention_shape* shape);
 size_t cqil_attention_scratch_bytes(const cqil_attention_shape* shape);
 
 // Causal attention: applies head norms with weights [head_dim] unless they are NULL, rotates queries and keys (by
-// halves, as Hugging Face does; cos and sin are [capacity, head_dim / 2]), appends keys and values to the cache, and
-// attends. qkv [batch * length, heads + 2 * kv_heads, head_dim] -> out [batch * length, heads, head_dim]. Sequence b is
-// in slot slots[b] of the cache, in slot b if slots is NULL; no two sequences share one. With several new tokens out
-// may be NULL: then it only rotates and appends, and leaves the queries in scratch in the shape of out.
+// halves, as Hugging Face does; cos and sin are [capacity, rotary / 2], or NULL where nothing is rotated), appends keys
+// and values to the cache, and attends. With squares, the norms are over all heads: their weights are [heads *
+// head_dim] and [kv_heads * head_dim], and squares [batch * length, 2] has for each token the mean of the squares of
+// all queries' elements and that of all keys'. qkv [batch * length, heads + 2 * kv_heads, head_dim] -> out [batch *
+// length, heads, head_dim]. Sequence b is in slot slots[b] of the cache, in slot b if slots is NULL; no two sequences
+// share one. With several new tokens out may be NULL: then it only rotates and appends, and leaves the queries in
+// scratch in the shape of out.
 //
 // In a decode step (one new token, or `drafts`) a row's result has the same bits whatever the other rows are, however
 // many, and whether its token is a draft. With `drafts`, `past` and `slots` have an entry for each row, of which the
@@ -279,8 +317,8 @@ size_t cqil_attention_scratch_bytes(const cqil_attention_shape* shape);
 // waited for: a call overlaps earlier kernels only if a cqil_advance, cqil_accept or cqil_arrange, or a call that did
 // not overlap lies between it and the last use of the cache on this stream.
 int cqil_attention(const cqil_attention_shape* shape, const void* qkv, const int32_t* past, const int32_t* slots,
-                   const float* cos, const float* sin, const void* q_norm, const void* k_norm, void* cache, void* out,
-                   void* scratch, void* stream);
+                   const float* cos, const float* sin, const void* q_norm, const void* k_norm, const float* squares,
+                   void* cache, void* out, void* scratch, void* stream);
 
 // Bounds the wait of attention's blocks for each other, for later calls in this process. 30 s by default; 0: no limit.
 int cqil_attention_timeout(double seconds);
@@ -297,20 +335,26 @@ int cqil_test_delays(int place, const uint32_t* nanoseconds, int count);
 #endif
 
 // The TensorRT plugins of tensorrt_plugins.cpp, and their fields in the order in which engines store them, 4 bytes
-// each. An OPTIONAL_INT that is left out is 0. `dtype` is a cqil_dtype.
+// each. An OPTIONAL_INT or OPTIONAL_FLOAT that is left out is 0. `dtype` is a cqil_dtype.
 #define CQIL_PLUGIN_NAMESPACE "cqil_trt"
 #define CQIL_PLUGIN_VERSION "1"
-#define CQIL_PLUGINS(PLUGIN, INT, FLOAT, OPTIONAL_INT)                                                              \
-    PLUGIN(CqilAllReduce, INT(mode) FLOAT(eps) INT(dtype) OPTIONAL_INT(shared))                                     \
-    PLUGIN(CqilBroadcast, INT(rank) INT(hidden) INT(dtype))                                                         \
-    PLUGIN(CqilBypass, INT(distance) INT(dtype) OPTIONAL_INT(shared))                                               \
-    PLUGIN(CqilNorm, INT(delta) FLOAT(eps) INT(dtype))                                                              \
-    PLUGIN(CqilLinear, INT(delta) INT(bias) INT(norm) INT(residual) INT(gated) FLOAT(eps) INT(dtype)                \
-                           OPTIONAL_INT(weights) OPTIONAL_INT(outputs) OPTIONAL_INT(group) OPTIONAL_INT(sum))       \
-    PLUGIN(CqilAdd, INT(terms) INT(dtype))                                                                          \
-    PLUGIN(CqilGather, INT(dtype))                                                                                  \
-    PLUGIN(CqilAttention, INT(heads) INT(kv_heads) INT(head_dim) INT(capacity) INT(max_batch) INT(group) INT(first) \
-                              INT(head_norms) FLOAT(eps) INT(dtype))
+#define CQIL_PLUGINS(PLUGIN, INT, FLOAT, OPTIONAL_INT, OPTIONAL_FLOAT)                                                 \
+    PLUGIN(CqilAllReduce, INT(mode) FLOAT(eps) INT(dtype) OPTIONAL_INT(shared))                                        \
+    PLUGIN(CqilBroadcast, INT(rank) INT(hidden) INT(dtype))                                                            \
+    PLUGIN(CqilBypass, INT(distance) INT(dtype) OPTIONAL_INT(shared))                                                  \
+    PLUGIN(CqilNorm, INT(delta) FLOAT(eps) INT(dtype) OPTIONAL_INT(kind))                                              \
+    PLUGIN(CqilPostNorm, INT(residual) INT(next) FLOAT(eps) INT(kind) INT(dtype))                                      \
+    PLUGIN(CqilLinear, INT(delta) INT(bias) INT(norm) INT(residual) INT(gated) FLOAT(eps) INT(dtype) OPTIONAL_INT(     \
+                           weights) OPTIONAL_INT(outputs) OPTIONAL_INT(group) OPTIONAL_FLOAT(scale) OPTIONAL_INT(sum)) \
+    PLUGIN(CqilAdd, INT(terms) INT(dtype) OPTIONAL_INT(after))                                                         \
+    PLUGIN(CqilScale, FLOAT(factor) FLOAT(cap) INT(dtype))                                                             \
+    PLUGIN(CqilGather, INT(dtype))                                                                                     \
+    PLUGIN(CqilHeadSquares, INT(heads) INT(kv_heads) INT(head_dim) INT(first_key) INT(last_key) FLOAT(query_factor)    \
+                                FLOAT(key_factor) INT(dtype))                                                          \
+    PLUGIN(CqilAttention,                                                                                              \
+           INT(heads) INT(kv_heads) INT(head_dim) INT(capacity) INT(max_batch) INT(group) INT(first) INT(head_norms)   \
+               FLOAT(eps) INT(dtype) OPTIONAL_INT(window) OPTIONAL_INT(rotary) OPTIONAL_INT(norm)                      \
+                   OPTIONAL_FLOAT(scale) OPTIONAL_FLOAT(cap) OPTIONAL_INT(unrotated) OPTIONAL_INT(joint))
 
 // Only in a build with TensorRT. Registers the plugins with the TensorRT that this process has loaded. Loading the
 // library does the same if TensorRT is already there.

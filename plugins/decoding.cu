@@ -1,4 +1,4 @@
-// Small single-GPU kernels of a decode step: RMSNorm, sums, SwiGLU, rows of a table, the likeliest token, the next
+// Small single-GPU kernels of a decode step: RMSNorm, sums, gating, rows of a table, the likeliest token, the next
 // step's input.
 
 #include <cuda_bf16.h>
@@ -10,8 +10,8 @@
 #include "argmax.cuh"
 #include "cqil_trt.h"
 #include "errors.h"
+#include "gating.cuh"
 #include "launch.cuh"
-#include "swiglu.cuh"
 #include "types.cuh"
 
 using namespace cqil_trt;
@@ -49,6 +49,117 @@ __global__ void __launch_bounds__(kThreads)
         normed[row + i] = T(float(T(float(from[row + i]) * scale)) * float(weight[i]));
 }
 
+constexpr int kMostValues = 16;  // of a row, that a thread of norms_kernel has
+
+// kWidth elements, in one load where they are 16 bytes.
+template <typename T, int kWidth>
+struct alignas(kWidth * sizeof(T)) Several {
+    T value[kWidth];
+};
+
+// The sum of x over the block, on every thread; `parts` is not used again.
+__device__ float block_sum(float x, float* parts) {
+    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
+    __syncthreads();
+    x = 0;
+    for (int i = 0; i < int(blockDim.x / 32); ++i) x += parts[i];
+    return x;
+}
+
+// A row's residual sum with the norm of what is added, and the norm of the sum (cqil_residual_norm). One block per row,
+// which a thread's kEach times kWidth elements hold together.
+template <typename T, int kWidth, int kEach>
+__global__ void __launch_bounds__(kThreads)
+    norms_kernel(const T* delta, const T* delta_norm, const T* residual, const T* weight, T* sum_out, T* normed,
+                 int hidden, float eps, int kind) {
+    using Part = Several<T, kWidth>;
+    release_successor();
+    const int parts = hidden / kWidth;
+    const size_t row = size_t(blockIdx.x) * parts;
+    auto load = [&](Part(&to)[kEach], const T* from, size_t first) {
+        if (from == nullptr) return;
+#pragma unroll
+        for (int k = 0; k < kEach; ++k)
+            if (const int i = k * blockDim.x + threadIdx.x; i < parts)
+                to[k] = reinterpret_cast<const Part*>(from)[first + i];
+    };
+    Part before[kEach], after[kEach], x[kEach] = {}, added[kEach];
+    load(before, delta_norm, 0);
+    load(after, weight, 0);
+    wait_for_predecessor();
+    load(added, delta, row);
+    load(x, residual, row);
+    __shared__ float sums[2][kThreads / 32];
+    // Calls use(k, e) for each of the thread's elements.
+    auto each = [&](auto use) {
+#pragma unroll
+        for (int k = 0; k < kEach; ++k)
+            if (int(k * blockDim.x + threadIdx.x) < parts)
+#pragma unroll
+                for (int e = 0; e < kWidth; ++e) use(k, e);
+    };
+    auto scale_of = [&](const Part(&of)[kEach], float* parts) {
+        float square = 0;
+        each([&](int k, int e) { square = fmaf(float(of[k].value[e]), float(of[k].value[e]), square); });
+        return rsqrtf(block_sum(square, parts) / float(hidden) + eps);
+    };
+    auto times = [&](T value, float scale, T by) {
+        const float scaled = float(value) * scale, factor = float(by);
+        return kind == CQIL_NORM_ROUNDED  ? T(float(T(scaled)) * factor)
+               : kind == CQIL_NORM_OFFSET ? T(scaled * (1 + factor))
+                                          : T(scaled * factor);
+    };
+    auto store = [&](T* to, const Part(&from)[kEach]) {
+#pragma unroll
+        for (int k = 0; k < kEach; ++k)
+            if (const int i = k * blockDim.x + threadIdx.x; i < parts) reinterpret_cast<Part*>(to)[row + i] = from[k];
+    };
+    if (delta_norm != nullptr) {
+        const float scale = scale_of(added, sums[0]);
+        each([&](int k, int e) { added[k].value[e] = times(added[k].value[e], scale, before[k].value[e]); });
+    }
+    if (delta != nullptr) {
+        each([&](int k, int e) { x[k].value[e] = T(float(x[k].value[e]) + float(added[k].value[e])); });
+        store(sum_out, x);
+    }
+    if (weight == nullptr) return;
+    const float scale = scale_of(x, sums[1]);
+    each([&](int k, int e) { x[k].value[e] = times(x[k].value[e], scale, after[k].value[e]); });
+    store(normed, x);
+}
+
+// One block per row: the sums of the squares of its queries, and of some of its keys.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    head_squares_kernel(const T* qkv, float* out, int width, int queries, int first, int last, float query_factor,
+                        float key_factor) {
+    release_successor();
+    wait_for_predecessor();
+    const T* row = qkv + size_t(blockIdx.x) * width;
+    auto squares = [&](int from, int to) {
+        float sum = 0;
+        for (int i = from + threadIdx.x; i < to; i += blockDim.x) sum = fmaf(float(row[i]), float(row[i]), sum);
+        return sum;
+    };
+    __shared__ float parts[2][kThreads / 32];
+    const float q = block_sum(squares(0, queries), parts[0]), k = block_sum(squares(first, last), parts[1]);
+    if (threadIdx.x == 0) {
+        out[2 * blockIdx.x] = q * query_factor;
+        out[2 * blockIdx.x + 1] = k * key_factor;
+    }
+}
+
+template <typename T>
+__global__ void scale_kernel(const T* x, T* out, size_t count, float factor, float cap) {
+    release_successor();
+    wait_for_predecessor();
+    const size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= count) return;
+    const float y = float(x[i]) * factor;
+    out[i] = T(cap == 0 ? y : cap * tanhf(y / cap));
+}
+
 template <typename T>
 __global__ void add_kernel(const T* x, const T* y, T* out, size_t count) {
     release_successor();
@@ -58,13 +169,13 @@ __global__ void add_kernel(const T* x, const T* y, T* out, size_t count) {
 }
 
 template <typename T>
-__global__ void swiglu_kernel(const T* gate_up, T* out, int inner) {
+__global__ void gate_kernel(const T* gate_up, T* out, int inner, int gating) {
     release_successor();
     wait_for_predecessor();
     const int i = blockIdx.y * blockDim.x + threadIdx.x;
     if (i >= inner) return;
     const size_t row = blockIdx.x;
-    out[row * inner + i] = swiglu(gate_up[row * 2 * inner + i], gate_up[(row * 2 + 1) * inner + i]);
+    out[row * inner + i] = gated(gate_up[row * 2 * inner + i], gate_up[(row * 2 + 1) * inner + i], gating);
 }
 
 // One block per row of `width` elements or packets.
@@ -196,17 +307,59 @@ __global__ void __launch_bounds__(kThreads)
     if (threadIdx.x == 0) *step = now + 1;
 }
 
+// The arguments of norms_kernel.
+template <typename T>
+struct Norms {
+    const T *delta, *delta_norm, *residual, *weight;
+    T *sum, *normed;
+    int rows, hidden;
+    float eps;
+    cqil_norm kind;
+};
+
+template <int kWidth, int kEach, typename T>
+int norms(const Norms<T>& n, cudaStream_t stream) {
+    const int threads = ((n.hidden / kWidth + kEach - 1) / kEach + 31) / 32 * 32;
+    return launch(norms_kernel<T, kWidth, kEach>, {dim3(n.rows), dim3(threads), stream}, n.delta, n.delta_norm,
+                  n.residual, n.weight, n.sum, n.normed, n.hidden, n.eps, int(n.kind));
+}
+
+template <typename T>
+int norms(const Norms<T>& n, cudaStream_t stream) {
+    constexpr int kPacket = 16 / sizeof(T);
+    if (n.hidden > kThreads * kMostValues) return fail("a row of %d elements is too long for its norms", n.hidden);
+    if (n.hidden % kPacket != 0) return norms<1, kMostValues>(n, stream);
+    if (n.hidden <= kThreads * kPacket) return norms<kPacket, 1>(n, stream);
+    return norms<kPacket, kMostValues / kPacket>(n, stream);
+}
+
 }  // namespace
 
 extern "C" {
 
-int cqil_residual_norm(const void* delta, const void* residual, const void* weight, void* sum, void* normed, int rows,
-                       int hidden, float eps, cqil_dtype dtype, void* stream) {
+int cqil_residual_norm(const void* delta, const void* delta_norm, const void* residual, const void* weight, void* sum,
+                       void* normed, int rows, int hidden, float eps, cqil_norm norm, cqil_dtype dtype, void* stream) {
     if (rows < 0 || hidden < 1) return fail("%d rows of %d", rows, hidden);
+    if (norm < CQIL_NORM_ROUNDED || norm > CQIL_NORM_OFFSET) return fail("norms of kind %d", int(norm));
+    if (delta_norm == nullptr && (residual == nullptr || weight == nullptr)) return fail("a norm lacks its operands");
+    if (delta_norm != nullptr && delta == nullptr) return fail("delta_norm is given, and no delta");
     if (rows == 0) return 0;
     const int threads = hidden >= 2048 ? 1024 : hidden >= 512 ? 256 : 64;
     return by_type(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
+        if (delta_norm != nullptr || norm != CQIL_NORM_ROUNDED) {
+            const Norms<T> n = {static_cast<const T*>(delta),
+                                static_cast<const T*>(delta_norm),
+                                static_cast<const T*>(residual),
+                                static_cast<const T*>(weight),
+                                static_cast<T*>(sum),
+                                static_cast<T*>(normed),
+                                rows,
+                                hidden,
+                                eps,
+                                norm};
+            return norms(n, static_cast<cudaStream_t>(stream));
+        }
         return launch(norm_kernel<T>, {dim3(rows), dim3(threads), static_cast<cudaStream_t>(stream)},
                       static_cast<const T*>(delta), static_cast<const T*>(residual), static_cast<const T*>(weight),
                       static_cast<T*>(sum), static_cast<T*>(normed), hidden, eps);
@@ -223,13 +376,38 @@ int cqil_add(const void* x, const void* y, void* out, size_t count, cqil_dtype d
     });
 }
 
-int cqil_swiglu(const void* gate_up, void* out, int rows, int inner, cqil_dtype dtype, void* stream) {
-    if (rows < 0 || inner < 1) return fail("%d rows of %d", rows, inner);
+int cqil_scale(const void* x, void* out, size_t count, float factor, float cap, cqil_dtype dtype, void* stream) {
+    if (count == 0) return 0;
+    if (count > size_t(INT32_MAX) * 256) return fail("%zu elements", count);
+    return by_type(dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        return launch(scale_kernel<T>, {dim3((count + 255) / 256), 256, static_cast<cudaStream_t>(stream)},
+                      static_cast<const T*>(x), static_cast<T*>(out), count, factor, cap);
+    });
+}
+
+int cqil_head_squares(const void* qkv, float* out, int rows, int heads, int kv_heads, int head_dim, int first_key,
+                      int last_key, float query_factor, float key_factor, cqil_dtype dtype, void* stream) {
+    if (rows < 0 || heads < 0 || kv_heads < 0 || head_dim < 1 || first_key < 0 || last_key > kv_heads)
+        return fail("%d rows of %d and %d heads of %d, keys from %d to %d", rows, heads, kv_heads, head_dim, first_key,
+                    last_key);
     if (rows == 0) return 0;
     return by_type(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        return launch(swiglu_kernel<T>, {dim3(rows, (inner + 255) / 256), 256, static_cast<cudaStream_t>(stream)},
-                      static_cast<const T*>(gate_up), static_cast<T*>(out), inner);
+        return launch(head_squares_kernel<T>, {dim3(rows), kThreads, static_cast<cudaStream_t>(stream)},
+                      static_cast<const T*>(qkv), out, (heads + 2 * kv_heads) * head_dim, heads * head_dim,
+                      (heads + first_key) * head_dim, (heads + last_key) * head_dim, query_factor, key_factor);
+    });
+}
+
+int cqil_gate(const void* gate_up, void* out, int rows, int inner, cqil_gating gating, cqil_dtype dtype, void* stream) {
+    if (rows < 0 || inner < 1) return fail("%d rows of %d", rows, inner);
+    if (gating != CQIL_SWIGLU && gating != CQIL_GEGLU) return fail("gating %d", int(gating));
+    if (rows == 0) return 0;
+    return by_type(dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        return launch(gate_kernel<T>, {dim3(rows, (inner + 255) / 256), 256, static_cast<cudaStream_t>(stream)},
+                      static_cast<const T*>(gate_up), static_cast<T*>(out), inner, int(gating));
     });
 }
 

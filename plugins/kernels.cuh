@@ -74,7 +74,13 @@ struct AllReduce {
     uint32_t tail;
     float eps;
     float inverse_hidden;
+    const void* in_norm;  // with Norms::kAny: of the sum before the residual is added; may be null, as weight may
+    int kind;             // with Norms::kAny: a cqil_norm
 };
+
+// What all_reduce_kernel does besides the sum: nothing, the RMSNorm of the new residual as LLaMA has it, or (one-shot
+// only) norms of any kind, also of the sum before it is added.
+enum class Norms { kNone, kAfter, kAny };
 
 __device__ inline bool partial(uint32_t index, const AllReduce& a) { return a.tail != 0 && index + 1 == a.packets; }
 
@@ -196,13 +202,21 @@ __device__ inline float block_sum(float x, uint32_t half) {
     return x;
 }
 
-// out = residual + sum over ranks of in; with kNorm also its RMSNorm. A block takes whole rows, a thread up to kVectors
+// x after an RMSNorm: `scaled`, not rounded yet, times the weight.
+template <typename T>
+__device__ inline float weighted(float scaled, float weight, int kind) {
+    if (kind == CQIL_NORM_ROUNDED) return round_to<T>(scaled) * weight;
+    return scaled * (kind == CQIL_NORM_OFFSET ? 1 + weight : weight);
+}
+
+// out = residual + sum over ranks of in; with norms also its RMSNorm. A block takes whole rows, a thread up to kVectors
 // packets of a row.
 //
 // One-shot: every rank sends its rows to all others and sums everything. Two-shot: row r belongs to rank r % world,
 // which sums what it is sent and returns the result to all.
-template <typename T, int kWorld, int kVectors, bool kNorm, bool kTwoShot>
-__global__ void __launch_bounds__(1024) all_reduce_kernel(State* state, AllReduce a) {
+template <typename T, int kWorld, int kVectors, Norms kNorms, bool kTwoShot>
+__global__ void __launch_bounds__(kNorms == Norms::kAny ? 512 : 1024) all_reduce_kernel(State* state, AllReduce a) {
+    constexpr bool kNorm = kNorms != Norms::kNone, kAny = kNorms == Norms::kAny;
     release_successor();
     const uint32_t world = state->world, rank = state->rank;  // constant since the workspace was opened
     const Layout layout = state->layout;
@@ -211,7 +225,17 @@ __global__ void __launch_bounds__(1024) all_reduce_kernel(State* state, AllReduc
 #pragma unroll
         for (int k = 0; k < kVectors; ++k) {
             uint32_t column = k * blockDim.x + threadIdx.x;
-            if (column < a.width) weight[k] = static_cast<const Packet*>(a.weight)[column];
+            if (column < a.width && (!kAny || a.weight)) weight[k] = static_cast<const Packet*>(a.weight)[column];
+        }
+    }
+    Packet in_norm[kAny ? kVectors : 1];
+    if constexpr (kAny) {
+        if (a.in_norm) {
+#pragma unroll
+            for (int k = 0; k < kVectors; ++k) {
+                const uint32_t column = k * blockDim.x + threadIdx.x;
+                if (column < a.width) in_norm[k] = static_cast<const Packet*>(a.in_norm)[column];
+            }
         }
     }
     // Every rank starts with a different peer, so no link is hit by all at once.
@@ -281,7 +305,28 @@ __global__ void __launch_bounds__(1024) all_reduce_kernel(State* state, AllReduc
     Patience patience(state, CQIL_ALL_REDUCE, turn.epoch);
 
     uint32_t half = 0;
-    auto finish_row = [&](uint32_t row, const Packet(&value)[kVectors]) {
+    auto finish_row = [&](uint32_t row, Packet(&value)[kVectors]) {
+        if constexpr (kAny) {
+            if (a.in_norm) {
+                float squares = 0;
+                uint32_t column, index;
+#pragma unroll
+                for (int k = 0; k < kVectors; ++k)
+                    if (place(row, k, column, index))
+#pragma unroll
+                        for (int i = 0; i < kElements<T>; ++i)
+                            squares += element<T>(value[k], i) * element<T>(value[k], i);
+                const float scale = rsqrtf(block_sum(squares, half ^= 1) * a.inverse_hidden + a.eps);
+#pragma unroll
+                for (int k = 0; k < kVectors; ++k)
+                    if (place(row, k, column, index))
+                        value[k] = rounded<T>([&](int i) {
+                            const float scaled = element<T>(value[k], i) * scale;
+                            return element<T>(residual[k], i) +
+                                   round_to<T>(weighted<T>(scaled, element<T>(in_norm[k], i), a.kind));
+                        });
+            }
+        }
         float squares = 0;
         uint32_t column, index;
 #pragma unroll
@@ -291,14 +336,17 @@ __global__ void __launch_bounds__(1024) all_reduce_kernel(State* state, AllReduc
 #pragma unroll
             for (int i = 0; i < kElements<T>; ++i) squares += element<T>(value[k], i) * element<T>(value[k], i);
         }
-        if (!kNorm) return;
+        if (!kNorm || (kAny && !a.weight)) return;
         // As Hugging Face's LlamaRMSNorm: in float32, rounded to T, then times the weight, rounded again.
         const float scale = rsqrtf(block_sum(squares, half ^= 1) * a.inverse_hidden + a.eps);
 #pragma unroll
         for (int k = 0; k < kVectors; ++k) {
             if (!place(row, k, column, index)) continue;
-            static_cast<Packet*>(a.normed)[index] = rounded<T>(
-                [&](int i) { return element<T>(weight[k], i) * round_to<T>(element<T>(value[k], i) * scale); });
+            static_cast<Packet*>(a.normed)[index] = rounded<T>([&](int i) {
+                if constexpr (kAny)
+                    return weighted<T>(element<T>(value[k], i) * scale, element<T>(weight[k], i), a.kind);
+                return element<T>(weight[k], i) * round_to<T>(element<T>(value[k], i) * scale);
+            });
         }
     };
 
@@ -319,7 +367,7 @@ __global__ void __launch_bounds__(1024) all_reduce_kernel(State* state, AllReduc
                 return kTwoShot ? layout.scatter(buffer, source) + chunk(row, column)
                                 : layout.one_shot(buffer, source) + size_t(index) * sizeof(Packet);
             });
-            if (kNorm || a.residual) add_to<T>(sum, residual[k]);
+            if (kAny ? !a.in_norm : kNorm || a.residual) add_to<T>(sum, residual[k]);
             value[k] = rounded<T>([&](int i) { return sum[i]; });
             if (kTwoShot) {
                 value[k] = sendable(value[k]);

@@ -13,9 +13,9 @@
 
 #include "cqil_trt.h"
 #include "errors.h"
+#include "gating.cuh"
 #include "launch.cuh"
 #include "linear.cuh"
-#include "swiglu.cuh"
 #include "types.cuh"
 
 using namespace cqil_trt;
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(kFewThreads, 2) few_rows_kernel(Operands o) {
             }
             const size_t at = size_t(row) * o.outputs + output;
             if constexpr (kGated)
-                static_cast<T*>(o.out)[at] = swiglu(T(y[0]), T(y[1]));
+                static_cast<T*>(o.out)[at] = gated(T(y[0]), T(y[1]), o.gating);
             else
                 write<T>(o, at, y[0], added[i]);
         }
@@ -414,7 +414,7 @@ __global__ void __launch_bounds__(kPlainThreads) plain_kernel(Operands o) {
         if (lane != 0 || n >= rows) continue;
         const size_t to = size_t(first + n) * o.outputs + row;
         if constexpr (kGated)
-            static_cast<T*>(o.out)[to] = swiglu(T(y[0]), T(y[kHalves - 1]));
+            static_cast<T*>(o.out)[to] = gated(T(y[0]), T(y[kHalves - 1]), o.gating);
         else
             write<T>(o, to, y[0], residual != nullptr ? float(residual[to]) : 0);
     }
@@ -487,7 +487,9 @@ int linear(const cqil_linear_shape& s, Operands o, char* scratch, cudaStream_t s
             return -1;
     if (o.norm != nullptr && !(few && fuses)) {
         void* sum = o.delta != nullptr ? scratch + normed_bytes(s) : nullptr;
-        if (cqil_residual_norm(o.delta, o.x, o.norm, sum, scratch, s.rows, s.inputs, o.eps, type, st)) return -1;
+        if (cqil_residual_norm(o.delta, nullptr, o.x, o.norm, sum, scratch, s.rows, s.inputs, o.eps, CQIL_NORM_ROUNDED,
+                               type, st))
+            return -1;
         o.x = scratch;
         o.delta = o.norm = nullptr;
         scratch += 2 * normed_bytes(s);
@@ -499,7 +501,8 @@ int linear(const cqil_linear_shape& s, Operands o, char* scratch, cudaStream_t s
             void* out = o.out;
             o.out = scratch;
             o.outputs *= 2;
-            return product<T>(o, st) ? -1 : cqil_swiglu(scratch, out, s.rows, s.outputs, type, st);
+            const auto gating = static_cast<cqil_gating>(o.gating);
+            return product<T>(o, st) ? -1 : cqil_gate(scratch, out, s.rows, s.outputs, gating, type, st);
         }
     }
     if (s.gated) return aligned ? plain<T, true, true>(o, st) : plain<T, true, false>(o, st);
@@ -525,10 +528,13 @@ int cqil_linear(const cqil_linear_shape* s, const void* x, const void* delta, co
     if (s->rows < 0 || s->inputs < 1 || s->outputs < 1 || s->rows > 65535 * 8)
         return fail("%d rows of %d to %d", s->rows, s->inputs, s->outputs);
     if (delta != nullptr && norm == nullptr) return fail("delta is added for a norm, and there is none");
-    if (s->gated && residual != nullptr) return fail("a gated product takes no residual");
+    if (s->gated < CQIL_UNGATED || s->gated > CQIL_GEGLU) return fail("gating %d is not known", s->gated);
+    if (s->gated && (residual != nullptr || s->scale != 0)) return fail("a gated product takes no residual, no scale");
     if (sum != nullptr && residual == nullptr) return fail("a sum is with a residual, and there is none");
     if (s->rows == 0) return 0;
-    const Operands o = {x, delta, weight, bias, norm, residual, out, sum, s->rows, s->outputs, s->inputs, s->eps};
+    const float scale = s->scale == 0 ? 1 : s->scale;
+    const Operands o = {x,   delta,   weight,     bias,      norm,   residual, out,
+                        sum, s->rows, s->outputs, s->inputs, s->eps, scale,    s->gated};
     auto st = static_cast<cudaStream_t>(stream);
     if (s->weights != CQIL_DENSE) return packed_linear(*s, o, scratch, st);
     auto* space = static_cast<char*>(scratch);

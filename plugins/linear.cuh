@@ -23,7 +23,8 @@ struct Operands {
     void* out;
     void* sum;
     int rows, outputs, inputs;
-    float eps;
+    float eps, scale;
+    int gating;
 };
 
 template <typename T>
@@ -90,10 +91,10 @@ __device__ inline uint4 normed(uint4 x, uint4 weight, float scale) {
 template <typename T>
 __device__ inline void write(const Operands& o, size_t at, float y, float added) {
     if (o.sum == nullptr) {
-        static_cast<T*>(o.out)[at] = T(y + added);
+        static_cast<T*>(o.out)[at] = T(fmaf(y, o.scale, added));
         return;
     }
-    const T alone(y);
+    const T alone(y * o.scale);
     static_cast<T*>(o.out)[at] = alone;
     static_cast<T*>(o.sum)[at] = T(float(alone) + added);
 }

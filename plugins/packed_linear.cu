@@ -18,9 +18,9 @@
 
 #include "cqil_trt.h"
 #include "errors.h"
+#include "gating.cuh"
 #include "launch.cuh"
 #include "linear.cuh"
-#include "swiglu.cuh"
 #include "types.cuh"
 
 using namespace cqil_trt;
@@ -411,7 +411,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
                 }
                 const size_t at = size_t(r.row) * o.outputs + r.output;
                 if constexpr (kGated)
-                    static_cast<T*>(o.out)[at] = swiglu(T(y[0]), T(y[1]));
+                    static_cast<T*>(o.out)[at] = gated(T(y[0]), T(y[1]), o.gating);
                 else
                     write<T>(o, at, y[0], r.added);
             }
@@ -636,7 +636,9 @@ int cqil_trt::packed_linear(const cqil_linear_shape& s, Operands o, void* scratc
             const size_t bytes = align(size_t(s.rows) * s.inputs * 2);
             void* sum = o.delta != nullptr ? static_cast<char*>(scratch) + bytes : nullptr;
             const auto dtype = static_cast<cqil_dtype>(s.dtype);
-            if (cqil_residual_norm(o.delta, o.x, o.norm, sum, scratch, s.rows, s.inputs, s.eps, dtype, st)) return -1;
+            if (cqil_residual_norm(o.delta, nullptr, o.x, o.norm, sum, scratch, s.rows, s.inputs, s.eps,
+                                   CQIL_NORM_ROUNDED, dtype, st))
+                return -1;
             o.x = scratch;
             o.delta = o.norm = nullptr;
         }

@@ -11,15 +11,20 @@
 //                   mode 2: delta, residual, weight -> residual + sum, RMSNorm of it * weight
 //   CqilBroadcast   rank 0: x -> x; others: tokens int32 [B, T] -> rank 0's x [B, T, hidden]
 //   CqilBypass      x -> sum of the x of the `distance` ranks before this one (zeros on rank 0)
-//   CqilNorm        x, (delta,) weight -> RMSNorm(x + delta) * weight
+//   CqilNorm        x, (delta,) weight -> RMSNorm(x + delta) * weight; `kind` is a cqil_norm, also below
+//   CqilPostNorm    delta, delta_norm, (residual,) (weight) -> residual + RMSNorm(delta) * delta_norm, and where weight
+//                   is given (`next`) RMSNorm of it * weight
 //   CqilLinear      x, (delta,) weight, (bias,) (norm,) (residual) -> as cqil_linear
-//                   a field is 1 where its input is given, and sum where there are two results. With packed weights, `weights` (a cqil_weights),
-//                   `outputs` and `group` are those of cqil_linear_shape, and weight is an int32 tensor bound to what
-//                   cqil_pack made
-//   CqilAdd         x, (y) -> x + y (terms 2), zeros (terms 0)
+//                   a field is 1 where its input is given, and sum where there are two results; `gated` is a cqil_gating.
+//                   With packed weights, `weights` (a cqil_weights), `outputs` and `group` are those of
+//                   cqil_linear_shape, and weight is an int32 tensor bound to what cqil_pack made
+//   CqilAdd         x, (y) -> x + y (terms 2), zeros (terms 0); with `after` zeros that wait for a float32 y
+//   CqilScale       x -> x * factor, capped, as cqil_scale
 //   CqilGather      table [M, H], indices int32 [N] -> table[indices] [N, H]
-//   CqilAttention   qkv, cos, sin, (q_norm, k_norm,) past int32 [B], slots int32 [B], cache
-//                   -> [N, heads * head_dim], as cqil_attention; cache is an int32 tensor bound to a layer's cache
+//   CqilHeadSquares qkv -> float32 [N, 2], as cqil_head_squares
+//   CqilAttention   qkv, (cos, sin,) (q_norm, k_norm,) (squares,) past int32 [B], slots int32 [B], cache
+//                   -> [N, heads * head_dim], as cqil_attention; cache is an int32 tensor bound to a layer's cache.
+//                   `unrotated`: without cos and sin; `joint`: with squares
 
 #include <NvInfer.h>
 #include <cuda_runtime.h>
@@ -62,18 +67,19 @@ struct Declaration;
     struct plugin##Fields {     \
         members                 \
     };
-CQIL_PLUGINS(FIELDS, INT_MEMBER, FLOAT_MEMBER, INT_MEMBER)
+CQIL_PLUGINS(FIELDS, INT_MEMBER, FLOAT_MEMBER, INT_MEMBER, FLOAT_MEMBER)
 
 #define INT_FIELD(name) {#name, PluginFieldType::kINT32, false},
 #define FLOAT_FIELD(name) {#name, PluginFieldType::kFLOAT32, false},
-#define OPTIONAL_FIELD(name) {#name, PluginFieldType::kINT32, true},
+#define OPTIONAL_INT_FIELD(name) {#name, PluginFieldType::kINT32, true},
+#define OPTIONAL_FLOAT_FIELD(name) {#name, PluginFieldType::kFLOAT32, true},
 #define DECLARATION(plugin, fields)                             \
     template <>                                                 \
     struct Declaration<plugin##Fields> {                        \
         static constexpr char kName[] = #plugin;                \
         static constexpr FieldDeclaration kFields[] = {fields}; \
     };
-CQIL_PLUGINS(DECLARATION, INT_FIELD, FLOAT_FIELD, OPTIONAL_FIELD)
+CQIL_PLUGINS(DECLARATION, INT_FIELD, FLOAT_FIELD, OPTIONAL_INT_FIELD, OPTIONAL_FLOAT_FIELD)
 
 DataType to_tensorrt(int32_t dtype) {
 #if NV_TENSORRT_MAJOR >= 10
@@ -88,6 +94,8 @@ bool valid_dtype(int32_t dtype) {
 #endif
     return dtype >= CQIL_FLOAT32 && dtype <= CQIL_BFLOAT16;
 }
+
+bool valid_norm(int32_t kind) { return kind >= CQIL_NORM_ROUNDED && kind <= CQIL_NORM_OFFSET; }
 
 size_t elements(const Dims& dims) {
     size_t count = 1;
@@ -258,7 +266,9 @@ public:
     static constexpr int kIntegers = 0;
     using Plugin::Plugin;
 
-    static bool valid(const Fields& f) { return (f.delta == 0 || f.delta == 1) && f.eps >= 0 && valid_dtype(f.dtype); }
+    static bool valid(const Fields& f) {
+        return (f.delta == 0 || f.delta == 1) && f.eps >= 0 && valid_norm(f.kind) && valid_dtype(f.dtype);
+    }
     int32_t inputs() const { return 2 + fields_.delta; }
     int32_t outputs() const { return 1; }
     size_t scratch_bytes(PluginTensorDesc const* input) const {
@@ -268,8 +278,32 @@ public:
             void* scratch, cudaStream_t stream) const {
         const Dims& dims = input[0].dims;
         const int hidden = static_cast<int>(dims.d[dims.nbDims - 1]), rows = static_cast<int>(elements(dims) / hidden);
-        return cqil_residual_norm(fields_.delta ? in[1] : nullptr, in[0], in[1 + fields_.delta], scratch, out[0], rows,
-                                  hidden, fields_.eps, dtype(), stream);
+        return cqil_residual_norm(fields_.delta ? in[1] : nullptr, nullptr, in[0], in[1 + fields_.delta], scratch,
+                                  out[0], rows, hidden, fields_.eps, static_cast<cqil_norm>(fields_.kind), dtype(),
+                                  stream);
+    }
+};
+
+class CqilPostNorm final : public Plugin<CqilPostNorm, CqilPostNormFields> {
+public:
+    static constexpr int kIntegers = 0;
+    using Plugin::Plugin;
+
+    static bool valid(const Fields& f) {
+        for (int32_t flag : {f.residual, f.next})
+            if (flag != 0 && flag != 1) return false;
+        return f.eps >= 0 && valid_norm(f.kind) && valid_dtype(f.dtype);
+    }
+    int32_t inputs() const { return 2 + fields_.residual + fields_.next; }
+    int32_t outputs() const { return 1 + fields_.next; }
+    int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in, void* const* out, void*,
+            cudaStream_t stream) const {
+        const Dims& dims = input[0].dims;
+        const int hidden = static_cast<int>(dims.d[dims.nbDims - 1]), rows = static_cast<int>(elements(dims) / hidden);
+        const void* weight = fields_.next ? in[2 + fields_.residual] : nullptr;
+        return cqil_residual_norm(in[0], in[1], fields_.residual ? in[2] : nullptr, weight, out[0],
+                                  fields_.next ? out[1] : nullptr, rows, hidden, fields_.eps,
+                                  static_cast<cqil_norm>(fields_.kind), dtype(), stream);
     }
 };
 
@@ -279,14 +313,15 @@ public:
     using Plugin::Plugin;
 
     static bool valid(const Fields& f) {
-        for (int32_t flag : {f.delta, f.bias, f.norm, f.residual, f.gated, f.sum})
+        for (int32_t flag : {f.delta, f.bias, f.norm, f.residual, f.sum})
             if (flag != 0 && flag != 1) return false;
+        if (f.gated < CQIL_UNGATED || f.gated > CQIL_GEGLU) return false;
         const bool packed = f.weights != CQIL_DENSE, groups = f.group == 32 || f.group == 64 || f.group == 128;
         if (f.weights < CQIL_DENSE || f.weights > CQIL_INT4 || packed != (f.outputs > 0)) return false;
         if (packed && f.dtype == CQIL_FLOAT32) return false;
         if (f.weights == CQIL_INT4 ? !groups : f.group != 0) return false;
-        return (f.norm || !f.delta) && !(f.gated && f.residual) && (f.residual || !f.sum) && f.eps >= 0 &&
-               valid_dtype(f.dtype);
+        if (f.gated && (f.residual || f.scale != 0)) return false;
+        return (f.norm || !f.delta) && (f.residual || !f.sum) && f.eps >= 0 && valid_dtype(f.dtype);
     }
     int32_t inputs() const { return 2 + fields_.delta + fields_.bias + fields_.norm + fields_.residual; }
     int32_t outputs() const { return 1 + fields_.sum; }
@@ -333,16 +368,17 @@ private:
     cqil_linear_shape shape(PluginTensorDesc const* input) const {
         const auto *x = input[0].dims.d, *w = input[weight()].dims.d;
         const bool packed = fields_.weights != CQIL_DENSE;
-        return {static_cast<int>(x[0]), packed ? fields_.outputs : static_cast<int>(w[0]) / (1 + fields_.gated),
+        return {static_cast<int>(x[0]), packed ? fields_.outputs : static_cast<int>(w[0]) / (fields_.gated ? 2 : 1),
                 static_cast<int>(x[1]), fields_.gated,
                 fields_.dtype,          fields_.eps,
-                fields_.weights,        fields_.group};
+                fields_.weights,        fields_.group,
+                fields_.scale};
     }
     // Bytes of a dense copy of packed weights, for more rows than the packed product takes; else 0. Never for 16 rows
     // or fewer: their product reads W before what is enqueued before it is done.
     static size_t dense_bytes(const cqil_linear_shape& s) {
         if (s.weights == CQIL_DENSE || s.rows <= std::max(16, cqil_packed_rows())) return 0;
-        const size_t bytes = size_t(s.outputs) * (1 + s.gated) * s.inputs * 2;
+        const size_t bytes = size_t(s.outputs) * (s.gated ? 2 : 1) * s.inputs * 2;
         return (bytes + 255) / 256 * 256;
     }
 };
@@ -352,15 +388,65 @@ public:
     static constexpr int kIntegers = 0;
     using Plugin::Plugin;
 
-    static bool valid(const Fields& f) { return (f.terms == 0 || f.terms == 2) && valid_dtype(f.dtype); }
-    int32_t inputs() const { return fields_.terms ? 2 : 1; }
+    static bool valid(const Fields& f) {
+        return (f.terms == 0 || f.terms == 2) && (f.after == 0 || (f.after == 1 && f.terms == 0)) &&
+               valid_dtype(f.dtype);
+    }
+    int32_t inputs() const { return fields_.terms || fields_.after ? 2 : 1; }
     int32_t outputs() const { return 1; }
+    bool supports(int32_t position, PluginTensorDesc const* io, int32_t) const {
+        return io[position].type == (fields_.after && position == 1 ? DataType::kFLOAT : type());
+    }
     int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in, void* const* out, void*,
             cudaStream_t stream) const {
         const size_t count = elements(input[0].dims);
         if (fields_.terms) return cqil_add(in[0], in[1], out[0], count, dtype(), stream);
         CQIL_CUDA(cudaMemsetAsync(out[0], 0, count * (fields_.dtype == CQIL_FLOAT32 ? 4 : 2), stream));
         return 0;
+    }
+};
+
+class CqilScale final : public Plugin<CqilScale, CqilScaleFields> {
+public:
+    static constexpr int kIntegers = 0;
+    using Plugin::Plugin;
+
+    static bool valid(const Fields& f) { return f.cap >= 0 && valid_dtype(f.dtype); }
+    int32_t inputs() const { return 1; }
+    int32_t outputs() const { return 1; }
+    int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in, void* const* out, void*,
+            cudaStream_t stream) const {
+        return cqil_scale(in[0], out[0], elements(input[0].dims), fields_.factor, fields_.cap, dtype(), stream);
+    }
+};
+
+class CqilHeadSquares final : public Plugin<CqilHeadSquares, CqilHeadSquaresFields> {
+public:
+    static constexpr int kIntegers = 0;
+    using Plugin::Plugin;
+
+    static bool valid(const Fields& f) {
+        return f.heads >= 0 && f.kv_heads >= 0 && f.head_dim > 0 && f.first_key >= 0 && f.last_key <= f.kv_heads &&
+               valid_dtype(f.dtype);
+    }
+    int32_t inputs() const { return 1; }
+    int32_t outputs() const { return 1; }
+    DataType getOutputDataType(int32_t, DataType const*, int32_t) const noexcept override { return DataType::kFLOAT; }
+    DimsExprs output_dimensions(DimsExprs const* in, IExprBuilder& builder) const {
+        DimsExprs dims = in[0];
+        dims.d[dims.nbDims - 1] = builder.constant(2);
+        return dims;
+    }
+    bool supports(int32_t position, PluginTensorDesc const* io, int32_t inputs) const {
+        return io[position].type == (position < inputs ? type() : DataType::kFLOAT);
+    }
+    int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in, void* const* out, void*,
+            cudaStream_t stream) const {
+        const Fields& f = fields_;
+        const Dims& dims = input[0].dims;
+        const int rows = static_cast<int>(elements(dims) / dims.d[dims.nbDims - 1]);
+        return cqil_head_squares(in[0], static_cast<float*>(out[0]), rows, f.heads, f.kv_heads, f.head_dim, f.first_key,
+                                 f.last_key, f.query_factor, f.key_factor, dtype(), stream);
     }
 };
 
@@ -390,10 +476,16 @@ public:
     using Plugin::Plugin;
 
     static bool valid(const Fields& f) {
+        for (int32_t flag : {f.head_norms, f.unrotated, f.joint})
+            if (flag != 0 && flag != 1) return false;
+        if (f.window < 0 || f.rotary < 0 || f.rotary > f.head_dim || !valid_norm(f.norm)) return false;
         return f.heads > 0 && f.kv_heads > 0 && f.head_dim > 0 && f.capacity > 0 && f.max_batch > 0 && f.group > 0 &&
-               f.first >= 0 && f.eps >= 0 && (f.head_norms == 0 || f.head_norms == 1) && valid_dtype(f.dtype);
+               f.first >= 0 && f.eps >= 0 && f.scale >= 0 && f.cap >= 0 && (f.head_norms || !f.joint) &&
+               valid_dtype(f.dtype);
     }
-    int32_t inputs() const { return fields_.head_norms ? 8 : 6; }
+    int32_t inputs() const {
+        return 1 + 2 * (1 - fields_.unrotated) + 2 * fields_.head_norms + fields_.joint + kIntegers;
+    }
     int32_t outputs() const { return 1; }
     DimsExprs output_dimensions(DimsExprs const* in, IExprBuilder& builder) const {
         DimsExprs dims = in[0];
@@ -401,7 +493,9 @@ public:
         return dims;
     }
     bool supports(int32_t position, PluginTensorDesc const* io, int32_t) const {
-        return io[position].type == (position == 1 || position == 2 ? DataType::kFLOAT : type());  // cos, sin
+        const int32_t norms = 1 + 2 * (1 - fields_.unrotated), squares = norms + 2 * fields_.head_norms;
+        const bool table = position >= 1 && position < norms, square = fields_.joint && position == squares;
+        return io[position].type == (table || square ? DataType::kFLOAT : type());
     }
     size_t scratch_bytes(PluginTensorDesc const* input) const {
         const cqil_attention_shape s = shape(input);
@@ -410,11 +504,14 @@ public:
     int run(PluginTensorDesc const* input, PluginTensorDesc const*, void const* const* in, void* const* out,
             void* scratch, cudaStream_t stream) const {
         const cqil_attention_shape s = shape(input);
-        const int past = inputs() - kIntegers;
-        return cqil_attention(
-            &s, in[0], static_cast<const int32_t*>(in[past]), static_cast<const int32_t*>(in[past + 1]),
-            static_cast<const float*>(in[1]), static_cast<const float*>(in[2]), fields_.head_norms ? in[3] : nullptr,
-            fields_.head_norms ? in[4] : nullptr, const_cast<void*>(in[past + 2]), out[0], scratch, stream);
+        int at = 1;
+        auto next = [&](bool given) { return given ? in[at++] : nullptr; };
+        const void *cos = next(!fields_.unrotated), *sin = next(!fields_.unrotated), *q_norm = next(fields_.head_norms),
+                   *k_norm = next(fields_.head_norms), *squares = next(fields_.joint), *past = next(true),
+                   *slots = next(true), *cache = next(true);
+        return cqil_attention(&s, in[0], static_cast<const int32_t*>(past), static_cast<const int32_t*>(slots),
+                              static_cast<const float*>(cos), static_cast<const float*>(sin), q_norm, k_norm,
+                              static_cast<const float*>(squares), const_cast<void*>(cache), out[0], scratch, stream);
     }
 
 private:
@@ -422,8 +519,8 @@ private:
         const int batch = std::max(1, static_cast<int>(input[inputs() - kIntegers].dims.d[0]));
         const int length = static_cast<int>(input[0].dims.d[0]) / batch;
         const Fields& f = fields_;
-        return {batch,       length,  f.heads, f.kv_heads, f.head_dim, f.capacity,
-                f.max_batch, f.group, f.first, f.dtype,    f.eps,      0};
+        return {batch,   length, f.heads, f.kv_heads, f.head_dim, f.capacity, f.max_batch, f.group, f.first,
+                f.dtype, f.eps,  0,       f.window,   f.rotary,   f.norm,     f.scale,     f.cap};
     }
 };
 
@@ -493,8 +590,8 @@ private:
 #define NO_FIELD(name)
 #define CREATOR(plugin, fields) Creator<plugin> plugin##_creator;
 #define CREATOR_ADDRESS(plugin, fields) &plugin##_creator,
-CQIL_PLUGINS(CREATOR, NO_FIELD, NO_FIELD, NO_FIELD)
-IPluginCreator* const creators[] = {CQIL_PLUGINS(CREATOR_ADDRESS, NO_FIELD, NO_FIELD, NO_FIELD)};
+CQIL_PLUGINS(CREATOR, NO_FIELD, NO_FIELD, NO_FIELD, NO_FIELD)
+IPluginCreator* const creators[] = {CQIL_PLUGINS(CREATOR_ADDRESS, NO_FIELD, NO_FIELD, NO_FIELD, NO_FIELD)};
 
 }  // namespace
 

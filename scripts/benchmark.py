@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from mpi4py import MPI
 from plots import check_plot, pyplot
-from synthetic import SHAPES, model_config
+from synthetic import SHAPES, model_config, norm_weight
 from tqdm import tqdm
 
 from cqil_trt import formats, reference
@@ -75,7 +75,7 @@ class SyntheticReader(WeightReader):
     source = "random weights"
 
     def __init__(self, model: ModelConfig):
-        self._shapes = checkpoint_shapes(model)
+        self._shapes, self._norm = checkpoint_shapes(model), norm_weight(model)
         self._last: tuple[str, torch.Tensor] | None = None
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -90,7 +90,7 @@ class SyntheticReader(WeightReader):
             generator = torch.Generator("cuda").manual_seed(seed)
             shape = self._shapes[name]
             values = torch.randn(shape, generator=generator, device="cuda", dtype=torch.float16).mul_(0.02)
-            self._last = name, torch.ones_like(values) if "norm" in name else values
+            self._last = name, torch.full_like(values, self._norm) if "norm" in name else values
         return cut(self._last[1], rows, columns)
 
 

@@ -62,6 +62,42 @@ SHAPES = {
         "rope_theta": 1000000.0,
         "torch_dtype": "float16",
     },
+    "gemma3-4b": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "num_hidden_layers": 34,
+        "vocab_size": 262208,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-6,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 1024,
+        "sliding_window_pattern": 6,
+        "rope_theta": 1000000.0,
+        "rope_local_base_freq": 10000.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "torch_dtype": "float16",
+    },
+    "phi-4": {
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        "hidden_size": 5120,
+        "intermediate_size": 17920,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 10,
+        "num_hidden_layers": 40,
+        "vocab_size": 100352,
+        "max_position_embeddings": 16384,
+        "original_max_position_embeddings": 16384,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 250000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+    },
 }
 
 
@@ -81,14 +117,15 @@ def make_checkpoint(directory: Path, name: str, layers: int | None = None) -> di
     directory.mkdir()
     config = {**SHAPES[name], "num_hidden_layers": layers or SHAPES[name]["num_hidden_layers"]}
     (directory / "config.json").write_text(json.dumps(config))
-    shapes = checkpoint_shapes(model_config(name, layers))
+    model = model_config(name, layers)
+    shapes, norm = checkpoint_shapes(model), norm_weight(model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     by_file: dict[str, list[str]] = {}
     for tensor in shapes:
         part = int(tensor.split(".")[2]) if tensor.startswith("model.layers.") else config["num_hidden_layers"]
         by_file.setdefault(f"model-{part:05}.safetensors", []).append(tensor)
     for file, names in tqdm(by_file.items(), desc="making the checkpoint", disable=not sys.stderr.isatty()):
-        save_file({tensor: _weights(tensor, shapes[tensor], device) for tensor in names}, directory / file)
+        save_file({tensor: _weights(tensor, shapes[tensor], device, norm) for tensor in names}, directory / file)
     weight_map = {tensor: file for file, names in by_file.items() for tensor in names}
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return shapes
@@ -105,7 +142,12 @@ def check_space(directory: Path, name: str, layers: int | None, times: float) ->
         )
 
 
-def _weights(name: str, shape: tuple[int, ...], device: str) -> torch.Tensor:
+def norm_weight(model: ModelConfig) -> float:
+    """With which a norm multiplies by 1."""
+    return 0.0 if model.offset_norms else 1.0
+
+
+def _weights(name: str, shape: tuple[int, ...], device: str, norm: float) -> torch.Tensor:
     if "norm" in name:
-        return torch.ones(shape, dtype=torch.float16)
+        return torch.full(shape, norm, dtype=torch.float16)
     return (torch.randn(shape, device=device) * 0.02).half().cpu()

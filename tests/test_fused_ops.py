@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support import SEED
-from support.cases import ARCHITECTURES, RANK_SHAPES
+from support.cases import ARCHITECTURES, FAMILIES, assert_close, rank_shapes
 from support.checkpoints import make_model, rank_weights
 from support.fake_ops import Alone
 
@@ -20,22 +20,33 @@ class FusedTorchOps(FusedOps, TorchOps):
 
     calls = 0
 
-    def fused_project(self, x, name, norm=None, delta=None, residual=None, gated=False):
+    def fused_project(self, x, name, norm=None, delta=None, residual=None, gated=None, scale=1.0):
         self.calls += 1
+        assert norm is None or not self.plan.model.wide_norms
         if norm is not None:
             x = TorchOps.rms_norm(self, x if delta is None else x + delta, norm)
         out = TorchOps.project(self, x, name)
         if gated:
-            out = TorchOps.swiglu(self, out)
-        return out if residual is None else out + residual
+            out = {"silu": TorchOps.swiglu, "gelu_tanh": TorchOps.geglu}[gated](self, out)
+        return scale * out if residual is None else scale * out + residual
 
-    def project_and_add(self, x, name, residual):
-        out = self.fused_project(x, name)
+    def project_and_add(self, x, name, residual, scale):
+        out = self.fused_project(x, name, scale=scale)
         return out, out + residual
 
     def fused_norm(self, x, delta, name):
         self.calls += 1
         return TorchOps.rms_norm(self, x if delta is None else x + delta, name)
+
+    def fused_post_norm(self, delta, name, residual, following):
+        self.calls += 1
+        total = residual + TorchOps.rms_norm(self, delta, name)
+        return total, total if following is None else TorchOps.rms_norm(self, total, following)
+
+    def fused_scale(self, x, factor, cap):
+        self.calls += 1
+        x = x * factor
+        return x if cap is None else TorchOps.soft_cap(self, x, cap)
 
     def fused_add(self, x, y):
         self.calls += 1
@@ -58,14 +69,20 @@ class FusedTorchOps(FusedOps, TorchOps):
     def rotary(self, x, positions, which):
         return TorchOps.rotary(self, self.keep(x), positions, which)
 
+    def head_squares(self, q, k, like, shard):
+        return TorchOps.head_squares(self, q, k, self.keep(like), shard)
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+    def zeros_after(self, x, squares):
+        return TorchOps.zeros_after(self, self.keep(x), squares)
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *FAMILIES])
 def test_fused_operations_compute_the_same(name, tmp_path):
-    architecture, changes = ARCHITECTURES[name]
+    architecture, changes = {**ARCHITECTURES, **FAMILIES}[name]
     directory = make_model(tmp_path, architecture, seed=SEED, rms_norm_eps=1e-2, **changes)
     checkpoint = Checkpoint(directory, None)
     limits = EngineLimits(max_batch_size=2, max_seq_len=32)
-    for shape in RANK_SHAPES:
+    for shape in rank_shapes(checkpoint.model):
         for rank in plan(checkpoint.model, CqilConfig(**shape)):
             weights = rank_weights(rank, checkpoint.reader)
             plain, fused = (
@@ -79,7 +96,7 @@ def test_fused_operations_compute_the_same(name, tmp_path):
                 expected, found = decode(plain, *given), decode(fused, *given)
                 assert isinstance(found, torch.Tensor)
                 if expected.is_floating_point():
-                    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+                    assert_close(name, found, expected)
 
 
 @pytest.mark.parametrize("shape", [{"p": 1}, {"p": 2, "start": 0, "end": 6}])

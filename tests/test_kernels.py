@@ -102,8 +102,15 @@ def test_products_with_packed_weights():
 @pytest.mark.slow
 @needs_gpu
 @pytest.mark.usefixtures("library")
-def test_swiglu_is_one_function():
-    assert "agree with float64" in kernels(SEED % 100_000, 1, "swiglu")
+def test_gatings_are_one_function_each():
+    assert "agree with float64" in kernels(SEED % 100_000, 4, "gates")
+
+
+@pytest.mark.slow
+@needs_gpu
+@pytest.mark.usefixtures("library")
+def test_what_other_families_compute():
+    assert "agree with float64" in kernels(SEED % 100_000, 40, "forms")
 
 
 @pytest.mark.slow

@@ -105,24 +105,45 @@ assert create("CqilAllReduce", mode=2, eps=1e-5, dtype=1) == ([2, int(np.float32
 assert create("CqilAllReduce", mode=1, eps=0.0, dtype=1, shared=1) == ([1, 0, 1, 1], 1)
 assert create("CqilBroadcast", rank=3, hidden=4096, dtype=1) == ([3, 4096, 1], 1)
 assert create("CqilBypass", distance=2, dtype=1) == ([2, 1, 0], 1)
-assert create("CqilNorm", delta=1, eps=0.0, dtype=2) == ([1, 0, 2], 1)
+assert create("CqilNorm", delta=1, eps=0.0, dtype=2) == ([1, 0, 2, 0], 1)
+assert create("CqilNorm", delta=0, eps=0.0, dtype=1, kind=2) == ([0, 0, 1, 2], 1)
+assert create("CqilNorm", delta=0, eps=0.0, dtype=1, kind=3) is None
+assert create("CqilPostNorm", residual=1, next=1, eps=0.0, kind=1, dtype=1) == ([1, 1, 0, 1, 1], 2)
+assert create("CqilPostNorm", residual=0, next=0, eps=0.0, kind=1, dtype=1)[1] == 1
 linear = {"delta": 0, "bias": 1, "norm": 1, "residual": 0, "gated": 1, "eps": 0.0, "dtype": 1}
-assert create("CqilLinear", **linear) == ([0, 1, 1, 0, 1, 0, 1, 0, 0, 0, 0], 1)
+assert create("CqilLinear", **linear) == ([0, 1, 1, 0, 1, 0, 1, 0, 0, 0, 0, 0], 1)
 packed = {**linear, "weights": 3, "outputs": 11008, "group": 128}  # CQIL_INT4
-assert create("CqilLinear", **packed) == ([0, 1, 1, 0, 1, 0, 1, 3, 11008, 128, 0], 1)
-assert create("CqilLinear", **{**packed, "weights": 1, "group": 0}) == ([0, 1, 1, 0, 1, 0, 1, 1, 11008, 0, 0], 1)
+assert create("CqilLinear", **packed) == ([0, 1, 1, 0, 1, 0, 1, 3, 11008, 128, 0, 0], 1)
+assert create("CqilLinear", **{**packed, "weights": 1, "group": 0}) == ([0, 1, 1, 0, 1, 0, 1, 1, 11008, 0, 0, 0], 1)
 for wrong in ({"group": 0}, {"group": 48}, {"weights": 1}, {"weights": 4}, {"outputs": 0}, {"dtype": 0}):
     assert create("CqilLinear", **{**packed, **wrong}) is None, wrong
 assert create("CqilLinear", **linear, outputs=8) is None  # the weights say so
 assert create("CqilLinear", **{**linear, "residual": 1}) is None  # a gated product takes none
 added = {**linear, "gated": 0, "residual": 1, "sum": 1}
-assert create("CqilLinear", **added) == ([0, 1, 1, 1, 0, 0, 1, 0, 0, 0, 1], 2)
+assert create("CqilLinear", **added) == ([0, 1, 1, 1, 0, 0, 1, 0, 0, 0, 0, 1], 2)
 assert create("CqilLinear", **{**added, "residual": 0}) is None
-assert create("CqilAdd", terms=2, dtype=1) == ([2, 1], 1) and create("CqilAdd", terms=1, dtype=1) is None
+assert create("CqilLinear", **linear, scale=2.0) is None
+half = int(np.float32(0.5).view(np.int32))
+assert create("CqilLinear", **{**linear, "gated": 0}, scale=0.5) == ([0, 1, 1, 0, 0, 0, 1, 0, 0, 0, half, 0], 1)
+assert create("CqilLinear", **{**linear, "gated": 2}) is not None
+assert create("CqilLinear", **{**linear, "gated": 3}) is None
+assert create("CqilAdd", terms=2, dtype=1) == ([2, 1, 0], 1) and create("CqilAdd", terms=1, dtype=1) is None
+assert create("CqilAdd", terms=0, dtype=1, after=1) == ([0, 1, 1], 1)
+assert create("CqilAdd", terms=2, dtype=1, after=1) is None
+assert create("CqilScale", factor=0.5, cap=0.5, dtype=2) == ([half, half, 2], 1)
+squares = {"heads": 4, "kv_heads": 2, "head_dim": 8, "first_key": 1, "last_key": 2}
+made = create("CqilHeadSquares", **squares, query_factor=0.5, key_factor=0.5, dtype=1)
+assert made == ([4, 2, 8, 1, 2, half, half, 1], 1)
 assert create("CqilGather", dtype=1) == ([1], 1)
 attention = {"heads": 9, "kv_heads": 3, "head_dim": 64, "capacity": 2048, "max_batch": 8, "group": 3, "first": 1}
 made, outputs = create("CqilAttention", **attention, head_norms=1, eps=0.0, dtype=1)
-assert made == [9, 3, 64, 2048, 8, 3, 1, 1, 0, 1] and outputs == 1
+assert made == [9, 3, 64, 2048, 8, 3, 1, 1, 0, 1, 0, 0, 0, 0, 0, 0, 0] and outputs == 1
+more = {"window": 1024, "rotary": 48, "norm": 2, "scale": 0.5, "cap": 0.5, "unrotated": 1, "joint": 1}
+made, _ = create("CqilAttention", **attention, head_norms=1, eps=0.0, dtype=1, **more)
+assert made[10:] == [1024, 48, 2, half, half, 1, 1]
+for wrong in ({"window": -1}, {"rotary": 66}, {"norm": 3}, {"joint": 2}, {"cap": -1.0}):
+    assert create("CqilAttention", **attention, head_norms=1, eps=0.0, dtype=1, **{**more, **wrong}) is None, wrong
+assert create("CqilAttention", **attention, head_norms=0, eps=0.0, dtype=1, joint=1) is None
 assert create("CqilAttention", **{**attention, "group": 0}, head_norms=0, eps=0.0, dtype=1) is None
 assert create("CqilAllReduce", mode=3, eps=0.0, dtype=0) is None
 assert create("CqilGather", dtype=3) is None
@@ -324,7 +345,7 @@ def test_python_and_the_compiler_read_the_header_alike(tmp_path):
                 expect(f"offsetof({name}, {field})", getattr(found, field).offset)
                 expect(f"sizeof((({name}*)0)->{field})", ctypes.sizeof(kind))
                 expect(f"_Generic((({name}*)0)->{field}, float: 1, default: 0)", int(kind is ctypes.c_float))
-    names = {(int, False): "INT", (int, True): "OPTIONAL", (float, False): "FLOAT"}
+    names = {(int, False): "INT", (float, False): "FLOAT", (int, True): "OPTIONAL_INT", (float, True): "OPTIONAL_FLOAT"}
     for plugin, fields in interface.plugins.items():
         kinds = [f"{names[field.type, field.optional]} {name}" for name, field in fields.items()]
         expected.append(" ".join([plugin, *kinds]))
@@ -333,9 +354,10 @@ def test_python_and_the_compiler_read_the_header_alike(tmp_path):
     #include "{HEADER}"
     #define INT(name) " INT " #name
     #define FLOAT(name) " FLOAT " #name
-    #define OPTIONAL(name) " OPTIONAL " #name
+    #define OPTIONAL_INT(name) " OPTIONAL_INT " #name
+    #define OPTIONAL_FLOAT(name) " OPTIONAL_FLOAT " #name
     #define PLUGIN(name, fields) puts(#name fields);
-    int main(void) {{ {" ".join(prints)} CQIL_PLUGINS(PLUGIN, INT, FLOAT, OPTIONAL) }}
+    int main(void) {{ {" ".join(prints)} CQIL_PLUGINS(PLUGIN, INT, FLOAT, OPTIONAL_INT, OPTIONAL_FLOAT) }}
     """
     source, binary = tmp_path / "layout.c", tmp_path / "layout"
     source.write_text(program)

@@ -2,6 +2,7 @@
 
 import pytest
 from support import SEED, write_json
+from support.cases import ARCHITECTURES, FAMILIES
 from support.checkpoints import make_model
 from support.needs import need_cuda_backend
 from support.processes import mpirun
@@ -16,26 +17,37 @@ SIZES = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8,
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def models(tmp_path_factory):
+    """A function that makes a model by its name."""
     need_cuda_backend()
-    return make_model(tmp_path_factory.mktemp("quantized") / "model", seed=SEED, **SIZES)
+    root = tmp_path_factory.mktemp("quantized")
+
+    def get(name):
+        if not (root / name).exists():
+            architecture, changes = {**ARCHITECTURES, **FAMILIES}[name]
+            make_model(root / name, architecture, seed=SEED, **{**changes, **SIZES})
+        return root / name
+
+    return get
 
 
 @pytest.mark.parametrize(
-    ("stored", "dtype", "p"),
+    ("name", "stored", "dtype", "p"),
     [
-        ("int8", "float16", 1),
-        ("fp8", "bfloat16", 2),
-        ("int4", "float16", 1),
-        ("int4", "float16", 2),
-        ("int4g32", "bfloat16", 3),
-        ("int4", "float32", 2),
+        ("llama-gqa", "int8", "float16", 1),
+        ("llama-gqa", "fp8", "bfloat16", 2),
+        ("llama-gqa", "int4", "float16", 1),
+        ("llama-gqa", "int4", "float16", 2),
+        ("llama-gqa", "int4g32", "bfloat16", 3),
+        ("llama-gqa", "int4", "float32", 2),
+        ("gemma3", "int8", "float16", 2),
+        ("granite", "int4", "float16", 1),
     ],
 )
-def test_engines_run_and_validate(stored, dtype, p, model, tmp_path):
+def test_engines_run_and_validate(name, stored, dtype, p, models, tmp_path):
     shape = {"p": p} if p == 1 else {"p": p, "start": 1, "end": 1 + 4 // p * p}
     limits = {"max_seq_len": 128, "max_batch_size": 4}
-    cqil_trt.build(model=model, output=tmp_path / "engine", dtype=dtype, quantize=stored, **limits, **shape)
+    cqil_trt.build(model=models(name), output=tmp_path / "engine", dtype=dtype, quantize=stored, **limits, **shape)
     # Prompts of one packed product, of several, and of more tokens than those take.
     ids = write_json(tmp_path / "ids.json", [[5, 9, 77], list(range(3, 23)), list(range(3, 93))])
     flags = ("--device", "cuda", "--token-ids", ids, "--max-new-tokens", 16, "--validate")

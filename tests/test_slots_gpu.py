@@ -19,30 +19,45 @@ from cqil_trt.reference import CqilModel
 pytestmark = pytest.mark.slow
 
 VOCABULARY = 1009
-SHAPES = {1: {"p": 1}, 2: {"p": 2, "start": 1, "end": 5}}
+# The shape of an engine, the architecture of its model, and what is changed of that. A window is within the prompts.
+CASES = {
+    "p1": ({"p": 1}, "LlamaForCausalLM", {}),
+    "p2": ({"p": 2, "start": 1, "end": 5}, "LlamaForCausalLM", {}),
+    "p2-windows": ({"p": 2, "start": 1, "end": 5}, "MistralForCausalLM", {"sliding_window": 11}),
+}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def models(tmp_path_factory):
+    """A function that makes a case's model."""
     need_cuda_backend()
-    return make_model(tmp_path_factory.mktemp("slots") / "model", seed=SEED, vocab_size=VOCABULARY)
+    root = tmp_path_factory.mktemp("slots")
+
+    def get(case):
+        _, architecture, changes = CASES[case]
+        directory = root / architecture
+        if not directory.exists():
+            make_model(directory, architecture, seed=SEED, vocab_size=VOCABULARY, **changes)
+        return directory
+
+    return get
 
 
 @pytest.fixture(scope="module")
-def ran(model, tmp_path_factory):
-    """A function that gives every rank's results for a number of ranks, a type and a device."""
+def ran(models, tmp_path_factory):
+    """A function that gives every rank's results for a case, a type and a device."""
     root, known = tmp_path_factory.mktemp("ran"), {}
 
-    def get(ranks, dtype, device):
-        key = f"{ranks}-{dtype}-{device}"
+    def get(case, dtype, device):
+        key, shape = f"{case}-{dtype}-{device}", CASES[case][0]
         if key not in known:
-            engine = root / f"engine-{ranks}-{dtype}"
+            engine, ranks = root / f"engine-{case}-{dtype}", shape["p"]
             if not engine.exists():
                 # Prompts are read in several chunks, between steps of those that decode.
                 limits = {"max_seq_len": 96, "max_batch_size": 8, "prefill_chunk": 8}
-                cqil_trt.build(model=model, output=engine, dtype=dtype, probes="never", **limits, **SHAPES[ranks])
-            case = {"engine": str(engine), "device": device, "seed": SEED, "out": str(root / key)}
-            done = mpirun(ranks, write_json(root / f"{key}.json", case), script="tests/support/slots_worker.py")
+                cqil_trt.build(model=models(case), output=engine, dtype=dtype, probes="never", **limits, **shape)
+            run = {"engine": str(engine), "device": device, "seed": SEED, "out": str(root / key)}
+            done = mpirun(ranks, write_json(root / f"{key}.json", run), script="tests/support/slots_worker.py")
             assert done.returncode == 0, done.stderr
             known[key] = [json.loads((root / f"{key}-{rank}.json").read_text()) for rank in range(ranks)]
         return known[key]
@@ -50,8 +65,8 @@ def ran(model, tmp_path_factory):
     return get
 
 
-@pytest.fixture(scope="module", params=SHAPES, ids=lambda ranks: f"p{ranks}")
-def ranks(request):
+@pytest.fixture(scope="module", params=CASES)
+def case(request):
     return request.param
 
 
@@ -61,27 +76,27 @@ def dtype(request):
 
 
 @pytest.fixture(scope="module")
-def found(ran, ranks, dtype):
-    return ran(ranks, dtype, "cuda")[0]
+def found(ran, case, dtype):
+    return ran(case, dtype, "cuda")[0]
 
 
 @pytest.fixture(scope="module")
-def exact(ran, ranks):
+def exact(ran, case):
     """The results in float32, whose rounding changes no token."""
-    return ran(ranks, "float32", "cuda")[0]
+    return ran(case, "float32", "cuda")[0]
 
 
 @pytest.fixture(scope="module")
-def on_cpu(ran, ranks):
-    return ran(ranks, "float32", "cpu")[0]
+def on_cpu(ran, case):
+    return ran(case, "float32", "cpu")[0]
 
 
 @pytest.fixture(scope="module")
-def logits(model, ranks):
+def logits(models, case):
     """A function that gives the reference's logits from which each token after a prompt is chosen, float64."""
-    shape = SHAPES[ranks]
-    reference = load_model(model)
-    if ranks > 1:
+    shape = CASES[case][0]
+    reference = load_model(models(case))
+    if shape["p"] > 1:
         reference = CqilModel(reference, **shape)
 
     def get(prompt, tokens):
@@ -100,8 +115,8 @@ def log_softmax(rows):
     return torch.from_numpy(rows).log_softmax(-1).numpy()
 
 
-def test_every_rank_has_the_same(ran, ranks, dtype):
-    first, *others = ran(ranks, dtype, "cuda")
+def test_every_rank_has_the_same(ran, case, dtype):
+    first, *others = ran(case, dtype, "cuda")
     assert all(other == first for other in others)
 
 

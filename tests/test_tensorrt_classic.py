@@ -8,14 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import SEED
-from support.cases import ARCHITECTURES, RANK_SHAPES
+from support.cases import ARCHITECTURES, GPU_FAMILIES, assert_close, rank_shapes
 from support.checkpoints import make_model, rank_weights
-from support.fake_ops import Alone, HostKernels, norm
+from support.fake_ops import Alone, HostKernels, capped, gate, norm
 
 from cqil_trt.backends.tensorrt.network import Lowering, define_network
 from cqil_trt.backends.torch.ops import TorchOps
 from cqil_trt.checkpoint import Checkpoint
 from cqil_trt.config import CqilConfig, EngineLimits
+from cqil_trt.gpu.fused_ops import rotary_names
 from cqil_trt.network.decoder import decode
 from cqil_trt.network.rotary import rotary_tables
 from cqil_trt.schedule import Peers
@@ -95,17 +96,34 @@ class Network:
 
     def CqilNorm(self, f, x, _):
         total = x[0] + x[1] if f.delta else x[0]
-        return [norm(total, x[1 + f.delta], f.eps)]
+        return [norm(total, x[1 + f.delta], f.eps, f.kind)]
+
+    def CqilPostNorm(self, f, x, _):
+        delta, before, *rest = x
+        assert len(rest) == f.residual + f.next
+        total = norm(delta, before, f.eps, f.kind) + (rest.pop(0) if f.residual else 0)
+        return [total, *(norm(total, weight, f.eps, f.kind) for weight in rest)]
 
     def CqilAdd(self, f, x, _):
-        assert len(x) == max(1, f.terms)
+        assert len(x) == max(1 + getattr(f, "after", 0), f.terms)
         return [x[0] + x[1] if f.terms else torch.zeros_like(x[0])]
+
+    def CqilScale(self, f, x, _):
+        return [capped(x[0] * f.factor, f.cap)]
+
+    def CqilHeadSquares(self, f, x, _):
+        rows, keys = len(x[0]), slice(f.heads + f.first_key, f.heads + f.last_key)
+        if not f.heads:
+            return [torch.zeros(rows, 2)]
+        squares = x[0].view(rows, f.heads + 2 * f.kv_heads, f.head_dim).square()
+        factors = torch.tensor([f.query_factor, f.key_factor])
+        return [torch.stack([part.sum((1, 2)) for part in (squares[:, : f.heads], squares[:, keys])], 1) * factors]
 
     def CqilLinear(self, f, x, inputs):
         if getattr(f, "weights", 0):
             name = inputs[1 + f.delta].name
             matrix = x[1 + f.delta] = self._packed[name]
-            assert (f.outputs * (1 + f.gated), f.weights, f.group) == (len(matrix), 3, 32), name
+            assert (f.outputs * (1 + bool(f.gated)), f.weights, f.group) == (len(matrix), 3, 32), name
             self.taken.add(name)
         given = iter(x)
         value = next(given)
@@ -116,16 +134,17 @@ class Network:
         if f.norm:
             value = norm(value, next(given), f.eps)
         value = F.linear(value, weight, bias)
-        if f.gated:
-            gate, up = value.chunk(2, -1)
-            value = F.silu(gate) * up
+        value = gate(value, f.gated) if f.gated else value * getattr(f, "scale", 1.0)
         total = value + next(given) if f.residual else value
         assert next(given, None) is None
         return [value, total] if getattr(f, "sum", 0) else [total]
 
     def CqilAttention(self, f, x, inputs):
-        qkv, cos, sin, *norms, past, slots, _ = x
-        assert len(norms) == 2 * f.head_norms
+        qkv, *given, past, slots, _ = x
+        tables = (None, None) if f.unrotated else (given.pop(0), given.pop(0))
+        norms = (given.pop(0), given.pop(0)) if f.head_norms else (None, None)
+        squares = given.pop(0) if f.joint else None
+        assert not given
         batch = len(past)
         s = SimpleNamespace(
             batch=batch,
@@ -136,16 +155,18 @@ class Network:
                 name: getattr(f, name)
                 for name in ("heads", "kv_heads", "head_dim", "capacity", "group", "first", "eps")
             },
+            **{name: getattr(f, name) for name in ("window", "rotary", "norm", "scale", "cap")},
         )
         integers = past.to(torch.int32), slots.to(torch.int32)
-        addresses = [t.contiguous() for t in (qkv, *integers, cos, sin, *norms)]
-        q_norm, k_norm = (t.data_ptr() for t in addresses[5:]) if norms else (None, None)
+        values = [t if t is None else t.contiguous() for t in (qkv, *integers, *tables, *norms, squares)]
         out = torch.full((len(qkv), f.heads * f.head_dim), torch.nan)
-        pointers = [t.data_ptr() for t in addresses[:5]]
-        self._caches.cqil_attention(s, *pointers, q_norm, k_norm, inputs[-1].name, out.data_ptr(), None, None)
+        pointers = [t if t is None else t.data_ptr() for t in values]
+        self._caches.cqil_attention(s, *pointers, inputs[-1].name, out.data_ptr(), None, None)
         return [out]
 
     def CqilAllReduce(self, f, x, _):
+        if f.mode == 0:
+            return [x[0]]
         total = x[1] + x[0]
         return [total] if f.mode == 1 else [total, norm(total, x[2], f.eps)]
 
@@ -173,17 +194,25 @@ def package():
     )
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+def tables_of(checkpoint):
+    """The rotary tables, by the names of the network's inputs."""
+    found = {}
+    for which in range(len(checkpoint.model.ropes)):
+        tables = rotary_tables(checkpoint.model, checkpoint.rotary, CAPACITY, which)
+        found |= zip(rotary_names(which), map(torch.from_numpy, tables))
+    return found
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *GPU_FAMILIES])
 def test_classic_networks_compute_what_the_decoder_means(name, tmp_path):
-    architecture, changes = ARCHITECTURES[name]
+    architecture, changes = {**ARCHITECTURES, **GPU_FAMILIES}[name]
     checkpoint = Checkpoint(make_model(tmp_path, architecture, seed=SEED, rms_norm_eps=1e-2, **changes), None)
     model, limits = (
         checkpoint.model,
         EngineLimits(max_batch_size=BATCH, max_seq_len=CAPACITY, dtype="float32", prefill_chunk=8),
     )
-    tables = map(torch.from_numpy, rotary_tables(checkpoint.model, checkpoint.rotary, CAPACITY))
-    constants = dict(zip(("rotary.cos", "rotary.sin"), tables))
-    for shape in RANK_SHAPES:
+    constants = tables_of(checkpoint)
+    for shape in rank_shapes(model):
         for rank in plan(model, CqilConfig(**shape)):
             weights = rank_weights(rank, checkpoint.reader)
             plain = TorchOps(rank, weights, Alone.of(rank.schedule), limits, checkpoint.rotary)
@@ -199,12 +228,12 @@ def test_classic_networks_compute_what_the_decoder_means(name, tmp_path):
                 network = Network(given, caches, rank.schedule.peers(Peers.PART).index(rank.rank))
                 define_network(package(), network, LOWERING, rank, limits, checkpoint.rotary, nccl=False)
                 collectives = [p for p in network.plugins if p in ("CqilAllReduce", "CqilBroadcast")]
-                assert len(collectives) == rank.schedule.all_reduces + rank.schedule.broadcasts
+                assert len(collectives) == rank.all_reduces + rank.schedule.broadcasts
                 if rank.schedule.predicts:
-                    torch.testing.assert_close(network.outputs["logits"], expected[slots, 0], rtol=1e-4, atol=1e-5)
+                    assert_close(name, network.outputs["logits"], expected[slots, 0])
                 if rank.schedule.all_reduces:
                     joined = network.outputs["joined"].view_as(plain.joined)
-                    torch.testing.assert_close(joined, plain.joined[slots], rtol=1e-4, atol=1e-5)
+                    assert_close(name, joined, plain.joined[slots])
 
 
 def test_packed_weights_are_pointed_to_and_others_are_dense(tmp_path):
@@ -214,8 +243,7 @@ def test_packed_weights_are_pointed_to_and_others_are_dense(tmp_path):
     limits = EngineLimits(max_batch_size=BATCH, max_seq_len=CAPACITY, dtype="float16", weights="int4g32")
     checkpoint.quantize(limits)
     config, kernels = CqilConfig(p=2, start=2, end=4), SimpleNamespace(cqil_packed_rows=lambda: 32)
-    tables = map(torch.from_numpy, rotary_tables(checkpoint.model, checkpoint.rotary, CAPACITY))
-    constants = dict(zip(("rotary.cos", "rotary.sin"), tables))
+    constants = tables_of(checkpoint)
     for rank, dense in zip(plan(checkpoint.model, config, "float16", "int4g32"), plan(checkpoint.model, config)):
         weights = rank_weights(dense, checkpoint.reader)  # dequantized
         single = EngineLimits(max_batch_size=BATCH, max_seq_len=CAPACITY, dtype="float32")

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from support import SEED, write_json
-from support.cases import ARCHITECTURES
+from support.cases import ARCHITECTURES, FAMILIES
 from support.chat_models import make_chat_model
 from support.checkpoints import make_model
 from support.processes import build, mpirun, run
@@ -40,11 +40,14 @@ SHAPES = [
 ]
 CASES = [(name, SHAPES[i % len(SHAPES)], "float16") for i, name in enumerate(ARCHITECTURES)]
 CASES += [("llama-odd-heads", shape, "float32") for shape in SHAPES]
+# Families with more than LLaMA has, all of it in classic networks.
+CASES += [("gemma2", SHAPES[0], "float32"), ("gemma3", SHAPES[2], "float32"), ("olmo3", SHAPES[3], "float32")]
+CASES += [("granite", SHAPES[1], "float16"), ("phi3-partial", SHAPES[0], "float16")]
 
 
 @pytest.mark.parametrize("name, shape, dtype", CASES, ids=[f"{n}-{'-'.join(map(str, s))}-{d}" for n, s, d in CASES])
 def test_engines_answer_as_the_reference(name, shape, dtype, tmp_path):
-    architecture, changes = ARCHITECTURES[name]
+    architecture, changes = {**ARCHITECTURES, **FAMILIES}[name]
     model = make_model(tmp_path / "model", architecture, seed=SEED, **changes)
     limits = ["--max-batch-size", 2, "--max-seq-len", 96, "--prefill-chunk", 16, "--dtype", dtype]
     limits += ["--probes", "always"]

@@ -157,13 +157,13 @@ class Backend(ABC):
         """
 
 
-def lacking(model: ModelConfig, missing: Sequence[Feature]) -> str:
-    """Says that `missing` of the model's features are not computed, and what to do."""
+def lacking(model: ModelConfig, missing: Sequence[Feature], backend: str = "") -> str:
+    """Says that `missing` of the model's features are not computed, and what to do. `backend`: not to be advised."""
     what = f"{model.architecture} has {', '.join(feature.value for feature in missing)}: not computed there"
     if list(missing) == [Feature.WINDOWS]:
         return f"{what}: --max-seq-len {model.sliding_window} or less keeps them out of use"
-    able = [name for name in names() if {*missing} <= load(name).features]
-    return f"{what}: use backend {' or '.join(f'{name} on CPUs' if name == PLAIN else name for name in able)}"
+    able = [name for name in names() if {*missing} <= load(name).features and name != backend]
+    return f"{what}: use backend {' or '.join(able)}"
 
 
 @cache

@@ -36,7 +36,7 @@ _DIRECTIVES = (
     r'define \w+ +(\d+|"[^"]*"))\s*$'
 )
 # Kinds of fields in CQIL_PLUGINS.
-_FIELD_TYPES = {"INT": int, "OPTIONAL_INT": int, "FLOAT": float}
+_FIELD_TYPES = {"INT": int, "OPTIONAL_INT": int, "FLOAT": float, "OPTIONAL_FLOAT": float}
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,8 @@ def _plugins(text: str) -> dict[str, dict[str, Field]]:
     """Those of CQIL_PLUGINS, whose body is PLUGIN(name, KIND(field) KIND(field) ...) for each of them."""
     plugins = {}
     for body in re.findall(r"^#define CQIL_PLUGINS\([^)]*\)(.*)$", text, re.MULTILINE):
-        for name, fields in re.findall(r"PLUGIN\((\w+),((?:\s*\w+\(\w+\))+)\s*\)", body):
-            kinds = re.findall(r"(\w+)\((\w+)\)", fields)
+        for name, fields in re.findall(r"PLUGIN\((\w+),((?:\s*\w+\(\s*\w+\))+)\s*\)", body):
+            kinds = re.findall(r"(\w+)\(\s*(\w+)\)", fields)
             plugins[name] = {field: Field(_FIELD_TYPES[kind], kind.startswith("OPTIONAL")) for kind, field in kinds}
     return plugins
 

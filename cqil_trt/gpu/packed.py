@@ -44,18 +44,19 @@ class DeviceMatrix:
     packed: bool
     dtype: str
 
-    def shape(self, rows: int = 0, eps: float = 0.0) -> Any:
-        """The cqil_linear_shape of its product with `rows` rows."""
-        return abi.cqil_linear_shape(
-            rows=rows,
-            outputs=self.rows // (1 + self.gated),
-            inputs=self.inputs,
-            gated=self.gated,
-            dtype=abi.dtype_code(self.dtype),
-            eps=eps,
-            weights=self.kind,
-            group=self.group,
-        )
+    def shape(self, rows: int = 0, eps: float = 0.0, **fields: float) -> Any:
+        """The cqil_linear_shape of its product with `rows` rows. `fields`: others of it, in place of its own."""
+        own = {
+            "rows": rows,
+            "outputs": self.rows // (1 + self.gated),
+            "inputs": self.inputs,
+            "gated": self.gated,
+            "dtype": abi.dtype_code(self.dtype),
+            "eps": eps,
+            "weights": self.kind,
+            "group": self.group,
+        }
+        return abi.cqil_linear_shape(**{**own, **fields})
 
     @property
     def dense_bytes(self) -> int:

@@ -30,7 +30,7 @@ from cqil_trt.config import DTYPE_BYTES
 from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
 from cqil_trt.gpu import abi, cuda
-from cqil_trt.gpu.fused_ops import attention_fields
+from cqil_trt.gpu.fused_ops import attention_fields, rotary_names
 from cqil_trt.gpu.weights import DeviceWeights
 from cqil_trt.gpu.workspace import Workspace, guard
 from cqil_trt.network.rotary import rotary_tables
@@ -282,8 +282,8 @@ class CudaSession(Session):
             "mask": 4 * slots * -(-vocabulary // 32),
             **self._extra_sizes(),
         }
-        tables = limits.max_seq_len * model.head_dim // 2 * 4
-        sizes |= {"rotary.cos": tables, "rotary.sin": tables}
+        table = limits.max_seq_len * model.rotary_dim // 2 * 4
+        sizes |= {name: table for which in range(len(model.ropes)) for name in rotary_names(which)}
         self._zeroed = {name: sizes[name] for name in ("step", "slot.next", "slot.past", "counts")}
         self._caches = self._cache_sizes()
         sizes |= self._caches
@@ -300,9 +300,10 @@ class CudaSession(Session):
 
     def _load_constants(self, engine: Engine) -> None:
         cuda.upload(self._memory["each"], np.arange(self._most_rows, dtype=np.int32), self._stream)
-        tables = rotary_tables(engine.model, engine.rotary, self.limits.max_seq_len)
-        for name, table in zip(("rotary.cos", "rotary.sin"), tables):
-            cuda.upload(self._memory[name], table, self._stream)
+        for which in range(len(engine.model.ropes)):
+            tables = rotary_tables(engine.model, engine.rotary, self.limits.max_seq_len, which)
+            for name, table in zip(rotary_names(which), tables):
+                cuda.upload(self._memory[name], table, self._stream)
         for name, size in (*self._caches.items(), *self._zeroed.items()):
             cuda.call("MemsetAsync", self._memory[name], 0, size, self._stream)
         self._synchronize()

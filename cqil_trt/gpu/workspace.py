@@ -20,6 +20,11 @@ _MAX_ROW_BYTES = 32 << 10
 TIMEOUT_SECONDS = 30.0
 
 
+def fuses_norms(hidden: int, dtype: str) -> bool:
+    """Whether cqil_all_reduce_norms supports rows of this many elements."""
+    return fuses_norm(hidden, dtype) and hidden * DTYPE_BYTES[dtype] <= _MAX_ROW_BYTES // 2
+
+
 def fuses_norm(hidden: int, dtype: str) -> bool:
     """Whether cqil_all_reduce_residual_norm supports rows of this many elements."""
     row_bytes = hidden * DTYPE_BYTES[dtype]

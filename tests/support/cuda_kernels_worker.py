@@ -2,9 +2,9 @@
 
 usage: cuda_kernels_worker.py SEED CASES [CHECK]
 
-CHECK is `kernels` (the default: every kernel on its own), `swiglu`, `rows` (that they do not depend on each other, and
-drafts), `packed` (products with quantized weights), or one of those that delay blocks. They need a library built with
-CQIL_TEST_DELAYS=ON, which CQIL_TRT_PLUGINS names:
+CHECK is `kernels` (the default: every kernel on its own), `forms` (what families other than LLaMA compute), `gates`,
+`rows` (that they do not depend on each other, and drafts), `packed` (products with quantized weights), or one of those
+that delay blocks. They need a library built with CQIL_TEST_DELAYS=ON, which CQIL_TRT_PLUGINS names:
 
   joins    attention whose earlier spans start late
   overlap  a decoder's steps, launched back to back and in graphs
@@ -54,8 +54,9 @@ def check_norm(pick, dtype):
     delta, x = (torch.randn(rows, hidden, device="cuda").to(dtype) for _ in range(2))
     weight = (1 + 0.2 * torch.randn(hidden, device="cuda")).to(dtype)
     total, normed, alone = (torch.empty_like(x) for _ in range(3))
-    call("residual_norm", delta, x, weight, total, normed, rows, hidden, 1e-5, code(dtype))
-    call("residual_norm", None, x, weight, None, alone, rows, hidden, 1e-5, code(dtype))
+    shape = rows, hidden, 1e-5, abi.cqil_norm.CQIL_NORM_ROUNDED, code(dtype)
+    call("residual_norm", delta, None, x, weight, total, normed, *shape)
+    call("residual_norm", None, None, x, weight, None, alone, *shape)
     assert torch.equal(total, (delta.double() + x.double()).to(dtype))
     added = torch.empty_like(x)
     call("add", delta, x, added, x.numel(), code(dtype))
@@ -65,13 +66,82 @@ def check_norm(pick, dtype):
     return max(errors)
 
 
-def check_swiglu(pick, dtype):
-    rows, inner = pick(1, 40), pick(1, 12000)
+def check_post_norm(pick, dtype):
+    """The norm of what is added to the residual stream, and that of the sum, of every kind."""
+    kinds = abi.cqil_norm
+    kind = (kinds.CQIL_NORM_WIDE, kinds.CQIL_NORM_OFFSET, kinds.CQIL_NORM_ROUNDED)[pick(0, 2)]
+    longest = 8 * (pick(1, 400), pick(400, 1024), pick(1025, 2048))[pick(0, 2)]
+    rows, hidden, eps = pick(1, 20), longest - (pick(1, 7) if pick(0, 2) == 0 else 0), 1e-5
+    offset = kind == kinds.CQIL_NORM_OFFSET
+    delta, x = (torch.randn(rows, hidden, device="cuda").mul(pick(1, 9)).to(dtype) for _ in range(2))
+    before, after = ((0.3 * torch.randn(hidden, device="cuda") + (not offset)).to(dtype) for _ in range(2))
+    shape = rows, hidden, eps, kind, code(dtype)
+    added, total, normed, alone, of_sum = (torch.full_like(x, torch.nan) for _ in range(5))
+
+    def wide(norm):
+        return norm.double() + offset
+
+    call("residual_norm", delta, before, None, None, added, None, *shape)
+    errors = [relative(added, rms_norm(delta.double(), wide(before), eps))]
+    with_residual, following = bool(pick(0, 1)), bool(pick(0, 1))
+    out = normed if following else None
+    given = x if with_residual else None
+    call("residual_norm", delta, before, given, after if following else None, total, out, *shape)
+    assert torch.equal(total, (added.double() + x.double()).to(dtype) if with_residual else added)
+    if following:
+        errors.append(relative(normed, rms_norm(total.double(), wide(after), eps)))
+    call("residual_norm", None, None, x, after, None, alone, *shape)
+    call("residual_norm", delta, None, x, after, total, of_sum, *shape)
+    assert torch.equal(total, (delta.double() + x.double()).to(dtype))
+    errors += [relative(alone, rms_norm(x.double(), wide(after), eps))]
+    errors += [relative(of_sum, rms_norm(total.double(), wide(after), eps))]
+    # A row has the same bits in every batch, and the sum may take the place of an operand.
+    row, expected = pick(0, rows - 1), (added.double() + x.double()).to(dtype)
+    part = [t[row : row + 1].contiguous() for t in (delta, x)]
+    one, place = (torch.full((1, hidden), torch.nan, dtype=dtype, device="cuda") for _ in range(2))
+    call("residual_norm", part[0], before, part[1], after, one, place, 1, *shape[1:])
+    call("residual_norm", delta, before, x, after, (x, delta)[pick(0, 1)], normed, *shape)
+    assert torch.equal(x, expected) or torch.equal(delta, expected)
+    assert torch.equal(one[0], expected[row]) and torch.equal(place[0], normed[row])
+    return max(errors)
+
+
+def check_scale(pick, dtype):
+    x = 3 * torch.randn(pick(1, 90_000), device="cuda").to(dtype)
+    factor, cap = pick(1, 90) / 10, (0, pick(1, 60) / 2)[pick(0, 1)]
+    expected = x.double() * factor
+    expected = cap * torch.tanh(expected / cap) if cap else expected
+    out = (x, torch.empty_like(x))[pick(0, 1)]
+    call("scale", x, out, x.numel(), factor, cap, code(dtype))
+    return relative(out, expected)
+
+
+def check_head_squares(pick, dtype):
+    rows, heads, kv_heads, dim = pick(1, 40), pick(1, 12), pick(1, 5), 2 * pick(1, 128)
+    first = pick(0, kv_heads)
+    last = pick(first, kv_heads)
+    qkv = torch.randn(rows, heads + 2 * kv_heads, dim, device="cuda").to(dtype)
+    out = torch.full((rows, 2), torch.nan, device="cuda")
+    call("head_squares", qkv, out, rows, heads, kv_heads, dim, first, last, 0.25, 0.5, code(dtype))
+    squares = qkv.double().square()
+    queries, keys = squares[:, :heads].sum((1, 2)), squares[:, heads + first : heads + last].sum((1, 2))
+    return relative(out, torch.stack((queries / 4, keys / 2), 1)) if last > first else relative(out[:, 0], queries / 4)
+
+
+def activation(gating):
+    """What a cqil_gating makes of gate and up, in float64."""
+    if gating == abi.cqil_gating.CQIL_SWIGLU:
+        return torch.nn.functional.silu
+    return lambda x: torch.nn.functional.gelu(x, approximate="tanh")
+
+
+def check_gate(pick, dtype):
+    rows, inner, gating = pick(1, 40), pick(1, 12000), pick(1, 2)
     gate_up = 2 * torch.randn(rows, 2 * inner, device="cuda").to(dtype)
     out = torch.empty(rows, inner, dtype=dtype, device="cuda")
-    call("swiglu", gate_up, out, rows, inner, code(dtype))
+    call("gate", gate_up, out, rows, inner, gating, code(dtype))
     gate, up = gate_up.double().chunk(2, -1)
-    return relative(out, torch.nn.functional.silu(gate) * up)
+    return relative(out, activation(gating)(gate) * up)
 
 
 def check_gather(pick, dtype):
@@ -305,7 +375,8 @@ def check_linear(pick, dtype):
     # Widths that no 16 bytes divide take another kernel, and one row of a large width one with a shorter ring.
     widest = 3500 if rows == 1 and pick(0, 2) == 0 else 400
     outputs, inputs = pick(1, 3000), pick(1, widest) * 8 + (pick(1, 7) if pick(0, 3) == 0 else 0)
-    gated, biased, added = (bool(pick(0, 1)) for _ in range(3))
+    gating, (biased, added) = pick(0, 2), (bool(pick(0, 1)) for _ in range(2))
+    gated, scale = gating > 0, 0.0 if gating else (0, pick(1, 30) / 10)[pick(0, 1)]
     added = added and not gated
     normed = pick(0, 2)  # 0: no norm, 2: of a sum
     x, delta = (torch.randn(rows, inputs, device="cuda").to(dtype) for _ in range(2))
@@ -315,7 +386,8 @@ def check_linear(pick, dtype):
     residual = torch.randn(rows, outputs, device="cuda").to(dtype)
     out = torch.empty_like(residual)
     total = torch.empty_like(residual) if added and pick(0, 1) else None
-    shape = abi.cqil_linear_shape(rows=rows, outputs=outputs, inputs=inputs, gated=gated, dtype=code(dtype), eps=1e-5)
+    sizes = {"rows": rows, "outputs": outputs, "inputs": inputs}
+    shape = abi.cqil_linear_shape(**sizes, gated=gating, dtype=code(dtype), eps=1e-5, scale=scale)
     scratch = torch.empty(library.cqil_linear_scratch_bytes(shape), dtype=torch.uint8, device="cuda")
     given = [x, delta if normed == 2 else None, weight, bias if biased else None, norm if normed else None]
     call("linear", shape, *given, residual if added else None, out, total, scratch)
@@ -325,7 +397,8 @@ def check_linear(pick, dtype):
     expected = wide @ weight.double().T + (bias.double() if biased else 0)
     if gated:
         gate, up = expected.chunk(2, -1)
-        expected = torch.nn.functional.silu(gate) * up
+        expected = activation(gating)(gate) * up
+    expected = expected * (scale or 1)
     if total is not None:
         assert torch.equal(total, (out.float() + residual.float()).to(dtype))
         added = False
@@ -380,7 +453,7 @@ def check_attention(pick, dtype):
         scratch = torch.empty(library.cqil_attention_scratch_bytes(shape), dtype=torch.uint8, device="cuda")
         out = torch.empty(batch, length, heads, dim, dtype=dtype, device="cuda")
         weights = (q_norm, k_norm) if norms else (None, None)
-        call("attention", shape, qkv, past, None if in_order else rows, cos, sin, *weights, cache, out, scratch)
+        call("attention", shape, qkv, past, None if in_order else rows, cos, sin, *weights, None, cache, out, scratch)
         expected = torch.empty(batch, length, heads, dim, dtype=torch.double, device="cuda")
         for b in range(batch):
             for t in range(length):
@@ -403,6 +476,97 @@ def check_attention(pick, dtype):
     return worst
 
 
+class Form:
+    """What families other than LLaMA have of attention, at random: fields of the shape, tables, norms, and float64."""
+
+    def __init__(self, pick, dtype, heads, kv_heads, dim, capacity):
+        self.heads, self.kv_heads, self.dim, kinds = heads, kv_heads, dim, abi.cqil_norm
+        self.window = (0, pick(1, 40), pick(1, capacity + 9))[pick(0, 2)]
+        self.rotary = (0, dim, 2 * pick(1, dim // 2), dim // 4 * 2)[pick(0, 3)]
+        self.kind = (kinds.CQIL_NORM_ROUNDED, kinds.CQIL_NORM_WIDE, kinds.CQIL_NORM_OFFSET)[pick(0, 2)]
+        self.scale = (0.0, pick(1, 20) / 10 / dim**0.5)[pick(0, 1)]
+        self.cap = (0.0, pick(2, 60) / 10)[pick(0, 1)]
+        self.fields = {"window": self.window, "rotary": self.rotary, "norm": self.kind}
+        self.fields |= {"scale": self.scale, "cap": self.cap}
+        half = (self.rotary or dim) // 2
+        angles = torch.rand(capacity, half, device="cuda") * 6
+        self.tables = (None, None) if pick(0, 4) == 0 else (angles.cos(), angles.sin())
+        self.joint, self.norms = pick(0, 3) == 0, (None, None)
+        if self.joint or pick(0, 1):
+            sizes = (heads * dim, kv_heads * dim) if self.joint else (dim, dim)
+            offset = self.kind != kinds.CQIL_NORM_OFFSET
+            self.norms = tuple((0.2 * torch.randn(size, device="cuda") + offset).to(dtype) for size in sizes)
+
+    def squares(self, qkv):
+        """What cqil_attention takes of qkv [rows, heads, dim]: the means, of which other ranks may have a part."""
+        if not self.joint:
+            return None
+        q, k, _ = qkv.double().split([self.heads, self.kv_heads, self.kv_heads], -2)
+        return torch.stack([x.square().mean((-2, -1)) for x in (q, k)], -1).float().contiguous()
+
+    def taken(self, qkv, position):
+        """Queries, keys and values of tokens [length, heads, dim] from a position on, float64."""
+        parts = list(qkv.double().split([self.heads, self.kv_heads, self.kv_heads], -2))
+        for i, norm in enumerate(self.norms):
+            x = parts[i]
+            if norm is not None:
+                mean = self.squares(qkv).double()[:, i, None, None] if self.joint else x.square().mean(-1, keepdim=True)
+                weight = norm.double().view(-1, self.dim) + (self.kind == abi.cqil_norm.CQIL_NORM_OFFSET)
+                x = x / (mean + 1e-6).sqrt() * weight
+            if self.tables[0] is not None:
+                c, s = (table[position : position + len(qkv), None].double() for table in self.tables)
+                half = c.shape[-1]
+                a, b, rest = x.split([half, half, self.dim - 2 * half], -1)
+                x = torch.cat((a * c - b * s, b * c + a * s, rest), -1)
+            parts[i] = x
+        return parts
+
+    def attended(self, q, keys, values, position):
+        """The results of queries from a position on, over all keys and values of the sequence (of each query head)."""
+        scores = torch.einsum("thd,khd->htk", q, keys) * (self.scale or self.dim**-0.5)
+        if self.cap:
+            scores = self.cap * torch.tanh(scores / self.cap)
+        index = torch.arange(len(keys), device="cuda")
+        here = position + torch.arange(len(q), device="cuda")[:, None]
+        seen = (index <= here) & (index > here - (self.window or len(keys)))
+        return torch.einsum("htk,khd->thd", scores.masked_fill(~seen, -torch.inf).softmax(-1), values)
+
+
+def check_forms(pick, dtype):
+    """Attention of other families, in chunks of prompts, single tokens and drafts."""
+    kv_heads, group, dim = pick(1, 3), pick(1, 4), (8, 12, 20, 64, 80, 96, 128, 128, 256, 256)[pick(0, 9)]
+    heads, capacity, slots = kv_heads * group, pick(60, 900), pick(1, 3)
+    form = Form(pick, dtype, heads, kv_heads, dim, capacity)
+    fields = {"heads": heads, "kv_heads": kv_heads, "head_dim": dim, "capacity": capacity, "max_batch": slots}
+    fields |= {"group": group, "first": 0, "dtype": code(dtype), "eps": 1e-6, **form.fields}
+    size = library.cqil_attention_cache_bytes(abi.cqil_attention_shape(batch=1, length=1, **fields))
+    cache = torch.full((size,), 255, dtype=torch.uint8, device="cuda")  # NaN where nothing was written
+    cache[2 * slots * kv_heads * capacity * dim * dtype.itemsize :] = 0
+    seen = [[torch.empty(0, heads, dim, dtype=torch.double, device="cuda") for _ in range(2)] for _ in range(slots)]
+    worst = 0.0
+    for length, drafts in ((pick(2, capacity - 40), False), (1, False), (pick(2, 20), False), (pick(2, 9), True)):
+        order = torch.randperm(slots)[: pick(1, slots)].tolist()
+        pasts, batch = [len(seen[slot][0]) for slot in order], len(order)
+        past, rows = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in (pasts, order))
+        if drafts:
+            past = (past[:, None] + torch.arange(length, device="cuda")).int().flatten()
+            rows = rows.repeat_interleave(length)
+        qkv = torch.randn(batch, length, heads + 2 * kv_heads, dim, device="cuda").to(dtype)
+        shape = abi.cqil_attention_shape(batch=batch, length=length, drafts=drafts, **fields)
+        scratch = torch.empty(library.cqil_attention_scratch_bytes(shape), dtype=torch.uint8, device="cuda")
+        out = torch.full((batch, length, heads, dim), torch.nan, dtype=dtype, device="cuda")
+        inputs = past, rows, *form.tables, *form.norms, form.squares(qkv.flatten(0, 1))
+        call("attention", shape, qkv, *inputs, cache, out, scratch)
+        expected = torch.empty(out.shape, dtype=torch.double, device="cuda")
+        for b, slot in enumerate(order):
+            q, *new = form.taken(qkv[b], pasts[b])
+            new = [x.repeat_interleave(group, 1) for x in new]
+            seen[slot] = [torch.cat(pair) for pair in zip(seen[slot], new)]
+            expected[b] = form.attended(q, *seen[slot], pasts[b])
+        worst = max(worst, relative(out, expected))
+    return worst
+
+
 def finite(dtype):
     """All finite values of a half type; for float32 those of float16, and more of where silu is steep."""
     if dtype == torch.float32:
@@ -411,30 +575,37 @@ def finite(dtype):
     return values[values.isfinite()].contiguous()
 
 
-def check_one_swiglu(pick, dtype):
-    """SwiGLU is one function, whichever kernel computes it, and exact to the type's rounding."""
+def check_one_gate(pick, dtype):
+    """Each gating is one function, whichever kernel computes it, and exact to the type's rounding."""
+    gating = pick(1, 2)
     gate = finite(dtype)
     count = len(gate)
     up = (1, -1)[pick(0, 1)] * (torch.rand(count, device="cuda") / 2 + 0.5).to(dtype)
     direct = torch.empty(count, dtype=dtype, device="cuda")
-    call("swiglu", torch.cat((gate, up)), direct, 1, count, code(dtype))
+    call("gate", torch.cat((gate, up)), direct, 1, count, gating, code(dtype))
     # A product with a row that is 1 and zeros is the weight's first column.
     weight = torch.zeros(2 * count, 8, dtype=dtype, device="cuda")
     weight[:, 0] = torch.cat((gate, up))
     for rows in (1, 3):
         x = torch.zeros(rows, 8, dtype=dtype, device="cuda")
         x[:, 0] = 1
-        shape = abi.cqil_linear_shape(rows=rows, outputs=count, inputs=8, gated=1, dtype=code(dtype), eps=1e-5)
+        shape = abi.cqil_linear_shape(rows=rows, outputs=count, inputs=8, gated=gating, dtype=code(dtype), eps=1e-5)
         scratch = torch.empty(library.cqil_linear_scratch_bytes(shape), dtype=torch.uint8, device="cuda")
         out = torch.empty(rows, count, dtype=dtype, device="cuda")
         call("linear", shape, x, None, weight, None, None, None, out, None, scratch)
         different = int((out != direct).sum())
-        assert different == 0, f"{different} of {out.numel()} elements of {rows} rows differ from cqil_swiglu's"
+        assert different == 0, f"{different} of {out.numel()} elements of {rows} rows differ from cqil_gate's"
     wide = gate.double()
-    exact = wide / (1 + (-wide).exp()) * up.double()
+    if gating == abi.cqil_gating.CQIL_SWIGLU:
+        exact = wide / (1 + (-wide).exp()) * up.double()
+    else:
+        exact = wide / (1 + (-2 * (2 / torch.pi) ** 0.5 * (wide + 0.044715 * wide**3)).exp()) * up.double()
     # Half a unit in the last place of 11 and of 8 significant bits, with room for float32's own rounding. Below the
     # floor float32 flushes to zero.
     bound = {torch.float32: 5e-7, torch.float16: 2.0**-11 * 1.01, torch.bfloat16: 2.0**-8 * 1.01}[dtype]
+    if gating == abi.cqil_gating.CQIL_GEGLU:
+        # The exponent, up to 88 where a result is not zero, has float32's rounding and that of its polynomial.
+        bound += 88 * 2.0**-22
     floor = {torch.float32: 2e-36, torch.float16: 2.0**-25 * 1.01, torch.bfloat16: 2e-36}[dtype]
     wrong = (direct.double() - exact).abs() > bound * exact.abs() + floor
     assert not wrong.any(), f"{int(wrong.sum())} of {count} gates beyond rounding, e.g. {gate[wrong][0].item()}"
@@ -463,10 +634,10 @@ def check_rows(pick, dtype):
         return 0.0
     rows = 16
     outputs, inputs = pick(1, 3000), pick(1, 1400) * 8
-    gated, normed, added = (bool(pick(0, 1)) for _ in range(3))
+    gated, (normed, added) = pick(0, 2), (bool(pick(0, 1)) for _ in range(2))
     x = (torch.randn(rows, inputs, device="cuda") * 10 ** (0.3 * torch.randn(rows, 1, device="cuda"))).to(dtype)
     delta = torch.randn(rows, inputs, device="cuda").to(dtype) if normed and pick(0, 2) == 0 else None
-    weight = (torch.randn(outputs * (1 + gated), inputs, device="cuda") / inputs**0.5).to(dtype)
+    weight = (torch.randn(outputs * (1 + bool(gated)), inputs, device="cuda") / inputs**0.5).to(dtype)
     norm = (1 + 0.2 * torch.randn(inputs, device="cuda")).to(dtype) if normed else None
     residual = torch.randn(rows, outputs, device="cuda").to(dtype) if added and not gated else None
     summed = residual is not None and pick(0, 1) == 1
@@ -514,13 +685,14 @@ def check_packed(pick, dtype):
     small = kind == kinds.CQIL_INT4
     # Of wide inputs neither x nor the norm's weight fits into shared memory.
     outputs, inputs = (pick(1, 200), pick(2048, 12000) * 8) if pick(0, 5) == 0 else (pick(1, 3000), pick(1, 1400) * 8)
-    gated, biased, added, normed = (bool(pick(0, 1)) for _ in range(4))
+    gating, (biased, added, normed) = pick(0, 2), (bool(pick(0, 1)) for _ in range(3))
+    gated, scale = gating > 0, 0.0 if gating else (0, pick(1, 30) / 10)[pick(0, 1)]
     added = added and not gated
     group = 32 << pick(0, 2) if small else 0
     size = group * pick(1, 3) if small and pick(0, 5) else 0
     first = group * pick(0, size // group - 1) if size else 0
-    shape = {"outputs": outputs, "inputs": inputs, "gated": gated, "dtype": code(dtype), "eps": 1e-5}
-    shape |= {"weights": kind, "group": group}
+    shape = {"outputs": outputs, "inputs": inputs, "gated": gating, "dtype": code(dtype), "eps": 1e-5}
+    shape |= {"weights": kind, "group": group, "scale": scale}
     codes, scales, zeros, weight = some_codes(pick, kind, outputs * (1 + gated), inputs, size, first, dtype)
     stored = codes, scales, zeros, size, first
     dense = torch.full(weight.shape, torch.nan, dtype=dtype, device="cuda")
@@ -556,7 +728,8 @@ def check_packed(pick, dtype):
     expected = wide @ weight.T + (0 if bias is None else bias.double())
     if gated:
         gate, up = expected.chunk(2, -1)
-        expected = torch.nn.functional.silu(gate) * up
+        expected = activation(gating)(gate) * up
+    expected = expected * (scale or 1)
     if summed:
         whole, total = whole.chunk(2, 1)
         assert torch.equal(total, (whole.float() + residual.float()).to(dtype))
@@ -569,9 +742,18 @@ def check_sequences(pick, dtype):
     heads, group, dim, capacity, batch = pick(1, 8), pick(1, 4), (64, 128, 80, 256)[pick(0, 3)], pick(40, 2000), 20
     fields = {"heads": heads * group, "kv_heads": heads, "head_dim": dim, "capacity": capacity, "max_batch": batch}
     fields |= {"group": group, "first": 0, "dtype": code(dtype), "eps": 1e-6}
+    form = Form(pick, dtype, heads * group, heads, dim, capacity) if pick(0, 1) else None
+    fields |= form.fields if form else {}
     past = torch.tensor([pick(0, capacity - 1) for _ in range(batch)], dtype=torch.int32, device="cuda")
     qkv = torch.randn(batch, heads * (group + 2), dim, device="cuda").to(dtype)
     table = torch.ones(capacity, dim // 2, device="cuda"), torch.zeros(capacity, dim // 2, device="cuda")
+    norms = [None, None]
+    if form:
+        table, norms = form.tables, form.norms
+
+    def squares(qkv):
+        return form.squares(qkv.reshape(-1, heads * (group + 2), dim)) if form else None
+
     size = library.cqil_attention_cache_bytes(abi.cqil_attention_shape(batch=1, length=1, **fields))
     elements = 2 * batch * heads * capacity * dim
     cache = torch.zeros(size, dtype=torch.uint8, device="cuda")
@@ -583,7 +765,7 @@ def check_sequences(pick, dtype):
         out = torch.empty(len(chosen), heads * group * dim, dtype=dtype, device="cuda")
         scratch = torch.empty(library.cqil_attention_scratch_bytes(shape), dtype=torch.uint8, device="cuda")
         inputs = qkv[chosen].contiguous(), past[chosen].contiguous(), slots
-        call("attention", shape, *inputs, *table, None, None, cache, out, scratch)
+        call("attention", shape, *inputs, *table, *norms, squares(inputs[0]), cache, out, scratch)
         torch.cuda.synchronize()
         return out
 
@@ -597,9 +779,10 @@ def check_sequences(pick, dtype):
     width, chosen = pick(2, 8), torch.randperm(batch)[: pick(1, 4)].tolist()
     count = len(chosen)
     qkv = torch.randn(count, width, heads * (group + 2), dim, device="cuda").to(dtype)
-    norms = [(1 + 0.2 * torch.randn(dim, device="cuda")).to(dtype) for _ in range(2)] if pick(0, 1) else [None, None]
-    angles = torch.rand(capacity, dim // 2, device="cuda") * 6
-    table = angles.cos(), angles.sin()
+    if not form:
+        norms = [(1 + 0.2 * torch.randn(dim, device="cuda")).to(dtype) for _ in range(2)] if pick(0, 1) else norms
+        angles = torch.rand(capacity, dim // 2, device="cuda") * 6
+        table = angles.cos(), angles.sin()
     slots = torch.tensor(chosen, dtype=torch.int32, device="cuda")
     start = past[chosen].clone()
     start[0] = max(0, capacity - pick(1, 2 * width))
@@ -611,7 +794,7 @@ def check_sequences(pick, dtype):
         shape = abi.cqil_attention_shape(batch=len(fits), length=1, **fields)
         inputs = qkv[fits, token].contiguous(), (start[fits] + token).contiguous(), slots[fits].contiguous()
         out = torch.empty(len(fits), heads * group * dim, dtype=dtype, device="cuda")
-        call("attention", shape, *inputs, *table, *norms, cache, out, None)
+        call("attention", shape, *inputs, *table, *norms, squares(inputs[0]), cache, out, None)
         torch.cuda.synchronize()
         alone[fits, token] = out
     after = cache.clone()
@@ -619,7 +802,7 @@ def check_sequences(pick, dtype):
     shape = abi.cqil_attention_shape(batch=count, length=width, **fields, drafts=True)
     rows = start.repeat_interleave(width), slots.repeat_interleave(width)
     together = torch.full_like(alone, torch.nan)
-    call("attention", shape, qkv, *rows, *table, *norms, cache, together, None)
+    call("attention", shape, qkv, *rows, *table, *norms, squares(qkv), cache, together, None)
     torch.cuda.synchronize()
     valid = (start[:, None] + torch.arange(width, device="cuda") < capacity).cpu()
     assert torch.equal(together[valid], alone[valid]), "drafts differ from single tokens"
@@ -686,7 +869,8 @@ def rotate_half(x, cos, sin):
 class Attention:
     """One layer's attention, one token at a time, and the same in float64. Row b is in slot `slots[b]` of `count`."""
 
-    def __init__(self, dtype, slots, count, heads, kv_heads, dim, capacity, filled):
+    def __init__(self, dtype, slots, count, heads, kv_heads, dim, capacity, filled, window=0):
+        self.window = window or capacity
         self.dtype, self.slots, self.heads, self.kv_heads, self.dim = dtype, slots, heads, kv_heads, dim
         self.batch = len(slots)
         self.shape = abi.cqil_attention_shape(
@@ -701,6 +885,7 @@ class Attention:
             first=0,
             dtype=code(dtype),
             eps=1e-6,
+            window=window,
         )
         size = library.cqil_attention_cache_bytes(self.shape)
         self.memory = torch.zeros(size, dtype=torch.uint8, device="cuda")
@@ -713,7 +898,8 @@ class Attention:
 
     def __call__(self, qkv, past, out, length=1, scratch=None):
         self.shape.length = length
-        call("attention", self.shape, qkv, past, self.slots, self.cos, self.sin, None, None, self.memory, out, scratch)
+        inputs = qkv, past, self.slots, self.cos, self.sin, None, None, None
+        call("attention", self.shape, *inputs, self.memory, out, scratch)
 
     def expected(self, qkv, position):
         """Of one more token of every row's sequence at `position`."""
@@ -724,7 +910,8 @@ class Attention:
         at = self.slots.long()
         for seen, new in zip(self.seen, (k, v)):
             seen[at, :, position] = new
-        keys, values = (x[at, :, : position + 1].repeat_interleave(self.heads // self.kv_heads, 1) for x in self.seen)
+        seen = slice(max(0, position + 1 - self.window), position + 1)
+        keys, values = (x[at, :, seen].repeat_interleave(self.heads // self.kv_heads, 1) for x in self.seen)
         weights = (torch.einsum("bhd,bhkd->bhk", q, keys) / self.dim**0.5).softmax(-1)
         return torch.einsum("bhk,bhkd->bhd", weights, values).reshape(self.batch, self.heads * self.dim)
 
@@ -775,17 +962,19 @@ def check_joins(pick, dtype):
 class Decoder:
     """Layers that a token passes through by this library's kernels alone, so that each launch may overlap the last.
 
+    With `post_norms` they have norms by 1 + weight before and after each sub-layer, GELU, and a window of 50 tokens.
     Each step has one row, for one of two sequences: that in slot order[step], which starts at starts[order[step]].
     """
 
     HIDDEN, INNER, WORDS, HEADS, KV_HEADS, DIM = 256, 688, 512, 4, 2, 64
     FIRST = 7, 9  # tokens
 
-    def __init__(self, dtype, layers, order, starts):
+    def __init__(self, dtype, layers, order, starts, post_norms):
         def weight(*shape):
             return (torch.randn(shape, device="cuda") / shape[-1] ** 0.5).to(dtype)
 
         self.dtype, self.order, self.starts, self.steps = dtype, order, starts, len(order)
+        self.post_norms, one = post_norms, not post_norms
         self.slots = [torch.tensor([slot], dtype=torch.int32, device="cuda") for slot in range(2)]
         filled, steps = max(starts), self.steps
         shape = self.HEADS, self.KV_HEADS, self.DIM, filled + steps + 1, filled
@@ -793,18 +982,21 @@ class Decoder:
         self.table = torch.randn(self.WORDS, self.HIDDEN, device="cuda").to(dtype)
         self.layers = [
             {
-                "norm": 1 + weight(self.HIDDEN),
+                "norm": one + weight(self.HIDDEN),
                 "qkv": weight(width, self.HIDDEN),
                 "o": weight(self.HIDDEN, rows),
-                "mlp_norm": 1 + weight(self.HIDDEN),
+                "mlp_norm": one + weight(self.HIDDEN),
+                "post_norm": weight(self.HIDDEN),
+                "mlp_post_norm": weight(self.HIDDEN),
                 "gate_up": weight(2 * self.INNER, self.HIDDEN),
                 "down": weight(self.HIDDEN, self.INNER),
-                "attention": Attention(dtype, self.slots[0], 2, *shape),
+                "attention": Attention(dtype, self.slots[0], 2, *shape, window=50 * post_norms),
             }
             for _ in range(layers)
         ]
         self.caches = [layer["attention"].memory.clone() for layer in self.layers]
         self.x = torch.empty(self.HIDDEN, dtype=dtype, device="cuda")
+        self.normed, self.delta = torch.empty_like(self.x), torch.empty_like(self.x)
         self.qkv = torch.empty(width, dtype=dtype, device="cuda")
         self.attended = torch.empty(rows, dtype=dtype, device="cuda")
         self.inner = torch.empty(self.INNER, dtype=dtype, device="cuda")
@@ -832,7 +1024,7 @@ class Decoder:
     def linear(self, x, weight, out, norm=None, residual=None, gated=0):
         shape = abi.cqil_linear_shape(
             rows=1,
-            outputs=weight.shape[0] // (1 + gated),
+            outputs=weight.shape[0] // (2 if gated else 1),
             inputs=weight.shape[1],
             gated=gated,
             dtype=code(self.dtype),
@@ -851,7 +1043,10 @@ class Decoder:
                 after()
             call("gather_rows", self.table, self.ending.tokens, x, 1, self.HIDDEN, kind)
             after()
-            for layer in self.layers:
+            for number, layer in enumerate(self.layers):
+                if self.post_norms:
+                    self.sub_layers(number, slots, after)
+                    continue
                 self.linear(x, layer["qkv"], self.qkv, norm=layer["norm"])
                 after()
                 layer["attention"].slots = slots
@@ -874,6 +1069,32 @@ class Decoder:
             call("gather_rows", self.ending.tokens, self.zero_index, self.tokens[step], 1, 1, 0)
             after()
 
+    def sub_layers(self, number, slots, after):
+        """A layer with norms before and after its attention and its MLP."""
+        layer, kind = self.layers[number], code(self.dtype)
+        shape = 1, self.HIDDEN, 1e-5, abi.cqil_norm.CQIL_NORM_OFFSET, kind
+        if number == 0:
+            call("residual_norm", None, None, self.x, layer["norm"], None, self.normed, *shape)
+            after()
+        self.linear(self.normed, layer["qkv"], self.qkv)
+        after()
+        layer["attention"].slots = slots
+        layer["attention"](self.qkv, self.ending.past, self.attended)
+        after()
+        self.linear(self.attended, layer["o"], self.delta)
+        after()
+        norms = layer["post_norm"], self.x, layer["mlp_norm"]
+        call("residual_norm", self.delta, *norms, self.x, self.normed, *shape)
+        after()
+        self.linear(self.normed, layer["gate_up"], self.inner, gated=2)
+        after()
+        self.linear(self.inner, layer["down"], self.delta)
+        after()
+        following = self.layers[number + 1]["norm"] if number + 1 < len(self.layers) else None
+        norms = layer["mlp_post_norm"], self.x, following
+        call("residual_norm", self.delta, *norms, self.x, None if following is None else self.normed, *shape)
+        after()
+
     def expected(self, tokens):
         """In float64, rounded where a kernel stores its result; `tokens` are those that were chosen."""
 
@@ -886,14 +1107,24 @@ class Decoder:
             x = self.table[token].double()
             for layer in self.layers:
                 wide = {name: value.double() for name, value in layer.items() if name != "attention"}
-                normed = stored(stored(rms_norm(x, 1, 1e-5)) * wide["norm"])
+
+                def normed_by(x, name, wide=wide):
+                    if self.post_norms:
+                        return stored(rms_norm(x, 1 + wide[name], 1e-5))
+                    return stored(stored(rms_norm(x, 1, 1e-5)) * wide[name])
+
+                def added(x, name):
+                    return normed_by(stored(x), name) if self.post_norms else x
+
+                normed = normed_by(x, "norm")
                 qkv = stored(wide["qkv"] @ normed)
                 layer["attention"].slots = self.slots[slot]
                 attended = stored(layer["attention"].expected(qkv, positions[slot]))[0]
-                x = stored(wide["o"] @ attended + x)
-                normed = stored(stored(rms_norm(x, 1, 1e-5)) * wide["mlp_norm"])
-                gate, up = stored(wide["gate_up"] @ normed).chunk(2)
-                x = stored(wide["down"] @ stored(torch.nn.functional.silu(gate) * up) + x)
+                x = stored(added(wide["o"] @ attended, "post_norm") + x)
+                gate, up = stored(wide["gate_up"] @ normed_by(x, "mlp_norm")).chunk(2)
+                x = stored(
+                    added(wide["down"] @ stored(activation(1 + self.post_norms)(gate) * up), "mlp_post_norm") + x
+                )
             found.append(x)
             positions[slot] += 1
         return torch.stack(found)
@@ -902,7 +1133,7 @@ class Decoder:
 def check_overlap(pick, dtype):
     """Steps of back-to-back launches give the bits of launches that wait for each other, and those are right."""
     order = [pick(0, 3) // 3 for _ in range(pick(8, 20))]
-    decoder = Decoder(dtype, pick(2, 6), order, starts=(pick(1, 400), pick(1, 400)))
+    decoder = Decoder(dtype, pick(2, 6), order, (pick(1, 400), pick(1, 400)), bool(pick(0, 1)))
     decoder.begin()
     decoder.run(after=torch.cuda.synchronize)
     right, tokens = decoder.found.clone(), decoder.tokens.tolist()
@@ -989,7 +1220,8 @@ def check_limit(pick, dtype):
 CHECKS = {
     "kernels": (
         check_norm,
-        check_swiglu,
+        check_gate,
+        check_scale,
         check_gather,
         check_choice,
         check_spread,
@@ -999,7 +1231,8 @@ CHECKS = {
         check_linear,
         check_attention,
     ),
-    "swiglu": (check_one_swiglu,),
+    "forms": (check_forms, check_post_norm, check_head_squares),
+    "gates": (check_one_gate,),
     "rows": (check_rows, check_sequences, check_accept),
     "packed": (check_packed,),
     "joins": (check_joins,),

@@ -23,6 +23,7 @@ from mpi4py import MPI
 
 from cqil_trt.collectives import split
 from cqil_trt.config import CqilConfig
+from cqil_trt.gpu import abi
 from cqil_trt.gpu.workspace import CudaCommunicator
 from cqil_trt.schedule import Peers, schedule
 
@@ -130,6 +131,8 @@ def operation(kind, dtype, rows, hidden, d, ring, inputs, residual, weight, spec
             check.wrong += (normed.isnan() != expected.to(dtype).isnan()).sum()
         else:
             check.close(normed, norm(found, weight), dtype)
+    elif kind == "norms":
+        any_norms(ring, mine, residual, weight, ordered_sum(inputs), ordered_sum(inputs, residual), special)
     elif kind == "broadcast":
         found = communicator.broadcast(mine)
         check.wrong += (found.view(-1).view(torch.uint8) != inputs[0].view(-1).view(torch.uint8)).sum()
@@ -146,7 +149,30 @@ def operation(kind, dtype, rows, hidden, d, ring, inputs, residual, weight, spec
         check.wrong += (found != indices.gather(0, values.argmax(0, keepdim=True))[0]).sum()
 
 
-KINDS = ["all_reduce", "residual", "norm", "norm", "broadcast", "bypass", "argmax"]
+def any_norms(ring, mine, residual, weight, total, joined, special):
+    """Norms of every kind, of the sum before it is added and after, by the sizes of what is added up."""
+    (rows, hidden), dtype, check = mine.shape, mine.dtype, ring.check
+    kind, before, following = hidden // 8 % 3, rows % 2 == 1, rows % 3 > 0
+    out, normed = torch.empty_like(mine), torch.empty_like(mine)
+    pointers = [mine, weight if before else None, residual, weight if following else None, out]
+    pointers = [t if t is None else t.data_ptr() for t in [*pointers, normed if following else None]]
+    code = abi.dtype_code(str(dtype).removeprefix("torch."))
+    stream = torch.cuda.current_stream().cuda_stream
+    ring.communicator.workspace.call("all_reduce_norms", *pointers, rows, hidden, EPS, kind, code, stream)
+    wide = weight.double() + (kind == abi.cqil_norm.CQIL_NORM_OFFSET)
+    if before:
+        added = norm(total, wide)
+        bound = 4 * ROUNDING[dtype] * (added.abs() + residual.double().abs()) + 4 * torch.finfo(dtype).tiny
+        wrong = ((out.double() - added - residual.double()).abs() > bound).sum()
+        check.checksum.mul_(31).add_(out.view(torch.int16 if out.element_size() == 2 else torch.int32).long().sum())
+        check.wrong += 0 if special else wrong
+    else:
+        check.equal(out, joined)
+    if following and not special:
+        check.close(normed, norm(out, wide), dtype)
+
+
+KINDS = ["all_reduce", "residual", "norm", "norm", "norms", "norms", "broadcast", "bypass", "argmax"]
 
 
 def draw(chance):
@@ -155,6 +181,8 @@ def draw(chance):
     rows = chance.choice([1, 1, 2, chance.randint(1, 256)])
     # A packet is 16 bytes; a fused row may have 32 KiB.
     hidden = chance.choice([576, 4096, 8192, 8 * chance.randint(72, 1024)])
+    if kind == "norms":  # half of that
+        hidden = min(hidden, 4096)
     if kind in ("all_reduce", "residual", "broadcast", "bypass") and chance.random() < 0.5:
         rows, hidden = 1, chance.randint(1, 100_000)
     return kind, dtype, rows, hidden, chance.randint(0, world - 1)
@@ -216,7 +244,7 @@ def main(seed, operations, replays, ranks_per_layer=1):
         special = chance.random() < 0.5
         if special:
             add_specials(inputs, seed, number)
-        threads = chance.choice([0, 0, 32, 128, 512]) if kind not in ("norm",) else 0
+        threads = chance.choice([0, 0, 32, 128, 512]) if kind not in ("norm", "norms") else 0
         tune(
             threads,
             chance.choice([0, 0, 1, 3, 64]),

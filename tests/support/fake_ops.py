@@ -1,6 +1,7 @@
 """One rank without the others, and the CUDA kernels' functions in PyTorch on host memory."""
 
 import ctypes
+from functools import partial
 
 import numpy as np
 import torch
@@ -35,8 +36,22 @@ def at(address, *shape, dtype=torch.float32):
     return torch.frombuffer((ctypes.c_byte * size).from_address(address), dtype=dtype).view(shape)
 
 
-def norm(x, weight, eps):
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+def norm(x, weight, eps, kind=0, mean=None):
+    """An RMSNorm; `kind`: a cqil_norm. `mean`: of the squares, if it is not that of x."""
+    mean = x.square().mean(-1, keepdim=True) if mean is None else mean
+    return x * torch.rsqrt(mean + eps) * (weight + 1 if kind == abi.cqil_norm.CQIL_NORM_OFFSET else weight)
+
+
+def gate(gate_up, gating):
+    """What a cqil_gating makes of gate and up."""
+    gate, up = gate_up.chunk(2, -1)
+    kinds = abi.cqil_gating
+    act = {kinds.CQIL_SWIGLU: F.silu, kinds.CQIL_GEGLU: partial(F.gelu, approximate="tanh")}[gating]
+    return act(gate) * up
+
+
+def capped(x, cap):
+    return cap * torch.tanh(x / cap) if cap else x
 
 
 class HostKernels:
@@ -50,21 +65,40 @@ class HostKernels:
         at(out, rows, hidden)[:] = at(table, int(found.max()) + 1, hidden)[found]
         return 0
 
-    def cqil_residual_norm(self, delta, residual, weight, total, normed, rows, hidden, eps, dtype, stream):
-        x = at(residual, rows, hidden)
+    def cqil_residual_norm(
+        self, delta, delta_norm, residual, weight, total, normed, rows, hidden, eps, kind, dtype, stream
+    ):
+        x = torch.zeros(rows, hidden) if residual is None else at(residual, rows, hidden)
         if delta is not None:
-            x = x + at(delta, rows, hidden)
+            added = at(delta, rows, hidden)
+            x = x + (added if delta_norm is None else norm(added, at(delta_norm, hidden), eps, kind))
             at(total, rows, hidden)[:] = x
-        at(normed, rows, hidden)[:] = norm(x, at(weight, hidden), eps)
+        assert delta_norm is not None or (residual is not None and weight is not None)
+        if weight is not None:
+            at(normed, rows, hidden)[:] = norm(x, at(weight, hidden), eps, kind)
         return 0
 
     def cqil_add(self, x, y, out, count, dtype, stream):
         at(out, count)[:] = at(x, count) + at(y, count)
         return 0
 
-    def cqil_swiglu(self, gate_up, out, rows, inner, dtype, stream):
-        gate, up = at(gate_up, rows, 2 * inner).chunk(2, -1)
-        at(out, rows, inner)[:] = F.silu(gate) * up
+    def cqil_scale(self, x, out, count, factor, cap, dtype, stream):
+        at(out, count)[:] = capped(at(x, count) * factor, cap)
+        return 0
+
+    def cqil_gate(self, gate_up, out, rows, inner, gating, dtype, stream):
+        at(out, rows, inner)[:] = gate(at(gate_up, rows, 2 * inner), gating)
+        return 0
+
+    def cqil_head_squares(
+        self, qkv, out, rows, heads, kv_heads, dim, first, last, query_factor, key_factor, dtype, stream
+    ):
+        if not heads:
+            at(out, rows, 2)[:] = 0
+            return 0
+        squares = at(qkv, rows, heads + 2 * kv_heads, dim).square()
+        at(out, rows, 2)[:, 0] = squares[:, :heads].sum((1, 2)) * query_factor
+        at(out, rows, 2)[:, 1] = squares[:, heads + first : heads + last].sum((1, 2)) * key_factor
         return 0
 
     def cqil_linear_rows(self, dtype):
@@ -78,12 +112,12 @@ class HostKernels:
 
     def cqil_unpack(self, s, packed, out, stream):
         assert s.weights == abi.cqil_weights.CQIL_INT4 and s.group == 64
-        at(out, s.outputs * (1 + s.gated), s.inputs)[:] = self.packed[packed]
+        at(out, s.outputs * (1 + bool(s.gated)), s.inputs)[:] = self.packed[packed]
         return 0
 
     def cqil_linear(self, s, x, delta, weight, bias, norm_weight, residual, out, total, scratch, stream):
         assert (residual or not total) and out != x and not (s.gated and residual) and (norm_weight or not delta)
-        value, wide = at(x, s.rows, s.inputs), s.outputs * (1 + s.gated)
+        value, wide = at(x, s.rows, s.inputs), s.outputs * (1 + bool(s.gated))
         if delta is not None:
             value = value + at(delta, s.rows, s.inputs)
         if norm_weight is not None:
@@ -91,9 +125,8 @@ class HostKernels:
         assert (weight in self.packed) == (s.weights != abi.cqil_weights.CQIL_DENSE) and s.rows <= 4
         matrix = self.packed[weight] if s.weights else at(weight, wide, s.inputs)
         value = F.linear(value, matrix, None if bias is None else at(bias, wide))
-        if s.gated:
-            gate, up = value.chunk(2, -1)
-            value = F.silu(gate) * up
+        assert not (s.gated and s.scale)
+        value = gate(value, s.gated) if s.gated else value * (s.scale or 1)
         added = 0 if residual is None else at(residual, s.rows, s.outputs)
         if total is None:
             value = value + added
@@ -105,19 +138,28 @@ class HostKernels:
     def cqil_attention_scratch_bytes(self, shape):
         return 4 * shape.batch * shape.length * shape.heads * shape.head_dim
 
-    def cqil_attention(self, s, qkv, past, slots, cos, sin, q_norm, k_norm, cache, out, scratch, stream):
+    def cqil_attention(self, s, qkv, past, slots, cos, sin, q_norm, k_norm, squares, cache, out, scratch, stream):
         dim, heads = s.head_dim, s.heads + 2 * s.kv_heads
         q, k, v = at(qkv, s.batch, s.length, heads, dim).split([s.heads, s.kv_heads, s.kv_heads], 2)
-        if q_norm is not None:
-            q, k = norm(q, at(q_norm, dim), s.eps), norm(k, at(k_norm, dim), s.eps)
+        if squares is not None:
+            means = at(squares, s.batch, s.length, 2)[..., None, None].unbind(2)
+            q, k = (
+                norm(x, at(weight, x.shape[2], dim), s.eps, s.norm, mean)
+                for x, weight, mean in zip((q, k), (q_norm, k_norm), means)
+            )
+        elif q_norm is not None:
+            q, k = norm(q, at(q_norm, dim), s.eps, s.norm), norm(k, at(k_norm, dim), s.eps, s.norm)
         each = s.length if s.drafts else 1  # entries of a sequence, of which the first counts
         pasts, rows = (at(entries, s.batch, each, dtype=torch.int32)[:, 0].long() for entries in (past, slots))
         where = pasts[:, None] + torch.arange(s.length)
-        c, n = (at(table, s.capacity, dim // 2)[where][:, :, None] for table in (cos, sin))
+        half = (s.rotary or dim) // 2
 
         def rotated(x):
-            a, b = x.chunk(2, -1)
-            return torch.cat((a * c - b * n, b * c + a * n), -1)
+            if cos is None:
+                return x
+            c, n = (at(table, s.capacity, half)[where][:, :, None] for table in (cos, sin))
+            a, b, rest = x.split([half, half, dim - 2 * half], -1)
+            return torch.cat((a * c - b * n, b * c + a * n, rest), -1)
 
         q = rotated(q)
         keys, values = self.caches.setdefault(cache, torch.zeros(2, s.max_batch, s.capacity, s.kv_heads, dim))
@@ -133,7 +175,11 @@ class HostKernels:
     def attend(s, q, where, keys, values, out):
         reads = [(head + s.first) // s.group for head in range(s.heads)]
         for b in range(q.shape[0]):
-            seen = torch.arange(keys.shape[1]) <= where[b][:, None]
-            scores = torch.einsum("thd,khd->htk", q[b], keys[b][:, reads]) / q.shape[-1] ** 0.5
+            index = torch.arange(keys.shape[1])
+            seen = index <= where[b][:, None]
+            if s.window:
+                seen &= index > where[b][:, None] - s.window
+            scores = torch.einsum("thd,khd->htk", q[b], keys[b][:, reads]) * (s.scale or q.shape[-1] ** -0.5)
+            scores = capped(scores, s.cap)
             weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
             out[b] = torch.einsum("htk,khd->thd", weights, values[b][:, reads])

@@ -72,8 +72,8 @@ int main(int, char** arguments) {
         return 2;
     }
     // An older error of this thread, which no later failure may repeat.
-    symbol<decltype(cqil_residual_norm)>("cqil_residual_norm")(nullptr, nullptr, nullptr, nullptr, nullptr, -7, 1, 0.0f,
-                                                               CQIL_FLOAT32, nullptr);
+    symbol<decltype(cqil_residual_norm)>("cqil_residual_norm")(nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, -7,
+                                                               1, 0.0f, CQIL_NORM_ROUNDED, CQIL_FLOAT32, nullptr);
     auto* add = make("CqilAdd", {{"terms", 0}, {"dtype", 0}});
     auto* broadcast = make("CqilBroadcast", {{"rank", 0}, {"hidden", 8}, {"dtype", 0}});
     auto* other = make("CqilBroadcast", {{"rank", 1}, {"hidden", 8}, {"dtype", 0}});

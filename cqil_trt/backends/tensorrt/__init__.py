@@ -21,8 +21,8 @@ class TensorRtBackend(Backend):
     name = "tensorrt"
     packages = {"tensorrt": "tensorrt", "cuda": "tensorrt", "tensorrt_rtx": "rtx"}
     formats = formats.names()
-    # With TensorRT's own layers; its attention has no caps, and our plugins have none of them (`compiler.describe`).
-    features = frozenset(Feature) - {Feature.ATTENTION_CAP}
+    # With our plugins; TensorRT's own attention layers have no caps (`compiler.describe`).
+    features = frozenset(Feature)
     verifies_weights = True
     options = (
         Option(

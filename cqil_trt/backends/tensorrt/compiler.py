@@ -22,6 +22,7 @@ from cqil_trt.config import EngineLimits
 from cqil_trt.errors import UserError
 from cqil_trt.gpu import tensorrt_plugins
 from cqil_trt.gpu.sources import source_version
+from cqil_trt.model import Feature
 from cqil_trt.schedule import Group
 from cqil_trt.shard import RankPlan
 
@@ -55,9 +56,9 @@ def describe(limits: EngineLimits, options: Mapping[str, Any], ranks: tuple[Rank
     if limits.dtype == "bfloat16" and not hasattr(trt, "bfloat16"):
         raise UserError(f"--dtype bfloat16: TensorRT {trt.__version__} does not have it: use float16 or float32")
     model = ranks[0].model
-    features = model.features(limits.max_seq_len)
-    if features and not lowering.native:
-        raise UserError(f"--backend tensorrt with {version(trt)}: {lacking(model, features)}")
+    if lowering.native and Feature.ATTENTION_CAP in model.features(limits.max_seq_len):
+        missing = lacking(model, [Feature.ATTENTION_CAP], BACKEND.name)
+        raise UserError(f"--backend tensorrt with {version(trt)}: {missing}, or TensorRT before 10.15")
     collective = options.get("collective") or ("plugin" if lowering.plugins else "nccl")
     if collective not in _COLLECTIVES:
         raise UserError(f"--collective must be one of {', '.join(_COLLECTIVES)}, found {collective}")

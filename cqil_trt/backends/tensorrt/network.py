@@ -23,7 +23,7 @@ import numpy as np
 
 from cqil_trt.config import DTYPES, EngineLimits
 from cqil_trt.gpu import abi, tensorrt_plugins
-from cqil_trt.gpu.fused_ops import FusedOps, attention_fields
+from cqil_trt.gpu.fused_ops import FusedOps, attention_fields, gating, norm_kind, rotary_names, square_fields
 from cqil_trt.gpu.packed import quantized_matrices
 from cqil_trt.gpu.workspace import fuses_norm, workspace_input
 from cqil_trt.network.decoder import decode
@@ -499,9 +499,12 @@ class ClassicOps(FusedOps[Tensor], TensorRtOps):
         trt = self._trt
         self._caches = {index: self._input(f"cache.{index}", trt.int32, (1,)) for index in self._with_heads}
         self._slots = self._input("slots", trt.int32, (-1,)) if self._with_heads else None
-        table = (self._limits.max_seq_len, self.plan.model.head_dim // 2)
-        names = ("rotary.cos", "rotary.sin") if self._with_heads else ()
-        self._tables = [self._input(name, trt.float32, table) for name in names]
+        model = self.plan.model
+        table = (self._limits.max_seq_len, model.rotary_dim // 2)
+        used = {which for index in self._with_heads if (which := model.rope_of(index)) is not None}
+        self._tables = {
+            which: [self._input(name, trt.float32, table) for name in rotary_names(which)] for which in sorted(used)
+        }
 
     def embedding(self, tokens: Tensor) -> Tensor:
         return self.rows(self._weight("embedding.weight"), self._reshape(tokens, (-1,)))
@@ -517,12 +520,13 @@ class ClassicOps(FusedOps[Tensor], TensorRtOps):
         norm: str | None = None,
         delta: Tensor | None = None,
         residual: Tensor | None = None,
-        gated: bool = False,
+        gated: str | None = None,
+        scale: float = 1.0,
     ) -> Tensor:
-        return self._linear(x, name, norm, delta, residual, gated=int(gated))[0]
+        return self._linear(x, name, norm, delta, residual, gated, scale)[0]
 
-    def project_and_add(self, x: Tensor, name: str, residual: Tensor) -> tuple[Tensor, Tensor]:
-        alone, total = self._linear(x, name, residual=residual, gated=0, sum=1)
+    def project_and_add(self, x: Tensor, name: str, residual: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        alone, total = self._linear(x, name, residual=residual, scale=scale, added=True)
         return alone, total
 
     def _linear(
@@ -532,24 +536,47 @@ class ClassicOps(FusedOps[Tensor], TensorRtOps):
         norm: str | None = None,
         delta: Tensor | None = None,
         residual: Tensor | None = None,
-        **more: int,
+        gated: str | None = None,
+        scale: float = 1.0,
+        added: bool = False,
     ) -> list[Tensor]:
+        """`added`: the second result is the sum with the residual."""
         weight, bias = self._weight(f"{name}.weight"), self._bias(name)
-        scale = None if norm is None else self._weight(f"{norm}.weight")
-        inputs = [tensor for tensor in (x, delta, weight, bias, scale, residual) if tensor is not None]
-        given = {"delta": delta, "bias": bias, "norm": scale, "residual": residual}
-        fields = {name: int(tensor is not None) for name, tensor in given.items()}
+        of_norm = None if norm is None else self._weight(f"{norm}.weight")
+        inputs = [tensor for tensor in (x, delta, weight, bias, of_norm, residual) if tensor is not None]
+        given = {"delta": delta, "bias": bias, "norm": of_norm, "residual": residual}
+        fields: dict[str, int | float] = {name: int(tensor is not None) for name, tensor in given.items()}
+        if scale != 1:
+            fields["scale"] = float(scale)
         matrix = self._quantized.get(name)
         if matrix is not None and matrix.packed:
             shape = matrix.shape()
             fields |= {"weights": int(shape.weights), "outputs": shape.outputs, "group": shape.group}
-        outputs = 1 + more.get("sum", 0)
-        return self._plugin("CqilLinear", inputs, outputs, **fields, **more, eps=self.plan.model.rms_norm_eps)
+        fields |= {"gated": gating(gated), "eps": self.plan.model.rms_norm_eps}
+        if added:
+            fields["sum"] = 1
+        return self._plugin("CqilLinear", inputs, 1 + added, **fields)
 
     def fused_norm(self, x: Tensor, delta: Tensor | None, name: str) -> Tensor:
         weight = self._weight(f"{name}.weight")
         inputs = [tensor for tensor in (x, delta, weight) if tensor is not None]
-        return self._plugin("CqilNorm", inputs, 1, delta=int(delta is not None), eps=self.plan.model.rms_norm_eps)[0]
+        model = self.plan.model
+        fields = {"delta": int(delta is not None), "eps": model.rms_norm_eps, "kind": norm_kind(model)}
+        return self._plugin("CqilNorm", inputs, 1, **fields)[0]
+
+    def fused_post_norm(
+        self, delta: Tensor, name: str, residual: Tensor, following: str | None
+    ) -> tuple[Tensor, Tensor]:
+        model = self.plan.model
+        inputs = [delta, self._weight(f"{name}.weight"), residual]
+        if following is not None:
+            inputs.append(self._weight(f"{following}.weight"))
+        fields = {"residual": 1, "next": int(following is not None), "kind": norm_kind(model)}
+        found = self._plugin("CqilPostNorm", inputs, 1 + fields["next"], **fields, eps=model.rms_norm_eps)
+        return found[0], found[-1]
+
+    def fused_scale(self, x: Tensor, factor: float, cap: float | None) -> Tensor:
+        return self._plugin("CqilScale", [x], 1, factor=float(factor), cap=float(cap or 0))[0]
 
     def fused_add(self, x: Tensor, y: Tensor) -> Tensor:
         return self._plugin("CqilAdd", [x, y], 1, terms=2)[0]
@@ -558,11 +585,33 @@ class ClassicOps(FusedOps[Tensor], TensorRtOps):
         return self._plugin("CqilAdd", [self.keep(x)], 1, terms=0)[0]
 
     def attention(self, qkv: Tensor, positions: Any, shard: LayerShard) -> Tensor:
-        model = self.plan.model
+        model, which = self.plan.model, self.plan.model.rope_of(shard.index)
         norms = [self._weight(name) for name in self.head_norms(shard)]
-        inputs = [self.keep(qkv), *self._tables, *norms, self.past, self._slots, self._caches[shard.index]]
+        qkv = self.keep(qkv)
+        squares = []
+        if model.joint_qk_norm:
+            squares = [self.head_squares(qkv, None, qkv, shard)]
+            if shard.parts > 1:
+                squares = [self.all_reduce_squares(squares[0], self.sharing(shard))]
+        tables = [] if which is None else self._tables[which]
+        inputs = [qkv, *tables, *norms, *squares, self.past, self._slots, self._caches[shard.index]]
         fields = attention_fields(model, shard, self._limits, self._limits.max_batch_size)
-        return self._plugin("CqilAttention", inputs, 1, **fields, head_norms=int(model.qk_norm))[0]
+        flags = {"head_norms": model.qk_norm, "unrotated": which is None, "joint": model.joint_qk_norm}
+        return self._plugin("CqilAttention", inputs, 1, **fields, **{name: int(on) for name, on in flags.items()})[0]
+
+    def head_squares(self, q: Any, k: Any, like: Any, shard: LayerShard) -> Tensor:
+        """Means over all heads of the model instead of sums, as CqilAttention takes them; q: the whole qkv."""
+        fields = square_fields(self.plan.model, shard)
+        [found] = self._plugin("CqilHeadSquares", [self.keep(like) if q is None else q], 1, **fields)
+        self._types[found.name] = self._trt.float32
+        return found
+
+    def all_reduce_squares(self, x: Tensor, peers: Peers) -> Tensor:
+        fields = {"mode": 0, "eps": 0.0, "dtype": abi.dtype_code("float32")}
+        return self._plugin("CqilAllReduce", [x, self._workspace(peers)], 1, **fields)[0]
+
+    def zeros_after(self, x: Any, squares: Tensor) -> Tensor:
+        return self._plugin("CqilAdd", [self.keep(x), squares], 1, terms=0, after=1)[0]
 
 
 def define_network(
@@ -582,7 +631,8 @@ def define_network(
     and the plugins' workspaces int32 [1] (workspace, and for collectives of fewer ranks workspace.layer and
     workspace.part). Native: positions int32 [B, T], and for each layer of the rank cache.N.key and cache.N.value
     [B, key/value heads, S, head_dim]; classic, where the rank has attention heads: slots int32 [B] (row b of the pass
-    is in slot slots[b] of the caches), cache.N int32 [1], and rotary.cos and rotary.sin float32 [S, head_dim / 2].
+    is in slot slots[b] of the caches), cache.N int32 [1], and the rotary tables that its layers take, float32
+    [S, rotary_dim / 2]: rotary.cos and rotary.sin, and rotary.local.cos and rotary.local.sin.
     Outputs: logits [R, V] (where the rank predicts), joined [B * T, H] (the residual stream after the last all-reduce,
     where there is one), and native every cache, updated in place.
     """

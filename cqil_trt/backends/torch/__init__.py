@@ -20,7 +20,7 @@ class TorchBackend(Backend):
     name = "torch"
     packages = {"torch": "torch"}
     dynamic_rope = True
-    features = frozenset(Feature)  # on CPUs
+    features = frozenset(Feature)
     verifies_weights = True
     formats = formats.names()
 

@@ -41,7 +41,8 @@ class TorchLibrary:
         self._dtype = getattr(torch, engine.limits.dtype)
         if self._dtype == torch.float32:
             torch.backends.cuda.matmul.allow_tf32 = False
-        self._limits, self._head_dim, self._slots = engine.limits, engine.model.head_dim, slots
+        self._limits, self._model, self._slots = engine.limits, engine.model, slots
+        self._head_dim = engine.model.head_dim
         self._views: dict[tuple[int, ...], torch.Tensor] = {}
         self._flash = takes_flash(engine)
         self.chunk = 0, 0  # its past and slot, for other attention
@@ -65,35 +66,42 @@ class TorchLibrary:
             self._views[key] = device_tensor(address, shape, self._dtype)
         return self._views[key]
 
-    def multiply(self, x: Matrix, weight: Matrix, added: Matrix | None, out: Matrix) -> None:
+    def multiply(
+        self, x: Matrix, weight: Matrix, added: Matrix | None, out: Matrix, alpha: float = 1.0, beta: float = 1.0
+    ) -> None:
         left, right, to = (self.view(m.address, m.rows, m.width) for m in (x, weight, out))
-        if added is None:
+        if added is not None:
+            old = self.view(added.address, added.rows, added.width)
+            torch.addmm(old, left, right.T, alpha=alpha, beta=beta, out=to)
+        elif alpha == 1:
             torch.mm(left, right.T, out=to)
         else:
-            torch.addmm(self.view(added.address, added.rows, added.width), left, right.T, out=to)
+            torch.addmm(to, left, right.T, alpha=alpha, beta=0, out=to)  # without what is in `to`, not even NaN
 
     def attend(self, queries: Matrix, cache: int, shard: LayerShard, out: Matrix) -> None:
         shape = queries.rows, shard.num_heads, self._head_dim
         q, to = (self.view(matrix.address, *shape) for matrix in (queries, out))
+        window = self._model.window_of(shard.index)
         if self._flash:
             with torch.cuda.use_mem_pool(self._pool):
-                to.copy_(self._flash_attention(q, cache, shard.num_kv_heads))
+                to.copy_(self._flash_attention(q, cache, shard.num_kv_heads, window))
         else:
-            to.copy_(self._plain_attention(q, cache, shard.num_kv_heads))
+            to.copy_(self._plain_attention(q, cache, shard.num_kv_heads, window))
 
-    def _flash_attention(self, q: torch.Tensor, cache: int, heads: int) -> torch.Tensor:
+    def _flash_attention(self, q: torch.Tensor, cache: int, heads: int, window: int | None) -> torch.Tensor:
         length, dim, capacity = len(q), self._head_dim, self._limits.max_seq_len
         every = self.view(cache, 2, self._slots * heads * capacity, dim)
         # Row i of a head comes `capacity` rows after row i of the head before.
         rows = self._slots * heads * capacity - (heads - 1) * capacity
         keys, values = (part.as_strided((rows, heads, dim), (dim, capacity * dim, 1)) for part in every)
         ends = self._queries_end, self._keys[heads], length, capacity
+        seen = {} if window is None or window >= capacity else {"window_size_left": window - 1, "window_size_right": 0}
         found, *_ = torch.ops.aten._flash_attention_forward(
-            q, keys, values, *ends, 0.0, True, False, seqused_k=self._keys_end
+            q, keys, values, *ends, 0.0, True, False, scale=self._model.query_scale, **seen, seqused_k=self._keys_end
         )
         return found
 
-    def _plain_attention(self, q: torch.Tensor, cache: int, heads: int) -> torch.Tensor:
+    def _plain_attention(self, q: torch.Tensor, cache: int, heads: int, window: int | None) -> torch.Tensor:
         # Its import takes as long as all of PyTorch, and most engines never come here.
         from torch.nn.attention.bias import causal_lower_right
 
@@ -101,9 +109,14 @@ class TorchLibrary:
         shape = 2, self._slots, heads, self._limits.max_seq_len, self._head_dim
         keys, values = self.view(cache, *shape)[:, slot : slot + 1, :, : past + length]
         mask = None if past == 0 else causal_lower_right(length, past + length)
+        if window is not None and window < past + length:
+            index = torch.arange(past + length, device="cuda")
+            mask = (index <= index[past:, None]) & (index > index[past:, None] - window)
         gqa = q.shape[1] != heads
         q = q.transpose(0, 1)[None]
-        found = F.scaled_dot_product_attention(q, keys, values, mask, is_causal=mask is None, enable_gqa=gqa)
+        found = F.scaled_dot_product_attention(
+            q, keys, values, mask, is_causal=mask is None, enable_gqa=gqa, scale=self._model.query_scale
+        )
         return found[0].transpose(0, 1)
 
 

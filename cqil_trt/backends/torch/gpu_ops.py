@@ -16,9 +16,9 @@ from typing import Any, Protocol
 from cqil_trt.config import DTYPE_BYTES, EngineLimits
 from cqil_trt.errors import UserError
 from cqil_trt.gpu import abi, cuda
-from cqil_trt.gpu.fused_ops import FusedOps, attention_fields
+from cqil_trt.gpu.fused_ops import FusedOps, attention_fields, gating, norm_kind, rotary_names, square_fields
 from cqil_trt.gpu.packed import DeviceMatrix
-from cqil_trt.gpu.workspace import Workspace, fuses_norm
+from cqil_trt.gpu.workspace import Workspace, fuses_norm, fuses_norms
 from cqil_trt.network.ops import Ops
 from cqil_trt.schedule import Peers
 from cqil_trt.shard import LayerShard, RankPlan
@@ -73,8 +73,10 @@ class Matrix:
 class Library(Protocol):
     """Operations that a library does better with many rows. All arguments are matrices of the engine's type."""
 
-    def multiply(self, x: Matrix, weight: Matrix, added: Matrix | None, out: Matrix) -> None:
-        """out = x @ weightᵀ + added; `added` has as many rows as out, or one."""
+    def multiply(
+        self, x: Matrix, weight: Matrix, added: Matrix | None, out: Matrix, alpha: float = 1.0, beta: float = 1.0
+    ) -> None:
+        """out = alpha * x @ weightᵀ + beta * added; `added` has as many rows as out, or one."""
 
     def attend(self, queries: Matrix, cache: int, shard: LayerShard, out: Matrix) -> None:
         """Causal attention of rotated queries [length, heads * head_dim] over a slot of a cache that has their keys.
@@ -104,10 +106,22 @@ class _Collectives(Ops[Matrix]):
         self._join("all_reduce", delta.address, residual.address, out.address, count, self._dtype, peers=peers)
         return out
 
+    def all_reduce(self, x: Matrix, peers: Peers = Peers.ALL) -> Matrix:
+        out = self._joined(x)
+        self._join("all_reduce", x.address, None, out.address, x.rows * x.width, self._dtype, peers=peers)
+        return out
+
+    def all_reduce_squares(self, x: Matrix, peers: Peers) -> Matrix:
+        count = x.rows * x.width
+        self._join("all_reduce", x.address, None, x.address, count, abi.dtype_code("float32"), peers=peers)
+        return x
+
     def all_reduce_residual_norm(
         self, delta: Matrix, residual: Matrix, norm: str, peers: Peers = Peers.ALL
     ) -> tuple[Matrix, Matrix]:
-        if not fuses_norm(delta.width, self._limits.dtype):
+        if self.plan.model.wide_norms and fuses_norms(delta.width, self._limits.dtype):
+            return self._join_norms(delta, None, residual, norm, peers)
+        if self.plan.model.wide_norms or not fuses_norm(delta.width, self._limits.dtype):
             return super().all_reduce_residual_norm(delta, residual, norm, peers)
         out, normed = self._joined(delta), self._new(delta.rows, delta.width)
         weight = self._weights[f"{norm}.weight"]
@@ -115,6 +129,21 @@ class _Collectives(Ops[Matrix]):
         shape = delta.rows, delta.width, self.plan.model.rms_norm_eps, self._dtype
         self._join("all_reduce_residual_norm", *addresses, *shape, peers=peers)
         return out, normed
+
+    def _join_norms(
+        self, delta: Matrix, name: str | None, residual: Matrix, following: str | None, peers: Peers
+    ) -> tuple[Matrix, Matrix]:
+        """residual + the sum of delta, or its RMSNorm `name`; and the RMSNorm `following` of that, or that again."""
+        out = self._joined(delta)
+        normed = None if following is None else self._new(delta.rows, delta.width)
+        before, after = (
+            None if norm is None else self._weights[f"{norm}.weight"].address for norm in (name, following)
+        )
+        addresses = delta.address, before, residual.address, after, out.address, normed and normed.address
+        model = self.plan.model
+        shape = delta.rows, delta.width, model.rms_norm_eps, norm_kind(model), self._dtype
+        self._join("all_reduce_norms", *addresses, *shape, peers=peers)
+        return out, out if normed is None else normed
 
     def _joined(self, like: Matrix) -> Matrix:
         """Memory for an all-reduce's result. The last one goes where the session reads it."""
@@ -192,7 +221,7 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         """
         self._batch, self._length, self._past, self._slots, self._logits = batch, length, past, slots, logits
         self._decodes = decodes
-        self._left = self.plan.schedule.all_reduces
+        self._left = self.plan.stream_all_reduces
 
     def close(self) -> None:
         """Gives back the memory of activations."""
@@ -226,13 +255,14 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         norm: str | None = None,
         delta: Matrix | None = None,
         residual: Matrix | None = None,
-        gated: bool = False,
+        gated: str | None = None,
+        scale: float = 1.0,
     ) -> Matrix:
-        return self._project(x, name, norm, delta, residual, gated, None)
+        return self._project(x, name, norm, delta, residual, gated, scale, None)
 
-    def project_and_add(self, x: Matrix, name: str, residual: Matrix) -> tuple[Matrix, Matrix]:
+    def project_and_add(self, x: Matrix, name: str, residual: Matrix, scale: float) -> tuple[Matrix, Matrix]:
         total = self._new(residual.rows, residual.width)
-        return self._project(x, name, None, None, residual, False, total), total
+        return self._project(x, name, None, None, residual, None, scale, total), total
 
     def _project(
         self,
@@ -241,7 +271,8 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         norm: str | None,
         delta: Matrix | None,
         residual: Matrix | None,
-        gated: bool,
+        gated: str | None,
+        scale: float,
         total: Matrix | None,
     ) -> Matrix:
         """With `total`, the residual is added there, and not to the result."""
@@ -255,10 +286,12 @@ class CudaOps(FusedOps[Matrix], _Collectives):
             if norm is not None:
                 x = self.fused_norm(x, delta, norm)
             product = self._new(x.rows, weight.rows) if gated else out
-            added = residual if bias is None and total is None else bias
-            self._library.multiply(x, weight, added, product)
+            added, beta = bias, scale
+            if bias is None:
+                added, beta = residual if total is None else None, 1.0
+            self._library.multiply(x, weight, added, product, scale, beta)
             if gated:
-                self._call("swiglu", product, out, x.rows, outputs, self._dtype)
+                self._call("gate", product, out, x.rows, outputs, gating(gated), self._dtype)
             if residual is None or added is residual:
                 return out
             to = out if total is None else total
@@ -266,11 +299,12 @@ class CudaOps(FusedOps[Matrix], _Collectives):
             return out
         norm_weight = None if norm is None else self._weights[f"{norm}.weight"]
         eps = self.plan.model.rms_norm_eps
+        fields: dict[str, float] = {"gated": gating(gated), "scale": 0.0 if scale == 1 else scale}
         if packed is not None:
-            shape = packed.shape(x.rows, eps)
+            shape = packed.shape(x.rows, eps, **fields)
         else:
-            sizes = {"rows": x.rows, "outputs": outputs, "inputs": x.width, "gated": gated}
-            shape = abi.cqil_linear_shape(**sizes, dtype=self._dtype, eps=eps)
+            sizes = {"rows": x.rows, "outputs": outputs, "inputs": x.width}
+            shape = abi.cqil_linear_shape(**sizes, **fields, dtype=self._dtype, eps=eps)
         scratch = self._scratch(self._kernels.cqil_linear_scratch_bytes(shape))
         self._call("linear", shape, x, delta, weight, bias, norm_weight, residual, out, total, scratch)
         return out
@@ -287,8 +321,33 @@ class CudaOps(FusedOps[Matrix], _Collectives):
     def fused_norm(self, x: Matrix, delta: Matrix | None, name: str) -> Matrix:
         weight = self._weights[f"{name}.weight"]
         out, total = self._new(x.rows, x.width), None if delta is None else self._new(x.rows, x.width)
-        shape = x.rows, x.width, self.plan.model.rms_norm_eps, self._dtype
-        self._call("residual_norm", delta, x, weight, total, out, *shape)
+        self._call("residual_norm", delta, None, x, weight, total, out, *self._norm_shape(x))
+        return out
+
+    def fused_post_norm(
+        self, delta: Matrix, name: str, residual: Matrix, following: str | None
+    ) -> tuple[Matrix, Matrix]:
+        total = self._new(delta.rows, delta.width)
+        normed = total if following is None else self._new(delta.rows, delta.width)
+        weights = [None if norm is None else self._weights[f"{norm}.weight"] for norm in (name, following)]
+        shape = self._norm_shape(delta)
+        self._call("residual_norm", delta, weights[0], residual, weights[1], total, normed, *shape)
+        return total, normed
+
+    def fused_join_norm(
+        self, delta: Matrix, peers: Peers, name: str, residual: Matrix, following: str | None
+    ) -> tuple[Matrix, Matrix]:
+        if not fuses_norms(delta.width, self._limits.dtype):
+            return super().fused_join_norm(delta, peers, name, residual, following)
+        return self._join_norms(delta, name, residual, following, peers)
+
+    def _norm_shape(self, x: Matrix) -> tuple[int | float, ...]:
+        model = self.plan.model
+        return x.rows, x.width, model.rms_norm_eps, norm_kind(model), self._dtype
+
+    def fused_scale(self, x: Matrix, factor: float, cap: float | None) -> Matrix:
+        out = x if x.address == self._logits else self._new(x.rows, x.width)
+        self._call("scale", x, out, x.rows * x.width, factor, cap or 0.0, self._dtype)
         return out
 
     def fused_add(self, x: Matrix, y: Matrix) -> Matrix:
@@ -308,14 +367,33 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         shape = abi.cqil_attention_shape(**tokens, **fields, dtype=self._dtype)
         norms: list[Matrix | None] = [self._weights[name] for name in self.head_norms(shard)]
         norms = norms or [None, None]
-        tables = [self._memory[name] for name in ("rotary.cos", "rotary.sin")]
+        model, which = self.plan.model, self.plan.model.rope_of(shard.index)
+        tables = [None, None] if which is None else [self._memory[name] for name in rotary_names(which)]
+        squares = None
+        if model.joint_qk_norm:
+            squares = self.head_squares(qkv, None, qkv, shard)
+            if shard.parts > 1:
+                squares = self.all_reduce_squares(squares, self.sharing(shard))
         cache = self._memory[f"cache.{shard.index}"]
-        out = self._new(qkv.rows, shard.num_heads * self.plan.model.head_dim)
+        out = self._new(qkv.rows, shard.num_heads * model.head_dim)
         scratch = self._scratch(self._kernels.cqil_attention_scratch_bytes(shape))
-        delegated = self._length > 1 and shard.grouped and not self._decodes
+        # The library's attention has no caps.
+        delegated = self._length > 1 and shard.grouped and not self._decodes and model.attention_cap is None
         result = None if delegated else out
-        self._call("attention", shape, qkv, self._past, self._slots, *tables, *norms, cache, result, scratch)
+        inputs = qkv, self._past, self._slots, *tables, *norms, squares
+        self._call("attention", shape, *inputs, cache, result, scratch)
         if delegated:
             queries = Matrix(scratch.address, out.rows, out.width)
             self._library.attend(queries, cache, shard, out)
         return out
+
+    def head_squares(self, q: Any, k: Any, like: Any, shard: LayerShard) -> Matrix:
+        """Means over all heads of the model instead of sums, as cqil_attention takes them; q: the whole qkv."""
+        rows = self.keep(like).rows
+        size = rows * 2 * 4
+        out = Matrix(self._pool.take(size), rows, 2, size=size, pool=self._pool)
+        self._call("head_squares", q, out, rows, *square_fields(self.plan.model, shard).values(), self._dtype)
+        return out
+
+    def zeros_after(self, x: Any, squares: Matrix) -> Matrix:
+        return self.zeros_like(x)  # kernels run in the order in which they are called

@@ -10,7 +10,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from cqil_trt.backends import lacking
 from cqil_trt.collectives import agree
 from cqil_trt.engine import Engine, rank_file
 from cqil_trt.errors import UserError
@@ -79,8 +78,6 @@ def _missing_for_cuda(engine: Engine) -> str | None:
         context = engine.model.fixed_context
         kind = engine.model.rope.kind
         return f"{kind} rope beyond {context} tokens is computed on CPUs only: build with --max-seq-len {context}"
-    if features := engine.model.features(engine.limits.max_seq_len):
-        return lacking(engine.model, features)
     gpu = kernel_library.this_gpu()
     runtime = _pytorch_cuda()
     if gpu is None or runtime is None:
