@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cqil_trt import backends, families, probes
 from cqil_trt import engine as engine_directory
-from cqil_trt.config import CqilConfig, EngineLimits, layer_list
+from cqil_trt.config import AUTO, KV_FP8, CqilConfig, EngineLimits, layer_list
 from cqil_trt.config_file import ConfigFile
 from cqil_trt.demo import demo_adapter, is_demo_model
 from cqil_trt.errors import UserError
@@ -100,6 +100,7 @@ class BuildRequest:
             `config`, or dense; or "stored", the codes of a quantized checkpoint.
         keep: what stays dense all the same, as `parse_keep` reads it.
         quantize_head: the format of the last projection, default dense.
+        kv_dtype: how the KV cache is stored, one of `config.KV_DTYPES`, default in the engine's type ("auto").
         backend: one of `backends.names()`.
         max_batch_size, max_seq_len: limits in sequences and tokens; default 8 and min(2048, the model's context, with
             dynamic rope and longrope the one before scaling; a sliding window, if nothing else keeps the model from
@@ -129,6 +130,7 @@ class BuildRequest:
     quantize: str | None = None
     keep: str | None = None
     quantize_head: str | None = None
+    kv_dtype: str | None = None
     backend: str = backends.PLAIN
     max_batch_size: int | None = None
     max_seq_len: int | None = None
@@ -203,7 +205,7 @@ class BuildPlan:
                 "steps": describe_steps(rank),
                 "weight_bytes": rank.stored_bytes,
                 "bytes_per_token": rank.bytes_per_token,
-                "kv_cache_bytes_per_token": rank.cache_bytes_per_token,
+                "kv_cache_bytes_per_token": rank.cache_bytes_per_token(limits.cache_dtype),
                 "all_reduces_per_token": rank.all_reduces,
                 "broadcasts_per_token": rank.schedule.broadcasts,
                 "bypasses_per_token": rank.bypasses,
@@ -277,6 +279,11 @@ def prepare(request: BuildRequest) -> BuildPlan:
     if opened.weights.note:
         stored = limits.dtype if limits.weights == DENSE else limits.weights
         notes.append(f"{found.name}: {opened.weights.note}; the engine stores them in {stored}")
+    if limits.kv_dtype == KV_FP8:
+        scales = "those of the checkpoint" if limits.kv_scales else "1, as the checkpoint has none"
+        notes.append(f"the scales of the KV cache are {scales}")
+    elif not isinstance(opened.weights, EngineWeights) and opened.weights.has_kv_scales:
+        notes.append(f"the checkpoint's scales of an FP8 KV cache are not used: --kv-dtype {KV_FP8} takes them")
     backend.check_model(opened.weights.model, limits)
     options = _backend_options(request)
     if not isinstance(opened.weights, EngineWeights):
@@ -327,6 +334,7 @@ def _open_engine(request: BuildRequest, path: Path) -> _Opened:
         "quantize": request.quantize,
         "keep": request.keep,
         "quantize_head": request.quantize_head,
+        "kv_dtype": request.kv_dtype,
         "no-tokenizer": None if request.tokenizer else True,
     }
     if given := [f"--{name.replace('_', '-')}" for name, value in decided.items() if value is not None]:
@@ -388,6 +396,10 @@ def _choose_limits(request: BuildRequest, opened: _Opened) -> EngineLimits:
         if "lm_head" in (request.keep or "").split(","):
             raise UserError("--keep lm_head and --quantize-head contradict each other")
         given["head"] = request.quantize_head
+    if request.kv_dtype is not None:
+        given["kv_dtype"] = request.kv_dtype
+    if request.kv_dtype == KV_FP8 and not isinstance(opened.weights, EngineWeights):
+        given["kv_scales"] = opened.weights.kv_scales
     limits = replace(opened.defaults, dtype=request.dtype or opened.dtype, **given)
     limits.check_model(opened.weights.model)
     return limits
@@ -548,6 +560,7 @@ def _default_name(backend: str, model: Found, cqil: CqilConfig, limits: EngineLi
         parts.append(cqil.bypass)
     stored = [limits.dtype] if limits.weights == DENSE else [limits.weights, limits.dtype]
     stored += [] if limits.head == DENSE else [f"head-{limits.head}"]
+    stored += [] if limits.kv_dtype == AUTO else [f"kv-{limits.kv_dtype}"]
     return "-".join([*parts, cqil.placement, backend, *stored])
 
 

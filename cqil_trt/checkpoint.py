@@ -23,7 +23,7 @@ from cqil_trt.lora import LoraReader
 from cqil_trt.network.rotary import inverse_frequencies
 from cqil_trt.shard import RankPlan
 from cqil_trt.tokenizer import find_tokenizer
-from cqil_trt.weights import WeightReader, check_shapes, open_checkpoint
+from cqil_trt.weights import WeightReader, check_shapes, has_kv_scales, kv_scales, open_checkpoint
 from cqil_trt.weights.quantized import QuantizedMatrix, QuantizingReader
 
 # The largest model, in bytes of float32, for which "auto" runs the reference without a GPU that it fits on.
@@ -55,6 +55,16 @@ class Checkpoint:
         if lora is not None:
             self.reader = merged = LoraReader(self.reader, lora, self.model)
             self.model = merged.model
+
+    @property
+    def kv_scales(self) -> tuple[tuple[float, float], ...]:
+        """As in `EngineLimits`: what the checkpoint carries for an FP8 cache."""
+        return kv_scales(self.reader, self.model.num_layers)
+
+    @property
+    def has_kv_scales(self) -> bool:
+        """Whether it carries any, right or wrong."""
+        return has_kv_scales(self.reader)
 
     def quantize(self, limits: EngineLimits) -> None:
         """Quantizes the matrices of all later reads as an engine with these limits stores them.
@@ -112,6 +122,7 @@ class Checkpoint:
             return []
         prompts = probes.prompts(directory, self.model.vocab_size, limits.max_seq_len)
         network = reference.with_cqil(reference.from_reader(self.model, self.reader), cqil)
+        network = reference.with_kv_cache(network, limits)
         steps = [min(probes.STEPS, limits.max_seq_len - len(prompt) + 1) for prompt in prompts]
         found = reference.probe(network, prompts, steps, progress)
         return [probes.save(directory, found)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from cqil_trt.model import ModelConfig
 
 DTYPES = ("float32", "float16", "bfloat16")
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1, "float8_e4m3fn": 1}
+# How the KV cache is stored: in the engine's type, or in FP8 (E4M3).
+KV_DTYPES = AUTO, KV_FP8 = ("auto", "fp8")
 PLACEMENTS = ("sharded", "leader", "tensor")
 BYPASSES = ("mlp", "residual")
 MAX_RANKS = 8
@@ -301,9 +303,10 @@ class CqilConfig:
 class EngineLimits:
     """What an engine is built for: sequences, tokens per sequence (prompt and generated together), numeric type.
 
-    `dtype`: of weights, activations and the KV cache. A prompt longer than `prefill_chunk` tokens takes several forward
-    passes, which bounds the memory of each. `weights`: the format in which projections are stored (`formats.names()`);
-    those of the layers `keep` are stored dense. `head`: the format of the last projection.
+    `dtype`: of weights and activations, and of the KV cache where `kv_dtype`, one of KV_DTYPES, is "auto". `kv_scales`:
+    the scales of an FP8 cache's keys and values, by layer; empty where all are 1. A prompt longer than `prefill_chunk`
+    tokens takes several forward passes, which bounds the memory of each. `weights`: the format in which projections are
+    stored (`formats.names()`); those of the layers `keep` are stored dense. `head`: the format of the last projection.
     """
 
     max_batch_size: int = 8
@@ -313,6 +316,17 @@ class EngineLimits:
     weights: str = "dense"
     keep: tuple[int, ...] = ()
     head: str = "dense"
+    kv_dtype: str = AUTO
+    kv_scales: tuple[tuple[float, float], ...] = ()
+
+    @property
+    def cache_dtype(self) -> str:
+        """The type of the KV cache's elements, one of DTYPE_BYTES."""
+        return self.dtype if self.kv_dtype == AUTO else "float8_e4m3fn"
+
+    def scales_of(self, layer: int) -> tuple[float, float]:
+        """The scales of a layer's keys and values: the cache holds what they are divided by these."""
+        return self.kv_scales[layer] if self.kv_scales else (1.0, 1.0)
 
     @property
     def quantized(self) -> bool:
@@ -328,6 +342,8 @@ class EngineLimits:
             raise UserError(f"--prefill-chunk must be at least 1, found {self.prefill_chunk}")
         if self.dtype not in DTYPES:
             raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, found {self.dtype}")
+        if self.kv_dtype not in KV_DTYPES:
+            raise UserError(f"--kv-dtype must be one of {', '.join(KV_DTYPES)}, found {self.kv_dtype}")
 
     def check_model(self, model: ModelConfig) -> None:
         """Raises UserError if the model's computation differs from ours at these lengths."""
@@ -336,3 +352,9 @@ class EngineLimits:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EngineLimits:
+        """What `to_dict` made, also after JSON. Raises TypeError, ValueError or KeyError for something else."""
+        scales = tuple((float(keys), float(of_values)) for keys, of_values in values.get("kv_scales", ()))
+        return cls(**{**values, "keep": tuple(values["keep"]), "kv_scales": scales})

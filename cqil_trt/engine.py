@@ -206,7 +206,7 @@ class Engine:
                 path=path,
                 model=ModelConfig.from_dict(raw["model"]),
                 cqil=CqilConfig(**raw["cqil"]),
-                limits=EngineLimits(**{**raw["limits"], "keep": tuple(raw["limits"]["keep"])}),
+                limits=EngineLimits.from_dict(raw["limits"]),
                 backend=raw["backend"],
                 rotary=tuple(map(float, raw["rotary"])),
                 source=Source(**raw["source"]),

@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cqil_trt import formats
-from cqil_trt.config import CqilConfig
+from cqil_trt.config import AUTO, CqilConfig, EngineLimits
 from cqil_trt.formats import DENSE
 from cqil_trt.formats.quantized import MatrixPart
 from cqil_trt.model import ModelConfig
 from cqil_trt.shard import RankPlan, plan
+
+# Tokens in the KV cache that attention reads within `Machine.layer`.
+SHORT = 200
 
 
 @dataclass(frozen=True)
@@ -21,13 +24,16 @@ class Machine:
     device-to-device copy; `collective` and `layer` (norms, attention at a short context, launches) were fitted to
     measurements of LLaMA-7B, and predict Qwen1.5-14B within 2% in every placement (see docs/performance.md).
     `quantized`: the part of the bandwidth at which quantized weights are read, by format. Fitted to LLaMA-7B too (int8
-    as fp8), and within 3% of every placement (docs/quantization.md).
+    as fp8), and within 3% of every placement (docs/quantization.md). `cache`: the part of the bandwidth at which
+    attention reads a KV cache beyond SHORT tokens; fitted to what LLaMA-7B and Qwen1.5-14B take more at 4,096 tokens in
+    16 bits, and within 3% and 12% of it in every placement.
     """
 
     bandwidth: float = 4.3e12
     collective: float = 4.5e-6
     layer: float = 14e-6
     quantized: Mapping[str, float] = field(default_factory=lambda: {"fp8": 1.0, "int8": 1.0, "int4": 0.73}, hash=False)
+    cache: float = 0.84
 
 
 H200 = Machine()
@@ -39,13 +45,24 @@ MACHINES: Mapping[str, Machine] = {"h200": H200, "h100": H100}
 
 
 def decode_seconds(
-    model: ModelConfig, cqil: CqilConfig, dtype: str, machine: Machine = H200, weights: str = DENSE
+    model: ModelConfig,
+    cqil: CqilConfig,
+    dtype: str,
+    machine: Machine = H200,
+    weights: str = DENSE,
+    context: int = SHORT,
+    kv_dtype: str = AUTO,
 ) -> float:
-    """Predicted seconds per token at batch 1: the slowest rank's weights, its layers, its collectives.
+    """Predicted seconds per token at batch 1: the slowest rank's weights, its KV cache, its layers, its collectives.
 
-    `weights`: the format of the layers' matrices.
+    `weights`: the format of the layers' matrices. `context`: tokens in the cache. `kv_dtype`: as in `EngineLimits`.
     """
-    return max(_rank_seconds(rank, machine) for rank in plan(model, cqil, dtype, weights))
+    cached = EngineLimits(dtype=dtype, kv_dtype=kv_dtype).cache_dtype
+    more = max(0, context - SHORT) / (machine.cache * machine.bandwidth)
+    return max(
+        _rank_seconds(rank, machine) + more * rank.cache_bytes_per_token(cached)
+        for rank in plan(model, cqil, dtype, weights)
+    )
 
 
 def critical_bytes(model: ModelConfig, cqil: CqilConfig, dtype: str, weights: str = DENSE) -> int:

@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cqil_trt import families
-from cqil_trt.config import CqilConfig
+from cqil_trt.config import AUTO, CqilConfig, EngineLimits
 from cqil_trt.errors import UserError
 from cqil_trt.gguf_files import gguf_parts, open_gguf
 from cqil_trt.json_fields import read_json
@@ -423,6 +423,49 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> nn.Module:
 def with_cqil(network: nn.Module, cqil: CqilConfig) -> nn.Module:
     """The network that engines of this configuration compute; unchanged if that is the original model."""
     return CqilModel.of(network, cqil) if cqil.changed_layers else network
+
+
+# Begins the names, among transformers' attention functions, of those that round keys and values.
+_FP8_CACHE = "fp8 cache, "
+
+
+def with_kv_cache(network: nn.Module, limits: EngineLimits) -> nn.Module:
+    """The network with keys and values rounded as the KV cache of an engine with these limits stores them.
+
+    All tokens see them rounded, as an engine's do. Unchanged where the cache has the engine's own type.
+    """
+    if limits.kv_dtype == AUTO:
+        return network
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    kind = network.config._attn_implementation.removeprefix(_FP8_CACHE)
+    name = f"{_FP8_CACHE}{kind}"
+    AttentionInterface.register(name, _attention_over_fp8)
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[kind])
+    for index, layer in enumerate(network.get_submodule("model.layers")):
+        layer.self_attn.cqil_kind, layer.self_attn.cqil_scales = kind, limits.scales_of(index)
+    network.config._attn_implementation = name
+    return network
+
+
+def _attention_over_fp8(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *arguments: Any, **keywords: Any
+) -> Any:
+    """Attention of a Hugging Face module over keys and values that an FP8 cache has rounded."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.cqil_kind, eager)
+    key, value = (_rounded_to_fp8(x, scale) for x, scale in zip((key, value), module.cqil_scales))
+    return attend(module, query, key, value, *arguments, **keywords)
+
+
+def _rounded_to_fp8(x: torch.Tensor, scale: float) -> torch.Tensor:
+    """x / scale in E4M3, times scale; the largest number of E4M3 in place of larger ones."""
+    most = torch.finfo(torch.float8_e4m3fn).max
+    codes = (x.float() * (1 / torch.tensor(scale, dtype=torch.float32))).clamp(-most, most).to(torch.float8_e4m3fn)
+    return (codes.float() * scale).to(x.dtype)
 
 
 # The largest model, in bytes, that stays in host memory; a larger one is read from its files in every pass.

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from cqil_trt.config import DTYPE_BYTES
 from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
 from cqil_trt.sampling import Choice, Sampler, SamplingConfig
@@ -23,9 +22,8 @@ from cqil_trt.speculation import MAX_TOKENS
 
 def cache_bytes(engine: Engine, rank: int) -> int:
     """Bytes of a rank's KV cache per sequence."""
-    plan = engine.plan(rank)
-    row = plan.model.head_dim * engine.limits.max_seq_len * DTYPE_BYTES[engine.limits.dtype]
-    return 2 * row * sum(shard.num_kv_heads for shard in plan.layers.values() if shard.num_heads)
+    limits = engine.limits
+    return limits.max_seq_len * engine.plan(rank).cache_bytes_per_token(limits.cache_dtype)
 
 
 def available_memory() -> int:

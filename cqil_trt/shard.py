@@ -120,7 +120,7 @@ class LayerShard:
 class RankPlan:
     """Everything that determines one rank's network: the model, the rank's schedule and its share of each layer.
 
-    `dtype`: of activations, the KV cache, and everything that the format `weights` stores in no other type. `keep`: the
+    `dtype`: of activations, and of everything that the format `weights` stores in no other type. `keep`: the
     layers whose projections are dense all the same. `head`: the format of the last projection.
     """
 
@@ -300,11 +300,10 @@ class RankPlan:
             read += (last - first) * self.model.hidden_size * DTYPE_BYTES[self.dtype]
         return read
 
-    @property
-    def cache_bytes_per_token(self) -> int:
-        """KV cache bytes per token on this rank."""
+    def cache_bytes_per_token(self, cache_dtype: str) -> int:
+        """KV cache bytes per token on this rank, of a cache in this type."""
         heads = sum(shard.num_kv_heads for shard in self.layers.values())
-        return 2 * heads * self.model.head_dim * DTYPE_BYTES[self.dtype]
+        return 2 * heads * self.model.head_dim * DTYPE_BYTES[cache_dtype]
 
 
 def plan(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cqil_trt import probes
+from cqil_trt.config import AUTO, EngineLimits
 from cqil_trt.errors import UserError
 from cqil_trt.probes import Probe
 from cqil_trt.runner import Runner
@@ -62,16 +63,25 @@ class Parity:
         return asdict(self)
 
 
-def compare(engine_logits: np.ndarray, engine_tokens: Sequence[int], probe: Probe, dtype: str) -> Parity:
+def threshold_of(limits: EngineLimits) -> Threshold:
+    """The threshold for an engine with these limits.
+
+    With an FP8 cache it is that of the next coarser type: keys and values that differ from the reference's by a little
+    may have neighbouring codes, which are far apart.
+    """
+    coarser = {"float32": "float16", "float16": "bfloat16"}
+    return THRESHOLDS[limits.dtype if limits.kv_dtype == AUTO else coarser.get(limits.dtype, limits.dtype)]
+
+
+def compare(engine_logits: np.ndarray, engine_tokens: Sequence[int], probe: Probe, threshold: Threshold) -> Parity:
     """Compares one prompt.
 
     Args:
         engine_logits: prefill logits, float32 [tokens, vocabulary].
         engine_tokens: the greedy continuation, as long as the probe's.
         probe: the reference's answer.
-        dtype: the engine's type, which determines the threshold.
+        threshold: as `threshold_of` gives it.
     """
-    threshold = THRESHOLDS[dtype]
     difference = engine_logits.astype(np.float64) - probe.logits
     relative = float(np.linalg.norm(difference) / np.linalg.norm(probe.logits.astype(np.float64)))
     max_abs = float(np.abs(difference).max())
@@ -175,7 +185,7 @@ def validate(llm: Llm, prompts: Sequence[Sequence[int]] | None = None, steps: in
     def judge() -> Validation:
         answers = _live(llm, prompts, lengths) if stored is None else stored
         results = [
-            compare(logits, tokens, probe, limits.dtype)
+            compare(logits, tokens, probe, threshold_of(limits))
             for logits, tokens, probe in zip(engine_logits, engine_tokens, answers)
         ]
         return Validation(results, "live" if stored is None else "stored", compare_tokens(llm))
@@ -259,7 +269,7 @@ def _live(llm: Llm, prompts: Sequence[Sequence[int]], lengths: Sequence[int]) ->
         checkpoint = Checkpoint(Path(source.model), None if source.lora is None else Path(source.lora), tokenizer=False)
         checkpoint.quantize(limits)
         network = reference.from_reader(checkpoint.model, checkpoint.reader, pieces=False)
-    network = reference.with_cqil(network, llm.engine.cqil)
+    network = reference.with_kv_cache(reference.with_cqil(network, llm.engine.cqil), limits)
     found = reference.probe(network, prompts, lengths, progress=False)
     torch.set_num_threads(threads)
     return found

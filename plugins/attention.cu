@@ -21,6 +21,7 @@
 
 #include "cqil_trt.h"
 #include "errors.h"
+#include "kv_cache.cuh"
 #include "launch.cuh"
 #include "patience.cuh"
 #include "types.cuh"
@@ -136,7 +137,7 @@ __device__ int source_of(int place, int dim, int rotary) {
 template <typename T, int kElements, bool kPacked>
 struct Head {
     static constexpr int kBytes = kElements * int(sizeof(T));
-    using Packet = typename std::conditional<kBytes % 16 == 0, uint4, uint2>::type;
+    using Packet = std::conditional_t<kBytes % 16 == 0, uint4, std::conditional_t<kBytes % 8 == 0, uint2, unsigned>>;
     static constexpr int kPackets = kBytes / int(sizeof(Packet));
     static_assert(kBytes % sizeof(Packet) == 0, "a lane holds whole packets");
     alignas(Packet) T value[kElements];
@@ -263,7 +264,7 @@ __device__ float capped(float x, float cap) {
 
 // Rotates queries into `queries` [rows, heads, head_dim] and appends keys and values to the cache. Grid: rows, heads of
 // all kinds / kGroups.
-template <typename T, int kElements, bool kPacked, bool kMore>
+template <typename T, typename C, int kElements, bool kPacked, bool kMore>
 __global__ void __launch_bounds__(kThreads) append_kernel(cqil_attention_shape s, Inputs in, T* queries) {
     release_successor();
     wait_for_predecessor();
@@ -292,8 +293,10 @@ __global__ void __launch_bounds__(kThreads) append_kernel(cqil_attention_shape s
     if (query) x.write(queries + (size_t(row) * s.heads + h) * s.head_dim, lane);
     if (query || position >= s.capacity) return;
     const int kv = (h - s.heads) % s.kv_heads;
-    T* cache = static_cast<T*>(in.cache) + (key ? 0 : cache_elements(s));
-    x.write(cache + ((size_t(in.slot(sequence)) * s.kv_heads + kv) * s.capacity + position) * s.head_dim, lane);
+    Head<C, kElements, kPacked> kept;
+    keep(x.value, key ? s.key_scale : s.value_scale, kept.value);
+    C* cache = static_cast<C*>(in.cache) + (key ? 0 : cache_elements(s));
+    kept.write(cache + ((size_t(in.slot(sequence)) * s.kv_heads + kv) * s.capacity + position) * s.head_dim, lane);
 }
 
 // Keys and values in flight, in shared memory. Each lane reads only what it requested itself.
@@ -456,13 +459,14 @@ struct AttendMemory {
 // Otherwise `queries` are rotated; grid: heads, tokens, sequences, and the whole cache is one span. All passes round
 // alike, so where nvcc may contract in two ways the code says how. It is kept small: between two runs its instructions
 // fall out of the caches that the weights stream through.
-template <typename T, int kElements, bool kPacked, Pass kPass, bool kMore>
+template <typename T, typename C, int kElements, bool kPacked, Pass kPass, bool kMore>
 __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kPass>())
     attend_kernel(cqil_attention_shape s, Inputs in, const T* queries, T* out, Spans spans, Limit limit) {
-    using R = Ring<T, kElements, kPacked>;
+    using R = Ring<C, kElements, kPacked>;
     using H = Head<T, kElements, kPacked>;
+    using Kept = Head<C, kElements, kPacked>;
     constexpr bool kDecode = kPass != Pass::kPrompt;
-    using M = AttendMemory<T, kElements, kPacked>;
+    using M = AttendMemory<C, kElements, kPacked>;
     extern __shared__ __align__(16) char memory[];
     auto& ring = *reinterpret_cast<typename M::Slots*>(memory);
     const bool one_span = !kDecode || spans.each == 1;
@@ -486,16 +490,16 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
     const int first = begin + own * span, last = min(begin + own_end * span, count);
 
     const size_t line = (size_t(cached) * s.kv_heads + kv) * s.capacity;
-    T* keys = static_cast<T*>(in.cache) + line * dim;
+    C* keys = static_cast<C*>(in.cache) + line * dim;
     const size_t to_values = cache_elements(s);
-    const Joint joint(static_cast<char*>(in.cache) + align(2 * to_values * sizeof(T)), s, row, head);
+    const Joint joint(static_cast<char*>(in.cache) + align(2 * to_values * sizeof(C)), s, row, head);
     const int fresh = kDecode ? past : INT32_MAX;  // keys from here on are not in the cache yet
     int asked = first + group, asked_end = min(first + span, last);
     auto ask = [&](int slot) {  // requests the group's next keys; commits a group even if it is empty
 #pragma unroll
         for (int b = 0; b < R::kBatch; ++b) {
             const bool valid = asked < min(asked_end, fresh);
-            const T* key = keys + (valid ? size_t(asked) * dim : 0);
+            const C* key = keys + (valid ? size_t(asked) * dim : 0);
             R::ask(ring, slot + b, 0, key, valid, lane);
             R::ask(ring, slot + b, 1, key + to_values, valid, lane);
             asked += kAttendGroups;
@@ -509,7 +513,8 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
 #pragma unroll 1
     for (int slot = 0; slot < R::kSlots; slot += R::kBatch) ask(slot);
 
-    H q, own_key, own_value;
+    H q;
+    Kept own_key, own_value;
     auto rotation_at = [&](int at) {
         if constexpr (kMore)
             return Rotation<T, kElements, kPacked>(in, min(at, s.capacity - 1), lane, s.rotary);
@@ -531,12 +536,15 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
             x.normalise(static_cast<const T*>(norm), s.eps, lane);
         }
     };
-    auto read_key = [&](int of, H& key, H& value, const Rotation<T, kElements, kPacked>& rotation) {
+    auto read_key = [&](int of, Kept& kept_key, Kept& kept_value, const Rotation<T, kElements, kPacked>& rotation) {
         const T* source = static_cast<const T*>(in.qkv) + size_t(of) * heads * dim;
+        H key, value;
         read(key, source + (s.heads + kv) * dim);
         value.read(source + (s.heads + s.kv_heads + kv) * dim, lane);
         if (in.k_norm != nullptr) normalise(key, in.k_norm, of, 1, kv);
         rotation.apply(key, true, lane);
+        keep(key.value, s.key_scale, kept_key.value);
+        keep(value.value, s.value_scale, kept_value.value);
     };
     if constexpr (kDecode) {
         const Rotation<T, kElements, kPacked> rotation = rotation_at(position);
@@ -556,11 +564,9 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
 
     __shared__ float mosts[2][kAttendWarps], sums[2][kAttendWarps], span_mosts[kMaxSpans], span_sums[kMaxSpans];
     float query[kElements];  // scaled for powers of 2
+    const float scale = !kMore ? rsqrtf(float(dim)) * kLog2e : s.cap == 0.0f ? s.scale * kLog2e : s.scale / s.cap;
 #pragma unroll
-    for (int e = 0; e < kElements; ++e)
-        query[e] = wide(q.value[e]) * (!kMore          ? rsqrtf(float(dim)) * kLog2e
-                                       : s.cap == 0.0f ? s.scale * kLog2e
-                                                       : s.scale / s.cap);
+    for (int e = 0; e < kElements; ++e) query[e] = wide(q.value[e]) * (scale * key_scale<C>(s));
     T* result = out + (size_t(row) * s.heads + head) * dim;
     const bool receives = own_end == span_count;
     int slot = 0;
@@ -577,7 +583,7 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
             const int end = min(begin + (i + 1) * span, last);
 #pragma unroll 1
             for (int j = begin + i * span + group; j - group < end; j += R::kBatch * kAttendGroups) {
-                H k[R::kBatch], v[R::kBatch];
+                Kept k[R::kBatch], v[R::kBatch];
                 asm volatile("cp.async.wait_group %0;" ::"n"(R::kSlots / R::kBatch - 1) : "memory");
 #pragma unroll
                 for (int b = 0; b < R::kBatch; ++b) {
@@ -594,7 +600,7 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
                         // A key of a token before in the same step. A warp's two groups read theirs together.
                         if (at - group % 2 + 1 >= fresh) {
                             const int token_of = min(max(at, fresh), position);
-                            H key, other;
+                            Kept key, other;
                             read_key(first_row + token_of - fresh, key, other, rotation_at(token_of));
                             if (at >= fresh) {
                                 k[b] = key;
@@ -606,8 +612,10 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
                         k[b] = own_key;
                         v[b] = own_value;
                     }
+                    float key[kElements];
+                    widen(k[b].value, key);
 #pragma unroll
-                    for (int e = 0; e < kElements; ++e) score[b] = fmaf(query[e], wide(k[b].value[e]), score[b]);
+                    for (int e = 0; e < kElements; ++e) score[b] = fmaf(query[e], key[e], score[b]);
                 }
 #pragma unroll
                 for (int step = kLanes / 2; step > 0; step /= 2)
@@ -634,8 +642,10 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
                 for (int b = 0; b < R::kBatch; ++b) {
                     const float weight = power_of_2(score[b] - larger);
                     sum += weight;
+                    float seen[kElements];
+                    widen(v[b].value, seen);
 #pragma unroll
-                    for (int e = 0; e < kElements; ++e) value[e] = fmaf(weight, wide(v[b].value[e]), value[e]);
+                    for (int e = 0; e < kElements; ++e) value[e] = fmaf(weight, seen[e], value[e]);
                 }
             }
             // A warp's two groups, in both of which the results are the same.
@@ -684,7 +694,7 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
             for (int g = 0; g < kMaxSpans; ++g)
                 if (g < parts) x = fmaf(of_value[g][j], factor[g], x);
             if (final)
-                result[j] = narrow<T>(x / total);
+                result[j] = narrow<T>(x / total * value_scale<C>(s));
             else if (receives)
                 of_spans[i][j] = x;
             else
@@ -727,19 +737,19 @@ struct PrefillMemory {
 
 // Copies rows first to first + kTile - 1 of [rows, kDim], with zeros after the last row: a zero weight times NaN would
 // be NaN.
-template <typename T, int kDim>
-__device__ void load_tile(T (*to)[kDim + kPad], const T* from, size_t stride, int first, int rows) {
+template <typename T, int kDim, typename C>
+__device__ void load_tile(T (*to)[kDim + kPad], const C* from, size_t stride, int first, int rows) {
     constexpr int kPackets = kDim * int(sizeof(T)) / 16;
     for (int i = threadIdx.x; i < kTile * kPackets; i += kThreads) {
         const int row = i / kPackets, packet = i % kPackets;
         uint4 data = {0, 0, 0, 0};
-        if (first + row < rows) data = reinterpret_cast<const uint4*>(from + (first + row) * stride)[packet];
+        if (first + row < rows) data = load_packet<T>(from + (first + row) * stride, packet);
         reinterpret_cast<uint4*>(to[row])[packet] = data;
     }
 }
 
 // Grid: tiles of queries, heads, sequences.
-template <typename T, int kDim, bool kMore>
+template <typename T, typename C, int kDim, bool kMore>
 __global__ void __launch_bounds__(kThreads)
     prefill_kernel(cqil_attention_shape s, Inputs in, const T* queries, T* out) {
     using namespace nvcuda::wmma;
@@ -754,13 +764,16 @@ __global__ void __launch_bounds__(kThreads)
     const int count = min(past + min(first + kTile, s.length), s.capacity);
     const size_t stride = size_t(s.heads) * kDim;
     const T* source = queries + size_t(sequence) * s.length * stride + size_t(head) * kDim;
-    const T* keys = static_cast<const T*>(in.cache) + (size_t(in.slot(sequence)) * s.kv_heads + kv) * s.capacity * kDim;
-    const T* values = keys + cache_elements(s);
+    const C* keys = static_cast<const C*>(in.cache) + (size_t(in.slot(sequence)) * s.kv_heads + kv) * s.capacity * kDim;
+    const C* values = keys + cache_elements(s);
     load_tile<T, kDim>(m.query, source, stride, first, s.length);
 
     // Two lanes share a row of the warp's scores; each takes half of the columns.
     const int row = top + lane / 2, column = lane % 2 * (kTile / 2), position = past + first + row;
-    const float scale = !kMore ? rsqrtf(float(kDim)) * kLog2e : s.cap == 0.0f ? s.scale * kLog2e : s.scale / s.cap;
+    const float scale = (!kMore          ? rsqrtf(float(kDim)) * kLog2e
+                         : s.cap == 0.0f ? s.scale * kLog2e
+                                         : s.scale / s.cap) *
+                        key_scale<C>(s);
     auto scaled = [&](float score) {
         if constexpr (kMore)
             if (s.cap != 0) return capped(score * scale, s.cap);
@@ -846,15 +859,15 @@ __global__ void __launch_bounds__(kThreads)
         const int r = top + i / kDim, j = i % kDim;
         if (first + r < s.length)
             out[(size_t(sequence) * s.length + first + r) * stride + size_t(head) * kDim + j] =
-                narrow<T>(wide_result[r * kDim + j]);
+                narrow<T>(wide_result[r * kDim + j] * value_scale<C>(s));
     }
 }
 
-template <typename T, int kDim, bool kMore>
+template <typename T, typename C, int kDim, bool kMore>
 int prefill(const cqil_attention_shape& s, const Inputs& in, const T* queries, T* out, cudaStream_t stream) {
     constexpr int kBytes = int(sizeof(PrefillMemory<T, kDim>));
     const dim3 grid((s.length + kTile - 1) / kTile, s.heads, s.batch);
-    return launch(prefill_kernel<T, kDim, kMore>, {grid, kThreads, stream, true, kBytes}, s, in, queries, out);
+    return launch(prefill_kernel<T, C, kDim, kMore>, {grid, kThreads, stream, true, kBytes}, s, in, queries, out);
 }
 
 // The caches that attention has used on a stream since the last point that no later kernel can overtake. Only these can
@@ -943,13 +956,13 @@ int find_limit(Limit* limit) {
     return 0;
 }
 
-template <typename T, int kElements, bool kPacked, bool kMore>
+template <typename T, typename C, int kElements, bool kPacked, bool kMore>
 int attend(const cqil_attention_shape& s, const Inputs& in, void* out, void* scratch, cudaStream_t stream) {
     bool overlap = true;
     const bool decode = s.length == 1 || s.drafts != 0;
     if (touched().note(stream, in.cache, decode, &overlap)) return -1;
     T* result = static_cast<T*>(out);
-    using M = AttendMemory<T, kElements, kPacked>;
+    using M = AttendMemory<C, kElements, kPacked>;
     if (decode) {
         int processors = 0;
         if (device_attribute(cudaDevAttrMultiProcessorCount, &processors)) return -1;
@@ -958,27 +971,27 @@ int attend(const cqil_attention_shape& s, const Inputs& in, void* out, void* scr
         const Launch l = {dim3(s.heads, spans.blocks(), rows), kAttendThreads, stream, overlap, M::bytes(spans.each)};
         Limit limit = {};
         if (find_limit(&limit)) return -1;
-        return s.length == 1 ? launch(attend_kernel<T, kElements, kPacked, Pass::kStep, kMore>, l, s, in, nullptr,
+        return s.length == 1 ? launch(attend_kernel<T, C, kElements, kPacked, Pass::kStep, kMore>, l, s, in, nullptr,
                                       result, spans, limit)
-                             : launch(attend_kernel<T, kElements, kPacked, Pass::kDrafts, kMore>, l, s, in, nullptr,
+                             : launch(attend_kernel<T, C, kElements, kPacked, Pass::kDrafts, kMore>, l, s, in, nullptr,
                                       result, spans, limit);
     }
     T* queries = static_cast<T*>(scratch);
     const int heads = s.heads + 2 * s.kv_heads;
     const dim3 grid(s.batch * s.length, (heads + kGroups - 1) / kGroups);
-    if (launch(append_kernel<T, kElements, kPacked, kMore>, {grid, kThreads, stream}, s, in, queries)) return -1;
+    if (launch(append_kernel<T, C, kElements, kPacked, kMore>, {grid, kThreads, stream}, s, in, queries)) return -1;
     if (out == nullptr) return 0;
     if constexpr (!std::is_same_v<T, float>) {
-        if (s.head_dim == 64) return prefill<T, 64, kMore>(s, in, queries, result, stream);
-        if (s.head_dim == 128) return prefill<T, 128, kMore>(s, in, queries, result, stream);
+        if (s.head_dim == 64) return prefill<T, C, 64, kMore>(s, in, queries, result, stream);
+        if (s.head_dim == 128) return prefill<T, C, 128, kMore>(s, in, queries, result, stream);
         if constexpr (kMore) {
             int room = 0;  // in shared memory; not every GPU has enough
             if (device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &room)) return -1;
             if (s.head_dim == 256 && room >= int(sizeof(PrefillMemory<T, 256>)))
-                return prefill<T, 256, kMore>(s, in, queries, result, stream);
+                return prefill<T, C, 256, kMore>(s, in, queries, result, stream);
         }
     }
-    return launch(attend_kernel<T, kElements, kPacked, Pass::kPrompt, kMore>,
+    return launch(attend_kernel<T, C, kElements, kPacked, Pass::kPrompt, kMore>,
                   {dim3(s.heads, s.length, s.batch), kAttendThreads, stream, true, M::bytes(1)}, s, in, queries, result,
                   Spans{1, 1}, Limit{});
 }
@@ -989,25 +1002,25 @@ bool needs_more(const cqil_attention_shape& s, const Inputs& in) {
     return norms || s.window != 0 || s.rotary != s.head_dim || s.scale != 0 || s.cap != 0 || in.cos == nullptr;
 }
 
-template <typename T, int kElements>
+template <typename T, typename C, int kElements>
 int attend(cqil_attention_shape s, const Inputs& in, void* out, void* scratch, cudaStream_t stream) {
     if (s.rotary == 0) s.rotary = s.head_dim;
     if (s.window >= s.capacity) s.window = 0;
     const bool packed = is_packed<kElements>(s.head_dim, s.rotary);
     if (!needs_more(s, in))
-        return packed ? attend<T, kElements, true, false>(s, in, out, scratch, stream)
-                      : attend<T, kElements, false, false>(s, in, out, scratch, stream);
+        return packed ? attend<T, C, kElements, true, false>(s, in, out, scratch, stream)
+                      : attend<T, C, kElements, false, false>(s, in, out, scratch, stream);
     if (s.scale == 0) s.scale = 1 / std::sqrt(float(s.head_dim));
     // Of the kernels that are not packed, one takes every head.
-    return packed ? attend<T, kElements, true, true>(s, in, out, scratch, stream)
-                  : attend<T, kMaxHeadDim / kLanes, false, true>(s, in, out, scratch, stream);
+    return packed ? attend<T, C, kElements, true, true>(s, in, out, scratch, stream)
+                  : attend<T, C, kMaxHeadDim / kLanes, false, true>(s, in, out, scratch, stream);
 }
 
-template <typename T>
+template <typename T, typename C>
 int attend(const cqil_attention_shape& s, const Inputs& in, void* out, void* scratch, cudaStream_t stream) {
-    if (s.head_dim <= 64) return attend<T, 4>(s, in, out, scratch, stream);
-    if (s.head_dim <= 128) return attend<T, 8>(s, in, out, scratch, stream);
-    return attend<T, 16>(s, in, out, scratch, stream);
+    if (s.head_dim <= 64) return attend<T, C, 4>(s, in, out, scratch, stream);
+    if (s.head_dim <= 128) return attend<T, C, 8>(s, in, out, scratch, stream);
+    return attend<T, C, 16>(s, in, out, scratch, stream);
 }
 
 int check(const cqil_attention_shape& s) {
@@ -1024,6 +1037,9 @@ int check(const cqil_attention_shape& s) {
     if (s.norm < CQIL_NORM_ROUNDED || s.norm > CQIL_NORM_OFFSET || !(s.scale >= 0 && s.cap >= 0))
         return fail("norms of kind %d, a scale of %g, a cap of %g", s.norm, double(s.scale), double(s.cap));
     if (s.dtype < CQIL_FLOAT32 || s.dtype > CQIL_BFLOAT16) return fail("type %d is not known", s.dtype);
+    if (s.cache != CQIL_CACHE_PLAIN && s.cache != CQIL_CACHE_FP8) return fail("cache %d is not known", s.cache);
+    if (s.cache == CQIL_CACHE_FP8 && !(s.key_scale > 0 && s.value_scale > 0))
+        return fail("scales %g and %g of a cache are not above 0", s.key_scale, s.value_scale);
     if (s.batch > 65535 || s.length > 65535 || (s.drafts != 0 && int64_t(s.batch) * s.length > 65535))
         return fail("%d sequences or %d tokens are too many", s.batch, s.length);
     return 0;
@@ -1036,7 +1052,7 @@ int cqil_trt::note_full_wait(cudaStream_t stream) { return touched().clear(strea
 extern "C" {
 
 size_t cqil_attention_cache_bytes(const cqil_attention_shape* s) {
-    return align(2 * cache_elements(*s) * element_bytes(s->dtype)) + Joint::bytes(*s);
+    return align(2 * cache_elements(*s) * cache_element_bytes(*s)) + Joint::bytes(*s);
 }
 
 size_t cqil_attention_scratch_bytes(const cqil_attention_shape* s) {
@@ -1071,8 +1087,11 @@ int cqil_attention(const cqil_attention_shape* s, const void* qkv, const int32_t
     if (s->batch == 0 || s->length == 0) return 0;
     const Inputs in = {qkv, past, slots, cos, sin, q_norm, k_norm, squares, cache};
     auto st = static_cast<cudaStream_t>(stream);
-    return by_type(s->dtype,
-                   [&](auto* type) { return attend<std::remove_pointer_t<decltype(type)>>(*s, in, out, scratch, st); });
+    return by_type(s->dtype, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        return s->cache == CQIL_CACHE_FP8 ? attend<T, Fp8>(*s, in, out, scratch, st)
+                                          : attend<T, T>(*s, in, out, scratch, st);
+    });
 }
 
 }  // extern "C"

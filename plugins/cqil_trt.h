@@ -275,6 +275,9 @@ int cqil_unpack(const cqil_linear_shape* shape, const void* packed, void* out, v
 int cqil_dequantize(const cqil_linear_shape* shape, const void* codes, const void* scales, const void* zeros, int size,
                     int first, void* out, void* stream);
 
+// How a cache stores keys and values: in the type, or in FP8 (E4M3), divided by a scale.
+typedef enum { CQIL_CACHE_PLAIN = 0, CQIL_CACHE_FP8 = 1 } cqil_cache;
+
 // `length` new tokens of `batch` sequences, starting at position past[b], and a cache with `max_batch` slots for
 // sequences of `capacity` tokens. Query head i reads key/value head (i + first) / group. `eps` is for the head norms.
 // `drafts`: several new tokens are a decode step, the next token of each sequence and drafts of those after it.
@@ -282,12 +285,16 @@ int cqil_dequantize(const cqil_linear_shape* shape, const void* codes, const voi
 // What LLaMA does not have, all 0 there. `window`: a query sees so many keys, its own included; 0: all before it.
 // `rotary`: elements of a head that are rotated, the first ones; 0: all. `norm` is a cqil_norm, of the head norms.
 // `scale` multiplies scores; 0: 1 / sqrt(head_dim). `cap`: a score s becomes cap * tanh(s / cap) where it is not 0.
+// `cache` is a cqil_cache. With CQIL_CACHE_FP8, keys and values are multiplied by the reciprocals of key_scale and
+// value_scale in float32, rounded to even, and to the largest number of E4M3 if they are larger.
 typedef struct {
     int32_t batch, length, heads, kv_heads, head_dim, capacity, max_batch, group, first, dtype;
     float eps;
     int32_t drafts;
     int32_t window, rotary, norm;
     float scale, cap;
+    int32_t cache;
+    float key_scale, value_scale;
 } cqil_attention_shape;
 
 // Bytes of one layer's cache: keys, then values, each [max_batch, kv_heads, capacity, head_dim], then memory through
@@ -320,6 +327,11 @@ int cqil_attention(const cqil_attention_shape* shape, const void* qkv, const int
                    const float* cos, const float* sin, const void* q_norm, const void* k_norm, const float* squares,
                    void* cache, void* out, void* scratch, void* stream);
 
+// out [2, kv_heads, capacity, head_dim], of the type: keys, then values, that a cache in FP8 holds of the step's one
+// sequence, up to its new tokens, without the scales. The rest of out is not written.
+int cqil_read_cache(const cqil_attention_shape* shape, const int32_t* past, const int32_t* slots, const void* cache,
+                    void* out, void* stream);
+
 // Bounds the wait of attention's blocks for each other, for later calls in this process. 30 s by default; 0: no limit.
 int cqil_attention_timeout(double seconds);
 
@@ -351,10 +363,10 @@ int cqil_test_delays(int place, const uint32_t* nanoseconds, int count);
     PLUGIN(CqilGather, INT(dtype))                                                                                     \
     PLUGIN(CqilHeadSquares, INT(heads) INT(kv_heads) INT(head_dim) INT(first_key) INT(last_key) FLOAT(query_factor)    \
                                 FLOAT(key_factor) INT(dtype))                                                          \
-    PLUGIN(CqilAttention,                                                                                              \
-           INT(heads) INT(kv_heads) INT(head_dim) INT(capacity) INT(max_batch) INT(group) INT(first) INT(head_norms)   \
-               FLOAT(eps) INT(dtype) OPTIONAL_INT(window) OPTIONAL_INT(rotary) OPTIONAL_INT(norm)                      \
-                   OPTIONAL_FLOAT(scale) OPTIONAL_FLOAT(cap) OPTIONAL_INT(unrotated) OPTIONAL_INT(joint))
+    PLUGIN(CqilAttention, INT(heads) INT(kv_heads) INT(head_dim) INT(capacity) INT(max_batch) INT(group) INT(first)    \
+                              INT(head_norms) FLOAT(eps) INT(dtype) INT(cache) FLOAT(key_scale) FLOAT(value_scale)     \
+                                  OPTIONAL_INT(window) OPTIONAL_INT(rotary) OPTIONAL_INT(norm) OPTIONAL_FLOAT(scale)   \
+                                      OPTIONAL_FLOAT(cap) OPTIONAL_INT(unrotated) OPTIONAL_INT(joint))
 
 // Only in a build with TensorRT. Registers the plugins with the TensorRT that this process has loaded. Loading the
 // library does the same if TensorRT is already there.

@@ -42,7 +42,7 @@ from cqil_trt import formats, reference
 from cqil_trt.backends.torch.gpu_library import use_device
 from cqil_trt.backends.torch.gpu_session import TorchCudaSession
 from cqil_trt.commands import RankParser, check_at_least, check_file, numbers, run_ranks
-from cqil_trt.config import CqilConfig, EngineLimits
+from cqil_trt.config import AUTO, KV_DTYPES, CqilConfig, EngineLimits
 from cqil_trt.errors import UserError
 from cqil_trt.families.layout import checkpoint_shapes, layer_matrices
 from cqil_trt.formats import RankTensor
@@ -57,7 +57,7 @@ from cqil_trt.scheduler import Step
 from cqil_trt.shard import plan
 from cqil_trt.speculation import MAX_TOKENS as MAX_DRAFTED
 from cqil_trt.table import table
-from cqil_trt.validate import answer, compare
+from cqil_trt.validate import answer, compare, threshold_of
 from cqil_trt.weights import WeightReader, cut
 from cqil_trt.weights.quantized import QuantizingReader
 
@@ -156,6 +156,9 @@ def parser() -> RankParser:
         metavar="F",
         help="the format of the weights (default dense)",
     )
+    parser.add_argument(
+        "--kv-dtype", choices=KV_DTYPES, default=AUTO, help="as build.py takes it (default %(default)s)"
+    )
     parser.add_argument("--contexts", default="128,200,1024,4096", help="tokens before the measured decode steps")
     parser.add_argument("--prefills", default="20,128,1024,4096", help="prompt lengths in tokens")
     parser.add_argument("--batches", default="1,4,8", help="sequences that decode together, at --batch-context")
@@ -204,6 +207,8 @@ def configure(options: argparse.Namespace, ranks: int) -> tuple[CqilConfig, Mode
         raise UserError("--peers have one rank per layer")
     if options.peers and options.quantize != formats.DENSE:
         raise UserError("--peers have no quantized weights")
+    if options.peers and options.kv_dtype != AUTO:
+        raise UserError(f"--peers have no KV cache in {options.kv_dtype}")
     if options.peers and min(options.contexts) > PEER_TOKENS:
         raise UserError(f"--peers are measured at --contexts up to {PEER_TOKENS}")
     if options.start is not None or options.end is not None:
@@ -268,6 +273,7 @@ def run(options: argparse.Namespace, job: Job) -> None:
         max_seq_len=max(longest, options.soak + 64),
         dtype="float16",
         weights=options.quantize,
+        kv_dtype=options.kv_dtype,
         prefill_chunk=1024,
     )
 
@@ -276,7 +282,7 @@ def run(options: argparse.Namespace, job: Job) -> None:
         np.random.default_rng(i).integers(model.vocab_size, size=n).tolist() for i, n in enumerate(PARITY_PROMPTS)
     ]
     judged = {"sequential": placements["sequential"]} if options.alone else placements
-    probes = job.agree(lambda: reference_answers(model, reader, judged, prompts) if RANK == 0 else {})
+    probes = job.agree(lambda: reference_answers(model, reader, limits, judged, prompts) if RANK == 0 else {})
     results = {}
     for name, shape in placements.items():
         engine = SimpleNamespace(
@@ -312,6 +318,7 @@ def run(options: argparse.Namespace, job: Job) -> None:
         "layers": model.num_layers,
         "cqil": cqil.to_dict(),
         "weights": options.quantize,
+        "kv_dtype": options.kv_dtype,
         "alone": options.alone,
         "gpu": cuda.device_name(),
         "read_tb_s": bandwidth,
@@ -327,7 +334,8 @@ def run(options: argparse.Namespace, job: Job) -> None:
         title += ", rank 0's share without its peers"
     if RANK == 0:
         gpus = f"{COMM.Get_size()} x {cuda.device_name()} (reads {bandwidth:.2f} TB/s)"
-        print(f"{title}, float16, {options.quantize} weights, {gpus}; milliseconds, median [10%, 90%]\n")
+        cache = "" if options.kv_dtype == AUTO else f", KV cache {options.kv_dtype}"
+        print(f"{title}, float16, {options.quantize} weights{cache}, {gpus}; milliseconds, median [10%, 90%]\n")
         print(describe(results, options, bandwidth), flush=True)
         save()
         if options.plot:
@@ -355,7 +363,11 @@ def read_bandwidth() -> float:
 
 
 def reference_answers(
-    model: ModelConfig, reader: WeightReader, placements: Mapping[str, CqilConfig], prompts: list[list[int]]
+    model: ModelConfig,
+    reader: WeightReader,
+    limits: EngineLimits,
+    placements: Mapping[str, CqilConfig],
+    prompts: list[list[int]],
 ) -> dict[str, Any]:
     """The float32 reference's answers for each placement; placements that compute the same share them."""
 
@@ -364,7 +376,7 @@ def reference_answers(
 
     answers: dict[str, Any] = {}
     with saying_when_memory_is_full():
-        network = reference.from_reader(model, reader)
+        network = reference.with_kv_cache(reference.from_reader(model, reader), limits)
         for name, shape in placements.items():
             alike = next((other for other in answers if computes(placements[other]) == computes(shape)), None)
             answers[name] = answers.get(alike) or reference.probe(
@@ -423,7 +435,7 @@ def parity(session: Any, prompts: list[list[int]], probes: list[Any] | None) -> 
     for i, prompt in enumerate(prompts):
         logits, tokens = answer(Runner.of(session, "latency"), prompt, STEPS)
         if probes is not None:
-            found.append(compare(logits, tokens, probes[i], session.limits.dtype).to_dict())
+            found.append(compare(logits, tokens, probes[i], threshold_of(session.limits)).to_dict())
     return found
 
 

@@ -37,7 +37,7 @@ from cqil_trt.commands import (
     cqil_flags,
     run_ranks,
 )
-from cqil_trt.config import CqilConfig, EngineLimits
+from cqil_trt.config import AUTO, KV_DTYPES, CqilConfig, EngineLimits
 from cqil_trt.errors import UserError
 from cqil_trt.hub import find_adapter
 from cqil_trt.job import Job
@@ -70,6 +70,12 @@ def parser() -> RankParser:
         default=formats.DENSE,
         choices=(formats.DENSE, *formats.choices()),
         help="the same of the last projection",
+    )
+    p.add_argument(
+        "--kv-dtype",
+        choices=KV_DTYPES,
+        default=AUTO,
+        help="round the reference's keys and values as build.py --kv-dtype does",
     )
     p.add_argument("--engine", metavar="DIR", type=Path, action="append", default=[], help="an engine; may be repeated")
     p.add_argument("--device", choices=DEVICES, default="auto", help="where engines compute")
@@ -158,7 +164,13 @@ def references(options: argparse.Namespace, names: list[str], manager: Any) -> I
     model = checkpoint.model
     config = read_config(options.config, model, options.preset)
     stored, dtype = (formats.DENSE, "float16") if config is None else (config.weights, config.dtype)
-    limits = EngineLimits(dtype=dtype, weights=options.quantize or stored, head=options.quantize_head)
+    limits = EngineLimits(
+        dtype=dtype,
+        weights=options.quantize or stored,
+        head=options.quantize_head,
+        kv_dtype=options.kv_dtype,
+        kv_scales=() if options.kv_dtype == AUTO else checkpoint.kv_scales,
+    )
     for each in filter(None, (checkpoint, adapted)):
         each.quantize(limits)
     pieces = not limits.quantized
@@ -185,7 +197,7 @@ def references(options: argparse.Namespace, names: list[str], manager: Any) -> I
             column.tasks = run_tasks(lm, manager, names, options.num_fewshot, options.limit)
         return column
 
-    network = reference.from_reader(model, checkpoint.reader, pieces=pieces)
+    network = reference.with_kv_cache(reference.from_reader(model, checkpoint.reader, pieces=pieces), limits)
     yield run(network, Column(UNCHANGED, CqilConfig(p=1)))
     if cqil.changed_layers:
         reference.with_cqil(network, cqil)
@@ -193,6 +205,7 @@ def references(options: argparse.Namespace, names: list[str], manager: Any) -> I
     if adapted is not None:
         del network
         network = reference.from_reader(adapted.model, adapted.reader, pieces=pieces)
+        reference.with_kv_cache(network, limits)
         reference.with_cqil(network, cqil)
         yield run(network, Column(ADAPTED if cqil.changed_layers else "adapter", cqil))
     del network

@@ -27,11 +27,11 @@ from tqdm import tqdm
 
 from cqil_trt import formats
 from cqil_trt.commands import Parser, check_at_least, check_file, check_texts, chosen_model, numbers
-from cqil_trt.config import BYPASSES, DTYPES, MAX_RANKS, CqilConfig, layer_list
+from cqil_trt.config import AUTO, BYPASSES, DTYPES, KV_DTYPES, MAX_RANKS, CqilConfig, layer_list
 from cqil_trt.config_file import ConfigFile
 from cqil_trt.errors import UserError
 from cqil_trt.job import command
-from cqil_trt.latency import MACHINES, Machine, critical_bytes, decode_seconds
+from cqil_trt.latency import MACHINES, SHORT, critical_bytes, decode_seconds
 from cqil_trt.model import ModelConfig
 from cqil_trt.quality.perplexity import Scores
 from cqil_trt.quality.search import BOTH, KINDS, MEASURES, Candidate, Point, Quality, Search, Space, choose
@@ -90,6 +90,19 @@ def parser() -> Parser:
         choices=tuple(MACHINES),
         default="h200",
         help="GPUs that latency is predicted for (default %(default)s)",
+    )
+    p.add_argument(
+        "--context",
+        metavar="N",
+        type=int,
+        default=SHORT,
+        help="tokens in the KV cache for which latency is predicted (default %(default)s)",
+    )
+    p.add_argument(
+        "--kv-dtype",
+        choices=KV_DTYPES,
+        default=AUTO,
+        help="type of the KV cache, as build.py takes it: in predictions, and in what --search measures",
     )
     p.add_argument(
         "--joins",
@@ -194,7 +207,7 @@ def run(options: argparse.Namespace) -> None:
             weights=(formats.DENSE, *quantized_formats(options)),
             drops=options.joins is not False and options.placement != "leader" and not model.post_norms,
         )
-        measure = Measure(path, network, blocks, options.dtype, options.measure)
+        measure = Measure(path, network, blocks, options.dtype, options.measure, options.kv_dtype)
         del network  # of a large one, `measure` keeps one format at a time
         result["search"] = search(measure, found.name, model, space, options)
     if options.json is not None:
@@ -255,7 +268,7 @@ def neighbours(similarity: np.ndarray) -> str:
     return table(("layer", "to 1 before", "to 2 before", "to 3 before"), rows)
 
 
-def costs(model: ModelConfig, cqil: CqilConfig, dtype: str, machine: Machine) -> dict[str, float]:
+def costs(model: ModelConfig, cqil: CqilConfig, options: argparse.Namespace) -> dict[str, float]:
     """Bytes read and predicted milliseconds per token of a configuration, by placement.
 
     `tensor` is for as many ranks as the configuration has. Placement leader has one rank per layer.
@@ -263,9 +276,15 @@ def costs(model: ModelConfig, cqil: CqilConfig, dtype: str, machine: Machine) ->
     placed = {"sharded": cqil, "tensor": CqilConfig(p=cqil.ranks, placement="tensor")}
     if cqil.ranks_per_layer == 1:
         placed["leader"] = replace(cqil, placement="leader")
-    read = {f"{name}_bytes_per_token": critical_bytes(model, each, dtype) for name, each in placed.items()}
+    read = {f"{name}_bytes_per_token": critical_bytes(model, each, options.dtype) for name, each in placed.items()}
     placed["sequential"] = CqilConfig(p=1)
-    return read | {f"{name}_ms": decode_seconds(model, each, dtype, machine) * 1e3 for name, each in placed.items()}
+    return read | {f"{name}_ms": seconds(model, each, options) * 1e3 for name, each in placed.items()}
+
+
+def seconds(model: ModelConfig, cqil: CqilConfig, options: argparse.Namespace, weights: str = formats.DENSE) -> float:
+    """What is predicted for a configuration on the GPUs and with the KV cache that the options name."""
+    cache = {"context": options.context, "kv_dtype": options.kv_dtype}
+    return decode_seconds(model, cqil, options.dtype, MACHINES[options.gpu], weights, **cache)
 
 
 def cost_cells(found: dict[str, Any]) -> tuple[str, ...]:
@@ -296,7 +315,7 @@ def recommend(
             continue
         for t in (t for t in shared if p * t <= MAX_RANKS):
             cqil = replace(choice.cqil, ranks_per_layer=t)
-            values = costs(model, cqil, options.dtype, MACHINES[options.gpu])
+            values = costs(model, cqil, options)
             span = f"[{cqil.start}, {cqil.end})"
             rows.append((p, t, cqil.ranks, span, f"{choice.similarity:.3f}", *cost_cells(values)))
             found.append({"cqil": cqil.to_dict(), "lowest_similarity": choice.similarity, **values})
@@ -331,7 +350,7 @@ def search(
     measure: Measure, name: str, model: ModelConfig, space: Space, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Searches the space, prints the frontiers, writes the chosen configuration; returns all points."""
-    machine, limit = MACHINES[options.gpu], math.log(options.within or WITHIN)
+    limit = math.log(options.within or WITHIN)
     unchanged = measure.quality(measure.unchanged)
     seen = sys.stderr.isatty()
     with tqdm(desc="searching", disable=not seen, leave=False) as bar:
@@ -343,12 +362,12 @@ def search(
                 print(f"{task.evaluations + 1} of {task.planned} measured", flush=True)
             return found
 
-        def seconds(cqil: CqilConfig, weights: str) -> float:
-            return decode_seconds(model, cqil, options.dtype, machine, weights)
+        def predict(cqil: CqilConfig, weights: str) -> float:
+            return seconds(model, cqil, options, weights)
 
         placements = ("sharded", "leader") if options.placement == FASTEST else (options.placement,)
         expanded = math.inf if options.at_most is not None else limit
-        task = Search(space, judge, seconds, placements, options.evaluations, expanded, unchanged)
+        task = Search(space, judge, predict, placements, options.evaluations, expanded, unchanged)
         bar.reset(task.planned)
         how, whole = "all" if task.exhaustive else "greedily", duration(task.planned * measure.seconds)
         print(

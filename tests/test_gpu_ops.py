@@ -194,6 +194,52 @@ def test_cuda_ops_ask_for_what_the_decoder_means(name, packed, tmp_path, host_me
             assert len(host_memory) == before
 
 
+class Attending:
+    """The kernels and the library of attention: `calls` has what was asked."""
+
+    def __init__(self):
+        self.calls = []
+
+    def cqil_linear_rows(self, dtype):
+        return 1
+
+    def cqil_attention_scratch_bytes(self, shape):
+        return 64
+
+    def cqil_attention(self, shape, *arguments):
+        self.calls.append(("attention", shape, arguments[7], arguments[8]))
+        return 0
+
+    def cqil_read_cache(self, shape, *arguments):
+        self.calls.append(("read", shape, *arguments))
+        return 0
+
+    def attend(self, queries, cache, shard, out):
+        self.calls.append(("attend", cache))
+
+
+def test_a_library_attends_over_what_an_fp8_cache_holds(tmp_path, host_memory):
+    model = Checkpoint(make_model(tmp_path), tokenizer=False).model
+    scales = tuple((0.5 + i, 2.5 + i) for i in range(model.num_layers))
+    limits = EngineLimits(max_batch_size=BATCH, max_seq_len=CAPACITY, kv_dtype="fp8", kv_scales=scales)
+    [rank], kinds = plan(model, CqilConfig(p=1)), abi.cqil_cache
+    shard, kernels = rank.layers[3], Attending()
+    memory = dict.fromkeys(rank.shapes, 1) | {"rotary.cos": 2, "rotary.sin": 3, "cache.3": 40, "read": 50}
+    ops = CudaOps(rank, limits, memory, {}, kernels, 60, kernels, BATCH)
+    for length, drafts, delegated in ((7, False, True), (1, False, False), (3, True, False)):
+        ops.begin(1, length, 10, 20, 30, decodes=drafts)
+        ops.attention(Matrix(70, length, 80), None, shard)
+        (_, shape, cache, out), *others = kernels.calls
+        assert (shape.cache, shape.key_scale, shape.value_scale) == (kinds.CQIL_CACHE_FP8, 3.5, 5.5)
+        assert cache == 40 and (out is None) == delegated
+        if delegated:
+            [(_, described, *arguments), attended] = others
+            assert described is shape and arguments == [10, 20, 40, 50, 60] and attended == ("attend", 50)
+        else:
+            assert others == []
+        kernels.calls.clear()
+
+
 @pytest.mark.parametrize("most", [1, 8, 16, 17, 64, 100, 128, 500, 1024, 2048, 5000])
 def test_lengths_of_chunks_that_are_graphs(most):
     lengths = prompt_lengths(most)

@@ -109,6 +109,13 @@ def test_gatings_are_one_function_each():
 @pytest.mark.slow
 @needs_gpu
 @pytest.mark.usefixtures("library")
+def test_attention_over_a_cache_in_fp8():
+    assert "agree with float64" in kernels(SEED % 100_000, 12, "cache")
+
+
+@pytest.mark.slow
+@needs_gpu
+@pytest.mark.usefixtures("library")
 def test_what_other_families_compute():
     assert "agree with float64" in kernels(SEED % 100_000, 40, "forms")
 

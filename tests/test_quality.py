@@ -176,6 +176,23 @@ def test_predicted_latency_is_near_what_was_measured(shapes, start, end, measure
     assert saved == pytest.approx((end - start) / 2 / config.num_layers, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    "shapes, start, end, more",
+    [
+        ("llama-7b", 12, 30, {"sequential": 0.552, "leader": 0.398, "sharded": 0.291, "tensor": 0.291}),
+        ("qwen1.5-14b", 17, 37, {"sequential": 0.891, "leader": 0.672, "sharded": 0.474, "tensor": 0.500}),
+    ],
+)
+def test_predicted_latency_of_a_long_context(shapes, start, end, more):
+    """docs/performance.md, two H200 (NVLink), float16: what 4,096 tokens take more than 200."""
+    config, configurations = placed(shapes, 2, start, end)
+    for name, cqil in configurations.items():
+        short, long = (decode_seconds(config, cqil, "float16", context=n) * 1e3 for n in (200, 4096))
+        assert long - short == pytest.approx(more[name], rel=0.12)
+        half = decode_seconds(config, cqil, "float16", context=4096, kv_dtype="fp8") * 1e3
+        assert half - short == pytest.approx((long - short) / 2)
+
+
 def test_predicted_latency_on_h100():
     """docs/performance.md, two H100 (NVLink), float16."""
     config, configurations = placed("llama-7b", 2, 12, 30)

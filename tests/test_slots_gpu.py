@@ -14,7 +14,8 @@ from support.needs import need_cuda_backend
 from support.processes import mpirun
 
 import cqil_trt
-from cqil_trt.reference import CqilModel
+from cqil_trt.config import EngineLimits
+from cqil_trt.reference import CqilModel, with_kv_cache
 
 pytestmark = pytest.mark.slow
 
@@ -49,13 +50,16 @@ def ran(models, tmp_path_factory):
     root, known = tmp_path_factory.mktemp("ran"), {}
 
     def get(case, dtype, device):
+        """`dtype`: "float16-fp8" has a KV cache in FP8."""
         key, shape = f"{case}-{dtype}-{device}", CASES[case][0]
         if key not in known:
             engine, ranks = root / f"engine-{case}-{dtype}", shape["p"]
             if not engine.exists():
                 # Prompts are read in several chunks, between steps of those that decode.
                 limits = {"max_seq_len": 96, "max_batch_size": 8, "prefill_chunk": 8}
-                cqil_trt.build(model=models(case), output=engine, dtype=dtype, probes="never", **limits, **shape)
+                own, _, kv_dtype = dtype.partition("-")
+                types = {"dtype": own, "kv_dtype": kv_dtype or "auto"}
+                cqil_trt.build(model=models(case), output=engine, probes="never", **types, **limits, **shape)
             run = {"engine": str(engine), "device": device, "seed": SEED, "out": str(root / key)}
             done = mpirun(ranks, write_json(root / f"{key}.json", run), script="tests/support/slots_worker.py")
             assert done.returncode == 0, done.stderr
@@ -70,7 +74,7 @@ def case(request):
     return request.param
 
 
-@pytest.fixture(scope="module", params=["float32", "float16"])
+@pytest.fixture(scope="module", params=["float32", "float16", "float16-fp8"])
 def dtype(request):
     return request.param
 
@@ -94,14 +98,14 @@ def on_cpu(ran, case):
 @pytest.fixture(scope="module")
 def logits(models, case):
     """A function that gives the reference's logits from which each token after a prompt is chosen, float64."""
-    shape = CASES[case][0]
-    reference = load_model(models(case))
-    if shape["p"] > 1:
-        reference = CqilModel(reference, **shape)
+    shape, references = CASES[case][0], {}
 
-    def get(prompt, tokens):
+    def get(prompt, tokens, kv_dtype="auto"):
+        if kv_dtype not in references:
+            network = with_kv_cache(load_model(models(case)), EngineLimits(kv_dtype=kv_dtype))
+            references[kv_dtype] = CqilModel(network, **shape) if shape["p"] > 1 else network
         with torch.inference_mode():
-            every = reference(torch.tensor([prompt + tokens[:-1]]), use_cache=False).logits[0]
+            every = references[kv_dtype](torch.tensor([prompt + tokens[:-1]]), use_cache=False).logits[0]
         return every[len(prompt) - 1 :].double().numpy()
 
     return get
@@ -121,10 +125,11 @@ def test_every_rank_has_the_same(ran, case, dtype):
 
 
 def test_greedy_tokens_are_the_likeliest(found, logits, dtype):
-    # In float16 the logits are rounded; they are some units large.
-    slack = {"float32": 1e-4, "float16": 0.1}[dtype]
+    # In float16 the logits are rounded, and some codes of a cache in FP8 are neighbours; logits are some units large.
+    slack = 1e-4 if dtype == "float32" else 0.1
+    kv_dtype = dtype.partition("-")[2] or "auto"
     for prompt, chosen in zip(found["prompts"], found["together"]):
-        rows = logits(prompt, chosen)
+        rows = logits(prompt, chosen, kv_dtype)
         assert len(chosen) == len(rows) == 24
         assert (rows.max(-1) - rows[np.arange(len(rows)), chosen]).max() <= slack
 

@@ -16,7 +16,7 @@ from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
 from cqil_trt import formats
-from cqil_trt.config import EngineLimits
+from cqil_trt.config import AUTO, EngineLimits
 from cqil_trt.errors import UserError
 from cqil_trt.model import Feature, ModelConfig
 from cqil_trt.shard import RankPlan
@@ -95,8 +95,8 @@ class Backend(ABC):
     `packages`: the packages it needs, by import name, and the extra of this project that installs each. `options`: its
     flags of build.py. `dynamic_rope`: whether it computes sequences beyond the original context of dynamic rope and
     longrope. `features`: what it computes that LLaMA does not have. `formats`: the weight formats that its
-    `Ops.project` multiplies with. `head_formats`: those of the last projection, if they are others.
-    `verifies_weights`: whether `open_session` verifies the rank's weights, while it loads them.
+    `Ops.project` multiplies with. `head_formats`: those of the last projection, if they are others. `kv_dtypes`: how
+    it stores a KV cache. `verifies_weights`: whether `open_session` verifies the rank's weights, while it loads them.
     """
 
     name: str
@@ -107,13 +107,14 @@ class Backend(ABC):
     formats: tuple[str, ...] = (formats.DENSE,)
     head_formats: tuple[str, ...] = ()
     verifies_weights = False
+    kv_dtypes: tuple[str, ...] = (AUTO,)
 
     def rank_files(self, rank: int) -> tuple[str, ...]:
         """The files that a rank needs, relative to the engine directory."""
         return (f"rank{rank}.safetensors",)
 
     def check_model(self, model: ModelConfig, limits: EngineLimits) -> None:
-        """Raises UserError for a model or a weight format that the backend does not compute at these lengths."""
+        """Raises UserError for a model, a weight format or a KV cache that the backend does not compute."""
         for flag, stored, known in (
             ("--quantize", limits.weights, self.formats),
             ("--quantize-head", limits.head, self.head_formats or self.formats),
@@ -121,6 +122,9 @@ class Backend(ABC):
             if formats.base(stored) not in known:
                 use = " or ".join(known)
                 raise UserError(f"{flag} {stored}: backend {self.name} does not support it: use {use}")
+        if limits.kv_dtype not in self.kv_dtypes:
+            able = " or ".join(name for name in names() if limits.kv_dtype in load(name).kv_dtypes)
+            raise UserError(f"--kv-dtype {limits.kv_dtype}: backend {self.name} does not support it: use {able}")
         if missing := [feature for feature in model.features(limits.max_seq_len) if feature not in self.features]:
             raise UserError(f"--backend {self.name}: {lacking(model, missing)}")
         context = model.fixed_context

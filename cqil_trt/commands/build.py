@@ -11,7 +11,7 @@ from typing import Any
 from cqil_trt import __version__, backends, formats
 from cqil_trt.builder import PROBES, STORED, BuildRequest, prepare, write
 from cqil_trt.commands import RankParser, add_cqil_flags, run_ranks
-from cqil_trt.config import DTYPES, PLACEMENTS, layer_list
+from cqil_trt.config import AUTO, DTYPES, KV_DTYPES, PLACEMENTS, layer_list
 from cqil_trt.job import Job
 from cqil_trt.llm import why_not_here
 from cqil_trt.table import size, table
@@ -45,6 +45,11 @@ def parser() -> RankParser:
         "--quantize-head",
         choices=formats.choices(),
         help="quantize the last projection as well, also without --quantize (default: it stays as it is)",
+    )
+    p.add_argument(
+        "--kv-dtype",
+        choices=KV_DTYPES,
+        help="type of the KV cache: fp8 (E4M3) holds twice as many tokens as 16 bits (default auto: --dtype)",
     )
     p.add_argument("--backend", choices=backends.names(), default=backends.PLAIN)
     p.add_argument("--max-batch-size", type=int, metavar="N", help="concurrent sequences (default 8)")
@@ -127,6 +132,8 @@ def describe(plan: dict[str, Any]) -> str:
         lines.append(f"weights    {limits['weights']}{kept}")
     if limits["head"] != formats.DENSE:
         lines.append(f"head       {limits['head']}")
+    if limits["kv_dtype"] != AUTO:
+        lines.append(f"KV cache   {limits['kv_dtype']}")
     lines.append(
         f"limits     batch {limits['max_batch_size']}, {limits['max_seq_len']} tokens, {limits['dtype']}, "
         f"backend {limits['backend']}"

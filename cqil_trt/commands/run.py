@@ -15,6 +15,7 @@ from typing import Any
 from cqil_trt import __version__
 from cqil_trt.backends import DEVICES
 from cqil_trt.commands import RankParser, add_speculate_flag, numbers, run_ranks
+from cqil_trt.config import AUTO
 from cqil_trt.errors import UserError
 from cqil_trt.formats import DENSE
 from cqil_trt.job import Job
@@ -110,6 +111,7 @@ def run(options: argparse.Namespace, job: Job) -> bool:
     report["startup_seconds"] = llm.startup.report
     cqil = llm.engine.cqil
     stored = limits.dtype if limits.weights == DENSE else f"{limits.weights}, {limits.dtype}"
+    stored += "" if limits.kv_dtype == AUTO else f", KV cache {limits.kv_dtype}"
     say(
         f"{llm.engine.path}: {cqil.summary}, {cqil.placement}, {stored}, "
         f"{llm.engine.backend}, {job.size} ranks" + (f", {llm.replicas} replicas" if llm.replicas > 1 else "")
@@ -195,14 +197,15 @@ def write_logits(llm: Any, prompt: list[int], path: Path) -> None:
 
 
 def validate(llm: Any, prompts: list[list[int]] | None, say: Callable[[str], None], report: dict[str, Any]) -> bool:
-    from cqil_trt.validate import THRESHOLDS
+    from cqil_trt.validate import threshold_of
     from cqil_trt.validate import validate as compare_with_reference
 
     say("validating against the PyTorch reference (float32, Hugging Face modules) ...")
     verdict = compare_with_reference(llm, prompts)
     if verdict.reference == "stored":
         say("no PyTorch or no checkpoint here: comparing with the reference's answers stored when the engine was built")
-    threshold = THRESHOLDS[llm.engine.limits.dtype]
+    limits = llm.engine.limits
+    threshold, cache = threshold_of(limits), "" if limits.kv_dtype == AUTO else f" with a KV cache in {limits.kv_dtype}"
     rows = [
         (
             number,
@@ -219,10 +222,7 @@ def validate(llm: Any, prompts: list[list[int]] | None, say: Callable[[str], Non
     passed = verdict.passed
     tokens = "all" if threshold.tokens is None else f"{threshold.tokens} (or a logit gap within the error)"
     say(table(header, rows))
-    say(
-        f"threshold for {llm.engine.limits.dtype}: relative L2 <= {threshold.relative_l2:g}, "
-        f"greedy tokens equal: {tokens}"
-    )
+    say(f"threshold for {limits.dtype}{cache}: relative L2 <= {threshold.relative_l2:g}, greedy tokens equal: {tokens}")
     for number, r in enumerate(verdict.results, 1):
         if r.equal_tokens < r.steps:
             say(

@@ -12,7 +12,7 @@ from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
-from cqil_trt.config import EngineLimits
+from cqil_trt.config import AUTO, EngineLimits
 from cqil_trt.gpu import abi
 from cqil_trt.model import ModelConfig
 from cqil_trt.network.ops import Ops
@@ -28,6 +28,7 @@ def attention_fields(model: ModelConfig, shard: LayerShard, limits: EngineLimits
     `slots`: sequences that the KV cache holds.
     """
     window = model.window_of(shard.index)
+    key_scale, value_scale = limits.scales_of(shard.index)
     return {
         "heads": shard.num_heads,
         "kv_heads": shard.num_kv_heads,
@@ -42,6 +43,9 @@ def attention_fields(model: ModelConfig, shard: LayerShard, limits: EngineLimits
         "norm": norm_kind(model),
         "scale": float(model.query_scale or 0),
         "cap": float(model.attention_cap or 0),
+        "cache": int(abi.cqil_cache.CQIL_CACHE_PLAIN if limits.kv_dtype == AUTO else abi.cqil_cache.CQIL_CACHE_FP8),
+        "key_scale": key_scale,
+        "value_scale": value_scale,
     }
 
 

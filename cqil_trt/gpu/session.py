@@ -434,7 +434,7 @@ class CudaSession(Session):
                 self._upload("bias", bias, np.float32, row)
 
     def _copy(self, source: int, target: int, count: int) -> None:
-        dim = self._plan.model.head_dim * self._bytes
+        dim = self._plan.model.head_dim * DTYPE_BYTES[self.limits.cache_dtype]
         pitch = self.limits.max_seq_len * dim
         for index, shard in self._plan.layers.items():
             if not shard.num_heads:
@@ -446,8 +446,9 @@ class CudaSession(Session):
 
     def _cache_parts(self, index: int) -> tuple[int, int]:
         """The addresses of a layer's keys and values, each [slots, key/value heads, max_seq_len, head_dim]."""
-        model, shard = self._plan.model, self._plan.layers[index]
-        size = self.slots * shard.num_kv_heads * self.limits.max_seq_len * model.head_dim * self._bytes
+        model, shard, limits = self._plan.model, self._plan.layers[index], self.limits
+        row = limits.max_seq_len * model.head_dim * DTYPE_BYTES[limits.cache_dtype]
+        size = self.slots * shard.num_kv_heads * row
         address = self._memory[f"cache.{index}"]
         return address, address + size
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from cqil_trt import reference
 from cqil_trt.checkpoint import Checkpoint
-from cqil_trt.config import CqilConfig, EngineLimits
+from cqil_trt.config import AUTO, CqilConfig, EngineLimits
 from cqil_trt.formats import DENSE
 from cqil_trt.quality.perplexity import Scores, reference_logits, score_reference
 from cqil_trt.quality.search import Candidate, Quality
@@ -26,12 +27,16 @@ class Measure:
     """Measures candidates for a model (a directory or .gguf file) on blocks of token ids, int [N, T].
 
     `network`: the model, unchanged, as `reference.from_reader` makes it. Matrices in another format are rounded as a
-    build for engines in `dtype` rounds them. `by`: one of `search.MEASURES`, the cost of a candidate: the rise of its
-    log-perplexity, or its divergence from the unchanged model, KL(unchanged || candidate). Both are in nats per token.
+    build for engines in `dtype` rounds them, and everywhere keys and values for KV caches in `kv_dtype`. `by`: one of
+    `search.MEASURES`, the cost of a candidate: the rise of its log-perplexity, or its divergence from the unchanged
+    model, KL(unchanged || candidate). Both are in nats per token.
     """
 
-    def __init__(self, path: Path, network: nn.Module, blocks: np.ndarray, dtype: str, by: str):
-        self._path, self._blocks, self._dtype, self._by = path, blocks, dtype, by
+    def __init__(self, path: Path, network: nn.Module, blocks: np.ndarray, dtype: str, by: str, kv_dtype: str = AUTO):
+        self._path, self._blocks, self._by = path, blocks, by
+        scales = () if kv_dtype == AUTO else Checkpoint(path, tokenizer=False).kv_scales
+        self._limits = EngineLimits(dtype=dtype, kv_dtype=kv_dtype, kv_scales=scales)
+        reference.with_kv_cache(network, self._limits)
         self._networks = {DENSE: reference.CqilModel.of(network, CqilConfig(p=1))}  # undoes any other
         self._logits = reference_logits(network, blocks) if by == "divergence" else None
         begun = time.perf_counter()
@@ -56,7 +61,8 @@ class Measure:
                 self._networks.clear()
                 reference.free_memory()
             checkpoint = Checkpoint(self._path, tokenizer=False)
-            checkpoint.quantize(EngineLimits(dtype=self._dtype, weights=weights))
+            checkpoint.quantize(replace(self._limits, weights=weights))
             pieces = None if weights == DENSE else False
-            self._networks[weights] = reference.from_reader(checkpoint.model, checkpoint.reader, pieces=pieces)
+            network = reference.from_reader(checkpoint.model, checkpoint.reader, pieces=pieces)
+            self._networks[weights] = reference.with_kv_cache(network, self._limits)
         return self._networks[weights]

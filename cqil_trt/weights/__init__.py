@@ -3,6 +3,7 @@
 from cqil_trt.weights.checkpoint import check_shapes, open_checkpoint
 from cqil_trt.weights.files import SafetensorsReader, ShardedReader, TorchReader
 from cqil_trt.weights.gguf import GgufReader
+from cqil_trt.weights.kv_scales import has_kv_scales, kv_scales
 from cqil_trt.weights.reader import Range, RenamedReader, WeightReader, cut, is_float
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "WeightReader",
     "check_shapes",
     "cut",
+    "has_kv_scales",
     "is_float",
+    "kv_scales",
     "open_checkpoint",
 ]

@@ -3,8 +3,9 @@
 usage: cuda_kernels_worker.py SEED CASES [CHECK]
 
 CHECK is `kernels` (the default: every kernel on its own), `forms` (what families other than LLaMA compute), `gates`,
-`rows` (that they do not depend on each other, and drafts), `packed` (products with quantized weights), or one of those
-that delay blocks. They need a library built with CQIL_TEST_DELAYS=ON, which CQIL_TRT_PLUGINS names:
+`rows` (that they do not depend on each other, and drafts), `packed` (products with quantized weights), `cache`
+(attention over a cache in FP8), or one of those that delay blocks. They need a library built with CQIL_TEST_DELAYS=ON,
+which CQIL_TRT_PLUGINS names:
 
   joins    attention whose earlier spans start late
   overlap  a decoder's steps, launched back to back and in graphs
@@ -26,6 +27,7 @@ import torch
 from cqil_trt.gpu import abi, kernel_library
 
 library = kernel_library.load()
+FP8 = torch.float8_e4m3fn
 # Rounding of inputs is the same on both sides; what is left is that of results and of the rotated queries and keys.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -567,6 +569,83 @@ def check_forms(pick, dtype):
     return worst
 
 
+def fp8_cache(pick):
+    """The fields of a shape whose cache is in FP8. With the first scale many keys are larger than all codes."""
+    keys, values = (1 / 256, 0.3, 1.0, 2.5)[pick(0, 3)], (0.07, 1.0, 1.9)[pick(0, 2)]
+    return {"cache": int(abi.cqil_cache.CQIL_CACHE_FP8), "key_scale": keys, "value_scale": values}
+
+
+def fp8_codes(x, scale):
+    return (x.float() * (1 / torch.tensor(scale, dtype=torch.float32)).item()).clamp(-448, 448).to(FP8)
+
+
+def check_fp8_cache(pick, dtype):
+    """A cache in FP8 holds the nearest codes, the same ones of a prompt at once, in chunks, token by token and drafted.
+
+    Attention is judged by the codes in the cache.
+    """
+    kv_heads, group, dim = pick(1, 3), pick(1, 4), (8, 20, 64, 80, 128, 256)[pick(0, 5)]
+    heads, capacity, length = kv_heads * group, pick(120, 400), pick(4, 110)
+    fields = {"heads": heads, "kv_heads": kv_heads, "head_dim": dim, "capacity": capacity, "max_batch": 3}
+    fields |= {"group": group, "first": 0, "dtype": code(dtype), "eps": 1e-6, **fp8_cache(pick)}
+    scales = fields["key_scale"], fields["value_scale"]
+    cache = torch.zeros(
+        library.cqil_attention_cache_bytes(abi.cqil_attention_shape(**fields)), dtype=torch.uint8, device="cuda"
+    )
+    qkv = torch.randn(length, heads + 2 * kv_heads, dim, device="cuda").to(dtype)
+    qkv[pick(0, length - 1), -kv_heads:] *= 1000
+    angles = torch.arange(capacity)[:, None] * 10000.0 ** (-torch.arange(0, dim, 2) / dim)
+    table = angles.cos().cuda(), angles.sin().cuda()
+    norms = [(1 + 0.2 * torch.randn(dim, device="cuda")).to(dtype) for _ in range(2)] if pick(0, 1) else [None, None]
+    found = torch.empty(3, length, heads, dim, dtype=dtype, device="cuda")
+
+    def attend(slot, first, last, drafts=False):
+        shape = abi.cqil_attention_shape(batch=1, length=last - first, **fields, drafts=drafts)
+        past, slots = (torch.full((length,), n, dtype=torch.int32, device="cuda") for n in (first, slot))
+        out = torch.empty(last - first, heads, dim, dtype=dtype, device="cuda")
+        scratch = torch.empty(library.cqil_attention_scratch_bytes(shape), dtype=torch.uint8, device="cuda")
+        call("attention", shape, qkv[first:last].clone(), past, slots, *table, *norms, None, cache, out, scratch)
+        torch.cuda.synchronize()
+        found[slot, first:last] = out
+
+    attend(2, 0, length)
+    border = pick(1, length - 1)
+    for first, last in ((0, border), (border, length)):
+        attend(0, first, last)
+    drafted = max(1, length - 5)
+    for token in range(drafted):
+        attend(1, token, token + 1)
+    attend(1, drafted, length, drafts=True)
+
+    every = cache[: 2 * 3 * kv_heads * capacity * dim].view(2, 3, kv_heads, capacity, dim)[..., :length, :]
+    assert all(torch.equal(every[:, 2], every[:, slot]) for slot in (0, 1)), "codes depend on how tokens came"
+    codes = every[:, 2].contiguous().view(FP8).transpose(1, 2)  # [2, length, kv_heads, dim]
+    q, k, v = qkv.double().split([heads, kv_heads, kv_heads], 1)
+    assert torch.equal(codes[1].view(torch.uint8), fp8_codes(v, scales[1]).view(torch.uint8))
+    if norms[0] is not None:
+        q, k = (rms_norm(x, weight.double(), 1e-6) for x, weight in zip((q, k), norms))
+    cos, sin = (part[:length, None].double() for part in table)
+    q, k = (rotate_half(x, cos, sin) for x in (q, k))
+    wanted = (k / scales[0]).clamp(-448, 448)
+    spacing = 2.0 ** (wanted.abs().clamp(min=2.0**-6).log2().floor() - 3)
+    slack = 4 * torch.finfo(dtype).eps * (k / scales[0]).abs().amax(-1, keepdim=True)
+    assert ((codes[0].double() - wanted).abs() <= spacing / 2 + slack).all(), "a code is not the nearest"
+
+    read = torch.empty(2, kv_heads, capacity, dim, dtype=dtype, device="cuda")
+    shape = abi.cqil_attention_shape(batch=1, length=2, **fields)
+    past, slots = (torch.tensor([n], dtype=torch.int32, device="cuda") for n in (length - 2, 1))
+    call("read_cache", shape, past, slots, cache, read)
+    torch.cuda.synchronize()
+    assert torch.equal(read[:, :, :length].transpose(1, 2), codes.to(dtype))
+
+    keys, values = (part.double() * scale for part, scale in zip(codes, scales))
+    keys, values = (x.repeat_interleave(group, 1) for x in (keys, values))
+    scores = torch.einsum("qhd,khd->hqk", q, keys) / dim**0.5
+    hidden = torch.ones(length, length, dtype=torch.bool, device="cuda").triu(1)
+    expected = torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), values)
+    return max(relative(out, expected) for out in found)
+
+
 def finite(dtype):
     """All finite values of a half type; for float32 those of float16, and more of where silu is steep."""
     if dtype == torch.float32:
@@ -744,6 +823,8 @@ def check_sequences(pick, dtype):
     fields |= {"group": group, "first": 0, "dtype": code(dtype), "eps": 1e-6}
     form = Form(pick, dtype, heads * group, heads, dim, capacity) if pick(0, 1) else None
     fields |= form.fields if form else {}
+    fields |= fp8_cache(pick) if pick(0, 1) else {}
+    stored = FP8 if "cache" in fields else dtype
     past = torch.tensor([pick(0, capacity - 1) for _ in range(batch)], dtype=torch.int32, device="cuda")
     qkv = torch.randn(batch, heads * (group + 2), dim, device="cuda").to(dtype)
     table = torch.ones(capacity, dim // 2, device="cuda"), torch.zeros(capacity, dim // 2, device="cuda")
@@ -757,7 +838,7 @@ def check_sequences(pick, dtype):
     size = library.cqil_attention_cache_bytes(abi.cqil_attention_shape(batch=1, length=1, **fields))
     elements = 2 * batch * heads * capacity * dim
     cache = torch.zeros(size, dtype=torch.uint8, device="cuda")
-    cache[: elements * dtype.itemsize].view(dtype).normal_()
+    cache[: elements * stored.itemsize].view(stored).copy_(torch.randn(elements, device="cuda"))
 
     def attended(chosen):
         shape = abi.cqil_attention_shape(batch=len(chosen), length=1, **fields)
@@ -806,7 +887,7 @@ def check_sequences(pick, dtype):
     torch.cuda.synchronize()
     valid = (start[:, None] + torch.arange(width, device="cuda") < capacity).cpu()
     assert torch.equal(together[valid], alone[valid]), "drafts differ from single tokens"
-    assert torch.equal(cache[: elements * dtype.itemsize], after[: elements * dtype.itemsize])
+    assert torch.equal(cache[: elements * stored.itemsize], after[: elements * stored.itemsize])
     return 0.0
 
 
@@ -1238,6 +1319,7 @@ CHECKS = {
     "joins": (check_joins,),
     "overlap": (check_overlap,),
     "repeat": (check_repeat,),
+    "cache": (check_fp8_cache,),
     "limit": (check_limit,),
 }
 

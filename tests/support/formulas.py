@@ -9,10 +9,12 @@ ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": lambda x: F.gelu(x, approxim
 class Formulas:
     """A decoder with the weights `state`, under Hugging Face's names, which may require gradients.
 
-    `config`: the Hugging Face model's, of any family without scaled rotary embedding.
+    `config`: the Hugging Face model's, of any family without scaled rotary embedding. `kv_scales`: of the keys and
+    values of each layer, where a cache stores them in FP8.
     """
 
-    def __init__(self, config, state):
+    def __init__(self, config, state, kv_scales=None):
+        self.kv_scales = kv_scales
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.dim, self.eps = getattr(config, "head_dim", config.hidden_size // self.heads), config.rms_norm_eps
         self.w = {name: tensor.double() for name, tensor in self.apart(state).items()}
@@ -90,6 +92,8 @@ class Formulas:
 
         q, k, v = project("q", self.heads), project("k", self.kv_heads), project("v", self.kv_heads)
         q, k = self.rotate(q, i), self.rotate(k, i)
+        if self.kv_scales is not None:
+            k, v = (fp8(x, scale) for x, scale in zip((k, v), self.kv_scales[i]))
         first, last = self.heads * part // parts, self.heads * (part + 1) // parts
         distance = torch.arange(x.shape[1])[:, None] - torch.arange(x.shape[1])
         hidden = (distance < 0) | (distance >= (self.windows[i] or len(distance)))
@@ -173,6 +177,11 @@ class Formulas:
 
 MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
 CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+
+
+def fp8(x, scale):
+    """The values that an FP8 cache holds for x: E4M3, as PyTorch rounds to it, up to the largest number of it."""
+    return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).double() * scale
 
 
 def cap(x, limit):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from cqil_trt.backends import Backend, Compilation, Description
-from cqil_trt.config import EngineLimits
+from cqil_trt.config import KV_DTYPES, EngineLimits
 from cqil_trt.errors import UserError
 from cqil_trt.model import Feature
 from cqil_trt.shard import RankPlan
@@ -20,6 +20,7 @@ class OnnxBackend(Backend):
     name = "onnx"
     packages = {"onnx": "onnx"}
     features = frozenset(Feature)
+    kv_dtypes = KV_DTYPES
 
     def rank_files(self, rank: int) -> tuple[str, ...]:
         return f"rank{rank}.safetensors", f"rank{rank}.onnx"

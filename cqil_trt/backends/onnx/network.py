@@ -30,7 +30,12 @@ from cqil_trt.shard import LayerShard, RankPlan
 
 OPSET = 24
 DOMAIN = "cqil_trt"
-TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
+TYPES = {
+    "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "bfloat16": TensorProto.BFLOAT16,
+    "float8_e4m3fn": TensorProto.FLOAT8E4M3FN,  # of the KV cache
+}
 
 
 @dataclass(frozen=True)
@@ -248,19 +253,29 @@ class OnnxOps(Ops[str]):
     def cached_attention(self, q: str, k: str, v: str, positions: OnnxPositions, shard: LayerShard) -> str:
         cached, model = [], self.plan.model
         shape = ("batch", shard.num_kv_heads, self._limits.max_seq_len, self.plan.model.head_dim)
-        for part, new in (("key", k), ("value", v)):
-            cache = self.input(f"cache.{shard.index}.{part}", self._type, shape)
+        stored, scales = TYPES[self._limits.cache_dtype], self._limits.scales_of(shard.index)
+        for part, new, divisor in zip(("key", "value"), (k, v), scales):
+            if stored != self._type:
+                inverse = self._number(float(np.float32(1) / np.float32(divisor)), TensorProto.FLOAT)
+                new = self._node("Cast", self._node("Mul", self._wide(new), inverse), to=stored)  # it saturates
+            cache = self.input(f"cache.{shard.index}.{part}", stored, shape)
             # The runtime may bind the output to the input's memory: the cache is then updated in place.
             updated = f"{cache}.updated"
-            cached += self._nodes("TensorScatter", [cache, new, positions.past], [updated], axis=-2, mode="linear")
-            self.outputs[updated] = helper.make_tensor_value_info(updated, self._type, shape)
+            [found] = self._nodes("TensorScatter", [cache, new, positions.past], [updated], axis=-2, mode="linear")
+            cached.append(found if stored == self._type else self._node("Cast", found, to=self._type))
+            self.outputs[updated] = helper.make_tensor_value_info(updated, stored, shape)
         if not shard.grouped:
             q = self._heads(q, shard.query_slots)
         # No softmax_precision: TensorRT always uses float32 and refuses the attribute.
         mask = positions.mask if model.window_of(shard.index) is None else positions.windowed
-        scores = {"scale": model.query_scale, "softcap": model.attention_cap}
+        scale = model.query_scale
+        if scales[0] != 1:
+            scale = scales[0] * (model.head_dim**-0.5 if scale is None else scale)
+        scores = {"scale": scale, "softcap": model.attention_cap}
         given = {name: value for name, value in scores.items() if value is not None}
         out = self._node("Attention", q, *cached, mask, **given)
+        if scales[1] != 1:
+            out = self._node("Mul", out, self._number(scales[1]))
         if not shard.grouped:
             out = self._heads(out, shard.slot_of)
         return self._node(

@@ -44,7 +44,7 @@ class OnnxSession(HostSession):
         self._last: np.ndarray = np.zeros(0, np.float32)
         self._joined = np.zeros(0, np.float32)
         length, dim = self.limits.max_seq_len, self._plan.model.head_dim
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(TYPES[self.limits.dtype])
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(TYPES[self.limits.cache_dtype])
         self._cache = {
             f"cache.{index}.{part}": np.zeros((self.slots, shard.num_kv_heads, length, dim), dtype)
             for index, shard in self._plan.layers.items()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cqil_trt import formats
 from cqil_trt.backends import Backend, Compilation, Description, Option
-from cqil_trt.config import EngineLimits
+from cqil_trt.config import KV_DTYPES, EngineLimits
 from cqil_trt.errors import UserError
 from cqil_trt.model import Feature
 from cqil_trt.shard import RankPlan
@@ -23,6 +23,7 @@ class TensorRtBackend(Backend):
     formats = formats.names()
     # With our plugins; TensorRT's own attention layers have no caps (`compiler.describe`).
     features = frozenset(Feature)
+    kv_dtypes = KV_DTYPES  # in our plugins (`compiler.describe`)
     verifies_weights = True
     options = (
         Option(

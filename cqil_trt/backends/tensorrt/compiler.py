@@ -18,7 +18,7 @@ from typing import Any
 from cqil_trt.backends import Compilation, Description, lacking
 from cqil_trt.backends.tensorrt import BACKEND
 from cqil_trt.backends.tensorrt.network import Lowering, add_profiles, define_network, describe_network
-from cqil_trt.config import EngineLimits
+from cqil_trt.config import AUTO, EngineLimits
 from cqil_trt.errors import UserError
 from cqil_trt.gpu import tensorrt_plugins
 from cqil_trt.gpu.sources import source_version
@@ -59,6 +59,11 @@ def describe(limits: EngineLimits, options: Mapping[str, Any], ranks: tuple[Rank
     if lowering.native and Feature.ATTENTION_CAP in model.features(limits.max_seq_len):
         missing = lacking(model, [Feature.ATTENTION_CAP], BACKEND.name)
         raise UserError(f"--backend tensorrt with {version(trt)}: {missing}, or TensorRT before 10.15")
+    if limits.kv_dtype != AUTO and lowering.native:
+        raise UserError(
+            f"--kv-dtype {limits.kv_dtype}: attention of {version(trt)} takes a KV cache of the engine's type: "
+            "use backend torch, or TensorRT 8.5 to 10.14 with our plugins"
+        )
     collective = options.get("collective") or ("plugin" if lowering.plugins else "nccl")
     if collective not in _COLLECTIVES:
         raise UserError(f"--collective must be one of {', '.join(_COLLECTIVES)}, found {collective}")

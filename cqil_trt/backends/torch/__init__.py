@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cqil_trt import formats
 from cqil_trt.backends import Backend, Description
-from cqil_trt.config import EngineLimits
+from cqil_trt.config import KV_DTYPES, EngineLimits
 from cqil_trt.model import Feature
 from cqil_trt.shard import RankPlan
 
@@ -23,6 +23,7 @@ class TorchBackend(Backend):
     features = frozenset(Feature)
     verifies_weights = True
     formats = formats.names()
+    kv_dtypes = KV_DTYPES
 
     def describe(self, limits: EngineLimits, options: Mapping[str, Any], ranks: tuple[RankPlan, ...]) -> Description:
         import torch

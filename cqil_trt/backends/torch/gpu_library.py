@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from cqil_trt.backends.torch.gpu_ops import Matrix
 from cqil_trt.backends.torch.gpu_session import CHUNK_WORDS, takes_flash
+from cqil_trt.config import AUTO
 from cqil_trt.engine import Engine
 from cqil_trt.gpu import cuda
 from cqil_trt.shard import LayerShard
@@ -41,7 +42,8 @@ class TorchLibrary:
         self._dtype = getattr(torch, engine.limits.dtype)
         if self._dtype == torch.float32:
             torch.backends.cuda.matmul.allow_tf32 = False
-        self._limits, self._model, self._slots = engine.limits, engine.model, slots
+        self._limits, self._model = engine.limits, engine.model
+        self._slots = slots if engine.limits.kv_dtype == AUTO else 1  # that attention sees
         self._head_dim = engine.model.head_dim
         self._views: dict[tuple[int, ...], torch.Tensor] = {}
         self._flash = takes_flash(engine)
@@ -81,14 +83,19 @@ class TorchLibrary:
     def attend(self, queries: Matrix, cache: int, shard: LayerShard, out: Matrix) -> None:
         shape = queries.rows, shard.num_heads, self._head_dim
         q, to = (self.view(matrix.address, *shape) for matrix in (queries, out))
-        window = self._model.window_of(shard.index)
+        window, (key_scale, value_scale) = self._model.window_of(shard.index), self._limits.scales_of(shard.index)
+        scale = key_scale * (self._model.query_scale or self._head_dim**-0.5)
         if self._flash:
             with torch.cuda.use_mem_pool(self._pool):
-                to.copy_(self._flash_attention(q, cache, shard.num_kv_heads, window))
+                to.copy_(self._flash_attention(q, cache, shard.num_kv_heads, scale, window))
         else:
-            to.copy_(self._plain_attention(q, cache, shard.num_kv_heads, window))
+            to.copy_(self._plain_attention(q, cache, shard.num_kv_heads, scale, window))
+        if value_scale != 1:
+            to.mul_(value_scale)
 
-    def _flash_attention(self, q: torch.Tensor, cache: int, heads: int, window: int | None) -> torch.Tensor:
+    def _flash_attention(
+        self, q: torch.Tensor, cache: int, heads: int, scale: float, window: int | None
+    ) -> torch.Tensor:
         length, dim, capacity = len(q), self._head_dim, self._limits.max_seq_len
         every = self.view(cache, 2, self._slots * heads * capacity, dim)
         # Row i of a head comes `capacity` rows after row i of the head before.
@@ -97,11 +104,13 @@ class TorchLibrary:
         ends = self._queries_end, self._keys[heads], length, capacity
         seen = {} if window is None or window >= capacity else {"window_size_left": window - 1, "window_size_right": 0}
         found, *_ = torch.ops.aten._flash_attention_forward(
-            q, keys, values, *ends, 0.0, True, False, scale=self._model.query_scale, **seen, seqused_k=self._keys_end
+            q, keys, values, *ends, 0.0, True, False, scale=scale, **seen, seqused_k=self._keys_end
         )
         return found
 
-    def _plain_attention(self, q: torch.Tensor, cache: int, heads: int, window: int | None) -> torch.Tensor:
+    def _plain_attention(
+        self, q: torch.Tensor, cache: int, heads: int, scale: float, window: int | None
+    ) -> torch.Tensor:
         # Its import takes as long as all of PyTorch, and most engines never come here.
         from torch.nn.attention.bias import causal_lower_right
 
@@ -115,7 +124,7 @@ class TorchLibrary:
         gqa = q.shape[1] != heads
         q = q.transpose(0, 1)[None]
         found = F.scaled_dot_product_attention(
-            q, keys, values, mask, is_causal=mask is None, enable_gqa=gqa, scale=self._model.query_scale
+            q, keys, values, mask, is_causal=mask is None, enable_gqa=gqa, scale=scale
         )
         return found[0].transpose(0, 1)
 

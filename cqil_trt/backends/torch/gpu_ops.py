@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from cqil_trt.config import DTYPE_BYTES, EngineLimits
+from cqil_trt.config import AUTO, DTYPE_BYTES, EngineLimits
 from cqil_trt.errors import UserError
 from cqil_trt.gpu import abi, cuda
 from cqil_trt.gpu.fused_ops import FusedOps, attention_fields, gating, norm_kind, rotary_names, square_fields
@@ -81,7 +81,8 @@ class Library(Protocol):
     def attend(self, queries: Matrix, cache: int, shard: LayerShard, out: Matrix) -> None:
         """Causal attention of rotated queries [length, heads * head_dim] over a slot of a cache that has their keys.
 
-        The slot and the sequence's length are what the session said about the chunk.
+        The slot and the sequence's length are what the session said about the chunk. Of a cache in FP8, `cache` is what
+        cqil_read_cache made of the slot.
         """
 
 
@@ -174,7 +175,8 @@ class CudaOps(FusedOps[Matrix], _Collectives):
 
     Args:
         memory: addresses by name: weights, caches, rotary tables, `logits` and `joined`; with packed weights `dense`,
-            room for the largest of these matrices.
+            room for the largest of these matrices; with a KV cache in FP8 `read`, room for a sequence's part of any
+            layer's cache in the engine's type.
         workspaces: for the kinds of peers that the rank has.
         library: for operations with many rows.
         slots: sequences that the caches hold.
@@ -384,6 +386,9 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         self._call("attention", shape, *inputs, cache, result, scratch)
         if delegated:
             queries = Matrix(scratch.address, out.rows, out.width)
+            if self._limits.kv_dtype != AUTO:
+                kept, cache = cache, self._memory["read"]
+                self._call("read_cache", shape, self._past, self._slots, kept, cache)
             self._library.attend(queries, cache, shard, out)
         return out
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cqil_trt.backends.torch.gpu_ops import CudaOps, Matrix
+from cqil_trt.config import AUTO
 from cqil_trt.engine import Engine
 from cqil_trt.gpu import cuda, kernel_library
 from cqil_trt.gpu.session import BUFFERS, CudaSession, Phase
@@ -49,9 +50,14 @@ class TorchCudaSession(CudaSession):
         self._complete()
 
     def _extra_sizes(self) -> dict[str, int]:
-        return {"chunk": 4 * CHUNK_WORDS * (len(self._heads) + 1)}
+        read = 0
+        if self.limits.kv_dtype != AUTO:
+            read = 2 * max(self._heads, default=0) * self.limits.max_seq_len * self._plan.model.head_dim * self._bytes
+        return {"chunk": 4 * CHUNK_WORDS * (len(self._heads) + 1), "read": read}
 
     def _describe_chunk(self, count: int, past: int, slot: int) -> None:
+        if self.limits.kv_dtype != AUTO:
+            slot = 0  # of what is read from the cache
         self._torch_library.chunk = past, slot
         words = [[0, count, past + count, 0]]
         for heads in self._heads:

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from cqil_trt.backends.torch.kv_cache import Fp8Values, fp8_codes
 from cqil_trt.collectives import Communicator
-from cqil_trt.config import EngineLimits
+from cqil_trt.config import KV_FP8, EngineLimits
 from cqil_trt.errors import UserError
 from cqil_trt.network.ops import Ops
 from cqil_trt.network.rotary import Tables, decode_tables, prompt_tables
@@ -79,10 +80,13 @@ class TorchOps(Ops[torch.Tensor]):
         self._decoding = tuple(self._rows(decode_tables(plan.model, rotary, max_seq_len, i)) for i in self._ropes)
         self._tables = self._decoding
         self._slots: Sequence[int] | None = None
+        self._limits = limits
+        self._fp8_values = Fp8Values(dtype) if limits.kv_dtype == KV_FP8 else None
+        cached = getattr(torch, limits.cache_dtype)
         # Zeros, not uninitialised memory: a masked position has weight 0, and 0 * NaN is NaN.
         try:
             self._cache = {
-                index: _zeros(2, slots, shard.num_kv_heads, max_seq_len, plan.model.head_dim, dtype=dtype).unbind()
+                index: _zeros(2, slots, shard.num_kv_heads, max_seq_len, plan.model.head_dim, dtype=cached).unbind()
                 for index, shard in plan.layers.items()
                 if shard.num_heads
             }
@@ -243,6 +247,9 @@ class TorchOps(Ops[torch.Tensor]):
             positions = positions.windowed
         batch, heads, new, dim = q.shape
         keys, values = self._cache[shard.index]
+        key_scale, value_scale = self._limits.scales_of(shard.index)
+        if self._fp8_values is not None:
+            k, v = fp8_codes(k, key_scale), fp8_codes(v, value_scale)
         slots = positions.slots
         if positions.past is not None and isinstance(slots, slice):
             keys[slots].narrow(2, positions.past, new).copy_(k)
@@ -260,23 +267,35 @@ class TorchOps(Ops[torch.Tensor]):
         elif new == 1:
             # Treats the query heads of a key/value head as its queries, so the cache is not copied for grouped heads.
             q = q.view(batch, shard.num_kv_heads, -1, dim)
+        scale = model.query_scale
+        if self._fp8_values is not None:
+            # Scores and results are scaled, not keys and values.
+            keys, values = self._fp8_values(keys), self._fp8_values(values)
+            scale = key_scale * (model.head_dim**-0.5 if scale is None else scale)
         if model.attention_cap is not None:
-            out = self._capped_attention(q, keys, values, positions, model.attention_cap)
+            out = self._capped_attention(q, keys, values, positions, scale, model.attention_cap)
         else:
             gqa = keys.shape[1] != q.shape[1]
             out = F.scaled_dot_product_attention(
-                q, keys, values, positions.mask, is_causal=positions.causal, enable_gqa=gqa, scale=model.query_scale
+                q, keys, values, positions.mask, is_causal=positions.causal, enable_gqa=gqa, scale=scale
             )
+        if value_scale != 1:
+            out = out * value_scale
         if new > 1:
             out = out.transpose(1, 2)
         return out.reshape(batch, new, heads * dim)
 
     def _capped_attention(
-        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: TorchPositions, cap: float
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        positions: TorchPositions,
+        scale: float | None,
+        cap: float,
     ) -> torch.Tensor:
         """Attention whose scores are capped before they are masked, which PyTorch's own does not do."""
-        model = self.plan.model
-        scale = model.query_scale or model.head_dim**-0.5
+        scale = scale or self.plan.model.head_dim**-0.5
         if keys.shape[1] != q.shape[1]:
             keys, values = (part.repeat_interleave(q.shape[1] // part.shape[1], 1) for part in (keys, values))
         scores = self.soft_cap(q @ keys.transpose(2, 3) * scale, cap)

@@ -45,7 +45,11 @@ class CompressedTensors(Scheme):
         if any(group.get("input_activations") or group.get("output_activations") for group in self._groups):
             ignored.append("quantization of activations")
         if config.get("kv_cache_scheme") is not None:
-            ignored.append("scales of the KV cache")
+            cached = config.object("kv_cache_scheme")
+            kind = cached.text("type", "int"), cached.integer("num_bits", 8), cached.text("strategy", "tensor")
+            self.caches_fp8 = kind == ("float", 8, "tensor") and cached.get("symmetric", True) is True
+            if not self.caches_fp8:
+                ignored.append(f"the KV cache's {kind[0]:.20}{kind[1]} by {kind[2]:.20}")
         self.ignored = tuple(ignored)
 
     def _group(self, name: str, group: Any) -> Fields:
@@ -97,7 +101,7 @@ class CompressedTensors(Scheme):
     def parts(self) -> Iterable[str]:
         return (
             *("weight", "weight_packed", "weight_shape", "weight_scale", "weight_zero_point", "weight_g_idx"),
-            *("input_scale", "input_zero_point", "output_scale", "output_zero_point"),
+            *("input_scale", "input_zero_point", "output_zero_point"),
         )
 
     def load(self, module: Module, shape: tuple[int, int]) -> QuantizedMatrix:

@@ -23,8 +23,10 @@ class ModelOpt(Scheme):
         if algorithm != "FP8":
             raise self.fail(f"quant_algo {algorithm!r:.40} is not supported (FP8 is)")
         self.ignored = ("scales of activations",)
-        if fields.get("kv_cache_quant_algo") or fields.get("kv_cache_scheme"):
-            self.ignored += ("scales of the KV cache",)
+        cached = fields.text("kv_cache_quant_algo", "FP8").upper()
+        self.caches_fp8 = cached == "FP8"
+        if not self.caches_fp8:
+            self.ignored += (f"the KV cache's {cached:.20}",)
 
     def describe(self) -> str:
         return "ModelOpt fp8"
@@ -33,7 +35,7 @@ class ModelOpt(Scheme):
         return scaled_matrices(reader.shapes(), "weight_scale")
 
     def parts(self) -> Iterable[str]:
-        return "weight", "weight_scale", "input_scale", "k_scale", "v_scale"
+        return "weight", "weight_scale", "input_scale"
 
     def load(self, module: Module, shape: tuple[int, int]) -> QuantizedMatrix:
         return by_row(module, module.fp8("weight", shape), "weight_scale")

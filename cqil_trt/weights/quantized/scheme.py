@@ -10,6 +10,7 @@ import torch
 
 from cqil_trt.errors import UserError
 from cqil_trt.json_fields import Fields
+from cqil_trt.weights.kv_scales import SUFFIXES
 from cqil_trt.weights.quantized.matrix import QuantizedMatrix, hold
 from cqil_trt.weights.reader import Range, WeightReader
 
@@ -105,10 +106,12 @@ def matrices(stored: Mapping[str, tuple[int, ...]], part: str) -> dict[str, tupl
 class Scheme(ABC):
     """How a checkpoint stores its quantized modules. Raises UserError for a configuration that is not supported.
 
-    `ignored`: what the configuration says besides, for activations and caches; nobody applies it.
+    `ignored`: what the configuration says besides, for activations and caches; nobody applies it. `caches_fp8`: whether
+    scales of a KV cache are those of an FP8 one.
     """
 
     ignored: tuple[str, ...] = ()
+    caches_fp8 = True
 
     def __init__(self, config: Fields):
         self.config = config
@@ -153,6 +156,8 @@ class QuantizedReader(WeightReader):
         if not self._modules:
             raise scheme.fail("a quantization, but no tensor of a quantized module in the checkpoint")
         consumed = {f"{module}.{part}" for module in self._modules for part in scheme.parts()}
+        if not scheme.caches_fp8:
+            consumed |= {name for name in stored if name.endswith(SUFFIXES)}
         self._shapes: dict[str, tuple[int, ...]] = {n: shape for n, shape in stored.items() if n not in consumed}
         self._shapes |= {f"{module}.weight": shape for module, shape in self._modules.items()}
         self._held: dict[str, QuantizedMatrix] = {}
