@@ -21,6 +21,7 @@
 
 #include "cqil_trt.h"
 #include "errors.h"
+#include "flash.cuh"
 #include "kv_cache.cuh"
 #include "launch.cuh"
 #include "patience.cuh"
@@ -65,12 +66,6 @@ Spans spans_of(const cqil_attention_shape& s, int rows, int processors) {
 template <typename T>
 __device__ float wide(T x) {
     return float(x);
-}
-
-__device__ float power_of_2(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
 }
 
 template <typename T>
@@ -719,9 +714,9 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
     }
 }
 
-// Prefill on tensor cores. A block takes kTile queries of one head against tiles of kTile keys; a warp takes 16 of the
-// queries. Scores are computed twice, first for each row's maximum and sum, then for the weights, so nothing is
-// rescaled.
+// Prefill on tensor cores of heads that are too wide for flash.cuh. A block takes kTile queries of one head against
+// tiles of kTile keys; a warp takes 16 of the queries. Scores are computed twice, first for each row's maximum and sum,
+// then for the weights, so nothing is rescaled.
 constexpr int kTile = 64;
 constexpr int kPad = 8;  // spreads rows over shared memory's banks
 
@@ -982,14 +977,19 @@ int attend(const cqil_attention_shape& s, const Inputs& in, void* out, void* scr
     if (launch(append_kernel<T, C, kElements, kPacked, kMore>, {grid, kThreads, stream}, s, in, queries)) return -1;
     if (out == nullptr) return 0;
     if constexpr (!std::is_same_v<T, float>) {
-        if (s.head_dim == 64) return prefill<T, C, 64, kMore>(s, in, queries, result, stream);
-        if (s.head_dim == 128) return prefill<T, C, 128, kMore>(s, in, queries, result, stream);
-        if constexpr (kMore) {
-            int room = 0;  // in shared memory; not every GPU has enough
-            if (device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &room)) return -1;
-            if (s.head_dim == 256 && room >= int(sizeof(PrefillMemory<T, 256>)))
-                return prefill<T, C, 256, kMore>(s, in, queries, result, stream);
+        if constexpr (std::is_same_v<C, T> && !kMore) {
+            const T *keys = static_cast<const T*>(in.cache), *values = keys + cache_elements(s);
+            const Flash f = {queries, keys,       values,     out,        in.past, in.slots, s.length,
+                             s.heads, s.kv_heads, s.head_dim, s.capacity, s.group, s.first};
+            if (s.head_dim % 8 == 0 && s.head_dim <= kFlashDim) return flash<T>(f, s.batch, stream);
+        } else {
+            if (s.head_dim == 64) return prefill<T, C, 64, kMore>(s, in, queries, result, stream);
+            if (s.head_dim == 128) return prefill<T, C, 128, kMore>(s, in, queries, result, stream);
         }
+        int room = 0;  // in shared memory; not every GPU has enough
+        if (device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &room)) return -1;
+        if (s.head_dim == 256 && room >= int(sizeof(PrefillMemory<T, 256>)))
+            return prefill<T, C, 256, kMore>(s, in, queries, result, stream);
     }
     return launch(attend_kernel<T, C, kElements, kPacked, Pass::kPrompt, kMore>,
                   {dim3(s.heads, s.length, s.batch), kAttendThreads, stream, true, M::bytes(1)}, s, in, queries, result,

@@ -217,7 +217,7 @@ int all_reduce_norms(cqil_workspace* w, const NormOperands& o, int rows, int hid
 }
 
 int directed(cqil_workspace* w, const void* in, void* out, size_t count, uint32_t targets, uint32_t sources,
-             cqil_dtype dtype, cudaStream_t stream) {
+             bool copies, cqil_dtype dtype, cudaStream_t stream) {
     if (check(w, dtype)) return -1;
     if (!aligned(in) || !aligned(out)) return fail("pointers must be 16-byte aligned");
     size_t bytes = count * element_bytes(dtype);
@@ -230,6 +230,7 @@ int directed(cqil_workspace* w, const void* in, void* out, size_t count, uint32_
         d.tail = uint32_t(part % 8);
         d.targets = targets;
         d.sources = sources;
+        d.copies = copies;
         const int threads = w->threads ? w->threads : 256;
         const int wanted = int((d.units + threads - 1) / threads);
         const int blocks = std::min(wanted, w->blocks ? w->blocks : w->multiprocessors);
@@ -435,7 +436,7 @@ int cqil_broadcast(cqil_workspace* w, const void* in, void* out, size_t count, c
     const bool root = w->host.rank == 0;
     if ((root ? in : out) == nullptr) return fail("%s is needed", root ? "in" : "out");
     const uint32_t others = ((1u << w->host.world) - 1) & ~1u;
-    return directed(w, root ? in : nullptr, root ? nullptr : out, count, root ? others : 0, root ? 0 : 1, dtype,
+    return directed(w, root ? in : nullptr, out, count, root ? others : 0, root ? 0 : 1, root, dtype,
                     static_cast<cudaStream_t>(stream));
 }
 
@@ -449,7 +450,7 @@ int cqil_bypass(cqil_workspace* w, const void* in, void* out, size_t count, int 
         if (w->host.rank + i < w->host.world) targets |= 1u << (w->host.rank + i);
         if (w->host.rank - i >= 0) sources |= 1u << (w->host.rank - i);
     }
-    return directed(w, in, out, count, targets, sources, dtype, static_cast<cudaStream_t>(stream));
+    return directed(w, in, out, count, targets, sources, false, dtype, static_cast<cudaStream_t>(stream));
 }
 
 int cqil_argmax(cqil_workspace* w, const float* values, const int32_t* indices, float* best_value, int32_t* best_index,

@@ -99,7 +99,7 @@ int cqil_all_reduce_norms(cqil_workspace* workspace, const void* in, const void*
                           const void* weight, void* residual_out, void* normed, int rows, int hidden, float eps,
                           cqil_norm norm, cqil_dtype dtype, void* stream);
 
-// Copies rank 0's `in` to every other rank's `out`. `in` may be NULL on ranks other than 0, `out` on rank 0.
+// Copies rank 0's `in` to every rank's `out`, on rank 0 unless it is NULL. `in` may be NULL on other ranks.
 int cqil_broadcast(cqil_workspace* workspace, const void* in, void* out, size_t count, cqil_dtype dtype, void* stream);
 
 // out = sum of the `in` of the min(distance, rank) ranks just before this one; zeros on rank 0. A rank waits for the
@@ -253,6 +253,13 @@ size_t cqil_linear_scratch_bytes(const cqil_linear_shape* shape);
 int cqil_linear(const cqil_linear_shape* shape, const void* x, const void* delta, const void* weight, const void* bias,
                 const void* norm, const void* residual, void* out, void* sum, void* scratch, void* stream);
 
+// Whether cqil_linear multiplies more than 16 rows by dense weights with cuBLASLt: 1, or 0 where our kernels do. The
+// library is the file that the environment variable CQIL_CUBLASLT names, else libcublasLt.so.13 or .12, loaded already
+// or found by the loader when it is first needed. Sums are in float32 with either. `allowed`: 0 keeps later calls in
+// this process to our kernels, 1 ends that, and a negative number changes nothing. Negative: the library named cannot
+// be used.
+int cqil_linear_library(int allowed);
+
 // The most rows for which cqil_linear should be used with packed weights on the current device; 0: it cannot be. With
 // more, cqil_unpack and a library are faster. Negative: an error. However many rows there are, a row's result has the
 // same bits.
@@ -352,7 +359,7 @@ int cqil_test_delays(int place, const uint32_t* nanoseconds, int count);
 #define CQIL_PLUGIN_VERSION "1"
 #define CQIL_PLUGINS(PLUGIN, INT, FLOAT, OPTIONAL_INT, OPTIONAL_FLOAT)                                                 \
     PLUGIN(CqilAllReduce, INT(mode) FLOAT(eps) INT(dtype) OPTIONAL_INT(shared))                                        \
-    PLUGIN(CqilBroadcast, INT(rank) INT(hidden) INT(dtype))                                                            \
+    PLUGIN(CqilBroadcast, INT(rank) INT(hidden) INT(dtype) OPTIONAL_INT(flat))                                         \
     PLUGIN(CqilBypass, INT(distance) INT(dtype) OPTIONAL_INT(shared))                                                  \
     PLUGIN(CqilNorm, INT(delta) FLOAT(eps) INT(dtype) OPTIONAL_INT(kind))                                              \
     PLUGIN(CqilPostNorm, INT(residual) INT(next) FLOAT(eps) INT(kind) INT(dtype))                                      \

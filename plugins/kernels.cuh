@@ -436,7 +436,8 @@ __global__ void __launch_bounds__(1024) argmax_kernel(State* state, const float*
 }
 
 // Sends `in` to the ranks in `targets` and writes the sum, in rank order, of what the ranks in `sources` sent: zeros
-// when there are none and out is not null. `units` are 8 bytes; the last may hold `tail` bytes (0: all 8).
+// when there are none and out is not null, or `in` itself if `copies`. `units` are 8 bytes; the last may hold `tail`
+// bytes (0: all 8).
 struct Directed {
     const void* in;
     void* out;
@@ -444,6 +445,7 @@ struct Directed {
     uint32_t tail;
     uint32_t targets;
     uint32_t sources;
+    bool copies;
 };
 
 template <typename T>
@@ -457,6 +459,13 @@ __global__ void __launch_bounds__(1024) directed_kernel(State* state, Directed d
     const uint32_t first = blockIdx.x * blockDim.x + threadIdx.x, stride = gridDim.x * blockDim.x;
     const uint64_t* in = static_cast<const uint64_t*>(d.in);
     auto partial = [&](uint32_t unit) { return d.tail != 0 && unit + 1 == d.units; };
+    auto given = [&](uint32_t unit) {
+        if (!partial(unit)) return in[unit];
+        uint64_t data = 0;
+        for (uint32_t i = 0; i < d.tail; ++i)
+            data |= uint64_t(static_cast<const uint8_t*>(d.in)[size_t(unit) * 8 + i]) << (8 * i);
+        return data;
+    };
 
     for (int target = 0; target < world; ++target) {
         if (!(d.targets >> target & 1)) continue;
@@ -470,13 +479,7 @@ __global__ void __launch_bounds__(1024) directed_kernel(State* state, Directed d
         __syncthreads();
         char* slot = state->memory[target] + layout.channel(rank, number % kChannelSlots);
         for (uint32_t unit = first; unit < d.units; unit += stride) {
-            uint64_t data = 0;
-            if (partial(unit))
-                for (uint32_t i = 0; i < d.tail; ++i)
-                    data |= uint64_t(static_cast<const uint8_t*>(d.in)[size_t(unit) * 8 + i]) << (8 * i);
-            else
-                data = in[unit];
-            const uint64_t flag = uint64_t(number) << 32;
+            const uint64_t data = given(unit), flag = uint64_t(number) << 32;
             store_halves(slot + size_t(unit) * sizeof(Packet), flag | uint32_t(data), flag | uint32_t(data >> 32));
         }
     }
@@ -499,7 +502,7 @@ __global__ void __launch_bounds__(1024) directed_kernel(State* state, Directed d
             }
             // A single source is passed on unchanged; a sum is rounded once.
             if (__popc(d.sources) > 1) data = rounded<T>([&](int i) { return sum[i]; });
-            const uint64_t bits = uint64_t(data.word[1]) << 32 | data.word[0];
+            const uint64_t bits = d.copies ? given(unit) : uint64_t(data.word[1]) << 32 | data.word[0];
             if (partial(unit))
                 for (uint32_t i = 0; i < d.tail; ++i)
                     static_cast<uint8_t*>(d.out)[size_t(unit) * 8 + i] = uint8_t(bits >> (8 * i));

@@ -2,7 +2,8 @@
 //
 // Few rows (a decode step) are bound by reading W. Each warp streams it through a ring in shared memory to the tensor
 // cores. The copies start before the previous kernel has finished (weights are constants), so memory hardly idles
-// between kernels. More rows are a product in tiles of x and W. A plain kernel takes the rest.
+// between kernels. More rows are multiplied by cuBLASLt where it is (library_linear.cu), else in tiles of x and W. A
+// plain kernel takes the rest.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -252,12 +253,6 @@ __global__ void __launch_bounds__(kFewThreads, 2) few_rows_kernel(Operands o) {
 #endif
 }
 
-__device__ void load_matrices(unsigned (&r)[4], unsigned address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address));
-}
-
 constexpr int kDepth = 64;  // of a tile along `inputs`: rows of 128 bytes, with swizzled packets
 
 // A tile of kW rows of W times kX rows of x. kAcrossW * kAcrossX warps share the tile, and kAcrossK such groups share
@@ -472,6 +467,11 @@ int plain(const Operands& o, cudaStream_t st) {
 
 size_t normed_bytes(const cqil_linear_shape& s) { return align(size_t(s.rows) * s.inputs * element_bytes(s.dtype)); }
 
+// Of a gated product before it is gated.
+size_t product_bytes(const cqil_linear_shape& s) {
+    return align(size_t(s.rows) * 2 * s.outputs * element_bytes(s.dtype));
+}
+
 template <typename T>
 int linear(const cqil_linear_shape& s, Operands o, char* scratch, cudaStream_t st) {
     Device device;
@@ -479,6 +479,7 @@ int linear(const cqil_linear_shape& s, Operands o, char* scratch, cudaStream_t s
     const auto type = static_cast<cqil_dtype>(s.dtype);
     const bool aligned = s.inputs * sizeof(T) % 16 == 0;
     bool few = false;
+    char* const for_library = scratch + 2 * normed_bytes(s) + product_bytes(s);
     // Neither depends on the rows. A sum is not fused: every block would compute it again, while the weights wait.
     const bool fuses = o.norm != nullptr && o.delta == nullptr && stages_of(s.inputs, true, device) > 0;
     const int stages = stages_of(s.inputs, fuses, device);
@@ -493,6 +494,18 @@ int linear(const cqil_linear_shape& s, Operands o, char* scratch, cudaStream_t s
         o.x = scratch;
         o.delta = o.norm = nullptr;
         scratch += 2 * normed_bytes(s);
+    }
+    if (s.rows > kFewRows) {
+        Operands product = o;
+        if (s.gated) product.outputs *= 2;
+        if (s.gated) product.out = scratch;
+        if (o.sum != nullptr) product.residual = nullptr;
+        const int done = library_product(product, s.dtype, for_library, st);
+        if (done < 0) return -1;
+        if (done && s.gated)
+            return cqil_gate(scratch, o.out, s.rows, s.outputs, static_cast<cqil_gating>(o.gating), type, st);
+        if (done && o.sum != nullptr) return cqil_add(o.out, o.residual, o.sum, size_t(s.rows) * s.outputs, type, st);
+        if (done) return 0;
     }
     if constexpr (!std::is_same_v<T, float>) {
         if (few) return s.gated ? few_rows<T, true>(o, stages, device, st) : few_rows<T, false>(o, stages, device, st);
@@ -520,7 +533,9 @@ int cqil_linear_rows(cqil_dtype dtype) {
 }
 
 size_t cqil_linear_scratch_bytes(const cqil_linear_shape* s) {
-    return 2 * normed_bytes(*s) + align(size_t(s->rows) * 2 * s->outputs * element_bytes(s->dtype));
+    // Whether the library is here or not: an engine may be built elsewhere.
+    const bool many = s->rows > kFewRows && s->weights == CQIL_DENSE;
+    return 2 * normed_bytes(*s) + product_bytes(*s) + (many ? kLibraryScratchBytes : 0);
 }
 
 int cqil_linear(const cqil_linear_shape* s, const void* x, const void* delta, const void* weight, const void* bias,

@@ -99,6 +99,12 @@ __device__ inline void write(const Operands& o, size_t at, float y, float added)
     static_cast<T*>(o.sum)[at] = T(float(alone) + added);
 }
 
+__device__ inline float power_of_2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 __device__ inline float warp_sum(float x) {
     for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
     return x;
@@ -115,6 +121,30 @@ __device__ inline unsigned shared_address(const void* p) { return static_cast<un
 // Copies 16 bytes to shared memory, or zeros unless `valid`.
 __device__ inline void copy_async(unsigned to, const void* from, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
+
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits for the thread's copies, but for those of its last kPending groups.
+template <int kPending>
+__device__ inline void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Four matrices of 8 x 8 elements of 16 bits; lane i has the address of row i % 8 of the matrix i / 8. A lane gets two
+// elements of row lane / 4 of each, or if kTransposed of column lane / 4.
+template <bool kTransposed = false>
+__device__ inline void load_matrices(unsigned (&r)[4], unsigned address) {
+    if constexpr (kTransposed)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                     : "r"(address)
+                     : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                     : "r"(address)
+                     : "memory");
 }
 
 #if __CUDA_ARCH__ >= 900
@@ -173,6 +203,13 @@ __device__ inline void multiply_accumulate(float (&c)[4], const unsigned (&a)[4]
             : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+
+// out = x · Wᵀ + bias + residual by cuBLASLt, with kLibraryScratchBytes of scratch. 1: enqueued, 0: it is not here, not
+// allowed, or does not take the shape; negative: an error. `dtype` is a cqil_dtype.
+int library_product(const Operands& o, int dtype, void* scratch, cudaStream_t stream);
+
+// What cuBLAS itself takes on compute capability 9.0.
+constexpr size_t kLibraryScratchBytes = 32 << 20;
 
 // cqil_linear with packed weights.
 int packed_linear(const cqil_linear_shape& shape, Operands o, void* scratch, cudaStream_t stream);

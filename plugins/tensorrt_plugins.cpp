@@ -9,7 +9,7 @@
 //   CqilAllReduce   mode 0: delta                   -> sum over ranks
 //                   mode 1: delta, residual         -> residual + sum
 //                   mode 2: delta, residual, weight -> residual + sum, RMSNorm of it * weight
-//   CqilBroadcast   rank 0: x -> x; others: tokens int32 [B, T] -> rank 0's x [B, T, hidden]
+//   CqilBroadcast   rank 0: x -> x; others: tokens int32 [B, T] -> rank 0's x [B, T, hidden], [B * T, hidden] if `flat`
 //   CqilBypass      x -> sum of the x of the `distance` ranks before this one (zeros on rank 0)
 //   CqilNorm        x, (delta,) weight -> RMSNorm(x + delta) * weight; `kind` is a cqil_norm, also below
 //   CqilPostNorm    delta, delta_norm, (residual,) (weight) -> residual + RMSNorm(delta) * delta_norm, and where weight
@@ -20,7 +20,7 @@
 //                   cqil_linear_shape, and weight is an int32 tensor bound to what cqil_pack made
 //   CqilAdd         x, (y) -> x + y (terms 2), zeros (terms 0); with `after` zeros that wait for a float32 y
 //   CqilScale       x -> x * factor, capped, as cqil_scale
-//   CqilGather      table [M, H], indices int32 [N] -> table[indices] [N, H]
+//   CqilGather      table [M, H], indices int32 of N in all -> table[indices] [N, H]
 //   CqilHeadSquares qkv -> float32 [N, 2], as cqil_head_squares
 //   CqilAttention   qkv, (cos, sin,) (q_norm, k_norm,) (squares,) past int32 [B], slots int32 [B], cache
 //                   -> [N, heads * head_dim], as cqil_attention; cache is an int32 tensor bound to a layer's cache.
@@ -101,6 +101,14 @@ size_t elements(const Dims& dims) {
     size_t count = 1;
     for (int i = 0; i < dims.nbDims; ++i) count *= static_cast<size_t>(dims.d[i]);
     return count;
+}
+
+// The dimension of a vector with as many elements.
+DimsExprs flat(DimsExprs dims, IExprBuilder& builder) {
+    for (int i = 1; i < dims.nbDims; ++i)
+        dims.d[0] = builder.operation(DimensionOperation::kPROD, *dims.d[0], *dims.d[i]);
+    dims.nbDims = 1;
+    return dims;
 }
 
 int32_t report(const char* plugin, const char* reason) {
@@ -214,13 +222,16 @@ public:
     using Plugin::Plugin;
 
     static bool valid(const Fields& f) {
-        return f.rank >= 0 && f.rank < CQIL_MAX_RANKS && f.hidden > 0 && valid_dtype(f.dtype);
+        return f.rank >= 0 && f.rank < CQIL_MAX_RANKS && f.hidden > 0 && valid_dtype(f.dtype) &&
+               (f.flat == 0 || f.flat == 1);
     }
     int32_t inputs() const { return 2; }
     int32_t outputs() const { return 1; }
     DimsExprs output_dimensions(DimsExprs const* in, IExprBuilder& builder) const {
         DimsExprs dims = in[0];
-        if (fields_.rank != 0) dims.d[dims.nbDims++] = builder.constant(fields_.hidden);
+        if (fields_.rank == 0) return dims;
+        if (fields_.flat) dims = flat(dims, builder);
+        dims.d[dims.nbDims++] = builder.constant(fields_.hidden);
         return dims;
     }
     bool supports(int32_t position, PluginTensorDesc const* io, int32_t inputs) const {
@@ -234,10 +245,6 @@ public:
         if (space == nullptr) return -1;
         if (const int rank = cqil_workspace_rank(space); rank != fields_.rank)
             return fail("the engine was built for rank %d, the workspace is that of rank %d", fields_.rank, rank);
-        if (fields_.rank == 0) {
-            const size_t bytes = count * (fields_.dtype == CQIL_FLOAT32 ? 4 : 2);
-            CQIL_CUDA(cudaMemcpyAsync(out[0], in[0], bytes, cudaMemcpyDeviceToDevice, stream));
-        }
         return cqil_broadcast(space, in[0], out[0], count, dtype(), stream);
     }
 };
@@ -457,9 +464,9 @@ public:
     static bool valid(const Fields& f) { return valid_dtype(f.dtype); }
     int32_t inputs() const { return 2; }
     int32_t outputs() const { return 1; }
-    DimsExprs output_dimensions(DimsExprs const* in, IExprBuilder&) const {
+    DimsExprs output_dimensions(DimsExprs const* in, IExprBuilder& builder) const {
         DimsExprs dims = in[0];
-        dims.d[0] = in[1].d[0];
+        dims.d[0] = flat(in[1], builder).d[0];
         return dims;
     }
     int run(PluginTensorDesc const*, PluginTensorDesc const* output, void const* const* in, void* const* out, void*,

@@ -20,8 +20,6 @@ import gc
 import hashlib
 import json
 import os
-import re
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,10 +31,10 @@ from typing import Any
 import installed  # noqa: F401
 import numpy as np
 import torch
+from measuring import kernel_rows, measure, profile
 from mpi4py import MPI
 from plots import check_plot, pyplot
 from synthetic import SHAPES, model_config, norm_weight
-from tqdm import tqdm
 
 from cqil_trt import formats, reference
 from cqil_trt.backends.torch.gpu_library import use_device
@@ -300,7 +298,7 @@ def run(options: argparse.Namespace, job: Job) -> None:
         if session is None:
             job.wait()
             continue
-        found = measure(session, model, options, name)
+        found = measure(session, model, options, name if RANK == 0 else None)
         found["parity"] = parity(session, prompts, probes.get(name)) if name in judged else []
         ranks = plan(model, shape, limits.dtype, limits.weights)
         found["bytes"] = max(rank.bytes_per_token for rank in ranks)
@@ -387,48 +385,6 @@ def reference_answers(
     return answers
 
 
-def measure(session: Any, model: ModelConfig, options: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Milliseconds: decode by context, decode by batch, prefill by length; all samples."""
-    random = np.random.default_rng(0)
-
-    def tokens(count: int) -> list[int]:
-        return random.integers(model.vocab_size, size=count).tolist()
-
-    work: list[tuple[str, int, Callable[[], list[float]]]] = []
-    for context in options.contexts:
-        work.append(("decode", context, lambda n=context: decode(session, [tokens(n)], options.steps)))
-    for batch in options.batches:
-        some = [tokens(options.batch_context) for _ in range(batch)]
-        work.append(("batch", batch, lambda some=some: decode(session, some, options.steps)))
-    for drafted in options.drafts:
-        some = [tokens(options.batch_context)]
-        work.append(("drafts", drafted, lambda n=drafted, some=some: decode(session, some, options.steps, n)))
-    for length in options.prefills:
-        work.append(("prefill", length, lambda n=length: prefill(session, tokens(n))))
-    found: dict[str, Any] = {"decode": {}, "batch": {}, "drafts": {}, "prefill": {}}
-    for kind, size, run in tqdm(work, desc=name, disable=RANK != 0 or not sys.stderr.isatty(), leave=False):
-        found[kind][size] = run()
-    return found
-
-
-def decode(session: Any, prompts: list[list[int]], steps: int, drafted: int = 0) -> list[float]:
-    slots = range(len(prompts))
-    for warming in (steps // 2, 4):  # the first steps after a prefill see the clocks and caches that it left
-        for slot, prompt in zip(slots, prompts):
-            session.load(prompt, slot)
-        session.time_decode(slots, warming, drafted)
-    return session.time_decode(slots, steps, drafted)
-
-
-def prefill(session: Any, prompt: list[int]) -> list[float]:
-    times = []
-    for _ in range(6):
-        began = time.perf_counter()
-        session.load(prompt)
-        times.append((time.perf_counter() - began) * 1e3)
-    return times[1:]
-
-
 def parity(session: Any, prompts: list[list[int]], probes: list[Any] | None) -> list[dict[str, Any]]:
     """The engine against the reference's answers (None on ranks that have none)."""
     found = []
@@ -450,38 +406,6 @@ def soak(session: Any, prompt: list[int], count: int) -> dict[str, Any]:
         states = COMM.allgather((hashlib.sha256(session.joined()).hexdigest(), choice.token))
         equal += len(set(states)) == 1
     return {"tokens": count, "equal": equal, "grown_bytes": before - torch.cuda.mem_get_info()[0]}
-
-
-def profile(session: Any, prompt: list[int], steps: int = 16) -> list[tuple[str, float, float]]:
-    """Kernels of a decode step: (name, number, microseconds each), from the torch profiler.
-
-    Kernels overlap, so each counts from the end of the previous one to its own end: these times add up to the step.
-    """
-    session.load(prompt)
-    session.time_decode((0,), 4)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
-        session.time_decode((0,), steps)
-    events = [e for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    events.sort(key=lambda event: event.time_range.end)
-    names = [re.sub(r".*?(\w+_kernel).*", r"\1", e.name) for e in events]
-    # Of a product's template arguments, the first that is true or false says whether it is gated.
-    gated = [re.findall(r"\b(true|false)\b", e.name)[:1] == ["true"] for e in events]
-    products = "few_rows_kernel", "packed_kernel"
-    shares: dict[str, list[float]] = {}
-    for i in range(1, len(events) - 1):
-        before, name, after = names[i - 1 : i + 2]
-        if name in products and gated[i]:
-            name = "gate+up"
-        elif name in products:
-            last = after == "row_argmax_kernel"
-            name = "last projection" if last else "qkv" if "attend" in after else "o" if "attend" in before else "down"
-        shares.setdefault(name, []).append(events[i].time_range.end - events[i - 1].time_range.end)
-    # Kernels of split and whole layers differ: use the mean. A kernel that runs once per step may begin a graph, which
-    # starts late under the profiler: use the median.
-    return [
-        (name, len(times) / steps, float(np.mean(times) if len(times) > steps else np.median(times)))
-        for name, times in shares.items()
-    ]
 
 
 def measure_peers(
@@ -610,13 +534,7 @@ def describe(results: dict[str, Any], options: argparse.Namespace, bandwidth: fl
             lines += ["", table(["", *(what.format(size) for size in sizes)], rows)]
     for name, found in results.items():
         if "profile" in found:
-            kernels = sorted(found["profile"], key=lambda kernel: -kernel[1] * kernel[2])
-            step = sum(count * each for _, count, each in kernels)
-            rows = [
-                (kernel, f"{count:.0f}", f"{each:.2f}", f"{count * each:.0f}", f"{count * each / step:.0%}")
-                for kernel, count, each in kernels
-                if count * each >= 0.5
-            ]
+            rows = kernel_rows(found["profile"])
             header = [f"{name}, rank 0", "per step", "µs each", "µs per step", "share"]
             lines += ["", table(header, rows)]
         if "soak" in found:

@@ -41,6 +41,7 @@ SHAPES = {
 class Kernels:
     def __init__(self) -> None:
         self._library = kernel_library.load()
+        self._library.cqil_linear_library(0)  # with many rows, too
         self._scratch = torch.empty(0, dtype=torch.uint8, device="cuda")
 
     def linear(self, x, weight, out, gated=False, norm=None, residual=None) -> None:

@@ -8,15 +8,17 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from cqil_trt import families
 from cqil_trt.errors import UserError
 from cqil_trt.families.layout import checkpoint_shapes
 from cqil_trt.model import ModelConfig
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -114,6 +116,9 @@ def make_checkpoint(directory: Path, name: str, layers: int | None = None) -> di
 
     Random numbers come from a GPU if available. `layers` replaces the model's depth.
     """
+    import torch
+    from safetensors.torch import save_file
+
     directory.mkdir()
     config = {**SHAPES[name], "num_hidden_layers": layers or SHAPES[name]["num_hidden_layers"]}
     (directory / "config.json").write_text(json.dumps(config))
@@ -148,6 +153,8 @@ def norm_weight(model: ModelConfig) -> float:
 
 
 def _weights(name: str, shape: tuple[int, ...], device: str, norm: float) -> torch.Tensor:
+    import torch
+
     if "norm" in name:
         return torch.full(shape, norm, dtype=torch.float16)
     return (torch.randn(shape, device=device) * 0.02).half().cpu()

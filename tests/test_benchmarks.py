@@ -5,6 +5,7 @@ import shutil
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from support import ROOT
 from support.chat_models import make_chat_model
@@ -104,7 +105,8 @@ def test_two_servers_are_compared(tmp_path):
         ("benchmark_allreduce", "mpirun -n 2"),
         ("benchmark_linear --rows 0", "--rows 0: expected numbers"),
         ("benchmark_tensorrt --preset llama-7b", "--preset llama-7b: unknown"),
-        ("benchmark_tensorrt --max-seq-len 5000", "llama-7b has 4096 positions"),
+        ("benchmark_tensorrt --contexts 5000", "--contexts 5000: expected numbers from 1 to 3960"),
+        ("benchmark_tensorrt --placements tensor,split", "--placements split: expected some of sequential,leader"),
         ("benchmark_tensorrt", "needs 2 GPUs, this host has 0"),
         ("benchmark_build", "GB of disk are free, 42 are needed"),
         ("benchmark_cpu --engine nowhere", "nowhere: not an engine directory"),
@@ -139,3 +141,34 @@ def test_a_script_without_the_package_says_how_to_get_it():
             continue
         done = run(sys.executable, "-S", script, env={"PYTHONPATH": ""})
         assert_user_error(done, "cqil_trt is not installed", "scripts/environment.sh", f"PYTHONPATH={ROOT}")
+
+
+def test_kernels_are_named_alike_by_symbol_and_by_what_the_profiler_says(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from measuring import kernel_shares
+
+    symbol = "_ZN12_GLOBAL__N_1{}{}I6__halfLb{}ELi8ELi8EEEvN8cqil_trt8OperandsE"
+    demangled = "void (anonymous namespace)::{}<__half, {}, 8, 8>(cqil_trt::Operands)"
+    # A layer, twice: its products are told apart by what is next to them, and by whether they are gated.
+    layer = [("few_rows_kernel", 0), ("attend_kernel", 0), *[("few_rows_kernel", gated) for gated in (0, 1, 0)]]
+    step = [
+        ("gather_kernel", 0),
+        *layer,
+        *layer,
+        ("few_rows_kernel", 0),
+        ("row_argmax_kernel", 0),
+        ("advance_kernel", 0),
+    ]
+    ends = np.cumsum(np.random.default_rng().random(2 * len(step)) + 1).tolist()
+    found = []
+    for write in (
+        lambda name, gated: symbol.format(len(name), name, gated),
+        lambda name, gated: demangled.format(name, "true" if gated else "false"),
+    ):
+        shares = kernel_shares([(write(*kernel), end) for kernel, end in zip(step * 2, ends)], 2)
+        found.append({name: (count, each) for name, count, each in shares})
+    assert found[0] == found[1]
+    counts = {name: count for name, (count, _) in found[0].items()}
+    products = {"qkv": 2, "o": 2, "gate+up": 2, "down": 2, "last projection": 1}
+    assert counts.items() >= (products | {"attend_kernel": 2, "row_argmax_kernel": 1}).items()
+    assert not any("few_rows" in name for name in counts)

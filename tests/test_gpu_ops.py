@@ -16,13 +16,13 @@ from support.fake_ops import Alone, HostKernels, at, norm
 
 from cqil_trt.backends.torch import gpu_ops
 from cqil_trt.backends.torch.gpu_ops import CudaOps, Matrix
-from cqil_trt.backends.torch.gpu_session import prompt_lengths
 from cqil_trt.backends.torch.ops import TorchOps
 from cqil_trt.checkpoint import Checkpoint
 from cqil_trt.config import CqilConfig, EngineLimits
 from cqil_trt.gpu import abi, cuda
 from cqil_trt.gpu.fused_ops import rotary_names
 from cqil_trt.gpu.packed import DeviceMatrix, quantized_matrices
+from cqil_trt.gpu.session import prompt_lengths
 from cqil_trt.network.decoder import decode
 from cqil_trt.network.rotary import rotary_tables
 from cqil_trt.schedule import Peers

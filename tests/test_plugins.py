@@ -10,10 +10,11 @@ from enum import IntEnum
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pycparser
 import pytest
 import torch
-from support import ROOT
+from support import ROOT, SEED
 from support.processes import run
 
 import cqil_trt
@@ -74,6 +75,109 @@ def test_without_tensorrt_the_c_interface_alone_is_built(tmp_path):
     assert "the C interface alone" in configured.stdout
 
 
+LIBRARY_PRODUCT = """
+import ctypes, sys
+import numpy as np
+library = ctypes.CDLL(sys.argv[1])
+library.last_error.restype = ctypes.c_char_p
+random = np.random.default_rng(int(sys.argv[2]))
+
+def draw(*shape):
+    return random.standard_normal(shape, np.float32)
+
+def product(*arrays, sizes):
+    return library.product(*(None if a is None else ctypes.c_void_p(a.ctypes.data) for a in arrays), *sizes)
+
+for rows, outputs, inputs in ((17, 10, 24), (40, 64, 7), (17, 10, 24), (18, 65, 8)):
+    for biased, added in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        x, weight, out = draw(rows, inputs), draw(outputs, inputs), draw(rows, outputs)
+        bias, residual = draw(outputs) if biased else None, draw(rows, outputs) if added else None
+        before = out.copy()
+        done = product(x, weight, bias, residual, out, sizes=(rows, outputs, inputs))
+        assert done == (outputs <= 64), library.last_error()
+        expected = x.astype(np.float64) @ weight.T.astype(np.float64)
+        expected += (0 if bias is None else bias) + (0 if residual is None else residual)
+        np.testing.assert_allclose(out, expected if done else before, rtol=0, atol=1e-5 if done else 0)
+assert library.cqil_linear_library(0) == 0 == product(x, weight, None, None, out, sizes=(18, 65, 8))
+assert library.cqil_linear_library(-1) == 0 and library.cqil_linear_library(1) == 1
+"""
+
+
+@needs_nvcc
+def test_many_rows_are_multiplied_as_cublaslt_is_documented(tmp_path):
+    """By a stand-in of cuBLASLt on the host, which refuses wrong descriptions; and without one, or one that is not."""
+    path = tmp_path / "product.so"
+    sources = [
+        "tests/support/host_cublaslt.cpp",
+        "tests/support/library_product.cu",
+        "plugins/library_linear.cu",
+    ]
+    # The stand-in also has two functions of CUDA's, and its own come first.
+    flags = ["-std=c++17", "-O1", "-arch=sm_90", "-shared", "-Xcompiler=-fPIC", "-Xlinker=--allow-multiple-definition"]
+    done = run("nvcc", *flags, "-I", ROOT / "plugins", *sources, "-o", path)
+    assert done.returncode == 0, done.stderr
+    call = [sys.executable, "-c", LIBRARY_PRODUCT, path, SEED]
+    done = run(*call, env={"CQIL_CUBLASLT": str(path)})
+    assert done.returncode == 0, done.stderr
+    ask = "import ctypes, sys; l = ctypes.CDLL(sys.argv[1]); l.last_error.restype = ctypes.c_char_p; "
+    ask += "print(l.cqil_linear_library(-1), l.last_error().decode())"
+    for named, said in (
+        ("", "0 "),
+        ("/nowhere.so", "-1 CQIL_CUBLASLT: /nowhere.so"),
+        (ctypes.util.find_library("m"), "-1 "),
+    ):
+        done = run(sys.executable, "-c", ask, path, env={"CQIL_CUBLASLT": named})
+        assert done.stdout.startswith(said), (named, done.stdout, done.stderr)
+    assert "has no cublasLt" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def flash_attention(tmp_path_factory):
+    """plugins/flash.cuh, compiled for this machine; warps are those of tests/support/host_warps.h."""
+    directory = tmp_path_factory.mktemp("flash")
+    shutil.copy(ROOT / "plugins" / "flash.cuh", directory)
+    shutil.copy(ROOT / "tests" / "support" / "host_warps.h", directory / "linear.cuh")
+    (directory / "cuda_runtime.h").touch()
+    path = directory / "flash.so"
+    flags = ["-std=c++17", "-O2", "-shared", "-fPIC", "-Wno-unknown-pragmas", "-Wno-psabi"]
+    done = run("g++", *flags, "-I", directory, "tests/support/flash_attention.cpp", "-o", path)
+    if re.search("_Float16.* (was not declared|is not supported|does not name)", done.stderr):
+        pytest.skip("this compiler has no _Float16")
+    assert done.returncode == 0, done.stderr
+    return ctypes.CDLL(str(path)).attend
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on the PATH")
+@pytest.mark.parametrize("dim", [128, 96, 64, 24])
+def test_attention_of_prompts_is_softmax(dim, flash_attention):
+    """Causal, from a cache with other sequences' slots and NaN behind what is seen, against float64."""
+    random = np.random.default_rng()
+    for length in (int(random.integers(2, 60)), int(random.integers(66, 140))):
+        batch, slots, group = 2, 3, int(random.integers(1, 4))
+        kv_heads, first = 1 + (group < 3), int(random.integers(0, group))
+        heads = kv_heads * group - first
+        past = random.integers(0, 70, batch).astype(np.int32)
+        capacity = int(past.max()) + length - 1  # the last token of one of them is beyond it
+        slot_of = random.permutation(slots)[:batch].astype(np.int32)
+        queries = random.standard_normal((batch, length, heads, dim)).astype(np.float16)
+        cache = random.standard_normal((2, slots, kv_heads, capacity, dim)).astype(np.float16)
+        for slot, before in zip(slot_of, past):
+            cache[:, slot, :, before + length :] = np.nan
+        out = np.full_like(queries, np.nan)
+        arrays = [ctypes.c_void_p(array.ctypes.data) for array in (queries, *cache, out, past, slot_of)]
+        sizes = batch, length, heads, kv_heads, dim, capacity, group, first
+        assert flash_attention(*arrays, *sizes) == 0
+        kept = [min(length, capacity - int(before)) for before in past]
+        for b, h in np.ndindex(batch, heads):
+            keys, values = cache[:, slot_of[b], (h + first) // group, : past[b] + kept[b]].astype(np.float64)
+            scores = queries[b, : kept[b], h].astype(np.float64) @ keys.T / dim**0.5
+            scores[np.arange(len(keys)) > past[b] + np.arange(kept[b])[:, None]] = -np.inf
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            expected = weights / weights.sum(-1, keepdims=True) @ values
+            error = np.linalg.norm(out[b, : kept[b], h] - expected) / np.linalg.norm(expected)
+            assert error < 1e-3, (b, h, sizes, error)
+
+
 CREATE = """
 import ctypes, glob, os, sys
 import numpy as np
@@ -103,7 +207,8 @@ def create(name, **values):
 assert create("CqilAllReduce", mode=0, eps=0.0, dtype=0) == ([0, 0, 0, 0], 1)
 assert create("CqilAllReduce", mode=2, eps=1e-5, dtype=1) == ([2, int(np.float32(1e-5).view(np.int32)), 1, 0], 2)
 assert create("CqilAllReduce", mode=1, eps=0.0, dtype=1, shared=1) == ([1, 0, 1, 1], 1)
-assert create("CqilBroadcast", rank=3, hidden=4096, dtype=1) == ([3, 4096, 1], 1)
+assert create("CqilBroadcast", rank=3, hidden=4096, dtype=1) == ([3, 4096, 1, 0], 1)
+assert create("CqilBroadcast", rank=3, hidden=4096, dtype=1, flat=1) == ([3, 4096, 1, 1], 1)
 assert create("CqilBypass", distance=2, dtype=1) == ([2, 1, 0], 1)
 assert create("CqilNorm", delta=1, eps=0.0, dtype=2) == ([1, 0, 2, 0], 1)
 assert create("CqilNorm", delta=0, eps=0.0, dtype=1, kind=2) == ([0, 0, 1, 2], 1)
@@ -497,7 +602,6 @@ def test_a_plugin_that_fails_prints_its_own_reason_once(library, tmp_path):
     if torch.cuda.is_available():
         reasons |= {
             "wrong rank": "CqilBroadcast: the engine was built for rank 1, the workspace is that of rank 0",
-            "memcpy": "CqilBroadcast: cudaMemcpyAsync",
             "distance": "CqilBypass: distance 1 is not from 0 to 0",
         }
     else:

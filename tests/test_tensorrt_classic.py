@@ -32,27 +32,13 @@ class Tensor:
 
 
 class Layer:
-    """A shuffle that only reshapes, or a plugin with its outputs."""
+    """A plugin with its outputs, or the identity of a rank with nothing to do: classic networks have nothing else."""
 
     def __init__(self, network, *values):
         self._outputs = [Tensor(f"layer {network.count()}.{i}", value, "float32") for i, value in enumerate(values)]
 
     def get_output(self, index):
         return self._outputs[index]
-
-
-class Shuffle(Layer):
-    def __init__(self, network, x):
-        super().__init__(network, x.value)
-
-    def __setattr__(self, name, value):
-        if name == "reshape_dims":
-            [output] = self._outputs
-            output.value = output.value.reshape(value)
-            output.shape = tuple(output.value.shape)
-        else:
-            assert name == "_outputs", f"a classic network needs no {name}"
-            super().__setattr__(name, value)
 
 
 class Network:
@@ -79,9 +65,6 @@ class Network:
     def mark_output(self, tensor):
         self.outputs[tensor.name] = tensor.value
 
-    def add_shuffle(self, x):
-        return Shuffle(self, x)
-
     def add_identity(self, x):
         return Layer(self, x.value)
 
@@ -92,7 +75,7 @@ class Network:
         return Layer(self, *values)
 
     def CqilGather(self, f, x, _):
-        return [x[0][x[1].long()]]
+        return [x[0][x[1].long().flatten()]]
 
     def CqilNorm(self, f, x, _):
         total = x[0] + x[1] if f.delta else x[0]
@@ -173,6 +156,7 @@ class Network:
     def CqilBroadcast(self, f, x, _):
         if f.rank == 0:
             return [x[0]]
+        assert f.flat == 1 and x[0].dim() == 2
         given = torch.linspace(-1, 1, x[0].numel() * f.hidden).view(BATCH, -1, f.hidden)  # of the slots in order
         return [given[self._given["slots"]].view(-1, f.hidden)]
 
@@ -260,3 +244,33 @@ def test_packed_weights_are_pointed_to_and_others_are_dense(tmp_path):
         projections = {name for name in matrices if "norm" not in name}
         split = {f"layers.{i}.down.weight" for i in (0, 1, 4, 5)}
         assert network.taken == projections - (split if rank.rank else set())
+
+
+def test_a_servers_steps_are_those_of_each_sequence_alone(tmp_path):
+    """Prompts one by one into slots, then decode steps of some of 16 sequences, as the two profiles allow."""
+    checkpoint = Checkpoint(make_model(tmp_path, seed=SEED, rms_norm_eps=1e-2), None)
+    slots, model = 16, checkpoint.model
+    limits = EngineLimits(max_batch_size=slots, max_seq_len=CAPACITY, dtype="float32", prefill_chunk=8)
+    tables = map(torch.from_numpy, rotary_tables(model, checkpoint.rotary, CAPACITY))
+    constants = dict(zip(("rotary.cos", "rotary.sin"), tables))
+    for rank in (plan(model, CqilConfig(p=1))[0], plan(model, CqilConfig(p=2, placement="tensor"))[1]):
+        weights, caches = rank_weights(rank, checkpoint.reader), HostKernels()
+        alone = [TorchOps(rank, weights, Alone.of(rank.schedule), limits, checkpoint.rotary) for _ in range(slots)]
+        past = torch.zeros(slots, dtype=torch.long)
+
+        def step(chosen, length, rank=rank, weights=weights, caches=caches, alone=alone, past=past):
+            tokens = torch.randint(model.vocab_size, (len(chosen), length))
+            last = torch.tensor([[length - 1]])
+            expected = [decode(alone[s], tokens[i : i + 1], past[s : s + 1], last)[0] for i, s in enumerate(chosen)]
+            rows = torch.arange(len(chosen)) * length + length - 1
+            inputs = {"tokens": tokens, "past": past[chosen], "slots": torch.tensor(chosen), "select": rows}
+            network = Network(inputs | constants | weights, caches, rank.rank)
+            define_network(package(), network, LOWERING, rank, limits, checkpoint.rotary, nccl=False)
+            torch.testing.assert_close(network.outputs["logits"], torch.cat(expected), rtol=1e-4, atol=1e-5)
+            past[chosen] += length
+
+        for slot in torch.randperm(slots).tolist():
+            for _ in range(1 + slot % 2):  # a chunk, or two
+                step([slot], int(torch.randint(2, 9, ())))
+        for count in (slots, 5, 1, slots):
+            step(torch.randperm(slots)[:count].tolist(), 1)

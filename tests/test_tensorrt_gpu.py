@@ -12,6 +12,7 @@ import sys
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from support import SEED, write_json
@@ -23,13 +24,27 @@ from support.serving import ServerProcess
 
 PYTHON = os.environ.get("CQIL_TENSORRT_PYTHON", sys.executable)
 
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
-    pytest.mark.skipif(
-        torch.cuda.is_available() and subprocess.run([PYTHON, "-c", "import tensorrt"], capture_output=True).returncode,
-        reason=f"{PYTHON} has no tensorrt (CQIL_TENSORRT_PYTHON names one that has)",
-    ),
-]
+# What an engine's runtime needs there: packages, and a kernel library that was built with this TensorRT's headers.
+RUNTIME = """
+import tensorrt
+import cqil_trt.llm
+from cqil_trt.gpu import cuda, tensorrt_plugins
+cuda.use_device(0)
+tensorrt_plugins.register(tensorrt)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def runtime():
+    """Skips where an engine cannot run, with the reason."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    done = run(PYTHON, "-c", RUNTIME)
+    last = (done.stderr.strip().splitlines() or [""])[-1]
+    if last.startswith("ModuleNotFoundError") or "UserError" in last:
+        pytest.skip(f"{PYTHON}: {last} (CQIL_TENSORRT_PYTHON names the Python with TensorRT)")
+    assert done.returncode == 0, done.stderr
+
 
 SHAPES = [
     ["--p", 1],
@@ -84,6 +99,37 @@ def test_a_batch_answers_as_each_prompt_alone(tmp_path):
         assert start.returncode == 0, start.stderr
         completions[engine] = [c["tokens"] for c in json.loads(report.read_text())["completions"]]
     assert completions["engine"] == completions["torch"]
+
+
+@pytest.mark.parametrize("dtype, bound", [("float32", 1e-4), ("float16", 2e-2)])
+def test_prompts_of_many_rows(dtype, bound, tmp_path):
+    """Products by cuBLASLt where it is, attention in tiles, and chunks as graphs, padded: as a CPU in float32."""
+    sizes = {"hidden_size": 256, "intermediate_size": 320, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = make_model(tmp_path / "model", seed=SEED, **sizes, head_dim=64, max_position_embeddings=512)
+    shape = ["--model", model, "--p", 2, "--start", 1, "--end", 3, "--max-seq-len", 400, "--prefill-chunk", 256]
+    assert build(*shape, "--output", tmp_path / "reference").returncode == 0
+    assert build(*shape, "--dtype", dtype, "--output", tmp_path / "torch").returncode == 0
+    compiling = ["--model", tmp_path / "torch", "--backend", "tensorrt", "--output", tmp_path / "engine"]
+    done = run("mpirun", "-n", 2, PYTHON, "builders/build.py", *compiling)
+    assert done.returncode == 0, done.stderr
+    # A chunk is captured when its length comes again: the last two prompts are graphs.
+    random = np.random.default_rng(SEED)
+    prompts = [random.integers(3, 131, size=size).tolist() for size in (300, 290, 297, 300)]
+    file, logits, completions = write_json(tmp_path / "prompts.json", prompts), {}, {}
+    for engine, job in (
+        ("reference", ("mpirun", "-n", 2, sys.executable, "runtime/run.py", "--device", "cpu")),
+        ("engine", ("mpirun", "-n", 2, PYTHON, "runtime/run.py")),
+    ):
+        out, report = tmp_path / f"{engine}.npy", tmp_path / f"{engine}.json"
+        options = ["--token-ids", file, "--max-new-tokens", 8, "--logits-out", out, "--json", report]
+        done = run(*job, "--engine", tmp_path / engine, *options)
+        assert done.returncode == 0, done.stderr
+        logits[engine] = np.load(out).astype(np.float64)
+        completions[engine] = [c["tokens"] for c in json.loads(report.read_text())["completions"]]
+    difference = logits["engine"] - logits["reference"]
+    assert np.linalg.norm(difference) < bound * np.linalg.norm(logits["reference"])
+    if dtype == "float32":  # whose rounding changes no token
+        assert completions["engine"] == completions["reference"]
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=lambda ranks: f"p{ranks}")

@@ -47,6 +47,9 @@ _MAX_PROMPT_GRAPHS = 32
 _RESERVED_BYTES = 2 << 30
 # The widths of captured decode steps: rows for each sequence.
 _WIDTHS = (1, 2, 4, 8, 16)
+# The lengths of chunks that are graphs: from an entry's first up to the next entry's first, in its steps. The padding
+# of a chunk is computed in vain.
+_LENGTH_STEPS = ((16, 16), (64, 32), (128, 64), (512, 128), (2048, 256))
 
 
 class Phase(IntEnum):
@@ -68,6 +71,13 @@ BUFFERS: dict[Phase, dict[str, str]] = {
         "logits": "prediction",
     },
 }
+
+
+def prompt_lengths(most: int) -> list[int]:
+    """The lengths of chunks that are graphs, up to `most`."""
+    ends = [first for first, _ in _LENGTH_STEPS[1:]] + [most + 1]
+    found = [n for (first, step), end in zip(_LENGTH_STEPS, ends) for n in range(first, min(end, most + 1), step)]
+    return found if most in found else [*found, most]
 
 
 def _phase_of(width: int) -> Phase:
@@ -331,6 +341,8 @@ class CudaSession(Session):
 
     # Lengths of chunks that are executed as CUDA graphs, in rising order; shorter chunks are padded.
     _prompt_lengths: Sequence[int] = ()
+    # Whether a pass must run just before it is captured, and not only once before others of its phase.
+    _settles_shapes = False
 
     def _forward(
         self, tokens: np.ndarray, past: np.ndarray, select: np.ndarray, slots: np.ndarray, length: int | None
@@ -368,6 +380,8 @@ class CudaSession(Session):
         """The graph of a chunk of `length` tokens, which has been executed before; it becomes the last one used."""
         graph = self._prompts[length]
         if graph is None:
+            if self._settles_shapes:
+                self._execute(Phase.PREFILL, 1, length, 1)  # the graph writes the same again
             self._finish()
             captured = [known for known, graph in self._prompts.items() if graph is not None]
             if len(captured) >= _MAX_PROMPT_GRAPHS:
@@ -606,7 +620,7 @@ class CudaSession(Session):
             # positions early (cqil_attention).
             self._finish()
             shape = sequences, width, self._variant()
-            if part is not _Part.CHOICE and shape not in self._shapes:
+            if part is not _Part.CHOICE and (self._settles_shapes or shape not in self._shapes):
                 self._execute(phase, sequences, width, rows)
                 self._shapes.add(shape)
             self._finish()

@@ -373,6 +373,9 @@ def check_logprobs(pick, dtype):
 
 
 def check_linear(pick, dtype):
+    # PyTorch has loaded cuBLASLt; without it our kernels multiply many rows too.
+    by_library = pick(0, 1)
+    assert library.cqil_linear_library(by_library) == by_library, library.cqil_last_error()
     rows = (1, pick(2, 8), pick(9, 16), pick(17, 64), pick(65, 300))[pick(0, 4)]
     # Widths that no 16 bytes divide take another kernel, and one row of a large width one with a shorter ring.
     widest = 3500 if rows == 1 and pick(0, 2) == 0 else 400
@@ -393,6 +396,14 @@ def check_linear(pick, dtype):
     scratch = torch.empty(library.cqil_linear_scratch_bytes(shape), dtype=torch.uint8, device="cuda")
     given = [x, delta if normed == 2 else None, weight, bias if biased else None, norm if normed else None]
     call("linear", shape, *given, residual if added else None, out, total, scratch)
+    if pick(0, 7) == 0:  # the same in a graph
+        torch.cuda.synchronize()
+        direct, graph = out.clone(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            call("linear", shape, *given, residual if added else None, out, total, scratch)
+        out.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(out, direct)
     wide = x.double() if normed < 2 else (x.double() + delta.double()).to(dtype).double()
     if normed:
         wide = rms_norm(wide, norm.double(), 1e-5)

@@ -299,9 +299,8 @@ class TensorRtOps(Ops[Tensor]):
     def broadcast(self, x: Tensor | None, tokens: Tensor) -> Tensor:
         hidden = self.plan.model.hidden_size
         if not self._nccl:
-            given = self._reshape(tokens, (-1,)) if x is None else x
-            inputs = [given, self._workspace(Peers.ALL)]
-            return self._plugin("CqilBroadcast", inputs, 1, rank=self.plan.rank, hidden=hidden)[0]
+            inputs = [tokens if x is None else x, self._workspace(Peers.ALL)]
+            return self._plugin("CqilBroadcast", inputs, 1, rank=self.plan.rank, hidden=hidden, flat=int(x is None))[0]
         if x is None:  # something of the right shape and type to receive into
             zeros = self._constant(np.zeros((1, hidden), np.float32))
             rows = self._reshape(self._cast(tokens, self._trt.float32), (-1, 1))
@@ -507,10 +506,10 @@ class ClassicOps(FusedOps[Tensor], TensorRtOps):
         }
 
     def embedding(self, tokens: Tensor) -> Tensor:
-        return self.rows(self._weight("embedding.weight"), self._reshape(tokens, (-1,)))
+        return self.rows(self._weight("embedding.weight"), tokens)
 
     def rows(self, x: Tensor, indices: Tensor) -> Tensor:
-        """`indices` as those of `select_rows`: rows of the matrix."""
+        """`indices`, whatever their shape: rows of the matrix."""
         return self._plugin("CqilGather", [x, indices], 1)[0]
 
     def fused_project(
@@ -654,9 +653,12 @@ def define_network(
 
 
 def add_profiles(trt: Any, builder: Any, config: Any, network: Any, limits: EngineLimits) -> None:
-    """Two optimization profiles of one engine: 0 for prefill (up to prefill_chunk tokens), 1 for decode (one token)."""
-    batch, chunk = limits.max_batch_size, min(limits.prefill_chunk, limits.max_seq_len)
-    for longest in (chunk, 1):
+    """Two optimization profiles of one engine.
+
+    0 is for a chunk of one prompt, up to prefill_chunk tokens; 1 for decode steps, a token of each sequence.
+    """
+    chunk = min(limits.prefill_chunk, limits.max_seq_len)
+    for batch, longest in ((1, chunk), (limits.max_batch_size, 1)):
         usual = min(longest, 128)
         profile = builder.create_optimization_profile()
         for i in range(network.num_inputs):

@@ -13,7 +13,7 @@ from cqil_trt.backends.tensorrt.compiler import import_package, logger, version
 from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
 from cqil_trt.gpu import cuda, kernel_library, tensorrt_plugins
-from cqil_trt.gpu.session import BUFFERS, CudaSession, Phase
+from cqil_trt.gpu.session import BUFFERS, CudaSession, Phase, prompt_lengths
 from cqil_trt.gpu.sources import source_version
 from cqil_trt.gpu.weights import DeviceWeights
 from cqil_trt.gpu.workspace import workspace_input
@@ -33,6 +33,9 @@ class TensorRtSession(CudaSession):
     """
 
     _slots_are_fixed = True
+    _weights_type = DeviceWeights
+    # TensorRT prepares a context for a shape when it first runs, after it has run another one.
+    _settles_shapes = True
 
     def __init__(self, engine: Engine, comm: Any, device: int):
         package = engine.backend_version.split()[0]
@@ -68,10 +71,15 @@ class TensorRtSession(CudaSession):
         self._native = "positions" in self._names
         if self._native:
             self._passes_of_step = -(-engine.limits.max_batch_size // 2)
+        else:
+            self._prompt_lengths = prompt_lengths(min(engine.limits.prefill_chunk, engine.limits.max_seq_len))
+            check_linear_library(self._library)
         self._passes: deque[int] = deque()  # of each step whose outcome was not collected
         self._held: Step | None = None  # a step that begins when its masks come
         # The plugins take the room for a dense copy of a packed matrix from TensorRT's scratch memory.
-        weights = DeviceWeights(engine, self._plan.rank, device, self._library, packs=not self._native, unpacks=False)
+        weights = self._weights_type(
+            engine, self._plan.rank, device, self._library, packs=not self._native, unpacks=False
+        )
         self._load(engine, weights)
         self._contexts = self._make_contexts(trt)
         self._join_nccl(engine)
@@ -213,6 +221,12 @@ class TensorRtSession(CudaSession):
         self._contexts.clear()
         self._engine = None
         super().close()
+
+
+def check_linear_library(library: Any) -> None:
+    """Raises UserError when the plugins cannot use the cuBLASLt that CQIL_CUBLASLT names."""
+    if library.cqil_linear_library(-1) < 0:
+        raise UserError(library.cqil_last_error().decode())
 
 
 def neighbours(slots: Sequence[int]) -> list[tuple[int, ...]]:

@@ -8,15 +8,12 @@ from cqil_trt.backends.torch.gpu_ops import CudaOps, Matrix
 from cqil_trt.config import AUTO
 from cqil_trt.engine import Engine
 from cqil_trt.gpu import cuda, kernel_library
-from cqil_trt.gpu.session import BUFFERS, CudaSession, Phase
+from cqil_trt.gpu.session import BUFFERS, CudaSession, Phase, prompt_lengths
 from cqil_trt.gpu.weights import DeviceWeights
 from cqil_trt.network.decoder import decode
 
 # 32-bit words that describe a chunk, and as many for each number of key/value heads: 16 bytes, as kernels align them.
 CHUNK_WORDS = 4
-# The lengths of chunks that are graphs: from an entry's first up to the next entry's first, in its steps. The padding
-# of a chunk is computed in vain.
-_LENGTH_STEPS = ((16, 16), (64, 32), (128, 64), (512, 128), (2048, 256))
 
 
 class TorchCudaSession(CudaSession):
@@ -80,13 +77,6 @@ class TorchCudaSession(CudaSession):
     def close(self) -> None:
         super().close()
         self._ops.close()
-
-
-def prompt_lengths(most: int) -> list[int]:
-    """The lengths of chunks that are graphs, up to `most`."""
-    ends = [first for first, _ in _LENGTH_STEPS[1:]] + [most + 1]
-    found = [n for (first, step), end in zip(_LENGTH_STEPS, ends) for n in range(first, min(end, most + 1), step)]
-    return found if most in found else [*found, most]
 
 
 def takes_flash(engine: Engine) -> bool:
