@@ -207,7 +207,7 @@ class Attending:
         return 64
 
     def cqil_attention(self, shape, *arguments):
-        self.calls.append(("attention", shape, arguments[7], arguments[8]))
+        self.calls.append(("attention", shape, arguments[8], arguments[9]))
         return 0
 
     def cqil_read_cache(self, shape, *arguments):
