@@ -39,7 +39,9 @@ constexpr int kAttendGroups = kAttendThreads / kLanes;
 constexpr int kAttendWarps = kAttendThreads / 32;
 constexpr int kMaxSpans = kAttendWarps;  // per head; combined by the code that combines a block's warps
 constexpr int kJointHeads = 256;         // heads of rows whose spans may be in several blocks
-constexpr int kMinSpan = 2 * kAttendGroups;
+// Keys of a span at least. A span of few keys takes a block as long to combine as to read; of several sequences a block
+// has several spans.
+constexpr int kMinSpan = 8 * kAttendGroups;
 constexpr int kMaxHeadDim = 256;
 constexpr float kLog2e = 1.4426950408889634f;
 
