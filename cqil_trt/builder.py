@@ -91,7 +91,7 @@ class BuildRequest:
             in the configuration it was trained for. "none": no adapter.
         preset: a published configuration (`presets.PRESETS`), which the next two override.
         config: a file of `similarity.py --write` instead of a preset. It also has the placement and the defaults of
-            dtype and quantize.
+            dtype, quantize and kv_dtype.
         p, d, start, end, bypass, placement, ranks_per_layer: see `CqilConfig`; start and end default to the middle of
             the model.
         drop_attention_join: as `CqilConfig.dropping` takes it.
@@ -100,7 +100,8 @@ class BuildRequest:
             `config`, or dense; or "stored", the codes of a quantized checkpoint.
         keep: what stays dense all the same, as `parse_keep` reads it.
         quantize_head: the format of the last projection, default dense.
-        kv_dtype: how the KV cache is stored, one of `config.KV_DTYPES`, default in the engine's type ("auto").
+        kv_dtype: how the KV cache is stored, one of `config.KV_DTYPES`, default that of `config`, or in the engine's
+            type ("auto").
         backend: one of `backends.names()`.
         max_batch_size, max_seq_len: limits in sequences and tokens; default 8 and min(2048, the model's context, with
             dynamic rope and longrope the one before scaling; a sliding window, if nothing else keeps the model from
@@ -377,7 +378,7 @@ def _open_checkpoint(
     if model.sliding_window is not None and not model.features(model.sliding_window):
         longest = min(longest, model.sliding_window)  # within it, every backend computes the model
     stored, dtype = (DENSE, model.dtype) if config is None else (config.weights, config.dtype)
-    defaults = EngineLimits(max_seq_len=longest, weights=stored)
+    defaults = EngineLimits(max_seq_len=longest, weights=stored, kv_dtype=AUTO if config is None else config.kv_dtype)
     return _Opened(weights=weights, cqil=cqil, dtype=dtype, defaults=defaults), adapter
 
 
@@ -396,9 +397,8 @@ def _choose_limits(request: BuildRequest, opened: _Opened) -> EngineLimits:
         if "lm_head" in (request.keep or "").split(","):
             raise UserError("--keep lm_head and --quantize-head contradict each other")
         given["head"] = request.quantize_head
-    if request.kv_dtype is not None:
-        given["kv_dtype"] = request.kv_dtype
-    if request.kv_dtype == KV_FP8 and not isinstance(opened.weights, EngineWeights):
+    given["kv_dtype"] = request.kv_dtype or opened.defaults.kv_dtype
+    if given["kv_dtype"] == KV_FP8 and not isinstance(opened.weights, EngineWeights):
         given["kv_scales"] = opened.weights.kv_scales
     limits = replace(opened.defaults, dtype=request.dtype or opened.dtype, **given)
     limits.check_model(opened.weights.model)

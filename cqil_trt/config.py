@@ -342,6 +342,8 @@ class EngineLimits:
             raise UserError(f"--prefill-chunk must be at least 1, found {self.prefill_chunk}")
         if self.dtype not in DTYPES:
             raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, found {self.dtype}")
+        if self.kv_dtype == AUTO and self.kv_scales:
+            raise ValueError("scales of a KV cache that has none")
         if self.kv_dtype not in KV_DTYPES:
             raise UserError(f"--kv-dtype must be one of {', '.join(KV_DTYPES)}, found {self.kv_dtype}")
 

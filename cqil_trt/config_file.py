@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cqil_trt import formats
-from cqil_trt.config import DTYPES, CqilConfig
+from cqil_trt.config import AUTO, DTYPES, KV_DTYPES, CqilConfig
 from cqil_trt.errors import UserError
 from cqil_trt.json_fields import Fields, read_json
 
@@ -21,7 +21,7 @@ class ConfigFile:
     Attributes:
         layers: of the model.
         cqil: which layers run concurrently.
-        weights, dtype: as in `EngineLimits`.
+        weights, dtype, kv_dtype: as in `EngineLimits`.
         model: the model's name, for readers.
         found: how it was found, for readers.
     """
@@ -30,12 +30,13 @@ class ConfigFile:
     cqil: CqilConfig
     weights: str
     dtype: str
+    kv_dtype: str = AUTO
     model: str = ""
     found: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         values = {"model": self.model, "layers": self.layers, "cqil": self.cqil.to_dict()}
-        values |= {"weights": self.weights, "dtype": self.dtype, "found": dict(self.found)}
+        values |= {"weights": self.weights, "dtype": self.dtype, "kv_dtype": self.kv_dtype, "found": dict(self.found)}
         path.write_text(json.dumps(values, indent=1) + "\n")
 
     @classmethod
@@ -45,7 +46,7 @@ class ConfigFile:
         Raises UserError, naming the field, for one that is malformed or does not fit.
         """
         values = Fields(read_json(path), str(path))
-        _only(values, ("model", "layers", "cqil", "weights", "dtype", "found"))
+        _only(values, ("model", "layers", "cqil", "weights", "dtype", "kv_dtype", "found"))
         layers = values.integer("layers")
         if layers != num_layers:
             raise UserError(f"{path}: layers is {layers}, and the model has {num_layers}: it is for another model")
@@ -55,6 +56,9 @@ class ConfigFile:
         dtype = values.text("dtype")
         if dtype not in DTYPES:
             raise values.fail("dtype", f"one of {', '.join(DTYPES)}")
+        kv_dtype = values.text("kv_dtype", AUTO)
+        if kv_dtype not in KV_DTYPES:
+            raise values.fail("kv_dtype", f"one of {', '.join(KV_DTYPES)}")
         inner = values.object("cqil")
         _only(inner, tuple(f.name for f in fields(CqilConfig)))
         cqil = CqilConfig.of_fields(inner)
@@ -62,7 +66,8 @@ class ConfigFile:
             cqil.check_depth(layers)
         except UserError as error:
             raise UserError(f"{inner.source}: {error}") from None
-        return cls(layers=layers, cqil=cqil, weights=stored, dtype=dtype, model=values.text("model", ""))
+        name = values.text("model", "")
+        return cls(layers=layers, cqil=cqil, weights=stored, dtype=dtype, kv_dtype=kv_dtype, model=name)
 
 
 def _only(values: Fields, known: tuple[str, ...]) -> None:

@@ -248,7 +248,7 @@ struct Rotation {
     }
 };
 
-// The kernels that are compiled with kMore compute what LLaMA does not have: the shape's fields from `window` on, norms
+// The kernels that are compiled with kMore compute what LLaMA does not have: the shape's fields from `window` to `cap`, norms
 // over all heads, and layers without rotation. For LLaMA's own they would be larger and slower.
 
 // The first key that is seen by a query which sees keys before `end`.
@@ -716,7 +716,7 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
     }
 }
 
-// Prefill on tensor cores of heads that are too wide for flash.cuh. A block takes kTile queries of one head against
+// Prefill on tensor cores where flash.cuh does not: of wider heads, of a cache in FP8, and with kMore. A block takes kTile queries of one head against
 // tiles of kTile keys; a warp takes 16 of the queries. Scores are computed twice, first for each row's maximum and sum,
 // then for the weights, so nothing is rescaled.
 constexpr int kTile = 64;

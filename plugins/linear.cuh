@@ -204,8 +204,8 @@ __device__ inline void multiply_accumulate(float (&c)[4], const unsigned (&a)[4]
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// out = x · Wᵀ + bias + residual by cuBLASLt, with kLibraryScratchBytes of scratch. 1: enqueued, 0: it is not here, not
-// allowed, or does not take the shape; negative: an error. `dtype` is a cqil_dtype.
+// out = (x · Wᵀ + bias) * scale + residual by cuBLASLt, with kLibraryScratchBytes of scratch. 1: enqueued, 0: it is not
+// here, not allowed, or does not take the shape or a bias with a scale; negative: an error. `dtype` is a cqil_dtype.
 int library_product(const Operands& o, int dtype, void* scratch, cudaStream_t stream);
 
 // What cuBLAS itself takes on compute capability 9.0.

@@ -101,12 +101,13 @@ class SyntheticWeights(DeviceWeights):
 
     def _copy(self, stream: Any) -> None:
         use_device(self._device)  # PyTorch's, in this thread
-        for place in self._places:
-            made = whole(place.tensor, self._reader)
-            torch.cuda.synchronize()
-            cuda.copy(place.address, made.data_ptr(), made.nbytes, stream)
-            self._complete(place, stream)
-            cuda.call("StreamSynchronize", stream)
+        with saying_when_memory_is_full():
+            for place in self._places:
+                made = whole(place.tensor, self._reader)
+                torch.cuda.synchronize()
+                cuda.copy(place.address, made.data_ptr(), made.nbytes, stream)
+                self._complete(place, stream)
+                cuda.call("StreamSynchronize", stream)
 
 
 class SyntheticSession(TorchCudaSession):
@@ -114,8 +115,7 @@ class SyntheticSession(TorchCudaSession):
 
     def __init__(self, engine: Any, comm: Any, reader: WeightReader):
         weights = SyntheticWeights(engine, 0 if comm is None else comm.Get_rank(), RANK, reader)
-        with saying_when_memory_is_full():
-            super().__init__(engine, comm, RANK, engine.limits.max_batch_size, weights)
+        super().__init__(engine, comm, RANK, engine.limits.max_batch_size, weights)
 
 
 def whole(tensor: RankTensor, reader: WeightReader) -> torch.Tensor:

@@ -241,16 +241,20 @@ class RandomWeights(DeviceWeights):
 
     def _copy(self, stream: Any) -> None:
         values, codes = random_block()
-        with cuda.temporary(2 * values.nbytes + 2 * codes.nbytes, "random numbers") as room:
+        room = cuda.Arena(2 * values.nbytes + 2 * codes.nbytes, "random numbers")
+        try:
             blocks = []
             for array in (values, codes):
                 twice = np.concatenate([array, array])  # so that any place in the first half has a whole block after it
                 blocks.append(room.take(twice.nbytes))
                 cuda.upload(blocks[-1], twice, stream)
+                cuda.call("StreamSynchronize", stream)
             for number, place in enumerate(self._places):
                 self._fill(place.tensor, number, *blocks, place.address, stream)
                 self._complete(place, stream)
                 cuda.call("StreamSynchronize", stream)
+        finally:
+            room.free()
 
     def _fill(self, tensor: RankTensor, number: int, values: int, codes: int, address: int, stream: Any) -> None:
         source, constant = values, None
@@ -262,7 +266,9 @@ class RandomWeights(DeviceWeights):
         elif "norm" in tensor.name:
             constant = norm_weight(self._plan.model)
         if constant is not None:
-            cuda.upload(address, np.full(tensor.shape, constant, tensor.dtype), stream)
+            constants = np.full(tensor.shape, constant, tensor.dtype)
+            cuda.upload(address, constants, stream)
+            cuda.call("StreamSynchronize", stream)
             return
         size = 2 * BLOCK
         start = source + (number * 7_919_008 * 2) % size

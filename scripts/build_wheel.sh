@@ -19,7 +19,8 @@ compile() {
 if [ -z "${CQIL_WHEEL_LIBRARIES:-}" ]; then
     compile
     # One, the newest: there is one library for each major version.
-    toolkit=${CQIL_WHEEL_TOOLKIT_12:-$(find /usr/local -maxdepth 1 -name 'cuda-12*' | sort -V | tail -n 1)}
+    found=$(find /usr/local/cuda-12*/bin -name nvcc -executable 2>/dev/null | sort -V | tail -n 1 || true)
+    toolkit=${CQIL_WHEEL_TOOLKIT_12:-${found%/bin/nvcc}}
     if [ -n "$toolkit" ]; then
         PATH="$toolkit/bin:$PATH" CUDACXX="$toolkit/bin/nvcc" compile
     fi

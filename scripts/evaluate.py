@@ -74,8 +74,7 @@ def parser() -> RankParser:
     p.add_argument(
         "--kv-dtype",
         choices=KV_DTYPES,
-        default=AUTO,
-        help="round the reference's keys and values as build.py --kv-dtype does",
+        help="round the reference's keys and values as build.py --kv-dtype does (default --config's, or auto)",
     )
     p.add_argument("--engine", metavar="DIR", type=Path, action="append", default=[], help="an engine; may be repeated")
     p.add_argument("--device", choices=DEVICES, default="auto", help="where engines compute")
@@ -164,12 +163,13 @@ def references(options: argparse.Namespace, names: list[str], manager: Any) -> I
     model = checkpoint.model
     config = read_config(options.config, model, options.preset)
     stored, dtype = (formats.DENSE, "float16") if config is None else (config.weights, config.dtype)
+    kv_dtype = options.kv_dtype or (AUTO if config is None else config.kv_dtype)
     limits = EngineLimits(
         dtype=dtype,
         weights=options.quantize or stored,
         head=options.quantize_head,
-        kv_dtype=options.kv_dtype,
-        kv_scales=() if options.kv_dtype == AUTO else checkpoint.kv_scales,
+        kv_dtype=kv_dtype,
+        kv_scales=() if kv_dtype == AUTO else checkpoint.kv_scales,
     )
     for each in filter(None, (checkpoint, adapted)):
         each.quantize(limits)

@@ -396,6 +396,8 @@ def search(
         "measure": options.measure,
         "gpu": options.gpu,
         "dtype": options.dtype,
+        "kv_dtype": options.kv_dtype,
+        "context": options.context,
         "configurations": len(space),
         "evaluations": task.evaluations,
         "joins": list(task.space.joins),
@@ -466,7 +468,8 @@ def write(options: argparse.Namespace, name: str, model: ModelConfig, chosen: Po
         cqil=chosen.candidate.cqil,
         weights=chosen.candidate.weights,
         dtype=options.dtype,
-        found={"gpu": options.gpu, "measure": options.measure, **how},
+        kv_dtype=options.kv_dtype,
+        found={"gpu": options.gpu, "context": options.context, "measure": options.measure, **how},
     ).write(options.write)
     print(f"\nwrote {options.write}\nbuild it: python builders/build.py --model {name} --config {options.write}")
 

@@ -9,7 +9,7 @@ from collections import deque
 import numpy as np
 import pytest
 from safetensors.torch import load_file
-from support import SEED
+from support import ROOT, SEED
 from support.checkpoints import make_model
 from support.needs import need, need_cuda_backend
 
@@ -225,6 +225,48 @@ def test_tensors_arrive_in_their_places(weights, rank, engines, monkeypatch):
     assert gpu.live == 1  # the weights alone
     loaded.close()
     assert gpu.live == 0
+
+
+class Counting(HostPacking):
+    """Packs nothing; `made` has the addresses."""
+
+    def _make(self, shape, codes, scales, zeros, size, first, address, stream):
+        self.made[address] = shape
+        return 0
+
+    cqil_pack = cqil_dequantize = _make
+
+
+@pytest.mark.parametrize("weights", ["dense", "int8", "int4g32"])
+def test_random_weights_of_the_benchmark(weights, engines, monkeypatch):
+    """The same ones wherever they are placed; matrices whose scales are constants."""
+    need("cuda-bindings")
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import benchmark_tensorrt
+
+    from cqil_trt.gpu import cuda
+    from cqil_trt.gpu import weights as loading
+
+    engine, found = engines(weights), []
+    for _ in range(2):
+        gpu = HostGpu(cuda)
+        library = Counting(gpu)
+        for module in (loading, benchmark_tensorrt):
+            monkeypatch.setattr(module, "cuda", gpu)
+        monkeypatch.setattr(benchmark_tensorrt, "BLOCK", 102_400)
+        monkeypatch.setattr(benchmark_tensorrt.random_block, "__defaults__", (102_400,))
+        loaded = benchmark_tensorrt.RandomWeights(engine, 0, 0, library)
+        loaded.wait()
+        packed = {part for matrix in loaded.quantized.values() for part in matrix.parts}
+        plain = [tensor for tensor in engine.plan(0).tensors if tensor.name not in packed]
+        found.append([at(loaded.memory[tensor.name], tensor.nbytes) for tensor in plain])
+        assert len(library.made) == len(loaded.quantized)
+        loaded.close()
+        assert gpu.live == 0
+    assert found[0] == found[1]
+    for tensor, values in zip(plain, found[0]):
+        read = np.frombuffer(values, tensor.dtype).astype(np.float32)
+        assert (read == 1).all() if "norm" in tensor.name else 0.01 < read.std() < 0.03, tensor.name
 
 
 def test_damage_is_raised_by_waiting(engines, monkeypatch):

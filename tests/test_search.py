@@ -432,7 +432,11 @@ def test_flags_override_the_file_which_overrides_the_adapter(model, tmp_path):
     assert (plan.limits.weights, plan.limits.dtype) == ("int4g32", "float16")
     assert "attention joins dropped in 4-5" in " ".join(plan.notes) and "[2, 6)" in " ".join(plan.notes)
     plan = prepare(BuildRequest(model=model, config=path, keep="layers.0", output=tmp_path / "e"))
-    assert plan.limits.keep == (0,)
+    assert plan.limits.keep == (0,) and plan.limits.kv_dtype == "auto"
+    cached = written(tmp_path / "cached.json", kv_dtype="fp8")
+    for given, kv_dtype in (({}, "fp8"), ({"kv_dtype": "auto"}, "auto")):
+        plan = prepare(BuildRequest(model=model, config=cached, output=tmp_path / "e", **given))
+        assert plan.limits.kv_dtype == kv_dtype
     config, notes = families.read_config(model / "config.json"), []
     found = choose_cqil(config, {}, notes, CqilConfig(p=3, start=0, end=3), read_config(path, config, None))
     assert found == dropped and "the adapter was trained for p=3" in notes[0]
@@ -447,6 +451,7 @@ def test_flags_override_the_file_which_overrides_the_adapter(model, tmp_path):
         ({"layers": "6"}, "layers must be an integer"),
         ({"weights": "int3"}, "weights must be one of"),
         ({"dtype": "int8"}, "dtype must be one of float32, float16, bfloat16"),
+        ({"kv_dtype": "int8"}, "kv_dtype must be one of auto, fp8"),
         ({"cqil": 3}, "cqil must be an object"),
         ({"speed": 1}, "unknown field speed"),
         ({"cqil": {"ends": 4}}, "cqil: unknown field ends"),

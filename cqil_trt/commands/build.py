@@ -49,7 +49,8 @@ def parser() -> RankParser:
     p.add_argument(
         "--kv-dtype",
         choices=KV_DTYPES,
-        help="type of the KV cache: fp8 (E4M3) holds twice as many tokens as 16 bits (default auto: --dtype)",
+        help="type of the KV cache: fp8 (E4M3) holds twice as many tokens as 16 bits (default --config's, or auto: "
+        "--dtype)",
     )
     p.add_argument("--backend", choices=backends.names(), default=backends.PLAIN)
     p.add_argument("--max-batch-size", type=int, metavar="N", help="concurrent sequences (default 8)")

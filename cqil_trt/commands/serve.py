@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import socket
 import ssl
@@ -149,9 +148,6 @@ def _serve(
     say("warming up ...")
     ranks.warm_up(llm, chosen)
     say(f"loaded after {llm.startup}")
-    # What lives as long as the server: collections, which stop a step, need not walk it.
-    gc.collect()
-    gc.freeze()
     try:
         if http is None:
             ranks.ignore_signals()

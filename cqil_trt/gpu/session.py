@@ -202,10 +202,10 @@ class CudaSession(Session):
         self._memory |= weights.memory
         self._quantized = weights.quantized
         if not self._slots_are_fixed:
-            self.slots = fitting_slots(
-                self.slots, self._free_memory(), cache_bytes(engine, self._plan.rank), self._comm
-            )
-        self._allocate()
+            free = self._free_memory() - sum(self._extra_sizes().values())
+            each = cache_bytes(engine, self._plan.rank) + sum(self._slot_sizes().values())
+            self.slots = fitting_slots(self.slots, max(0, free), each, self._comm)
+        agree(self._comm, self._allocate)
         self._load_constants(engine)
 
     def _complete(self) -> None:
@@ -245,6 +245,19 @@ class CudaSession(Session):
         """Bytes of buffers that only this backend has, by name."""
         return {}
 
+    def _slot_sizes(self) -> dict[str, int]:
+        """Bytes for each slot next to its caches, by name."""
+        vocabulary = self._plan.model.vocab_size
+        return {
+            "slot.next": 4,
+            "slot.past": 4,
+            "settings": ctypes.sizeof(abi.cqil_sampling),
+            "uniforms": 8 * self.limits.max_seq_len,
+            "counts": 4 * vocabulary,
+            "bias": 4 * vocabulary,
+            "mask": 4 * -(-vocabulary // 32),
+        }
+
     def _allocate(self) -> None:
         limits, model, slots = self.limits, self._plan.model, self.slots
         batch, chunk = limits.max_batch_size, min(limits.prefill_chunk, limits.max_seq_len)
@@ -282,14 +295,7 @@ class CudaSession(Session):
             "adjusted": 4 * rows * vocabulary,
             "report.ids": 4 * rows * (MAX_LOGPROBS + 1),
             "report.values": 4 * rows * (MAX_LOGPROBS + 1),
-            # By slot.
-            "slot.next": 4 * slots,
-            "slot.past": 4 * slots,
-            "settings": ctypes.sizeof(abi.cqil_sampling) * slots,
-            "uniforms": 8 * slots * limits.max_seq_len,
-            "counts": 4 * slots * vocabulary,
-            "bias": 4 * slots * vocabulary,
-            "mask": 4 * slots * -(-vocabulary // 32),
+            **{name: slots * size for name, size in self._slot_sizes().items()},
             **self._extra_sizes(),
         }
         table = limits.max_seq_len * model.rotary_dim // 2 * 4

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
@@ -22,6 +23,7 @@ import numpy as np
 
 from cqil_trt.config import DTYPE_BYTES
 from cqil_trt.engine import Engine, rank_file
+from cqil_trt.errors import UserError
 from cqil_trt.formats import RankTensor
 from cqil_trt.gpu import cuda
 from cqil_trt.gpu.packed import DeviceMatrix, quantized_matrices
@@ -78,6 +80,18 @@ class DeviceWeights:
         """Waits for the weights. Raises UserError when the file is damaged."""
         self._allocated.result()
         self._loaded.result()
+
+    @contextmanager
+    def closed_on_failure(self) -> Iterator[None]:
+        """Ends the loading if what is done with the weights fails, so that the process need not wait for it."""
+        try:
+            yield
+        except UserError:
+            self.close()
+            raise
+        except BaseException:
+            self._closed = True  # the device may be lost: nothing is freed
+            raise
 
     def close(self) -> None:
         """Frees the memory, also of weights that are still being loaded."""

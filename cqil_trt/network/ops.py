@@ -38,7 +38,7 @@ class Ops(ABC, Generic[V]):
         return x
 
     def share(self, x: V) -> V:
-        """x, which `residual_norm` adds and something else uses after that."""
+        """x, which is added to a residual and used again after that."""
         return self.keep(x)
 
     # Arithmetic

@@ -185,8 +185,7 @@ class EngineClient:
     def _take(self, engine: _Frames, message: Any) -> None:
         if isinstance(message, wire.Ready):
             self.ready = message
-            # The ranks have a core each, which they do not leave either.
-            self._may_stay_awake = message.device == "cuda" and (os.cpu_count() or 1) > 2 * len(self._ranks)
+            self._may_stay_awake = message.device == "cuda" and wire.has_cores(len(self._ranks))
             with contextlib.suppress(OSError):  # nobody may read it
                 print(
                     f"{self.setup.engine}: {message.slots} slots, {message.rows} sequences at a time, on "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import queue
@@ -38,6 +39,7 @@ from cqil_trt.serving.wire import (
     Ready,
     Stop,
     connect,
+    has_cores,
     say,
 )
 
@@ -156,9 +158,10 @@ class _Leader:
         self._numbers: dict[int, int] = {}  # theirs to ours
         self._requests: dict[int, Add] = {}  # by our numbers
         self._last: float | None = None  # when the last turn ended, if it gave tokens
-        self._awake = AWAKE_SECONDS if llm.session.on_gpu else 0.0
+        self._awake = _awake(llm)
         self._told = 0, 0  # requests running and waiting, as the HTTP process knows
         self._signals = _Signals(http)
+        _settle()
         session = llm.session
         http.send(
             Ready(
@@ -178,10 +181,12 @@ class _Leader:
             news: list[News] = []
             if not self._scheduler.idle:
                 worked, wait = time.monotonic(), 0.0
+            elif self._compiling or self._late:
+                wait = _AWAITING_SECONDS  # their threads need this one's core
             elif time.monotonic() - worked < self._awake:
                 wait = 0.0
             else:
-                wait = _AWAITING_SECONDS if self._compiling or self._late else _IDLE_SECONDS
+                wait = _IDLE_SECONDS
             for message in self._http.poll(wait):
                 if isinstance(message, Stop):
                     self._send(message)
@@ -309,10 +314,22 @@ class _Leader:
         )
 
 
+def _awake(llm: Llm) -> float:
+    """For how many seconds after its last work this rank does not sleep."""
+    return AWAKE_SECONDS if llm.session.on_gpu and has_cores(llm.job.size) else 0.0
+
+
+def _settle() -> None:
+    """What lives as long as the server: collections, which stop a step, need not walk it."""
+    gc.collect()
+    gc.freeze()
+
+
 def follow(llm: Llm, orders: Connection, pulse: Pulse) -> None:
     """Every other rank: executes rank 0's orders until it says stop."""
     follower = Follower(llm.session)
-    awake = AWAKE_SECONDS if llm.session.on_gpu else 0.0
+    awake = _awake(llm)
+    _settle()
     while True:
         order = orders.receive(awake)
         if isinstance(order, Stop):

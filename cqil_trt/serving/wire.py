@@ -30,6 +30,14 @@ AWAKE_SECONDS = 1.0
 _BUFFER_BYTES = 8 << 20
 
 
+def has_cores(ranks: int) -> bool:
+    """Whether this machine has cores to spare, so that nothing needs the one that a waiting process keeps.
+
+    This process may be bound to one core, which says nothing.
+    """
+    return (os.cpu_count() or 1) > 2 * ranks
+
+
 class Closed(JobError):
     """The process at the other end is gone; the message names it."""
 

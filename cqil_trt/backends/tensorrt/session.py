@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cqil_trt.backends.tensorrt.compiler import import_package, logger, version
+from cqil_trt.collectives import agree
 from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
 from cqil_trt.gpu import cuda, kernel_library, tensorrt_plugins
@@ -61,11 +64,8 @@ class TensorRtSession(CudaSession):
             tensorrt_plugins.register(trt) if package == "tensorrt" else kernel_library.load(),
             engine.limits.max_batch_size,
         )
-        log, path = logger(trt), engine.rank_file(self._plan.rank, "engine")
-        self._engine = trt.Runtime(log).deserialize_cuda_engine(path.read_bytes())
-        if self._engine is None:
-            raise UserError(f"{path}: TensorRT cannot load it: {log.first_error}")
-        self._log = log
+        self._log = logger(trt)
+        self._engine = agree(comm, partial(self._deserialize, trt, engine.rank_file(self._plan.rank, "engine")))
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         self._names = set(names)
         self._native = "positions" in self._names
@@ -73,17 +73,24 @@ class TensorRtSession(CudaSession):
             self._passes_of_step = -(-engine.limits.max_batch_size // 2)
         else:
             self._prompt_lengths = prompt_lengths(min(engine.limits.prefill_chunk, engine.limits.max_seq_len))
-            check_linear_library(self._library)
+            agree(comm, partial(check_linear_library, self._library))
         self._passes: deque[int] = deque()  # of each step whose outcome was not collected
         self._held: Step | None = None  # a step that begins when its masks come
         # The plugins take the room for a dense copy of a packed matrix from TensorRT's scratch memory.
         weights = self._weights_type(
             engine, self._plan.rank, device, self._library, packs=not self._native, unpacks=False
         )
-        self._load(engine, weights)
-        self._contexts = self._make_contexts(trt)
-        self._join_nccl(engine)
-        self._complete()
+        with weights.closed_on_failure():
+            self._load(engine, weights)
+            self._contexts = agree(comm, partial(self._make_contexts, trt))
+            self._join_nccl(engine)
+            self._complete()
+
+    def _deserialize(self, trt: Any, path: Path) -> Any:
+        engine = trt.Runtime(self._log).deserialize_cuda_engine(path.read_bytes())
+        if engine is None:
+            raise UserError(f"{path}: TensorRT cannot load it: {self._log.first_error}")
+        return engine
 
     def _cache_sizes(self) -> dict[str, int]:
         if not self._native:

@@ -47,11 +47,8 @@ def _open_on_gpu(engine: Engine, comm: Any, number: int, slots: int) -> Session:
     from cqil_trt.gpu.weights import DeviceWeights
 
     weights = DeviceWeights(engine, _rank(comm), number, kernel_library.load())
-    try:
+    with weights.closed_on_failure():
         return TorchCudaSession(engine, comm, number, slots, weights)
-    except UserError:
-        weights.close()
-        raise
 
 
 def _open_on_cpu(engine: Engine, comm: Any, slots: int, importing: Future[float]) -> Session:
