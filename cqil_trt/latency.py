@@ -26,7 +26,9 @@ class Machine:
     `quantized`: the part of the bandwidth at which quantized weights are read, by format. Fitted to LLaMA-7B too (int8
     as fp8), and within 3% of every placement (docs/quantization.md). `cache`: the part of the bandwidth at which
     attention reads a KV cache beyond SHORT tokens; fitted to what LLaMA-7B and Qwen1.5-14B take more at 4,096 tokens in
-    16 bits, and within 3% and 12% of it in every placement.
+    16 bits, and within 3% and 12% of it in every placement. `dropped`, `dropped_quantized`: what a dropped join still
+    takes, because the product that follows computes the norm. Of one of four ranks of LLaMA-7B without its peers, which
+    add 0.7 µs to a join, dropping one saved nothing in float16 and 2.5 to 2.9 µs in int4 (docs/performance.md).
     """
 
     bandwidth: float = 4.3e12
@@ -34,6 +36,8 @@ class Machine:
     layer: float = 14e-6
     quantized: Mapping[str, float] = field(default_factory=lambda: {"fp8": 1.0, "int8": 1.0, "int4": 0.73}, hash=False)
     cache: float = 0.84
+    dropped: float = 3.8e-6
+    dropped_quantized: float = 1.0e-6
 
 
 H200 = Machine()
@@ -73,9 +77,11 @@ def critical_bytes(model: ModelConfig, cqil: CqilConfig, dtype: str, weights: st
 def _rank_seconds(rank: RankPlan, machine: Machine) -> float:
     quantized = sum(tensor.nbytes for tensor in rank.tensors if isinstance(tensor, MatrixPart))
     rate = machine.quantized.get(formats.base(rank.weights), 1.0) * machine.bandwidth
+    dropped = sum(step.drops_join for step in rank.schedule.layers)
     return (
         (rank.bytes_per_token - quantized) / machine.bandwidth
         + quantized / rate
         + len(rank.schedule.layers) * machine.layer
         + rank.collectives * machine.collective
+        + dropped * (machine.dropped_quantized if quantized else machine.dropped)
     )
