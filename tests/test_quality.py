@@ -177,7 +177,8 @@ def test_predicted_latency_is_near_what_was_measured(shapes, start, end, measure
 
 
 @pytest.mark.parametrize(
-    "stored, groups, measured", [("dense", True, -0.3), ("dense", False, 0.0), ("int4", True, 2.5), ("int4", False, 2.9)]
+    "stored, groups, measured",
+    [("dense", True, -0.3), ("dense", False, 0.0), ("int4", True, 2.5), ("int4", False, 2.9)],
 )
 def test_predicted_saving_of_a_dropped_join(stored, groups, measured):
     """docs/performance.md, microseconds of rank 0's share of four ranks on one H200; peers add 0.7 us to a join."""
