@@ -386,6 +386,24 @@ def test_an_engine_without_a_tokenizer_takes_token_ids(tmp_path):
     assert_user_error(mpirun(2, "--engine", engine, "--token-ids", ids, "--chat"), "--chat")
 
 
+@pytest.mark.slow
+def test_a_full_engine_says_so(tmp_path):
+    made = build(
+        "--model", make_model(tmp_path / "model"), "--p", 1, "--max-seq-len", 6, "--output", tmp_path / "engine"
+    )
+    assert made.returncode == 0, made.stderr
+    ids, report = write_json(tmp_path / "ids.json", [3, 4, 5]), tmp_path / "report.json"
+    for wanted in (2, 50):
+        flags = ("--token-ids", ids, "--max-new-tokens", wanted, "--json", report)
+        done = mpirun(1, "--engine", tmp_path / "engine", *flags)
+        assert done.returncode == 0, done.stderr
+        [completion] = json.loads(report.read_text())["completions"]
+        # The last token needs no room. A random model may end before.
+        full = completion["finish_reason"] == "length" and wanted == 50
+        assert len(completion["tokens"]) == min(wanted, 4) or completion["finish_reason"] == "eos"
+        assert ("the engine holds 6 tokens" in done.stdout) == full
+
+
 def test_help_is_quick():
     for command in ("cqil-build", "cqil-run"):
         began = time.perf_counter()

@@ -351,6 +351,8 @@ def complete(
         else:
             say(f"\n--- prompt {number}: {prompt or f'{len(completion.prompt)} tokens'}\n{answer.strip()}")
         ending = f"--- {len(completion.tokens)} tokens, {completion.finish_reason}"
+        if completion.finish_reason == "length" and len(completion.tokens) < options.max_new_tokens:
+            ending += f" (the engine holds {llm.engine.limits.max_seq_len} tokens: build with --max-seq-len)"
         if completion.drafted:
             ending += f", {completion.steps} steps, {completion.accepted} of {completion.drafted} drafts taken"
         say(ending)
