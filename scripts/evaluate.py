@@ -125,6 +125,13 @@ def check(options: argparse.Namespace) -> None:
     check_at_least(options, 0, "num_fewshot")
     check_file(options.json, "--json")
     check_texts(options.text, "--text")
+    if options.engine and not (options.model or options.lora):
+        of_reference = {**cqil_flags(options), "config": options.config, "quantize": options.quantize}
+        of_reference |= {"kv_dtype": options.kv_dtype}
+        for name, value in of_reference.items():
+            if value is not None:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag} is for the reference, engines are as they were built: give --model too")
     for path in options.engine:
         limit = Engine.open(path).limits.max_seq_len
         if options.text and options.block - 1 > limit:

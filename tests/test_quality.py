@@ -823,3 +823,5 @@ def test_an_error_anywhere_ends_all_ranks(model, tmp_path):
         assert_user_error(run("mpirun", "-n", 2, sys.executable, *command, timeout=240), message)
     command = ["scripts/evaluate.py", "--engine", tmp_path / "engine", "--text", "README.md"]
     assert_user_error(run("mpirun", "-n", 2, sys.executable, *command), "--block 1024", "at most --block 65")
+    command += ["--block", 60, "--kv-dtype", "fp8"]
+    assert_user_error(run("mpirun", "-n", 2, sys.executable, *command), "--kv-dtype is for the reference")

@@ -14,7 +14,7 @@ from typing import Any
 
 from cqil_trt import __version__
 from cqil_trt.backends import DEVICES
-from cqil_trt.commands import RankParser, add_speculate_flag, numbers, run_ranks
+from cqil_trt.commands import RankParser, add_speculate_flag, check_file, numbers, run_ranks
 from cqil_trt.config import AUTO
 from cqil_trt.errors import UserError
 from cqil_trt.formats import DENSE
@@ -86,7 +86,9 @@ def run(options: argparse.Namespace, job: Job) -> bool:
     from cqil_trt.sampling import SamplingConfig
 
     texts = job.share(lambda: read_prompts(options))
-    # Constructed only for its checks: a wrong flag should be reported before the engine is loaded.
+    # A wrong flag should be reported before the engine is loaded. Some objects are constructed only for their checks.
+    job.share(lambda: check_file(options.json, "--json"))
+    job.share(lambda: check_file(options.logits_out, "--logits-out"))
     names = [field.name for field in fields(SamplingConfig) if hasattr(options, field.name)]
     sampling = SamplingConfig(**{name: getattr(options, name) for name in names})
     GenerationConfig(max_new_tokens=options.max_new_tokens, stop=tuple(options.stop), sampling=sampling)
