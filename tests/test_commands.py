@@ -348,7 +348,8 @@ def test_run_errors(engine, tmp_path):
     assert_user_error(fails(2, "--token-ids", tmp_path / "none"), "none", "cannot be read")
     assert_user_error(fails(2, "--token-ids", write_json(tmp_path / "ids", [[1, 999]])), "999")
     assert_user_error(fails(2, "--token-ids", write_json(tmp_path / "ids", {"a": 1})), "--token-ids")
-    assert_user_error(fails(2, "--prompt", "x", "--json", tmp_path / "no" / "file"), "--json", "its directory does not exist")
+    done = fails(2, "--prompt", "x", "--json", tmp_path / "no" / "file")
+    assert_user_error(done, "--json", "its directory does not exist")
     assert_user_error(mpirun(2, "--engine", tmp_path), "not an engine directory")
 
 
