@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import installed  # noqa: F401
@@ -34,7 +33,7 @@ import torch
 from measuring import kernel_rows, measure, profile
 from mpi4py import MPI
 from plots import check_plot, pyplot
-from synthetic import SHAPES, model_config, norm_weight
+from synthetic import SHAPES, engine_of, model_config, norm_weight
 
 from cqil_trt import formats, reference
 from cqil_trt.backends.torch.gpu_library import use_device
@@ -283,14 +282,7 @@ def run(options: argparse.Namespace, job: Job) -> None:
     probes = job.agree(lambda: reference_answers(model, reader, limits, judged, prompts) if RANK == 0 else {})
     results = {}
     for name, shape in placements.items():
-        engine = SimpleNamespace(
-            model=model,
-            cqil=shape,
-            limits=limits,
-            rotary=tuple(inverse_frequencies(model)),
-            world_size=shape.ranks,
-            plan=lambda rank, shape=shape: plan(model, shape, limits.dtype, limits.weights)[rank],
-        )
+        engine = engine_of(model, shape, limits)
         comm = None if shape.ranks == 1 else MPI.COMM_SELF if options.alone else COMM
         session = job.agree(
             lambda e=engine, c=comm: SyntheticSession(e, c, reader) if c is not None or RANK == 0 else None

@@ -26,13 +26,12 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import installed  # noqa: F401
 import numpy as np
 from measuring import kernel_rows, kernel_shares, measure, profile
-from synthetic import ROOT, SHAPES, model_config, norm_weight
+from synthetic import ROOT, SHAPES, engine_of, model_config, norm_weight
 from tracing import Node, captured, find_cupti, kernel_times, node_rows
 
 from cqil_trt import backends, formats
@@ -46,10 +45,8 @@ from cqil_trt.gpu.session import Phase
 from cqil_trt.gpu.weights import DeviceWeights
 from cqil_trt.job import Job, command
 from cqil_trt.model import ModelConfig
-from cqil_trt.network.rotary import inverse_frequencies
 from cqil_trt.presets import preset
 from cqil_trt.runner import Runner
-from cqil_trt.shard import plan
 from cqil_trt.table import table
 from cqil_trt.validate import answer
 
@@ -326,16 +323,8 @@ def open_session(
     options: argparse.Namespace, limits: EngineLimits, model: ModelConfig, shape: CqilConfig, comm: Any, job: Job
 ) -> tuple[Any, dict[str, Any]]:
     """A session of one placement on this rank's GPU, and what its making took."""
-    ranks = plan(model, shape, limits.dtype, limits.weights)
-    engine = SimpleNamespace(
-        model=model,
-        cqil=shape,
-        limits=limits,
-        rotary=tuple(inverse_frequencies(model)),
-        world_size=shape.ranks,
-        plan=lambda rank: ranks[rank],
-        path=f"the engine of {shape.placement}",
-    )
+    engine = engine_of(model, shape, limits)
+    ranks = tuple(engine.plan(rank) for rank in range(engine.world_size))
     found: dict[str, Any] = {"bytes": max(rank.bytes_per_token for rank in ranks)}
     if options.measure == "torch":
         from cqil_trt.backends.torch.gpu_session import TorchCudaSession

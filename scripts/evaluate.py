@@ -126,9 +126,8 @@ def check(options: argparse.Namespace) -> None:
     check_file(options.json, "--json")
     check_texts(options.text, "--text")
     if options.engine and not (options.model or options.lora):
-        of_reference = {**cqil_flags(options), "config": options.config, "quantize": options.quantize}
-        of_reference |= {"kv_dtype": options.kv_dtype}
-        for name, value in of_reference.items():
+        more = {name: getattr(options, name) for name in ("config", "quantize", "kv_dtype")}
+        for name, value in {**cqil_flags(options), **more}.items():
             if value is not None:
                 flag = "--" + name.replace("_", "-")
                 raise UserError(f"{flag} is for the reference, engines are as they were built: give --model too")

@@ -8,14 +8,18 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from cqil_trt import families
+from cqil_trt.config import CqilConfig, EngineLimits
 from cqil_trt.errors import UserError
 from cqil_trt.families.layout import checkpoint_shapes
 from cqil_trt.model import ModelConfig
+from cqil_trt.network.rotary import inverse_frequencies
+from cqil_trt.shard import plan
 
 if TYPE_CHECKING:
     import torch
@@ -145,6 +149,20 @@ def check_space(directory: Path, name: str, layers: int | None, times: float) ->
             f"{directory.resolve()}: {free / 1e9:.0f} GB of disk are free, {needed / 1e9:.0f} are needed: choose "
             "another --directory, or fewer --layers"
         )
+
+
+def engine_of(model: ModelConfig, cqil: CqilConfig, limits: EngineLimits) -> SimpleNamespace:
+    """What a session asks of an engine, without an engine directory."""
+    ranks = plan(model, cqil, limits.dtype, limits.weights)
+    return SimpleNamespace(
+        model=model,
+        cqil=cqil,
+        limits=limits,
+        rotary=tuple(inverse_frequencies(model)),
+        world_size=cqil.ranks,
+        plan=lambda rank: ranks[rank],
+        path=f"the engine of {cqil.placement}",
+    )
 
 
 def norm_weight(model: ModelConfig) -> float:

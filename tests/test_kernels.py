@@ -81,43 +81,12 @@ def kernels(*arguments, env=None, timeout=300):
 @pytest.mark.slow
 @needs_gpu
 @pytest.mark.usefixtures("library")
-def test_kernels_agree_with_float64():
-    assert "agree with float64" in kernels(SEED % 100_000, 50)
-
-
-@pytest.mark.slow
-@needs_gpu
-@pytest.mark.usefixtures("library")
-def test_a_row_has_the_same_bits_in_every_batch():
-    assert "agree with float64" in kernels(SEED % 100_000, 20, "rows")
-
-
-@pytest.mark.slow
-@needs_gpu
-@pytest.mark.usefixtures("library")
-def test_products_with_packed_weights():
-    assert "agree with float64" in kernels(SEED % 100_000, 30, "packed")
-
-
-@pytest.mark.slow
-@needs_gpu
-@pytest.mark.usefixtures("library")
-def test_gatings_are_one_function_each():
-    assert "agree with float64" in kernels(SEED % 100_000, 4, "gates")
-
-
-@pytest.mark.slow
-@needs_gpu
-@pytest.mark.usefixtures("library")
-def test_attention_over_a_cache_in_fp8():
-    assert "agree with float64" in kernels(SEED % 100_000, 12, "cache")
-
-
-@pytest.mark.slow
-@needs_gpu
-@pytest.mark.usefixtures("library")
-def test_what_other_families_compute():
-    assert "agree with float64" in kernels(SEED % 100_000, 40, "forms")
+@pytest.mark.parametrize(
+    "check, cases", [("kernels", 50), ("rows", 20), ("packed", 30), ("gates", 4), ("cache", 12), ("forms", 40)]
+)
+def test_kernels_agree_with_float64(check, cases):
+    """The checks of cuda_kernels_worker.py, which says what each is."""
+    assert "agree with float64" in kernels(SEED % 100_000, cases, check)
 
 
 @pytest.mark.slow

@@ -131,7 +131,7 @@ class DeviceWeights:
         stored = {tensor.name: cuda.aligned(tensor.nbytes) for tensor in plan.tensors}
         most = max((sum(stored[part] for part in matrix.parts) for matrix in self.quantized.values()), default=0)
         room = self._arena(most, "a matrix while it is packed") if most else None
-        self._places = []
+        self._places, self._parts = [], {}  # the latter: where the parts of quantized matrices are packed from
         for tensor in plan.tensors:
             matrix = matrices.get(tensor.name)
             if matrix is None or room is None:
@@ -140,7 +140,8 @@ class DeviceWeights:
             if tensor.name == matrix.parts[0]:
                 room.clear()
             completed = matrix if tensor.name == matrix.parts[-1] else None
-            self._places.append(Place(tensor=tensor, address=room.take(tensor.nbytes), completed=completed))
+            address = self._parts[tensor.name] = room.take(tensor.nbytes)
+            self._places.append(Place(tensor=tensor, address=address, completed=completed))
 
     def _arena(self, size: int, what: str) -> cuda.Arena:
         self._arenas.append(cuda.Arena(size, what))
@@ -170,10 +171,7 @@ class DeviceWeights:
         name = rank_file(self._rank)
         size = min(_BUFFER_BYTES, self._engine.files[name]["size"])
         ring = cuda.pinned((_BUFFERS, size), np.uint8)
-        events = (
-            cuda.call("EventCreate"),
-            cuda.call("EventCreate"),
-        )  # of two blocks, as `Engine.read` waits for the first
+        events = [cuda.call("EventCreate") for _ in range(2)]  # of two blocks, as `Engine.read` waits for the first
         copied = cycle(events)
 
         def use(offset: int, block: memoryview) -> Callable[[], None]:
@@ -207,7 +205,7 @@ class DeviceWeights:
     def _complete(self, place: Place, stream: Any) -> None:
         """Packs the matrix whose parts are all there, if there is one. The next one's follow in the stream's order."""
         if (matrix := place.completed) is not None:
-            parts = {each.tensor.name: each.address for each in self._places if each.tensor.name in matrix.parts}
+            parts = {name: self._parts[name] for name in matrix.parts}
             matrix.load(self._library, parts, self.memory[matrix.parts[0]], int(stream))
 
 
