@@ -30,7 +30,7 @@ from typing import Any
 import installed  # noqa: F401
 import numpy as np
 import torch
-from measuring import kernel_rows, measure, profile
+from measuring import kernel_rows, measure, profile, read_bandwidth
 from mpi4py import MPI
 from plots import check_plot, pyplot
 from synthetic import SHAPES, engine_of, model_config, norm_weight
@@ -274,7 +274,11 @@ def run(options: argparse.Namespace, job: Job) -> None:
         prefill_chunk=1024,
     )
 
-    bandwidth = job.agree(read_bandwidth)
+    def bandwidth_of_reading() -> float:
+        with saying_when_memory_is_full():
+            return read_bandwidth()
+
+    bandwidth = job.agree(bandwidth_of_reading)
     prompts = [
         np.random.default_rng(i).integers(model.vocab_size, size=n).tolist() for i, n in enumerate(PARITY_PROMPTS)
     ]
@@ -335,21 +339,6 @@ def run(options: argparse.Namespace, job: Job) -> None:
             report.setdefault("peers", {})[name] = times
             print("\n" + describe_peers({name: times}, results, options), flush=True)
             save()
-
-
-def read_bandwidth() -> float:
-    """TB/s at which this GPU reads 2 GiB."""
-    with saying_when_memory_is_full():
-        data = torch.zeros(1 << 29, device="cuda")
-    times = []
-    for _ in range(10):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        data.sum()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return data.nbytes / np.median(times) / 1e9
 
 
 def reference_answers(

@@ -1,9 +1,10 @@
 #!/usr/bin/env python
 """The matrix products of a decode step against cuBLAS, and all products of a model in sequence.
 
-    python scripts/benchmark_linear.py
+    python scripts/benchmark_linear.py --weights dense,fp8,int8,int4
 
-LLaMA-7B shapes, float16. Matrices alternate, so that none stays in the L2 cache; times are medians of CUDA graphs.
+LLaMA-7B shapes, float16. Matrices alternate, so that none stays in the L2 cache; times are medians of CUDA graphs. A
+fraction is that of the speed at which the GPU reads.
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import installed  # noqa: F401
 import numpy as np
 import torch
+from measuring import read_bandwidth
 
 from cqil_trt.commands import Parser, check_file, numbers
+from cqil_trt.errors import UserError
 from cqil_trt.gpu import abi, cuda, kernel_library
 from cqil_trt.job import command
 from cqil_trt.table import table
@@ -36,6 +40,29 @@ SHAPES = {
     "down / 2": (HIDDEN, INNER // 2, False),
     "lm_head": (VOCABULARY, HIDDEN, False),
 }
+KINDS = {"dense": "CQIL_DENSE", "fp8": "CQIL_FP8", "int8": "CQIL_INT8", "int4": "CQIL_INT4"}
+GROUP = 128
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """W [2 * outputs if gated else outputs, inputs], as the kernels store it."""
+
+    memory: torch.Tensor
+    kind: str
+    gated: bool
+
+    def shape(self, outputs: int, inputs: int, rows: int = 0):
+        return abi.cqil_linear_shape(
+            rows=rows,
+            outputs=outputs,
+            inputs=inputs,
+            gated=self.gated,
+            dtype=abi.dtype_code("float16"),
+            eps=1e-5,
+            weights=getattr(abi.cqil_weights, KINDS[self.kind]),
+            group=GROUP if self.kind == "int4" else 0,
+        )
 
 
 class Kernels:
@@ -44,19 +71,36 @@ class Kernels:
         self._library.cqil_linear_library(0)  # with many rows, too
         self._scratch = torch.empty(0, dtype=torch.uint8, device="cuda")
 
-    def linear(self, x, weight, out, gated=False, norm=None, residual=None) -> None:
-        shape = abi.cqil_linear_shape(
-            rows=len(x),
-            outputs=out.shape[1],
-            inputs=x.shape[1],
-            gated=gated,
-            dtype=abi.dtype_code("float16"),
-            eps=1e-5,
-        )
+    def packed_rows(self) -> int:
+        return int(self._library.cqil_packed_rows())
+
+    def matrix(self, kind: str, outputs: int, inputs: int, gated: bool) -> Matrix:
+        """A random matrix."""
+        rows = outputs * (1 + gated)
+        if kind == "dense":
+            return Matrix(random(rows, inputs), kind, gated)
+        small = kind == "int4"
+        # No byte is a NaN of E4M3.
+        codes = torch.randint(256, (rows, inputs // (1 + small)), dtype=torch.uint8, device="cuda") & 0xF7
+        scales = torch.full((rows, inputs // GROUP if small else 1), 1e-3, device="cuda")
+        zeros = torch.full(scales.shape, 8, dtype=torch.uint8, device="cuda") if small else None
+        given = [codes, scales.half() if small else scales, zeros]
+        empty = Matrix(torch.empty(0), kind, gated)
+        shape = empty.shape(outputs, inputs)
+        memory = torch.empty(self._library.cqil_packed_bytes(shape), dtype=torch.uint8, device="cuda")
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in given]
+        size = GROUP if small else 0
+        if self._library.cqil_pack(shape, *pointers, size, 0, memory.data_ptr(), 0):
+            raise RuntimeError(self._library.cqil_last_error().decode())
+        torch.cuda.synchronize()
+        return Matrix(memory, kind, gated)
+
+    def linear(self, x, weight: Matrix, out, norm=None, residual=None) -> None:
+        shape = weight.shape(out.shape[1], x.shape[1], len(x))
         size = self._library.cqil_linear_scratch_bytes(shape)
         if size > len(self._scratch):
             self._scratch = torch.empty(size, dtype=torch.uint8, device="cuda")
-        given = [x, None, weight, None, norm, residual, out, None, self._scratch]
+        given = [x, None, weight.memory, None, norm, residual, out, None, self._scratch]
         pointers = [None if tensor is None else tensor.data_ptr() for tensor in given]
         if self._library.cqil_linear(shape, *pointers, torch.cuda.current_stream().cuda_stream):
             raise RuntimeError(self._library.cqil_last_error().decode())
@@ -96,33 +140,56 @@ def main() -> None:
 def parser() -> Parser:
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", default="1,2,4,8,16,64,512", help="rows of x, i.e. sequences or prompt tokens")
+    parser.add_argument("--weights", default="dense", metavar="LIST", help=f"some of {','.join(KINDS)} (default dense)")
     parser.add_argument("--json", metavar="F", type=Path)
     return parser
 
 
 def run(options: argparse.Namespace) -> None:
     counts = numbers(options.rows, "--rows", 1, 1 << 14)
+    kinds = options.weights.split(",")
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise UserError(f"--weights {unknown[0]}: expected some of {','.join(KINDS)}")
     check_file(options.json, "--json")
     cuda.use_device(0)
-    kernels, results = Kernels(), {}
-    for rows in counts:
-        lines = []
-        for name, (outputs, inputs, gated) in SHAPES.items():
-            width = outputs * (1 + gated)
-            size = 2 * width * inputs
-            weights = [random(width, inputs) for _ in range(max(2, (1 << 30) // size))]
-            x, whole, out = random(rows, inputs), random(rows, width), random(rows, outputs)
-            theirs = microseconds([partial(torch.mm, x, w.T, out=whole) for w in weights]) / len(weights)
-            ours = microseconds([partial(kernels.linear, x, w, out, gated) for w in weights]) / len(weights)
-            results[f"{name}, {rows} rows"] = {"cublas_us": theirs, "ours_us": ours}
-            cells = [f"{time:.1f} ({size / time / 1e6:.2f})" for time in (theirs, ours)]
-            lines.append((f"{name}: {width} x {inputs}", *cells))
-        print(table((f"{rows} rows", "cuBLAS, us (TB/s)", "ours"), lines), end="\n\n", flush=True)
+    kernels, bandwidth = Kernels(), read_bandwidth()
+    results: dict[str, dict[str, float]] = {"read": {"tb_s": bandwidth}}
+    print(f"{cuda.device_name()} reads {bandwidth:.2f} TB/s\n")
 
-    layers = [
-        [random(3 * HIDDEN, HIDDEN), random(HIDDEN, HIDDEN), random(2 * INNER, HIDDEN), random(HIDDEN, INNER)]
-        for _ in range(LAYERS)
-    ]
+    def measured(name: str, products: list[Callable[[], object]], size: int) -> str:
+        """Also notes the microseconds of a product that reads `size` bytes."""
+        time = microseconds(products) / len(products)
+        results.setdefault(line, {})[f"{name}_us"] = time
+        return f"{time:.1f} ({size / time / 1e6 / bandwidth:.0%})"
+
+    lines: dict[int, list[tuple[str, ...]]] = {rows: [] for rows in counts}
+    for name, (outputs, inputs, gated) in SHAPES.items():
+        width = outputs * (1 + gated)
+        dense = 2 * width * inputs
+        copies = max(2, (1 << 30) // dense)
+        given = {rows: (random(rows, inputs), random(rows, width), random(rows, outputs)) for rows in counts}
+        cells: dict[int, list[str]] = {rows: [f"{name}: {width} x {inputs}"] for rows in counts}
+        for kind in ("cublas", *kinds):
+            stored = "dense" if kind == "cublas" else kind
+            matrices = [kernels.matrix(stored, outputs, inputs, gated) for _ in range(copies)]
+            for rows, (x, whole, out) in given.items():
+                line = f"{name}, {rows} rows"
+                if kind == "cublas":
+                    products = [partial(torch.mm, x, w.memory.T, out=whole) for w in matrices]
+                elif kind == "dense" or rows <= kernels.packed_rows():
+                    products = [partial(kernels.linear, x, w, out) for w in matrices]
+                else:
+                    cells[rows].append("")
+                    continue
+                cells[rows].append(measured(kind, products, matrices[0].memory.nbytes))
+        for rows in counts:
+            lines[rows].append(tuple(cells[rows]))
+    for rows in counts:
+        header = (f"{rows} rows, us (of reading)", "cuBLAS, dense", *(f"ours, {kind}" for kind in kinds))
+        print(table(header, lines[rows]), end="\n\n", flush=True)
+
+    shapes = [SHAPES[name] for name in ("qkv", "o", "gate, up", "down")]
+    layers = [[kernels.matrix("dense", *shape) for shape in shapes] for _ in range(LAYERS)]
     x, qkv, inner = random(1, HIDDEN), random(1, 3 * HIDDEN), random(1, INNER)
     norm = torch.ones(HIDDEN, device="cuda").half()
 
@@ -130,10 +197,10 @@ def run(options: argparse.Namespace) -> None:
         for to_qkv, to_o, to_gate_up, to_down in layers:
             kernels.linear(x, to_qkv, qkv, norm=norm)
             kernels.linear(qkv[:, :HIDDEN], to_o, x, residual=x)
-            kernels.linear(x, to_gate_up, inner, gated=True, norm=norm)
+            kernels.linear(x, to_gate_up, inner, norm=norm)
             kernels.linear(inner, to_down, x, residual=x)
 
-    time, size = microseconds([step]), sum(weight.nbytes for layer in layers for weight in layer)
+    time, size = microseconds([step]), sum(weight.memory.nbytes for layer in layers for weight in layer)
     results["chain"] = {"ours_us": time, "bytes": size}
     print(f"the products of {LAYERS} layers in sequence: {time / 1e3:.3f} ms, {size / time / 1e6:.2f} TB/s")
     if options.json:

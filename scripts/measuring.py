@@ -1,4 +1,4 @@
-"""What the scripts that measure sessions on GPUs share. Needs no PyTorch, but for its profiler."""
+"""What the scripts that measure sessions on GPUs share. Needs no PyTorch, but for its profiler and for reading."""
 
 from __future__ import annotations
 
@@ -16,6 +16,22 @@ from cqil_trt.model import ModelConfig
 
 # The kernels of plugins/ that multiply.
 _PRODUCTS = "few_rows_kernel", "packed_kernel"
+
+
+def read_bandwidth() -> float:
+    """TB/s at which this GPU reads 2 GiB, with PyTorch."""
+    import torch
+
+    data = torch.zeros(1 << 29, device="cuda")
+    times = []
+    for _ in range(10):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        data.sum()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return float(data.nbytes / np.median(times) / 1e9)
 
 
 def measure(session: Any, model: ModelConfig, options: Any, title: str | None) -> dict[str, Any]:
