@@ -136,7 +136,7 @@ class Network:
             drafts=0,
             **{
                 name: getattr(f, name)
-                for name in ("heads", "kv_heads", "head_dim", "capacity", "group", "first", "eps")
+                for name in ("heads", "kv_heads", "head_dim", "capacity", "positions", "group", "first", "eps")
             },
             **{name: getattr(f, name) for name in ("window", "rotary", "norm", "scale", "cap")},
         )
