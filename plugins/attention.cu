@@ -254,25 +254,25 @@ struct Rotation {
 // The first key that is seen by a query which sees keys before `end`.
 __device__ int first_seen(const cqil_attention_shape& s, int end) { return s.window > 0 ? max(end - s.window, 0) : 0; }
 
-// The positions that a sequence may have, of which a circle keeps the last `capacity`.
-template <bool kMore>
-__device__ int positions_of(const cqil_attention_shape& s) {
-    return kMore ? s.positions : s.capacity;
-}
-
-// Where the cache keeps positions from `first` on, fewer than two circles.
-template <bool kMore>
-struct Places {
+// Where a cache keeps positions from `first` on, fewer than two circles of them.
+struct Circle {
     int turn, capacity;
 
-    __device__ Places(const cqil_attention_shape& s, int first)
-        : turn(kMore ? first / s.capacity * s.capacity : 0), capacity(s.capacity) {}
+    __device__ Circle(const cqil_attention_shape& s, int first)
+        : turn(first / s.capacity * s.capacity), capacity(s.capacity) {}
 
-    __device__ int operator()(int position) const {
-        if constexpr (!kMore) return position;
+    __device__ int place(int position) const {
         return position - turn < capacity ? position - turn : position - turn - capacity;
     }
 };
+
+struct NoCircle {
+    __device__ NoCircle(const cqil_attention_shape&, int) {}
+    __device__ static int place(int position) { return position; }
+};
+
+template <bool kMore>
+using Cells = std::conditional_t<kMore, Circle, NoCircle>;
 
 // cap * tanh(x) * log2(e)
 __device__ float capped(float x, float cap) {
@@ -309,13 +309,15 @@ __global__ void __launch_bounds__(kThreads) append_kernel(cqil_attention_shape s
         Rotation<T, kElements, kPacked>(in, min(position, s.capacity - 1), lane).apply(x, query || key, lane);
     }
     if (query) x.write(queries + (size_t(row) * s.heads + h) * s.head_dim, lane);
-    if (query || position >= positions_of<kMore>(s)) return;
+    if (query || position >= (kMore ? s.positions : s.capacity)) return;
     const int kv = (h - s.heads) % s.kv_heads;
     Head<C, kElements, kPacked> kept;
     keep(x.value, key ? s.key_scale : s.value_scale, kept.value);
     C* cache = static_cast<C*>(in.cache) + (key ? 0 : cache_elements(s));
-    const int place = kMore ? position % s.capacity : position;
-    kept.write(cache + ((size_t(in.slot(sequence)) * s.kv_heads + kv) * s.capacity + place) * s.head_dim, lane);
+    kept.write(cache + ((size_t(in.slot(sequence)) * s.kv_heads + kv) * s.capacity +
+                        (kMore ? position % s.capacity : position)) *
+                           s.head_dim,
+               lane);
 }
 
 // Keys and values in flight, in shared memory. Each lane reads only what it requested itself.
@@ -501,7 +503,7 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
     const int kv = (head + s.first) / s.group, heads = s.heads + 2 * s.kv_heads;
     // Bypasses L1: a decode step reads these before it has waited (launch.cuh).
     const int past = __ldcg(in.past + first_row), position = past + token;
-    const int count = min(position + 1, positions_of<kMore>(s));
+    const int count = min(position + 1, (kMore ? s.positions : s.capacity));
     const int cached = in.slot(first_row);
     const int begin = kMore ? first_seen(s, count) : 0, seen = count - begin;
     const int span = max((seen + spans.count - 1) / spans.count, kMinSpan), span_count = (seen + span - 1) / span;
@@ -509,7 +511,7 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
     if (own >= span_count) return;
     const int first = begin + own * span, last = min(begin + own_end * span, count);
 
-    const Places<kMore> places(s, begin);
+    const Cells<kMore> cells(s, begin);
     const size_t line = (size_t(cached) * s.kv_heads + kv) * s.capacity;
     C* keys = static_cast<C*>(in.cache) + line * dim;
     const size_t to_values = cache_elements(s);
@@ -520,7 +522,7 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
 #pragma unroll
         for (int b = 0; b < R::kBatch; ++b) {
             const bool valid = asked < min(asked_end, fresh);
-            const C* key = keys + (valid ? size_t(places(asked)) * dim : 0);
+            const C* key = keys + (valid ? size_t(cells.place(asked)) * dim : 0);
             R::ask(ring, slot + b, 0, key, valid, lane);
             R::ask(ring, slot + b, 1, key + to_values, valid, lane);
             asked += kAttendGroups;
@@ -576,9 +578,8 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
         read_key(row, own_key, own_value, rotation);
         // The first of the query heads that share this key appends it.
         if (group == 0 && position >= first && position < last && (head == 0 || (head - 1 + s.first) / s.group != kv)) {
-            C* const own = keys + size_t(places(position)) * dim;
-            own_key.write(own, lane);
-            own_value.write(own + to_values, lane);
+            own_key.write(keys + size_t(cells.place(position)) * dim, lane);
+            own_value.write(keys + to_values + size_t(cells.place(position)) * dim, lane);
         }
     } else {
         q.read(queries + (size_t(row) * s.heads + head) * dim, lane);
@@ -784,7 +785,7 @@ __global__ void __launch_bounds__(kThreads)
     const int head = blockIdx.y, sequence = blockIdx.z, kv = (head + s.first) / s.group;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, top = warp * 16;
     const int first = blockIdx.x * kTile, past = in.past[sequence];
-    const int count = min(past + min(first + kTile, s.length), positions_of<kMore>(s));
+    const int count = min(past + min(first + kTile, s.length), (kMore ? s.positions : s.capacity));
     const size_t stride = size_t(s.heads) * kDim;
     const T* source = queries + size_t(sequence) * s.length * stride + size_t(head) * kDim;
     const C* keys = static_cast<const C*>(in.cache) + (size_t(in.slot(sequence)) * s.kv_heads + kv) * s.capacity * kDim;
@@ -804,9 +805,9 @@ __global__ void __launch_bounds__(kThreads)
     };
     const int first_tile = kMore ? first_seen(s, past + first + 1) / kTile * kTile : 0;
     const int oldest = kMore ? first_seen(s, position + 1) : 0;
-    const Places<kMore> places(s, first_tile);  // a tile lies together: a circle has a multiple of kTile positions
+    const Cells<kMore> cells(s, first_tile);  // a tile lies together: a circle has a multiple of kTile positions
     auto load = [&](auto& to, const C* from, int tile) {
-        const int at = places(tile);
+        const int at = cells.place(tile);
         load_tile<T, kDim>(to, from, kDim, at, at + count - tile);
     };
     float most = -INFINITY, sum = 0;

@@ -15,7 +15,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kMaxBlocks = 32;  // per head
 
-template <int kBytes>
+template <size_t kBytes>
 using Packet =
     std::conditional_t<kBytes == 2, uint16_t,
                        std::conditional_t<kBytes == 4, uint32_t, std::conditional_t<kBytes == 8, uint2, uint4>>>;
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads)
          i += size_t(gridDim.x) * kThreads * kWidth) {
         size_t at = begin + i;
         if (kCircle && at >= each) at -= each;
-        using Kept = Packet<kWidth* int(sizeof(C))>;
+        using Kept = Packet<sizeof(C) * kWidth>;
         alignas(Kept) C kept[kWidth];
         *reinterpret_cast<Kept*>(kept) = *reinterpret_cast<const Kept*>(from + at);
         if constexpr (std::is_same_v<C, T>) {
