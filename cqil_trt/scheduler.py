@@ -380,7 +380,7 @@ class Scheduler:
     def _writes(self, sequence: _Sequence, count: int) -> None:
         """The next step writes so many positions of a sequence."""
         slot = self._slots[sequence.slot]
-        slot.written = max(slot.written, sequence.fed + count)
+        slot.written = max(slot.written, min(sequence.fed + count, self._max_seq_len))
 
     def _waits(self, ready: Sequence[_Sequence]) -> bool:
         """Whether tokens should be drafted once nothing is in flight."""

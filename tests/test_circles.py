@@ -15,7 +15,7 @@ from support.batches import Batch, score
 from support.cases import FAMILIES, relative
 from support.checkpoints import load_model, make_model
 from support.formulas import Formulas
-from support.needs import need
+from support.needs import need, need_cuda_backend
 from support.noisy_drafts import Noisy
 from support.processes import build, mpirun
 
@@ -68,11 +68,31 @@ def random_tokens(random, count):
     return random.integers(3, 131, size=count).tolist()
 
 
+@pytest.fixture
+def load():
+    """A function that loads an engine on a device, until the test ends."""
+    loaded = []
+
+    def get(engine, device, **options):
+        if device == "cuda":
+            need_cuda_backend()
+        loaded.append(Llm(engine.path, device=device, **options))
+        return loaded[-1]
+
+    yield get
+    for llm in loaded:
+        llm.close()
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", WINDOWED)
-def test_far_past_the_window(name, engines):
+def test_far_past_the_window(name, device, engines, load):
     """Prompts in chunks, then a batch whose sequences have gone round the circle differently often."""
     engine, network = engines(name)
-    session = cqil_trt.load(engine.path, device="cpu").session
+    session = load(engine, device).session
     random = np.random.default_rng(SEED)
     prompts = [random_tokens(random, n) for n in (200, 5, 61, 122)]
     for prompt in prompts:
@@ -132,10 +152,11 @@ def likeliest(network, prompt, tokens):
     return logits.max(-1) - logits[np.arange(len(tokens)), tokens]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["gemma3", "mistral-windows"])
-def test_refused_drafts_leave_the_window(name, engines, monkeypatch):
+def test_refused_drafts_leave_the_window(name, device, engines, load, monkeypatch):
     engine, network = engines(name)
-    session = cqil_trt.load(engine.path, device="cpu").session
+    session = load(engine, device).session
     random = np.random.default_rng(SEED)
     prompts = [random_tokens(random, n) for n in (4, 100, 57)]
 
@@ -153,13 +174,14 @@ def test_refused_drafts_leave_the_window(name, engines, monkeypatch):
     assert 30 < accepted < made - 30
 
 
-def test_beginnings_are_reused_where_the_window_is(engines):
+@pytest.mark.parametrize("device", DEVICES)
+def test_beginnings_are_reused_where_the_window_is(device, engines, load):
     """`kept` tokens of another sequence, of which 159 positions were written."""
     engine, network = engines("mistral-windows")
     random = np.random.default_rng(SEED)
     first = random_tokens(random, 100)
     for kept, reused, slots in ((103, 103, 1), (102, 0, 1), (130, 130, 4), (102, 0, 4), (159, 159, 1)):
-        llm = Llm(engine.path, device="cpu", slots=slots)
+        llm = load(engine, device, slots=slots)
         answer = llm.generate([first], 60, ignore_eos=True)[0].tokens
         prompt = [*(first + answer)[:kept], *random_tokens(random, 20)]
         for _ in range(2):  # then what it has left
@@ -180,9 +202,10 @@ def scored(runner, prompt, first):
     return np.concatenate(parts), cached
 
 
-def test_a_running_sequence_is_copied_from(engines):
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_running_sequence_is_copied_from(device, engines, load):
     engine, network = engines("gemma3")
-    runner = cqil_trt.load(engine.path, device="cpu").runner
+    runner = load(engine, device).runner
     random = np.random.default_rng(SEED)
     first = random_tokens(random, 150)
     number = runner.scheduler.add(Request(prompt=tuple(first), max_new_tokens=60))
@@ -217,7 +240,7 @@ def test_a_circle_is_no_longer_than_it_must_be():
     assert abi.CQIL_CIRCLE_STEP == 64
 
 
-def test_sizes_count_the_shorter_caches(tmp_path):
+def test_sizes_count_the_shorter_caches(tmp_path, load):
     """The plan, the engine, its caches in memory, and the slots that fit."""
     model = family(tmp_path / "model", "gemma3")  # four of six layers have the window
     flags = "--model", model, "--p", 1, "--max-seq-len", LENGTH, "--prefill-chunk", 8, "--probes", "never"
@@ -232,7 +255,7 @@ def test_sizes_count_the_shorter_caches(tmp_path):
     assert "KV/sequence" in done.stdout and done.returncode == 0
     engine = Engine.open(tmp_path / "engine")
     assert cache_bytes(engine, 0) == rank["kv_cache_bytes_per_sequence"]
-    session = Llm(engine.path, device="cpu", slots=3).session
+    session = load(engine, "cpu", slots=3).session
     parts = [part for pair in session._ops._cache.values() for part in pair]
     assert sum(part.nbytes for part in parts) == 3 * cache_bytes(engine, 0)
 
