@@ -219,8 +219,7 @@ class _Sequence:
 class _Slot:
     """A place in the KV cache: the tokens that it holds, and when it was last used. `row`: where they are kept.
 
-    `written`: the positions before it, and no others, may have been written by the steps planned so far since the one
-    at 0 was.
+    `written`: the steps planned since its first token was read write positions before it only.
     """
 
     def __init__(self, row: np.ndarray) -> None:

@@ -594,6 +594,38 @@ def check_forms(pick, dtype):
     return worst
 
 
+def check_fp8_circle(pick, dtype):
+    """Round a circle in FP8, attention has the bits that it has over a cache of all positions."""
+    kv_heads, group, dim, positions = pick(1, 3), pick(1, 4), (8, 20, 64, 80, 128, 256)[pick(0, 5)], pick(300, 900)
+    heads, window, chunk = kv_heads * group, pick(1, 80), pick(16, 100)
+    circle = window + chunk - 1
+    circle += -circle % abi.CQIL_CIRCLE_STEP
+    fields = {"heads": heads, "kv_heads": kv_heads, "head_dim": dim, "max_batch": 1, "group": group, "first": 0}
+    fields |= {"dtype": code(dtype), "eps": 1e-6, "window": window, "positions": positions, **fp8_cache(pick)}
+    angles = torch.rand(positions, dim // 2, device="cuda") * 6
+    tables, past = (angles.cos(), angles.sin()), 0
+    caches = {}
+    for capacity in (circle, positions):
+        size = library.cqil_attention_cache_bytes(abi.cqil_attention_shape(**fields, capacity=capacity))
+        caches[capacity] = torch.zeros(size, dtype=torch.uint8, device="cuda")
+    while past < positions:
+        drafts = pick(0, 2) == 0
+        length = min((pick(1, chunk), pick(1, 9))[drafts], positions - past)
+        qkv = torch.randn(length, heads + 2 * kv_heads, dim, device="cuda").to(dtype)
+        places = torch.arange(past, past + length, dtype=torch.int32, device="cuda")
+        found = []
+        for capacity, cache in caches.items():
+            shape = abi.cqil_attention_shape(batch=1, length=length, drafts=drafts, **fields, capacity=capacity)
+            scratch = torch.empty(library.cqil_attention_scratch_bytes(shape), dtype=torch.uint8, device="cuda")
+            found.append(torch.full((length, heads, dim), torch.nan, dtype=dtype, device="cuda"))
+            inputs = places, torch.zeros_like(places), *tables, None, None, None
+            call("attention", shape, qkv, *inputs, cache, found[-1], scratch)
+        torch.cuda.synchronize()
+        assert torch.equal(*found) and found[0].isfinite().all(), f"tokens from {past} on differ"
+        past += length
+    return 0.0
+
+
 def check_read_circle(pick, dtype):
     """What is read of a circle is in the order of positions, from the first one that the step's first token sees."""
     kv_heads, dim, slots = pick(1, 3), (8, 20, 64, 80, 96, 128, 256)[pick(0, 6)], pick(1, 3)
@@ -1369,7 +1401,7 @@ CHECKS = {
     "joins": (check_joins,),
     "overlap": (check_overlap,),
     "repeat": (check_repeat,),
-    "cache": (check_fp8_cache, check_read_circle),
+    "cache": (check_fp8_cache, check_fp8_circle, check_read_circle),
     "limit": (check_limit,),
 }
 
