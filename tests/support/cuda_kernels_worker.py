@@ -635,9 +635,8 @@ def check_read_circle(pick, dtype):
     past, slot = pick(0, 5 * capacity), pick(0, slots - 1)
     fields = {"heads": kv_heads, "kv_heads": kv_heads, "head_dim": dim, "capacity": capacity, "max_batch": slots}
     fields |= {"group": 1, "dtype": code(dtype), "window": window, "positions": 6 * capacity + 150}
-    fields |= (
-        {"cache": int(abi.cqil_cache.CQIL_CACHE_FP8), "key_scale": 1.0, "value_scale": 1.0} if stored == FP8 else {}
-    )
+    if stored == FP8:
+        fields["cache"] = int(abi.cqil_cache.CQIL_CACHE_FP8)
     cache = torch.randn(2, slots, kv_heads, capacity, dim, device="cuda").to(stored)
     out = torch.full((2, kv_heads, capacity, dim), 7.0, dtype=dtype, device="cuda")
     given = (torch.tensor([n], dtype=torch.int32, device="cuda") for n in (past, slot))
