@@ -24,6 +24,7 @@ from cqil_trt.job import Job
 from cqil_trt.model import ModelConfig
 from cqil_trt.presets import preset as find_preset
 from cqil_trt.schedule import Group, Layer
+from cqil_trt.scheduler import Circle
 from cqil_trt.shard import RankPlan, plan
 
 if TYPE_CHECKING:
@@ -207,6 +208,7 @@ class BuildPlan:
                 "weight_bytes": rank.stored_bytes,
                 "bytes_per_token": rank.bytes_per_token,
                 "kv_cache_bytes_per_token": rank.cache_bytes_per_token(limits.cache_dtype),
+                "kv_cache_bytes_per_sequence": rank.cache_bytes(limits),
                 "all_reduces_per_token": rank.all_reduces,
                 "broadcasts_per_token": rank.schedule.broadcasts,
                 "bypasses_per_token": rank.bypasses,
@@ -291,6 +293,8 @@ def prepare(request: BuildRequest) -> BuildPlan:
         opened.weights.quantize(limits)
     ranks = plan(opened.weights.model, opened.cqil, limits.dtype, limits.weights, limits.keep, limits.head)
     description = backend.describe(limits, options, ranks)
+    circle = Circle.length_for(opened.weights.model.sliding_window, limits) if description.circles else None
+    limits = replace(limits, circle=circle)
     name = opened.name or _default_name(request.backend, found, opened.cqil, limits, adapter)
     target, may_replace = _choose_output(request, name, opened.weights.source, notes)
     return BuildPlan(
@@ -400,7 +404,7 @@ def _choose_limits(request: BuildRequest, opened: _Opened) -> EngineLimits:
     given["kv_dtype"] = request.kv_dtype or opened.defaults.kv_dtype
     if given["kv_dtype"] == KV_FP8 and not isinstance(opened.weights, EngineWeights):
         given["kv_scales"] = opened.weights.kv_scales
-    limits = replace(opened.defaults, dtype=request.dtype or opened.dtype, **given)
+    limits = replace(opened.defaults, dtype=request.dtype or opened.dtype, circle=None, **given)
     limits.check_model(opened.weights.model)
     return limits
 

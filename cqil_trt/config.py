@@ -307,6 +307,8 @@ class EngineLimits:
     the scales of an FP8 cache's keys and values, by layer; empty where all are 1. A prompt longer than `prefill_chunk`
     tokens takes several forward passes, which bounds the memory of each. `weights`: the format in which projections are
     stored (`formats.names()`); those of the layers `keep` are stored dense. `head`: the format of the last projection.
+    `circle`: how many positions the cache of a layer with a window holds of a sequence, position p at p % circle; None:
+    max_seq_len, as those of other layers (`scheduler.Circle`).
     """
 
     max_batch_size: int = 8
@@ -318,11 +320,16 @@ class EngineLimits:
     head: str = "dense"
     kv_dtype: str = AUTO
     kv_scales: tuple[tuple[float, float], ...] = ()
+    circle: int | None = None
 
     @property
     def cache_dtype(self) -> str:
         """The type of the KV cache's elements, one of DTYPE_BYTES."""
         return self.dtype if self.kv_dtype == AUTO else "float8_e4m3fn"
+
+    def cache_length(self, window: int | None) -> int:
+        """How many positions of a sequence the cache of a layer with this window (None: without) holds."""
+        return self.max_seq_len if window is None or self.circle is None else self.circle
 
     def scales_of(self, layer: int) -> tuple[float, float]:
         """The scales of a layer's keys and values: the cache holds what they are divided by these."""
@@ -342,6 +349,8 @@ class EngineLimits:
             raise UserError(f"--prefill-chunk must be at least 1, found {self.prefill_chunk}")
         if self.dtype not in DTYPES:
             raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, found {self.dtype}")
+        if self.circle is not None and not 0 < self.circle < self.max_seq_len:
+            raise ValueError(f"a circle of {self.circle} positions, sequences of {self.max_seq_len}")
         if self.kv_dtype == AUTO and self.kv_scales:
             raise ValueError("scales of a KV cache that has none")
         if self.kv_dtype not in KV_DTYPES:

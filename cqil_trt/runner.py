@@ -60,6 +60,9 @@ class Runner:
             reuse=session.reuses,
             speculator=speculator,
             draft_width=session.draft_width,
+            circle=session.circle,
+            padded_width=session.padded_width,
+            padded_chunk=session.padded_chunk,
         )
         return cls(session, scheduler, send)
 

@@ -9,17 +9,53 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from cqil_trt.errors import UserError
 from cqil_trt.sampling import Choice, SamplingConfig
-from cqil_trt.speculation import Speculator
+from cqil_trt.speculation import MAX_TOKENS, Speculator
+
+if TYPE_CHECKING:
+    from cqil_trt.config import EngineLimits
 
 POLICIES = ("latency", "throughput")
 # Tokens that must be cached in another slot for a copy to pay: a copy waits for the slot it comes from.
 _COPIED = 16
+# A circle has a multiple of so many positions, as kernels read them (CQIL_CIRCLE_STEP in plugins/cqil_trt.h).
+_CIRCLE_STEP = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Circle:
+    """The KV cache of layers whose tokens see `window` tokens, their own included: of the positions written, the last
+    `length`. Position p is at p % length.
+
+    It holds a window and what a step may write beyond it: the longest chunk of a prompt, the most drafts. So the step's
+    first token sees its whole window, and a draft that is refused has overwritten nothing that is still seen.
+    """
+
+    length: int
+    window: int
+
+    @classmethod
+    def length_for(cls, window: int | None, limits: EngineLimits) -> int | None:
+        """`EngineLimits.circle` for an engine of these limits; None where it would save nothing."""
+        if window is None:
+            return None
+        length = window + max(limits.prefill_chunk, 1 + MAX_TOKENS)
+        length += -length % _CIRCLE_STEP
+        return length if length < limits.max_seq_len else None
+
+    @classmethod
+    def of(cls, window: int | None, limits: EngineLimits) -> Circle | None:
+        """That of an engine's caches; None where they hold all positions."""
+        return None if window is None or limits.circle is None else cls(length=limits.circle, window=window)
+
+    def keeps(self, tokens: int, written: int) -> bool:
+        """Whether it has what the token after the first `tokens` sees, once positions up to `written` were written."""
+        return max(tokens + 1 - self.window, 0) >= written - self.length
 
 
 class Matcher(Protocol):
@@ -181,15 +217,18 @@ class _Sequence:
 
 
 class _Slot:
-    """A place in the KV cache: the tokens that it holds, and when it was last used. `row`: where they are kept."""
+    """A place in the KV cache: the tokens that it holds, and when it was last used. `row`: where they are kept.
+
+    `written`: the steps planned since its first token was read write positions before it only.
+    """
 
     def __init__(self, row: np.ndarray) -> None:
         self._row, self._size = row, 0
         self.sequence: _Sequence | None = None
-        self.used = 0
+        self.used = self.written = 0
 
-    def begin(self, sequence: _Sequence) -> None:
-        self.sequence, self._size = sequence, 0
+    def begin(self, sequence: _Sequence, written: int) -> None:
+        self.sequence, self._size, self.written = sequence, 0, written
 
     def end(self, longest: int) -> None:
         """Its sequence has ended; at most `longest` tokens of it stay."""
@@ -221,6 +260,9 @@ class Scheduler:
         speculator: makes what drafts tokens of a sequence, None for one without drafts. Tokens are drafted while no
             step is in flight.
         draft_width: the most tokens of each of so many sequences that a decode step takes.
+        circle: of layers with a window, if their caches are circles. A slot's beginning is reused only if these still
+            have what its next token sees.
+        padded_width, padded_chunk: as `Session`'s: what is written of a decode step, and of a chunk.
     """
 
     def __init__(
@@ -234,6 +276,9 @@ class Scheduler:
         reuse: bool = True,
         speculator: Callable[[SamplingConfig], Speculator | None] = lambda sampling: None,
         draft_width: Callable[[int], int] = lambda sequences: 1,
+        circle: Circle | None = None,
+        padded_width: Callable[[int], int] = lambda width: width,
+        padded_chunk: Callable[[int, int], int] = lambda count, past: count,
     ):
         if policy not in POLICIES:
             raise UserError(f"--policy must be one of {', '.join(POLICIES)}, found {policy}")
@@ -242,6 +287,7 @@ class Scheduler:
         self._rows, self._max_seq_len, self._chunk = min(rows, slots), max_seq_len, chunk
         self._policy, self._reuse = policy, reuse
         self._speculator, self._draft_width = speculator, draft_width
+        self._circle, self._padded_width, self._padded_chunk = circle, padded_width, padded_chunk
         self._waiting: deque[tuple[int, Request]] = deque()
         self._running: dict[int, _Sequence] = {}
         # For each step in flight, the sequences that it chooses tokens for, by slot, and the one whose chunk it reads.
@@ -322,12 +368,18 @@ class Scheduler:
         self._read_last = False
         guided = tuple(s.slot for s in ready if s.request.sampling.guided)
         drafts = () if self._flying else self._draft(ready)
+        step = Step(starts=starts, decode=tuple(s.slot for s in ready), drafts=drafts, guided=guided)
         for sequence in ready:
+            self._writes(sequence, self._padded_width(step.width))
             sequence.chosen += 1
             sequence.fed += 1
-        step = Step(starts=starts, decode=tuple(s.slot for s in ready), drafts=drafts, guided=guided)
         self._flying.append((step, {s.slot: s for s in ready}))
         return step
+
+    def _writes(self, sequence: _Sequence, count: int) -> None:
+        """The next step writes so many positions of a sequence."""
+        slot = self._slots[sequence.slot]
+        slot.written = max(slot.written, min(sequence.fed + count, self._max_seq_len))
 
     def _waits(self, ready: Sequence[_Sequence]) -> bool:
         """Whether tokens should be drafted once nothing is in flight."""
@@ -363,7 +415,8 @@ class Scheduler:
             if room > 1 and not request.sampling.guided:
                 speculator = self._speculator(request.sampling)
             sequence = _Sequence(number, request, slot, cached, room, speculator)
-            self._slots[slot].begin(sequence)
+            # A copied cache is as its source is: what was overwritten there is missing here.
+            self._slots[slot].begin(sequence, self._slots[source].written if cached else 0)
             self._running[number] = sequence
             self._started.append(number)
             yield Start(
@@ -391,6 +444,8 @@ class Scheduler:
             differs = np.ones((len(sizes), longest + 1), bool)
             np.not_equal(self._tokens[:, :longest], request.prompt[:longest], out=differs[:, :longest])
             common = np.minimum(differs.argmax(1), sizes).tolist()
+            if (circle := self._circle) is not None:
+                common = [n if circle.keeps(n, slot.written) else 0 for n, slot in zip(common, self._slots)]
             source = max(range(len(common)), key=lambda i: (common[i], self._slots[i].sequence is None))
             cached = common[source]
         # A slot that mostly holds this prompt is continued; another one keeps what it has and is copied from.
@@ -414,6 +469,7 @@ class Scheduler:
         choose = ends and sequence.room > 0
         if sequence.speculator is not None:
             sequence.speculator.extend(request.prompt[first if first > sequence.cached else 0 : last])
+        self._writes(sequence, self._padded_chunk(last - first, first))
         sequence.done = sequence.fed = last
         sequence.chosen += choose
         chunk = Chunk(

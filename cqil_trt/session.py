@@ -16,14 +16,13 @@ import numpy as np
 from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
 from cqil_trt.sampling import Choice, Sampler, SamplingConfig
-from cqil_trt.scheduler import Chunk, Outcome, Start, Step
+from cqil_trt.scheduler import Chunk, Circle, Outcome, Start, Step
 from cqil_trt.speculation import MAX_TOKENS
 
 
 def cache_bytes(engine: Engine, rank: int) -> int:
     """Bytes of a rank's KV cache per sequence."""
-    limits = engine.limits
-    return limits.max_seq_len * engine.plan(rank).cache_bytes_per_token(limits.cache_dtype)
+    return engine.plan(rank).cache_bytes(engine.limits)
 
 
 def available_memory() -> int:
@@ -73,6 +72,8 @@ class Session(ABC):
         self.vocab_size = engine.model.vocab_size
         # Keys of earlier tokens depend on the length of their prompt where dynamic rope rotates by it.
         self.reuses = engine.limits.max_seq_len <= engine.model.fixed_context
+        # What the caches of layers with a window hold, where they are circles.
+        self.circle = Circle.of(engine.model.sliding_window, engine.limits)
         self._plan = engine.plan(rank)
         spans = [engine.plan(other).vocabulary for other in range(engine.world_size)]
         self._offset = spans[rank][0]
@@ -116,6 +117,10 @@ class Session(ABC):
     def padded_width(self, width: int) -> int:
         """The rows that are computed for each sequence in a decode step of `width` tokens of each."""
         return width
+
+    def padded_chunk(self, count: int, past: int) -> int:
+        """The rows that are computed for a chunk of `count` tokens after `past`, at most; at most `prefill_chunk`."""
+        return count
 
     def warm_up(self, rows: int, chunk: int, drafts: bool = False) -> dict[str, float]:
         """Prepares decode steps of 1 to `rows` sequences, with `drafts` or without, and chunks of up to `chunk` tokens.

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from cqil_trt import formats
-from cqil_trt.config import DTYPE_BYTES, CqilConfig
+from cqil_trt.config import DTYPE_BYTES, CqilConfig, EngineLimits
 from cqil_trt.errors import UserError
 from cqil_trt.families.family import EMBEDDING, FINAL_NORM, LM_HEAD
 from cqil_trt.families.layout import LayerLayout
@@ -304,6 +304,14 @@ class RankPlan:
         """KV cache bytes per token on this rank, of a cache in this type."""
         heads = sum(shard.num_kv_heads for shard in self.layers.values())
         return 2 * heads * self.model.head_dim * DTYPE_BYTES[cache_dtype]
+
+    def cache_bytes(self, limits: EngineLimits) -> int:
+        """KV cache bytes of a sequence on this rank."""
+        rows = sum(
+            shard.num_kv_heads * limits.cache_length(self.model.window_of(index))
+            for index, shard in self.layers.items()
+        )
+        return 2 * rows * self.model.head_dim * DTYPE_BYTES[limits.cache_dtype]
 
 
 def plan(

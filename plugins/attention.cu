@@ -254,6 +254,26 @@ struct Rotation {
 // The first key that is seen by a query which sees keys before `end`.
 __device__ int first_seen(const cqil_attention_shape& s, int end) { return s.window > 0 ? max(end - s.window, 0) : 0; }
 
+// Where a cache keeps positions from `first` on, fewer than two circles of them.
+struct Circle {
+    int turn, capacity;
+
+    __device__ Circle(const cqil_attention_shape& s, int first)
+        : turn(first / s.capacity * s.capacity), capacity(s.capacity) {}
+
+    __device__ int place(int position) const {
+        return position - turn < capacity ? position - turn : position - turn - capacity;
+    }
+};
+
+struct NoCircle {
+    __device__ NoCircle(const cqil_attention_shape&, int) {}
+    __device__ static int place(int position) { return position; }
+};
+
+template <bool kMore>
+using Cells = std::conditional_t<kMore, Circle, NoCircle>;
+
 // cap * tanh(x) * log2(e)
 __device__ float capped(float x, float cap) {
     return cap * kLog2e * (1 - __fdividef(2, 1 + power_of_2(2 * kLog2e * x)));
@@ -281,19 +301,23 @@ __global__ void __launch_bounds__(kThreads) append_kernel(cqil_attention_shape s
         x.gather(static_cast<const T*>(in.qkv) + (size_t(row) * heads + h) * s.head_dim, lane,
                  query || key ? s.rotary : s.head_dim);
         if (in.q_norm != nullptr) x.normalise(norm, squares, s, lane);
-        Rotation<T, kElements, kPacked>(in, min(position, s.capacity - 1), lane, s.rotary).apply(x, query || key, lane);
+        const int at = min(position, s.positions - 1);
+        Rotation<T, kElements, kPacked>(in, at, lane, s.rotary).apply(x, query || key, lane);
     } else {
         if (in.q_norm != nullptr)
             x.normalise(static_cast<const T*>(query ? in.q_norm : key ? in.k_norm : nullptr), s.eps, lane);
         Rotation<T, kElements, kPacked>(in, min(position, s.capacity - 1), lane).apply(x, query || key, lane);
     }
     if (query) x.write(queries + (size_t(row) * s.heads + h) * s.head_dim, lane);
-    if (query || position >= s.capacity) return;
+    if (query || position >= (kMore ? s.positions : s.capacity)) return;
     const int kv = (h - s.heads) % s.kv_heads;
     Head<C, kElements, kPacked> kept;
     keep(x.value, key ? s.key_scale : s.value_scale, kept.value);
     C* cache = static_cast<C*>(in.cache) + (key ? 0 : cache_elements(s));
-    kept.write(cache + ((size_t(in.slot(sequence)) * s.kv_heads + kv) * s.capacity + position) * s.head_dim, lane);
+    kept.write(cache + ((size_t(in.slot(sequence)) * s.kv_heads + kv) * s.capacity +
+                        (kMore ? position % s.capacity : position)) *
+                           s.head_dim,
+               lane);
 }
 
 // Keys and values in flight, in shared memory. Each lane reads only what it requested itself.
@@ -478,7 +502,8 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
     const int first_row = kDecode ? row - token : blockIdx.z;  // of the sequence, in `past` and `slots`
     const int kv = (head + s.first) / s.group, heads = s.heads + 2 * s.kv_heads;
     // Bypasses L1: a decode step reads these before it has waited (launch.cuh).
-    const int past = __ldcg(in.past + first_row), position = past + token, count = min(position + 1, s.capacity);
+    const int past = __ldcg(in.past + first_row), position = past + token;
+    const int count = min(position + 1, (kMore ? s.positions : s.capacity));
     const int cached = in.slot(first_row);
     const int begin = kMore ? first_seen(s, count) : 0, seen = count - begin;
     const int span = max((seen + spans.count - 1) / spans.count, kMinSpan), span_count = (seen + span - 1) / span;
@@ -486,6 +511,7 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
     if (own >= span_count) return;
     const int first = begin + own * span, last = min(begin + own_end * span, count);
 
+    const Cells<kMore> cells(s, begin);
     const size_t line = (size_t(cached) * s.kv_heads + kv) * s.capacity;
     C* keys = static_cast<C*>(in.cache) + line * dim;
     const size_t to_values = cache_elements(s);
@@ -496,7 +522,7 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
 #pragma unroll
         for (int b = 0; b < R::kBatch; ++b) {
             const bool valid = asked < min(asked_end, fresh);
-            const C* key = keys + (valid ? size_t(asked) * dim : 0);
+            const C* key = keys + (valid ? size_t(cells.place(asked)) * dim : 0);
             R::ask(ring, slot + b, 0, key, valid, lane);
             R::ask(ring, slot + b, 1, key + to_values, valid, lane);
             asked += kAttendGroups;
@@ -514,7 +540,7 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
     Kept own_key, own_value;
     auto rotation_at = [&](int at) {
         if constexpr (kMore)
-            return Rotation<T, kElements, kPacked>(in, min(at, s.capacity - 1), lane, s.rotary);
+            return Rotation<T, kElements, kPacked>(in, min(at, s.positions - 1), lane, s.rotary);
         else
             return Rotation<T, kElements, kPacked>(in, min(at, s.capacity - 1), lane);
     };
@@ -552,8 +578,8 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
         read_key(row, own_key, own_value, rotation);
         // The first of the query heads that share this key appends it.
         if (group == 0 && position >= first && position < last && (head == 0 || (head - 1 + s.first) / s.group != kv)) {
-            own_key.write(keys + size_t(position) * dim, lane);
-            own_value.write(keys + to_values + size_t(position) * dim, lane);
+            own_key.write(keys + size_t(cells.place(position)) * dim, lane);
+            own_value.write(keys + to_values + size_t(cells.place(position)) * dim, lane);
         }
     } else {
         q.read(queries + (size_t(row) * s.heads + head) * dim, lane);
@@ -720,6 +746,7 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
 // tiles of kTile keys; a warp takes 16 of the queries. Scores are computed twice, first for each row's maximum and sum,
 // then for the weights, so nothing is rescaled.
 constexpr int kTile = 64;
+static_assert(CQIL_CIRCLE_STEP % kTile == 0, "a tile lies together in a circle");
 constexpr int kPad = 8;  // spreads rows over shared memory's banks
 
 template <typename T, int kDim>
@@ -758,7 +785,7 @@ __global__ void __launch_bounds__(kThreads)
     const int head = blockIdx.y, sequence = blockIdx.z, kv = (head + s.first) / s.group;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, top = warp * 16;
     const int first = blockIdx.x * kTile, past = in.past[sequence];
-    const int count = min(past + min(first + kTile, s.length), s.capacity);
+    const int count = min(past + min(first + kTile, s.length), (kMore ? s.positions : s.capacity));
     const size_t stride = size_t(s.heads) * kDim;
     const T* source = queries + size_t(sequence) * s.length * stride + size_t(head) * kDim;
     const C* keys = static_cast<const C*>(in.cache) + (size_t(in.slot(sequence)) * s.kv_heads + kv) * s.capacity * kDim;
@@ -778,6 +805,11 @@ __global__ void __launch_bounds__(kThreads)
     };
     const int first_tile = kMore ? first_seen(s, past + first + 1) / kTile * kTile : 0;
     const int oldest = kMore ? first_seen(s, position + 1) : 0;
+    const Cells<kMore> cells(s, first_tile);  // a tile lies together: a circle has a multiple of kTile positions
+    auto load = [&](auto& to, const C* from, int tile) {
+        const int at = cells.place(tile);
+        load_tile<T, kDim>(to, from, kDim, at, at + count - tile);
+    };
     float most = -INFINITY, sum = 0;
     auto scores = [&] {
 #pragma unroll
@@ -798,7 +830,7 @@ __global__ void __launch_bounds__(kThreads)
     };
     for (int tile = first_tile; tile < count; tile += kTile) {
         __syncthreads();
-        load_tile<T, kDim>(m.key, keys, kDim, tile, count);
+        load(m.key, keys, tile);
         __syncthreads();
         scores();
         const int seen = min(min(position + 1, count) - tile - column, kTile / 2);  // of this lane's columns
@@ -822,8 +854,8 @@ __global__ void __launch_bounds__(kThreads)
     for (auto& part : result) fill_fragment(part, 0.0f);
     for (int tile = first_tile; tile < count; tile += kTile) {
         __syncthreads();
-        load_tile<T, kDim>(m.key, keys, kDim, tile, count);
-        load_tile<T, kDim>(m.value, values, kDim, tile, count);
+        load(m.key, keys, tile);
+        load(m.value, values, tile);
         __syncthreads();
         scores();
         const int seen = min(position + 1, count) - tile - column, from = kMore ? oldest - tile - column : 0;
@@ -1007,7 +1039,8 @@ bool needs_more(const cqil_attention_shape& s, const Inputs& in) {
 template <typename T, typename C, int kElements>
 int attend(cqil_attention_shape s, const Inputs& in, void* out, void* scratch, cudaStream_t stream) {
     if (s.rotary == 0) s.rotary = s.head_dim;
-    if (s.window >= s.capacity) s.window = 0;
+    if (s.positions == 0) s.positions = s.capacity;
+    if (s.window >= s.positions) s.window = 0;
     const bool packed = is_packed<kElements>(s.head_dim, s.rotary);
     if (!needs_more(s, in))
         return packed ? attend<T, C, kElements, true, false>(s, in, out, scratch, stream)
@@ -1036,6 +1069,11 @@ int check(const cqil_attention_shape& s) {
                     s.group, s.kv_heads);
     if (s.window < 0 || s.rotary < 0 || s.rotary % 2 || s.rotary > s.head_dim)
         return fail("a window of %d, %d of %d elements rotated", s.window, s.rotary, s.head_dim);
+    if (s.positions != 0 && s.positions != s.capacity &&
+        (s.positions < s.capacity || s.capacity % CQIL_CIRCLE_STEP || s.window < 1 ||
+         s.capacity < int64_t(s.window) + s.length - 1))
+        return fail("a circle of %d positions of %d, for %d tokens and a window of %d", s.capacity, s.positions,
+                    s.length, s.window);
     if (s.norm < CQIL_NORM_ROUNDED || s.norm > CQIL_NORM_OFFSET || !(s.scale >= 0 && s.cap >= 0))
         return fail("norms of kind %d, a scale of %g, a cap of %g", s.norm, double(s.scale), double(s.cap));
     if (s.dtype < CQIL_FLOAT32 || s.dtype > CQIL_BFLOAT16) return fail("type %d is not known", s.dtype);

@@ -282,6 +282,9 @@ int cqil_unpack(const cqil_linear_shape* shape, const void* packed, void* out, v
 int cqil_dequantize(const cqil_linear_shape* shape, const void* codes, const void* scales, const void* zeros, int size,
                     int first, void* out, void* stream);
 
+// A cache that is a circle holds a multiple of so many positions.
+#define CQIL_CIRCLE_STEP 64
+
 // How a cache stores keys and values: in the type, or in FP8 (E4M3), divided by a scale.
 typedef enum { CQIL_CACHE_PLAIN = 0, CQIL_CACHE_FP8 = 1 } cqil_cache;
 
@@ -294,6 +297,9 @@ typedef enum { CQIL_CACHE_PLAIN = 0, CQIL_CACHE_FP8 = 1 } cqil_cache;
 // `scale` multiplies scores; 0: 1 / sqrt(head_dim). `cap`: a score s becomes cap * tanh(s / cap) where it is not 0.
 // `cache` is a cqil_cache. With CQIL_CACHE_FP8, keys and values are multiplied by the reciprocals of key_scale and
 // value_scale in float32, rounded to even, and to the largest number of E4M3 if they are larger.
+// `positions`: of a sequence; 0: `capacity`. Where there are more, the cache is a circle, for layers with a window:
+// position p is at p % capacity. Then `capacity`, a multiple of CQIL_CIRCLE_STEP, is at least window + length - 1, so
+// that a step overwrites nothing that its first token sees.
 typedef struct {
     int32_t batch, length, heads, kv_heads, head_dim, capacity, max_batch, group, first, dtype;
     float eps;
@@ -302,6 +308,7 @@ typedef struct {
     float scale, cap;
     int32_t cache;
     float key_scale, value_scale;
+    int32_t positions;
 } cqil_attention_shape;
 
 // Bytes of one layer's cache: keys, then values, each [max_batch, kv_heads, capacity, head_dim], then memory through
@@ -312,7 +319,7 @@ size_t cqil_attention_cache_bytes(const cqil_attention_shape* shape);
 size_t cqil_attention_scratch_bytes(const cqil_attention_shape* shape);
 
 // Causal attention: applies head norms with weights [head_dim] unless they are NULL, rotates queries and keys (by
-// halves, as Hugging Face does; cos and sin are [capacity, rotary / 2], or NULL where nothing is rotated), appends keys
+// halves, as Hugging Face does; cos and sin are [positions, rotary / 2], or NULL where nothing is rotated), appends keys
 // and values to the cache, and attends. With squares, the norms are over all heads: their weights are [heads *
 // head_dim] and [kv_heads * head_dim], and squares [batch * length, 2] has for each token the mean of the squares of
 // all queries' elements and that of all keys'. qkv [batch * length, heads + 2 * kv_heads, head_dim] -> out [batch *
@@ -322,7 +329,7 @@ size_t cqil_attention_scratch_bytes(const cqil_attention_shape* shape);
 //
 // In a decode step (one new token, or `drafts`) a row's result has the same bits whatever the other rows are, however
 // many, and whether its token is a draft. With `drafts`, `past` and `slots` have an entry for each row, of which the
-// first one of each sequence is read. Tokens from position `capacity` on are not appended, and have no meaningful
+// first one of each sequence is read. Tokens from position `positions` on are not appended, and have no meaningful
 // result.
 //
 // In a decode step `past`, `slots`, cos, sin and the cache may be read before earlier work on the stream is done. cos
@@ -334,8 +341,9 @@ int cqil_attention(const cqil_attention_shape* shape, const void* qkv, const int
                    const float* cos, const float* sin, const void* q_norm, const void* k_norm, const float* squares,
                    void* cache, void* out, void* scratch, void* stream);
 
-// out [2, kv_heads, capacity, head_dim], of the type: keys, then values, that a cache in FP8 holds of the step's one
-// sequence, up to its new tokens, without the scales. The rest of out is not written.
+// out [2, kv_heads, capacity, head_dim], of the type: keys, then values, that a cache in FP8 or a circle holds of the
+// step's one sequence, up to its new tokens, without the scales: from position 0 on, of a circle from the first one that
+// the step's first token sees. The rest of out is not written.
 int cqil_read_cache(const cqil_attention_shape* shape, const int32_t* past, const int32_t* slots, const void* cache,
                     void* out, void* stream);
 
@@ -370,10 +378,11 @@ int cqil_test_delays(int place, const uint32_t* nanoseconds, int count);
     PLUGIN(CqilGather, INT(dtype))                                                                                     \
     PLUGIN(CqilHeadSquares, INT(heads) INT(kv_heads) INT(head_dim) INT(first_key) INT(last_key) FLOAT(query_factor)    \
                                 FLOAT(key_factor) INT(dtype))                                                          \
-    PLUGIN(CqilAttention, INT(heads) INT(kv_heads) INT(head_dim) INT(capacity) INT(max_batch) INT(group) INT(first)    \
-                              INT(head_norms) FLOAT(eps) INT(dtype) INT(cache) FLOAT(key_scale) FLOAT(value_scale)     \
-                                  OPTIONAL_INT(window) OPTIONAL_INT(rotary) OPTIONAL_INT(norm) OPTIONAL_FLOAT(scale)   \
-                                      OPTIONAL_FLOAT(cap) OPTIONAL_INT(unrotated) OPTIONAL_INT(joint))
+    PLUGIN(CqilAttention,                                                                                              \
+           INT(heads) INT(kv_heads) INT(head_dim) INT(capacity) INT(max_batch) INT(group) INT(first) INT(head_norms)   \
+               FLOAT(eps) INT(dtype) INT(cache) FLOAT(key_scale) FLOAT(value_scale) OPTIONAL_INT(window)               \
+                   OPTIONAL_INT(rotary) OPTIONAL_INT(norm) OPTIONAL_FLOAT(scale) OPTIONAL_FLOAT(cap)                   \
+                       OPTIONAL_INT(unrotated) OPTIONAL_INT(joint) OPTIONAL_INT(positions))
 
 // Only in a build with TensorRT. Registers the plugins with the TensorRT that this process has loaded. Loading the
 // library does the same if TensorRT is already there.

@@ -486,6 +486,9 @@ public:
         for (int32_t flag : {f.head_norms, f.unrotated, f.joint})
             if (flag != 0 && flag != 1) return false;
         if (f.window < 0 || f.rotary < 0 || f.rotary > f.head_dim || !valid_norm(f.norm)) return false;
+        if (f.positions != 0 && f.positions != f.capacity &&
+            (f.positions < f.capacity || f.capacity % CQIL_CIRCLE_STEP || f.window < 1 || f.window > f.capacity))
+            return false;
         return f.heads > 0 && f.kv_heads > 0 && f.head_dim > 0 && f.capacity > 0 && f.max_batch > 0 && f.group > 0 &&
                f.first >= 0 && f.eps >= 0 && f.scale >= 0 && f.cap >= 0 && (f.head_norms || !f.joint) &&
                (f.cache == CQIL_CACHE_PLAIN || f.cache == CQIL_CACHE_FP8) && f.key_scale > 0 && f.value_scale > 0 &&
@@ -527,9 +530,9 @@ private:
         const int batch = std::max(1, static_cast<int>(input[inputs() - kIntegers].dims.d[0]));
         const int length = static_cast<int>(input[0].dims.d[0]) / batch;
         const Fields& f = fields_;
-        return {batch,   length,  f.heads, f.kv_heads, f.head_dim,  f.capacity,   f.max_batch,
-                f.group, f.first, f.dtype, f.eps,      0,           f.window,     f.rotary,
-                f.norm,  f.scale, f.cap,   f.cache,    f.key_scale, f.value_scale};
+        return {batch,   length,  f.heads, f.kv_heads, f.head_dim,  f.capacity,    f.max_batch,
+                f.group, f.first, f.dtype, f.eps,      0,           f.window,      f.rotary,
+                f.norm,  f.scale, f.cap,   f.cache,    f.key_scale, f.value_scale, f.positions};
     }
 };
 

@@ -50,7 +50,7 @@ from cqil_trt.model import ModelConfig
 from cqil_trt.network.rotary import inverse_frequencies
 from cqil_trt.presets import PRESETS, preset
 from cqil_trt.runner import Runner
-from cqil_trt.scheduler import Step
+from cqil_trt.scheduler import Circle, Step
 from cqil_trt.shard import plan
 from cqil_trt.speculation import MAX_TOKENS as MAX_DRAFTED
 from cqil_trt.table import table
@@ -273,6 +273,7 @@ def run(options: argparse.Namespace, job: Job) -> None:
         kv_dtype=options.kv_dtype,
         prefill_chunk=1024,
     )
+    limits = replace(limits, circle=Circle.length_for(model.sliding_window, limits))
 
     def bandwidth_of_reading() -> float:
         with saying_when_memory_is_full():

@@ -48,6 +48,7 @@ from cqil_trt.model import ModelConfig
 from cqil_trt.network.rotary import inverse_frequencies
 from cqil_trt.presets import preset
 from cqil_trt.runner import Runner
+from cqil_trt.scheduler import Circle
 from cqil_trt.table import table
 from cqil_trt.validate import answer
 
@@ -328,6 +329,10 @@ def open_session(
     """A session of one placement on this rank's GPU, and what its making took."""
     engine = engine_of(model, shape, limits, json.loads((options.directory / ROTARY).read_text()))
     ranks = tuple(engine.plan(rank) for rank in range(engine.world_size))
+    backend = backends.load(options.measure)
+    description = backend.describe(limits, {}, ranks)
+    if description.circles:
+        limits = engine.limits = replace(limits, circle=Circle.length_for(model.sliding_window, limits))
     found: dict[str, Any] = {"bytes": max(rank.bytes_per_token for rank in ranks)}
     if options.measure == "torch":
         from cqil_trt.backends.torch.gpu_session import TorchCudaSession
@@ -341,8 +346,6 @@ def open_session(
         _weights_type = RandomWeights
 
     rank = 0 if comm is None else comm.Get_rank()
-    backend = backends.load("tensorrt")
-    description = backend.describe(limits, {}, ranks)
     with tempfile.TemporaryDirectory() as directory:
         began = time.perf_counter()
         backend.compile(

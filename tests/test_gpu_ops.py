@@ -5,6 +5,7 @@ order, and that memory is not used again while its value is needed.
 """
 
 import ctypes
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -28,14 +29,14 @@ from cqil_trt.network.rotary import rotary_tables
 from cqil_trt.schedule import Peers
 from cqil_trt.shard import plan
 
-BATCH, CAPACITY = 2, 32
+BATCH, CAPACITY, CIRCLE = 2, 32, 64
 
 
 class HostLibrary:
-    """`gpu_ops.Library`. `chunk`: past and slot of the next one."""
+    """`gpu_ops.Library`. `chunk`: past and slot of the next one. `read`: where what is read from caches is."""
 
-    def __init__(self, kernels, model):
-        self._kernels, self._model = kernels, model
+    def __init__(self, kernels, model, read=None):
+        self._kernels, self._model, self.read = kernels, model, read
         self.chunk = 0, 0
 
     def multiply(self, x, weight, added, out, alpha=1.0, beta=1.0):
@@ -48,13 +49,18 @@ class HostLibrary:
         past, slot = self.chunk
         dim, length = self._model.head_dim, queries.rows
         shape = 1, length, shard.num_heads, dim
-        where = (past + torch.arange(length))[None]
+        read = cache == self.read
+        first = max(0, past + 1 - self._model.sliding_window) if read else 0
+        where = (past - first + torch.arange(length))[None]
         q, to = at(queries.address, *shape).clone(), at(out.address, *shape)
         model, size = self._model, self._model.group_size
         fields = {"heads": shard.num_heads, "group": size, "first": shard.first_in_group(size), "cap": 0}
         fields |= {"window": model.window_of(shard.index), "scale": model.query_scale}
         described = type("Shape", (), fields)
-        keys, values = self._kernels.caches[cache][:, slot : slot + 1]
+        if read:  # by position from the first one that the chunk's first token sees
+            keys, values = at(cache, 2, 1, shard.num_kv_heads, CIRCLE, dim).transpose(2, 3)
+        else:
+            keys, values = self._kernels.caches[cache][:, slot : slot + 1]
         self._kernels.attend(described, q, where, keys, values, to)
 
 
@@ -192,6 +198,49 @@ def test_cuda_ops_ask_for_what_the_decoder_means(name, packed, tmp_path, host_me
             ops.begin(2, 3, *(t.data_ptr() for t in (pasts, slots, logits)), decodes=True)
             decode(ops, *given)
             assert len(host_memory) == before
+
+
+@pytest.mark.parametrize("name", ["gemma2", "mistral-windows", "olmo3"])
+def test_cuda_ops_go_round_a_circle(name, tmp_path, host_memory):
+    """Chunks of prompts, single tokens and drafts, to the last position; the library gets what was read."""
+    architecture, changes = GPU_FAMILIES[name]
+    checkpoint = Checkpoint(make_model(tmp_path, architecture, seed=SEED, rms_norm_eps=1e-2, **changes), None)
+    model, length = checkpoint.model, 200
+    whole = EngineLimits(max_batch_size=BATCH, max_seq_len=length)
+    limits = replace(whole, circle=CIRCLE)
+    for shape in ({"p": 1}, {"p": 2, "placement": "tensor"}):
+        rank = plan(model, CqilConfig(**shape))[-1]
+        weights = rank_weights(rank, checkpoint.reader)
+        plain = TorchOps(rank, weights, Alone.of(rank.schedule), whole, checkpoint.rotary)
+        kernels, read = HostKernels(), torch.full((2 * CIRCLE * model.num_kv_heads * model.head_dim,), torch.nan)
+        buffers = {"joined": torch.zeros(BATCH * 64, model.hidden_size), "read": read}
+        for which in range(len(model.ropes)):
+            tables = rotary_tables(model, checkpoint.rotary, length, which)
+            buffers |= zip(rotary_names(which), map(torch.from_numpy, tables))
+        buffers |= {f"cache.{index}": torch.zeros(1) for index in rank.layers}
+        memory = {key: value.data_ptr() for key, value in (weights | buffers).items()}
+        library = HostLibrary(kernels, model, memory["read"])
+        place = rank.schedule.peers(Peers.ALL).index(rank.rank)
+        workspaces = dict.fromkeys(Peers, HostWorkspace(place, model.rms_norm_eps))
+        ops = CudaOps(rank, limits, memory, workspaces, kernels, 0, library, BATCH)
+        past = 0
+        for new in (7, 40, 40, -1, -5, 40, 40, -16, 10, -1):
+            new, drafts = abs(new), new < 0
+            tokens = torch.randint(model.vocab_size, (1, new), dtype=torch.int32)
+            pasts, select = torch.tensor([past], dtype=torch.int32), torch.arange(new)[None]
+            plain.begin((1,), None)
+            expected = decode(plain, tokens.long(), pasts.long(), select)
+            slots = torch.ones(new if drafts else 1, dtype=torch.int32)
+            if drafts:
+                pasts = (pasts + torch.arange(new)).int()
+            rows = torch.arange(new, dtype=torch.int32)
+            logits = torch.full(expected.shape, torch.nan)
+            library.chunk = past, 1
+            ops.begin(1, new, *(t.data_ptr() for t in (pasts, slots, logits)), decodes=drafts)
+            decode(ops, Matrix(tokens.data_ptr(), new, 1), None, Matrix(rows.data_ptr(), new, 1))
+            assert_close(name, logits, expected)
+            past += new
+        assert past == length
 
 
 class Attending:

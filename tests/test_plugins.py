@@ -245,12 +245,15 @@ cached = {"cache": 1, "key_scale": 0.5, "value_scale": 2.0}  # CQIL_CACHE_FP8
 attention |= {"eps": 0.0, "dtype": 1, **cached}
 made, outputs = create("CqilAttention", **attention, head_norms=1)
 scales = np.array([0.5, 2], np.float32).view(np.int32).tolist()
-assert made == [9, 3, 64, 2048, 8, 3, 1, 1, 0, 1, 1, *scales, 0, 0, 0, 0, 0, 0, 0] and outputs == 1
+assert made == [9, 3, 64, 2048, 8, 3, 1, 1, 0, 1, 1, *scales, 0, 0, 0, 0, 0, 0, 0, 0] and outputs == 1
 more = {"window": 1024, "rotary": 48, "norm": 2, "scale": 0.5, "cap": 0.5, "unrotated": 1, "joint": 1}
+more["positions"] = 8192
 made, _ = create("CqilAttention", **attention, head_norms=1, **more)
-assert made[13:] == [1024, 48, 2, half, half, 1, 1]
-for wrong in ({"window": -1}, {"rotary": 66}, {"norm": 3}, {"joint": 2}, {"cap": -1.0}):
+assert made[13:] == [1024, 48, 2, half, half, 1, 1, 8192]
+for wrong in ({"window": -1}, {"rotary": 66}, {"norm": 3}, {"joint": 2}, {"cap": -1.0}, {"positions": 2047}):
     assert create("CqilAttention", **attention, head_norms=1, **{**more, **wrong}) is None, wrong
+for wrong in ({"window": 0}, {"window": 2049}, {"capacity": 2047}):  # of a circle
+    assert create("CqilAttention", **{**attention, **more, **wrong}, head_norms=1) is None, wrong
 for wrong in ({"joint": 1}, {"group": 0}, {"cache": 2}, {"key_scale": 0.0}, {"value_scale": -1.0}):
     assert create("CqilAttention", **{**attention, "head_norms": 0, **wrong}) is None, wrong
 assert create("CqilAllReduce", mode=3, eps=0.0, dtype=0) is None

@@ -14,7 +14,7 @@ from support import SEED
 from cqil_trt.errors import UserError
 from cqil_trt.runner import Follower, Runner
 from cqil_trt.sampling import Choice, SamplingConfig
-from cqil_trt.scheduler import Outcome, Request, Scheduler, Step, check_prompt
+from cqil_trt.scheduler import Circle, Outcome, Request, Scheduler, Step, check_prompt
 
 VOCABULARY = 8
 
@@ -93,11 +93,43 @@ class Wanted:
         return found, "length"
 
 
-class FakeSession:
-    """Executes steps in the order of their submission, as a stream does, on a cache of tokens."""
+def padded_width(width):
+    return next(known for known in (1, 2, 4, 8, 16) if known >= width)
 
-    def __init__(self, slots, max_seq_len, ahead):
-        self.ahead = ahead
+
+def padded_chunk(most, count, past, max_seq_len):
+    """To a multiple of four, as far as a chunk may be so long and there is room."""
+    padded = min(count + -count % 4, most)
+    return padded if past + padded <= max_seq_len else count
+
+
+class Window:
+    """A layer with a window, whose cache is a circle: which position every place of every slot holds."""
+
+    def __init__(self, slots, circle):
+        self.circle = circle
+        self.places = [[None] * circle.length for _ in range(slots)]
+
+    def copy(self, source, target, count):
+        count = min(count, self.circle.length)
+        self.places[target][:count] = self.places[source][:count]
+
+    def write(self, slot, first, count):
+        """A step's tokens; then the first one attends, and the others up to the one before the padding."""
+        for position in range(first, first + count):
+            self.places[slot][position % self.circle.length] = position
+        for position in range(max(0, first + 1 - self.circle.window), first):
+            assert self.places[slot][position % self.circle.length] == position, "a key in the window is gone"
+
+
+class FakeSession:
+    """Executes steps in the order of their submission, as a stream does, on a cache of tokens.
+
+    `window`: of layers whose cache is a circle. `chunk`: the longest that it pads to.
+    """
+
+    def __init__(self, slots, max_seq_len, ahead, window=None, chunk=None):
+        self.ahead, self.window, self.chunk = ahead, window, chunk
         self.cache = [[None] * max_seq_len for _ in range(slots)]
         self.next, self.past = [0] * slots, [0] * slots
         self.guided, self.left = [False] * slots, [0] * slots
@@ -110,6 +142,8 @@ class FakeSession:
         for start in step.starts:
             if start.cached and start.source != start.slot:
                 self.cache[start.slot][: start.cached] = self.cache[start.source][: start.cached]
+                if self.window is not None:
+                    self.window.copy(start.source, start.slot, start.cached)
             assert tuple(self.cache[start.slot][: start.cached]) == start.prompt[: start.cached]
             self.guided[start.slot], self.left[start.slot] = start.sampling.guided, start.room
         self.waits = step
@@ -124,6 +158,9 @@ class FakeSession:
             chunk = step.chunk
             cache = self.cache[chunk.slot]
             cache[chunk.past : chunk.past + len(chunk.tokens)] = chunk.tokens
+            if self.window is not None:
+                padded = padded_chunk(self.chunk, len(chunk.tokens), chunk.past, len(cache))
+                self.window.write(chunk.slot, chunk.past, padded)
             self.past[chunk.slot] = chunk.past + len(chunk.tokens)
             if chunk.scored:
                 # In place of the logits, the number that stands for the prefix.
@@ -134,6 +171,9 @@ class FakeSession:
             fed = [self.next[slot], *draft, *[None] * (step.width - 1 - len(draft))]
             for place, token in enumerate(fed, self.past[slot]):
                 self.cache[slot][place] = token  # IndexError: it would write into another slot
+            if self.window is not None:
+                padded = min(padded_width(step.width), len(self.cache[slot]) - self.past[slot])
+                self.window.write(slot, self.past[slot], padded)
             self.past[slot] += 1
         for slot in step.choosing:
             for expected in (*drafts.get(slot, ()), None):
@@ -193,9 +233,11 @@ class FakeSpeculator:
 class World:
     """A scheduler, a runner, two devices that must agree, and what is checked at every step."""
 
-    def __init__(self, *, slots, rows, max_seq_len, chunk, policy, reuse, ahead, drafts=False):
+    def __init__(self, *, slots, rows, max_seq_len, chunk, policy, reuse, ahead, drafts=False, window=None):
         self.max_seq_len, self.chunk, self.policy, self.reuse = max_seq_len, chunk, policy, reuse
         self.rows = min(rows, slots)
+        # As short as may be: a window, and what a step writes after its first token.
+        circle = None if window is None else Circle(length=window + max(chunk, 16) - 1, window=window)
         self.scheduler = Scheduler(
             slots=slots,
             rows=rows,
@@ -205,8 +247,12 @@ class World:
             reuse=reuse,
             speculator=lambda sampling: FakeSpeculator() if drafts else None,
             draft_width=draft_width,
+            circle=circle,
+            padded_width=padded_width,
+            padded_chunk=lambda count, past: padded_chunk(chunk, count, past, max_seq_len),
         )
-        self.session, self.other = (FakeSession(slots, max_seq_len, ahead) for _ in range(2))
+        windows = [None if circle is None else Window(slots, circle) for _ in range(2)]
+        self.session, self.other = (FakeSession(slots, max_seq_len, ahead, each, chunk) for each in windows)
         self.follower = Follower(self.other)
         self.runner = Runner(self.session, self.scheduler, self.check)
         self.wanted: dict[int, Wanted] = {}
@@ -397,6 +443,7 @@ def worlds(draw):
         reuse=draw(st.sampled_from([True, True, True, False])),
         ahead=draw(st.integers(0, 2)),
         drafts=draw(st.booleans()),
+        window=draw(st.sampled_from([None, 1, 3, 9])),
     )
 
 
@@ -491,6 +538,7 @@ def test_busy_servers(policy, ahead):
             reuse=rng.random() < 0.9,
             ahead=ahead,
             drafts=rng.random() < 0.7,
+            window=rng.choice([None, 1, 4, 20]),
         )
         eager = rng.choice([0.05, 0.2, 0.6])
         while len(world.wanted) < 50:
@@ -558,6 +606,33 @@ def test_the_slot_that_was_not_used_for_longest_is_given_up():
     assert cached([*DOCUMENTS[0], 1]) == len(DOCUMENTS[0])
     assert cached([6] * 41) == 40
     assert cached([*DOCUMENTS[1], 1]) == 0
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_a_beginning_is_reused_while_its_window_is_there(running):
+    """Of 100 positions written, a circle of 40 still has the last; a window of 9 before position 68 is among them."""
+    found = {}
+    for kept in (59, 67, 68, 90):
+        world = World(slots=2, rows=2, max_seq_len=200, chunk=32, policy="latency", reuse=True, ahead=0, window=9)
+        assert world.scheduler._circle == Circle(length=40, window=9)
+        world.add(Wanted(prompt=tuple([5, 6] * 49), max_new_tokens=3 + 97 * running))
+        while len(world.wanted[1].tokens) < 3:
+            world.turn()
+        assert running == (world.scheduler.running == 1)
+        wanted = Wanted(prompt=tuple([*([5, 6] * 49)[:kept], 7, 7, 7]), max_new_tokens=4)
+        world.add(wanted)
+        world.finish()
+        found[kept] = wanted.cached
+    assert found == {59: 0, 67: 0, 68: 68, 90: 90}
+
+
+def test_a_short_sequence_keeps_all_beginnings():
+    world = World(slots=1, rows=1, max_seq_len=200, chunk=32, policy="latency", reuse=True, ahead=0, window=9)
+    for kept in (39, 20, 11):  # with its answer it is as long as the circle
+        wanted = Wanted(prompt=tuple([*DOCUMENTS[0][:kept], *[7 - kept % 2] * (39 - kept)]), max_new_tokens=2)
+        world.add(wanted)
+        world.finish()
+        assert wanted.cached == kept % 39
 
 
 def test_a_long_prompt_does_not_hold_up_a_running_sequence():

@@ -232,7 +232,8 @@ class FakeSession:
     """A session that runs a step ahead, as those on GPUs do."""
 
     ahead, slots, reuses, on_gpu = 1, 2, True, False
-    draft_width = Session.draft_width
+    circle = None
+    draft_width, padded_width, padded_chunk = Session.draft_width, Session.padded_width, Session.padded_chunk
     limits = SimpleNamespace(max_batch_size=2, max_seq_len=10**6, prefill_chunk=8)
 
     def __init__(self):

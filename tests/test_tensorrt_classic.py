@@ -1,6 +1,7 @@
 """The classic TensorRT lowering without TensorRT: each layer is computed as it is added, plugins by the words of
 plugins/tensorrt_plugins.cpp. (The engines themselves need a GPU: test_tensorrt_gpu.py.)"""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -136,7 +137,7 @@ class Network:
             drafts=0,
             **{
                 name: getattr(f, name)
-                for name in ("heads", "kv_heads", "head_dim", "capacity", "group", "first", "eps")
+                for name in ("heads", "kv_heads", "head_dim", "capacity", "positions", "group", "first", "eps")
             },
             **{name: getattr(f, name) for name in ("window", "rotary", "norm", "scale", "cap")},
         )
@@ -178,11 +179,11 @@ def package():
     )
 
 
-def tables_of(checkpoint):
+def tables_of(checkpoint, length=CAPACITY):
     """The rotary tables, by the names of the network's inputs."""
     found = {}
     for which in range(len(checkpoint.model.ropes)):
-        tables = rotary_tables(checkpoint.model, checkpoint.rotary, CAPACITY, which)
+        tables = rotary_tables(checkpoint.model, checkpoint.rotary, length, which)
         found |= zip(rotary_names(which), map(torch.from_numpy, tables))
     return found
 
@@ -218,6 +219,31 @@ def test_classic_networks_compute_what_the_decoder_means(name, tmp_path):
                 if rank.schedule.all_reduces:
                     joined = network.outputs["joined"].view_as(plain.joined)
                     assert_close(name, joined, plain.joined[slots])
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mistral-windows"])
+def test_caches_that_are_circles(name, tmp_path):
+    """To the last position, in chunks and single tokens of both sequences."""
+    architecture, changes = GPU_FAMILIES[name]
+    checkpoint = Checkpoint(make_model(tmp_path, architecture, seed=SEED, rms_norm_eps=1e-2, **changes), None)
+    whole = EngineLimits(max_batch_size=BATCH, max_seq_len=200, prefill_chunk=40)
+    limits, constants = replace(whole, circle=64), tables_of(checkpoint, 200)
+    for shape in ({"p": 1}, {"p": 2, "start": 1, "end": 5}):
+        rank = plan(checkpoint.model, CqilConfig(**shape))[0]
+        weights, caches = rank_weights(rank, checkpoint.reader), HostKernels()
+        plain = TorchOps(rank, weights, Alone.of(rank.schedule), whole, checkpoint.rotary)
+        past, slots = 0, torch.tensor([1, 0])
+        for new in (33, 40, 1, 40, 40, 40, 5, 1):
+            tokens = torch.randint(checkpoint.model.vocab_size, (BATCH, new))
+            pasts, select = torch.full((BATCH,), past), torch.full((BATCH, 1), new - 1)
+            expected = decode(plain, tokens, pasts, select)
+            rows = torch.arange(BATCH) * new + new - 1
+            given = {"tokens": tokens[slots], "past": pasts, "slots": slots, "select": rows} | constants | weights
+            network = Network(given, caches, rank.rank)
+            define_network(package(), network, LOWERING, rank, limits, checkpoint.rotary, nccl=False)
+            assert_close(name, network.outputs["logits"], expected[slots, 0])
+            past += new
+        assert past == 200
 
 
 def test_packed_weights_are_pointed_to_and_others_are_dense(tmp_path):

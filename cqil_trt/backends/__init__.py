@@ -49,13 +49,15 @@ class Option:
 class Description:
     """What a backend is about to build. `version`, `architecture`, `build`: as in `Engine`.
 
-    `notes`: printed with the plan, before the engine is written.
+    `notes`: printed with the plan, before the engine is written. `circles`: whether the KV caches of layers with a
+    window may be circles (`EngineLimits.circle`).
     """
 
     version: str
     architecture: str = "any"
     build: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    circles: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -133,8 +133,11 @@ def describe(plan: dict[str, Any]) -> str:
         lines.append(f"weights    {limits['weights']}{kept}")
     if limits["head"] != formats.DENSE:
         lines.append(f"head       {limits['head']}")
-    if limits["kv_dtype"] != AUTO:
-        lines.append(f"KV cache   {limits['kv_dtype']}")
+    cache = [limits["kv_dtype"]] if limits["kv_dtype"] != AUTO else []
+    if limits["circle"]:
+        cache.append(f"{limits['circle']} of {limits['max_seq_len']} positions in layers with a window")
+    if cache:
+        lines.append(f"KV cache   {', '.join(cache)}")
     lines.append(
         f"limits     batch {limits['max_batch_size']}, {limits['max_seq_len']} tokens, {limits['dtype']}, "
         f"backend {limits['backend']}"
@@ -148,6 +151,7 @@ def describe(plan: dict[str, Any]) -> str:
             size(rank["weight_bytes"]),
             size(rank["bytes_per_token"]),
             size(rank["kv_cache_bytes_per_token"]),
+            size(rank["kv_cache_bytes_per_sequence"]),
             rank["all_reduces_per_token"],
             rank["broadcasts_per_token"],
             rank["bypasses_per_token"],
@@ -155,7 +159,17 @@ def describe(plan: dict[str, Any]) -> str:
         )
         for rank in plan["ranks"]
     ]
-    header = ("rank", "weights", "read/token", "KV/token", "all-reduces", "broadcasts", "bypasses", "layers")
+    header = (
+        "rank",
+        "weights",
+        "read/token",
+        "KV/token",
+        "KV/sequence",
+        "all-reduces",
+        "broadcasts",
+        "bypasses",
+        "layers",
+    )
     lines += ["", table(header, rows), ""]
     one, critical = plan["bytes_per_token_one_rank"], plan["bytes_per_token_critical_path"]
     lines.append(

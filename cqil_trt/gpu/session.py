@@ -350,14 +350,20 @@ class CudaSession(Session):
     # Whether a pass must run just before it is captured, and not only once before others of its phase.
     _settles_shapes = False
 
+    def padded_chunk(self, count: int, past: int) -> int:
+        return self._graph_length(count, past) or count
+
+    def _graph_length(self, count: int, past: int) -> int | None:
+        """The length of the graph that takes a chunk of `count` tokens after `past`, if one does."""
+        room = self.limits.max_seq_len - past
+        return next((known for known in self._prompt_lengths if count <= known <= room), None)
+
     def _forward(
         self, tokens: np.ndarray, past: np.ndarray, select: np.ndarray, slots: np.ndarray, length: int | None
     ) -> None:
         """A chunk of one prompt."""
         before, slot = int(past[0]), int(slots[0])
-        room = self.limits.max_seq_len - before
-        lengths = self._prompt_lengths if select.size == 1 else ()
-        padded = next((known for known in lengths if tokens.size <= known <= room), None)
+        padded = self._graph_length(tokens.size, before) if select.size == 1 else None
         # The padding comes after the prompt, whose tokens do not see it; the sequence will overwrite it in the cache.
         fed = tokens if padded is None else np.pad(tokens, (0, padded - tokens.size))
         inputs = {"tokens": fed, "prefill.past": past, "select": select, "prefill.slots": slots}
@@ -455,19 +461,20 @@ class CudaSession(Session):
 
     def _copy(self, source: int, target: int, count: int) -> None:
         dim = self._plan.model.head_dim * DTYPE_BYTES[self.limits.cache_dtype]
-        pitch = self.limits.max_seq_len * dim
         for index, shard in self._plan.layers.items():
             if not shard.num_heads:
                 continue
+            length = self.limits.cache_length(self._plan.model.window_of(index))
+            pitch = length * dim
             for cache in self._cache_parts(index):
                 rows = shard.num_kv_heads
                 to, start = (cache + slot * rows * pitch for slot in (target, source))
-                cuda.copy_rows(to, start, pitch, count * dim, rows, self._stream)
+                cuda.copy_rows(to, start, pitch, min(count, length) * dim, rows, self._stream)
 
     def _cache_parts(self, index: int) -> tuple[int, int]:
-        """The addresses of a layer's keys and values, each [slots, key/value heads, max_seq_len, head_dim]."""
+        """The addresses of a layer's keys and values, each [slots, key/value heads, `cache_length`, head_dim]."""
         model, shard, limits = self._plan.model, self._plan.layers[index], self.limits
-        row = limits.max_seq_len * model.head_dim * DTYPE_BYTES[limits.cache_dtype]
+        row = limits.cache_length(model.window_of(index)) * model.head_dim * DTYPE_BYTES[limits.cache_dtype]
         size = self.slots * shard.num_kv_heads * row
         address = self._memory[f"cache.{index}"]
         return address, address + size

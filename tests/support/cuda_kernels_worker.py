@@ -545,19 +545,33 @@ class Form:
         return torch.einsum("htk,khd->thd", scores.masked_fill(~seen, -torch.inf).softmax(-1), values)
 
 
+def kept_of(pick, form, positions, longest):
+    """How many positions a cache holds: all, or with a window perhaps a circle for steps of up to `longest` tokens."""
+    least = form.window + longest - 1
+    circle = least + -least % abi.CQIL_CIRCLE_STEP
+    return circle if form.window and circle < positions and pick(0, 2) else positions
+
+
 def check_forms(pick, dtype):
-    """Attention of other families, in chunks of prompts, single tokens and drafts."""
+    """Attention of other families, in chunks of prompts, single tokens and drafts, some far round a circle."""
     kv_heads, group, dim = pick(1, 3), pick(1, 4), (8, 12, 20, 64, 80, 96, 128, 128, 256, 256)[pick(0, 9)]
     heads, capacity, slots = kv_heads * group, pick(60, 900), pick(1, 3)
     form = Form(pick, dtype, heads, kv_heads, dim, capacity)
-    fields = {"heads": heads, "kv_heads": kv_heads, "head_dim": dim, "capacity": capacity, "max_batch": slots}
-    fields |= {"group": group, "first": 0, "dtype": code(dtype), "eps": 1e-6, **form.fields}
+    chunk = pick(16, 100)
+    kept = kept_of(pick, form, capacity, chunk)
+    fields = {"heads": heads, "kv_heads": kv_heads, "head_dim": dim, "capacity": kept, "max_batch": slots}
+    fields |= {"group": group, "first": 0, "dtype": code(dtype), "eps": 1e-6, **form.fields, "positions": capacity}
     size = library.cqil_attention_cache_bytes(abi.cqil_attention_shape(batch=1, length=1, **fields))
     cache = torch.full((size,), 255, dtype=torch.uint8, device="cuda")  # NaN where nothing was written
-    cache[2 * slots * kv_heads * capacity * dim * dtype.itemsize :] = 0
+    cache[2 * slots * kv_heads * kept * dim * dtype.itemsize :] = 0
+    lengths = [pick(2, capacity - 40)]
+    if kept < capacity:  # as many chunks as there is room for
+        lengths = [pick(2, chunk) for _ in range((capacity - 40) // chunk)]
     seen = [[torch.empty(0, heads, dim, dtype=torch.double, device="cuda") for _ in range(2)] for _ in range(slots)]
     worst = 0.0
-    for length, drafts in ((pick(2, capacity - 40), False), (1, False), (pick(2, 20), False), (pick(2, 9), True)):
+    lengths += [1, pick(2, 16), -pick(2, 9)]
+    for length in lengths:
+        length, drafts = abs(length), length < 0
         order = torch.randperm(slots)[: pick(1, slots)].tolist()
         pasts, batch = [len(seen[slot][0]) for slot in order], len(order)
         past, rows = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in (pasts, order))
@@ -578,6 +592,60 @@ def check_forms(pick, dtype):
             expected[b] = form.attended(q, *seen[slot], pasts[b])
         worst = max(worst, relative(out, expected))
     return worst
+
+
+def check_fp8_circle(pick, dtype):
+    """Round a circle in FP8, attention has the bits that it has over a cache of all positions."""
+    kv_heads, group, dim, positions = pick(1, 3), pick(1, 4), (8, 20, 64, 80, 128, 256)[pick(0, 5)], pick(300, 900)
+    heads, window, chunk = kv_heads * group, pick(1, 80), pick(16, 100)
+    circle = window + chunk - 1
+    circle += -circle % abi.CQIL_CIRCLE_STEP
+    fields = {"heads": heads, "kv_heads": kv_heads, "head_dim": dim, "max_batch": 1, "group": group, "first": 0}
+    fields |= {"dtype": code(dtype), "eps": 1e-6, "window": window, "positions": positions, **fp8_cache(pick)}
+    angles = torch.rand(positions, dim // 2, device="cuda") * 6
+    tables, past = (angles.cos(), angles.sin()), 0
+    caches = {}
+    for capacity in (circle, positions):
+        size = library.cqil_attention_cache_bytes(abi.cqil_attention_shape(**fields, capacity=capacity))
+        caches[capacity] = torch.zeros(size, dtype=torch.uint8, device="cuda")
+    while past < positions:
+        drafts = pick(0, 2) == 0
+        length = min((pick(1, chunk), pick(1, 9))[drafts], positions - past)
+        qkv = torch.randn(length, heads + 2 * kv_heads, dim, device="cuda").to(dtype)
+        places = torch.arange(past, past + length, dtype=torch.int32, device="cuda")
+        found = []
+        for capacity, cache in caches.items():
+            shape = abi.cqil_attention_shape(batch=1, length=length, drafts=drafts, **fields, capacity=capacity)
+            scratch = torch.empty(library.cqil_attention_scratch_bytes(shape), dtype=torch.uint8, device="cuda")
+            found.append(torch.full((length, heads, dim), torch.nan, dtype=dtype, device="cuda"))
+            inputs = places, torch.zeros_like(places), *tables, None, None, None
+            call("attention", shape, qkv, *inputs, cache, found[-1], scratch)
+        torch.cuda.synchronize()
+        assert torch.equal(*found) and found[0].isfinite().all(), f"tokens from {past} on differ"
+        past += length
+    return 0.0
+
+
+def check_read_circle(pick, dtype):
+    """What is read of a circle is in the order of positions, from the first one that the step's first token sees."""
+    kv_heads, dim, slots = pick(1, 3), (8, 20, 64, 80, 96, 128, 256)[pick(0, 6)], pick(1, 3)
+    window, length, stored = pick(1, 200), pick(1, 150), (dtype, FP8)[pick(0, 1)]
+    capacity = window + length - 1 + 64 * pick(0, 2)
+    capacity += -capacity % abi.CQIL_CIRCLE_STEP
+    past, slot = pick(0, 5 * capacity), pick(0, slots - 1)
+    fields = {"heads": kv_heads, "kv_heads": kv_heads, "head_dim": dim, "capacity": capacity, "max_batch": slots}
+    fields |= {"group": 1, "dtype": code(dtype), "window": window, "positions": 6 * capacity + 150}
+    if stored == FP8:
+        fields["cache"] = int(abi.cqil_cache.CQIL_CACHE_FP8)
+    cache = torch.randn(2, slots, kv_heads, capacity, dim, device="cuda").to(stored)
+    out = torch.full((2, kv_heads, capacity, dim), 7.0, dtype=dtype, device="cuda")
+    given = (torch.tensor([n], dtype=torch.int32, device="cuda") for n in (past, slot))
+    call("read_cache", abi.cqil_attention_shape(batch=1, length=length, **fields), *given, cache, out)
+    torch.cuda.synchronize()
+    every = torch.arange(max(0, past + 1 - window), past + length, device="cuda")
+    assert torch.equal(out[:, :, : len(every)], cache.to(dtype)[:, slot][:, :, every % capacity])
+    assert (out[:, :, len(every) :] == 7).all(), "what is beyond was written"
+    return 0.0
 
 
 def fp8_cache(pick):
@@ -834,6 +902,8 @@ def check_sequences(pick, dtype):
     fields |= {"group": group, "first": 0, "dtype": code(dtype), "eps": 1e-6}
     form = Form(pick, dtype, heads * group, heads, dim, capacity) if pick(0, 1) else None
     fields |= form.fields if form else {}
+    kept = kept_of(pick, form, capacity, 8) if form else capacity
+    fields |= {"capacity": kept, "positions": capacity}
     fields |= fp8_cache(pick) if pick(0, 1) else {}
     stored = FP8 if "cache" in fields else dtype
     past = torch.tensor([pick(0, capacity - 1) for _ in range(batch)], dtype=torch.int32, device="cuda")
@@ -847,7 +917,7 @@ def check_sequences(pick, dtype):
         return form.squares(qkv.reshape(-1, heads * (group + 2), dim)) if form else None
 
     size = library.cqil_attention_cache_bytes(abi.cqil_attention_shape(batch=1, length=1, **fields))
-    elements = 2 * batch * heads * capacity * dim
+    elements = 2 * batch * heads * kept * dim
     cache = torch.zeros(size, dtype=torch.uint8, device="cuda")
     cache[: elements * stored.itemsize].view(stored).copy_(torch.randn(elements, device="cuda"))
 
@@ -1330,7 +1400,7 @@ CHECKS = {
     "joins": (check_joins,),
     "overlap": (check_overlap,),
     "repeat": (check_repeat,),
-    "cache": (check_fp8_cache,),
+    "cache": (check_fp8_cache, check_fp8_circle, check_read_circle),
     "limit": (check_limit,),
 }
 

@@ -157,18 +157,41 @@ class HostKernels:
         def rotated(x):
             if cos is None:
                 return x
-            c, n = (at(table, s.capacity, half)[where][:, :, None] for table in (cos, sin))
+            c, n = (at(table, s.positions, half)[where][:, :, None] for table in (cos, sin))
             a, b, rest = x.split([half, half, dim - 2 * half], -1)
             return torch.cat((a * c - b * n, b * c + a * n, rest), -1)
 
         q = rotated(q)
-        keys, values = self.caches.setdefault(cache, torch.zeros(2, s.max_batch, s.capacity, s.kv_heads, dim))
+        cached = self.caches.setdefault(cache, torch.zeros(2, s.max_batch, s.capacity, s.kv_heads, dim))
+        assert s.positions == s.capacity or (s.capacity % 64 == 0 and s.capacity >= s.window + s.length - 1)
         for b in range(s.batch):
-            keys[rows[b], where[b]], values[rows[b], where[b]] = rotated(k)[b], v[b]
+            cached[0, rows[b], where[b] % s.capacity], cached[1, rows[b], where[b] % s.capacity] = rotated(k)[b], v[b]
         if out is None:
             at(scratch, s.batch, s.length, s.heads, dim)[:] = q
         else:
-            self.attend(s, q, where, keys[rows], values[rows], at(out, s.batch, s.length, s.heads, dim))
+            keys, values = (
+                torch.stack([self.in_order(s, *pair) for pair in zip(part[rows], where)]) for part in cached
+            )
+            self.attend(s, q, where, keys, values, at(out, s.batch, s.length, s.heads, dim))
+        return 0
+
+    @staticmethod
+    def in_order(s, kept, where):
+        """What a cache keeps of a sequence by position, NaN where it was overwritten."""
+        found = torch.full((s.positions, *kept.shape[1:]), torch.nan)
+        last = int(where[-1])
+        every = torch.arange(max(0, last + 1 - s.capacity), last + 1)
+        found[every] = kept[every % s.capacity]
+        return found
+
+    def cqil_read_cache(self, s, past, slots, cache, out, stream):
+        before, slot = (int(at(entry, 1, dtype=torch.int32)) for entry in (past, slots))
+        assert s.batch == 1 and s.positions > s.capacity
+        first, last = max(0, before + 1 - s.window), before + s.length
+        every = torch.arange(first, last) % s.capacity
+        to = at(out, 2, s.kv_heads, s.capacity, s.head_dim)
+        to.fill_(torch.nan)
+        to[:, :, : last - first] = self.caches[cache][:, slot][:, every].transpose(1, 2)
         return 0
 
     @staticmethod
@@ -182,4 +205,5 @@ class HostKernels:
             scores = torch.einsum("thd,khd->htk", q[b], keys[b][:, reads]) * (s.scale or q.shape[-1] ** -0.5)
             scores = capped(scores, s.cap)
             weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-            out[b] = torch.einsum("htk,khd->thd", weights, values[b][:, reads])
+            seen = seen.any(0)  # what was overwritten, or was not written, is NaN
+            out[b] = torch.einsum("htk,khd->thd", weights[..., seen], values[b][seen][:, reads])

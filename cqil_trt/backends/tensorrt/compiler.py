@@ -81,7 +81,9 @@ def describe(limits: EngineLimits, options: Mapping[str, Any], ranks: tuple[Rank
     built = {"collective": collective}
     if lowering.plugins:
         built["plugins"] = source_version()
-    return Description(version=version(trt), architecture=_architecture(trt, target), build=built)
+    # TensorRT's layer that updates a cache writes positions one after the other only (KVCacheMode has LINEAR alone).
+    circles = not lowering.native
+    return Description(version=version(trt), architecture=_architecture(trt, target), build=built, circles=circles)
 
 
 def _architecture(trt: Any, target: str | None) -> str:

@@ -31,7 +31,7 @@ class TorchBackend(Backend):
         notes: tuple[str, ...] = ()
         if limits.quantized and limits.dtype != "bfloat16":
             notes = (f"on CPUs in {limits.dtype}, quantized matrices are dequantized when the engine is loaded",)
-        return Description(version=f"torch {torch.__version__}", notes=notes)
+        return Description(version=f"torch {torch.__version__}", notes=notes, circles=True)
 
     def open_session(self, engine: Engine, comm: Any, device: str, number: int, slots: int) -> Session:
         from cqil_trt.backends.torch.opening import open_session

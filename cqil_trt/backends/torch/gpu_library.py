@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from cqil_trt.backends.torch.gpu_ops import Matrix
-from cqil_trt.backends.torch.gpu_session import CHUNK_WORDS, takes_flash
-from cqil_trt.config import AUTO
+from cqil_trt.backends.torch.gpu_session import CHUNK_WORDS, first_read, reads_cache, takes_flash
 from cqil_trt.engine import Engine
 from cqil_trt.gpu import cuda
 from cqil_trt.shard import LayerShard
@@ -31,28 +30,29 @@ class TorchLibrary:
     The current GPU becomes PyTorch's. For an engine in float32 it switches TF32 off, in the whole process: validation
     compares with float32.
 
-    `chunk`, for flash attention: the address of int32 words about the chunk, CHUNK_WORDS for each line: 0, its tokens,
-    and the tokens of its sequence with it; then for each number of key/value heads in `heads` the first row of the slot
-    in a layer's keys [slots * heads * capacity, head_dim], and the row after a head's last one.
+    `chunk`, for flash attention: the address of int32 words about the chunk, CHUNK_WORDS for each line: 0 and its
+    tokens; then for each of `sizes`, key/value heads and positions of a layer's cache, the first row of the slot in the
+    layer's keys [slots * heads * positions, head_dim], the row after a head's last one, and the keys that the chunk's
+    last token sees, of a circle those from the first one that the first token sees.
     """
 
-    def __init__(self, engine: Engine, slots: int, chunk: int, heads: list[int], stream: int):
+    def __init__(self, engine: Engine, slots: int, chunk: int, sizes: list[tuple[int, int]], stream: int):
         torch.cuda.set_device(int(cuda.call("GetDevice")))
         self._stream = torch.cuda.ExternalStream(stream)
         self._dtype = getattr(torch, engine.limits.dtype)
         if self._dtype == torch.float32:
             torch.backends.cuda.matmul.allow_tf32 = False
         self._limits, self._model = engine.limits, engine.model
-        self._slots = slots if engine.limits.kv_dtype == AUTO else 1  # that attention sees
+        self._slots = slots
         self._head_dim = engine.model.head_dim
         self._views: dict[tuple[int, ...], torch.Tensor] = {}
         self._flash = takes_flash(engine)
         self.chunk = 0, 0  # its past and slot, for other attention
         # Graphs hold addresses of what attention allocates, so nobody else may get them.
         self._pool = torch.cuda.MemPool()
-        words = device_tensor(chunk, (len(heads) + 1, CHUNK_WORDS), torch.int32)
-        self._queries_end, self._keys_end = words[0, :2], words[0, 2:3]
-        self._keys = {count: words[line + 1, :2] for line, count in enumerate(heads)}
+        words = device_tensor(chunk, (len(sizes) + 1, CHUNK_WORDS), torch.int32)
+        self._queries_end = words[0, :2]
+        self._keys = {size: (words[line, :2], words[line, 2:3]) for line, size in enumerate(sizes, 1)}
 
     @contextmanager
     def executing(self) -> Iterator[None]:
@@ -85,37 +85,42 @@ class TorchLibrary:
         q, to = (self.view(matrix.address, *shape) for matrix in (queries, out))
         window, (key_scale, value_scale) = self._model.window_of(shard.index), self._limits.scales_of(shard.index)
         scale = key_scale * (self._model.query_scale or self._head_dim**-0.5)
+        size = shard.num_kv_heads, self._limits.cache_length(window)
         if self._flash:
             with torch.cuda.use_mem_pool(self._pool):
-                to.copy_(self._flash_attention(q, cache, shard.num_kv_heads, scale, window))
+                to.copy_(self._flash_attention(q, cache, size, scale, window))
         else:
-            to.copy_(self._plain_attention(q, cache, shard.num_kv_heads, scale, window))
+            to.copy_(self._plain_attention(q, cache, size, scale, window))
         if value_scale != 1:
             to.mul_(value_scale)
 
     def _flash_attention(
-        self, q: torch.Tensor, cache: int, heads: int, scale: float, window: int | None
+        self, q: torch.Tensor, cache: int, size: tuple[int, int], scale: float, window: int | None
     ) -> torch.Tensor:
-        length, dim, capacity = len(q), self._head_dim, self._limits.max_seq_len
-        every = self.view(cache, 2, self._slots * heads * capacity, dim)
+        length, dim, (heads, capacity) = len(q), self._head_dim, size
+        slots = 1 if reads_cache(self._limits, capacity) else self._slots
+        every = self.view(cache, 2, slots * heads * capacity, dim)
         # Row i of a head comes `capacity` rows after row i of the head before.
-        rows = self._slots * heads * capacity - (heads - 1) * capacity
+        rows = slots * heads * capacity - (heads - 1) * capacity
         keys, values = (part.as_strided((rows, heads, dim), (dim, capacity * dim, 1)) for part in every)
-        ends = self._queries_end, self._keys[heads], length, capacity
+        keys_at, keys_end = self._keys[size]
+        ends = self._queries_end, keys_at, length, capacity
         seen = {} if window is None or window >= capacity else {"window_size_left": window - 1, "window_size_right": 0}
         found, *_ = torch.ops.aten._flash_attention_forward(
-            q, keys, values, *ends, 0.0, True, False, scale=scale, **seen, seqused_k=self._keys_end
+            q, keys, values, *ends, 0.0, True, False, scale=scale, **seen, seqused_k=keys_end
         )
         return found
 
     def _plain_attention(
-        self, q: torch.Tensor, cache: int, heads: int, scale: float, window: int | None
+        self, q: torch.Tensor, cache: int, size: tuple[int, int], scale: float, window: int | None
     ) -> torch.Tensor:
         # Its import takes as long as all of PyTorch, and most engines never come here.
         from torch.nn.attention.bias import causal_lower_right
 
-        (past, slot), length = self.chunk, len(q)
-        shape = 2, self._slots, heads, self._limits.max_seq_len, self._head_dim
+        (past, slot), length, (heads, capacity) = self.chunk, len(q), size
+        slots, slot = (1, 0) if reads_cache(self._limits, capacity) else (self._slots, slot)
+        past -= first_read(self._model, self._limits, capacity, past)
+        shape = 2, slots, heads, capacity, self._head_dim
         keys, values = self.view(cache, *shape)[:, slot : slot + 1, :, : past + length]
         mask = None if past == 0 else causal_lower_right(length, past + length)
         if window is not None and window < past + length:

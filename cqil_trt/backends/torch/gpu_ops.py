@@ -81,8 +81,8 @@ class Library(Protocol):
     def attend(self, queries: Matrix, cache: int, shard: LayerShard, out: Matrix) -> None:
         """Causal attention of rotated queries [length, heads * head_dim] over a slot of a cache that has their keys.
 
-        The slot and the sequence's length are what the session said about the chunk. Of a cache in FP8, `cache` is what
-        cqil_read_cache made of the slot.
+        The slot and the sequence's length are what the session said about the chunk. Of a cache in FP8, or a circle,
+        `cache` is what cqil_read_cache made of the slot.
         """
 
 
@@ -175,8 +175,8 @@ class CudaOps(FusedOps[Matrix], _Collectives):
 
     Args:
         memory: addresses by name: weights, caches, rotary tables, `logits` and `joined`; with packed weights `dense`,
-            room for the largest of these matrices; with a KV cache in FP8 `read`, room for a sequence's part of any
-            layer's cache in the engine's type.
+            room for the largest of these matrices; with KV caches in FP8 or circles `read`, room for a sequence's part
+            of any such layer's cache in the engine's type.
         workspaces: for the kinds of peers that the rank has.
         library: for operations with many rows.
         slots: sequences that the caches hold.
@@ -386,7 +386,7 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         self._call("attention", shape, *inputs, cache, result, scratch)
         if delegated:
             queries = Matrix(scratch.address, out.rows, out.width)
-            if self._limits.kv_dtype != AUTO:
+            if self._limits.kv_dtype != AUTO or shape.capacity < shape.positions:
                 kept, cache = cache, self._memory["read"]
                 self._call("read_cache", shape, self._past, self._slots, kept, cache)
             self._library.attend(queries, cache, shard, out)

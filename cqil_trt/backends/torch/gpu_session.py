@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from cqil_trt.backends.torch.gpu_ops import CudaOps, Matrix
-from cqil_trt.config import AUTO
+from cqil_trt.config import AUTO, EngineLimits
 from cqil_trt.engine import Engine
 from cqil_trt.gpu import cuda, kernel_library
 from cqil_trt.gpu.session import BUFFERS, CudaSession, Phase, prompt_lengths
 from cqil_trt.gpu.weights import DeviceWeights
+from cqil_trt.model import ModelConfig
 from cqil_trt.network.decoder import decode
 
-# 32-bit words that describe a chunk, and as many for each number of key/value heads: 16 bytes, as kernels align them.
+# 32-bit words that describe a chunk, and as many for each size of a layer's cache: 16 bytes, as kernels align them.
 CHUNK_WORDS = 4
 
 
@@ -32,14 +33,22 @@ class TorchCudaSession(CudaSession):
     def __init__(self, engine: Engine, comm: Any, device: int, slots: int, weights: DeviceWeights):
         cuda.use_device(device)
         super().__init__(engine, comm, kernel_library.load(), slots)
-        self._heads = sorted({shard.num_kv_heads for shard in self._plan.layers.values() if shard.num_heads})
+        model, limits = self._plan.model, engine.limits
+        # Key/value heads and positions of the layers' caches.
+        self._sizes = sorted(
+            {
+                (shard.num_kv_heads, limits.cache_length(model.window_of(index)))
+                for index, shard in self._plan.layers.items()
+                if shard.num_heads
+            }
+        )
         if takes_flash(engine):
             self._prompt_lengths = prompt_lengths(min(engine.limits.prefill_chunk, engine.limits.max_seq_len))
         self._load(engine, weights)
         # By now, whoever opened the session may have imported PyTorch; until then, nothing needed it.
         from cqil_trt.backends.torch.gpu_library import TorchLibrary
 
-        self._torch_library = TorchLibrary(engine, self.slots, self._memory["chunk"], self._heads, int(self._stream))
+        self._torch_library = TorchLibrary(engine, self.slots, self._memory["chunk"], self._sizes, int(self._stream))
         if any(matrix.packed for matrix in self._quantized.values()):
             self.row_cost = self._PACKED_ROW_COST
         kernels = self._memory, self._workspaces, self._library, int(self._stream)
@@ -47,19 +56,19 @@ class TorchCudaSession(CudaSession):
         self._complete()
 
     def _extra_sizes(self) -> dict[str, int]:
-        read = 0
-        if self.limits.kv_dtype != AUTO:
-            read = 2 * max(self._heads, default=0) * self.limits.max_seq_len * self._plan.model.head_dim * self._bytes
-        return {"chunk": 4 * CHUNK_WORDS * (len(self._heads) + 1), "read": read}
+        read = max((heads * length for heads, length in self._sizes if reads_cache(self.limits, length)), default=0)
+        return {
+            "chunk": 4 * CHUNK_WORDS * (len(self._sizes) + 1),
+            "read": 2 * read * self._plan.model.head_dim * self._bytes,
+        }
 
     def _describe_chunk(self, count: int, past: int, slot: int) -> None:
-        if self.limits.kv_dtype != AUTO:
-            slot = 0  # of what is read from the cache
         self._torch_library.chunk = past, slot
-        words = [[0, count, past + count, 0]]
-        for heads in self._heads:
-            first = slot * heads * self.limits.max_seq_len
-            words.append([first, first + self.limits.max_seq_len, 0, 0])
+        words = [[0, count, 0, 0]]
+        for heads, length in self._sizes:
+            first = 0 if reads_cache(self.limits, length) else slot * heads * length
+            seen = past + count - first_read(self._plan.model, self.limits, length, past)
+            words.append([first, first + length, seen, 0])
         self._upload("chunk", words)
 
     def _execute(self, phase: Phase, batch: int, length: int, rows: int) -> None:
@@ -77,6 +86,17 @@ class TorchCudaSession(CudaSession):
     def close(self) -> None:
         super().close()
         self._ops.close()
+
+
+def reads_cache(limits: EngineLimits, length: int) -> bool:
+    """Whether a library attends over what cqil_read_cache makes of a cache of that length, not over the cache."""
+    return limits.kv_dtype != AUTO or length < limits.max_seq_len
+
+
+def first_read(model: ModelConfig, limits: EngineLimits, length: int, past: int) -> int:
+    """The position of the first key that a library gets, of a cache of that length, for tokens after `past`."""
+    circle = length < limits.max_seq_len
+    return max(past + 1 - model.sliding_window, 0) if circle and model.sliding_window is not None else 0
 
 
 def takes_flash(engine: Engine) -> bool:

@@ -28,7 +28,8 @@ class TorchPositions:
     tokens, or None when sequences differ; queries see cached positions from `first` up to `length`; `mask`
     [B, 1, T, length - first] True where a query sees a key, None when `causal` or everything is seen. `rotary`: cos and
     sin (negative in the first half) of each of the model's rotary embeddings, [B or 1, 1, T, D], for each rotated
-    element of a head. `windowed`: the same for layers with a window; None where it is as long as the past.
+    element of a head. `windowed`: the same for layers with a window; None where it is as long as the past. Its `index`,
+    `past`, `first` and `length` are places in the cache, which differ from positions where that is a circle.
     """
 
     index: torch.Tensor  # [B, T]
@@ -86,9 +87,10 @@ class TorchOps(Ops[torch.Tensor]):
         # Zeros, not uninitialised memory: a masked position has weight 0, and 0 * NaN is NaN.
         try:
             self._cache = {
-                index: _zeros(2, slots, shard.num_kv_heads, max_seq_len, plan.model.head_dim, dtype=cached).unbind()
+                index: _zeros(2, slots, shard.num_kv_heads, length, plan.model.head_dim, dtype=cached).unbind()
                 for index, shard in plan.layers.items()
                 if shard.num_heads
+                for length in (limits.cache_length(plan.model.window_of(index)),)
             }
         except MemoryError:
             raise UserError(
@@ -149,10 +151,24 @@ class TorchOps(Ops[torch.Tensor]):
             return found
         first = max(0, min(pasts) + 1 - window)
         # A single token of each sequence sees all from `first` on, if their pasts are equal.
-        keys = torch.arange(first, length)
-        seen = (keys <= index[..., None]) & (keys > index[..., None] - window)
-        mask = seen[:, None] if masked or causal else None
-        return replace(found, windowed=replace(found, first=first, mask=mask, causal=False))
+        hidden = masked or causal
+        keys = torch.arange(first, length)[None]
+        windowed = replace(found, first=first, causal=False)
+        circle = self._limits.cache_length(window)
+        if length > circle:
+            index, begin = index % circle, first % circle
+            if begin + length - first <= circle:  # what is seen lies together
+                windowed = replace(windowed, first=begin, length=begin + length - first)
+            else:
+                # In every place the last position that was written there, or one that nobody sees.
+                last = past[:, None] + (new - 1)
+                keys, hidden = last - (last - torch.arange(circle)) % circle, True
+                keys[keys < 0] = length
+                windowed = replace(windowed, first=0, length=circle)
+            start = None if common is None or common % circle + new > circle else common % circle
+            windowed = replace(windowed, index=index, past=start)
+        seen = (keys[:, None] <= found.index[..., None]) & (keys[:, None] > found.index[..., None] - window)
+        return replace(found, windowed=replace(windowed, mask=seen[:, None] if hidden else None))
 
     def embedding(self, tokens: torch.Tensor) -> torch.Tensor:
         return F.embedding(tokens, self._weights["embedding.weight"])
