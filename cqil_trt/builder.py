@@ -517,12 +517,28 @@ def choose_cqil(
     """
     given = {field: value for field, value in flags.items() if value is not None}
     preset = given.pop("preset", None)
-    basis = config.cqil if config is not None else trained if preset is None else find_preset(preset)
+    basis = config.cqil if config is not None else trained
+    if preset is not None:
+        basis = _preset_for(model, preset, given, notes)
     found = _choose_cqil(model, given, notes, basis, trained)
     if config is not None and found != config.cqil:
         there, here = (f"{cqil.summary}, {cqil.placement}" for cqil in (config.cqil, found))
         notes.append(f"the file of --config has {there}, and flags make it {here}")
     return found
+
+
+def _preset_for(model: ModelConfig, name: str, given: Mapping[str, Any], notes: list[str]) -> CqilConfig:
+    """The preset, which is noted to be for another depth where it is. Raises UserError for one beyond the model."""
+    found, layers = find_preset(name), model.num_layers
+    grouped = given.get("placement") != "tensor"
+    if grouped and "end" not in given and found.cqil.end > layers:
+        raise UserError(
+            f"--preset {name}: its layers [{found.cqil.start}, {found.cqil.end}) are beyond the model, which has "
+            f"{layers}: give --start and --end, or --p and --d instead of the preset"
+        )
+    if grouped and found.layers != layers:
+        notes.append(f"--preset {name} was published for a model of {found.layers} layers, and this one has {layers}")
+    return found.cqil
 
 
 def _choose_cqil(

@@ -39,7 +39,13 @@ def test_build_prints_its_plan_and_writes_json(model, tmp_path):
     arguments = ("--model", model, "--p", 2, "--output", tmp_path / "engine")
     shown = build(*arguments)
     assert shown.returncode == 0, shown.stderr
-    for text in ("groups of 2 layers", "the middle of the model", "read/token", "all-reduces", "mpirun -n 2"):
+    for text in (
+        "1 group of 2 layers in [2, 4)",
+        "the middle of the model",
+        "read/token",
+        "all-reduces",
+        "mpirun -n 2",
+    ):
         assert text in shown.stdout
     plan = json.loads(build(*arguments, "--json", "--force").stdout)
     ranks = plan["ranks"]
@@ -178,6 +184,9 @@ def test_prompts_of_a_file_end_at_newlines_only(tmp_path):
     for name, content in (("p.txt", b"\xef\xbb\xbf\n\r\n"), ("p.json", b"[]")):
         with pytest.raises(UserError, match="expected at least one prompt"):
             prompts(name, content)
+    for content, message in ((b"[]", "expected a list of token ids"), (b"[[3], []]", "list 2 has no token ids")):
+        with pytest.raises(UserError, match=f"--token-ids .*ids.json: {message}"):
+            prompts("ids.json", content)
     with pytest.raises(UserError, match="not UTF-8"):
         prompts("p.txt", "ÿ".encode("latin-1"))
 
@@ -278,7 +287,10 @@ BUILD_ERRORS = {
         ["--collective nccl: --drop-attention-join"],
     ),
     "unknown preset": (["--preset", "llama-8b"], ["--preset llama-8b", "llama-7b-p2-d0"]),
-    "preset of a deeper model": (["--preset", "llama-7b-p2-d0"], ["--end 30", "6 layers"]),
+    "preset of a deeper model": (
+        ["--preset", "llama-7b-p2-d0"],
+        ["--preset llama-7b-p2-d0: its layers [12, 30)", "which has 6"],
+    ),
     "too long": (["--max-seq-len", 4096], ["--max-seq-len 4096", "128 positions"]),
     "no batch": (["--max-batch-size", 0], ["--max-batch-size"]),
     "no such adapter": (["--lora", "/nowhere"], ["--lora /nowhere"]),

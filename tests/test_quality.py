@@ -550,7 +550,7 @@ def test_adapter_is_what_build_takes_with_its_configuration_inside(model, adapte
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected.detach(), rtol=1e-4, atol=1e-4)
     # Flags win over what is inside, and the plan says so.
     done = build("--model", model, "--lora", adapter, "--end", 4, "--output", tmp_path / "other")
-    assert "1 groups of 2 layers in [2, 4)" in done.stdout
+    assert "1 group of 2 layers in [2, 4)" in done.stdout
     assert "the adapter was trained for p=2 d=0 [2, 6), attention joins dropped in 6-7" in done.stdout
     damaged = tmp_path / "damaged"
     damaged.mkdir()
