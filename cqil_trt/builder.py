@@ -91,7 +91,7 @@ class BuildRequest:
             in the configuration it was trained for. "none": no adapter.
         preset: a published configuration (`presets.PRESETS`), which the next two override.
         config: a file of `similarity.py --write` instead of a preset. It also has the placement and the defaults of
-            dtype, quantize and kv_dtype.
+            dtype, quantize, quantize_head and kv_dtype.
         p, d, start, end, bypass, placement, ranks_per_layer: see `CqilConfig`; start and end default to the middle of
             the model.
         drop_attention_join: as `CqilConfig.dropping` takes it.
@@ -99,7 +99,7 @@ class BuildRequest:
         quantize: the format that the matrices of layers are quantized to: one of `formats.names()`, default that of
             `config`, or dense; or "stored", the codes of a quantized checkpoint.
         keep: what stays dense all the same, as `parse_keep` reads it.
-        quantize_head: the format of the last projection, default dense.
+        quantize_head: the format of the last projection, default that of `config`, or dense.
         kv_dtype: how the KV cache is stored, one of `config.KV_DTYPES`, default that of `config`, or in the engine's
             type ("auto").
         backend: one of `backends.names()`.
@@ -377,8 +377,10 @@ def _open_checkpoint(
     longest = min(2048, model.context, model.fixed_context)
     if model.sliding_window is not None and not model.features(model.sliding_window):
         longest = min(longest, model.sliding_window)  # within it, every backend computes the model
-    stored, dtype = (DENSE, model.dtype) if config is None else (config.weights, config.dtype)
-    defaults = EngineLimits(max_seq_len=longest, weights=stored, kv_dtype=AUTO if config is None else config.kv_dtype)
+    defaults = EngineLimits(max_seq_len=longest)
+    if config is not None:
+        defaults = replace(defaults, weights=config.weights, head=config.head, kv_dtype=config.kv_dtype)
+    dtype = model.dtype if config is None else config.dtype
     return _Opened(weights=weights, cqil=cqil, dtype=dtype, defaults=defaults), adapter
 
 
@@ -393,10 +395,11 @@ def _choose_limits(request: BuildRequest, opened: _Opened) -> EngineLimits:
         if given.get("weights", opened.defaults.weights) == DENSE:
             raise UserError("--keep needs --quantize")
         given["keep"] = parse_keep(request.keep, opened.weights.model.num_layers)
-    if request.quantize_head is not None:
-        if "lm_head" in (request.keep or "").split(","):
-            raise UserError("--keep lm_head and --quantize-head contradict each other")
-        given["head"] = request.quantize_head
+    keeps_head = "lm_head" in (request.keep or "").split(",")
+    if keeps_head and request.quantize_head not in (None, DENSE):
+        raise UserError("--keep lm_head and --quantize-head contradict each other")
+    if keeps_head or request.quantize_head is not None:
+        given["head"] = request.quantize_head or DENSE
     given["kv_dtype"] = request.kv_dtype or opened.defaults.kv_dtype
     if given["kv_dtype"] == KV_FP8 and not isinstance(opened.weights, EngineWeights):
         given["kv_scales"] = opened.weights.kv_scales

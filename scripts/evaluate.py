@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,8 @@ def parser() -> RankParser:
     )
     p.add_argument(
         "--quantize-head",
-        default=formats.DENSE,
         choices=(formats.DENSE, *formats.choices()),
-        help="the same of the last projection",
+        help="the same of the last projection (default --config's, or dense)",
     )
     p.add_argument(
         "--kv-dtype",
@@ -126,7 +126,7 @@ def check(options: argparse.Namespace) -> None:
     check_file(options.json, "--json")
     check_texts(options.text, "--text")
     if options.engine and not (options.model or options.lora):
-        more = {name: getattr(options, name) for name in ("config", "quantize", "kv_dtype")}
+        more = {name: getattr(options, name) for name in ("config", "quantize", "quantize_head", "kv_dtype")}
         for name, value in {**cqil_flags(options), **more}.items():
             if value is not None:
                 flag = "--" + name.replace("_", "-")
@@ -168,12 +168,14 @@ def references(options: argparse.Namespace, names: list[str], manager: Any) -> I
     adapted = None if lora is None else Checkpoint(path, lora)
     model = checkpoint.model
     config = read_config(options.config, model, options.preset)
-    stored, dtype = (formats.DENSE, "float16") if config is None else (config.weights, config.dtype)
-    kv_dtype = options.kv_dtype or (AUTO if config is None else config.kv_dtype)
+    stored = EngineLimits(dtype="float16")
+    if config is not None:
+        stored = replace(stored, dtype=config.dtype, weights=config.weights, head=config.head, kv_dtype=config.kv_dtype)
+    kv_dtype = options.kv_dtype or stored.kv_dtype
     limits = EngineLimits(
-        dtype=dtype,
-        weights=options.quantize or stored,
-        head=options.quantize_head,
+        dtype=stored.dtype,
+        weights=options.quantize or stored.weights,
+        head=options.quantize_head or stored.head,
         kv_dtype=kv_dtype,
         kv_scales=() if kv_dtype == AUTO else checkpoint.kv_scales,
     )

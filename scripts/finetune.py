@@ -150,9 +150,10 @@ def train(options: argparse.Namespace) -> None:
     notes: list[str] = []
     config = read_config(options.config, model, options.preset)
     cqil = choose_cqil(model, cqil_flags(options), notes, config=config)
-    if config is not None and config.weights != formats.DENSE:
+    stored = {} if config is None else dict.fromkeys((config.weights, config.head))
+    if quantized := [name for name in stored if name != formats.DENSE]:
         notes.append(
-            f"{options.config}: {config.weights} is for build.py; the adapter is trained on the model as it is"
+            f"{options.config}: {', '.join(quantized)} is for build.py; the adapter is trained on the model as it is"
         )
     if not cqil.changed_layers:
         raise UserError("no layers run concurrently: there is nothing to train (give --p above 1, --start and --end)")

@@ -176,6 +176,20 @@ def test_predicted_latency_is_near_what_was_measured(shapes, start, end, measure
     assert saved == pytest.approx((end - start) / 2 / config.num_layers, rel=0.1)
 
 
+@pytest.mark.parametrize("stored, row", [("int8", 4096 + 4), ("fp8", 4096 + 4), ("int4", 2048 + 32 * 3)])
+def test_predicted_saving_of_a_quantized_head(stored, row):
+    """The bytes of a row: codes, and scales in float32, or for each of 32 groups one in float16 and a zero point."""
+    config, configurations = placed("llama-7b", 2, 12, 30)
+    for name, cqil in configurations.items():
+        rows = 32_000 if name in ("sequential", "leader") else 16_000  # on the slowest rank
+        for weights in ("dense", "int8"):
+            dense, quantized = (
+                decode_seconds(config, cqil, "float16", weights=weights, head=h) for h in ("dense", stored)
+            )
+            saved = rows * (2 * 4096 - row / H200.quantized[stored]) / H200.bandwidth
+            assert dense - quantized == pytest.approx(saved, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     "stored, groups, measured",
     [("dense", True, -0.3), ("dense", False, 0.0), ("int4", True, 2.5), ("int4", False, 2.9)],

@@ -43,8 +43,9 @@ def parser() -> RankParser:
     p.add_argument("--keep", metavar="LIST", help="layers that stay as they are, like layers.0,layers.30-31")
     p.add_argument(
         "--quantize-head",
-        choices=formats.choices(),
-        help="quantize the last projection as well, also without --quantize (default: it stays as it is)",
+        choices=(formats.DENSE, *formats.choices()),
+        help="quantize the last projection as well, also without --quantize (default --config's, or dense: it stays as "
+        "it is)",
     )
     p.add_argument(
         "--kv-dtype",
