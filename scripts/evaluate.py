@@ -110,6 +110,17 @@ class Column:
         self.tasks: dict[str, Any] = {}
 
 
+def bar_of(column: Column) -> str | None:
+    """The label of the progress bar while a configuration is scored, if there is a terminal to show it."""
+    return f"scoring, {column.label}" if sys.stderr.isatty() else None
+
+
+def announce(label: str) -> None:
+    """Says what is evaluated next where no progress bar does."""
+    if not sys.stderr.isatty():
+        print(f"evaluating {label} ...", flush=True)
+
+
 def main() -> None:
     run_ranks(parser, evaluate)
 
@@ -195,8 +206,9 @@ def references(options: argparse.Namespace, names: list[str], manager: Any) -> I
     tokenizers = (transformers_tokenizer(path), open_tokenizer(path)) if names else ()
 
     def run(network: Any, column: Column) -> Column:
+        announce(column.label)
         if blocks is not None:
-            column.scores = score_reference(network, blocks, sys.stderr.isatty())
+            column.scores = score_reference(network, blocks, bar_of(column))
         if names:
             from cqil_trt.quality.harness import reference_lm, run_tasks
 
@@ -227,6 +239,8 @@ def engines(options: argparse.Namespace, names: list[str], manager: Any, job: Jo
     from cqil_trt.quality.perplexity import score_engine
 
     for path in options.engine:
+        if job.rank == 0:
+            announce(str(path))
         with closing(Llm(path, job, options.device)) as llm:
             engine = llm.engine
             column = Column(str(path), engine.cqil)
@@ -239,7 +253,7 @@ def engines(options: argparse.Namespace, names: list[str], manager: Any, job: Jo
                     model = llm.engine.model
                     return text_blocks(options.text, llm.tokenizer, model, length, options.text_tokens, options.column)
 
-                column.scores = score_engine(llm, job.share(blocks), sys.stderr.isatty())
+                column.scores = score_engine(llm, job.share(blocks), bar_of(column))
             if names:
                 column.tasks = engine_tasks(llm, manager, names, options)
             yield column

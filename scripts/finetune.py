@@ -505,7 +505,7 @@ def evaluate(student: Any, blocks: np.ndarray) -> dict[str, Any]:
     from cqil_trt.quality.perplexity import CELLS, WON_BACK, score_reference, won_back
 
     network = student.model.get_base_model().eval()
-    progress = sys.stderr.isatty()
+    progress = "scoring" if sys.stderr.isatty() else None
     with student.teaching():
         base = score_reference(network, blocks, progress)
     with student.model.disable_adapter():

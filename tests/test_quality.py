@@ -764,6 +764,8 @@ def test_engine_scores_every_item_as_the_harness_scores_the_reference(model, tex
     done = script("evaluate", "--model", model, "--lora", adapter, *common, tmp_path / "reference.json")
     assert done.returncode == 0, done.stderr
     assert "wins back" in done.stdout and "own_choice" in done.stdout
+    for label in ("unchanged", "CQIL", "CQIL + adapter"):
+        assert done.stdout.splitlines().count(f"evaluating {label} ...") == 1
     # Four ranks are two replicas, which share the questions.
     engine = [
         "scripts/evaluate.py",
@@ -776,6 +778,7 @@ def test_engine_scores_every_item_as_the_harness_scores_the_reference(model, tex
     ]
     done = run("mpirun", "-n", 4, sys.executable, *engine)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines().count(f"evaluating {tmp_path / 'engine'} ...") == 1
     reference = json.loads((tmp_path / "reference.json").read_text())
     assert [column["label"] for column in reference["columns"]] == ["unchanged", "CQIL", "CQIL + adapter"]
     expected = reference["columns"][2]
