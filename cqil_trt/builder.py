@@ -462,7 +462,11 @@ def _choose_output(
 ) -> tuple[Path, bool]:
     """The output directory, and whether an engine there may be replaced."""
     chosen = request.output is not None
+    if request.output == "":
+        raise UserError("--output is empty")
     target = Path(request.output or Path("engines") / name)
+    if target.parent.exists() and not target.parent.is_dir():
+        raise UserError(f"--output {target}: {target.parent} is not a directory")
     if target.exists():
         engine_directory.check_replaceable(target, request.force or not chosen)
     old = engine_directory.existing(target)

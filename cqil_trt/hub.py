@@ -101,6 +101,8 @@ def _find(name: str | Path | Found, flag: str, choose: _Choose) -> Found:
         return name
     if isinstance(name, Path):
         return Found(name=str(name), path=name)
+    if not name:
+        raise UserError(f"{flag} is empty")
     match = None if os.path.exists(name) else _NAME.fullmatch(name)
     if match is None:
         return Found(name=name, path=Path(name))

@@ -131,6 +131,16 @@ def check(options: argparse.Namespace) -> None:
 
     if not (options.text or options.tasks):
         raise UserError("what to evaluate on? Give --text PATH … or --tasks NAME,NAME")
+    if options.tasks and not options.tasks.strip(","):
+        raise UserError(f"--tasks {options.tasks}: names no task")
+    for of, names in {"text": ("text_tokens",), "tasks": ("task_path", "num_fewshot", "limit", "samples")}.items():
+        for name in names:
+            value = getattr(options, name)
+            # A switch that was left out is False; 0 is a value.
+            if not getattr(options, of) and value is not None and value is not False:
+                raise UserError(f"--{name.replace('_', '-')} needs --{of}")
+    if options.samples and options.json is None:
+        raise UserError("--samples needs --json, the file that has them")
     check_at_least(options, 2, "block", "max_length")
     check_at_least(options, 1, "text_tokens", "limit", "batch_size")
     check_at_least(options, 0, "num_fewshot")

@@ -199,8 +199,9 @@ def check(options: argparse.Namespace) -> None:
         raise UserError("--top-p applies to the text of --self-generated, which is not given")
     if options.top_p is not None and not 0 < options.top_p <= 1:
         raise UserError(f"--top-p must be above 0 and at most 1, found {options.top_p:g}")
-    if options.learning_rate <= 0 or options.lora_alpha <= 0:
-        raise UserError("--learning-rate and --lora-alpha must be above 0")
+    for name in ("learning_rate", "lora_alpha"):
+        if not 0 < getattr(options, name) < math.inf:  # NaN is not
+            raise UserError(f"--{name.replace('_', '-')} must be above 0, found {getattr(options, name):g}")
     check_plot(options.plot)
     check_texts(options.text, "--text")
     check_texts(options.eval_text, "--eval-text")

@@ -205,6 +205,8 @@ def run(options: argparse.Namespace) -> None:
     first = math.ceil(FIRST * model.num_layers) if options.first is None else options.first
     if not 0 <= first < model.num_layers:
         raise UserError(f"--first {first}: the model has layers 0 to {model.num_layers - 1}")
+    if options.context > max(SHORT, model.max_position):
+        raise UserError(f"--context {options.context}: the model has {model.max_position} positions")
     length = min(options.block, model.max_position)
     blocks = text_blocks(options.text, open_tokenizer(path), model, length, options.text_tokens, options.column)
     network = reference.from_reader(model, checkpoint.reader)
@@ -251,6 +253,9 @@ def check(options: argparse.Namespace) -> None:
     if options.joins is False and not options.search:
         raise UserError("--no-joins needs --search")
     check_at_least(options, 2, "block", "text_tokens")
+    check_at_least(options, 1, "context")
+    if not -1 <= options.threshold <= 1:  # NaN is not
+        raise UserError(f"--threshold is a cosine, from -1 to 1, found {options.threshold:g}")
     check_file(options.json, "--json")
     check_file(options.write, "--write")
     check_plot(options.plot)

@@ -294,13 +294,15 @@ BUILD_ERRORS = {
     "too long": (["--max-seq-len", 4096], ["--max-seq-len 4096", "128 positions"]),
     "no batch": (["--max-batch-size", 0], ["--max-batch-size"]),
     "no such adapter": (["--lora", "/nowhere"], ["--lora /nowhere"]),
+    "no name": (["--lora", ""], ["--lora is empty"]),
+    "a file instead of a directory": (["--output", "README.md/e"], ["--output README.md/e: README.md is not a dir"]),
 }
 
 
 @pytest.mark.parametrize("case", BUILD_ERRORS)
 def test_build_errors(case, model, tmp_path):
     arguments, fragments = BUILD_ERRORS[case]
-    assert_user_error(build("--model", model, *arguments, "--output", tmp_path / "engine"), *fragments)
+    assert_user_error(build("--model", model, "--output", tmp_path / "engine", *arguments), *fragments)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -363,6 +365,8 @@ def test_run_errors(engine, tmp_path):
     done = fails(2, "--prompt", "x", "--json", tmp_path / "no" / "file")
     assert_user_error(done, "--json", "its directory does not exist")
     assert_user_error(mpirun(2, "--engine", tmp_path), "not an engine directory")
+    for name in ("--contexts", "--batches"):
+        assert_user_error(fails(2, "--prompt", "x", name, 5), f"{name} needs --benchmark")
 
 
 @pytest.mark.slow

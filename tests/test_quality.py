@@ -688,6 +688,7 @@ def test_two_processes_with_checkpointed_gradients_train_as_one_with_twice_the_b
         (["--lora-dropout", 2], "--lora-dropout must be"),
         (["--text", "gone.txt"], "gone.txt: no such file"),
         (["--force", "--output", "docs"], "this is none"),
+        (["--learning-rate", "nan"], "--learning-rate must be above 0, found nan"),
     ],
 )
 def test_wrong_training_is_refused_in_one_line(flags, message, model, text, tmp_path, refused):
@@ -806,6 +807,10 @@ def test_engine_scores_every_item_as_the_harness_scores_the_reference(model, tex
         (["--text", "README.md", "--block", 0], "--block must be at least 2"),
         (["--text", "README.md", "--lora", "gone"], "--lora gone: no such directory"),
         (["--text", "README.md", "--json", "gone/f.json"], "--json gone/f.json: its directory"),
+        (["--tasks", ","], "--tasks ,: names no task"),
+        (["--tasks", "sciq", "--samples"], "--samples needs --json"),
+        (["--tasks", "sciq", "--text-tokens", 9], "--text-tokens needs --text"),
+        (["--text", "README.md", "--num-fewshot", 0], "--num-fewshot needs --tasks"),
     ],
 )
 def test_wrong_evaluation_is_refused_in_one_line(flags, message, model, refused):

@@ -391,6 +391,9 @@ def test_flags_of_the_search_that_are_refused(model, text, tmp_path):
         (["--measure", "perplexity"], "--measure needs --search"),
         (["--at-most", 1], "--at-most needs --search"),
         (["--no-joins"], "--no-joins needs --search"),
+        (["--threshold", "nan"], "--threshold is a cosine, from -1 to 1, found nan"),
+        (["--context", 0], "--context must be at least 1"),
+        (["--context", 1000], "--context 1000: the model has 128 positions"),
         (["--search", "--write", tmp_path / "none" / "b.json"], "its directory does not exist"),
         (["--search", "--evaluations", 2], "--evaluations must be at least"),
         (

@@ -567,6 +567,13 @@ def test_what_the_command_refuses(engine, tmp_path):
     refuses(engine, "--max-running", 5, fragments=["--max-running 5", f"{engine} was built for at most 4"])
     refuses(engine, "--prefill-chunk", 513, fragments=["--prefill-chunk 513", "at most 512"])
     refuses(engine, "--slots", 1, "--max-running", 2, fragments=["--slots 1", "--max-running 2"])
+    refuses(engine, "--model-name", "", fragments=["--model-name is empty"])
+    with subprocess.Popen(["true"]) as over:
+        pass
+    refuses(engine, "--parent", over.pid, fragments=[f"--parent {over.pid}: there is no such process"])
+    damaged = shutil.copytree(engine, tmp_path / "damaged")
+    (damaged / "tokenizer.json").write_text("{")
+    refuses(damaged, fragments=[f"{damaged}/tokenizer.json: 1 byte"])
     refuses(engine, "--max-waiting", -1, fragments=["--max-waiting"])
     refuses(engine, "--slots", 0, fragments=["--slots"])
     refuses(engine, "--prefill-chunk", 0, fragments=["--prefill-chunk"])

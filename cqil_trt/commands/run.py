@@ -61,9 +61,7 @@ def parser() -> RankParser:
         metavar="N,N",
         help="lengths of the random prompts for --benchmark (default: the first prompt)",
     )
-    p.add_argument(
-        "--batches", metavar="N,N", default="1", help="for --benchmark: sequences in a decode step (default 1)"
-    )
+    p.add_argument("--batches", metavar="N,N", help="for --benchmark: sequences in a decode step (default 1)")
     p.add_argument(
         "--logits-out", metavar="F.npy", type=Path, help="the first prompt's logits, float32 [tokens, vocabulary]"
     )
@@ -85,6 +83,9 @@ def run(options: argparse.Namespace, job: Job) -> bool:
     from cqil_trt.llm import Llm
     from cqil_trt.sampling import SamplingConfig
 
+    for name in ("contexts", "batches"):
+        if getattr(options, name) is not None and not options.benchmark:
+            raise UserError(f"--{name} needs --benchmark")
     texts = job.share(lambda: read_prompts(options))
     # A wrong flag should be reported before the engine is loaded. Some objects are constructed only for their checks.
     job.share(lambda: check_file(options.json, "--json"))
@@ -126,7 +127,7 @@ def run(options: argparse.Namespace, job: Job) -> bool:
     if options.validate:
         passed = validate(llm, prompts if texts else None, say, report)
     if options.benchmark:
-        batches = numbers(options.batches, "--batches", 1, limits.max_batch_size)
+        batches = numbers("1" if options.batches is None else options.batches, "--batches", 1, limits.max_batch_size)
         benchmark(llm, measured or prompts[:1], batches, options.max_new_tokens, say, report)
     if texts or not (options.validate or options.benchmark):
         complete(llm, texts or None, prompts, options, say, report)

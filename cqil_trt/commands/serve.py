@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import socket
 import ssl
@@ -141,7 +142,8 @@ def _serve(
         llm = Llm(path, job, options.device, slots, Speculation.parse(options.speculate))
     except UserError:
         if http is not None:
-            http.send(wire.GivenUp())
+            with contextlib.suppress(wire.Closed):
+                http.send(wire.GivenUp())
         raise
     chunk = options.prefill_chunk or (None if llm.session.on_gpu else _CPU_CHUNK)
     chosen = ranks.Options(policy=options.policy, rows=rows, chunk=chunk)
@@ -175,8 +177,15 @@ def check(options: argparse.Namespace) -> None:
         if not getattr(options, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} must be above 0, found {getattr(options, name):g}")
     check_at_least(options, 1, "parent")
+    if options.parent is not None:
+        try:
+            os.close(os.pidfd_open(options.parent))
+        except (ProcessLookupError, OverflowError):
+            raise UserError(f"--parent {options.parent}: there is no such process") from None
     if not 0 <= options.port <= 65535:
         raise UserError(f"--port must be from 0 to 65535, found {options.port}")
+    if "" in (options.model_name or ()):
+        raise UserError("--model-name is empty")
     if (options.tls_certificate is None) != (options.tls_key is None):
         raise UserError("--tls-certificate and --tls-key go together")
     Speculation.parse(options.speculate)
@@ -190,6 +199,9 @@ def _check_engine(engine: Engine, options: argparse.Namespace, job: Job) -> None
         )
     if engine.backend == "tensorrt-llm":
         raise UserError("an engine of backend tensorrt-llm is served by TensorRT-LLM's own trtllm-serve")
+    if job.rank == 0:
+        for name in engine.shared_files:  # the HTTP process reads the tokenizer
+            engine.verify(name)
     limits = engine.limits
     for flag, wanted, most, decides in (
         ("--max-running", options.max_running, limits.max_batch_size, "--max-batch-size"),
