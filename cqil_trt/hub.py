@@ -70,7 +70,8 @@ def find_model(name: str | Path | Found) -> Found:
     """The model's local path, or a snapshot that is downloaded if `name` is a name on the hub.
 
     A string is a name on the hub if it has the form org/name and no such path exists; a `Path` never is. A path is
-    returned without checking that it exists. Raises UserError if the model cannot be downloaded.
+    returned without checking that it exists. Raises UserError for an empty string, or if the model cannot be
+    downloaded.
     """
     return _find(name, "--model", _model_files)
 
