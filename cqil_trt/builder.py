@@ -92,7 +92,7 @@ class BuildRequest:
             in the configuration it was trained for. "none": no adapter.
         preset: a published configuration (`presets.PRESETS`), which the next two override.
         config: a file of `similarity.py --write` instead of a preset. It also has the placement and the defaults of
-            dtype, quantize and kv_dtype.
+            dtype, quantize, quantize_head and kv_dtype.
         p, d, start, end, bypass, placement, ranks_per_layer: see `CqilConfig`; start and end default to the middle of
             the model.
         drop_attention_join: as `CqilConfig.dropping` takes it.
@@ -100,7 +100,7 @@ class BuildRequest:
         quantize: the format that the matrices of layers are quantized to: one of `formats.names()`, default that of
             `config`, or dense; or "stored", the codes of a quantized checkpoint.
         keep: what stays dense all the same, as `parse_keep` reads it.
-        quantize_head: the format of the last projection, default dense.
+        quantize_head: the format of the last projection, default that of `config`, or dense.
         kv_dtype: how the KV cache is stored, one of `config.KV_DTYPES`, default that of `config`, or in the engine's
             type ("auto").
         backend: one of `backends.names()`.
@@ -381,8 +381,10 @@ def _open_checkpoint(
     longest = min(2048, model.context, model.fixed_context)
     if model.sliding_window is not None and not model.features(model.sliding_window):
         longest = min(longest, model.sliding_window)  # within it, every backend computes the model
-    stored, dtype = (DENSE, model.dtype) if config is None else (config.weights, config.dtype)
-    defaults = EngineLimits(max_seq_len=longest, weights=stored, kv_dtype=AUTO if config is None else config.kv_dtype)
+    defaults = EngineLimits(max_seq_len=longest)
+    if config is not None:
+        defaults = replace(defaults, weights=config.weights, head=config.head, kv_dtype=config.kv_dtype)
+    dtype = model.dtype if config is None else config.dtype
     return _Opened(weights=weights, cqil=cqil, dtype=dtype, defaults=defaults), adapter
 
 
@@ -397,10 +399,11 @@ def _choose_limits(request: BuildRequest, opened: _Opened) -> EngineLimits:
         if given.get("weights", opened.defaults.weights) == DENSE:
             raise UserError("--keep needs --quantize")
         given["keep"] = parse_keep(request.keep, opened.weights.model.num_layers)
-    if request.quantize_head is not None:
-        if "lm_head" in (request.keep or "").split(","):
-            raise UserError("--keep lm_head and --quantize-head contradict each other")
-        given["head"] = request.quantize_head
+    keeps_head = "lm_head" in (request.keep or "").split(",")
+    if keeps_head and request.quantize_head not in (None, DENSE):
+        raise UserError("--keep lm_head and --quantize-head contradict each other")
+    if keeps_head or request.quantize_head is not None:
+        given["head"] = request.quantize_head or DENSE
     given["kv_dtype"] = request.kv_dtype or opened.defaults.kv_dtype
     if given["kv_dtype"] == KV_FP8 and not isinstance(opened.weights, EngineWeights):
         given["kv_scales"] = opened.weights.kv_scales
@@ -463,7 +466,11 @@ def _choose_output(
 ) -> tuple[Path, bool]:
     """The output directory, and whether an engine there may be replaced."""
     chosen = request.output is not None
+    if request.output == "":
+        raise UserError("--output is empty")
     target = Path(request.output or Path("engines") / name)
+    if target.parent.exists() and not target.parent.is_dir():
+        raise UserError(f"--output {target}: {target.parent} is not a directory")
     if target.exists():
         engine_directory.check_replaceable(target, request.force or not chosen)
     old = engine_directory.existing(target)
@@ -521,12 +528,28 @@ def choose_cqil(
     """
     given = {field: value for field, value in flags.items() if value is not None}
     preset = given.pop("preset", None)
-    basis = config.cqil if config is not None else trained if preset is None else find_preset(preset)
+    basis = config.cqil if config is not None else trained
+    if preset is not None:
+        basis = _preset_for(model, preset, given, notes)
     found = _choose_cqil(model, given, notes, basis, trained)
     if config is not None and found != config.cqil:
         there, here = (f"{cqil.summary}, {cqil.placement}" for cqil in (config.cqil, found))
         notes.append(f"the file of --config has {there}, and flags make it {here}")
     return found
+
+
+def _preset_for(model: ModelConfig, name: str, given: Mapping[str, Any], notes: list[str]) -> CqilConfig:
+    """The preset, which is noted to be for another depth where it is. Raises UserError for one beyond the model."""
+    found, layers = find_preset(name), model.num_layers
+    grouped = given.get("placement") != "tensor"
+    if grouped and "end" not in given and found.cqil.end > layers:
+        raise UserError(
+            f"--preset {name}: its layers [{found.cqil.start}, {found.cqil.end}) are beyond the model, which has "
+            f"{layers}: give --start and --end, or --p and --d instead of the preset"
+        )
+    if grouped and found.layers != layers:
+        notes.append(f"--preset {name} was published for a model of {found.layers} layers, and this one has {layers}")
+    return found.cqil
 
 
 def _choose_cqil(

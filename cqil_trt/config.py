@@ -189,7 +189,9 @@ class CqilConfig:
         if self.end > num_layers:
             raise UserError(f"--end {self.end} is beyond the model, which has {num_layers} layers")
         if self.drop_attention_join and (last := self.drop_attention_join[-1]) >= num_layers:
-            raise UserError(f"--drop-attention-join: layer {last} is beyond the model, which has {num_layers} layers")
+            raise UserError(
+                f"--drop-attention-join: layer {last} is beyond the model, whose layers are 0 to {num_layers - 1}"
+            )
 
     def dropping(self, wanted: str | Iterable[int], num_layers: int) -> CqilConfig:
         """The same configuration with the attention joins of the layers `wanted` dropped, and no others.

@@ -21,7 +21,7 @@ class ConfigFile:
     Attributes:
         layers: of the model.
         cqil: which layers run concurrently.
-        weights, dtype, kv_dtype: as in `EngineLimits`.
+        weights, dtype, head, kv_dtype: as in `EngineLimits`.
         model: the model's name, for readers.
         found: how it was found, for readers.
     """
@@ -30,13 +30,15 @@ class ConfigFile:
     cqil: CqilConfig
     weights: str
     dtype: str
+    head: str = formats.DENSE
     kv_dtype: str = AUTO
     model: str = ""
     found: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         values = {"model": self.model, "layers": self.layers, "cqil": self.cqil.to_dict()}
-        values |= {"weights": self.weights, "dtype": self.dtype, "kv_dtype": self.kv_dtype, "found": dict(self.found)}
+        values |= {"weights": self.weights, "head": self.head, "dtype": self.dtype, "kv_dtype": self.kv_dtype}
+        values["found"] = dict(self.found)
         path.write_text(json.dumps(values, indent=1) + "\n")
 
     @classmethod
@@ -46,13 +48,15 @@ class ConfigFile:
         Raises UserError, naming the field, for one that is malformed or does not fit.
         """
         values = Fields(read_json(path), str(path))
-        _only(values, ("model", "layers", "cqil", "weights", "dtype", "kv_dtype", "found"))
+        _only(values, ("model", "layers", "cqil", "weights", "head", "dtype", "kv_dtype", "found"))
         layers = values.integer("layers")
         if layers != num_layers:
             raise UserError(f"{path}: layers is {layers}, and the model has {num_layers}: it is for another model")
-        stored, known = values.text("weights", formats.DENSE), (*formats.names(), *formats.choices())
-        if stored not in known:
-            raise values.fail("weights", f"one of {', '.join(dict.fromkeys(known))}")
+        known = formats.DENSE, *formats.choices()
+        stored = {name: values.text(name, formats.DENSE) for name in ("weights", "head")}
+        for name, found in stored.items():
+            if found not in known:
+                raise values.fail(name, f"one of {', '.join(known)}")
         dtype = values.text("dtype")
         if dtype not in DTYPES:
             raise values.fail("dtype", f"one of {', '.join(DTYPES)}")
@@ -67,7 +71,15 @@ class ConfigFile:
         except UserError as error:
             raise UserError(f"{inner.source}: {error}") from None
         name = values.text("model", "")
-        return cls(layers=layers, cqil=cqil, weights=stored, dtype=dtype, kv_dtype=kv_dtype, model=name)
+        return cls(
+            layers=layers,
+            cqil=cqil,
+            weights=stored["weights"],
+            head=stored["head"],
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+            model=name,
+        )
 
 
 def _only(values: Fields, known: tuple[str, ...]) -> None:

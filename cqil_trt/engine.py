@@ -147,7 +147,8 @@ class Engine:
                 raise UserError(f"{path}: {size} bytes, config.json says {expected}: rebuild the engine")
             yield path
         except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}): rebuild the engine") from None
+            advice = "" if isinstance(error, PermissionError) else ": rebuild the engine"
+            raise UserError(f"{path}: cannot be read ({error.strerror or error}){advice}") from None
 
     def _check(self, name: str, found: str) -> None:
         if found != self.files[name]["blake3"]:

@@ -70,7 +70,8 @@ def find_model(name: str | Path | Found) -> Found:
     """The model's local path, or a snapshot that is downloaded if `name` is a name on the hub.
 
     A string is a name on the hub if it has the form org/name and no such path exists; a `Path` never is. A path is
-    returned without checking that it exists. Raises UserError if the model cannot be downloaded.
+    returned without checking that it exists. Raises UserError for an empty string, or if the model cannot be
+    downloaded.
     """
     return _find(name, "--model", _model_files)
 
@@ -101,6 +102,8 @@ def _find(name: str | Path | Found, flag: str, choose: _Choose) -> Found:
         return name
     if isinstance(name, Path):
         return Found(name=str(name), path=name)
+    if not name:
+        raise UserError(f"{flag} is empty")
     match = None if os.path.exists(name) else _NAME.fullmatch(name)
     if match is None:
         return Found(name=name, path=Path(name))

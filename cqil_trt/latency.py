@@ -56,16 +56,18 @@ def decode_seconds(
     weights: str = DENSE,
     context: int = SHORT,
     kv_dtype: str = AUTO,
+    head: str = DENSE,
 ) -> float:
     """Predicted seconds per token at batch 1: the slowest rank's weights, its KV cache, its layers, its collectives.
 
-    `weights`: the format of the layers' matrices. `context`: tokens in the cache. `kv_dtype`: as in `EngineLimits`.
+    `weights`: the format of the layers' matrices. `context`: tokens in the cache. `kv_dtype`, `head`: as in
+    `EngineLimits`.
     """
     cached = EngineLimits(dtype=dtype, kv_dtype=kv_dtype).cache_dtype
     more = max(0, context - SHORT) / (machine.cache * machine.bandwidth)
     return max(
         _rank_seconds(rank, machine) + more * rank.cache_bytes_per_token(cached)
-        for rank in plan(model, cqil, dtype, weights)
+        for rank in plan(model, cqil, dtype, weights, head=head)
     )
 
 
@@ -75,13 +77,19 @@ def critical_bytes(model: ModelConfig, cqil: CqilConfig, dtype: str, weights: st
 
 
 def _rank_seconds(rank: RankPlan, machine: Machine) -> float:
-    quantized = sum(tensor.nbytes for tensor in rank.tensors if isinstance(tensor, MatrixPart))
-    rate = machine.quantized.get(formats.base(rank.weights), 1.0) * machine.bandwidth
+    codes = [tensor for tensor in rank.tensors if isinstance(tensor, MatrixPart)]
+    head = sum(tensor.nbytes for tensor in codes if tensor.name.startswith("lm_head."))
+    layers = sum(tensor.nbytes for tensor in codes) - head
+
+    def rate(stored: str) -> float:
+        return machine.quantized.get(formats.base(stored), 1.0) * machine.bandwidth
+
     dropped = sum(step.drops_join for step in rank.schedule.layers)
     return (
-        (rank.bytes_per_token - quantized) / machine.bandwidth
-        + quantized / rate
+        (rank.bytes_per_token - layers - head) / machine.bandwidth
+        + layers / rate(rank.weights)
+        + head / rate(rank.head)
         + len(rank.schedule.layers) * machine.layer
         + rank.collectives * machine.collective
-        + dropped * (machine.dropped_quantized if quantized else machine.dropped)
+        + dropped * (machine.dropped_quantized if layers else machine.dropped)
     )

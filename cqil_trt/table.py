@@ -1,4 +1,4 @@
-"""Plain text tables for terminals and logs."""
+"""Plain text for terminals and logs: tables, sizes, counts."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         return "  ".join(aligned).rstrip()
 
     return "\n".join([line(cells[0]), line(["-" * width for width in widths]), *map(line, cells[1:])])
+
+
+def counted(count: int, noun: str) -> str:
+    """A number of things as text: `1 slot`, `2 slots`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def size(count: float) -> str:

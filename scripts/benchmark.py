@@ -189,7 +189,7 @@ def configure(options: argparse.Namespace, ranks: int) -> tuple[CqilConfig, Mode
     check_at_least(options, 0, "soak")
     check_file(options.json, "--json")
     check_plot(options.plot)
-    cqil = replace(preset(options.preset), ranks_per_layer=options.ranks_per_layer)
+    cqil = replace(preset(options.preset).cqil, ranks_per_layer=options.ranks_per_layer)
     check_at_least(options, cqil.p, "layers")
     if ranks != (1 if options.alone else cqil.ranks):
         advice = "--alone is one process" if options.alone else f"mpirun -n {cqil.ranks}, or --alone on one GPU"

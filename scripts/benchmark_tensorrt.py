@@ -90,7 +90,7 @@ def configure(options: argparse.Namespace) -> tuple[CqilConfig, ModelConfig]:
 
     Raises UserError for what cannot be measured.
     """
-    cqil = preset(options.preset)
+    cqil = preset(options.preset).cqil
     name = next(name for name in SHAPES if options.preset.startswith(name))
     check_at_least(options, cqil.p, "layers")
     check_at_least(options, 1, "batch_context")

@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,8 @@ def parser() -> RankParser:
     )
     p.add_argument(
         "--quantize-head",
-        default=formats.DENSE,
         choices=(formats.DENSE, *formats.choices()),
-        help="the same of the last projection",
+        help="the same of the last projection (default --config's, or dense)",
     )
     p.add_argument(
         "--kv-dtype",
@@ -110,6 +110,17 @@ class Column:
         self.tasks: dict[str, Any] = {}
 
 
+def bar_of(column: Column) -> str | None:
+    """The label of the progress bar while a configuration is scored, if there is a terminal to show it."""
+    return f"scoring, {column.label}" if sys.stderr.isatty() else None
+
+
+def announce(label: str) -> None:
+    """Says what is evaluated next where no progress bar does."""
+    if not sys.stderr.isatty():
+        print(f"evaluating {label} ...", flush=True)
+
+
 def main() -> None:
     run_ranks(parser, evaluate)
 
@@ -120,13 +131,23 @@ def check(options: argparse.Namespace) -> None:
 
     if not (options.text or options.tasks):
         raise UserError("what to evaluate on? Give --text PATH … or --tasks NAME,NAME")
+    if options.tasks and not options.tasks.strip(","):
+        raise UserError(f"--tasks {options.tasks}: names no task")
+    for of, names in {"text": ("text_tokens",), "tasks": ("task_path", "num_fewshot", "limit", "samples")}.items():
+        for name in names:
+            value = getattr(options, name)
+            # A switch that was left out is False; 0 is a value.
+            if not getattr(options, of) and value is not None and value is not False:
+                raise UserError(f"--{name.replace('_', '-')} needs --{of}")
+    if options.samples and options.json is None:
+        raise UserError("--samples needs --json, the file that has them")
     check_at_least(options, 2, "block", "max_length")
     check_at_least(options, 1, "text_tokens", "limit", "batch_size")
     check_at_least(options, 0, "num_fewshot")
     check_file(options.json, "--json")
     check_texts(options.text, "--text")
     if options.engine and not (options.model or options.lora):
-        more = {name: getattr(options, name) for name in ("config", "quantize", "kv_dtype")}
+        more = {name: getattr(options, name) for name in ("config", "quantize", "quantize_head", "kv_dtype")}
         for name, value in {**cqil_flags(options), **more}.items():
             if value is not None:
                 flag = "--" + name.replace("_", "-")
@@ -168,12 +189,14 @@ def references(options: argparse.Namespace, names: list[str], manager: Any) -> I
     adapted = None if lora is None else Checkpoint(path, lora)
     model = checkpoint.model
     config = read_config(options.config, model, options.preset)
-    stored, dtype = (formats.DENSE, "float16") if config is None else (config.weights, config.dtype)
-    kv_dtype = options.kv_dtype or (AUTO if config is None else config.kv_dtype)
+    stored = EngineLimits(dtype="float16")
+    if config is not None:
+        stored = replace(stored, dtype=config.dtype, weights=config.weights, head=config.head, kv_dtype=config.kv_dtype)
+    kv_dtype = options.kv_dtype or stored.kv_dtype
     limits = EngineLimits(
-        dtype=dtype,
-        weights=options.quantize or stored,
-        head=options.quantize_head,
+        dtype=stored.dtype,
+        weights=options.quantize or stored.weights,
+        head=options.quantize_head or stored.head,
         kv_dtype=kv_dtype,
         kv_scales=() if kv_dtype == AUTO else checkpoint.kv_scales,
     )
@@ -193,8 +216,9 @@ def references(options: argparse.Namespace, names: list[str], manager: Any) -> I
     tokenizers = (transformers_tokenizer(path), open_tokenizer(path)) if names else ()
 
     def run(network: Any, column: Column) -> Column:
+        announce(column.label)
         if blocks is not None:
-            column.scores = score_reference(network, blocks, sys.stderr.isatty())
+            column.scores = score_reference(network, blocks, bar_of(column))
         if names:
             from cqil_trt.quality.harness import reference_lm, run_tasks
 
@@ -225,6 +249,8 @@ def engines(options: argparse.Namespace, names: list[str], manager: Any, job: Jo
     from cqil_trt.quality.perplexity import score_engine
 
     for path in options.engine:
+        if job.rank == 0:
+            announce(str(path))
         with closing(Llm(path, job, options.device)) as llm:
             engine = llm.engine
             column = Column(str(path), engine.cqil)
@@ -237,7 +263,7 @@ def engines(options: argparse.Namespace, names: list[str], manager: Any, job: Jo
                     model = llm.engine.model
                     return text_blocks(options.text, llm.tokenizer, model, length, options.text_tokens, options.column)
 
-                column.scores = score_engine(llm, job.share(blocks), sys.stderr.isatty())
+                column.scores = score_engine(llm, job.share(blocks), bar_of(column))
             if names:
                 column.tasks = engine_tasks(llm, manager, names, options)
             yield column

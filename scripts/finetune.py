@@ -150,9 +150,10 @@ def train(options: argparse.Namespace) -> None:
     notes: list[str] = []
     config = read_config(options.config, model, options.preset)
     cqil = choose_cqil(model, cqil_flags(options), notes, config=config)
-    if config is not None and config.weights != formats.DENSE:
+    stored = {} if config is None else dict.fromkeys((config.weights, config.head))
+    if quantized := [name for name in stored if name != formats.DENSE]:
         notes.append(
-            f"{options.config}: {config.weights} is for build.py; the adapter is trained on the model as it is"
+            f"{options.config}: {', '.join(quantized)} is for build.py; the adapter is trained on the model as it is"
         )
     if not cqil.changed_layers:
         raise UserError("no layers run concurrently: there is nothing to train (give --p above 1, --start and --end)")
@@ -198,8 +199,9 @@ def check(options: argparse.Namespace) -> None:
         raise UserError("--top-p applies to the text of --self-generated, which is not given")
     if options.top_p is not None and not 0 < options.top_p <= 1:
         raise UserError(f"--top-p must be above 0 and at most 1, found {options.top_p:g}")
-    if options.learning_rate <= 0 or options.lora_alpha <= 0:
-        raise UserError("--learning-rate and --lora-alpha must be above 0")
+    for name in ("learning_rate", "lora_alpha"):
+        if not 0 < getattr(options, name) < math.inf:  # NaN is not
+            raise UserError(f"--{name.replace('_', '-')} must be above 0, found {getattr(options, name):g}")
     check_plot(options.plot)
     check_texts(options.text, "--text")
     check_texts(options.eval_text, "--eval-text")
@@ -504,7 +506,7 @@ def evaluate(student: Any, blocks: np.ndarray) -> dict[str, Any]:
     from cqil_trt.quality.perplexity import CELLS, WON_BACK, score_reference, won_back
 
     network = student.model.get_base_model().eval()
-    progress = sys.stderr.isatty()
+    progress = "scoring" if sys.stderr.isatty() else None
     with student.teaching():
         base = score_reference(network, blocks, progress)
     with student.model.disable_adapter():

@@ -17,6 +17,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,8 +47,21 @@ REPORTED = 10  # configurations per line of progress, without a terminal
 # What a configuration may cost before an adapter is trained, which recovers most of it: times the unchanged perplexity.
 WITHIN = 2.25
 LEAST_EVALUATIONS = 16
-# Values of --placement and --quantize.
+# Values of --placement, and of --quantize and --quantize-head.
 FASTEST, NONE = "fastest", "none"
+# The flags that only --search takes, and what they are by default.
+SEARCH = {
+    "evaluations": 128,
+    "measure": "perplexity",
+    "d": "0",
+    "bypass": "mlp",
+    "placement": FASTEST,
+    "quantize": "int8,int4",
+    "quantize_head": NONE,
+    "within": None,
+    "at_most": None,
+    "write": None,
+}
 
 
 def parser() -> Parser:
@@ -110,6 +124,7 @@ def parser() -> Parser:
         help="measure what each layer loses without the all-reduce after attention (build.py --drop-attention-join); "
         "--no-joins: --search drops none",
     )
+    known = ", ".join(formats.choices())
     search = p.add_argument_group("search")
     search.add_argument(
         "--search",
@@ -120,24 +135,29 @@ def parser() -> Parser:
         "--evaluations",
         metavar="N",
         type=int,
-        default=128,
-        help=f"measure the quality of at most N configurations (default %(default)s, at least {LEAST_EVALUATIONS})",
+        help=f"measure the quality of at most N configurations (default {SEARCH['evaluations']}, at least "
+        f"{LEAST_EVALUATIONS}, and three for each pair of formats)",
     )
-    search.add_argument("--measure", choices=MEASURES, default="perplexity", help="quality (default %(default)s)")
-    search.add_argument("--d", metavar="D,D", default="0", help="bypass distances to measure (default %(default)s)")
-    search.add_argument("--bypass", choices=BYPASSES, default="mlp", help="where the bypass goes when d > 0")
+    search.add_argument("--measure", choices=MEASURES, help=f"quality (default {SEARCH['measure']})")
+    search.add_argument("--d", metavar="D,D", help=f"bypass distances to measure (default {SEARCH['d']})")
+    search.add_argument(
+        "--bypass", choices=BYPASSES, help=f"where the bypass goes when d > 0 (default {SEARCH['bypass']})"
+    )
     search.add_argument(
         "--placement",
         choices=(FASTEST, "sharded", "leader"),
-        default=FASTEST,
         help="how the ranks run the other layers (default: in the way that is predicted to be fastest)",
     )
     search.add_argument(
         "--quantize",
         metavar="FORMAT,…",
-        default="int8,int4",
-        help=f"also with the layers' matrices in these formats: {', '.join(formats.choices())}, or {NONE} "
-        "(default %(default)s)",
+        help=f"also with the layers' matrices in these formats: {known}, or {NONE} (default {SEARCH['quantize']})",
+    )
+    search.add_argument(
+        "--quantize-head",
+        metavar="FORMAT,…",
+        help="also with the last projection in these formats, next to each format of the layers (default "
+        f"{SEARCH['quantize_head']})",
     )
     limit = search.add_mutually_exclusive_group()
     limit.add_argument(
@@ -185,6 +205,8 @@ def run(options: argparse.Namespace) -> None:
     first = math.ceil(FIRST * model.num_layers) if options.first is None else options.first
     if not 0 <= first < model.num_layers:
         raise UserError(f"--first {first}: the model has layers 0 to {model.num_layers - 1}")
+    if options.context > max(SHORT, model.max_position):
+        raise UserError(f"--context {options.context}: the model has {model.max_position} positions")
     length = min(options.block, model.max_position)
     blocks = text_blocks(options.text, open_tokenizer(path), model, length, options.text_tokens, options.column)
     network = reference.from_reader(model, checkpoint.reader)
@@ -204,7 +226,8 @@ def run(options: argparse.Namespace) -> None:
             ranks_per_layer=tuple(shared),
             ds=tuple(dict.fromkeys(ds)),
             bypass=options.bypass,
-            weights=(formats.DENSE, *quantized_formats(options)),
+            weights=(formats.DENSE, *quantized_formats(options.quantize, "--quantize")),
+            heads=(formats.DENSE, *quantized_formats(options.quantize_head, "--quantize-head")),
             drops=options.joins is not False and options.placement != "leader" and not model.post_norms,
         )
         measure = Measure(path, network, blocks, options.dtype, options.measure, options.kv_dtype)
@@ -216,20 +239,33 @@ def run(options: argparse.Namespace) -> None:
         plot_search(result["search"], options.plot, found.stem)
     elif options.plot is not None:
         plot_similarity(similarity, options.plot, found.stem)
+    for path in filter(None, (options.json, options.plot)):
+        print(f"wrote {path}")
 
 
 def check(options: argparse.Namespace) -> None:
-    """Checks the options: errors should be reported before a long search, not after."""
+    """Checks the options, and fills in the search's: errors should be reported before a long search, not after."""
+    for name, default in SEARCH.items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+        elif not options.search:
+            raise UserError(f"--{name.replace('_', '-')} needs --search")
+    if options.joins is False and not options.search:
+        raise UserError("--no-joins needs --search")
     check_at_least(options, 2, "block", "text_tokens")
-    check_at_least(options, LEAST_EVALUATIONS, "evaluations")
+    check_at_least(options, 1, "context")
+    if not -1 <= options.threshold <= 1:  # NaN is not
+        raise UserError(f"--threshold is a cosine, from -1 to 1, found {options.threshold:g}")
     check_file(options.json, "--json")
     check_file(options.write, "--write")
     check_plot(options.plot)
     check_texts(options.text, "--text")
-    quantized_formats(options)
-    for name in ("write", "within", "at_most"):
-        if getattr(options, name) is not None and not options.search:
-            raise UserError(f"--{name.replace('_', '-')} needs --search")
+    weights, heads = (
+        1 + len(quantized_formats(getattr(options, name), f"--{name.replace('_', '-')}"))
+        for name in ("quantize", "quantize_head")
+    )
+    # A third of the measurements is for what is not dense.
+    check_at_least(options, max(LEAST_EVALUATIONS, 3 * (weights * heads - 1)), "evaluations")
     if options.within is not None and not 1 <= options.within < math.inf:
         raise UserError(f"--within must be a factor from 1 on, found {options.within:g}")
     if options.at_most is not None and not 0 < options.at_most < math.inf:
@@ -248,14 +284,15 @@ def sizes(options: argparse.Namespace) -> tuple[list[int], list[int]]:
     return ps, shared
 
 
-def quantized_formats(options: argparse.Namespace) -> list[str]:
-    """The formats of --quantize. Raises UserError for an unknown one."""
-    if options.quantize == NONE:
+def quantized_formats(text: str, flag: str) -> list[str]:
+    """The formats in a list like `int8,int4`, each once. Raises UserError, naming the flag, for an unknown one."""
+    if text == NONE:
         return []
-    found = list(dict.fromkeys(options.quantize.split(",")))
+    found = list(dict.fromkeys(text.split(",")))
     for name in found:
-        formats.load(name)
-    return [name for name in found if name != formats.DENSE]
+        if name not in formats.choices():
+            raise UserError(f"{flag} must be {NONE} or some of {', '.join(formats.choices())}, found {name!r:.60}")
+    return found
 
 
 def neighbours(similarity: np.ndarray) -> str:
@@ -278,13 +315,14 @@ def costs(model: ModelConfig, cqil: CqilConfig, options: argparse.Namespace) -> 
         placed["leader"] = replace(cqil, placement="leader")
     read = {f"{name}_bytes_per_token": critical_bytes(model, each, options.dtype) for name, each in placed.items()}
     placed["sequential"] = CqilConfig(p=1)
-    return read | {f"{name}_ms": seconds(model, each, options) * 1e3 for name, each in placed.items()}
+    return read | {f"{name}_ms": seconds(model, Candidate(each), options) * 1e3 for name, each in placed.items()}
 
 
-def seconds(model: ModelConfig, cqil: CqilConfig, options: argparse.Namespace, weights: str = formats.DENSE) -> float:
+def seconds(model: ModelConfig, candidate: Candidate, options: argparse.Namespace) -> float:
     """What is predicted for a configuration on the GPUs and with the KV cache that the options name."""
-    cache = {"context": options.context, "kv_dtype": options.kv_dtype}
-    return decode_seconds(model, cqil, options.dtype, MACHINES[options.gpu], weights, **cache)
+    stored = {"weights": candidate.weights, "head": candidate.head, "kv_dtype": options.kv_dtype}
+    machine = MACHINES[options.gpu]
+    return decode_seconds(model, candidate.cqil, options.dtype, machine, context=options.context, **stored)
 
 
 def cost_cells(found: dict[str, Any]) -> tuple[str, ...]:
@@ -362,18 +400,16 @@ def search(
                 print(f"{task.evaluations + 1} of {task.planned} measured", flush=True)
             return found
 
-        def predict(cqil: CqilConfig, weights: str) -> float:
-            return seconds(model, cqil, options, weights)
-
         placements = ("sharded", "leader") if options.placement == FASTEST else (options.placement,)
         expanded = math.inf if options.at_most is not None else limit
+        predict = partial(seconds, model, options=options)
         task = Search(space, judge, predict, placements, options.evaluations, expanded, unchanged)
         bar.reset(task.planned)
         how, whole = "all" if task.exhaustive else "greedily", duration(task.planned * measure.seconds)
         print(
             f"\nsearching {len(space):,} configurations, {how}: at most {task.planned} measurements of "
             f"{options.measure}, {measure.seconds:.2g} s each, about {whole} in all\n"
-            "(fewer: --evaluations, --text-tokens, --no-joins, --quantize)"
+            "(fewer: --evaluations, --text-tokens, --no-joins, --quantize, --quantize-head)"
         )
         task.run()
     factor = f"{options.within or WITHIN:g}"
@@ -424,6 +460,7 @@ def best_of_kinds(found: Mapping[str, Sequence[Point]], within: float | None, at
 
 def point_table(points: Sequence[Point], chosen: Point) -> str:
     divergence = any("divergence" in point.quality.values for point in points)
+    heads = any(point.candidate.head != formats.DENSE for point in points)
     rows = []
     for point in points:
         candidate, values = point.candidate, point.quality.values
@@ -434,6 +471,7 @@ def point_table(points: Sequence[Point], chosen: Point) -> str:
                 candidate.ranks,
                 candidate.kind,
                 candidate.weights,
+                *([candidate.head] if heads else []),
                 f"{values['perplexity']:.3f}",
                 how,
                 f"{values['top1_equal']:.1%}",
@@ -441,10 +479,9 @@ def point_table(points: Sequence[Point], chosen: Point) -> str:
                 f"{point.seconds * 1e3:.3f}",
             )
         )
-    cost = "KL" if divergence else "log cost"
-    return table(
-        ("configuration", "GPUs", "kind", "weights", "perplexity", cost, "top-1 equal", "placement", "ms"), rows
-    )
+    stored = ("weights", "head") if heads else ("weights",)
+    measured = ("perplexity", "KL" if divergence else "log cost", "top-1 equal")
+    return table(("configuration", "GPUs", "kind", *stored, *measured, "placement", "ms"), rows)
 
 
 def title(candidate: Candidate) -> str:
@@ -461,12 +498,13 @@ def duration(seconds: float) -> str:
 
 def write(options: argparse.Namespace, name: str, model: ModelConfig, chosen: Point) -> None:
     found = chosen.to_dict()
-    how = {key: found[key] for key in found if key not in ("cqil", "weights", "kind", "ranks")}
+    how = {key: found[key] for key in found if key not in ("cqil", "weights", "head", "kind", "ranks")}
     ConfigFile(
         model=name,
         layers=model.num_layers,
         cqil=chosen.candidate.cqil,
         weights=chosen.candidate.weights,
+        head=chosen.candidate.head,
         dtype=options.dtype,
         kv_dtype=options.kv_dtype,
         found={"gpu": options.gpu, "context": options.context, "measure": options.measure, **how},

@@ -106,5 +106,7 @@ def test_a_format_is_added_by_a_file_and_refused_by_backends_that_do_not_know_it
     finally:
         monkeypatch.undo()
         formats.names.cache_clear()
-    with pytest.raises(UserError, match="--quantize must be one of dense, fp8, int4, int8, found narrow"):
+    with pytest.raises(
+        UserError, match="--quantize must be one of dense, fp8, int4, int8, int4g64, int4g32, found narrow"
+    ):
         assert plan(model, CqilConfig(p=1), "float16", "narrow")[0].tensors

@@ -39,7 +39,13 @@ def test_build_prints_its_plan_and_writes_json(model, tmp_path):
     arguments = ("--model", model, "--p", 2, "--output", tmp_path / "engine")
     shown = build(*arguments)
     assert shown.returncode == 0, shown.stderr
-    for text in ("groups of 2 layers", "the middle of the model", "read/token", "all-reduces", "mpirun -n 2"):
+    for text in (
+        "1 group of 2 layers in [2, 4)",
+        "the middle of the model",
+        "read/token",
+        "all-reduces",
+        "mpirun -n 2",
+    ):
         assert text in shown.stdout
     plan = json.loads(build(*arguments, "--json", "--force").stdout)
     ranks = plan["ranks"]
@@ -178,6 +184,9 @@ def test_prompts_of_a_file_end_at_newlines_only(tmp_path):
     for name, content in (("p.txt", b"\xef\xbb\xbf\n\r\n"), ("p.json", b"[]")):
         with pytest.raises(UserError, match="expected at least one prompt"):
             prompts(name, content)
+    for content, message in ((b"[]", "expected a list of token ids"), (b"[[3], []]", "list 2 has no token ids")):
+        with pytest.raises(UserError, match=f"--token-ids .*ids.json: {message}"):
+            prompts("ids.json", content)
     with pytest.raises(UserError, match="not UTF-8"):
         prompts("p.txt", "ÿ".encode("latin-1"))
 
@@ -278,17 +287,21 @@ BUILD_ERRORS = {
         ["--collective nccl: --drop-attention-join"],
     ),
     "unknown preset": (["--preset", "llama-8b"], ["--preset llama-8b", "llama-7b-p2-d0"]),
-    "preset of a deeper model": (["--preset", "llama-7b-p2-d0"], ["--end 30", "6 layers"]),
+    "preset of a deeper model": (
+        ["--preset", "llama-7b-p2-d0"],
+        ["--preset llama-7b-p2-d0: its layers [12, 30)", "which has 6"],
+    ),
     "too long": (["--max-seq-len", 4096], ["--max-seq-len 4096", "128 positions"]),
     "no batch": (["--max-batch-size", 0], ["--max-batch-size"]),
     "no such adapter": (["--lora", "/nowhere"], ["--lora /nowhere"]),
+    "no name": (["--lora", ""], ["--lora is empty"]),
 }
 
 
 @pytest.mark.parametrize("case", BUILD_ERRORS)
 def test_build_errors(case, model, tmp_path):
     arguments, fragments = BUILD_ERRORS[case]
-    assert_user_error(build("--model", model, *arguments, "--output", tmp_path / "engine"), *fragments)
+    assert_user_error(build("--model", model, "--output", tmp_path / "engine", *arguments), *fragments)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -331,7 +344,7 @@ def test_an_output_directory_that_exists(model, engine, tmp_path):
     (tmp_path / "precious").write_text("mine")
     assert_user_error(build(*arguments, tmp_path, "--force"), "is not an engine")
     assert (tmp_path / "precious").read_text() == "mine"
-    assert_user_error(build(*arguments, tmp_path / "precious" / "engine"), "cannot be written")
+    assert_user_error(build(*arguments, tmp_path / "precious" / "engine"), "precious is not a directory")
 
 
 @pytest.mark.slow
@@ -351,6 +364,8 @@ def test_run_errors(engine, tmp_path):
     done = fails(2, "--prompt", "x", "--json", tmp_path / "no" / "file")
     assert_user_error(done, "--json", "its directory does not exist")
     assert_user_error(mpirun(2, "--engine", tmp_path), "not an engine directory")
+    for name in ("--contexts", "--batches"):
+        assert_user_error(fails(2, "--prompt", "x", name, 5), f"{name} needs --benchmark")
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from support import write_json
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from cqil_trt import backends, families
+from cqil_trt.builder import choose_cqil
 from cqil_trt.config import CqilConfig, EngineLimits
 from cqil_trt.errors import UserError
 from cqil_trt.model import Feature, ModelConfig
@@ -158,7 +159,7 @@ def test_wrong_configurations_name_the_flag(values, message):
         ("4,,5", "4,,5: expected layers like"),
         ("4-6,5", "names layer 5 more than once"),
         ("20", "layer 20 is in a group of .12, 30."),
-        ("31-32", "layer 32 is beyond the model, which has 32 layers"),
+        ("31-32", "layer 32 is beyond the model, whose layers are 0 to 31"),
         ("auto:15", "auto:15: only 14 layers are split"),
     ],
 )
@@ -225,7 +226,8 @@ def test_the_middle_is_chosen_when_no_range_is_given():
 
 
 def test_presets_are_the_published_ranges():
-    found = {name: (c.p, c.d, c.start, c.end, c.bypass) for name, c in PRESETS.items()}
+    chosen = {name: preset.cqil for name, preset in PRESETS.items()}
+    found = {name: (c.p, c.d, c.start, c.end, c.bypass) for name, c in chosen.items()}
     assert found == {
         "llama-7b-p2-d0": (2, 0, 12, 30, "mlp"),
         "llama-7b-p2-d1": (2, 1, 12, 30, "residual"),
@@ -233,6 +235,24 @@ def test_presets_are_the_published_ranges():
         "llama-7b-p4-d1": (4, 1, 14, 30, "residual"),
         "qwen1.5-14b-p2-d0": (2, 0, 17, 37, "mlp"),
     }
+
+
+def test_presets_for_models_of_other_depths(tmp_path):
+    def chosen(layers, preset="llama-7b-p2-d0", **flags):
+        sizes = {**SMALL, "num_hidden_layers": layers}
+        path = write_json(tmp_path / "config.json", {"architectures": ["LlamaForCausalLM"], **sizes})
+        model = families.read_config(path)
+        notes = []
+        return choose_cqil(model, {"preset": preset, **flags}, notes), notes
+
+    for layers, flags, noted in ((32, {}, False), (30, {}, True), (24, {"end": 20}, True)):
+        cqil, notes = chosen(layers, **flags)
+        assert (cqil.start, cqil.end) == (12, flags.get("end", 30))
+        expected = f"--preset llama-7b-p2-d0 was published for a model of 32 layers, and this one has {layers}"
+        assert notes == ([expected] if noted else [])
+    assert not [note for note in chosen(24, placement="tensor")[1] if "--preset" in note]
+    with pytest.raises(UserError, match=r"^--preset qwen1.5-14b-p2-d0: its layers \[17, 37\) are beyond .*has 36"):
+        chosen(36, "qwen1.5-14b-p2-d0")
 
 
 def test_model_config_survives_json(tmp_path):

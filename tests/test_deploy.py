@@ -144,6 +144,8 @@ def test_options_are_checked(engine, tmp_path):
         application(Options(engine=tmp_path))
     with pytest.raises(UserError, match="max_replicas must be at least"):
         application(Options(engine=engine, replicas=3, max_replicas=2))
+    with pytest.raises(UserError, match=f"^max_running 99: {engine} was built for at most "):
+        application(Options(engine=engine, max_running=99))
     with pytest.raises(UserError, match="no-such-mpirun is neither next to"):
         application(Options(engine=engine, mpirun="no-such-mpirun --x"))
     # As `serve run` and config files give them.

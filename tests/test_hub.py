@@ -83,12 +83,14 @@ def shards(checkpoint):
 def test_a_name_is_of_the_hub_only_when_no_path_and_of_its_form(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "local").mkdir(parents=True)
-    for name in ("org/local", "./org/tiny", "../org/tiny", "/org/tiny", "~/tiny", "gpt2", "a/b/c", "org/", "", "a@b"):
+    for name in ("org/local", "./org/tiny", "../org/tiny", "/org/tiny", "~/tiny", "gpt2", "a/b/c", "org/", "a@b"):
         assert find_model(name) == Found(name=name, path=type(tmp_path)(name))
     assert find_adapter(tmp_path / "org" / "none").commit is None
     for name in ("org/tiny", "org/tiny@v1", "org/tiny@refs/pr/1", "org/tiny/sub/m.Q4_0.gguf@v1"):
         with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
             find_model(name)
+    with pytest.raises(UserError, match="^--model is empty$"):
+        find_model("")
     with pytest.raises(UserError, match="--model gpt2.*org/name"):
         cqil_trt.build(model="gpt2")
     with pytest.raises(UserError, match="--lora mine.*org/name"):

@@ -124,7 +124,7 @@ def test_a_search_measures_with_the_cache(models, scales):
     checkpoint = Checkpoint(path, tokenizer=False)
     network = reference.from_reader(checkpoint.model, checkpoint.reader, pieces=False)
     measure = Measure(path, network, blocks, "float32", "perplexity", "fp8")
-    rounded = measure._network("int8")
+    rounded = measure._network("int8", "dense")
     for judged, scores in ((network, measure.unchanged), (rounded, score_reference(rounded, blocks))):
         formulas = Formulas(network.config, judged.state_dict(), scales)
         chances = formulas.logits(torch.from_numpy(blocks)).log_softmax(-1)[:, :-1]

@@ -176,6 +176,20 @@ def test_predicted_latency_is_near_what_was_measured(shapes, start, end, measure
     assert saved == pytest.approx((end - start) / 2 / config.num_layers, rel=0.1)
 
 
+@pytest.mark.parametrize("stored, row", [("int8", 4096 + 4), ("fp8", 4096 + 4), ("int4", 2048 + 32 * 3)])
+def test_predicted_saving_of_a_quantized_head(stored, row):
+    """The bytes of a row: codes, and scales in float32, or for each of 32 groups one in float16 and a zero point."""
+    config, configurations = placed("llama-7b", 2, 12, 30)
+    for name, cqil in configurations.items():
+        rows = 32_000 if name in ("sequential", "leader") else 16_000  # on the slowest rank
+        for weights in ("dense", "int8"):
+            dense, quantized = (
+                decode_seconds(config, cqil, "float16", weights=weights, head=h) for h in ("dense", stored)
+            )
+            saved = rows * (2 * 4096 - row / H200.quantized[stored]) / H200.bandwidth
+            assert dense - quantized == pytest.approx(saved, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     "stored, groups, measured",
     [("dense", True, -0.3), ("dense", False, 0.0), ("int4", True, 2.5), ("int4", False, 2.9)],
@@ -550,7 +564,7 @@ def test_adapter_is_what_build_takes_with_its_configuration_inside(model, adapte
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected.detach(), rtol=1e-4, atol=1e-4)
     # Flags win over what is inside, and the plan says so.
     done = build("--model", model, "--lora", adapter, "--end", 4, "--output", tmp_path / "other")
-    assert "1 groups of 2 layers in [2, 4)" in done.stdout
+    assert "1 group of 2 layers in [2, 4)" in done.stdout
     assert "the adapter was trained for p=2 d=0 [2, 6), attention joins dropped in 6-7" in done.stdout
     damaged = tmp_path / "damaged"
     damaged.mkdir()
@@ -674,6 +688,7 @@ def test_two_processes_with_checkpointed_gradients_train_as_one_with_twice_the_b
         (["--lora-dropout", 2], "--lora-dropout must be"),
         (["--text", "gone.txt"], "gone.txt: no such file"),
         (["--force", "--output", "docs"], "this is none"),
+        (["--learning-rate", "nan"], "--learning-rate must be above 0, found nan"),
     ],
 )
 def test_wrong_training_is_refused_in_one_line(flags, message, model, text, tmp_path, refused):
@@ -750,6 +765,8 @@ def test_engine_scores_every_item_as_the_harness_scores_the_reference(model, tex
     done = script("evaluate", "--model", model, "--lora", adapter, *common, tmp_path / "reference.json")
     assert done.returncode == 0, done.stderr
     assert "wins back" in done.stdout and "own_choice" in done.stdout
+    for label in ("unchanged", "CQIL", "CQIL + adapter"):
+        assert done.stdout.splitlines().count(f"evaluating {label} ...") == 1
     # Four ranks are two replicas, which share the questions.
     engine = [
         "scripts/evaluate.py",
@@ -762,6 +779,7 @@ def test_engine_scores_every_item_as_the_harness_scores_the_reference(model, tex
     ]
     done = run("mpirun", "-n", 4, sys.executable, *engine)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines().count(f"evaluating {tmp_path / 'engine'} ...") == 1
     reference = json.loads((tmp_path / "reference.json").read_text())
     assert [column["label"] for column in reference["columns"]] == ["unchanged", "CQIL", "CQIL + adapter"]
     expected = reference["columns"][2]
@@ -789,6 +807,10 @@ def test_engine_scores_every_item_as_the_harness_scores_the_reference(model, tex
         (["--text", "README.md", "--block", 0], "--block must be at least 2"),
         (["--text", "README.md", "--lora", "gone"], "--lora gone: no such directory"),
         (["--text", "README.md", "--json", "gone/f.json"], "--json gone/f.json: its directory"),
+        (["--tasks", ","], "--tasks ,: names no task"),
+        (["--tasks", "sciq", "--samples"], "--samples needs --json"),
+        (["--tasks", "sciq", "--text-tokens", 9], "--text-tokens needs --text"),
+        (["--text", "README.md", "--num-fewshot", 0], "--num-fewshot needs --tasks"),
     ],
 )
 def test_wrong_evaluation_is_refused_in_one_line(flags, message, model, refused):

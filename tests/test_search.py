@@ -95,6 +95,15 @@ def output_of(cqil, weights):
     return weights, (cqil["p"], cqil["d"], grouped) if grouped else (), dropped
 
 
+def together(weights, head):
+    """Both formats in one name: that of the layers alone where the last projection is dense."""
+    return weights if head == "dense" else f"{weights}, head {head}"
+
+
+def stored_as(candidate):
+    return together(candidate.weights, candidate.head)
+
+
 # The search itself, on made-up qualities
 
 
@@ -102,11 +111,11 @@ def quality_of(seed):
     """A cost for whatever changes the output: more groups, more dropped joins and fewer bits cost more, with noise."""
 
     def cost(candidate):
-        output = output_of(candidate.cqil.to_dict(), candidate.weights)
+        output = output_of(candidate.cqil.to_dict(), stored_as(candidate))
         random = np.random.default_rng([seed, *repr(output).encode()])
-        bits = {"dense": 0, "int8": 0.01, "int4": 0.2}[candidate.weights]
+        bits = {"dense": 0, "int8": 0.01, "int4": 0.2}
         changed = len(candidate.cqil.changed_layers)
-        return (bits + 0.05 * changed) * random.uniform(0.5, 1.5)
+        return (bits[candidate.weights] + bits[candidate.head] / 2 + 0.05 * changed) * random.uniform(0.5, 1.5)
 
     return cost
 
@@ -120,34 +129,48 @@ def quality_of(seed):
     st.sampled_from([(0,), (0, 1), (0, 1, 2, 3)]),
     st.booleans(),
     st.sampled_from([("sharded", "leader"), ("sharded",)]),
+    st.sampled_from([("dense",), ("dense", "int8"), ("dense", "int4", "int8")]),
 )
-def test_search_keeps_its_budget_and_its_frontier_is_what_no_point_beats(seed, budget, ps, ts, ds, drops, placements):
+def test_search_keeps_its_budget_and_its_frontier_is_what_no_point_beats(
+    seed, budget, ps, ts, ds, drops, placements, heads
+):
     cost, seen = quality_of(seed), []
 
     def measure(candidate):
         seen.append(candidate)
         return Quality(cost=cost(candidate), values={})
 
-    def seconds(cqil, weights):
+    def seconds(candidate):
+        cqil, matrices = candidate.cqil, {"dense": 4, "int8": 2, "int4": 1}
         slower = {"leader": 1.2, "sharded": 1.0, "tensor": 1.0}[cqil.placement] if cqil.p > 1 else 1.0
         joins = 2 * LAYERS - len(cqil.changed_layers)
-        return slower * (joins + {"dense": 4, "int8": 2, "int4": 1}[weights] * LAYERS / cqil.ranks)
+        return slower * (joins + (matrices[candidate.weights] * LAYERS + matrices[candidate.head]) / cqil.ranks)
 
     weights = ("dense", "int8", "int4")
+    stored = [together(*both) for both in itertools.product(weights, heads)]
+    budget = max(budget, 3 * (len(stored) - 1))
     space = Space(
-        num_layers=LAYERS, first=1, ps=ps, ranks_per_layer=ts, ds=ds, bypass="mlp", weights=weights, drops=drops
+        num_layers=LAYERS,
+        first=1,
+        ps=ps,
+        ranks_per_layer=ts,
+        ds=ds,
+        bypass="mlp",
+        weights=weights,
+        drops=drops,
+        heads=heads,
     )
     task = Search(space, measure, seconds, placements, budget, math.inf, Quality(cost=0.0, values={}))
     planned = task.planned
     task.run()
-    outputs = {output_of(candidate.cqil.to_dict(), candidate.weights) for candidate in seen}
+    outputs = {output_of(candidate.cqil.to_dict(), stored_as(candidate)) for candidate in seen}
     assert len(seen) == len(outputs) == task.evaluations <= planned <= budget
     points = list(task.points.values())
-    assert {point.candidate.weights for point in points} == set(weights)
+    assert {stored_as(point.candidate) for point in points} == set(stored)
     for point in points:
-        changed = point.candidate.weights != "dense" or point.candidate.cqil.changed_layers
+        changed = stored_as(point.candidate) != "dense" or point.candidate.cqil.changed_layers
         assert point.quality.cost == (cost(point.candidate.computed) if changed else 0)
-        assert point.seconds == seconds(point.candidate.cqil, point.candidate.weights)
+        assert point.seconds == seconds(point.candidate)
     numbers = sorted({p * t for p in ps for t in ts if p * t <= 8})
     assert space.ranks == numbers
     for ranks, kind in itertools.product(numbers, KINDS):
@@ -155,16 +178,16 @@ def test_search_keeps_its_budget_and_its_frontier_is_what_no_point_beats(seed, b
             point
             for point in points
             if point.candidate.ranks <= ranks
-            and (point.candidate.weights == "dense" or "quantized" in kind)
+            and (stored_as(point.candidate) == "dense" or "quantized" in kind)
             and (not point.candidate.cqil.drop_attention_join or "dropped" in kind)
         ]
         best = [(point.seconds, point.quality.cost) for point in task.frontier(ranks, kind)]
         assert best == sorted(not_beaten((point.seconds, point.quality.cost) for point in allowed))
     order = task.space.joins
     assert sorted(order) == (list(range(LAYERS)) if drops else [])
-    every = enumerated(order, 1, ps, ts, ds, weights)
-    found = {key(point.candidate.cqil.to_dict(), point.candidate.weights) for point in points}
-    single = {(stored, numbers[-1], 1, 0, 0, 0, (layer,)) for stored in weights for layer in range(LAYERS) if drops}
+    every = enumerated(order, 1, ps, ts, ds, stored)
+    found = {key(point.candidate.cqil.to_dict(), stored_as(point.candidate)) for point in points}
+    single = {(each, numbers[-1], 1, 0, 0, 0, (layer,)) for each in stored for layer in range(LAYERS) if drops}
     assert len(space) == len(every)
     if task.exhaustive:
         assert task.evaluations == planned
@@ -185,8 +208,8 @@ def test_frontier_over_ranks_per_layer_equals_brute_force(ts, gpu):
         return Quality(cost=cost(candidate), values={})
 
     @functools.cache
-    def seconds(cqil, weights):
-        return decode_seconds(config, cqil, "float16", MACHINES[gpu], weights)
+    def seconds(candidate):
+        return decode_seconds(config, candidate.cqil, "float16", MACHINES[gpu], candidate.weights)
 
     space = Space(
         num_layers=LAYERS,
@@ -213,7 +236,7 @@ def test_frontier_over_ranks_per_layer_equals_brute_force(ts, gpu):
         shape = {"p": p, "ranks_per_layer": t, "d": d, "start": start, "end": end, "drop_attention_join": dropped}
         outputs.add(output_of(shape, weights))
         ways = ["sharded", "leader"] if start < end and t == 1 and not dropped else ["sharded"]
-        fastest = min(seconds(CqilConfig(**shape, placement=way), weights) for way in ways)
+        fastest = min(seconds(Candidate(CqilConfig(**shape, placement=way), weights)) for way in ways)
         kind = (weights != "dense", bool(dropped))
         same = Candidate(CqilConfig(**shape), weights)
         every.setdefault((p * t, kind), []).append(
@@ -246,18 +269,18 @@ def searched(model, text, tmp_path_factory):
     """What a whole search reports, and the files that it wrote."""
     directory = tmp_path_factory.mktemp("found")
     flags = ["--search", "--p", "2", "--d", "0,1", "--ranks-per-layer", "1,2", "--first", 3, "--quantize", "int8"]
-    flags += ["--within", 3, "--evaluations", 200]
+    flags += ["--quantize-head", "int8", "--within", 3, "--evaluations", 400]
     files = ["--json", directory / "s.json", "--plot", directory / "s.png", "--write", directory / "best.json"]
     done = similarity(model, text, *flags, *files)
     assert done.returncode == 0, done.stderr
     return done, json.loads((directory / "s.json").read_text())["search"], directory
 
 
-def rounded(state):
-    """The matrices of layers in int8: one scale for each output channel, the largest magnitude over 127."""
+def rounded(state, *parts):
+    """The matrices of these parts in int8: one scale for each output channel, the largest magnitude over 127."""
     found = dict(state)
     for name, weight in state.items():
-        if "layers" in name and weight.ndim == 2:
+        if any(part in name for part in parts) and weight.ndim == 2:
             scale = weight.abs().amax(1, keepdim=True) / 127
             found[name] = (weight / scale).round() * scale
     return found
@@ -265,10 +288,16 @@ def rounded(state):
 
 def test_search_measures_everything_that_the_budget_allows(model, text, searched):
     done, found, directory = searched
-    points = {key(point["cqil"], point["weights"]): point for point in found["points"]}
+    stored = {
+        "dense": (),
+        "int8": ("layers",),
+        "dense, head int8": ("lm_head",),
+        "int8, head int8": ("layers", "lm_head"),
+    }
+    points = {key(point["cqil"], together(point["weights"], point["head"])): point for point in found["points"]}
     single = {("dense", 4, 1, 0, 0, 0, (layer,)) for layer in range(LAYERS)}
-    assert points.keys() == enumerated(found["joins"], 3, (2,), (1, 2), (0, 1), ("dense", "int8")) | single
-    outputs = {output_of(point["cqil"], point["weights"]) for point in found["points"]}
+    assert points.keys() == enumerated(found["joins"], 3, (2,), (1, 2), (0, 1), stored) | single
+    outputs = {output_of(point["cqil"], together(point["weights"], point["head"])) for point in found["points"]}
     assert found["evaluations"] == len(outputs) - 1 and f"{len(outputs) - 1} measurements" in done.stdout
     assert found["configurations"] == len(points.keys() - single) + 1  # the cheapest join alone is among them
     by_itself = [points["dense", 4, 1, 0, 0, 0, (layer,)]["log_cost"] for layer in found["joins"]]
@@ -277,12 +306,14 @@ def test_search_measures_everything_that_the_budget_allows(model, text, searched
     # Some of them, computed in float64.
     network = load_model(model)
     ids = torch.tensor(open_tokenizer(model).pieces([text.read_text()])[0][:128]).view(-1, 32)
-    states = {"dense": network.state_dict(), "int8": rounded(network.state_dict())}
-    formulas = {name: Formulas(network.config, state) for name, state in states.items()}
+    state = network.state_dict()
+    formulas = {name: Formulas(network.config, rounded(state, *parts)) for name, parts in stored.items()}
     unchanged = formulas["dense"].logits(ids)[:, :-1]
     for i in np.random.default_rng(SEED).choice(len(points), 8, replace=False):
         point = found["points"][i]
-        logits = formulas[point["weights"]].logits(ids, **{name: point["cqil"][name] for name in COMPUTED})[:, :-1]
+        logits = formulas[together(point["weights"], point["head"])].logits(
+            ids, **{name: point["cqil"][name] for name in COMPUTED}
+        )[:, :-1]
         loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:]).item()
         assert point["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
         assert point["top1_equal"] == pytest.approx((logits.argmax(-1) == unchanged.argmax(-1)).double().mean())
@@ -292,9 +323,9 @@ def test_search_measures_everything_that_the_budget_allows(model, text, searched
         cqil = CqilConfig(**point["cqil"])
         whole = not cqil.drop_attention_join and cqil.ranks_per_layer == 1
         placements = ["sharded"] + ["leader"] * whole if cqil.groups else [cqil.placement]
+        kinds = {"weights": point["weights"], "head": point["head"]}
         found_ms = [
-            1e3 * decode_seconds(config, replace(cqil, placement=name), "float16", weights=point["weights"])
-            for name in placements
+            1e3 * decode_seconds(config, replace(cqil, placement=name), "float16", **kinds) for name in placements
         ]
         assert point["predicted_ms"] == pytest.approx(min(found_ms))
     for (ranks, best_of), kind in itertools.product(found["frontiers"].items(), KINDS):
@@ -303,7 +334,7 @@ def test_search_measures_everything_that_the_budget_allows(model, text, searched
             (point["predicted_ms"], point["log_cost"])
             for point in found["points"]
             if point["ranks"] <= int(ranks)
-            and (point["weights"] == "dense" or "quantized" in kind)
+            and (point["weights"] == point["head"] == "dense" or "quantized" in kind)
             and (not point["cqil"]["drop_attention_join"] or "dropped" in kind)
         ]
         pairs = [(found["points"][i]["predicted_ms"], found["points"][i]["log_cost"]) for i in best]
@@ -311,6 +342,8 @@ def test_search_measures_everything_that_the_budget_allows(model, text, searched
     chosen = found["points"][found["chosen"]]
     fitting = [p["predicted_ms"] for p in found["points"] if p["log_cost"] <= math.log(3)]
     assert chosen["predicted_ms"] == min(fitting) and "<- chosen" in done.stdout
+    for name in ("s.json", "s.png", "best.json"):
+        assert f"wrote {directory / name}" in done.stdout.splitlines()
 
 
 def test_search_by_divergence_within_a_budget(model, text, tmp_path):
@@ -340,13 +373,33 @@ def test_search_by_divergence_within_a_budget(model, text, tmp_path):
 
 def test_flags_of_the_search_that_are_refused(model, text, tmp_path):
     for flags, message in (
-        (["--search", "--quantize", "int3"], "--quantize must be one of"),
+        (
+            ["--search", "--quantize", "int3"],
+            "--quantize must be none or some of fp8, int4, int8, int4g64, int4g32, found",
+        ),
+        (["--search", "--quantize-head", "int8,"], "--quantize-head must be none or some of"),
         (["--search", "--within", 0.9], "--within must be a factor from 1 on"),
         (["--search", "--at-most", -1], "--at-most must be above 0"),
         (["--search", "--within", 2, "--at-most", 1], "not allowed with argument"),
         (["--write", tmp_path / "b.json"], "--write needs --search"),
+        (["--evaluations", 128], "--evaluations needs --search"),
+        (["--d", "0"], "--d needs --search"),
+        (["--bypass", "mlp"], "--bypass needs --search"),
+        (["--placement", "sharded"], "--placement needs --search"),
+        (["--quantize", "int8"], "--quantize needs --search"),
+        (["--quantize-head", "int8"], "--quantize-head needs --search"),
+        (["--measure", "perplexity"], "--measure needs --search"),
+        (["--at-most", 1], "--at-most needs --search"),
+        (["--no-joins"], "--no-joins needs --search"),
+        (["--threshold", "nan"], "--threshold is a cosine, from -1 to 1, found nan"),
+        (["--context", 0], "--context must be at least 1"),
+        (["--context", 1000], "--context 1000: the model has 128 positions"),
         (["--search", "--write", tmp_path / "none" / "b.json"], "its directory does not exist"),
         (["--search", "--evaluations", 2], "--evaluations must be at least"),
+        (
+            ["--search", "--evaluations", 16, "--quantize-head", "int8,fp8"],
+            "--evaluations must be at least 24, found 16",
+        ),
         (["--search", "--gpu", "abacus"], "--gpu"),
         (["--ranks-per-layer", "0"], "--ranks-per-layer 0: expected numbers from 1 to 8"),
         (["--ranks-per-layer", "1,4", "--p", "4"], "--p 4 times --ranks-per-layer 4 is 16 ranks: at most 8"),
@@ -367,14 +420,16 @@ def test_found_configuration_is_built_and_validates(model, searched, tmp_path):
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
     assert plan["cqil"] == chosen["cqil"]
-    assert (plan["limits"]["weights"], plan["limits"]["dtype"]) == (chosen["weights"], "float16")
+    limits = plan["limits"]
+    assert (limits["weights"], limits["head"], limits["dtype"]) == (chosen["weights"], chosen["head"], "float16")
     done = mpirun(chosen["ranks"], "--engine", tmp_path / "engine", "--validate")
     assert done.returncode == 0, done.stdout + done.stderr
     # The same in an engine in which little is rounded, flags win.
-    flags = ["--dtype", "float32", "--quantize", "dense", "--output", tmp_path / "exact", "--json"]
+    flags = ["--dtype", "float32", "--quantize", "dense", "--quantize-head", "dense"]
+    flags += ["--output", tmp_path / "exact", "--json"]
     done = build("--model", model, "--config", directory / "best.json", *flags)
     limits = json.loads(done.stdout)["limits"]
-    assert (limits["weights"], limits["dtype"]) == ("dense", "float32")
+    assert (limits["weights"], limits["head"], limits["dtype"]) == ("dense", "dense", "float32")
 
 
 def test_found_ranks_per_layer_are_built(model, text, tmp_path):
@@ -407,6 +462,7 @@ VALUES = {
     "layers": LAYERS,
     "cqil": {"p": 2, "d": 0, "start": 2, "end": 4, "placement": "sharded", "drop_attention_join": [4, 5]},
     "weights": "int8",
+    "head": "fp8",
     "dtype": "bfloat16",
 }
 
@@ -424,15 +480,19 @@ def test_flags_override_the_file_which_overrides_the_adapter(model, tmp_path):
     path = written(tmp_path / "best.json")
     plan = prepare(BuildRequest(model=model, config=path, output=tmp_path / "e"))
     dropped = CqilConfig(p=2, start=2, end=4, drop_attention_join=(4, 5))
-    assert (plan.cqil, plan.limits.weights, plan.limits.dtype) == (dropped, "int8", "bfloat16")
+    limits = plan.limits
+    assert (plan.cqil, limits.weights, limits.head, limits.dtype) == (dropped, "int8", "fp8", "bfloat16")
     assert not [note for note in plan.notes if "--config" in note]
     given = {"drop_attention_join": "none", "end": 6, "quantize": "int4g32", "dtype": "float16"}
+    given["quantize_head"] = "int8"
     plan = prepare(BuildRequest(model=model, config=path, output=tmp_path / "e", **given))
     assert plan.cqil == CqilConfig(p=2, start=2, end=6)
-    assert (plan.limits.weights, plan.limits.dtype) == ("int4g32", "float16")
+    assert (plan.limits.weights, plan.limits.head, plan.limits.dtype) == ("int4g32", "int8", "float16")
     assert "attention joins dropped in 4-5" in " ".join(plan.notes) and "[2, 6)" in " ".join(plan.notes)
     plan = prepare(BuildRequest(model=model, config=path, keep="layers.0", output=tmp_path / "e"))
-    assert plan.limits.keep == (0,) and plan.limits.kv_dtype == "auto"
+    assert plan.limits.keep == (0,) and (plan.limits.head, plan.limits.kv_dtype) == ("fp8", "auto")
+    plan = prepare(BuildRequest(model=model, config=path, keep="lm_head", output=tmp_path / "e"))
+    assert (plan.limits.weights, plan.limits.head) == ("int8", "dense")
     cached = written(tmp_path / "cached.json", kv_dtype="fp8")
     for given, kv_dtype in (({}, "fp8"), ({"kv_dtype": "auto"}, "auto")):
         plan = prepare(BuildRequest(model=model, config=cached, output=tmp_path / "e", **given))
@@ -450,6 +510,7 @@ def test_flags_override_the_file_which_overrides_the_adapter(model, tmp_path):
         ({"layers": 7}, "layers is 7, and the model has 6"),
         ({"layers": "6"}, "layers must be an integer"),
         ({"weights": "int3"}, "weights must be one of"),
+        ({"head": "int3"}, "head must be one of dense, fp8, int4, int8, int4g64, int4g32, found"),
         ({"dtype": "int8"}, "dtype must be one of float32, float16, bfloat16"),
         ({"kv_dtype": "int8"}, "kv_dtype must be one of auto, fp8"),
         ({"cqil": 3}, "cqil must be an object"),
@@ -497,7 +558,7 @@ def test_commands_refuse_wrong_files_in_one_line(model, text, tmp_path):
 
 
 def test_adapter_and_evaluation_for_a_found_configuration(model, text, tmp_path):
-    path, output = written(tmp_path / "best.json"), tmp_path / "adapter"
+    path, output = written(tmp_path / "best.json", head="int8"), tmp_path / "adapter"
     small = ["--sequence-length", 16, "--batch-size", 2, "--steps", 1, "--lora-rank", 2, "--precision", "fp32"]
     flags = ["--text", text, "--output", output, *small]
     done = run(sys.executable, "scripts/finetune.py", "--model", model, "--config", path, *flags)
@@ -511,7 +572,7 @@ def test_adapter_and_evaluation_for_a_found_configuration(model, text, tmp_path)
     assert done.returncode == 0, done.stderr
     network = load_model(model)
     ids = torch.tensor(open_tokenizer(model).pieces([text.read_text()])[0][:128]).view(-1, 32)
-    formulas = Formulas(network.config, rounded(network.state_dict()))
+    formulas = Formulas(network.config, rounded(network.state_dict(), "layers", "lm_head"))
     for column, shape in zip(json.loads(report.read_text())["columns"], ({}, VALUES["cqil"])):
         logits = formulas.logits(ids, **shape)[:, :-1]
         loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:]).item()
@@ -524,8 +585,8 @@ def test_choice_keeps_to_its_limit(model):
     )
     config = families.read_config(model / "config.json")
 
-    def seconds(cqil, weights):
-        return decode_seconds(config, cqil, "float16", MACHINES["h200"], weights)
+    def seconds(candidate):
+        return decode_seconds(config, candidate.cqil, "float16", MACHINES["h200"], candidate.weights)
 
     def measure(candidate):
         return Quality(cost=0.3 * len(candidate.cqil.groups), values={})

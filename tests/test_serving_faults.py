@@ -234,7 +234,7 @@ def test_a_step_takes_too_long(engine):
         reason, _ = await asyncio.gather(until_red(server), assert_told(streams[-1:]))
         assert "a step on rank" in reason and "has not ended for" in reason
 
-    with serving(engine, "--prefill-chunk", 4096, "--step-timeout", 0.05) as server:
+    with serving(engine, "--prefill-chunk", 512, "--step-timeout", 0.05) as server:
         asyncio.run(scenario())
         assert_over(server, "a step on rank", "has not ended for")
 
@@ -564,6 +564,16 @@ def test_what_the_command_refuses(engine, tmp_path):
     refuses(engine, "--host", "256.0.0.1", fragments=["--host 256.0.0.1"])
     refuses(engine, "--policy", "fast", fragments=["--policy"])
     refuses(engine, "--max-running", 0, fragments=["--max-running"])
+    refuses(engine, "--max-running", 5, fragments=["--max-running 5", f"{engine} was built for at most 4"])
+    refuses(engine, "--prefill-chunk", 513, fragments=["--prefill-chunk 513", "at most 512"])
+    refuses(engine, "--slots", 1, "--max-running", 2, fragments=["--slots 1", "--max-running 2"])
+    refuses(engine, "--model-name", "", fragments=["--model-name is empty"])
+    with subprocess.Popen(["true"]) as over:
+        pass
+    refuses(engine, "--parent", over.pid, fragments=[f"--parent {over.pid}: there is no such process"])
+    damaged = shutil.copytree(engine, tmp_path / "damaged")
+    (damaged / "tokenizer.json").write_text("{")
+    refuses(damaged, fragments=[f"{damaged}/tokenizer.json: 1 byte"])
     refuses(engine, "--max-waiting", -1, fragments=["--max-waiting"])
     refuses(engine, "--slots", 0, fragments=["--slots"])
     refuses(engine, "--prefill-chunk", 0, fragments=["--prefill-chunk"])
@@ -580,11 +590,16 @@ def test_files_that_the_command_refuses(engine, tmp_path):
     refuses(engine, "--tls-certificate", file, "--tls-key", file, fragments=[f"--tls-certificate {file}"])
     missing = tmp_path / "missing"
     refuses(engine, "--tls-certificate", missing, "--tls-key", file, fragments=["missing"])
-    refuses(engine, "--api-key-file", missing, fragments=["--api-key-file", "missing"])
+    refuses(
+        engine,
+        "--api-key-file",
+        missing,
+        fragments=[f"--api-key-file {missing}: cannot be read (No such file or directory)"],
+    )
     file.write_text("\n \n")
     refuses(engine, "--api-key-file", file, fragments=["--api-key-file", "no key"])
     file.write_bytes(b"\xff\xfe")
-    refuses(engine, "--api-key-file", file, fragments=["--api-key-file", "cannot be read"])
+    refuses(engine, "--api-key-file", file, fragments=[f"--api-key-file {file}: not UTF-8 text"])
 
 
 def test_tls(engine, tmp_path):

@@ -207,12 +207,13 @@ QUANTIZED = [
     ({"quantize": "int4", "attention_bias": True}, "drops biases"),
     ({"quantize": "int4", "intermediate_size": 640}, "fill up 640 MLP neurons to a multiple of 256"),
     ({"quantize": "int4", "keep": "layers.2"}, "--keep whole groups"),
+    ({"kv_dtype": "fp8"}, "--kv-dtype fp8: TensorRT-LLM's executor owns the KV cache"),
     ({"quantize": "int4", "target": "pytorch"}, "--target pytorch has dense weights only"),
 ]
 
 
 @pytest.mark.parametrize(("changes", "message"), QUANTIZED, ids=[message[:24] for _, message in QUANTIZED])
-def test_quantized_weights_that_its_layers_do_not_take_are_refused_with_the_reason(changes, message, tmp_path):
+def test_formats_that_its_layers_do_not_take_are_refused_with_the_reason(changes, message, tmp_path):
     sizes = {key: changes.pop(key) for key in ("attention_bias", "intermediate_size") if key in changes}
     model = make_model(tmp_path / "model", **{**SIZES, **WIDE, **sizes})
     options = {"dtype": "float16", "p": 2, "start": 2, "end": 4, **changes}

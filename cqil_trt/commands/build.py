@@ -14,7 +14,7 @@ from cqil_trt.commands import RankParser, add_cqil_flags, run_ranks
 from cqil_trt.config import AUTO, DTYPES, KV_DTYPES, PLACEMENTS, layer_list
 from cqil_trt.job import Job
 from cqil_trt.llm import why_not_here
-from cqil_trt.table import size, table
+from cqil_trt.table import counted, size, table
 
 
 def parser() -> RankParser:
@@ -43,8 +43,9 @@ def parser() -> RankParser:
     p.add_argument("--keep", metavar="LIST", help="layers that stay as they are, like layers.0,layers.30-31")
     p.add_argument(
         "--quantize-head",
-        choices=formats.choices(),
-        help="quantize the last projection as well, also without --quantize (default: it stays as it is)",
+        choices=(formats.DENSE, *formats.choices()),
+        help="quantize the last projection as well, also without --quantize (default --config's, or dense: it stays as "
+        "it is)",
     )
     p.add_argument(
         "--kv-dtype",
@@ -117,11 +118,15 @@ def describe(plan: dict[str, Any]) -> str:
     cqil, limits = plan["cqil"], plan["limits"]
     commits = {name: f", commit {plan[f'{name}_commit'][:12]}" for name in ("model", "lora") if plan[f"{name}_commit"]}
     model, adapter = (f"{plan[name]}{commits.get(name, '')}" for name in ("model", "lora"))
-    lines = [f"model      {model} ({plan['architecture']}, {plan['layers']} layers)"]
+    lines = [f"model      {model} ({plan['architecture']}, {counted(plan['layers'], 'layer')})"]
     if plan["lora"]:
         lines.append(f"adapter    {adapter}")
     groups = (cqil["end"] - cqil["start"]) // cqil["p"] if cqil["p"] > 1 else 0
-    shape = f"{groups} groups of {cqil['p']} layers in [{cqil['start']}, {cqil['end']})" if groups else "no groups"
+    shape = (
+        f"{counted(groups, 'group')} of {cqil['p']} layers in [{cqil['start']}, {cqil['end']})"
+        if groups
+        else "no groups"
+    )
     bypass = f", d={cqil['d']} ({cqil['bypass']})" if cqil["d"] else ", d=0" if groups else ""
     shared = f", {cqil['ranks_per_layer']} ranks per layer" if cqil["ranks_per_layer"] > 1 else ""
     lines.append(f"CQIL       p={cqil['p']}{bypass}: {shape}{shared}, placement {cqil['placement']}")
@@ -129,7 +134,7 @@ def describe(plan: dict[str, Any]) -> str:
         layers = layer_list(cqil["drop_attention_join"])
         lines.append(f"dropped    the all-reduce after attention in layers {layers}")
     if limits["weights"] != formats.DENSE:
-        kept = f", {len(limits['keep'])} layers kept in {limits['dtype']}" if limits["keep"] else ""
+        kept = f", {counted(len(limits['keep']), 'layer')} kept in {limits['dtype']}" if limits["keep"] else ""
         lines.append(f"weights    {limits['weights']}{kept}")
     if limits["head"] != formats.DENSE:
         lines.append(f"head       {limits['head']}")
@@ -139,7 +144,7 @@ def describe(plan: dict[str, Any]) -> str:
     if cache:
         lines.append(f"KV cache   {', '.join(cache)}")
     lines.append(
-        f"limits     batch {limits['max_batch_size']}, {limits['max_seq_len']} tokens, {limits['dtype']}, "
+        f"limits     batch {limits['max_batch_size']}, {counted(limits['max_seq_len'], 'token')}, {limits['dtype']}, "
         f"backend {limits['backend']}"
     )
     if plan["gpus"] != "any":

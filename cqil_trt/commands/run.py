@@ -20,7 +20,7 @@ from cqil_trt.errors import UserError
 from cqil_trt.formats import DENSE
 from cqil_trt.job import Job
 from cqil_trt.speculation import Speculation
-from cqil_trt.table import table
+from cqil_trt.table import counted, table
 from cqil_trt.tokenizer.chat import Conversation
 
 
@@ -61,9 +61,7 @@ def parser() -> RankParser:
         metavar="N,N",
         help="lengths of the random prompts for --benchmark (default: the first prompt)",
     )
-    p.add_argument(
-        "--batches", metavar="N,N", default="1", help="for --benchmark: sequences in a decode step (default 1)"
-    )
+    p.add_argument("--batches", metavar="N,N", help="for --benchmark: sequences in a decode step (default 1)")
     p.add_argument(
         "--logits-out", metavar="F.npy", type=Path, help="the first prompt's logits, float32 [tokens, vocabulary]"
     )
@@ -85,6 +83,9 @@ def run(options: argparse.Namespace, job: Job) -> bool:
     from cqil_trt.llm import Llm
     from cqil_trt.sampling import SamplingConfig
 
+    for name in ("contexts", "batches"):
+        if getattr(options, name) is not None and not options.benchmark:
+            raise UserError(f"--{name} needs --benchmark")
     texts = job.share(lambda: read_prompts(options))
     # A wrong flag should be reported before the engine is loaded. Some objects are constructed only for their checks.
     job.share(lambda: check_file(options.json, "--json"))
@@ -116,7 +117,8 @@ def run(options: argparse.Namespace, job: Job) -> bool:
     stored += "" if limits.kv_dtype == AUTO else f", KV cache {limits.kv_dtype}"
     say(
         f"{llm.engine.path}: {cqil.summary}, {cqil.placement}, {stored}, "
-        f"{llm.engine.backend}, {job.size} ranks" + (f", {llm.replicas} replicas" if llm.replicas > 1 else "")
+        f"{llm.engine.backend}, {counted(job.size, 'rank')}"
+        + (f", {llm.replicas} replicas" if llm.replicas > 1 else "")
     )
 
     passed = True
@@ -125,7 +127,7 @@ def run(options: argparse.Namespace, job: Job) -> bool:
     if options.validate:
         passed = validate(llm, prompts if texts else None, say, report)
     if options.benchmark:
-        batches = numbers(options.batches, "--batches", 1, limits.max_batch_size)
+        batches = numbers("1" if options.batches is None else options.batches, "--batches", 1, limits.max_batch_size)
         benchmark(llm, measured or prompts[:1], batches, options.max_new_tokens, say, report)
     if texts or not (options.validate or options.benchmark):
         complete(llm, texts or None, prompts, options, say, report)
@@ -155,6 +157,8 @@ def read_prompts(options: argparse.Namespace) -> list[Any]:
             found = [found]
         if not isinstance(found, list) or not found or not all(isinstance(item, list) for item in found):
             raise UserError(f"--token-ids {options.token_ids}: expected a list of token ids, or a list of such lists")
+        if [] in found:
+            raise UserError(f"--token-ids {options.token_ids}: list {found.index([]) + 1} has no token ids")
         prompts += found
     return prompts
 
@@ -351,12 +355,14 @@ def complete(
         if options.stream and llm.tokenizer is not None:
             say("" if single else f"[{number}] {lines.get(number - 1, '')}")
         else:
-            say(f"\n--- prompt {number}: {prompt or f'{len(completion.prompt)} tokens'}\n{answer.strip()}")
-        ending = f"--- {len(completion.tokens)} tokens, {completion.finish_reason}"
+            say(f"\n--- prompt {number}: {prompt or counted(len(completion.prompt), 'token')}\n{answer.strip()}")
+        ending = f"--- {counted(len(completion.tokens), 'token')}, {completion.finish_reason}"
         if completion.finish_reason == "length" and len(completion.tokens) < options.max_new_tokens:
             ending += f" (the engine holds {llm.engine.limits.max_seq_len} tokens: build with --max-seq-len)"
         if completion.drafted:
-            ending += f", {completion.steps} steps, {completion.accepted} of {completion.drafted} drafts taken"
+            ending += (
+                f", {counted(completion.steps, 'step')}, {completion.accepted} of {completion.drafted} drafts taken"
+            )
         say(ending)
     report["completions"] = [
         {

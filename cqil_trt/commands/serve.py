@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import socket
 import ssl
@@ -95,7 +96,7 @@ def run(options: argparse.Namespace, job: Job) -> None:
     job.agree(lambda: check(options))
     path = job.share(lambda: options.engine or newest_engine(job.size, options.device))
     engine = job.agree(lambda: Engine.open(path))
-    job.agree(lambda: _check_engine(engine, job))
+    job.agree(lambda: _check_engine(engine, options, job))
     setup = job.agree(lambda: _setup(options, path) if job.rank == 0 else None)
     sockets = job.agree(lambda: _listen(options) if job.rank == 0 else None)
     if options.pid_file is not None:
@@ -129,7 +130,7 @@ def _serve(
 
     from cqil_trt.llm import Llm
 
-    rows = min(options.max_running or engine.limits.max_batch_size, engine.limits.max_batch_size)
+    rows = options.max_running or engine.limits.max_batch_size
 
     def say(text: str) -> None:
         if job.rank == 0:
@@ -141,7 +142,8 @@ def _serve(
         llm = Llm(path, job, options.device, slots, Speculation.parse(options.speculate))
     except UserError:
         if http is not None:
-            http.send(wire.GivenUp())
+            with contextlib.suppress(wire.Closed):
+                http.send(wire.GivenUp())
         raise
     chunk = options.prefill_chunk or (None if llm.session.on_gpu else _CPU_CHUNK)
     chosen = ranks.Options(policy=options.policy, rows=rows, chunk=chunk)
@@ -175,14 +177,21 @@ def check(options: argparse.Namespace) -> None:
         if not getattr(options, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} must be above 0, found {getattr(options, name):g}")
     check_at_least(options, 1, "parent")
+    if options.parent is not None:
+        try:
+            os.close(os.pidfd_open(options.parent))
+        except (ProcessLookupError, OverflowError):
+            raise UserError(f"--parent {options.parent}: there is no such process") from None
     if not 0 <= options.port <= 65535:
         raise UserError(f"--port must be from 0 to 65535, found {options.port}")
+    if "" in (options.model_name or ()):
+        raise UserError("--model-name is empty")
     if (options.tls_certificate is None) != (options.tls_key is None):
         raise UserError("--tls-certificate and --tls-key go together")
     Speculation.parse(options.speculate)
 
 
-def _check_engine(engine: Engine, job: Job) -> None:
+def _check_engine(engine: Engine, options: argparse.Namespace, job: Job) -> None:
     if engine.world_size != job.size:
         raise UserError(
             f"the engine needs {engine.world_size} MPI ranks, found {job.size}: start with mpirun -n "
@@ -190,6 +199,18 @@ def _check_engine(engine: Engine, job: Job) -> None:
         )
     if engine.backend == "tensorrt-llm":
         raise UserError("an engine of backend tensorrt-llm is served by TensorRT-LLM's own trtllm-serve")
+    if job.rank == 0:
+        for name in engine.shared_files:  # the HTTP process reads the tokenizer
+            engine.verify(name)
+    limits = engine.limits
+    for flag, wanted, most, decides in (
+        ("--max-running", options.max_running, limits.max_batch_size, "--max-batch-size"),
+        ("--prefill-chunk", options.prefill_chunk, limits.prefill_chunk, "--prefill-chunk"),
+    ):
+        if wanted is not None and wanted > most:
+            raise UserError(f"{flag} {wanted}: {engine.path} was built for at most {most} (build.py {decides})")
+    if options.max_running is not None and options.slots is not None and options.slots < options.max_running:
+        raise UserError(f"--slots {options.slots}: too few for the sequences of --max-running {options.max_running}")
 
 
 def _listen(options: argparse.Namespace) -> _Sockets:
@@ -263,9 +284,11 @@ def _keys(path: Path | None) -> tuple[str, ...]:
         raise UserError("CQIL_API_KEYS is set, but has no key")
     if path is not None:
         try:
-            found = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--api-key-file {path}: cannot be read ({error})") from None
+            found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except OSError as error:
+            raise UserError(f"--api-key-file {path}: cannot be read ({error.strerror})") from None
+        except UnicodeDecodeError:
+            raise UserError(f"--api-key-file {path}: not UTF-8 text") from None
         if not found:
             raise UserError(f"--api-key-file {path}: has no key")
         keys += found

@@ -294,7 +294,10 @@ def application(arguments: Options | dict[str, Any]) -> serve.Application:
     hosts = sum(node["Alive"] for node in ray.nodes()) if ray.is_initialized() else 1
     if device == "auto":
         device = "cuda" if ray.is_initialized() and ray.cluster_resources().get("GPU") else "cpu"
-    rows = min(options.max_running or engine.limits.max_batch_size, engine.limits.max_batch_size)
+    batch = engine.limits.max_batch_size
+    if options.max_running is not None and options.max_running > batch:
+        raise UserError(f"max_running {options.max_running}: {engine.path} was built for at most {batch}")
+    rows = options.max_running or batch
     resources = {"CPU": options.cpus_per_rank * ranks} | ({"GPU": ranks} if device == "cuda" else {})
     if options.max_replicas is None:
         size: dict[str, Any] = {"num_replicas": options.replicas}

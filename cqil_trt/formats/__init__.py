@@ -52,6 +52,6 @@ def load(name: str) -> WeightFormat:
     """The format of that name, like int8 or int4, or int4g32 for groups of 32. Raises UserError for an unknown one."""
     known = base(name)
     if known not in names():
-        raise UserError(f"--quantize must be one of {', '.join(names())}, found {name}")
+        raise UserError(f"--quantize must be one of {', '.join((DENSE, *choices()))}, found {name}")
     found: WeightFormat = import_module(f"{__name__}.{known}").FORMAT
     return found if known == name else found.with_groups(int(name.rpartition("g")[2]))

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from cqil_trt.errors import UserError
+from cqil_trt.table import counted
 from cqil_trt.tokenizer import Tokenizer
 
 _SUFFIXES = (".txt", ".md", ".jsonl")
@@ -120,5 +121,7 @@ def blocks(tokens: np.ndarray, length: int, source: str) -> np.ndarray:
     """
     count = len(tokens) // length
     if not count:
-        raise UserError(f"{source}: {len(tokens)} tokens, fewer than one block of {length} (--block, --text-tokens)")
+        raise UserError(
+            f"{source}: {counted(len(tokens), 'token')}, fewer than one block of {length} (--block, --text-tokens)"
+        )
     return tokens[: count * length].reshape(count, length)

@@ -37,7 +37,7 @@ class Measure:
         scales = () if kv_dtype == AUTO else Checkpoint(path, tokenizer=False).kv_scales
         self._limits = EngineLimits(dtype=dtype, kv_dtype=kv_dtype, kv_scales=scales)
         reference.with_kv_cache(network, self._limits)
-        self._networks = {DENSE: reference.CqilModel.of(network, CqilConfig(p=1))}  # undoes any other
+        self._networks = {(DENSE, DENSE): reference.CqilModel.of(network, CqilConfig(p=1))}  # undoes any other
         self._logits = reference_logits(network, blocks) if by == "divergence" else None
         begun = time.perf_counter()
         self.unchanged = score_reference(network, blocks)
@@ -45,7 +45,7 @@ class Measure:
 
     def __call__(self, candidate: Candidate) -> Quality:
         # Applied to the unchanged configuration too: it undoes the one before.
-        network = reference.CqilModel.of(self._network(candidate.weights), candidate.cqil)
+        network = reference.CqilModel.of(self._network(candidate.weights, candidate.head), candidate.cqil)
         return self.quality(score_reference(network, self._blocks, against=self._logits))
 
     def quality(self, scores: Scores) -> Quality:
@@ -55,14 +55,15 @@ class Measure:
         divergence = scores.divergence or 0.0  # that of the unchanged model from itself
         return Quality(cost=divergence, values={**values, "divergence": divergence})
 
-    def _network(self, weights: str) -> nn.Module:
-        if weights not in self._networks:
+    def _network(self, weights: str, head: str) -> nn.Module:
+        if (weights, head) not in self._networks:
             if sum(p.nbytes for each in self._networks.values() for p in each.parameters()) > _KEPT_BYTES:
                 self._networks.clear()
                 reference.free_memory()
             checkpoint = Checkpoint(self._path, tokenizer=False)
-            checkpoint.quantize(replace(self._limits, weights=weights))
-            pieces = None if weights == DENSE else False
+            limits = replace(self._limits, weights=weights, head=head)
+            checkpoint.quantize(limits)
+            pieces = False if limits.quantized else None
             network = reference.from_reader(checkpoint.model, checkpoint.reader, pieces=pieces)
-            self._networks[weights] = reference.with_kv_cache(network, self._limits)
-        return self._networks[weights]
+            self._networks[weights, head] = reference.with_kv_cache(network, limits)
+        return self._networks[weights, head]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -61,11 +61,12 @@ def won_back(base: Scores, without: Scores, with_adapter: Scores) -> float:
 
 
 def score_reference(
-    model: nn.Module, blocks: np.ndarray, progress: bool = False, against: np.ndarray | None = None
+    model: nn.Module, blocks: np.ndarray, progress: str | None = None, against: np.ndarray | None = None
 ) -> Scores:
     """Scores of a Hugging Face model (a CqilModel too) on blocks of token ids, int [N, T].
 
-    `against`: another model's `reference_logits` there, to take the divergence from.
+    `progress`: the label of a progress bar on standard error; None for no bar. `against`: another model's
+    `reference_logits` there, to take the divergence from.
     """
     import torch
 
@@ -89,12 +90,12 @@ def reference_logits(model: nn.Module, blocks: np.ndarray) -> np.ndarray:
     shape = len(blocks), blocks.shape[1] - 1, model.config.vocab_size
     with tempfile.TemporaryFile() as file:
         found = np.memmap(file, np.float32, "w+", shape=shape)
-        for first, tokens, logits in _batches(model, blocks, False):
+        for first, tokens, logits in _batches(model, blocks):
             found[first : first + len(tokens)] = logits.cpu().numpy()
     return found
 
 
-def _batches(model: nn.Module, blocks: np.ndarray, progress: bool) -> Iterator[tuple[int, Any, Any]]:
+def _batches(model: nn.Module, blocks: np.ndarray, progress: str | None = None) -> Iterator[tuple[int, Any, Any]]:
     """For some blocks at a time the place of the first, the tokens int64 [n, T] and the logits float32 [n, T - 1,
     vocabulary] after all but the last of each."""
     import torch
@@ -103,21 +104,28 @@ def _batches(model: nn.Module, blocks: np.ndarray, progress: bool) -> Iterator[t
 
     device = device_of(model)
     batch = max(1, _LOGITS // (blocks.shape[1] * model.config.vocab_size))
-    for first in _bar(range(0, len(blocks), batch), progress):
-        with torch.inference_mode():
-            tokens = torch.from_numpy(blocks[first : first + batch].astype(np.int64)).to(device)
-            logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
-        yield first, tokens, logits
+    with _bar(len(blocks), progress) as bar:
+        for first in range(0, len(blocks), batch):
+            with torch.inference_mode():
+                tokens = torch.from_numpy(blocks[first : first + batch].astype(np.int64)).to(device)
+                logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
+            yield first, tokens, logits
+            bar.update(len(tokens))
 
 
-def score_engine(llm: Llm, blocks: np.ndarray, progress: bool = False) -> Scores:
-    """Scores of a loaded engine on blocks of token ids, int [N, T]. All ranks call it together and get the same."""
+def score_engine(llm: Llm, blocks: np.ndarray, progress: str | None = None) -> Scores:
+    """Scores of a loaded engine on blocks of token ids, int [N, T]. All ranks call it together and get the same.
+
+    `progress`: as in `score_reference`; rank 0 shows the bar.
+    """
     mine = blocks[llm.replica :: llm.replicas]
     found = []
-    for block in _bar(mine, progress and llm.job.rank == 0):
-        # The last token is only predicted.
-        logits = llm.runner.score(block[:-1].tolist())
-        found.append((negative_log_likelihood(logits, block[1:]), logits.argmax(-1).astype(np.int32)))
+    with _bar(len(mine), progress if llm.job.rank == 0 else None) as bar:
+        for block in mine:
+            # The last token is only predicted.
+            logits = llm.runner.score(block[:-1].tolist())
+            found.append((negative_log_likelihood(logits, block[1:]), logits.argmax(-1).astype(np.int32)))
+            bar.update()
     found = llm.merge(found, len(blocks))
     return Scores(np.stack([nll for nll, _ in found]), np.stack([top1 for _, top1 in found]))
 
@@ -129,7 +137,7 @@ def negative_log_likelihood(logits: np.ndarray, tokens: np.ndarray) -> np.ndarra
     return (normaliser - logits[np.arange(len(tokens)), tokens]).astype(np.float32)
 
 
-def _bar(items: Iterable[Any], progress: bool) -> Iterable[Any]:
+def _bar(blocks: int, label: str | None) -> Any:
     from tqdm import tqdm
 
-    return tqdm(items, desc="scoring", disable=not progress, leave=False)
+    return tqdm(total=blocks, unit="block", desc=label, disable=label is None, leave=False)

@@ -1,15 +1,15 @@
 """Which configurations of a model no other one beats in both quality and predicted latency.
 
 A configuration is groups of layers (p, d, start, end), ranks per layer, layers without the all-reduce after
-attention, and the format of the layers' matrices. Quality is measured, at most as often as a budget says; latency is
-predicted. No tensors here.
+attention, and the formats of the layers' matrices and of the last projection. Quality is measured, at most as often as
+a budget says; latency is predicted. No tensors here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, product
 from typing import Any, TypeVar
 
 from cqil_trt.config import MAX_RANKS, CqilConfig
@@ -35,15 +35,17 @@ _STEPS = 12
 
 @dataclass(frozen=True)
 class Candidate:
-    """A configuration and the format of its matrices."""
+    """A configuration, the format of its layers' matrices, and that of its last projection."""
 
     cqil: CqilConfig
     weights: str = DENSE
+    head: str = DENSE
 
     @property
     def kind(self) -> str:
         dropped = bool(self.cqil.drop_attention_join)
-        return (BOTH if dropped else QUANTIZED) if self.weights != DENSE else JOINS if dropped else PLAIN
+        quantized = {self.weights, self.head} != {DENSE}
+        return (BOTH if dropped else QUANTIZED) if quantized else JOINS if dropped else PLAIN
 
     @property
     def ranks(self) -> int:
@@ -61,17 +63,17 @@ class Candidate:
         placement = "sharded" if self.cqil.groups else "tensor"
         return replace(self, cqil=replace(self.cqil, placement=placement, ranks_per_layer=shared))
 
-    def placed(self, placements: Collection[str]) -> tuple[CqilConfig, ...]:
-        """The configurations that compute this, in those of the `placements` that they can have.
+    def placed(self, placements: Collection[str]) -> tuple[Candidate, ...]:
+        """The candidates that compute this, in those of the `placements` that they can have.
 
         Placement leader has no joins after attention, and a rank for each layer of a group. Without groups, or on one
         rank, there is nothing to choose.
         """
         if not self.cqil.groups:
-            return (self.cqil,)
+            return (self,)
         splits = self.cqil.drop_attention_join or self.cqil.ranks_per_layer > 1
         fitting = [name for name in placements if name == "sharded" or not splits]
-        return tuple(replace(self.cqil, placement=name) for name in fitting)
+        return tuple(replace(self, cqil=replace(self.cqil, placement=name)) for name in fitting)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +94,8 @@ class Point:
 
     def to_dict(self) -> dict[str, Any]:
         candidate = self.candidate
-        described = {"cqil": candidate.cqil.to_dict(), "weights": candidate.weights, "kind": candidate.kind}
+        described = {"cqil": candidate.cqil.to_dict(), "weights": candidate.weights, "head": candidate.head}
+        described["kind"] = candidate.kind
         found = {"log_cost": self.quality.cost, **self.quality.values, "predicted_ms": self.seconds * 1e3}
         return {**described, "ranks": candidate.ranks, **found}
 
@@ -107,7 +110,8 @@ class Space:
         ps: group sizes.
         ranks_per_layer: how many ranks may share each layer of a group.
         ds, bypass: bypass distances, and where the bypass goes.
-        weights: formats of the matrices; the first is dense.
+        weights: formats of the layers' matrices; the first is dense.
+        heads: formats of the last projection, each with every one of the layers' matrices; the first is dense.
         drops: whether joins may be dropped.
         joins: the layers in the order in which their joins are dropped.
     """
@@ -120,14 +124,20 @@ class Space:
     bypass: str
     weights: tuple[str, ...]
     drops: bool
+    heads: tuple[str, ...] = (DENSE,)
     joins: tuple[int, ...] = ()
 
+    @property
+    def formats(self) -> list[tuple[str, str]]:
+        """The formats of the layers' matrices and of the last projection, together; the first are dense."""
+        return list(product(self.weights, self.heads))
+
     def __len__(self) -> int:
-        return len(self.weights) * sum(1 + self._droppable(cqil) for cqil in self._joined())
+        return len(self.formats) * sum(1 + self._droppable(cqil) for cqil in self._joined())
 
     @property
     def computations(self) -> int:
-        """How many candidates of a format differ in what they compute."""
+        """How many candidates with the same formats differ in what they compute."""
         joined = list(self._joined())
         return len({Candidate(cqil).computed for cqil in joined}) + sum(map(self._droppable, joined))
 
@@ -137,10 +147,10 @@ class Space:
 
     def __iter__(self) -> Iterator[Candidate]:
         """Every candidate, format by format: of the joins in the order `joins`, the first 0, 1, 2, … are dropped."""
-        for weights in self.weights:
+        for weights, head in self.formats:
             for cqil in self._joined():
                 counts = range(self._droppable(cqil) + 1)
-                yield from (Candidate(self.dropping(cqil, count), weights) for count in counts)
+                yield from (Candidate(self.dropping(cqil, count), weights, head) for count in counts)
 
     def _joined(self) -> Iterator[CqilConfig]:
         """The configurations that drop no join."""
@@ -192,17 +202,17 @@ class Space:
 class Search:
     """Measures candidates of a space and keeps them as `points`.
 
-    `measure`: the quality of a candidate. `seconds`: predicted seconds per token of a configuration with a format.
-    `placements`: those to choose the fastest from. `budget`: how often `measure` may be called. `limit`: the cost from
-    which on a candidate leads to no others. `unchanged`: the quality of the unchanged model, whose measurement is not
-    counted.
+    `measure`: the quality of a candidate. `seconds`: its predicted seconds per token, in its placement. `placements`:
+    those to choose the fastest from. `budget`: how often `measure` may be called, at least three times for each pair of
+    formats besides the dense one. `limit`: the cost from which on a candidate leads to no others. `unchanged`: the
+    quality of the unchanged model, whose measurement is not counted.
     """
 
     def __init__(
         self,
         space: Space,
         measure: Callable[[Candidate], Quality],
-        seconds: Callable[[CqilConfig, str], float],
+        seconds: Callable[[Candidate], float],
         placements: Collection[str],
         budget: int,
         limit: float,
@@ -233,7 +243,7 @@ class Search:
         """Measurements of the whole space, in which the unchanged model is known, and of each join by itself for their
         order; the cheapest is in the space."""
         space = self.space
-        return len(space.weights) * space.computations - 1 + (space.num_layers - 1 if space.drops else 0)
+        return len(space.formats) * space.computations - 1 + (space.num_layers - 1 if space.drops else 0)
 
     def run(self) -> None:
         self._take(Candidate(cqil) for cqil in self.space.unchanged)
@@ -272,10 +282,10 @@ class Search:
                 self._add(replace(candidate, cqil=each), self._qualities[computed])
 
     def _add(self, candidate: Candidate, quality: Quality) -> None:
-        placed = [(self._seconds(cqil, candidate.weights), cqil) for cqil in candidate.placed(self._placements)]
+        placed = [(self._seconds(each), each) for each in candidate.placed(self._placements)]
         if placed:
-            seconds, cqil = min(placed, key=lambda found: found[0])
-            self.points[candidate] = Point(candidate=replace(candidate, cqil=cqil), seconds=seconds, quality=quality)
+            seconds, fastest = min(placed, key=lambda found: found[0])
+            self.points[candidate] = Point(candidate=fastest, seconds=seconds, quality=quality)
 
     def _order_joins(self, count: int) -> None:
         """Orders the joins by what each costs by itself, on the most ranks; `count` of them are measured.
@@ -307,7 +317,7 @@ class Search:
 
         Of the two thirds, at most half find single joins and groups that cost little; the rest grows configurations.
         """
-        space, others = self.space, self.space.weights[1:]
+        space, others = self.space, self.space.formats[1:]
         dense = self.budget * 2 // 3 if others else self.budget
         sizes = {pd: max(0, space.num_layers - pd[0] + 1 - space.first) for pd in space.groups}
         joins = space.num_layers if space.drops else 0
@@ -323,18 +333,18 @@ class Search:
             if not differing:
                 break
             self._take(spread(list(differing.values()), dense - self.evaluations))
-        for number, weights in enumerate(others):
+        for number, stored in enumerate(others):
             count = (self.budget - self.evaluations) // (len(others) - number)
             best = sorted(self._growing(), key=lambda point: point.seconds)
-            found = [self._key(point.candidate.cqil, weights) for point in best if point.candidate.cqil.changed_layers]
+            found = [self._key(point.candidate.cqil, *stored) for point in best if point.candidate.cqil.changed_layers]
             differing = {candidate.computed: candidate for candidate in found}
-            unchanged = [Candidate(cqil, weights) for cqil in space.unchanged]
+            unchanged = [Candidate(cqil, *stored) for cqil in space.unchanged]
             self._take((*unchanged, *spread(list(differing.values()), count - 1)))
 
     @staticmethod
-    def _key(cqil: CqilConfig, weights: str) -> Candidate:
+    def _key(cqil: CqilConfig, weights: str = DENSE, head: str = DENSE) -> Candidate:
         """The candidate under which a configuration is kept, whatever its placement."""
-        return Candidate(replace(cqil, placement="sharded" if cqil.groups else cqil.placement), weights)
+        return Candidate(replace(cqil, placement="sharded" if cqil.groups else cqil.placement), weights, head)
 
     def _growing(self) -> list[Point]:
         """The dense points that may lead to better ones: on each number of ranks the frontiers without and with dropped
@@ -362,7 +372,7 @@ class Search:
                 same = (each for each in grouped if each.ranks == cqil.ranks)
                 yield from (Candidate(space.dropping(each, dropped)) for each in same)
         if space.drops and cqil.ranks > 1:
-            joined = replace(self._key(cqil, DENSE).cqil, drop_attention_join=())
+            joined = replace(self._key(cqil).cqil, drop_attention_join=())
             yield Candidate(space.dropping(joined, dropped + max(1, space.num_layers // _STEPS)))
 
 

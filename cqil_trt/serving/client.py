@@ -16,6 +16,7 @@ from typing import Any
 from cqil_trt.sampling import Choice
 from cqil_trt.serving import wire
 from cqil_trt.serving.metrics import Metrics
+from cqil_trt.table import counted
 
 # A rank whose last sign of life is older is taken for stopped.
 SILENCE_SECONDS = 3.0
@@ -188,8 +189,8 @@ class EngineClient:
             self._may_stay_awake = message.device == "cuda" and wire.has_cores(len(self._ranks))
             with contextlib.suppress(OSError):  # nobody may read it
                 print(
-                    f"{self.setup.engine}: {message.slots} slots, {message.rows} sequences at a time, on "
-                    f"{message.device}\nserving at {self._url()}",
+                    f"{self.setup.engine}: {counted(message.slots, 'slot')}, "
+                    f"{counted(message.rows, 'sequence')} at a time, on {message.device}\nserving at {self._url()}",
                     flush=True,
                 )
         elif isinstance(message, wire.GivenUp):

@@ -34,15 +34,16 @@ class SafetensorsReader(WeightReader):
 
         self.source = str(path)
         try:
+            # First, because safetensors says of every file that it cannot open that there is none.
+            self._file = open(path, "rb", buffering=0)
             with safe_open(path, framework="pt"):
                 pass
-            self._file = open(path, "rb", buffering=0)
             size = int.from_bytes(self._file.read(8), "little")
             header = json.loads(self._file.read(size))
         except FileNotFoundError:
             raise UserError(f"{path}: no such file") from None
         except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error})") from None
+            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
         except (SafetensorError, ValueError, RecursionError, OverflowError) as error:
             raise UserError(f"{path}: corrupt or truncated safetensors file ({error})") from None
         header.pop("__metadata__", None)

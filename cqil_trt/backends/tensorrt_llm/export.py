@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
+from cqil_trt import backends
 from cqil_trt.backends import Compilation, Description
 from cqil_trt.backends.tensorrt_llm import COLLECTIVES, engine, pytorch, versions
 from cqil_trt.backends.tensorrt_llm.checkpoint import CHECKPOINT, copy_tensors
-from cqil_trt.config import EngineLimits
+from cqil_trt.config import AUTO, EngineLimits
 from cqil_trt.errors import UserError
 from cqil_trt.model import ModelConfig
 from cqil_trt.shard import RankPlan
@@ -33,7 +34,13 @@ _ROPE = ("default", "linear", "dynamic", "llama3")
 
 
 def check_format(limits: EngineLimits) -> None:
-    """Raises UserError for weights that neither runtime can express."""
+    """Raises UserError for weights or a KV cache that neither target expresses."""
+    if limits.kv_dtype != AUTO:
+        able = " or ".join(name for name in backends.names() if limits.kv_dtype in backends.load(name).kv_dtypes)
+        raise UserError(
+            f"--kv-dtype {limits.kv_dtype}: TensorRT-LLM's executor owns the KV cache, and neither --target hands it "
+            f"the scales of an {limits.kv_dtype.upper()} one: leave it out, or use backend {able}"
+        )
     if limits.weights in _FORMATS:
         raise UserError(
             f"--quantize {limits.weights}: {_FORMATS[limits.weights]}: int4 can be exported (--target engine)"
