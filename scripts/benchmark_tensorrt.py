@@ -45,6 +45,7 @@ from cqil_trt.gpu.session import Phase
 from cqil_trt.gpu.weights import DeviceWeights
 from cqil_trt.job import Job, command
 from cqil_trt.model import ModelConfig
+from cqil_trt.network.rotary import inverse_frequencies
 from cqil_trt.presets import preset
 from cqil_trt.runner import Runner
 from cqil_trt.table import table
@@ -55,6 +56,7 @@ PLACEMENTS = "sequential", "leader", "sharded", "tensor"
 BLOCK = 15_999_872  # random numbers, of which a tensor takes what it needs, from a place of its own
 COMPARED_TOKENS, COMPARED_STEPS = 200, 16
 PROFILED_STEPS = 16
+ROTARY = "rotary.json"  # computed with PyTorch, which the Python with TensorRT need not have
 
 
 def parser() -> Parser:
@@ -121,7 +123,7 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    cqil, _ = configure(options)
+    cqil, model = configure(options)
     wanted = [options.only] if options.only else list(MEASURED)
     if cuda.device_count() < cqil.p:
         raise UserError(f"{options.preset} needs {cqil.p} GPUs, this host has {cuda.device_count()}")
@@ -139,6 +141,7 @@ def run(options: argparse.Namespace) -> None:
     cublas = [path for place in theirs for path in sorted(place.glob("*/lib/libcublasLt.so.1[23]"))]
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="benchmark-tensorrt-") as directory:
+        (Path(directory) / ROTARY).write_text(json.dumps(inverse_frequencies(model)))
         for backend in wanted:
             began = time.perf_counter()
             job = ["mpirun", "-n", str(cqil.p), pythons[backend], str(Path(__file__).resolve()), *sys.argv[1:]]
@@ -323,7 +326,7 @@ def open_session(
     options: argparse.Namespace, limits: EngineLimits, model: ModelConfig, shape: CqilConfig, comm: Any, job: Job
 ) -> tuple[Any, dict[str, Any]]:
     """A session of one placement on this rank's GPU, and what its making took."""
-    engine = engine_of(model, shape, limits)
+    engine = engine_of(model, shape, limits, json.loads((options.directory / ROTARY).read_text()))
     ranks = tuple(engine.plan(rank) for rank in range(engine.world_size))
     found: dict[str, Any] = {"bytes": max(rank.bytes_per_token for rank in ranks)}
     if options.measure == "torch":

@@ -7,6 +7,7 @@ import math
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -151,14 +152,19 @@ def check_space(directory: Path, name: str, layers: int | None, times: float) ->
         )
 
 
-def engine_of(model: ModelConfig, cqil: CqilConfig, limits: EngineLimits) -> SimpleNamespace:
-    """What a session asks of an engine, without an engine directory."""
+def engine_of(
+    model: ModelConfig, cqil: CqilConfig, limits: EngineLimits, rotary: Sequence[float] | None = None
+) -> SimpleNamespace:
+    """What a session asks of an engine, without an engine directory.
+
+    `rotary`: the inverse frequencies, which take PyTorch to compute.
+    """
     ranks = plan(model, cqil, limits.dtype, limits.weights)
     return SimpleNamespace(
         model=model,
         cqil=cqil,
         limits=limits,
-        rotary=tuple(inverse_frequencies(model)),
+        rotary=tuple(inverse_frequencies(model) if rotary is None else rotary),
         world_size=cqil.ranks,
         plan=lambda rank: ranks[rank],
         path=f"the engine of {cqil.placement}",
