@@ -197,7 +197,7 @@ def load_model(directory: Path):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    # Releases 5.0 and some after it ignore soft caps by default.
+    # By default release 5.0 ignores soft caps.
     capped = getattr(AutoConfig.from_pretrained(directory), "attn_logit_softcapping", None) is not None
     options = {"attn_implementation": "eager"} if capped else {}
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options).eval()
