@@ -553,7 +553,7 @@ def hugging_face_config(model: ModelConfig) -> tuple[Any, Any]:
 def attention_options(model: ModelConfig) -> dict[str, str]:
     """What transformers must be told to compute the model's attention.
 
-    By default release 5.0 takes PyTorch's own attention for Gemma 2, which ignores the soft cap (5.24 does not).
+    By default releases up to 5.20 take PyTorch's own attention for Gemma 2, which ignores the soft cap.
     """
     return {} if model.attention_cap is None else {"attn_implementation": "eager"}
 

@@ -183,7 +183,7 @@ def test_loading_with_an_adapter_equals_peft(tmp_path):
 def test_soft_caps_do_not_depend_on_what_transformers_attends_with_by_default(tmp_path, monkeypatch):
     from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
 
-    # As in release 5.0, which then chose PyTorch's own attention, and no cap.
+    # As up to release 5.20, which then chose PyTorch's own attention, and no cap.
     monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
     architecture, changes = FAMILIES["gemma2"]
     path = make_model(tmp_path / "model", architecture, seed=SEED, **changes)

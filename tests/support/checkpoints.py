@@ -197,7 +197,7 @@ def load_model(directory: Path):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    # By default release 5.0 ignores soft caps.
+    # By default releases up to 5.20 ignore soft caps.
     capped = getattr(AutoConfig.from_pretrained(directory), "attn_logit_softcapping", None) is not None
     options = {"attn_implementation": "eager"} if capped else {}
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options).eval()
