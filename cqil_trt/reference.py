@@ -348,10 +348,11 @@ def _load_directory(path: Path, dtype: torch.dtype) -> nn.Module:
     if is_quantized(path) or families.reads_more_than_text(path / "config.json"):
         model, reader = open_checkpoint(path)
         return from_reader(model, reader, dtype, pieces=False)
-    kind = transformers.AutoModelForCausalLM
+    kind, model = transformers.AutoModelForCausalLM, families.read_config(path / "config.json")
     if "model_type" not in read_json(path / "config.json"):  # AutoModel needs it
-        kind = getattr(transformers, families.read_config(path / "config.json").architecture)
-    return kind.from_pretrained(path, dtype=dtype, trust_remote_code=False, local_files_only=True)
+        kind = getattr(transformers, model.architecture)
+    options = {"trust_remote_code": False, "local_files_only": True, **attention_options(model)}
+    return kind.from_pretrained(path, dtype=dtype, **options)
 
 
 @contextmanager
@@ -543,9 +544,18 @@ def hugging_face_config(model: ModelConfig) -> tuple[Any, Any]:
         "eos_token_id": list(model.eos_token_ids) or None,
         **families.written(model),
         **families.of(model).reference,
+        **attention_options(model),
     }
     kind = getattr(transformers, model.architecture)
     return kind, kind.config_class(**values)
+
+
+def attention_options(model: ModelConfig) -> dict[str, str]:
+    """What transformers must be told to compute the model's attention.
+
+    By default releases up to 5.20 take PyTorch's own attention for Gemma 2, which ignores the soft cap.
+    """
+    return {} if model.attention_cap is None else {"attn_implementation": "eager"}
 
 
 def _loader(

@@ -54,6 +54,10 @@ from cqil_trt.validate import answer
 
 MEASURED = "torch", "tensorrt"
 PLACEMENTS = "sequential", "leader", "sharded", "tensor"
+DEVIATION = 0.02  # the standard deviation of random weights
+# With these scales also that of random codes: the integers from -127 to 127, what `random_block` has of E4M3, and the
+# integers from -7 to 7.
+SCALES = {"int8": DEVIATION / 73.61, "fp8": DEVIATION / 68.51, "int4": DEVIATION / 4.32}
 BLOCK = 15_999_872  # random numbers, of which a tensor takes what it needs, from a place of its own
 COMPARED_TOKENS, COMPARED_STEPS = 200, 16
 PROFILED_STEPS = 16
@@ -230,18 +234,27 @@ def describe(options: argparse.Namespace, found: dict[str, Any], agreement: dict
 # A rank of a job
 
 
-def random_block(size: int = BLOCK) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers for matrices, float16, and bytes for codes, none of which is a NaN of E4M3."""
+def random_block(stored: str, size: int = BLOCK) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers for matrices, float16, and bytes for codes of the format `stored`.
+
+    The mean of what codes stand for is 0: that of a matrix of thousands of columns would add up from layer to layer
+    until float16 is too small.
+    """
     random = np.random.default_rng(0)
-    values = (random.standard_normal(size, np.float32) * 0.02).astype(np.float16)
-    return values, random.integers(256, size=2 * size, dtype=np.uint8) & 0xF7
+    values = (random.standard_normal(size, np.float32) * DEVIATION).astype(np.float16)
+    if stored == "int4":  # two codes, around 8
+        low, high = random.integers(1, 16, size=(2, 2 * size), dtype=np.uint8)
+        return values, high << 4 | low
+    if stored == "int8":
+        return values, random.integers(-127, 128, size=2 * size, dtype=np.int8).view(np.uint8)
+    return values, random.integers(256, size=2 * size, dtype=np.uint8) & 0xF7  # without the NaNs of E4M3
 
 
 class RandomWeights(DeviceWeights):
     """Random numbers, the same ones in every backend."""
 
     def _copy(self, stream: Any) -> None:
-        values, codes = random_block()
+        values, codes = random_block(formats.base(self._plan.weights))
         room = cuda.Arena(2 * values.nbytes + 2 * codes.nbytes, "random numbers")
         try:
             blocks = []
@@ -262,8 +275,7 @@ class RandomWeights(DeviceWeights):
         if isinstance(tensor, MatrixPart):
             source = codes
             if tensor.part != "weight":
-                four_bits = self._plan.weights.startswith("int4")
-                constant = 8 if tensor.part == "zero" else 0.004 if four_bits else 0.0002
+                constant = 8 if tensor.part == "zero" else SCALES[formats.base(self._plan.weights)]
         elif "norm" in tensor.name:
             constant = norm_weight(self._plan.model)
         if constant is not None:

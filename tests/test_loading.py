@@ -8,6 +8,7 @@ from collections import deque
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 from support import ROOT, SEED
 from support.checkpoints import make_model
@@ -267,6 +268,23 @@ def test_random_weights_of_the_benchmark(weights, engines, monkeypatch):
     for tensor, values in zip(plain, found[0]):
         read = np.frombuffer(values, tensor.dtype).astype(np.float32)
         assert (read == 1).all() if "norm" in tensor.name else 0.01 < read.std() < 0.03, tensor.name
+
+
+@pytest.mark.parametrize("stored", ["int8", "fp8", "int4"])
+def test_random_codes_of_the_benchmark(stored, monkeypatch):
+    """Like dense weights: other codes of a deep model overflow in float16."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from benchmark_tensorrt import SCALES, random_block
+
+    dense, codes = random_block(stored, 100_000)
+    if stored == "int4":
+        weights = np.concatenate([codes & 15, codes >> 4]).astype(np.float32) - 8
+    elif stored == "int8":
+        weights = codes.view(np.int8).astype(np.float32)
+    else:
+        weights = torch.from_numpy(codes).view(torch.float8_e4m3fn).float().numpy()
+    for found in (dense.astype(np.float32), weights * SCALES[stored]):
+        assert abs(found.std() - 0.02) < 5e-4 and abs(found.mean()) < 4e-4
 
 
 def test_damage_is_raised_by_waiting(engines, monkeypatch):

@@ -85,11 +85,9 @@ def models(tmp_path_factory):
     }
 
 
-@pytest.fixture(scope="session", params=["cpu", "cuda"])
-def results(request, models, tmp_path_factory):
-    """The engines of this run's tests built, then one mpirun for each number of ranks runs those it fits."""
-    if request.param == "cuda":
-        need_cuda_backend()
+@pytest.fixture(scope="session")
+def engines(request, models, tmp_path_factory):
+    """The directory with the engines of this run's tests, their prompts and adapters, and their numbers by ranks."""
     root = tmp_path_factory.mktemp("engines")
     chosen = {item.callspec.params["number"] for item in request.session.items if "results" in item.fixturenames}
     random = np.random.default_rng(SEED)
@@ -106,22 +104,33 @@ def results(request, models, tmp_path_factory):
             if name not in adapters:
                 adapters[name] = make_adapter(models[name], root / f"adapter-{name}", seed=SEED + i)
             lora = adapters[name]
-        engine = root / f"engine{i}"
-        cqil_trt.build(
-            model=models[name], lora=lora, output=engine, max_seq_len=64, max_batch_size=3, probes="never", **shape
-        )
-        case = {
-            "engine": str(engine),
-            "device": request.param,
-            "prompts": prompts[i],
-            "steps": STEPS,
-            "out": str(root / f"out{i}"),
-        }
-        by_ranks.setdefault(ranks_of(shape), []).append(case)
-    for ranks, batch in by_ranks.items():
-        done = mpirun(ranks, write_json(root / f"cases{ranks}.json", batch), script="tests/support/mpi_worker.py")
+        limits = {"max_seq_len": 64, "max_batch_size": 3}
+        cqil_trt.build(model=models[name], lora=lora, output=root / f"engine{i}", probes="never", **limits, **shape)
+        by_ranks.setdefault(ranks_of(shape), []).append(i)
+    return root, prompts, adapters, by_ranks
+
+
+@pytest.fixture(scope="session", params=["cpu", "cuda"])
+def results(request, engines):
+    """What the engines compute on a device: one mpirun for each number of ranks runs those it fits."""
+    if request.param == "cuda":
+        need_cuda_backend()
+    root, prompts, adapters, by_ranks = engines
+    for ranks, numbers in by_ranks.items():
+        batch = [
+            {
+                "engine": str(root / f"engine{i}"),
+                "device": request.param,
+                "prompts": prompts[i],
+                "steps": STEPS,
+                "out": str(root / f"{request.param}{i}"),
+            }
+            for i in numbers
+        ]
+        file = write_json(root / f"{request.param}-cases{ranks}.json", batch)
+        done = mpirun(ranks, file, script="tests/support/mpi_worker.py")
         assert done.returncode == 0, done.stderr
-    return root, prompts, adapters
+    return root, prompts, adapters, request.param
 
 
 # In the fast run a few that two ranks can execute.
@@ -133,11 +142,11 @@ NUMBERS = [
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_engine_equals_reference(number, models, results):
-    root, prompts, adapters = results
+    root, prompts, adapters, device = results
     name, shape = cases()[number]
     if adapted(number):
         need("peft>=0.18")
-    ranks = [np.load(f"{root}/out{number}-{rank}.npz") for rank in range(ranks_of(shape))]
+    ranks = [np.load(f"{root}/{device}{number}-{rank}.npz") for rank in range(ranks_of(shape))]
     for other in ranks[1:]:  # bit for bit
         assert all(np.array_equal(ranks[0][key], other[key]) for key in ranks[0])
     has_collectives = len(ranks) > 1 and (shape.get("placement") != "leader" or shape["end"] > shape["start"])

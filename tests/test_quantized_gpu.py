@@ -1,11 +1,11 @@
 """Engines with quantized weights or KV caches on a GPU, judged by the reference with these. Skipped without a GPU."""
 
 import pytest
-from support import SEED, write_json
-from support.cases import ARCHITECTURES, FAMILIES
+from support import SEED
+from support.cases import ARCHITECTURES, FAMILIES, identifier
 from support.checkpoints import make_model
 from support.needs import need_cuda_backend
-from support.processes import mpirun
+from support.validation import assert_valid, validate
 
 import cqil_trt
 
@@ -16,54 +16,51 @@ pytestmark = pytest.mark.slow
 SIZES = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8, "head_dim": 32}
 
 
+# The model, and how its engine is built.
+CASES = [
+    ("llama-gqa", {"quantize": "int8", "dtype": "float16", "p": 1}),
+    ("llama-gqa", {"quantize": "fp8", "dtype": "bfloat16", "p": 2}),
+    ("llama-gqa", {"quantize": "int4", "dtype": "float16", "p": 1}),
+    ("llama-gqa", {"quantize": "int4", "dtype": "float16", "p": 2}),
+    ("llama-gqa", {"quantize": "int4g32", "dtype": "bfloat16", "p": 3}),
+    ("llama-gqa", {"quantize": "int4", "dtype": "float32", "p": 2}),
+    ("gemma3", {"quantize": "int8", "dtype": "float16", "p": 2}),
+    ("granite", {"quantize": "int4", "dtype": "float16", "p": 1}),
+    # Three ranks have uneven heads, whose prompts our own kernels attend to; otherwise a library does.
+    ("llama-gqa", {"kv_dtype": "fp8", "dtype": "float16", "p": 1}),
+    ("llama-gqa", {"kv_dtype": "fp8", "dtype": "bfloat16", "p": 2, "prefill_chunk": 16}),
+    ("llama-gqa", {"kv_dtype": "fp8", "dtype": "float16", "p": 3}),
+    ("llama-gqa", {"kv_dtype": "fp8", "dtype": "float32", "p": 2, "prefill_chunk": 16}),
+]
+# Prompts of one packed product, of several, and of more tokens than those take.
+PROMPTS = [[5, 9, 77], list(range(3, 23)), list(range(3, 93))]
+
+
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """A function that makes a model by its name."""
+def verdict_of(request, tmp_path_factory):
+    """A function that gives the file with a case's verdict: those of this run with as many ranks are one job."""
     need_cuda_backend()
     root = tmp_path_factory.mktemp("quantized")
+    chosen = [item.callspec.params["number"] for item in request.session.items if "verdict_of" in item.fixturenames]
 
-    def get(name):
-        if not (root / name).exists():
-            architecture, changes = {**ARCHITECTURES, **FAMILIES}[name]
-            make_model(root / name, architecture, seed=SEED, **{**changes, **SIZES})
-        return root / name
+    def get(number):
+        out, p, cases = root / f"verdict{number}", CASES[number][1]["p"], []
+        for i in (i for i in chosen if not out.exists() and CASES[i][1]["p"] == p):
+            name, options = CASES[i]
+            model, engine = root / name, root / f"engine{i}"
+            if not model.exists():
+                architecture, changes = {**ARCHITECTURES, **FAMILIES}[name]
+                make_model(model, architecture, seed=SEED, **{**changes, **SIZES})
+            shape = {} if p == 1 else {"start": 1, "end": 1 + 4 // p * p}
+            cqil_trt.build(model=model, output=engine, max_seq_len=128, max_batch_size=4, **shape, **options)
+            paths = {"engine": str(engine), "out": str(root / f"verdict{i}")}
+            cases.append({"device": "cuda", "prompts": PROMPTS, **paths})
+        validate(cases, p, root)
+        return out
 
     return get
 
 
-@pytest.mark.parametrize(
-    ("name", "stored", "dtype", "p"),
-    [
-        ("llama-gqa", "int8", "float16", 1),
-        ("llama-gqa", "fp8", "bfloat16", 2),
-        ("llama-gqa", "int4", "float16", 1),
-        ("llama-gqa", "int4", "float16", 2),
-        ("llama-gqa", "int4g32", "bfloat16", 3),
-        ("llama-gqa", "int4", "float32", 2),
-        ("gemma3", "int8", "float16", 2),
-        ("granite", "int4", "float16", 1),
-    ],
-)
-def test_engines_run_and_validate(name, stored, dtype, p, models, tmp_path):
-    run(p, models(name), tmp_path, dtype=dtype, quantize=stored)
-
-
-# Three ranks have uneven heads, whose prompts our own kernels attend to; otherwise a library does.
-@pytest.mark.parametrize(
-    ("dtype", "p", "prefill_chunk"), [("float16", 1, 512), ("bfloat16", 2, 16), ("float16", 3, 512), ("float32", 2, 16)]
-)
-def test_engines_with_an_fp8_cache(dtype, p, prefill_chunk, models, tmp_path):
-    run(p, models("llama-gqa"), tmp_path, dtype=dtype, kv_dtype="fp8", prefill_chunk=prefill_chunk)
-
-
-def run(p, model, tmp_path, **options):
-    """Builds an engine and validates it."""
-    shape = {"p": p} if p == 1 else {"p": p, "start": 1, "end": 1 + 4 // p * p}
-    limits = {"max_seq_len": 128, "max_batch_size": 4}
-    cqil_trt.build(model=model, output=tmp_path / "engine", **options, **limits, **shape)
-    # Prompts of one packed product, of several, and of more tokens than those take.
-    ids = write_json(tmp_path / "ids.json", [[5, 9, 77], list(range(3, 23)), list(range(3, 93))])
-    flags = ("--device", "cuda", "--token-ids", ids, "--max-new-tokens", 16, "--validate")
-    done = mpirun(p, "--engine", tmp_path / "engine", *flags)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "validation passed: all ranks hold identical bits" in done.stdout
+@pytest.mark.parametrize("number", range(len(CASES)), ids=map(identifier, CASES))
+def test_engines_run_and_validate(number, verdict_of):
+    assert_valid(verdict_of(number))

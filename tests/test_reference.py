@@ -6,12 +6,14 @@ import pytest
 import torch
 from support import SEED
 from support.cases import ARCHITECTURES as CASES
+from support.cases import FAMILIES, relative
 from support.checkpoints import load_model, make_adapter, make_model
 from support.formulas import Formulas
 
 from cqil_trt import families
 from cqil_trt.errors import UserError
-from cqil_trt.reference import CqilModel
+from cqil_trt.reference import CqilModel, from_reader, load_hugging_face
+from cqil_trt.weights import open_checkpoint
 
 ARCHITECTURES = [family.architecture for family in families.all_families()]
 
@@ -176,3 +178,18 @@ def test_loading_with_an_adapter_equals_peft(tmp_path):
     torch.testing.assert_close(found, unmerged, rtol=1e-4, atol=1e-4)
     with pytest.raises(UserError, match="gone"):
         load_hugging_face(str(tmp_path / "nowhere"))
+
+
+def test_soft_caps_do_not_depend_on_what_transformers_attends_with_by_default(tmp_path, monkeypatch):
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
+
+    # As up to release 5.20, which then chose PyTorch's own attention, and no cap.
+    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
+    architecture, changes = FAMILIES["gemma2"]
+    path = make_model(tmp_path / "model", architecture, seed=SEED, **changes)
+    judge, ids = load_model(path), tokens()
+    expected = Formulas(judge.config, judge.state_dict()).logits(ids).numpy()
+    for network in (judge, load_hugging_face(str(path)), from_reader(*open_checkpoint(path))):
+        with torch.inference_mode():
+            found = network.cpu()(ids, use_cache=False).logits.numpy()
+        assert relative(found, expected) < 1e-5

@@ -16,11 +16,14 @@ import numpy as np
 import pytest
 import torch
 from support import SEED, write_json
-from support.cases import ARCHITECTURES, FAMILIES
+from support.cases import ARCHITECTURES, FAMILIES, identifier, ranks_of
 from support.chat_models import make_chat_model
 from support.checkpoints import make_model
 from support.processes import build, mpirun, run
 from support.serving import ServerProcess
+from support.validation import assert_valid, validate
+
+import cqil_trt
 
 PYTHON = os.environ.get("CQIL_TENSORRT_PYTHON", sys.executable)
 
@@ -46,41 +49,53 @@ def runtime():
     assert done.returncode == 0, done.stderr
 
 
+# Ranks share GPUs where there are fewer.
 SHAPES = [
-    ["--p", 1],
-    ["--p", 2, "--start", 1, "--end", 5, "--placement", "leader"],
-    ["--p", 2, "--d", 1, "--start", 1, "--end", 5],
-    ["--p", 2, "--placement", "tensor"],
-    ["--p", 4, "--d", 1, "--start", 1, "--end", 5, "--bypass", "residual"],
+    {"p": 1},
+    {"p": 2, "start": 1, "end": 5, "placement": "leader"},
+    {"p": 2, "d": 1, "start": 1, "end": 5},
+    {"p": 2, "placement": "tensor"},
+    {"p": 4, "d": 1, "start": 1, "end": 5, "bypass": "residual"},
+    {"p": 2, "ranks_per_layer": 2, "d": 1, "start": 1, "end": 5},
+    {"p": 2, "ranks_per_layer": 2, "start": 2, "end": 6, "drop_attention_join": "0,2-3,5"},
 ]
-CASES = [(name, SHAPES[i % len(SHAPES)], "float16") for i, name in enumerate(ARCHITECTURES)]
-CASES += [("llama-odd-heads", shape, "float32") for shape in SHAPES]
+CASES = [(name, {**SHAPES[i % len(SHAPES)], "dtype": "float16"}) for i, name in enumerate(ARCHITECTURES)]
+CASES += [("llama-odd-heads", {**shape, "dtype": "float32"}) for shape in SHAPES]
 # Families with more than LLaMA has, all of it in classic networks.
-CASES += [("gemma2", SHAPES[0], "float32"), ("gemma3", SHAPES[2], "float32"), ("olmo3", SHAPES[3], "float32")]
-CASES += [("granite", SHAPES[1], "float16"), ("phi3-partial", SHAPES[0], "float16")]
+CASES += [
+    ("gemma2", {**SHAPES[0], "dtype": "float32"}),
+    ("gemma3", {**SHAPES[2], "dtype": "float32"}),
+    ("olmo3", {**SHAPES[3], "dtype": "float32"}),
+    ("granite", {**SHAPES[1], "dtype": "float16"}),
+    ("phi3-partial", {**SHAPES[0], "dtype": "float16"}),
+]
 
 
-@pytest.mark.parametrize("name, shape, dtype", CASES, ids=[f"{n}-{'-'.join(map(str, s))}-{d}" for n, s, d in CASES])
-def test_engines_answer_as_the_reference(name, shape, dtype, tmp_path):
-    architecture, changes = {**ARCHITECTURES, **FAMILIES}[name]
-    model = make_model(tmp_path / "model", architecture, seed=SEED, **changes)
-    limits = ["--max-batch-size", 2, "--max-seq-len", 96, "--prefill-chunk", 16, "--dtype", dtype]
-    limits += ["--probes", "always"]
-    assert build("--model", model, *shape, *limits, "--output", tmp_path / "torch").returncode == 0
-    ranks = shape[1]
-    compiling = ["--model", tmp_path / "torch", "--backend", "tensorrt", "--output", tmp_path / "engine"]
-    done = run("mpirun", "-n", ranks, PYTHON, "builders/build.py", *compiling)
-    assert done.returncode == 0, done.stderr
-    report = tmp_path / "report.json"
-    done = run(
-        *("mpirun", "-n", ranks, PYTHON, "runtime/run.py", "--engine", tmp_path / "engine"),
-        *("--validate", "--benchmark", "--json", report),
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    verdict = json.loads(report.read_text())["validation"]
-    assert verdict["passed"] and max(p["relative_l2"] for p in verdict["prompts"]) < (
-        1e-5 if dtype == "float32" else 2e-2
-    )
+@pytest.fixture(scope="module")
+def verdict_of(request, tmp_path_factory):
+    """A function that gives the file with a case's verdict: those of this run with as many ranks are one job."""
+    root = tmp_path_factory.mktemp("verdicts")
+    chosen = [item.callspec.params["number"] for item in request.session.items if "verdict_of" in item.fixturenames]
+
+    def get(number):
+        out, ranks, cases = root / f"verdict{number}", ranks_of(CASES[number][1]), []
+        for i in (i for i in chosen if not out.exists() and ranks_of(CASES[i][1]) == ranks):
+            name, shape = CASES[i]
+            architecture, changes = {**ARCHITECTURES, **FAMILIES}[name]
+            model = make_model(root / f"model{i}", architecture, seed=SEED, **changes)
+            limits = {"max_batch_size": 2, "max_seq_len": 96, "prefill_chunk": 16, "probes": "always"}
+            cqil_trt.build(model=model, output=root / f"torch{i}", **limits, **shape)
+            paths = {"source": root / f"torch{i}", "engine": root / f"engine{i}", "out": root / f"verdict{i}"}
+            cases.append({"device": "cuda", **{key: str(path) for key, path in paths.items()}})
+        validate(cases, ranks, root, PYTHON)
+        return out
+
+    return get
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=map(identifier, CASES))
+def test_engines_answer_as_the_reference(number, verdict_of):
+    assert_valid(verdict_of(number), 1e-5 if CASES[number][1]["dtype"] == "float32" else 2e-2)
 
 
 def test_a_batch_answers_as_each_prompt_alone(tmp_path):
@@ -101,35 +116,43 @@ def test_a_batch_answers_as_each_prompt_alone(tmp_path):
     assert completions["engine"] == completions["torch"]
 
 
-@pytest.mark.parametrize("dtype, bound", [("float32", 1e-4), ("float16", 2e-2)])
-def test_prompts_of_many_rows(dtype, bound, tmp_path):
-    """Products by cuBLASLt where it is, attention in tiles, and chunks as graphs, padded: as a CPU in float32."""
+@pytest.fixture(scope="module")
+def many_rows(tmp_path_factory):
+    """A directory, flags to build an engine in it, a file of prompts, and a CPU's logits and completions for them."""
+    root = tmp_path_factory.mktemp("rows")
     sizes = {"hidden_size": 256, "intermediate_size": 320, "num_attention_heads": 4, "num_key_value_heads": 2}
-    model = make_model(tmp_path / "model", seed=SEED, **sizes, head_dim=64, max_position_embeddings=512)
+    model = make_model(root / "model", seed=SEED, **sizes, head_dim=64, max_position_embeddings=512)
     shape = ["--model", model, "--p", 2, "--start", 1, "--end", 3, "--max-seq-len", 400, "--prefill-chunk", 256]
-    assert build(*shape, "--output", tmp_path / "reference").returncode == 0
-    assert build(*shape, "--dtype", dtype, "--output", tmp_path / "torch").returncode == 0
-    compiling = ["--model", tmp_path / "torch", "--backend", "tensorrt", "--output", tmp_path / "engine"]
-    done = run("mpirun", "-n", 2, PYTHON, "builders/build.py", *compiling)
-    assert done.returncode == 0, done.stderr
+    assert build(*shape, "--output", root / "reference").returncode == 0
     # A chunk is captured when its length comes again: the last two prompts are graphs.
     random = np.random.default_rng(SEED)
-    prompts = [random.integers(3, 131, size=size).tolist() for size in (300, 290, 297, 300)]
-    file, logits, completions = write_json(tmp_path / "prompts.json", prompts), {}, {}
-    for engine, job in (
-        ("reference", ("mpirun", "-n", 2, sys.executable, "runtime/run.py", "--device", "cpu")),
-        ("engine", ("mpirun", "-n", 2, PYTHON, "runtime/run.py")),
-    ):
-        out, report = tmp_path / f"{engine}.npy", tmp_path / f"{engine}.json"
-        options = ["--token-ids", file, "--max-new-tokens", 8, "--logits-out", out, "--json", report]
-        done = run(*job, "--engine", tmp_path / engine, *options)
-        assert done.returncode == 0, done.stderr
-        logits[engine] = np.load(out).astype(np.float64)
-        completions[engine] = [c["tokens"] for c in json.loads(report.read_text())["completions"]]
-    difference = logits["engine"] - logits["reference"]
-    assert np.linalg.norm(difference) < bound * np.linalg.norm(logits["reference"])
+    file = write_json(root / "prompts.json", [random.integers(3, 131, size=n).tolist() for n in (300, 290, 297, 300)])
+    return root, shape, file, answers_of(root / "reference", file, sys.executable, "--device", "cpu")
+
+
+def answers_of(engine, prompts, python, *options):
+    """An engine's logits of the first prompt, float64, and the tokens with which it continues each."""
+    out, report = engine.with_suffix(".npy"), engine.with_suffix(".json")
+    options += "--token-ids", prompts, "--max-new-tokens", 8, "--logits-out", out, "--json", report
+    done = run("mpirun", "-n", 2, python, "runtime/run.py", "--engine", engine, *options)
+    assert done.returncode == 0, done.stderr
+    completions = json.loads(report.read_text())["completions"]
+    return np.load(out).astype(np.float64), [completion["tokens"] for completion in completions]
+
+
+@pytest.mark.parametrize("dtype, bound", [("float32", 1e-4), ("float16", 2e-2)])
+def test_prompts_of_many_rows(dtype, bound, many_rows):
+    """Products by cuBLASLt where it is, attention in tiles, and chunks as graphs, padded: as a CPU in float32."""
+    root, shape, prompts, (expected, continuations) = many_rows
+    plain, engine = root / f"torch-{dtype}", root / f"engine-{dtype}"
+    assert build(*shape, "--dtype", dtype, "--output", plain).returncode == 0
+    compiling = ["--model", plain, "--backend", "tensorrt", "--output", engine]
+    done = run("mpirun", "-n", 2, PYTHON, "builders/build.py", *compiling)
+    assert done.returncode == 0, done.stderr
+    logits, completions = answers_of(engine, prompts, PYTHON)
+    assert np.linalg.norm(logits - expected) < bound * np.linalg.norm(expected)
     if dtype == "float32":  # whose rounding changes no token
-        assert completions["engine"] == completions["reference"]
+        assert completions == continuations
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=lambda ranks: f"p{ranks}")

@@ -195,9 +195,12 @@ def load_model(directory: Path):
     """The checkpoint as transformers loads it, float32."""
     need("transformers>=5")
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    # By default releases up to 5.20 ignore soft caps.
+    capped = getattr(AutoConfig.from_pretrained(directory), "attn_logit_softcapping", None) is not None
+    options = {"attn_implementation": "eager"} if capped else {}
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options).eval()
 
 
 def make_adapter(model_directory: Path, directory: Path, seed: int = SEED, **options: Any) -> Path:

@@ -67,10 +67,13 @@ def run(*command: Any, timeout: float = 300, **options: Any) -> subprocess.Compl
         pytest.skip("needs mpirun, which is not on the PATH")
     if not options.keys() - {"cwd"} and (done := run_script(arguments, options.get("cwd", ROOT), timeout)):
         return done
+    inherited = environment()
+    if any(part.startswith("tests/support/") for part in arguments):
+        inherited.setdefault("OMP_NUM_THREADS", "1")  # as in conftest.py; ranks would each take all cores
     done = subprocess.run(
         arguments,
         cwd=options.pop("cwd", ROOT),
-        env={**environment(), **options.pop("env", {})},
+        env={**inherited, **options.pop("env", {})},
         capture_output=True,
         text=True,
         timeout=timeout,
