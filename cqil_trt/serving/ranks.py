@@ -40,6 +40,7 @@ from cqil_trt.serving.wire import (
     Stop,
     connect,
     has_cores,
+    pack,
     say,
 )
 
@@ -172,8 +173,10 @@ class _Leader:
         )
 
     def _send(self, order: Order | Stop) -> None:
-        for follower in self._followers:
-            follower.send(order)
+        if self._followers:
+            frame = pack(order)
+            for follower in self._followers:
+                follower.write(frame)
 
     def run(self, pulse: Pulse) -> None:
         worked = time.monotonic()

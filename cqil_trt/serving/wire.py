@@ -28,6 +28,8 @@ _LENGTH = struct.Struct("<I")
 AWAKE_SECONDS = 1.0
 # Room for what a step says while the reader is late; the system may allow less (net.core.wmem_max).
 _BUFFER_BYTES = 8 << 20
+# Read at a time. For much more the C library maps memory anew for each read, which takes longer than the read.
+_READ_BYTES = 1 << 16
 
 
 def has_cores(ranks: int) -> bool:
@@ -78,8 +80,12 @@ class Connection:
 
     def send(self, message: Any) -> None:
         """Raises Closed if the other end is gone."""
+        self.write(pack(message))
+
+    def write(self, frame: bytes) -> None:
+        """Sends a frame of `pack`, for messages that several get. Raises Closed if the other end is gone."""
         try:
-            self.socket.sendall(pack(message))
+            self.socket.sendall(frame)
         except OSError:
             raise self._closed() from None
 
@@ -105,7 +111,7 @@ class Connection:
 
     def _read(self) -> None:
         try:
-            found = self.socket.recv(1 << 20)
+            found = self.socket.recv(_READ_BYTES)
         except OSError:
             raise self._closed() from None
         if not found:
