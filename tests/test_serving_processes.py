@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import json
 import signal
 import socket
 import subprocess
@@ -28,20 +29,23 @@ for name in ("uvicorn", "starlette", "pydantic", "prometheus_client"):
 # The HTTP process, and ranks that are not real
 
 
-@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
-def test_what_rank_0_says_right_after_the_setup_is_not_lost(loop, tmp_path):
+@contextlib.contextmanager
+def http_process(loop, directory):
+    """The HTTP process of a small engine: its process, rank 0's end of its socket, and where clients connect."""
     from support.chat_models import make_chat_model
 
     import cqil_trt
     from cqil_trt.serving import wire
 
-    engine = cqil_trt.build(model=make_chat_model(tmp_path / "model"), p=1, output=tmp_path / "engine", probes="never")
+    engine = cqil_trt.build(
+        model=make_chat_model(directory / "model"), p=1, output=directory / "engine", probes="never"
+    )
     ours, theirs = socket.socketpair()
     monitor, listener = socket.socket(socket.AF_UNIX), socket.create_server(("127.0.0.1", 0))
-    monitor.bind(str(tmp_path / "monitor"))
+    monitor.bind(str(directory / "monitor"))
     monitor.listen()
     control = wire.Connection(ours, "it")
-    control.send(wire.Setup(engine=str(engine.path), model_names=("m",)))
+    control.send(wire.Setup(engine=str(engine.path), model_names=("m",), log_requests=False))
     control.send(wire.Ready(slots=4, rows=2, device="cpu"))
     numbers = [sock.fileno() for sock in (theirs, monitor, listener)]
     if loop == "uvloop":
@@ -56,10 +60,52 @@ def test_what_rank_0_says_right_after_the_setup_is_not_lost(loop, tmp_path):
         cwd=ROOT,
     )
     try:
-        assert "4 slots" in process.stdout.readline() and "serving at" in process.stdout.readline()
+        yield process, control, listener.getsockname()
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_what_rank_0_says_right_after_the_setup_is_not_lost(loop, tmp_path):
+    with http_process(loop, tmp_path) as (process, _, _):
+        assert "4 slots" in process.stdout.readline() and "serving at" in process.stdout.readline()
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_what_belongs_together_is_sent_at_once(loop, tmp_path):
+    from cqil_trt.serving import wire
+
+    with http_process(loop, tmp_path) as (process, control, place):
+        assert "4 slots" in process.stdout.readline()
+        client = socket.create_connection(place, timeout=20)
+
+        def ask(stream):
+            body = b'{"prompt": [1, 2], "max_tokens": 3, "logprobs": 0, "stream": %s}' % stream
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: it\r\nContent-Type: application/json\r\n"
+            client.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            return control.receive().number
+
+        def tell(number, *tokens, reason=""):
+            choices = tuple(Choice(token, ((token, -1.0),)) for token in tokens)
+            control.send(wire.Progress(news=(wire.News(number=number, choices=choices, finish_reason=reason),)))
+
+        for _ in range(2):
+            number = ask(b"true")
+            tell(number, 5)
+            first = client.recv(1 << 16)
+            assert first.startswith(b"HTTP/1.1 200 ") and first.count(b"data: {") == 1
+            tell(number, 6)
+            assert client.recv(1 << 16).count(b"data: {") == 1
+            tell(number, 7, reason="length")
+            last = client.recv(1 << 16)
+            assert last.count(b"data: {") == 1 and last.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+            tell(ask(b"false"), 5, 6, 7, reason="length")
+            whole = client.recv(1 << 16)
+            assert whole.startswith(b"HTTP/1.1 200 ") and json.loads(whole.partition(b"\r\n\r\n")[2])["choices"]
+        # A head without a body does not wait for one.
+        client.sendall(b"HEAD /health HTTP/1.1\r\nHost: it\r\nConnection: close\r\n\r\n")
+        assert client.recv(1 << 16).startswith(b"HTTP/1.1 200 ") and client.recv(1) == b""
 
 
 class FakeRanks:

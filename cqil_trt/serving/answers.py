@@ -206,6 +206,10 @@ class Exchange:
         ticket = self._client.submit(self._updates, len(self.answers), **fields)
         self.answers.append(Answer(ticket, tokenizer, stops, tools))
 
+    @property
+    def finished(self) -> bool:
+        return all(answer.finished for answer in self.answers)
+
     async def pieces(self) -> AsyncIterator[Piece]:
         """Raises Refused when the engine fails or time is over."""
         left = len(self.answers)

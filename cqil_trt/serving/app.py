@@ -295,23 +295,31 @@ class Server:
         finally:
             exchange.close()
 
-    async def _stream(self, exchange: Exchange, form: Form, body: api.Sampled, note: Note) -> AsyncIterator[bytes]:
-        """Raises Refused before the first event, which then is a status of its own; later it is an event."""
+    async def _stream(
+        self, exchange: Exchange, form: Form, body: api.Sampled, note: Note
+    ) -> AsyncIterator[tuple[bytes, bool]]:
+        """For `EventStream`: the events of each piece, of the last one with the end of the stream.
+
+        Raises Refused before the first event, which then is a status of its own; later it is an event.
+        """
         options = body.stream_options or api.StreamOptions()
         begun = False
         try:
             async for piece in exchange.pieces():
-                for chunk in form.chunks(piece, exchange):
-                    yield event(chunk)
+                events = b"".join(map(event, form.chunks(piece, exchange)))
+                over = piece.finish_reason is not None and exchange.finished
+                if over:
+                    if options.include_usage:
+                        events += event(form.envelope([], usage(exchange)))
+                    events += b"data: [DONE]\n\n"
+                if events:
                     begun = True
-            if options.include_usage:
-                yield event(form.envelope([], usage(exchange)))
-            yield b"data: [DONE]\n\n"
+                    yield events, not over
         except Refused as refused:
             if not begun:
                 raise
             note.failed = True
-            yield event(error_body(refused))
+            yield event(error_body(refused)), False
 
 
 def _place(path: str) -> str:

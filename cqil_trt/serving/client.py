@@ -159,8 +159,8 @@ class EngineClient:
         self._number += 1
         ticket = Ticket(self._number, index, len(fields["prompt"]), updates, time.monotonic())
         self._tickets[ticket.number] = ticket
-        self.metrics.request_started(ticket.prompt_tokens)
         self._engine.send(wire.Add(number=ticket.number, **fields))
+        self.metrics.request_started(ticket.prompt_tokens)
         if self._may_stay_awake and self._awake is None:
             self._awake = ticket.queued_at + wire.AWAKE_SECONDS
             self._stay_awake()

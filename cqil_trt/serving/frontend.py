@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from cqil_trt.engine import Engine
 from cqil_trt.llm import end_tokens
@@ -25,12 +26,18 @@ from cqil_trt.serving.app import Server
 from cqil_trt.serving.client import EngineClient
 from cqil_trt.serving.gate import Gate
 from cqil_trt.serving.metrics import Metrics
+from cqil_trt.serving.streams import Joined
 from cqil_trt.tokenizer import Tokenizer, has_tokenizer
 
 try:
     from uvloop import new_event_loop
 except ModuleNotFoundError:  # slower, and otherwise the same
     from asyncio import new_event_loop
+
+
+class _Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(Joined(transport))
 
 
 class _Uvicorn(uvicorn.Server):
@@ -57,6 +64,7 @@ async def serve(setup: wire.Setup, control: socket.socket, monitor: socket.socke
     loop.add_signal_handler(signal.SIGTERM, client.drain)
     config = uvicorn.Config(
         Gate(server, setup, metrics),
+        http=_Protocol,
         log_level="error",
         access_log=False,
         lifespan="off",

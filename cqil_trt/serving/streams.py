@@ -65,15 +65,47 @@ async def ended(*tasks: asyncio.Future[Any]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
+class Joined:
+    """The transport of a client's connection, on which the head of a response leaves with the body's first part.
+
+    Each write takes as long as making an event, and wakes the client.
+    """
+
+    def __init__(self, transport: asyncio.Transport):
+        self._transport, self._head = transport, b""
+
+    def write(self, data: bytes) -> None:
+        if self._head:
+            data, self._head = self._head + data, b""
+        elif data.startswith(b"HTTP/"):
+            self._head = data
+            asyncio.get_running_loop().call_soon(self._flush)  # a body may be empty, or come later
+            return
+        self._transport.write(data)
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def _flush(self) -> None:
+        if self._head:
+            self._transport.write(self._head)
+            self._head = b""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
 class EventStream(Response):
     """Server-sent events. Ends when the client has gone or takes nothing for long; `close` is called in any case.
 
-    The response begins with the first event: what `events` raises before it, and Gone, are raised.
+    `events`: of each write, and whether more follow. The response begins with the first: what `events` raises before
+    it, and Gone, are raised.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]):
+    def __init__(self, events: AsyncIterator[tuple[bytes, bool]], close: Callable[[], None]):
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events, self._close = events, close
@@ -84,14 +116,13 @@ class EventStream(Response):
 
         async def write() -> None:
             nonlocal sending, begun
-            async for body in self._events:
+            async for body, more in self._events:
                 sending = time.monotonic()
                 if not begun:
                     begun = True
                     await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-                await send({"type": "http.response.body", "body": body, "more_body": True})
+                await send({"type": "http.response.body", "body": body, "more_body": more})
                 sending = None
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
         async def gone() -> None:
             while (await receive())["type"] != "http.disconnect":
