@@ -258,7 +258,9 @@ def run(options: argparse.Namespace) -> None:
                 found[count] = load(("127.0.0.1", port), options, count, engine.model.vocab_size, random)
         finally:
             code = stop(process, pid_file)
-    prefill = next(m["median_ms"] for m in alone if m["step"] == "prefill")
+    prefill, amid = (
+        next(m["median_ms"] for m in alone if m["step"] == step) for step in ("prefill", "prefill amid decode")
+    )
     steps = {m["batch"]: m["median_ms"] for m in alone if m["step"] == "decode"}
     rows, report = [], []
     for count, served in found.items():
@@ -273,6 +275,7 @@ def run(options: argparse.Namespace) -> None:
                 f"{p99:.3f}",
                 f"{p99 / steps[count] - 1:+.1%}",
                 f"{prefill:.2f}",
+                f"{amid:.2f}",
                 f"{first:.2f}",
             )
         )
@@ -282,10 +285,12 @@ def run(options: argparse.Namespace) -> None:
                 "engine_step_ms": steps[count],
                 "between_tokens_ms": {str(q): float(np.percentile(served.between, q)) for q in PERCENTILES},
                 "engine_prefill_ms": prefill,
+                "engine_prefill_amid_decode_ms": amid,
                 "first_token_ms": served.first,
             }
         )
-    header = ("clients", "engine's step ms", "median ms", "", "p99 ms", "", "engine's prefill ms", "first token ms")
+    header = ("clients", "engine's step ms", "median ms", "", "p99 ms", "")
+    header += ("engine's prefill ms", "amid decode ms", "first token ms")
     print(table(header, rows))
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -986,8 +986,10 @@ def test_logs_have_no_text(served):
     done = [line for line in log_lines(served.server) if (line["path"], line["status"]) == ("/v1/completions", 200)]
     assert set(done[-1]) == {
         *("time", "id", "method", "path", "status", "seconds"),
-        *("prompt_tokens", "completion_tokens", "first_token_seconds", "finish"),
+        *("prompt_tokens", "completion_tokens", "asked_seconds", "begun_seconds", "first_token_seconds", "finish"),
     }
+    stages = [done[-1][name] for name in ("asked_seconds", "begun_seconds", "first_token_seconds", "seconds")]
+    assert 0 < stages[0] and stages == sorted(stages)
 
 
 # Another server: with keys, of a model without tools

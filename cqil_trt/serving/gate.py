@@ -150,10 +150,18 @@ class Gate:
                 if note.status >= 500 or note.failed:
                     finish = "error"
                 metrics.finished(finish, now - ticket.queued_at, ticket.prompt_tokens, answer.tokens, prefill, decode)
-            first = min((a.ticket.first_at for a in answers if a.ticket.first_at is not None), default=None)
+            tickets = [answer.ticket for answer in answers]
             line["prompt_tokens"] = sum(answer.ticket.prompt_tokens for answer in answers)
             line["completion_tokens"] = sum(answer.tokens for answer in answers)
-            line["first_token_seconds"] = None if first is None else round(first - note.began, 6)
+            # Since the request came: when the engine was asked, when it had begun, when its first token was here.
+            stages: dict[str, list[float | None]] = {
+                "asked_seconds": [ticket.queued_at for ticket in tickets],
+                "begun_seconds": [ticket.started_at for ticket in tickets],
+                "first_token_seconds": [ticket.first_at for ticket in tickets],
+            }
+            for name, times in stages.items():
+                first = min((at for at in times if at is not None), default=None)
+                line[name] = None if first is None else round(first - note.began, 6)
             line["finish"] = [answer.reason or "abort" for answer in answers]
         if note.body is not None:
             line["body"] = note.body.decode(errors="replace")
