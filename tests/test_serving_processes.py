@@ -464,6 +464,21 @@ def test_rank_0_tells_that_a_request_is_gone():
 # Clients
 
 
+@pytest.mark.parametrize("size", [1, 1 << 16, 150_000])
+def test_a_poll_takes_a_large_message_whole(size):
+    """And what arrived before the other end went is there before the end is."""
+    from cqil_trt.serving import wire
+
+    ours, theirs = (wire.Connection(sock, "it") for sock in socket.socketpair())
+    sent = [bytes(size), wire.Abort(numbers=(1,))]
+    for message in sent:
+        theirs.send(message)
+    theirs.close()
+    assert ours.poll(5) == sent
+    with pytest.raises(wire.Closed):
+        ours.poll(5)
+
+
 def test_a_client_that_takes_nothing_for_long_is_given_up(monkeypatch):
     from cqil_trt.serving import streams
 
@@ -472,7 +487,7 @@ def test_a_client_that_takes_nothing_for_long_is_given_up(monkeypatch):
 
     async def events():
         while True:
-            yield b"data: more\n\n"
+            yield b"data: more\n\n", True
 
     async def receive():
         await asyncio.Event().wait()

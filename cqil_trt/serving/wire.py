@@ -30,6 +30,7 @@ AWAKE_SECONDS = 1.0
 _BUFFER_BYTES = 8 << 20
 # Read at a time. For much more the C library maps memory anew for each read, which takes longer than the read.
 _READ_BYTES = 1 << 16
+_READS = 16  # at most, of one poll
 
 
 def has_cores(ranks: int) -> bool:
@@ -98,18 +99,31 @@ class Connection:
         while True:
             for message in self._inbox:
                 return message
-            if time.monotonic() >= end or select.select([self.socket], [], [], 0)[0]:
+            if time.monotonic() >= end or self._readable(0):
                 self._read()
 
     def poll(self, seconds: float) -> list[Any]:
         """The messages that are there, after at most `seconds` if there is none. Raises Closed at the end."""
         messages = list(self._inbox)
-        readable, _, _ = select.select([self.socket], [], [], 0 if messages else seconds)
-        if readable:
-            self._read()
+        if self._readable(0 if messages else seconds):
+            reads = 1
+            # A message may take several reads, and whoever polls should not be kept long by one who keeps sending.
+            while self._read() == _READ_BYTES and reads < _READS and self._readable(0) and not self._ended():
+                reads += 1
         return [*messages, *self._inbox]
 
-    def _read(self) -> None:
+    def _readable(self, seconds: float) -> bool:
+        return bool(select.select([self.socket], [], [], seconds)[0])
+
+    def _ended(self) -> bool:
+        """Of a readable socket: whether the next read would say that the other end is gone."""
+        try:
+            return not self.socket.recv(1, socket.MSG_PEEK)
+        except OSError:
+            return True
+
+    def _read(self) -> int:
+        """The number of bytes that were read."""
         try:
             found = self.socket.recv(_READ_BYTES)
         except OSError:
@@ -117,6 +131,7 @@ class Connection:
         if not found:
             raise self._closed()
         self._inbox.add(found)
+        return len(found)
 
     def _closed(self) -> Closed:
         return Closed(f"{self.peer} has ended")
