@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support import ROOT, SEED
 from support.checkpoints import load_model, make_model
@@ -131,6 +131,8 @@ def quality_of(seed):
     st.sampled_from([("sharded", "leader"), ("sharded",)]),
     st.sampled_from([("dense",), ("dense", "int8"), ("dense", "int4", "int8")]),
 )
+# More kinds of groups than the budget has measurements.
+@example(0, 16, (2, 3, 4, 5, 6), (1,), (0, 1, 2, 3), False, ("sharded", "leader"), ("dense", "int8"))
 def test_search_keeps_its_budget_and_its_frontier_is_what_no_point_beats(
     seed, budget, ps, ts, ds, drops, placements, heads
 ):

@@ -204,7 +204,7 @@ class Search:
 
     `measure`: the quality of a candidate. `seconds`: its predicted seconds per token, in its placement. `placements`:
     those to choose the fastest from. `budget`: how often `measure` may be called, at least three times for each pair of
-    formats besides the dense one. `limit`: the cost from which on a candidate leads to no others. `unchanged`: the
+    formats except the dense one. `limit`: the cost from which on a candidate leads to no others. `unchanged`: the
     quality of the unchanged model, whose measurement is not counted.
     """
 
@@ -325,7 +325,8 @@ class Search:
         if joins:
             self._order_joins(max(1, int(share * joins)))
         for (p, d), size in sizes.items():
-            if size > 0:
+            # With more kinds of groups than measurements, some are left out: the other formats need theirs.
+            if size > 0 and self.evaluations < dense:
                 self._find_first_groups(p, d, max(1, int(share * size)))
         while self.evaluations < dense:
             steps = (step for point in self._growing() for step in self._steps(point) if step not in self.points)
