@@ -383,7 +383,7 @@ def _open_checkpoint(
         longest = min(longest, model.sliding_window)  # within it, every backend computes the model
     defaults = EngineLimits(max_seq_len=longest)
     if config is not None:
-        defaults = replace(defaults, weights=config.weights, head=config.head, kv_dtype=config.kv_dtype)
+        defaults = replace(defaults, **config.stored)
     dtype = model.dtype if config is None else config.dtype
     return _Opened(weights=weights, cqil=cqil, dtype=dtype, defaults=defaults), adapter
 

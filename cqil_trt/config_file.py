@@ -35,10 +35,14 @@ class ConfigFile:
     model: str = ""
     found: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def stored(self) -> dict[str, Any]:
+        """The fields of `EngineLimits` that say how weights and KV caches are stored, but for `dtype`."""
+        return {"weights": self.weights, "head": self.head, "kv_dtype": self.kv_dtype}
+
     def write(self, path: Path) -> None:
         values = {"model": self.model, "layers": self.layers, "cqil": self.cqil.to_dict()}
-        values |= {"weights": self.weights, "head": self.head, "dtype": self.dtype, "kv_dtype": self.kv_dtype}
-        values["found"] = dict(self.found)
+        values |= {"dtype": self.dtype, **self.stored, "found": dict(self.found)}
         path.write_text(json.dumps(values, indent=1) + "\n")
 
     @classmethod

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 POLICIES = ("latency", "throughput")
 # Tokens that must be cached in another slot for a copy to pay: a copy waits for the slot it comes from.
 _COPIED = 16
-# A circle has a multiple of so many positions, as kernels read them (CQIL_CIRCLE_STEP in plugins/cqil_trt.h).
+# A circle has a multiple of this many positions, as kernels read them (CQIL_CIRCLE_STEP in plugins/cqil_trt.h).
 _CIRCLE_STEP = 64
 
 
@@ -377,7 +377,7 @@ class Scheduler:
         return step
 
     def _writes(self, sequence: _Sequence, count: int) -> None:
-        """The next step writes so many positions of a sequence."""
+        """The next step writes this many positions of a sequence."""
         slot = self._slots[sequence.slot]
         slot.written = max(slot.written, min(sequence.fed + count, self._max_seq_len))
 

@@ -24,6 +24,7 @@ from measuring import read_bandwidth
 from cqil_trt.commands import Parser, check_file, numbers
 from cqil_trt.errors import UserError
 from cqil_trt.gpu import abi, cuda, kernel_library
+from cqil_trt.gpu.packed import DeviceMatrix
 from cqil_trt.job import command
 from cqil_trt.table import table
 
@@ -46,23 +47,10 @@ GROUP = 128
 
 @dataclass(frozen=True)
 class Matrix:
-    """W [2 * outputs if gated else outputs, inputs], as the kernels store it."""
+    """W [2 * outputs if gated else outputs, inputs], in the memory that the kernels read."""
 
     memory: torch.Tensor
-    kind: str
-    gated: bool
-
-    def shape(self, outputs: int, inputs: int, rows: int = 0):
-        return abi.cqil_linear_shape(
-            rows=rows,
-            outputs=outputs,
-            inputs=inputs,
-            gated=self.gated,
-            dtype=abi.dtype_code("float16"),
-            eps=1e-5,
-            weights=getattr(abi.cqil_weights, KINDS[self.kind]),
-            group=GROUP if self.kind == "int4" else 0,
-        )
+    stored: DeviceMatrix
 
 
 class Kernels:
@@ -76,27 +64,35 @@ class Kernels:
 
     def matrix(self, kind: str, outputs: int, inputs: int, gated: bool) -> Matrix:
         """A random matrix."""
-        rows = outputs * (1 + gated)
-        if kind == "dense":
-            return Matrix(random(rows, inputs), kind, gated)
-        small = kind == "int4"
+        rows, small = outputs * (1 + gated), kind == "int4"
+        group = GROUP if small else 0
+        stored = DeviceMatrix(
+            parts=("codes", "scales", "zeros") if small else ("codes", "scales"),
+            rows=rows,
+            inputs=inputs,
+            gated=gated,
+            kind=int(getattr(abi.cqil_weights, KINDS[kind])),
+            size=group,
+            first=0,
+            group=group,
+            packed=kind != "dense",
+            dtype="float16",
+        )
+        if not stored.packed:
+            return Matrix(random(rows, inputs), stored)
         # No byte is a NaN of E4M3.
         codes = torch.randint(256, (rows, inputs // (1 + small)), dtype=torch.uint8, device="cuda") & 0xF7
         scales = torch.full((rows, inputs // GROUP if small else 1), 1e-3, device="cuda")
-        zeros = torch.full(scales.shape, 8, dtype=torch.uint8, device="cuda") if small else None
-        given = [codes, scales.half() if small else scales, zeros]
-        empty = Matrix(torch.empty(0), kind, gated)
-        shape = empty.shape(outputs, inputs)
-        memory = torch.empty(self._library.cqil_packed_bytes(shape), dtype=torch.uint8, device="cuda")
-        pointers = [None if tensor is None else tensor.data_ptr() for tensor in given]
-        size = GROUP if small else 0
-        if self._library.cqil_pack(shape, *pointers, size, 0, memory.data_ptr(), 0):
-            raise RuntimeError(self._library.cqil_last_error().decode())
+        zeros = torch.full(scales.shape, 8, dtype=torch.uint8, device="cuda")
+        given = codes, scales.half() if small else scales, zeros
+        memory = torch.empty(stored.nbytes(self._library), dtype=torch.uint8, device="cuda")
+        parts = {name: tensor.data_ptr() for name, tensor in zip(stored.parts, given)}
+        stored.load(self._library, parts, memory.data_ptr(), 0)
         torch.cuda.synchronize()
-        return Matrix(memory, kind, gated)
+        return Matrix(memory, stored)
 
     def linear(self, x, weight: Matrix, out, norm=None, residual=None) -> None:
-        shape = weight.shape(out.shape[1], x.shape[1], len(x))
+        shape = weight.stored.shape(len(x), eps=1e-5)
         size = self._library.cqil_linear_scratch_bytes(shape)
         if size > len(self._scratch):
             self._scratch = torch.empty(size, dtype=torch.uint8, device="cuda")
@@ -156,10 +152,10 @@ def run(options: argparse.Namespace) -> None:
     results: dict[str, dict[str, float]] = {"read": {"tb_s": bandwidth}}
     print(f"{cuda.device_name()} reads {bandwidth:.2f} TB/s\n")
 
-    def measured(name: str, products: list[Callable[[], object]], size: int) -> str:
+    def measured(line: str, kind: str, products: list[Callable[[], object]], size: int) -> str:
         """Also notes the microseconds of a product that reads `size` bytes."""
         time = microseconds(products) / len(products)
-        results.setdefault(line, {})[f"{name}_us"] = time
+        results.setdefault(line, {})[f"{kind}_us"] = time
         return f"{time:.1f} ({size / time / 1e6 / bandwidth:.0%})"
 
     lines: dict[int, list[tuple[str, ...]]] = {rows: [] for rows in counts}
@@ -173,7 +169,6 @@ def run(options: argparse.Namespace) -> None:
             stored = "dense" if kind == "cublas" else kind
             matrices = [kernels.matrix(stored, outputs, inputs, gated) for _ in range(copies)]
             for rows, (x, whole, out) in given.items():
-                line = f"{name}, {rows} rows"
                 if kind == "cublas":
                     products = [partial(torch.mm, x, w.memory.T, out=whole) for w in matrices]
                 elif kind == "dense" or rows <= kernels.packed_rows():
@@ -181,7 +176,8 @@ def run(options: argparse.Namespace) -> None:
                 else:
                     cells[rows].append("")
                     continue
-                cells[rows].append(measured(kind, products, matrices[0].memory.nbytes))
+                size = matrices[0].memory.nbytes
+                cells[rows].append(measured(f"{name}, {rows} rows", kind, products, size))
         for rows in counts:
             lines[rows].append(tuple(cells[rows]))
     for rows in counts:

@@ -191,7 +191,7 @@ def references(options: argparse.Namespace, names: list[str], manager: Any) -> I
     config = read_config(options.config, model, options.preset)
     stored = EngineLimits(dtype="float16")
     if config is not None:
-        stored = replace(stored, dtype=config.dtype, weights=config.weights, head=config.head, kv_dtype=config.kv_dtype)
+        stored = replace(stored, dtype=config.dtype, **config.stored)
     kv_dtype = options.kv_dtype or stored.kv_dtype
     limits = EngineLimits(
         dtype=stored.dtype,

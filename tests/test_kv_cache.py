@@ -313,7 +313,9 @@ def test_onnx_files_round_alike(models, tmp_path):
 
 
 def test_backends_without_such_a_cache_name_it(models, tmp_path):
-    with pytest.raises(UserError, match="--kv-dtype fp8: TensorRT-LLM's executor owns the KV cache.* use backend torch or"):
+    with pytest.raises(
+        UserError, match="--kv-dtype fp8: TensorRT-LLM's executor owns the KV cache.* use backend torch or"
+    ):
         cqil_trt.build(model=models[False], p=1, kv_dtype="fp8", backend="tensorrt-llm", output=tmp_path / "engine")
 
 

@@ -23,7 +23,7 @@ from cqil_trt.speculation import Speculation
 from cqil_trt.table import counted, table
 from cqil_trt.tokenizer.chat import Conversation
 
-# Decode steps between two of the prompts that --benchmark measures amid other work.
+# Decode steps before each of the prompts that --benchmark measures between decode steps.
 _STEPS_BETWEEN = 16
 
 

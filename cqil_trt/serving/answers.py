@@ -212,8 +212,7 @@ class Exchange:
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Raises Refused when the engine fails or time is over."""
-        left = len(self.answers)
-        while left:
+        while not self.finished:
             index, update = await self._updates.get()
             if update is None:
                 if all(answer.ticket.started_at is None for answer in self.answers):
@@ -229,7 +228,6 @@ class Exchange:
                 raise Refused(update.status, update.error, retry=5 if update.status == 503 else None)
             piece = answer.add(update)
             if answer.finished:
-                left -= 1
                 # A stop text ends the answer before the engine knows.
                 self._client.abort(answer.ticket)
             yield piece

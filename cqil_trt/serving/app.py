@@ -307,7 +307,7 @@ class Server:
         try:
             async for piece in exchange.pieces():
                 events = b"".join(map(event, form.chunks(piece, exchange)))
-                over = piece.finish_reason is not None and exchange.finished
+                over = exchange.finished
                 if over:
                     if options.include_usage:
                         events += event(form.envelope([], usage(exchange)))

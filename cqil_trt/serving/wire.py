@@ -106,21 +106,15 @@ class Connection:
         """The messages that are there, after at most `seconds` if there is none. Raises Closed at the end."""
         messages = list(self._inbox)
         if self._readable(0 if messages else seconds):
-            reads = 1
-            # A message may take several reads, and whoever polls should not be kept long by one who keeps sending.
-            while self._read() == _READ_BYTES and reads < _READS and self._readable(0) and not self._ended():
-                reads += 1
+            read, reads = self._read(), 1
+            # A message may take several reads. Their number is limited for a sender that never pauses.
+            with contextlib.suppress(Closed):  # after these messages, the next poll raises it
+                while read == _READ_BYTES and reads < _READS and self._readable(0):
+                    read, reads = self._read(), reads + 1
         return [*messages, *self._inbox]
 
     def _readable(self, seconds: float) -> bool:
         return bool(select.select([self.socket], [], [], seconds)[0])
-
-    def _ended(self) -> bool:
-        """Of a readable socket: whether the next read would say that the other end is gone."""
-        try:
-            return not self.socket.recv(1, socket.MSG_PEEK)
-        except OSError:
-            return True
 
     def _read(self) -> int:
         """The number of bytes that were read."""

@@ -34,7 +34,7 @@ class SafetensorsReader(WeightReader):
 
         self.source = str(path)
         try:
-            # First, because safetensors says of every file that it cannot open that there is none.
+            # First, because safetensors reports any file it cannot open as missing.
             self._file = open(path, "rb", buffering=0)
             with safe_open(path, framework="pt"):
                 pass

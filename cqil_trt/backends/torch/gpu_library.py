@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from cqil_trt.backends.torch.gpu_ops import Matrix
-from cqil_trt.backends.torch.gpu_session import CHUNK_WORDS, first_read, reads_cache, takes_flash
+from cqil_trt.backends.torch.gpu_ops import Matrix, reads_cache
+from cqil_trt.backends.torch.gpu_session import CHUNK_WORDS, first_read, takes_flash
 from cqil_trt.engine import Engine
 from cqil_trt.gpu import cuda
 from cqil_trt.shard import LayerShard

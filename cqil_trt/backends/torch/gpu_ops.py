@@ -24,6 +24,11 @@ from cqil_trt.schedule import Peers
 from cqil_trt.shard import LayerShard, RankPlan
 
 
+def reads_cache(limits: EngineLimits, length: int) -> bool:
+    """Whether a library attends over what cqil_read_cache makes of a cache of that length, not over the cache."""
+    return limits.kv_dtype != AUTO or length < limits.max_seq_len
+
+
 class Pool:
     """Device memory by size: reuses what was given back, and allocates what is missing."""
 
@@ -386,7 +391,7 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         self._call("attention", shape, *inputs, cache, result, scratch)
         if delegated:
             queries = Matrix(scratch.address, out.rows, out.width)
-            if self._limits.kv_dtype != AUTO or shape.capacity < shape.positions:
+            if reads_cache(self._limits, shape.capacity):
                 kept, cache = cache, self._memory["read"]
                 self._call("read_cache", shape, self._past, self._slots, kept, cache)
             self._library.attend(queries, cache, shard, out)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from cqil_trt.backends.torch.gpu_ops import CudaOps, Matrix
-from cqil_trt.config import AUTO, EngineLimits
+from cqil_trt.backends.torch.gpu_ops import CudaOps, Matrix, reads_cache
+from cqil_trt.config import EngineLimits
 from cqil_trt.engine import Engine
 from cqil_trt.gpu import cuda, kernel_library
 from cqil_trt.gpu.session import BUFFERS, CudaSession, Phase, prompt_lengths
@@ -86,11 +86,6 @@ class TorchCudaSession(CudaSession):
     def close(self) -> None:
         super().close()
         self._ops.close()
-
-
-def reads_cache(limits: EngineLimits, length: int) -> bool:
-    """Whether a library attends over what cqil_read_cache makes of a cache of that length, not over the cache."""
-    return limits.kv_dtype != AUTO or length < limits.max_seq_len
 
 
 def first_read(model: ModelConfig, limits: EngineLimits, length: int, past: int) -> int:
