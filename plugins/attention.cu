@@ -2,12 +2,11 @@
 //
 // A decode step is one kernel, also with drafts. Every block rotates the query and the new keys itself and covers one
 // or several spans of the cache. The block of a head's last span combines the spans. A prefill rotates and appends
-// first, then attends, on tensor cores where the type and head dimension allow it.
+// first, then attends, on tensor cores (flash.cuh) where the type and head dimension allow it.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-#include <mma.h>
 
 #include <algorithm>
 #include <atomic>
@@ -43,7 +42,6 @@ constexpr int kJointHeads = 256;         // heads of rows whose spans may be in 
 // has several spans.
 constexpr int kMinSpan = 8 * kAttendGroups;
 constexpr int kMaxHeadDim = 256;
-constexpr float kLog2e = 1.4426950408889634f;
 
 __host__ __device__ size_t cache_elements(const cqil_attention_shape& s) {
     return size_t(s.max_batch) * s.kv_heads * s.capacity * s.head_dim;
@@ -273,11 +271,6 @@ struct NoCircle {
 
 template <bool kMore>
 using Cells = std::conditional_t<kMore, Circle, NoCircle>;
-
-// cap * tanh(x) * log2(e)
-__device__ float capped(float x, float cap) {
-    return cap * kLog2e * (1 - __fdividef(2, 1 + power_of_2(2 * kLog2e * x)));
-}
 
 // Rotates queries into `queries` [rows, heads, head_dim] and appends keys and values to the cache. Grid: rows, heads of
 // all kinds / kGroups.
@@ -742,163 +735,6 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
     }
 }
 
-// Prefill on tensor cores where flash.cuh does not: of wider heads, of a cache in FP8, and with kMore. A block takes kTile queries of one head against
-// tiles of kTile keys; a warp takes 16 of the queries. Scores are computed twice, first for each row's maximum and sum,
-// then for the weights, so nothing is rescaled.
-constexpr int kTile = 64;
-static_assert(CQIL_CIRCLE_STEP % kTile == 0, "a tile lies together in a circle");
-constexpr int kPad = 8;  // spreads rows over shared memory's banks
-
-template <typename T, int kDim>
-struct PrefillMemory {
-    static constexpr int kRow = kDim + kPad, kScoreRow = kTile + 4, kWeightRow = kTile + kPad;
-    alignas(128) T query[kTile][kRow];
-    alignas(128) T key[kTile][kRow];
-    alignas(128) T value[kTile][kRow];  // directly after key: the results overwrite both
-    alignas(128) float score[kTile][kScoreRow];
-    alignas(128) T weight[kTile][kWeightRow];
-};
-
-// Copies rows first to first + kTile - 1 of [rows, kDim], with zeros after the last row: a zero weight times NaN would
-// be NaN.
-template <typename T, int kDim, typename C>
-__device__ void load_tile(T (*to)[kDim + kPad], const C* from, size_t stride, int first, int rows) {
-    constexpr int kPackets = kDim * int(sizeof(T)) / 16;
-    for (int i = threadIdx.x; i < kTile * kPackets; i += kThreads) {
-        const int row = i / kPackets, packet = i % kPackets;
-        uint4 data = {0, 0, 0, 0};
-        if (first + row < rows) data = load_packet<T>(from + (first + row) * stride, packet);
-        reinterpret_cast<uint4*>(to[row])[packet] = data;
-    }
-}
-
-// Grid: tiles of queries, heads, sequences.
-template <typename T, typename C, int kDim, bool kMore>
-__global__ void __launch_bounds__(kThreads)
-    prefill_kernel(cqil_attention_shape s, Inputs in, const T* queries, T* out) {
-    using namespace nvcuda::wmma;
-    release_successor();
-    wait_for_predecessor();
-    extern __shared__ char raw[];
-    auto& m = *reinterpret_cast<PrefillMemory<T, kDim>*>(raw);
-    using Memory = PrefillMemory<T, kDim>;
-    const int head = blockIdx.y, sequence = blockIdx.z, kv = (head + s.first) / s.group;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, top = warp * 16;
-    const int first = blockIdx.x * kTile, past = in.past[sequence];
-    const int count = min(past + min(first + kTile, s.length), (kMore ? s.positions : s.capacity));
-    const size_t stride = size_t(s.heads) * kDim;
-    const T* source = queries + size_t(sequence) * s.length * stride + size_t(head) * kDim;
-    const C* keys = static_cast<const C*>(in.cache) + (size_t(in.slot(sequence)) * s.kv_heads + kv) * s.capacity * kDim;
-    const C* values = keys + cache_elements(s);
-    load_tile<T, kDim>(m.query, source, stride, first, s.length);
-
-    // Two lanes share a row of the warp's scores; each takes half of the columns.
-    const int row = top + lane / 2, column = lane % 2 * (kTile / 2), position = past + first + row;
-    const float scale = (!kMore          ? rsqrtf(float(kDim)) * kLog2e
-                         : s.cap == 0.0f ? s.scale * kLog2e
-                                         : s.scale / s.cap) *
-                        key_scale<C>(s);
-    auto scaled = [&](float score) {
-        if constexpr (kMore)
-            if (s.cap != 0) return capped(score * scale, s.cap);
-        return score * scale;
-    };
-    const int first_tile = kMore ? first_seen(s, past + first + 1) / kTile * kTile : 0;
-    const int oldest = kMore ? first_seen(s, position + 1) : 0;
-    const Cells<kMore> cells(s, first_tile);  // a tile lies together: a circle has a multiple of kTile positions
-    auto load = [&](auto& to, const C* from, int tile) {
-        const int at = cells.place(tile);
-        load_tile<T, kDim>(to, from, kDim, at, at + count - tile);
-    };
-    float most = -INFINITY, sum = 0;
-    auto scores = [&] {
-#pragma unroll
-        for (int n = 0; n < kTile; n += 16) {
-            fragment<accumulator, 16, 16, 16, float> c;
-            fill_fragment(c, 0.0f);
-#pragma unroll
-            for (int k = 0; k < kDim; k += 16) {
-                fragment<matrix_a, 16, 16, 16, T, row_major> a;
-                fragment<matrix_b, 16, 16, 16, T, col_major> b;
-                load_matrix_sync(a, &m.query[top][k], Memory::kRow);
-                load_matrix_sync(b, &m.key[n][k], Memory::kRow);
-                mma_sync(c, a, b, c);
-            }
-            store_matrix_sync(&m.score[top][n], c, Memory::kScoreRow, mem_row_major);
-        }
-        __syncwarp();
-    };
-    for (int tile = first_tile; tile < count; tile += kTile) {
-        __syncthreads();
-        load(m.key, keys, tile);
-        __syncthreads();
-        scores();
-        const int seen = min(min(position + 1, count) - tile - column, kTile / 2);  // of this lane's columns
-        const int from = kMore ? max(oldest - tile - column, 0) : 0;
-        float larger = most;
-        for (int i = from; i < seen; ++i) larger = fmaxf(larger, scaled(m.score[row][column + i]));
-        float added = 0;
-        for (int i = from; i < seen; ++i) added += exp2f(scaled(m.score[row][column + i]) - larger);
-        if (seen > from) {
-            sum = sum * exp2f(most - larger) + added;
-            most = larger;
-        }
-    }
-    const float other = __shfl_xor_sync(~0u, most, 1), whole = fmaxf(most, other);
-    sum *= most == -INFINITY ? 0.0f : exp2f(most - whole);
-    sum += __shfl_xor_sync(~0u, sum, 1);
-    const float inverse = sum > 0 ? 1 / sum : 0;
-
-    fragment<accumulator, 16, 16, 16, float> result[kDim / 16];
-#pragma unroll
-    for (auto& part : result) fill_fragment(part, 0.0f);
-    for (int tile = first_tile; tile < count; tile += kTile) {
-        __syncthreads();
-        load(m.key, keys, tile);
-        load(m.value, values, tile);
-        __syncthreads();
-        scores();
-        const int seen = min(position + 1, count) - tile - column, from = kMore ? oldest - tile - column : 0;
-        for (int i = 0; i < kTile / 2; ++i) {
-            const bool counts = i < seen && (!kMore || i >= from);
-            const float weight = counts ? exp2f(scaled(m.score[row][column + i]) - whole) * inverse : 0.0f;
-            m.weight[row][column + i] = narrow<T>(weight);
-        }
-        __syncwarp();
-#pragma unroll
-        for (int k = 0; k < kTile; k += 16) {
-            fragment<matrix_a, 16, 16, 16, T, row_major> a;
-            load_matrix_sync(a, &m.weight[top][k], Memory::kWeightRow);
-#pragma unroll
-            for (int n = 0; n < kDim / 16; ++n) {
-                fragment<matrix_b, 16, 16, 16, T, row_major> b;
-                load_matrix_sync(b, &m.value[k][n * 16], Memory::kRow);
-                mma_sync(result[n], a, b, result[n]);
-            }
-        }
-    }
-    __syncthreads();
-    auto* wide_result = reinterpret_cast<float*>(m.key);  // [kTile][kDim]
-    static_assert(sizeof(float) * kTile * kDim <= sizeof(m.key) + sizeof(m.value), "results fit where the tiles were");
-#pragma unroll
-    for (int n = 0; n < kDim / 16; ++n)
-        store_matrix_sync(wide_result + top * kDim + n * 16, result[n], kDim, mem_row_major);
-    __syncwarp();
-    for (int i = lane; i < 16 * kDim; i += 32) {
-        const int r = top + i / kDim, j = i % kDim;
-        if (first + r < s.length)
-            out[(size_t(sequence) * s.length + first + r) * stride + size_t(head) * kDim + j] =
-                narrow<T>(wide_result[r * kDim + j] * value_scale<C>(s));
-    }
-}
-
-template <typename T, typename C, int kDim, bool kMore>
-int prefill(const cqil_attention_shape& s, const Inputs& in, const T* queries, T* out, cudaStream_t stream) {
-    constexpr int kBytes = int(sizeof(PrefillMemory<T, kDim>));
-    const dim3 grid((s.length + kTile - 1) / kTile, s.heads, s.batch);
-    return launch(prefill_kernel<T, C, kDim, kMore>, {grid, kThreads, stream, true, kBytes}, s, in, queries, out);
-}
-
 // The caches that attention has used on a stream since the last point that no later kernel can overtake. Only these can
 // be read too early.
 class Touched {
@@ -1009,21 +845,16 @@ int attend(const cqil_attention_shape& s, const Inputs& in, void* out, void* scr
     const int heads = s.heads + 2 * s.kv_heads;
     const dim3 grid(s.batch * s.length, (heads + kGroups - 1) / kGroups);
     if (launch(append_kernel<T, C, kElements, kPacked, kMore>, {grid, kThreads, stream}, s, in, queries)) return -1;
-    if (out == nullptr) return 0;
-    if constexpr (!std::is_same_v<T, float>) {
-        if constexpr (std::is_same_v<C, T> && !kMore) {
-            const T *keys = static_cast<const T*>(in.cache), *values = keys + cache_elements(s);
-            const Flash f = {queries, keys,       values,     out,        in.past, in.slots, s.length,
-                             s.heads, s.kv_heads, s.head_dim, s.capacity, s.group, s.first};
-            if (s.head_dim % 8 == 0 && s.head_dim <= kFlashDim) return flash<T>(f, s.batch, stream);
-        } else {
-            if (s.head_dim == 64) return prefill<T, C, 64, kMore>(s, in, queries, result, stream);
-            if (s.head_dim == 128) return prefill<T, C, 128, kMore>(s, in, queries, result, stream);
-        }
-        int room = 0;  // in shared memory; not every GPU has enough
-        if (device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &room)) return -1;
-        if (s.head_dim == 256 && room >= int(sizeof(PrefillMemory<T, 256>)))
-            return prefill<T, C, 256, kMore>(s, in, queries, result, stream);
+    if (!std::is_same_v<T, float> && s.head_dim % 8 == 0 && s.head_dim <= kFlashDim) {
+        const C *keys = static_cast<const C*>(in.cache), *values = keys + cache_elements(s);
+        const bool fp8 = is_fp8<C>;
+        Flash f = {};
+        f.queries = queries, f.keys = keys, f.values = values, f.out = out, f.past = in.past, f.slots = in.slots;
+        f.length = s.length, f.heads = s.heads, f.kv_heads = s.kv_heads, f.group = s.group, f.first = s.first;
+        f.dim = s.head_dim, f.capacity = s.capacity, f.positions = s.positions, f.window = s.window, f.cap = s.cap;
+        f.scale = (s.scale != 0 ? s.scale : 1 / std::sqrt(float(s.head_dim))) * (fp8 ? s.key_scale : 1);
+        f.value_scale = fp8 ? s.value_scale : 1;
+        return flash_attention(f, s.dtype, fp8, s.batch, stream);
     }
     return launch(attend_kernel<T, C, kElements, kPacked, Pass::kPrompt, kMore>,
                   {dim3(s.heads, s.length, s.batch), kAttendThreads, stream, true, M::bytes(1)}, s, in, queries, result,
@@ -1123,7 +954,6 @@ int cqil_attention(const cqil_attention_shape* s, const void* qkv, const int32_t
     if (check(*s)) return -1;
     if ((q_norm == nullptr) != (k_norm == nullptr)) return fail("one head norm of two is given");
     if ((cos == nullptr) != (sin == nullptr)) return fail("one rotary table of two is given");
-    if ((s->length == 1 || s->drafts) && out == nullptr) return fail("the tokens of a decode step attend at once");
     if (s->batch == 0 || s->length == 0) return 0;
     const Inputs in = {qkv, past, slots, cos, sin, q_norm, k_norm, squares, cache};
     auto st = static_cast<cudaStream_t>(stream);

@@ -235,8 +235,8 @@ typedef struct {
     float scale;
 } cqil_linear_shape;
 
-// The most rows for which cqil_linear should be used on the current device, 16 or 1; a library is faster with more.
-// Negative: an error.
+// The most rows whose results cqil_linear computes independently of each other on the current device in a half type, 16
+// or 1; in float32 1. Negative: an error.
 int cqil_linear_rows(cqil_dtype dtype);
 
 // Bytes of scratch memory per call.
@@ -261,7 +261,7 @@ int cqil_linear(const cqil_linear_shape* shape, const void* x, const void* delta
 int cqil_linear_library(int allowed);
 
 // The most rows for which cqil_linear should be used with packed weights on the current device; 0: it cannot be. With
-// more, cqil_unpack and a library are faster. Negative: an error. However many rows there are, a row's result has the
+// more, cqil_unpack and cqil_linear with dense weights are faster. Negative: an error. However many rows there are, a row's result has the
 // same bits.
 int cqil_packed_rows(void);
 
@@ -324,8 +324,7 @@ size_t cqil_attention_scratch_bytes(const cqil_attention_shape* shape);
 // head_dim] and [kv_heads * head_dim], and squares [batch * length, 2] has for each token the mean of the squares of
 // all queries' elements and that of all keys'. qkv [batch * length, heads + 2 * kv_heads, head_dim] -> out [batch *
 // length, heads, head_dim]. Sequence b is in slot slots[b] of the cache, in slot b if slots is NULL; no two sequences
-// share one. With several new tokens out may be NULL: then it only rotates and appends, and leaves the queries in
-// scratch in the shape of out.
+// share one. Several tokens of a prompt need scratch, for the queries.
 //
 // In a decode step (one new token, or `drafts`) a row's result has the same bits whatever the other rows are, however
 // many, and whether its token is a draft. With `drafts`, `past` and `slots` have an entry for each row, of which the
@@ -340,12 +339,6 @@ size_t cqil_attention_scratch_bytes(const cqil_attention_shape* shape);
 int cqil_attention(const cqil_attention_shape* shape, const void* qkv, const int32_t* past, const int32_t* slots,
                    const float* cos, const float* sin, const void* q_norm, const void* k_norm, const float* squares,
                    void* cache, void* out, void* scratch, void* stream);
-
-// out [2, kv_heads, capacity, head_dim], of the type: keys, then values, that a cache in FP8 or a circle holds of the
-// step's one sequence, up to its new tokens, without the scales: from position 0 on, of a circle from the first one that
-// the step's first token sees. The rest of out is not written.
-int cqil_read_cache(const cqil_attention_shape* shape, const int32_t* past, const int32_t* slots, const void* cache,
-                    void* out, void* stream);
 
 // Bounds the wait of attention's blocks for each other, for later calls in this process. 30 s by default; 0: no limit.
 int cqil_attention_timeout(double seconds);

@@ -1,124 +1,173 @@
 // Causal attention of prompts on tensor cores, in one pass over the keys (the online softmax of FlashAttention-2, arXiv
 // 2307.08691).
 //
-// A block takes kFlashRows queries of one head, a warp 16 of them; keys and values come in tiles of as many. Queries,
-// scores and results stay in registers: what the tensor cores give for two tiles of scores is what they take for
-// weights. While a tile's values arrive its scores are computed, and while the next keys arrive the rest.
+// A block takes kFlashRows queries of one head, a warp 16 of them; keys and values come in tiles of as many. Scores and
+// results stay in registers, and queries where there is room for them: what the tensor cores give for two tiles of
+// scores is what they take for weights. While a tile's values arrive its scores are computed, and while the next keys
+// arrive the rest.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
+#include "kv_cache.cuh"
 #include "linear.cuh"
 
 namespace cqil_trt {
 
-constexpr int kFlashRows = 64, kFlashWarps = kFlashRows / 16, kFlashThreads = 32 * kFlashWarps;
-constexpr float kFlashLog2e = 1.4426950408889634f;
+constexpr float kLog2e = 1.4426950408889634f;
 
-// `keys` and `values`: a layer's cache, [slots, kv_heads, capacity, dim]; queries and out [tokens, heads, dim]. `dim` is
-// a multiple of 8.
+// cap * tanh(x) * log2(e)
+__device__ inline float capped(float x, float cap) {
+    return cap * kLog2e * (1 - __fdividef(2, 1 + power_of_2(2 * kLog2e * x)));
+}
+
+constexpr int kFlashRows = 64, kFlashWarps = kFlashRows / 16, kFlashThreads = 32 * kFlashWarps;
+static_assert(CQIL_CIRCLE_STEP % kFlashRows == 0, "a tile lies together in a circle");
+
+// `keys` and `values`: a layer's cache, [slots, kv_heads, capacity, dim], which is a circle if a sequence has more
+// `positions`; queries and out [tokens, heads, dim]. `dim` is a multiple of 8.
 struct Flash {
     const void *queries, *keys, *values;
     void* out;
     const int32_t* past;
     const int32_t* slots;  // null: sequence b is in slot b
-    int length, heads, kv_heads, dim, capacity, group, first;
+    int length, heads, kv_heads, dim, capacity, positions, group, first;
+    int window;                // keys that a query sees, 0: all before it
+    float scale, value_scale;  // of scores and of results
+    float cap;                 // of scores, 0: none
 };
 
-// Copies rows first to first + kFlashRows - 1 of [rows, dim] to shared memory, with zeros after the last row and in
-// columns from dim on. Packets of 16 bytes are swizzled: the eight rows of a matrix have theirs in different banks.
-template <typename T, int kDim>
-__device__ void flash_tile(unsigned to, const T* from, int first, int rows, int dim) {
+// Enqueues it for heads of up to kFlashDim elements, of a half type; `fp8`: the cache has the type Fp8.
+constexpr int kFlashDim = 256;
+int flash_attention(const Flash& f, int dtype, bool fp8, int batch, cudaStream_t stream);
+
+// Copies rows `row` to row + kFlashRows - 1 of a matrix to shared memory: `stride` elements apart, of which `dim` count.
+// Of these, rows `begin` to end - 1 are read; the others become zeros, as do columns from dim on. Packets of 16 bytes
+// are swizzled: the eight rows of a matrix have theirs in different banks.
+template <typename T, int kDim, typename C>
+__device__ void flash_tile(unsigned to, const C* from, size_t stride, int row, int begin, int end, int dim) {
     constexpr int kPackets = kDim / 8, kStep = kFlashThreads / kPackets;
-    const int row = threadIdx.x / kPackets, packet = threadIdx.x % kPackets;
-    static_assert(kStep % 8 == 0, "a thread's packets are swizzled alike");
-    const T* at = from + size_t(first + row) * dim + packet * 8;
-    to += (row * kPackets + (packet ^ row % 8)) * 16;
+    const int first = threadIdx.x / kPackets, packet = threadIdx.x % kPackets;
+    const C* at = from + size_t(row + first) * stride;
 #pragma unroll
-    for (int i = 0; i < kFlashRows; i += kStep)
-        copy_async(to + i * kPackets * 16, at + i * dim, first + row + i < rows && packet * 8 < dim);
+    for (int i = 0; i < kFlashRows; i += kStep) {
+        const int in_tile = first + i, of = row + in_tile;
+        const bool valid = of >= begin && of < end && packet * 8 < dim;
+        const unsigned place = to + (in_tile * kPackets + (packet ^ in_tile % 8)) * 16;
+        if constexpr (std::is_same_v<C, T>)
+            copy_async(place, at + i * stride + packet * 8, valid);
+        else
+            store_shared(place, valid ? load_packet<T>(at + i * stride, packet) : uint4{});
+    }
     commit_copies();
 }
 
 // Grid: heads, tiles of queries, sequences. The tiles that see most begin first. Heads have kDim elements, or fewer
 // unless kWhole.
-template <typename T, int kDim, bool kWhole>
-__global__ void __launch_bounds__(kFlashThreads, 3) flash_kernel(Flash f) {
+template <typename T, typename C, int kDim, bool kWhole>
+__global__ void __launch_bounds__(kFlashThreads, kDim > 128 ? 2 : 3) flash_kernel(Flash f) {
     using Two = typename Pair<T>::Type;
-    constexpr int kRowBytes = kDim * 2, kSteps = kDim / 16, kTiles = kFlashRows / 8;
-    extern __shared__ __align__(256) char memory[];
-    const unsigned keys_at = shared_address(memory), values_at = keys_at + kFlashRows * kRowBytes;
+    constexpr int kRowBytes = kDim * 2, kSteps = kDim / 16, kTiles = kFlashRows / 8,
+                  kTileBytes = kFlashRows * kRowBytes;
+    constexpr bool kKeepsQueries = kDim <= 128;
+    extern __shared__ __align__(512) char memory[];
+    const unsigned keys_at = shared_address(memory), values_at = keys_at + kTileBytes;
     release_successor();
     wait_for_predecessor();
     const int dim = kWhole ? kDim : f.dim;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, line = lane / 4, pair = lane % 4 * 2;
     const int head = blockIdx.x, sequence = blockIdx.z, kv = (head + f.first) / f.group;
-    const int first = int(gridDim.y - 1 - blockIdx.y) * kFlashRows, past = f.past[sequence];
-    const int count = min(past + min(first + kFlashRows, f.length), f.capacity);
+    const int first = int(gridDim.y - 1 - blockIdx.y) * kFlashRows, position = f.past[sequence] + first;
+    const int end = min(position + min(kFlashRows, f.length - first), f.positions);
+    // The first key that the block's first query sees.
+    const int begin = f.window == 0 ? 0 : max(position + 1 - f.window, 0);
     const int slot = f.slots == nullptr ? sequence : f.slots[sequence];
     const size_t from = (size_t(slot) * f.kv_heads + kv) * f.capacity * dim;
-    const T *keys = static_cast<const T*>(f.keys) + from, *values = static_cast<const T*>(f.values) + from;
-    flash_tile<T, kDim>(keys_at, keys, 0, count, dim);
+    const C *keys = static_cast<const C*>(f.keys) + from, *values = static_cast<const C*>(f.values) + from;
+    auto load = [&](unsigned to, const C* part, int tile) {
+        const int row = tile % f.capacity, turn = tile - row;
+        flash_tile<T, kDim>(to, part, dim, row, begin - turn, end - turn, dim);
+    };
+    const int first_tile = begin / kFlashRows * kFlashRows;
+    load(keys_at, keys, first_tile);
 
     // Where a lane reads the first 16 rows and columns of a tile. Of other columns the swizzled packet differs in the
     // bits in which their number does.
     const unsigned of_keys = keys_at + (lane / 16 * 8 + lane % 8) * kRowBytes + (lane / 8 % 2 ^ lane % 8) * 16;
     const unsigned of_values = values_at + lane % 16 * kRowBytes + (lane / 16 ^ lane % 8) * 16;
+    const unsigned of_queries = of_values + kTileBytes + warp * 16 * kRowBytes;
 
     // A lane has elements of two rows of the warp's queries, scores and results: `line` and eight below.
     const size_t stride = size_t(f.heads) * dim;
     const size_t start = size_t(sequence) * f.length * stride + size_t(head) * dim;
-    const int row = first + warp * 16 + line;
-    unsigned query[kSteps][4];
-#pragma unroll
-    for (int k = 0; k < kSteps; ++k)
-#pragma unroll
-        for (int part = 0; part < 4; ++part) {
-            const int of = row + part % 2 * 8, column = k * 16 + part / 2 * 8 + pair;
-            const T* at = static_cast<const T*>(f.queries) + start + size_t(of) * stride + column;
-            query[k][part] = of < f.length && (kWhole || column < dim) ? *reinterpret_cast<const unsigned*>(at) : 0;
-        }
-    float result[kDim / 8][4] = {}, most[2] = {-INFINITY, -INFINITY}, sum[2] = {};
-    const float scale = rsqrtf(float(dim)) * kFlashLog2e;
-
-    for (int tile = 0; tile < count; tile += kFlashRows) {
-        wait_for_copies<0>();
-        __syncthreads();
-        flash_tile<T, kDim>(values_at, values, tile, count, dim);
-        float score[kTiles][4] = {};
+    const T* queries = static_cast<const T*>(f.queries) + start;
+    const int row = warp * 16 + line;
+    unsigned query[kKeepsQueries ? kSteps : 1][4];
+    if constexpr (kKeepsQueries) {
 #pragma unroll
         for (int k = 0; k < kSteps; ++k)
 #pragma unroll
-            for (int n = 0; n < kTiles; n += 2) {
-                if (!kWhole && k * 16 >= dim) continue;
-                unsigned b[4];
-                load_matrices(b, (of_keys ^ k * 32) + n * 8 * kRowBytes);
-                multiply_accumulate<T>(score[n], query[k], b);
-                multiply_accumulate<T>(score[n + 1], query[k], b + 2);
+            for (int part = 0; part < 4; ++part) {
+                const int of = first + row + part % 2 * 8, column = k * 16 + part / 2 * 8 + pair;
+                const bool valid = of < f.length && (kWhole || column < dim);
+                query[k][part] = valid ? *reinterpret_cast<const unsigned*>(queries + size_t(of) * stride + column) : 0;
             }
+    } else {
+        flash_tile<T, kDim>(values_at + kTileBytes, queries, stride, first, 0, f.length, dim);
+    }
+    float result[kDim / 8][4] = {}, most[2] = {-INFINITY, -INFINITY}, sum[2] = {};
+    const float scale = f.cap == 0 ? f.scale * kLog2e : 1;
+
+    for (int tile = first_tile; tile < end; tile += kFlashRows) {
         wait_for_copies<0>();
         __syncthreads();
-        if (tile + kFlashRows < count) flash_tile<T, kDim>(keys_at, keys, tile + kFlashRows, count, dim);
+        load(values_at, values, tile);
+        float score[kTiles][4] = {};
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k) {
+            if (!kWhole && k * 16 >= dim) continue;
+            unsigned (&a)[4] = query[kKeepsQueries ? k : 0];
+            if constexpr (!kKeepsQueries) load_matrices(a, of_queries ^ k * 32);
+#pragma unroll
+            for (int n = 0; n < kTiles; n += 2) {
+                unsigned b[4];
+                load_matrices(b, (of_keys ^ k * 32) + n * 8 * kRowBytes);
+                multiply_accumulate<T>(score[n], a, b);
+                multiply_accumulate<T>(score[n + 1], a, b + 2);
+            }
+        }
+        wait_for_copies<0>();
+        __syncthreads();
+        if (tile + kFlashRows < end) load(keys_at, keys, tile + kFlashRows);
 
-        if (tile + kFlashRows > past + first + 1) {  // not all of its keys are seen by all
+        if (f.cap != 0) {
+#pragma unroll
+            for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) score[n][e] = capped(score[n][e] * (f.scale / f.cap), f.cap);
+        }
+        const bool before_window = f.window != 0 && tile < position + kFlashRows - f.window;
+        if (tile + kFlashRows > position + 1 || before_window) {  // not all of its keys are seen by all
 #pragma unroll
             for (int n = 0; n < kTiles; ++n)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    const int key = tile + n * 8 + pair + e % 2;
-                    if (key > past + row + e / 2 * 8) score[n][e] = -INFINITY;
+                    const int key = tile + n * 8 + pair + e % 2, newest = position + row + e / 2 * 8;
+                    if (key > newest || (before_window && key <= newest - f.window)) score[n][e] = -INFINITY;
                 }
         }
-        // Every query sees key 0, so from the first tile on its maximum is a number.
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             float larger = most[half];
 #pragma unroll
             for (int n = 0; n < kTiles; ++n) larger = fmaxf(larger, fmaxf(score[n][half * 2], score[n][half * 2 + 1]));
             for (int step = 1; step < 4; step *= 2) larger = fmaxf(larger, __shfl_xor_sync(~0u, larger, step));
-            const float before = power_of_2((most[half] - larger) * scale), shift = -larger * scale;
+            // A query may see no key yet: its window begins in a later tile.
+            const float base = larger == -INFINITY ? 0 : larger, shift = -base * scale;
+            const float before = power_of_2((most[half] - base) * scale);
             most[half] = larger;
             sum[half] *= before;
 #pragma unroll
@@ -156,34 +205,33 @@ __global__ void __launch_bounds__(kFlashThreads, 3) flash_kernel(Flash f) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         for (int step = 1; step < 4; step *= 2) sum[half] += __shfl_xor_sync(~0u, sum[half], step);
-        const int of = row + half * 8;
+        const int of = first + row + half * 8;
         if (of >= f.length) continue;
+        const float factor = sum[half] > 0 ? f.value_scale / sum[half] : 0;  // 0: of a token that has no place
         T* to = static_cast<T*>(f.out) + start + size_t(of) * stride + pair;
 #pragma unroll
         for (int n = 0; n < kDim / 8; ++n)
             if (kWhole || n * 8 < dim)
                 *reinterpret_cast<Two*>(to + n * 8) =
-                    Pair<T>::narrow(result[n][half * 2] / sum[half], result[n][half * 2 + 1] / sum[half]);
+                    Pair<T>::narrow(result[n][half * 2] * factor, result[n][half * 2 + 1] * factor);
     }
 }
 
-// The widest heads: more results would not fit into registers.
-constexpr int kFlashDim = 128;
-
-template <typename T, int kDim, bool kWhole>
+template <typename T, typename C, int kDim, bool kWhole>
 int flash(const Flash& f, int batch, cudaStream_t stream) {
     const dim3 grid(f.heads, (f.length + kFlashRows - 1) / kFlashRows, batch);
-    constexpr size_t kBytes = size_t(2) * kFlashRows * kDim * 2;
-    return launch(flash_kernel<T, kDim, kWhole>, {grid, kFlashThreads, stream, true, kBytes}, f);
+    constexpr size_t kBytes = size_t(kDim > 128 ? 3 : 2) * kFlashRows * kDim * 2;
+    return launch(flash_kernel<T, C, kDim, kWhole>, {grid, kFlashThreads, stream, true, kBytes}, f);
 }
 
-// For heads of up to kFlashDim elements, a multiple of 8.
-template <typename T>
+// T: of queries and results; C: of the cache, T or Fp8.
+template <typename T, typename C>
 int flash(const Flash& f, int batch, cudaStream_t stream) {
-    if (f.dim == kFlashDim) return flash<T, kFlashDim, true>(f, batch, stream);
-    if (f.dim > kFlashDim / 2) return flash<T, kFlashDim, false>(f, batch, stream);
-    if (f.dim == kFlashDim / 2) return flash<T, kFlashDim / 2, true>(f, batch, stream);
-    return flash<T, kFlashDim / 2, false>(f, batch, stream);
+    if (f.dim > 128) return flash<T, C, kFlashDim, false>(f, batch, stream);
+    if (f.dim == 128) return flash<T, C, 128, true>(f, batch, stream);
+    if (f.dim > 64) return flash<T, C, 128, false>(f, batch, stream);
+    if (f.dim == 64) return flash<T, C, 64, true>(f, batch, stream);
+    return flash<T, C, 64, false>(f, batch, stream);
 }
 
 }  // namespace cqil_trt

@@ -123,6 +123,12 @@ __device__ inline void copy_async(unsigned to, const void* from, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
 
+__device__ inline void store_shared(unsigned to, uint4 packet) {
+    asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(packet.x), "r"(packet.y), "r"(packet.z),
+                 "r"(packet.w)
+                 : "memory");
+}
+
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits for the thread's copies, but for those of its last kPending groups.

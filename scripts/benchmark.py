@@ -30,13 +30,12 @@ from typing import Any
 import installed  # noqa: F401
 import numpy as np
 import torch
-from measuring import kernel_rows, measure, profile, read_bandwidth
+from measuring import kernel_rows, measure, profile, read_bandwidth, use_device
 from mpi4py import MPI
 from plots import check_plot, pyplot
 from synthetic import SHAPES, engine_of, model_config, norm_weight
 
 from cqil_trt import formats, reference
-from cqil_trt.backends.torch.gpu_library import use_device
 from cqil_trt.backends.torch.gpu_session import TorchCudaSession
 from cqil_trt.commands import RankParser, check_at_least, check_file, numbers, run_ranks
 from cqil_trt.config import AUTO, KV_DTYPES, CqilConfig, EngineLimits

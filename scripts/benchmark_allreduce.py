@@ -23,10 +23,10 @@ import installed  # noqa: F401
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from measuring import use_device
 from mpi4py import MPI
 from plots import check_plot, pyplot
 
-from cqil_trt.backends.torch.gpu_library import use_device
 from cqil_trt.commands import RankParser, check_file, run_ranks
 from cqil_trt.errors import UserError
 from cqil_trt.gpu.workspace import CudaCommunicator

@@ -12,10 +12,19 @@ import installed  # noqa: F401
 import numpy as np
 from tqdm import tqdm
 
+from cqil_trt.gpu import cuda
 from cqil_trt.model import ModelConfig
 
 # The kernels of plugins/ that multiply.
 _PRODUCTS = "few_rows_kernel", "packed_kernel"
+
+
+def use_device(number: int) -> None:
+    """Makes GPU `number` modulo the number of GPUs this thread's, for PyTorch too."""
+    import torch
+
+    cuda.use_device(number)
+    torch.cuda.set_device(int(cuda.call("GetDevice")))
 
 
 def read_bandwidth() -> float:

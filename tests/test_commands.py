@@ -193,7 +193,7 @@ def test_prompts_of_a_file_end_at_newlines_only(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_missing_gpu_is_said_in_one_line(engine):
-    assert_user_error(mpirun(2, "--engine", engine, "--device", "cuda"), "--device cuda: this PyTorch sees no GPU")
+    assert_user_error(mpirun(2, "--engine", engine, "--device", "cuda"), "--device cuda: there is no CUDA GPU")
     with pytest.raises(UserError, match="device must be one of auto, cpu, cuda"):
         cqil_trt.load(engine, device="gpu")
 

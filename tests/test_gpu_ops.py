@@ -32,38 +32,6 @@ from cqil_trt.shard import plan
 BATCH, CAPACITY, CIRCLE = 2, 32, 64
 
 
-class HostLibrary:
-    """`gpu_ops.Library`. `chunk`: past and slot of the next one. `read`: where what is read from caches is."""
-
-    def __init__(self, kernels, model, read=None):
-        self._kernels, self._model, self.read = kernels, model, read
-        self.chunk = 0, 0
-
-    def multiply(self, x, weight, added, out, alpha=1.0, beta=1.0):
-        value = alpha * at(x.address, x.rows, x.width) @ at(weight.address, weight.rows, weight.width).T
-        at(out.address, out.rows, out.width)[:] = (
-            value if added is None else value + beta * at(added.address, added.rows, added.width)
-        )
-
-    def attend(self, queries, cache, shard, out):
-        past, slot = self.chunk
-        dim, length = self._model.head_dim, queries.rows
-        shape = 1, length, shard.num_heads, dim
-        read = cache == self.read
-        first = max(0, past + 1 - self._model.sliding_window) if read else 0
-        where = (past - first + torch.arange(length))[None]
-        q, to = at(queries.address, *shape).clone(), at(out.address, *shape)
-        model, size = self._model, self._model.group_size
-        fields = {"heads": shard.num_heads, "group": size, "first": shard.first_in_group(size), "cap": 0}
-        fields |= {"window": model.window_of(shard.index), "scale": model.query_scale}
-        described = type("Shape", (), fields)
-        if read:  # by position from the first one that the chunk's first token sees
-            keys, values = at(cache, 2, 1, shard.num_kv_heads, CIRCLE, dim).transpose(2, 3)
-        else:
-            keys, values = self._kernels.caches[cache][:, slot : slot + 1]
-        self._kernels.attend(described, q, where, keys, values, to)
-
-
 class HostWorkspace:
     """A rank without the others, as `Alone`."""
 
@@ -165,8 +133,7 @@ def test_cuda_ops_ask_for_what_the_decoder_means(name, packed, tmp_path, host_me
             memory = {key: value.data_ptr() for key, value in (weights | buffers).items()}
             places = {kind: rank.schedule.peers(kind).index(rank.rank) for kind in Peers}
             workspaces = {kind: HostWorkspace(place, model.rms_norm_eps) for kind, place in places.items()}
-            library = HostLibrary(kernels, model)
-            ops = CudaOps(rank, limits, memory, workspaces, kernels, 0, library, BATCH, quantized)
+            ops = CudaOps(rank, limits, memory, workspaces, kernels, 0, BATCH, quantized)
             width = rank.vocabulary[1] - rank.vocabulary[0]
             # Prompts one at a time, in slots that are not in order, then both sequences, then one of them, then both
             # with drafts, which is a step that predicts from all tokens.
@@ -184,7 +151,6 @@ def test_cuda_ops_ask_for_what_the_decoder_means(name, packed, tmp_path, host_me
                 if drafts:
                     pasts, slots = (pasts[:, None] + torch.arange(new)).int(), slots.repeat_interleave(new)
                 addresses = (t.data_ptr() for t in (pasts, slots, logits))
-                library.chunk = past, places[0]
                 ops.begin(batch, new, *addresses, decodes=past >= 10)
                 given = Matrix(tokens.data_ptr(), batch * new, 1), None, Matrix(rows.data_ptr(), rows.numel(), 1)
                 decode(ops, *given)
@@ -202,7 +168,7 @@ def test_cuda_ops_ask_for_what_the_decoder_means(name, packed, tmp_path, host_me
 
 @pytest.mark.parametrize("name", ["gemma2", "mistral-windows", "olmo3"])
 def test_cuda_ops_go_round_a_circle(name, tmp_path, host_memory):
-    """Chunks of prompts, single tokens and drafts, to the last position; the library gets what was read."""
+    """Chunks of prompts, single tokens and drafts, to the last position."""
     architecture, changes = GPU_FAMILIES[name]
     checkpoint = Checkpoint(make_model(tmp_path, architecture, seed=SEED, rms_norm_eps=1e-2, **changes), None)
     model, length = checkpoint.model, 200
@@ -212,17 +178,15 @@ def test_cuda_ops_go_round_a_circle(name, tmp_path, host_memory):
         rank = plan(model, CqilConfig(**shape))[-1]
         weights = rank_weights(rank, checkpoint.reader)
         plain = TorchOps(rank, weights, Alone.of(rank.schedule), whole, checkpoint.rotary)
-        kernels, read = HostKernels(), torch.full((2 * CIRCLE * model.num_kv_heads * model.head_dim,), torch.nan)
-        buffers = {"joined": torch.zeros(BATCH * 64, model.hidden_size), "read": read}
+        kernels, buffers = HostKernels(), {"joined": torch.zeros(BATCH * 64, model.hidden_size)}
         for which in range(len(model.ropes)):
             tables = rotary_tables(model, checkpoint.rotary, length, which)
             buffers |= zip(rotary_names(which), map(torch.from_numpy, tables))
         buffers |= {f"cache.{index}": torch.zeros(1) for index in rank.layers}
         memory = {key: value.data_ptr() for key, value in (weights | buffers).items()}
-        library = HostLibrary(kernels, model, memory["read"])
         place = rank.schedule.peers(Peers.ALL).index(rank.rank)
         workspaces = dict.fromkeys(Peers, HostWorkspace(place, model.rms_norm_eps))
-        ops = CudaOps(rank, limits, memory, workspaces, kernels, 0, library, BATCH)
+        ops = CudaOps(rank, limits, memory, workspaces, kernels, 0, BATCH)
         past = 0
         for new in (7, 40, 40, -1, -5, 40, 40, -16, 10, -1):
             new, drafts = abs(new), new < 0
@@ -235,58 +199,11 @@ def test_cuda_ops_go_round_a_circle(name, tmp_path, host_memory):
                 pasts = (pasts + torch.arange(new)).int()
             rows = torch.arange(new, dtype=torch.int32)
             logits = torch.full(expected.shape, torch.nan)
-            library.chunk = past, 1
             ops.begin(1, new, *(t.data_ptr() for t in (pasts, slots, logits)), decodes=drafts)
             decode(ops, Matrix(tokens.data_ptr(), new, 1), None, Matrix(rows.data_ptr(), new, 1))
             assert_close(name, logits, expected)
             past += new
         assert past == length
-
-
-class Attending:
-    """The kernels and the library of attention: `calls` has what was asked."""
-
-    def __init__(self):
-        self.calls = []
-
-    def cqil_linear_rows(self, dtype):
-        return 1
-
-    def cqil_attention_scratch_bytes(self, shape):
-        return 64
-
-    def cqil_attention(self, shape, *arguments):
-        self.calls.append(("attention", shape, arguments[8], arguments[9]))
-        return 0
-
-    def cqil_read_cache(self, shape, *arguments):
-        self.calls.append(("read", shape, *arguments))
-        return 0
-
-    def attend(self, queries, cache, shard, out):
-        self.calls.append(("attend", cache))
-
-
-def test_a_library_attends_over_what_an_fp8_cache_holds(tmp_path, host_memory):
-    model = Checkpoint(make_model(tmp_path), tokenizer=False).model
-    scales = tuple((0.5 + i, 2.5 + i) for i in range(model.num_layers))
-    limits = EngineLimits(max_batch_size=BATCH, max_seq_len=CAPACITY, kv_dtype="fp8", kv_scales=scales)
-    [rank], kinds = plan(model, CqilConfig(p=1)), abi.cqil_cache
-    shard, kernels = rank.layers[3], Attending()
-    memory = dict.fromkeys(rank.shapes, 1) | {"rotary.cos": 2, "rotary.sin": 3, "cache.3": 40, "read": 50}
-    ops = CudaOps(rank, limits, memory, {}, kernels, 60, kernels, BATCH)
-    for length, drafts, delegated in ((7, False, True), (1, False, False), (3, True, False)):
-        ops.begin(1, length, 10, 20, 30, decodes=drafts)
-        ops.attention(Matrix(70, length, 80), None, shard)
-        (_, shape, cache, out), *others = kernels.calls
-        assert (shape.cache, shape.key_scale, shape.value_scale) == (kinds.CQIL_CACHE_FP8, 3.5, 5.5)
-        assert cache == 40 and (out is None) == delegated
-        if delegated:
-            [(_, described, *arguments), attended] = others
-            assert described is shape and arguments == [10, 20, 40, 50, 60] and attended == ("attend", 50)
-        else:
-            assert others == []
-        kernels.calls.clear()
 
 
 @pytest.mark.parametrize("most", [1, 8, 16, 17, 64, 100, 128, 500, 1024, 2048, 5000])

@@ -1,7 +1,9 @@
 """How a rank's file gets to where it is used: read and verified once, through buffers, and put into its places."""
 
 import ctypes
+import json
 import random
+import sys
 import threading
 import time
 from collections import deque
@@ -10,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import ROOT, SEED
+from support import ROOT, SEED, write_json
 from support.checkpoints import make_model
 from support.needs import need, need_cuda_backend
+from support.processes import run
 
 import cqil_trt
 from cqil_trt.errors import UserError
@@ -350,3 +353,32 @@ def bits(path):
     import torch
 
     return {name: tensor.contiguous().view(torch.uint8) for name, tensor in load_file(path).items()}
+
+
+BLOCKED = "import runpy, sys; sys.modules['torch'] = None\n"
+IMPORTS = """
+import cqil_trt.commands.run, cqil_trt.commands.serve, cqil_trt.serving.app, cqil_trt.serving.ranks
+import cqil_trt.backends.torch.gpu_session, cqil_trt.backends.torch.opening
+"""
+
+
+def test_nothing_for_gpus_imports_pytorch():
+    need("cuda-bindings")
+    done = run(sys.executable, "-c", BLOCKED + IMPORTS)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_gpu_generates_without_pytorch(tmp_path):
+    need_cuda_backend()
+    model = make_model(tmp_path / "model", seed=SEED)
+    engine = cqil_trt.build(model=model, output=tmp_path / "engine", p=1, dtype="float32", probes="never").path
+    prompts, found = write_json(tmp_path / "prompts.json", [[5, 6, 7], list(range(20, 60))]), {}
+    for device, code in (("cpu", "import runpy\n"), ("cuda", BLOCKED)):
+        report = tmp_path / f"{device}.json"
+        options = ["--engine", engine, "--device", device, "--token-ids", prompts, "--max-new-tokens", 12]
+        code += "runpy.run_path('runtime/run.py', run_name='__main__')"
+        done = run(sys.executable, "-c", code, *options, "--json", report)
+        assert done.returncode == 0, done.stderr
+        found[device] = [completion["tokens"] for completion in json.loads(report.read_text())["completions"]]
+    assert found["cuda"] == found["cpu"]

@@ -137,7 +137,8 @@ def flash_attention(tmp_path_factory):
     directory = tmp_path_factory.mktemp("flash")
     shutil.copy(ROOT / "plugins" / "flash.cuh", directory)
     shutil.copy(ROOT / "tests" / "support" / "host_warps.h", directory / "linear.cuh")
-    (directory / "cuda_runtime.h").touch()
+    for name in ("cuda_runtime.h", "kv_cache.cuh"):
+        (directory / name).touch()
     path = directory / "flash.so"
     flags = ["-std=c++17", "-O2", "-shared", "-fPIC", "-Wno-unknown-pragmas", "-Wno-psabi"]
     done = run("g++", *flags, "-I", directory, "tests/support/flash_attention.cpp", "-o", path)
@@ -147,33 +148,63 @@ def flash_attention(tmp_path_factory):
     return ctypes.CDLL(str(path)).attend
 
 
+# Of each case: the elements of a head, whether the cache is in FP8, keys that a query sees, whether the cache is a
+# circle, and what caps scores.
+FLASH_CASES = [
+    (128, False, None, False, 0),
+    (96, False, None, False, 30),
+    (64, False, 50, False, 0),
+    (24, False, 9, True, 0),
+    (256, False, 100, True, 20),
+    (136, False, None, False, 0),
+    (128, True, None, False, 0),
+    (80, True, 70, True, 5),
+    (64, True, None, False, 0),
+    (200, True, 3, True, 0),
+]
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on the PATH")
-@pytest.mark.parametrize("dim", [128, 96, 64, 24])
-def test_attention_of_prompts_is_softmax(dim, flash_attention):
-    """Causal, from a cache with other sequences' slots and NaN behind what is seen, against float64."""
+@pytest.mark.parametrize("dim, fp8, window, circle, cap", FLASH_CASES)
+def test_attention_of_prompts_is_softmax(dim, fp8, window, circle, cap, flash_attention):
+    """Causal, from a cache with other sequences' slots and NaN where nothing is seen, against float64."""
     random = np.random.default_rng()
     for length in (int(random.integers(2, 60)), int(random.integers(66, 140))):
         batch, slots, group = 2, 3, int(random.integers(1, 4))
         kv_heads, first = 1 + (group < 3), int(random.integers(0, group))
         heads = kv_heads * group - first
-        past = random.integers(0, 70, batch).astype(np.int32)
-        capacity = int(past.max()) + length - 1  # the last token of one of them is beyond it
+        past = random.integers(0, 300 if circle else 70, batch).astype(np.int32)
+        positions = int(past.max()) + length - 1  # the last token of one of them is beyond it
+        capacity = -(-(window + length - 1) // 64) * 64 if circle else positions
+        positions = max(positions, capacity)
         slot_of = random.permutation(slots)[:batch].astype(np.int32)
         queries = random.standard_normal((batch, length, heads, dim)).astype(np.float16)
-        cache = random.standard_normal((2, slots, kv_heads, capacity, dim)).astype(np.float16)
-        for slot, before in zip(slot_of, past):
-            cache[:, slot, :, before + length :] = np.nan
+        scale, value_scale = (0.3, 1.7) if fp8 else (dim**-0.5, 1.0)
+        every = torch.from_numpy(random.standard_normal((2, batch, kv_heads, positions, dim)).astype(np.float16))
+        every = every.to(torch.float8_e4m3fn if fp8 else torch.float16)
+        kept = [min(length, positions - int(before)) for before in past]
+        cache = torch.full((2, slots, kv_heads, capacity, dim), torch.nan).to(every.dtype)
+        for b, slot in enumerate(slot_of):
+            end = int(past[b]) + kept[b]
+            where = np.arange(0 if window is None else max(0, int(past[b]) + 1 - window), end)
+            for part, slotted in zip(every.view(torch.uint8), cache.view(torch.uint8)):
+                slotted[slot][:, where % capacity] = part[b][:, where]
         out = np.full_like(queries, np.nan)
-        arrays = [ctypes.c_void_p(array.ctypes.data) for array in (queries, *cache, out, past, slot_of)]
-        sizes = batch, length, heads, kv_heads, dim, capacity, group, first
-        assert flash_attention(*arrays, *sizes) == 0
-        kept = [min(length, capacity - int(before)) for before in past]
+        held = [ctypes.c_void_p(part.data_ptr()) for part in cache]
+        arrays = [ctypes.c_void_p(array.ctypes.data) for array in (queries, out, past, slot_of)]
+        sizes = batch, length, heads, kv_heads, dim, capacity, positions, group, first, window or 0
+        factors = (ctypes.c_float(x) for x in (scale, value_scale, cap))
+        assert flash_attention(arrays[0], *held, *arrays[1:], *sizes, *factors, int(fp8)) == 0
+        keys, values = every.double().numpy()
         for b, h in np.ndindex(batch, heads):
-            keys, values = cache[:, slot_of[b], (h + first) // group, : past[b] + kept[b]].astype(np.float64)
-            scores = queries[b, : kept[b], h].astype(np.float64) @ keys.T / dim**0.5
-            scores[np.arange(len(keys)) > past[b] + np.arange(kept[b])[:, None]] = -np.inf
+            seen = slice(int(past[b]) + kept[b])
+            mine, values_of = (part[b, (h + first) // group, seen] for part in (keys, values))
+            scores = queries[b, : kept[b], h].astype(np.float64) @ mine.T * scale
+            scores = cap * np.tanh(scores / cap) if cap else scores
+            distance = past[b] + np.arange(kept[b])[:, None] - np.arange(len(mine))
+            scores[(distance < 0) | (distance >= (window or np.inf))] = -np.inf
             weights = np.exp(scores - scores.max(-1, keepdims=True))
-            expected = weights / weights.sum(-1, keepdims=True) @ values
+            expected = weights / weights.sum(-1, keepdims=True) @ values_of * value_scale
             error = np.linalg.norm(out[b, : kept[b], h] - expected) / np.linalg.norm(expected)
             assert error < 1e-3, (b, h, sizes, error)
 

@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -165,3 +166,19 @@ def load(path: Path | None = None) -> ctypes.CDLL:
     if found != source_version():
         raise UserError(f"{path}: built from other sources ({found}, not {source_version()}): build it again")
     return library
+
+
+def find_linear_library(library: ctypes.CDLL) -> bool:
+    """Whether products of many rows are cuBLASLt's; it comes from PyTorch's wheels, a CUDA toolkit or CQIL_CUBLASLT.
+
+    Raises UserError when the file that CQIL_CUBLASLT names cannot be used.
+    """
+    if not os.environ.get("CQIL_CUBLASLT"):
+        from cuda.pathfinder import load_nvidia_dynamic_lib
+
+        with suppress(RuntimeError):  # which it raises for all that it does not find or cannot load
+            load_nvidia_dynamic_lib("cublasLt")
+    found: int = library.cqil_linear_library(-1)
+    if found < 0:
+        raise UserError(library.cqil_last_error().decode())
+    return found == 1

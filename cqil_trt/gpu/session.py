@@ -11,6 +11,7 @@ of the one before are known.
 from __future__ import annotations
 
 import ctypes
+import sys
 import time
 from abc import abstractmethod
 from bisect import bisect_left
@@ -29,7 +30,7 @@ from cqil_trt.collectives import agree, split
 from cqil_trt.config import DTYPE_BYTES
 from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
-from cqil_trt.gpu import abi, cuda
+from cqil_trt.gpu import abi, cuda, kernel_library
 from cqil_trt.gpu.fused_ops import attention_fields, rotary_names
 from cqil_trt.gpu.weights import DeviceWeights
 from cqil_trt.gpu.workspace import Workspace, guard
@@ -347,6 +348,14 @@ class CudaSession(Session):
 
     # Lengths of chunks that are executed as CUDA graphs, in rising order; shorter chunks are padded.
     _prompt_lengths: Sequence[int] = ()
+
+    def _take_prompts_as_graphs(self) -> None:
+        """For networks of our plugins: what they do depends on a chunk's length alone. Finds cuBLASLt too."""
+        self._prompt_lengths = prompt_lengths(min(self.limits.prefill_chunk, self.limits.max_seq_len))
+        found = agree(self._comm, partial(kernel_library.find_linear_library, self._library))
+        if not found and self._plan.rank == 0:
+            print("cuBLASLt was not found, so prompts take longer (CQIL_CUBLASLT names its file)", file=sys.stderr)
+
     # Whether a pass must run just before it is captured, and not only once before others of its phase.
     _settles_shapes = False
 

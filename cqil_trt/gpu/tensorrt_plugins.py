@@ -5,8 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +21,12 @@ def register(trt: Any) -> ctypes.CDLL:
         directory = Path(getattr(sys.modules.get(package), "__file__", None) or os.devnull).parent
         for path in sorted(directory.glob("libnvinfer.so*")):
             ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-    find_cublas()
     library, path = kernel_library.load(), kernel_library.library_path()
     if not hasattr(library, "cqil_register_plugins"):
         raise UserError(f"{path}: built without TensorRT plugins: build it with --tensorrt-root (docs/tensorrt.md)")
     if library.cqil_register_plugins():
         raise UserError(f"{path}: does not fit TensorRT {trt.__version__}: build it with that version's headers")
     return library
-
-
-def find_cublas() -> None:
-    """Loads cuBLASLt from this Python's packages, where the plugins find it (`cqil_linear_library`), if it is there."""
-    package = find_spec("nvidia")  # of CUDA's packages, cublas/lib of release 12 and cu13/lib
-    for directory in package.submodule_search_locations or () if package else ():
-        for path in sorted(Path(directory).glob("*/lib/libcublasLt.so.1[23]"), reverse=True):
-            with suppress(OSError):  # of another CUDA than the driver's, say: the loader's may do
-                ctypes.CDLL(str(path))
-                return
 
 
 def create(trt: Any, name: str, fields: dict[str, int | float]) -> Any:

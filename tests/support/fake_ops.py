@@ -101,9 +101,6 @@ class HostKernels:
         at(out, rows, 2)[:, 1] = squares[:, heads + first : heads + last].sum((1, 2)) * key_factor
         return 0
 
-    def cqil_linear_rows(self, dtype):
-        return 1
-
     def cqil_linear_scratch_bytes(self, shape):
         return 64
 
@@ -122,7 +119,8 @@ class HostKernels:
             value = value + at(delta, s.rows, s.inputs)
         if norm_weight is not None:
             value = norm(value, at(norm_weight, s.inputs), s.eps)
-        assert (weight in self.packed) == (s.weights != abi.cqil_weights.CQIL_DENSE) and s.rows <= 4
+        packed = s.weights != abi.cqil_weights.CQIL_DENSE
+        assert (weight in self.packed) == packed and (s.rows <= 4 or not packed)
         matrix = self.packed[weight] if s.weights else at(weight, wide, s.inputs)
         value = F.linear(value, matrix, None if bias is None else at(bias, wide))
         assert not (s.gated and s.scale)
@@ -166,13 +164,8 @@ class HostKernels:
         assert s.positions == s.capacity or (s.capacity % 64 == 0 and s.capacity >= s.window + s.length - 1)
         for b in range(s.batch):
             cached[0, rows[b], where[b] % s.capacity], cached[1, rows[b], where[b] % s.capacity] = rotated(k)[b], v[b]
-        if out is None:
-            at(scratch, s.batch, s.length, s.heads, dim)[:] = q
-        else:
-            keys, values = (
-                torch.stack([self.in_order(s, *pair) for pair in zip(part[rows], where)]) for part in cached
-            )
-            self.attend(s, q, where, keys, values, at(out, s.batch, s.length, s.heads, dim))
+        keys, values = (torch.stack([self.in_order(s, *pair) for pair in zip(part[rows], where)]) for part in cached)
+        self.attend(s, q, where, keys, values, at(out, s.batch, s.length, s.heads, dim))
         return 0
 
     @staticmethod
@@ -183,16 +176,6 @@ class HostKernels:
         every = torch.arange(max(0, last + 1 - s.capacity), last + 1)
         found[every] = kept[every % s.capacity]
         return found
-
-    def cqil_read_cache(self, s, past, slots, cache, out, stream):
-        before, slot = (int(at(entry, 1, dtype=torch.int32)) for entry in (past, slots))
-        assert s.batch == 1 and s.positions > s.capacity
-        first, last = max(0, before + 1 - s.window), before + s.length
-        every = torch.arange(first, last) % s.capacity
-        to = at(out, 2, s.kv_heads, s.capacity, s.head_dim)
-        to.fill_(torch.nan)
-        to[:, :, : last - first] = self.caches[cache][:, slot][:, every].transpose(1, 2)
-        return 0
 
     @staticmethod
     def attend(s, q, where, keys, values, out):

@@ -2,10 +2,13 @@
 
 #include "flash.cuh"
 
+using namespace cqil_trt;
+
 extern "C" int attend(const void* queries, const void* keys, const void* values, void* out, const int32_t* past,
                       const int32_t* slots, int batch, int length, int heads, int kv_heads, int dim, int capacity,
-                      int group, int first) {
-    const cqil_trt::Flash f = {queries, keys,     values, out,      past,  slots, length,
-                               heads,   kv_heads, dim,    capacity, group, first};
-    return cqil_trt::flash<_Float16>(f, batch, nullptr);
+                      int positions, int group, int first, int window, float scale, float value_scale, float cap,
+                      int fp8) {
+    const Flash f = {queries, keys,     values,    out,   past,  slots,  length, heads,       kv_heads,
+                     dim,     capacity, positions, group, first, window, scale,  value_scale, cap};
+    return fp8 ? flash<_Float16, Fp8>(f, batch, nullptr) : flash<_Float16, _Float16>(f, batch, nullptr);
 }

@@ -1,4 +1,4 @@
-// What plugins/flash.cuh takes from linear.cuh, for a host: a block's threads are fibers, in an order of their own. A
+// What plugins/flash.cuh takes from linear.cuh and kv_cache.cuh, for a host: a block's threads are fibers, in an order of their own. A
 // warp's operations and barriers wait for all that take part, and copies to shared memory arrive when they are waited
 // for, not before. Written from the PTX instruction set's description of ldmatrix and mma.m16n8k16.
 #pragma once
@@ -125,11 +125,15 @@ inline float __shfl_xor_sync(unsigned, float x, int mask) {
     return x;
 }
 
-inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
+inline float __fdividef(float x, float y) { return x / y; }
+
+struct uint4 {
+    unsigned x, y, z, w;
+};
 
 namespace cqil_trt {
 
-alignas(256) inline char memory[64 << 10];  // the block's shared memory
+alignas(512) inline char memory[96 << 10];  // the block's shared memory
 
 template <typename T>
 struct Pair {
@@ -142,6 +146,8 @@ struct Pair {
 inline unsigned shared_address(const void* p) { return unsigned(static_cast<const char*>(p) - memory); }
 
 inline void copy_async(unsigned to, const void* from, bool valid) { host::mine().copies.push_back({to, from, valid}); }
+
+inline void store_shared(unsigned to, uint4 packet) { std::memcpy(memory + to, &packet, 16); }
 
 inline void commit_copies() {
     host::mine().groups.push_back(host::mine().copies);
@@ -192,6 +198,30 @@ void multiply_accumulate(float (&c)[4], const unsigned (&a)[4], const unsigned* 
         }
     }
     host::end();
+}
+
+constexpr int kCircleStep = 64;
+#define CQIL_CIRCLE_STEP cqil_trt::kCircleStep
+
+// E4M3 as the Open Compute Project's specification has it: no infinities, NaN with all bits but the sign.
+struct Fp8 {
+    uint8_t code;
+
+    float value() const {
+        const int exponent = code >> 3 & 15, fraction = code & 7;
+        if (exponent == 15 && fraction == 7) return NAN;
+        const float size = exponent == 0 ? std::ldexp(float(fraction), -9) : std::ldexp(8.0f + fraction, exponent - 10);
+        return code >> 7 ? -size : size;
+    }
+};
+
+template <typename T>
+uint4 load_packet(const Fp8* row, int packet) {
+    T values[8];
+    for (int i = 0; i < 8; ++i) values[i] = T(row[packet * 8 + i].value());
+    uint4 found;
+    std::memcpy(&found, values, 16);
+    return found;
 }
 
 inline float power_of_2(float x) { return std::exp2(x); }

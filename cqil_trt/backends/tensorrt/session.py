@@ -16,7 +16,7 @@ from cqil_trt.collectives import agree
 from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
 from cqil_trt.gpu import cuda, kernel_library, tensorrt_plugins
-from cqil_trt.gpu.session import BUFFERS, CudaSession, Phase, prompt_lengths
+from cqil_trt.gpu.session import BUFFERS, CudaSession, Phase
 from cqil_trt.gpu.sources import source_version
 from cqil_trt.gpu.weights import DeviceWeights
 from cqil_trt.gpu.workspace import workspace_input
@@ -72,8 +72,7 @@ class TensorRtSession(CudaSession):
         if self._native:
             self._passes_of_step = -(-engine.limits.max_batch_size // 2)
         else:
-            self._prompt_lengths = prompt_lengths(min(engine.limits.prefill_chunk, engine.limits.max_seq_len))
-            agree(comm, partial(check_linear_library, self._library))
+            self._take_prompts_as_graphs()
         self._passes: deque[int] = deque()  # of each step whose outcome was not collected
         self._held: Step | None = None  # a step that begins when its masks come
         # The plugins take the room for a dense copy of a packed matrix from TensorRT's scratch memory.
@@ -228,12 +227,6 @@ class TensorRtSession(CudaSession):
         self._contexts.clear()
         self._engine = None
         super().close()
-
-
-def check_linear_library(library: Any) -> None:
-    """Raises UserError when the plugins cannot use the cuBLASLt that CQIL_CUBLASLT names."""
-    if library.cqil_linear_library(-1) < 0:
-        raise UserError(library.cqil_last_error().decode())
 
 
 def neighbours(slots: Sequence[int]) -> list[tuple[int, ...]]:

@@ -11,9 +11,9 @@ from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-from cqil_trt.config import AUTO, DTYPE_BYTES, EngineLimits
+from cqil_trt.config import DTYPE_BYTES, EngineLimits
 from cqil_trt.errors import UserError
 from cqil_trt.gpu import abi, cuda
 from cqil_trt.gpu.fused_ops import FusedOps, attention_fields, gating, norm_kind, rotary_names, square_fields
@@ -22,11 +22,6 @@ from cqil_trt.gpu.workspace import Workspace, fuses_norm, fuses_norms
 from cqil_trt.network.ops import Ops
 from cqil_trt.schedule import Peers
 from cqil_trt.shard import LayerShard, RankPlan
-
-
-def reads_cache(limits: EngineLimits, length: int) -> bool:
-    """Whether a library attends over what cqil_read_cache makes of a cache of that length, not over the cache."""
-    return limits.kv_dtype != AUTO or length < limits.max_seq_len
 
 
 class Pool:
@@ -73,22 +68,6 @@ class Matrix:
     def __del__(self) -> None:
         if self.pool is not None:
             self.pool.give(self.address, self.size)
-
-
-class Library(Protocol):
-    """Operations that a library does better with many rows. All arguments are matrices of the engine's type."""
-
-    def multiply(
-        self, x: Matrix, weight: Matrix, added: Matrix | None, out: Matrix, alpha: float = 1.0, beta: float = 1.0
-    ) -> None:
-        """out = alpha * x @ weightᵀ + beta * added; `added` has as many rows as out, or one."""
-
-    def attend(self, queries: Matrix, cache: int, shard: LayerShard, out: Matrix) -> None:
-        """Causal attention of rotated queries [length, heads * head_dim] over a slot of a cache that has their keys.
-
-        The slot and the sequence's length are what the session said about the chunk. Of a cache in FP8, or a circle,
-        `cache` is what cqil_read_cache made of the slot.
-        """
 
 
 class _Collectives(Ops[Matrix]):
@@ -180,10 +159,8 @@ class CudaOps(FusedOps[Matrix], _Collectives):
 
     Args:
         memory: addresses by name: weights, caches, rotary tables, `logits` and `joined`; with packed weights `dense`,
-            room for the largest of these matrices; with KV caches in FP8 or circles `read`, room for a sequence's part
-            of any such layer's cache in the engine's type.
+            room for the largest of these matrices.
         workspaces: for the kinds of peers that the rank has.
-        library: for operations with many rows.
         slots: sequences that the caches hold.
         quantized: the projections whose weights in `memory` were quantized, by name.
     """
@@ -196,18 +173,14 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         workspaces: Mapping[Peers, Workspace],
         kernels: ctypes.CDLL,
         stream: int,
-        library: Library,
         slots: int,
         quantized: Mapping[str, DeviceMatrix] | None = None,
     ):
         self.plan = plan
         self._limits, self._memory, self._workspaces = limits, memory, workspaces
         self._cached = slots
-        self._kernels, self._stream, self._library = kernels, stream, library
+        self._kernels, self._stream = kernels, stream
         self._bytes, self._dtype = DTYPE_BYTES[limits.dtype], abi.dtype_code(limits.dtype)
-        self._few = kernels.cqil_linear_rows(self._dtype)
-        if self._few < 1:
-            raise RuntimeError(f"linear_rows: {kernels.cqil_last_error().decode()}")
         self._pool = Pool()
         quantized = quantized or {}
         self._packed = {name: matrix for name, matrix in quantized.items() if matrix.packed}
@@ -287,23 +260,8 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         outputs = weight.rows // 2 if gated else weight.rows
         out = Matrix(self._logits, x.rows, outputs) if name == "lm_head" else self._new(x.rows, outputs)
         packed = self._packed.get(name)
-        if x.rows > (self._few if packed is None else self._few_packed):
-            if packed is not None:
-                weight = self._unpacked(packed, weight)
-            if norm is not None:
-                x = self.fused_norm(x, delta, norm)
-            product = self._new(x.rows, weight.rows) if gated else out
-            added, beta = bias, scale
-            if bias is None:
-                added, beta = residual if total is None else None, 1.0
-            self._library.multiply(x, weight, added, product, scale, beta)
-            if gated:
-                self._call("gate", product, out, x.rows, outputs, gating(gated), self._dtype)
-            if residual is None or added is residual:
-                return out
-            to = out if total is None else total
-            self._call("add", out, residual, to, x.rows * outputs, self._dtype)
-            return out
+        if packed is not None and x.rows > self._few_packed:
+            weight, packed = self._unpacked(packed, weight), None
         norm_weight = None if norm is None else self._weights[f"{norm}.weight"]
         eps = self.plan.model.rms_norm_eps
         fields: dict[str, float] = {"gated": gating(gated), "scale": 0.0 if scale == 1 else scale}
@@ -384,17 +342,8 @@ class CudaOps(FusedOps[Matrix], _Collectives):
         cache = self._memory[f"cache.{shard.index}"]
         out = self._new(qkv.rows, shard.num_heads * model.head_dim)
         scratch = self._scratch(self._kernels.cqil_attention_scratch_bytes(shape))
-        # The library's attention has no caps.
-        delegated = self._length > 1 and shard.grouped and not self._decodes and model.attention_cap is None
-        result = None if delegated else out
         inputs = qkv, self._past, self._slots, *tables, *norms, squares
-        self._call("attention", shape, *inputs, cache, result, scratch)
-        if delegated:
-            queries = Matrix(scratch.address, out.rows, out.width)
-            if reads_cache(self._limits, shape.capacity):
-                kept, cache = cache, self._memory["read"]
-                self._call("read_cache", shape, self._past, self._slots, kept, cache)
-            self._library.attend(queries, cache, shard, out)
+        self._call("attention", shape, *inputs, cache, out, scratch)
         return out
 
     def head_squares(self, q: Any, k: Any, like: Any, shard: LayerShard) -> Matrix:
