@@ -227,6 +227,7 @@ int flash(const Flash& f, int batch, cudaStream_t stream) {
 // T: of queries and results; C: of the cache, T or Fp8.
 template <typename T, typename C>
 int flash(const Flash& f, int batch, cudaStream_t stream) {
+    if (f.dim == kFlashDim) return flash<T, C, kFlashDim, true>(f, batch, stream);
     if (f.dim > 128) return flash<T, C, kFlashDim, false>(f, batch, stream);
     if (f.dim == 128) return flash<T, C, 128, true>(f, batch, stream);
     if (f.dim > 64) return flash<T, C, 128, false>(f, batch, stream);
