@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import json
 import os
+import queue
 import re
 import shlex
 import signal
@@ -26,7 +27,7 @@ import time
 import urllib.parse
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import installed  # noqa: F401
 import numpy as np
@@ -42,6 +43,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # No event comes later than this, and the server has started and ended by then; otherwise something hangs.
 _PATIENCE = 120.0
 PERCENTILES = (1, 10, 25, 50, 75, 90, 95, 99, 99.9)
+# What the server's log has for each request: seconds since it came until the engine was asked, had begun, gave a token.
+STAGES = "asked_seconds", "begun_seconds", "first_token_seconds"
 
 
 def parser() -> Parser:
@@ -88,17 +91,43 @@ def _mpirun(options: argparse.Namespace, ranks: int, arguments: list[Any]) -> li
     return [*shlex.split(options.mpirun), "-n", str(ranks), sys.executable, *map(str, arguments)]
 
 
-def start(options: argparse.Namespace, ranks: int, pid_file: Path) -> tuple[subprocess.Popen[str], int]:
-    """The server and its port."""
-    arguments = ["runtime/serve.py", "--engine", options.engine, "--device", options.device, "--port", 0, "--no-log"]
+class Log:
+    """What a server writes to standard error: the lines about requests are kept, the others passed on."""
+
+    def __init__(self, stream: IO[str]):
+        self._lines: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        threading.Thread(target=self._read, args=(stream,), daemon=True).start()
+
+    def _read(self, stream: IO[str]) -> None:
+        for line in stream:
+            if line.startswith("{"):
+                self._lines.put(json.loads(line))
+            else:
+                sys.stderr.write(line)
+
+    def stages(self, requests: int) -> dict[str, list[float]]:
+        """Milliseconds of STAGES of so many requests, the next ones."""
+        try:
+            lines = [self._lines.get(timeout=_PATIENCE) for _ in range(requests)]
+        except queue.Empty:
+            raise UserError("the server has not logged all requests") from None
+        return {name: [line[name] * 1e3 for line in lines] for name in STAGES}
+
+
+def start(options: argparse.Namespace, ranks: int, pid_file: Path) -> tuple[subprocess.Popen[str], int, Log]:
+    """The server, its port and its log."""
+    arguments = ["runtime/serve.py", "--engine", options.engine, "--device", options.device, "--port", 0]
     arguments += ["--pid-file", pid_file]
-    process = subprocess.Popen(_mpirun(options, ranks, arguments), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(_mpirun(options, ranks, arguments), cwd=ROOT, text=True, **pipes)
+    assert process.stderr is not None
+    log = Log(process.stderr)
     late = threading.Timer(_PATIENCE, process.kill)
     late.start()
     try:
         for line in process.stdout or ():
             if found := re.search(r"serving at http://\S+:(\d+)", line):
-                return process, int(found[1])
+                return process, int(found[1]), log
     except BaseException:
         process.kill()
         raise
@@ -249,13 +278,16 @@ def run(options: argparse.Namespace) -> None:
     print("measuring the server ...", file=sys.stderr)
     random = np.random.default_rng(0)
     found: dict[int, Served] = {}
+    stages: dict[int, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as directory:
         pid_file = Path(directory) / "pid"
-        process, port = start(options, engine.world_size, pid_file)
+        process, port, log = start(options, engine.world_size, pid_file)
         try:
             load(("127.0.0.1", port), options, 1, engine.model.vocab_size, random)  # warm up
+            log.stages(options.rounds)
             for count in tqdm(clients, desc="clients", disable=not sys.stderr.isatty(), leave=False):
                 found[count] = load(("127.0.0.1", port), options, count, engine.model.vocab_size, random)
+                stages[count] = log.stages(count * options.rounds)
         finally:
             code = stop(process, pid_file)
     prefill, amid = (
@@ -287,11 +319,19 @@ def run(options: argparse.Namespace) -> None:
                 "engine_prefill_ms": prefill,
                 "engine_prefill_amid_decode_ms": amid,
                 "first_token_ms": served.first,
+                "stages_ms": stages[count],
             }
         )
     header = ("clients", "engine's step ms", "median ms", "", "p99 ms", "")
     header += ("engine's prefill ms", "amid decode ms", "first token ms")
     print(table(header, rows))
+    print()
+    parts = [
+        (count, *(f"{np.median(stages[count][name]):.2f}" for name in STAGES), f"{np.median(served.first):.2f}")
+        for count, served in found.items()
+    ]
+    said = "ms until", "the engine was asked", "it had begun", "it gave a token", "the client had it"
+    print(table(said, parts))
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     if code:
