@@ -467,9 +467,9 @@ int plain(const Operands& o, cudaStream_t st) {
 
 size_t normed_bytes(const cqil_linear_shape& s) { return align(size_t(s.rows) * s.inputs * element_bytes(s.dtype)); }
 
-// Of a gated product before it is gated.
+// Of a product before it is gated.
 size_t product_bytes(const cqil_linear_shape& s) {
-    return align(size_t(s.rows) * 2 * s.outputs * element_bytes(s.dtype));
+    return s.gated ? align(size_t(s.rows) * 2 * s.outputs * element_bytes(s.dtype)) : 0;
 }
 
 template <typename T>
