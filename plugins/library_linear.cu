@@ -57,6 +57,14 @@ struct Interface {
                   const Algorithm* algorithm, void* workspace, size_t bytes, cudaStream_t stream);
 };
 
+// The driver must run the release of CUDA that a library was made with. What says none is judged by its functions.
+bool runs_here(void* library) {
+    auto* const made_with = reinterpret_cast<size_t (*)()>(dlsym(library, "cublasLtGetCudartVersion"));
+    int driver = 0;  // 0: there is none
+    if (made_with == nullptr || cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) return true;
+    return made_with() / 1000 <= size_t(driver / 1000);
+}
+
 // The library and what went wrong: `found` without `wrong` is the interface.
 struct Library {
     Interface interface = {};
@@ -72,11 +80,18 @@ struct Library {
                 snprintf(wrong, sizeof(wrong), "CQIL_CUBLASLT: %s", dlerror());
                 return;
             }
+            if (!runs_here(library)) {
+                snprintf(wrong, sizeof(wrong), "CQIL_CUBLASLT: %s needs a newer driver", named);
+                return;
+            }
         }
         // What the process has loaded comes first: one copy is enough.
         for (const int mode : {RTLD_NOLOAD, 0})
-            for (const char* name : {"libcublasLt.so.13", "libcublasLt.so.12"})
-                if (library == nullptr) library = dlopen(name, RTLD_NOW | RTLD_LOCAL | mode);
+            for (const char* name : {"libcublasLt.so.13", "libcublasLt.so.12"}) {
+                if (library != nullptr) continue;
+                library = dlopen(name, RTLD_NOW | RTLD_LOCAL | mode);
+                if (library != nullptr && !runs_here(library)) library = nullptr;
+            }
         if (library == nullptr) return;
         found = true;
         auto find = [&](auto& function, const char* name) {

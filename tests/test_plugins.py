@@ -112,7 +112,7 @@ def test_many_rows_are_multiplied_as_cublaslt_is_documented(tmp_path):
         "tests/support/library_product.cu",
         "plugins/library_linear.cu",
     ]
-    # The stand-in also has two functions of CUDA's, and its own come first.
+    # The stand-in also has functions of CUDA's, and its own come first. Its driver runs CUDA 12.
     flags = ["-std=c++17", "-O1", "-arch=sm_90", "-shared", "-Xcompiler=-fPIC", "-Xlinker=--allow-multiple-definition"]
     done = run("nvcc", *flags, "-I", ROOT / "plugins", *sources, "-o", path)
     assert done.returncode == 0, done.stderr
@@ -121,12 +121,13 @@ def test_many_rows_are_multiplied_as_cublaslt_is_documented(tmp_path):
     assert done.returncode == 0, done.stderr
     ask = "import ctypes, sys; l = ctypes.CDLL(sys.argv[1]); l.last_error.restype = ctypes.c_char_p; "
     ask += "print(l.cqil_linear_library(-1), l.last_error().decode())"
-    for named, said in (
-        ("", "0 "),
-        ("/nowhere.so", "-1 CQIL_CUBLASLT: /nowhere.so"),
-        (ctypes.util.find_library("m"), "-1 "),
+    for named, release, said in (
+        ("", "", "0 "),
+        ("/nowhere.so", "", "-1 CQIL_CUBLASLT: /nowhere.so"),
+        (path, "13010", f"-1 CQIL_CUBLASLT: {path} needs a newer driver"),
+        (ctypes.util.find_library("m"), "", "-1 "),
     ):
-        done = run(sys.executable, "-c", ask, path, env={"CQIL_CUBLASLT": named})
+        done = run(sys.executable, "-c", ask, path, env={"CQIL_CUBLASLT": str(named), "HOST_CUBLASLT_CUDA": release})
         assert done.stdout.startswith(said), (named, done.stdout, done.stderr)
     assert "has no cublasLt" in done.stdout
 

@@ -2,6 +2,7 @@
 // documentation. It refuses what that says is wrong. And what library_linear.cu asks of CUDA, without a GPU.
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <map>
 
@@ -49,6 +50,17 @@ int cudaGetDevice(int* device) {
 }
 
 int cudaThreadExchangeStreamCaptureMode(int*) { return 0; }
+
+int cudaDriverGetVersion(int* version) {
+    *version = 12040;
+    return 0;
+}
+
+// The release of CUDA that this library was made with.
+size_t cublasLtGetCudartVersion() {
+    const char* release = std::getenv("HOST_CUBLASLT_CUDA");
+    return release == nullptr ? 12080 : std::atoi(release);
+}
 
 int cublasLtCreate(void** handle) {
     *handle = &handle_of_this_library;
