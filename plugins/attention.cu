@@ -246,8 +246,9 @@ struct Rotation {
     }
 };
 
-// The kernels that are compiled with kMore compute what LLaMA does not have: the shape's fields from `window` to `cap`, norms
-// over all heads, and layers without rotation. For LLaMA's own they would be larger and slower.
+// The kernels that are compiled with kMore compute what LLaMA does not have: the shape's fields from `window` to `cap`,
+// norms over all heads, and layers without rotation. For LLaMA's own they would be larger and slower. flash.cuh has one
+// kernel for all.
 
 // The first key that is seen by a query which sees keys before `end`.
 __device__ int first_seen(const cqil_attention_shape& s, int end) { return s.window > 0 ? max(end - s.window, 0) : 0; }

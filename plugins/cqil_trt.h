@@ -255,14 +255,14 @@ int cqil_linear(const cqil_linear_shape* shape, const void* x, const void* delta
 
 // Whether cqil_linear multiplies more than 16 rows by dense weights with cuBLASLt: 1, or 0 where our kernels do. The
 // library is the file that the environment variable CQIL_CUBLASLT names, else libcublasLt.so.13 or .12, loaded already
-// or found by the loader when it is first needed. Sums are in float32 with either. `allowed`: 0 keeps later calls in
-// this process to our kernels, 1 ends that, and a negative number changes nothing. Negative: the library named cannot
-// be used.
+// or found by the loader when it is first needed, if the driver runs its CUDA. Sums are in float32 with either.
+// `allowed`: 0 keeps later calls in this process to our kernels, 1 ends that, and a negative number changes nothing.
+// Negative: the library named cannot be used.
 int cqil_linear_library(int allowed);
 
 // The most rows for which cqil_linear should be used with packed weights on the current device; 0: it cannot be. With
-// more, cqil_unpack and cqil_linear with dense weights are faster. Negative: an error. However many rows there are, a row's result has the
-// same bits.
+// more, cqil_unpack and cqil_linear with dense weights are faster. Negative: an error. However many rows there are, a
+// row's result has the same bits.
 int cqil_packed_rows(void);
 
 // Bytes of packed weights. Half types, and a multiple of 8 inputs, only.
@@ -313,8 +313,8 @@ typedef struct {
 
 // Bytes of one layer's cache: keys, then values, each [max_batch, kv_heads, capacity, head_dim], then memory through
 // which the blocks of a head communicate. The latter must be zero before the first use. And bytes of scratch memory per
-// call. If not all elements of a head are rotated, keys (and queries in scratch) are kept in an order in which an
-// element and its partner in the rotation are head_dim / 2 apart.
+// call. If not all elements of a head are rotated, keys are kept in an order in which an element and its partner in the
+// rotation are head_dim / 2 apart.
 size_t cqil_attention_cache_bytes(const cqil_attention_shape* shape);
 size_t cqil_attention_scratch_bytes(const cqil_attention_shape* shape);
 
@@ -324,7 +324,7 @@ size_t cqil_attention_scratch_bytes(const cqil_attention_shape* shape);
 // head_dim] and [kv_heads * head_dim], and squares [batch * length, 2] has for each token the mean of the squares of
 // all queries' elements and that of all keys'. qkv [batch * length, heads + 2 * kv_heads, head_dim] -> out [batch *
 // length, heads, head_dim]. Sequence b is in slot slots[b] of the cache, in slot b if slots is NULL; no two sequences
-// share one. Several tokens of a prompt need scratch, for the queries.
+// share one. Only several tokens of a prompt need scratch, for the queries.
 //
 // In a decode step (one new token, or `drafts`) a row's result has the same bits whatever the other rows are, however
 // many, and whether its token is a draft. With `drafts`, `past` and `slots` have an entry for each row, of which the

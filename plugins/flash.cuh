@@ -44,9 +44,9 @@ struct Flash {
 constexpr int kFlashDim = 256;
 int flash_attention(const Flash& f, int dtype, bool fp8, int batch, cudaStream_t stream);
 
-// Copies rows `row` to row + kFlashRows - 1 of a matrix to shared memory: `stride` elements apart, of which `dim` count.
-// Of these, rows `begin` to end - 1 are read; the others become zeros, as do columns from dim on. Packets of 16 bytes
-// are swizzled: the eight rows of a matrix have theirs in different banks.
+// Copies rows `row` to row + kFlashRows - 1 of a matrix to shared memory. They are `stride` elements apart, and have
+// `dim` elements. Rows `begin` to end - 1 are read; the others become zeros, as do columns from dim on.
+// Packets of 16 bytes are swizzled: the eight rows of a matrix have theirs in different banks.
 template <typename T, int kDim, typename C>
 __device__ void flash_tile(unsigned to, const C* from, size_t stride, int row, int begin, int end, int dim) {
     constexpr int kPackets = kDim / 8, kStep = kFlashThreads / kPackets;

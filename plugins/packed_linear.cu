@@ -31,7 +31,7 @@ constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kColumns = 8;  // rows of x in one product
 constexpr int kTileRows = 16, kUnit = 128;
 constexpr int kTiles = 6;      // of a pass, which reads x once
-constexpr int kMostRows = 32;  // with more, it takes less time to make dense weights for a library's product
+constexpr int kMostRows = 32;  // with more, it takes less time to unpack the weights for a dense product
 
 // Bytes of a unit's codes, and of the scales and zero points of one of its groups.
 __host__ __device__ constexpr int code_bytes(int weights) { return kTileRows * kUnit / (weights == CQIL_INT4 ? 2 : 1); }

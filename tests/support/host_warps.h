@@ -1,6 +1,6 @@
-// What plugins/flash.cuh takes from linear.cuh and kv_cache.cuh, for a host: a block's threads are fibers, in an order of their own. A
-// warp's operations and barriers wait for all that take part, and copies to shared memory arrive when they are waited
-// for, not before. Written from the PTX instruction set's description of ldmatrix and mma.m16n8k16.
+// What plugins/flash.cuh takes from linear.cuh and kv_cache.cuh, for a host: a block's threads are fibers, in an order
+// of their own. A warp's operations and barriers wait for all that take part, and copies to shared memory arrive when
+// they are waited for, not before. Written from the PTX instruction set's description of ldmatrix and mma.m16n8k16.
 #pragma once
 
 #include <ucontext.h>
