@@ -368,6 +368,37 @@ def test_nothing_for_gpus_imports_pytorch():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    "gpu, lacking, said",
+    [
+        (None, None, "there is no CUDA GPU (nvidia-smi lists those that the driver sees)"),
+        ((75, 13), None, "the kernels need compute capability 8.0, this GPU has 7.5"),
+        ((80, 11), None, "the driver runs CUDA 11, and CUDA 12 is needed: install a driver of 525 or newer"),
+        ((90, 12), "bindings", "cuda-bindings is not installed: pip install 'cuda-bindings~=12.0' cuda-pathfinder"),
+        ((90, 13), "pathfinder", "cuda-pathfinder is not installed: pip install 'cuda-bindings~=13.0' cuda-pathfinder"),
+        (
+            (90, 12),
+            None,
+            "cuda-bindings 13.9.1 is newer than the driver, which runs CUDA 12: pip install 'cuda-bindings~=12.0'",
+        ),
+    ],
+)
+def test_what_a_gpu_lacks_is_said_in_one_line(gpu, lacking, said, engines, monkeypatch):
+    need("cuda-bindings", "cuda-pathfinder")
+    from cuda import bindings
+
+    from cqil_trt.backends.torch.opening import open_session
+    from cqil_trt.gpu import kernel_library
+
+    monkeypatch.setattr(kernel_library, "this_gpu", lambda: gpu and kernel_library.Gpu(*gpu))
+    monkeypatch.setattr(bindings, "__version__", "13.9.1")
+    if lacking is not None:
+        monkeypatch.setitem(sys.modules, f"cuda.{lacking}", None)
+    with pytest.raises(UserError) as refused:
+        open_session(engines(), None, "cuda", 0, 1)
+    assert str(refused.value) == f"--device cuda: {said}"
+
+
 @pytest.mark.slow
 def test_a_gpu_generates_without_pytorch(tmp_path):
     need_cuda_backend()

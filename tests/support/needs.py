@@ -10,7 +10,11 @@ import pytest
 from packaging.requirements import Requirement
 
 # Packages whose modules have other names.
-MODULES = {"cuda-bindings": "cuda.bindings", "compressed-tensors": "compressed_tensors"}
+MODULES = {
+    "cuda-bindings": "cuda.bindings",
+    "cuda-pathfinder": "cuda.pathfinder",
+    "compressed-tensors": "compressed_tensors",
+}
 
 
 def missing(requirement: str) -> str | None:
@@ -46,7 +50,7 @@ def need_cuda_backend() -> None:
         pytest.skip("no GPU")
     if torch.cuda.get_device_capability() < (8, 0):
         pytest.skip(f"needs a GPU of compute capability 8.0, {torch.cuda.get_device_name()} has less")
-    need("cuda-bindings")
+    need("cuda-bindings", "cuda-pathfinder")
     need_plugins()
 
 

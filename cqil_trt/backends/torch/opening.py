@@ -64,13 +64,17 @@ def _missing_for_cuda(engine: Engine) -> str | None:
         return "there is no CUDA GPU (nvidia-smi lists those that the driver sees)"
     if gpu.capability < 80:
         return f"the kernels need compute capability 8.0, this GPU has {gpu.capability / 10}"
+    if gpu.cuda < 12:
+        return f"the driver runs CUDA {gpu.cuda}, and CUDA 12 is needed: install a driver of 525 or newer"
     try:
         import cuda.bindings
         import cuda.pathfinder  # noqa: F401
-    except ModuleNotFoundError:
-        return "cuda-bindings is not installed: pip install cuda-bindings cuda-pathfinder"
+    except ModuleNotFoundError as error:
+        lacking = "cuda-pathfinder" if error.name == "cuda.pathfinder" else "cuda-bindings"
+        return f"{lacking} is not installed: pip install 'cuda-bindings~={gpu.cuda}.0' cuda-pathfinder"
     if int(cuda.bindings.__version__.partition(".")[0]) > gpu.cuda:
-        return f"cuda-bindings {cuda.bindings.__version__} is newer than the driver, which runs CUDA {gpu.cuda}"
+        found, fitting = cuda.bindings.__version__, f"pip install 'cuda-bindings~={gpu.cuda}.0'"
+        return f"cuda-bindings {found} is newer than the driver, which runs CUDA {gpu.cuda}: {fitting}"
     try:
         kernel_library.library_path()
     except UserError as error:
