@@ -206,6 +206,32 @@ def test_cuda_ops_go_round_a_circle(name, tmp_path, host_memory):
         assert past == length
 
 
+class Attending:
+    """The kernels of attention; `shape` is the last one that was asked for."""
+
+    def cqil_attention_scratch_bytes(self, shape):
+        return 64
+
+    def cqil_attention(self, shape, *arguments):
+        self.shape = shape
+        return 0
+
+
+def test_attention_is_told_that_a_cache_is_in_fp8(tmp_path, host_memory):
+    model = Checkpoint(make_model(tmp_path), tokenizer=False).model
+    scales = tuple((0.5 + i, 2.5 + i) for i in range(model.num_layers))
+    limits = EngineLimits(max_batch_size=BATCH, max_seq_len=CAPACITY, kv_dtype="fp8", kv_scales=scales)
+    [rank], kernels = plan(model, CqilConfig(p=1)), Attending()
+    memory = dict.fromkeys(rank.shapes, 1) | {"rotary.cos": 2, "rotary.sin": 3, "cache.3": 40}
+    ops = CudaOps(rank, limits, memory, {}, kernels, 60, BATCH)
+    for length, drafts in ((7, False), (1, False), (3, True)):
+        ops.begin(1, length, 10, 20, 30, decodes=drafts)
+        ops.attention(Matrix(70, length, 80), None, rank.layers[3])
+        shape = kernels.shape
+        assert (shape.length, shape.drafts) == (length, drafts)
+        assert (shape.cache, shape.key_scale, shape.value_scale) == (abi.cqil_cache.CQIL_CACHE_FP8, 3.5, 5.5)
+
+
 @pytest.mark.parametrize("most", [1, 8, 16, 17, 64, 100, 128, 500, 1024, 2048, 5000])
 def test_lengths_of_chunks_that_are_graphs(most):
     lengths = prompt_lengths(most)

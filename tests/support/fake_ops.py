@@ -86,10 +86,6 @@ class HostKernels:
         at(out, count)[:] = capped(at(x, count) * factor, cap)
         return 0
 
-    def cqil_gate(self, gate_up, out, rows, inner, gating, dtype, stream):
-        at(out, rows, inner)[:] = gate(at(gate_up, rows, 2 * inner), gating)
-        return 0
-
     def cqil_head_squares(
         self, qkv, out, rows, heads, kv_heads, dim, first, last, query_factor, key_factor, dtype, stream
     ):
