@@ -169,7 +169,7 @@ def load(path: Path | None = None) -> ctypes.CDLL:
 
 
 def find_linear_library(library: ctypes.CDLL) -> bool:
-    """Whether products of many rows are cuBLASLt's; it comes from PyTorch's wheels, a CUDA toolkit or CQIL_CUBLASLT.
+    """Whether products of many rows are cuBLASLt's: of NVIDIA's wheels, conda, a CUDA toolkit, or CQIL_CUBLASLT.
 
     Raises UserError when the file that CQIL_CUBLASLT names cannot be used.
     """

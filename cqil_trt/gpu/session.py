@@ -1,11 +1,12 @@
-"""Executes a rank's network on a GPU, for every GPU backend. Needs numpy, mpi4py, cuda-bindings and our kernels.
+"""Executes a rank's network on a GPU, for every GPU backend.
+
+It needs numpy, mpi4py, cuda-bindings, cuda-pathfinder and our kernels.
 
 Weights, caches and buffers are allocated when the session begins; meanwhile a thread loads the weights (`weights.py`).
 Decode steps are CUDA graphs, one for each number of sequences: the network, the choice of a token over all ranks, and
-the input of the next step. Chunks of prompts are graphs too where launching their kernels one by one would take longer
-than executing them. What a sequence needs from step to step (its last token, its length, how it is sampled) stays on
-the GPU, by slot; the rows of a step are arranged from it when they change. So a step can be enqueued before the tokens
-of the one before are known.
+the input of the next step. Chunks of prompts are graphs too, but for TensorRT's own layers. What a sequence needs from
+step to step (its last token, its length, how it is sampled) stays on the GPU, by slot; the rows of a step are arranged
+from it when they change. So a step can be enqueued before the tokens of the one before are known.
 """
 
 from __future__ import annotations
@@ -350,11 +351,15 @@ class CudaSession(Session):
     _prompt_lengths: Sequence[int] = ()
 
     def _take_prompts_as_graphs(self) -> None:
-        """For networks of our plugins: what they do depends on a chunk's length alone. Finds cuBLASLt too."""
+        """For networks of our kernels: what they enqueue depends on a chunk's length alone. Also finds cuBLASLt."""
         self._prompt_lengths = prompt_lengths(min(self.limits.prefill_chunk, self.limits.max_seq_len))
         found = agree(self._comm, partial(kernel_library.find_linear_library, self._library))
         if not found and self._plan.rank == 0:
-            print("cuBLASLt was not found, so prompts take longer (CQIL_CUBLASLT names its file)", file=sys.stderr)
+            print(
+                "no cuBLASLt that this driver runs was found, so prompts take longer: install nvidia-cublas (for "
+                "CUDA 12 nvidia-cublas-cu12), or let CQIL_CUBLASLT name its file",
+                file=sys.stderr,
+            )
 
     # Whether a pass must run just before it is captured, and not only once before others of its phase.
     _settles_shapes = False
@@ -378,7 +383,7 @@ class CudaSession(Session):
         inputs = {"tokens": fed, "prefill.past": past, "select": select, "prefill.slots": slots}
         for name, array in inputs.items():
             self._upload(name, array)
-        self._describe_chunk(fed.size, before, slot)
+        self._describe_chunk(fed.size, before)
         self._phase, self._slot = Phase.PREFILL, slot
         self._rows, self._predicted = tokens.size, select.size
         if padded is None:
@@ -386,7 +391,7 @@ class CudaSession(Session):
         else:
             self._launch_prompt(padded)
 
-    def _describe_chunk(self, count: int, past: int, slot: int) -> None:
+    def _describe_chunk(self, count: int, past: int) -> None:
         """Uploads what else the network reads about a chunk of `count` tokens, padding included."""
 
     def _launch_prompt(self, length: int) -> None:

@@ -1,4 +1,4 @@
-"""Executes a rank's TensorRT engine: tensorrt, numpy, mpi4py, cuda-bindings and our plugin library, nothing else."""
+"""Executes a rank's TensorRT engine: with tensorrt, numpy, mpi4py, cuda-bindings, cuda-pathfinder and our plugins."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class TensorRtSession(CudaSession):
             return super()._cache_parts(index)
         return self._memory[f"cache.{index}.key"], self._memory[f"cache.{index}.value"]
 
-    def _describe_chunk(self, count: int, past: int, slot: int) -> None:
+    def _describe_chunk(self, count: int, past: int) -> None:
         if self._native:
             self._upload("positions", np.minimum(past + np.arange(count), self.limits.max_seq_len - 1))
 
