@@ -43,8 +43,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # No event comes later than this, and the server has started and ended by then; otherwise something hangs.
 _PATIENCE = 120.0
 PERCENTILES = (1, 10, 25, 50, 75, 90, 95, 99, 99.9)
-# What the server's log has for each request: seconds since it came until the engine was asked, had begun, gave a token.
-STAGES = "asked_seconds", "begun_seconds", "first_token_seconds"
+# The server's log says how many seconds after a request came the engine was asked for it, had begun it, gave a token.
+STAGES = "asked", "begun", "first_token"
 
 
 def parser() -> Parser:
@@ -106,12 +106,12 @@ class Log:
                 sys.stderr.write(line)
 
     def stages(self, requests: int) -> dict[str, list[float]]:
-        """Milliseconds of STAGES of so many requests, the next ones."""
+        """Milliseconds until each of STAGES, for so many requests, the next ones."""
         try:
             lines = [self._lines.get(timeout=_PATIENCE) for _ in range(requests)]
         except queue.Empty:
             raise UserError("the server has not logged all requests") from None
-        return {name: [line[name] * 1e3 for line in lines] for name in STAGES}
+        return {name: [line[f"{name}_seconds"] * 1e3 for line in lines] for name in STAGES}
 
 
 def start(options: argparse.Namespace, ranks: int, pid_file: Path) -> tuple[subprocess.Popen[str], int, Log]:
