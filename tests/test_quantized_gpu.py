@@ -17,6 +17,8 @@ import cqil_trt
 from cqil_trt import reference
 from cqil_trt.checkpoint import Checkpoint
 
+pytestmark = pytest.mark.slow
+
 # Two ranks cut the groups of down's columns at 352, so they are packed in smaller ones. Three ranks have numbers of
 # columns that are no multiples of 8, which are dequantized.
 SIZES = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8, "head_dim": 32}
@@ -65,13 +67,12 @@ def verdict_of(request, tmp_path_factory):
     return get
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(CASES)), ids=map(identifier, CASES))
 def test_engines_run_and_validate(number, verdict_of):
     assert_valid(verdict_of(number))
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_bfloat16_with_an_fp8_cache_errs_no_more_than_transformers(device, tmp_path):
     """Codes that flip make random models err by more than --validate allows, in transformers too (0.15 to 0.17)."""
     if device == "cuda":
