@@ -15,6 +15,7 @@ import pycparser
 import pytest
 import torch
 from support import ROOT, SEED
+from support.needs import need
 from support.processes import run
 
 import cqil_trt
@@ -26,6 +27,7 @@ needs_cc = pytest.mark.skipif(shutil.which("cc") is None, reason="cc is not on t
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH")
 HEADERS = ROOT / "third_party" / "tensorrt_headers"
 HEADER = ROOT / "plugins" / "cqil_trt.h"
+HOST_CUBLASLT = "tests/support/host_cublaslt.cpp"
 UNOPTIMIZED = "-Xcicc -O0 -Xptxas -O0"  # where only symbols and warnings matter
 
 
@@ -103,19 +105,22 @@ assert library.cqil_linear_library(-1) == 0 and library.cqil_linear_library(1) =
 """
 
 
-@needs_nvcc
-def test_many_rows_are_multiplied_as_cublaslt_is_documented(tmp_path):
-    """By a stand-in of cuBLASLt on the host, which refuses wrong descriptions; and without one, or one that is not."""
-    path = tmp_path / "product.so"
-    sources = [
-        "tests/support/host_cublaslt.cpp",
-        "tests/support/library_product.cu",
-        "plugins/library_linear.cu",
-    ]
-    # The stand-in also has functions of CUDA's, and its own come first. Its driver runs CUDA 12.
+@pytest.fixture(scope="module")
+def host_product(tmp_path_factory):
+    """plugins/library_linear.cu with a stand-in of cuBLASLt on the host, which refuses wrong descriptions."""
+    path = tmp_path_factory.mktemp("product") / "product.so"
+    sources = [HOST_CUBLASLT, "tests/support/library_product.cu", "plugins/library_linear.cu"]
+    # The stand-in also has functions of CUDA's, and its own come first. Its driver runs CUDA 13.
     flags = ["-std=c++17", "-O1", "-arch=sm_90", "-shared", "-Xcompiler=-fPIC", "-Xlinker=--allow-multiple-definition"]
     done = run("nvcc", *flags, "-I", ROOT / "plugins", *sources, "-o", path)
     assert done.returncode == 0, done.stderr
+    return path
+
+
+@needs_nvcc
+def test_many_rows_are_multiplied_as_cublaslt_is_documented(host_product):
+    """And they are not without one, by one that is not cuBLASLt, or by one of a newer CUDA than the driver's."""
+    path = host_product
     call = [sys.executable, "-c", LIBRARY_PRODUCT, path, SEED]
     done = run(*call, env={"CQIL_CUBLASLT": str(path)})
     assert done.returncode == 0, done.stderr
@@ -124,12 +129,24 @@ def test_many_rows_are_multiplied_as_cublaslt_is_documented(tmp_path):
     for named, release, said in (
         ("", "", "0 "),
         ("/nowhere.so", "", "-1 CQIL_CUBLASLT: /nowhere.so"),
-        (path, "13010", f"-1 CQIL_CUBLASLT: {path} needs a newer driver"),
+        (path, "14010", f"-1 CQIL_CUBLASLT: {path} needs a newer driver"),
         (ctypes.util.find_library("m"), "", "-1 "),
     ):
         done = run(sys.executable, "-c", ask, path, env={"CQIL_CUBLASLT": str(named), "HOST_CUBLASLT_CUDA": release})
         assert done.stdout.startswith(said), (named, done.stdout, done.stderr)
     assert "has no cublasLt" in done.stdout
+
+
+@needs_nvcc
+def test_cublaslt_is_found_in_a_toolkit_that_the_loader_does_not_know(host_product, tmp_path):
+    need("cuda-pathfinder")
+    (tmp_path / "lib64").mkdir()
+    flags = ["-std=c++17", "-shared", "-fPIC", "-Wl,-soname,libcublasLt.so.13", "-o", "lib64/libcublasLt.so.13"]
+    subprocess.run(["g++", *flags, ROOT / HOST_CUBLASLT], cwd=tmp_path, check=True)
+    ask = "import ctypes, sys; from cqil_trt.gpu.kernel_library import find_linear_library; "
+    ask += "print(find_linear_library(ctypes.CDLL(sys.argv[1])))"
+    done = run(sys.executable, "-c", ask, host_product, env={"CUDA_PATH": str(tmp_path), "CQIL_CUBLASLT": ""})
+    assert done.stdout == "True\n", done.stderr
 
 
 @pytest.fixture(scope="module")

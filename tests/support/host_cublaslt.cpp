@@ -52,7 +52,7 @@ int cudaGetDevice(int* device) {
 int cudaThreadExchangeStreamCaptureMode(int*) { return 0; }
 
 int cudaDriverGetVersion(int* version) {
-    *version = 12040;
+    *version = 13000;
     return 0;
 }
 
