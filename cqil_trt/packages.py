@@ -13,6 +13,7 @@ _EXTRAS: dict[str, str | None] = {
     **dict.fromkeys(("datasets", "lm_eval", "matplotlib", "nltk"), "quality"),
     **dict.fromkeys(("uvicorn", "starlette", "pydantic", "prometheus_client", "llguidance"), "serve"),
     **dict.fromkeys(("ray", "aiohttp"), "ray"),
+    "cuda": "cuda",
 }
 
 

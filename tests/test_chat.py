@@ -4,6 +4,7 @@ import json
 
 import pytest
 from support.made_tokenizers import byte_level_json, save_json
+from support.needs import need
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
@@ -83,6 +84,8 @@ def expected(directory, conversation):
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 def test_templates_render_as_in_transformers(template, conversation, tmp_path):
+    if conversation == "whole":
+        need("transformers>=5.21")  # which leaves out fields that are null, and fills in other names for the reasoning
     save(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(TEMPLATES[template])
     found = Tokenizer(tmp_path).chat(CONVERSATIONS[conversation])

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
 
 def merged(pages: Mapping[str, str]) -> bytes:
@@ -26,7 +27,7 @@ def merged(pages: Mapping[str, str]) -> bytes:
     return generate_latest(registry)
 
 
-class _Collected:
+class _Collected(Collector):
     def __init__(self, families: Mapping[str, Metric]):
         self._families = families
 

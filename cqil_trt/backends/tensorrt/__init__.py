@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 class TensorRtBackend(Backend):
     name = "tensorrt"
-    packages = {"tensorrt": "tensorrt", "cuda": "tensorrt", "tensorrt_rtx": "rtx"}
+    packages = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
     formats = formats.names()
     # With our plugins; TensorRT's own attention layers have no caps (`compiler.describe`).
     features = frozenset(Feature)

@@ -30,7 +30,7 @@ class TensorRtLlmBackend(Backend):
     name = "tensorrt-llm"
     head_formats = (formats.DENSE,)
     formats = (formats.DENSE, "int4")
-    packages = {"tensorrt_llm": "tensorrt-llm", "tensorrt": "tensorrt-llm", "cuda": "tensorrt-llm"}
+    packages = {"tensorrt_llm": "tensorrt-llm", "tensorrt": "tensorrt-llm"}
     options = (
         Option(name="collective", help="what joins ranks (default plugin where possible)", choices=COLLECTIVES),
         Option(

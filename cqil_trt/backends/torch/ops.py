@@ -83,7 +83,7 @@ class TorchOps(Ops[torch.Tensor]):
         self._slots: Sequence[int] | None = None
         self._limits = limits
         self._fp8_values = Fp8Values(dtype) if limits.kv_dtype == KV_FP8 else None
-        cached = getattr(torch, limits.cache_dtype)
+        cached = torch.uint8 if self._fp8_values else dtype
         # Zeros, not uninitialised memory: a masked position has weight 0, and 0 * NaN is NaN.
         try:
             self._cache = {
