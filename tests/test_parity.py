@@ -8,6 +8,7 @@ import torch
 from support import SEED, write_json
 from support.cases import ARCHITECTURES, FAMILIES, SHAPES, identifier, ranks_of, relative
 from support.checkpoints import load_model, make_adapter, make_model
+from support.draws import assert_same_draws
 from support.formulas import Formulas
 from support.needs import missing, need, need_cuda_backend
 from support.processes import mpirun
@@ -166,15 +167,20 @@ def test_engine_equals_reference(number, models, results):
     elif shape.get("placement") != "tensor":
         reference = CqilModel(network, **{k: v for k, v in shape.items() if k != "placement"})
     for i, prompt in enumerate(prompts[number]):
-        with torch.inference_mode():
-            # One full forward pass over prompt and continuation judges prefill and every cached decode step.
-            tokens = found["tokens"][i].tolist()
-            ids = torch.tensor([prompt + tokens[:-1]])
-            logits = formulas.logits(ids, **config["cqil"]) if dropped else reference(ids, use_cache=False).logits
-            full = logits[0].numpy()
+
+        def logits_of(ids):
+            with torch.inference_mode():
+                ids = torch.tensor([ids])
+                logits = formulas.logits(ids, **config["cqil"]) if dropped else reference(ids, use_cache=False).logits
+                return logits[0].numpy()
+
+        # One full forward pass over prompt and continuation judges prefill and every cached decode step.
+        tokens = found["tokens"][i].tolist()
+        full = logits_of(prompt + tokens[:-1])
         assert relative(found[f"score{i}"], full[: len(prompt)]) < 1e-5
         assert relative(found["logits"][i], full[len(prompt) - 1 :]) < 1e-5
         assert tokens == full[len(prompt) - 1 :].argmax(-1).tolist()
         # What a prompt gives does not depend on the batch it is in.
         assert found[f"alone{i}"].tolist() == tokens
-        assert found[f"sampled{i}"].tolist() == found[f"sampled_alone{i}"].tolist()
+        drawn = (found[f"{name}{i}"].tolist() for name in ("sampled", "sampled_alone"))
+        assert_same_draws(*drawn, lambda drawn, prompt=prompt, of=logits_of: of(prompt + drawn)[-1])

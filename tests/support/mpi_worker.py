@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from batches import Batch, score
+from draws import SAMPLED
 
 from cqil_trt.job import Job, command
 from cqil_trt.llm import Llm
@@ -39,7 +40,7 @@ with command(job):
         for i, prompt in enumerate(prompts):
             alone = llm.generate([prompt], steps + 1, ignore_eos=True)[0].tokens
             result[f"alone{i}"] = np.array(alone)
-        sampled = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "seed": 5, "ignore_eos": True}
+        sampled = {**SAMPLED, "ignore_eos": True}
         drawn = llm.generate(prompts, steps, **sampled)
         for i, prompt in enumerate(prompts):
             result[f"sampled{i}"] = np.array(drawn[i].tokens)
