@@ -1,4 +1,4 @@
-"""Tokens that are drawn twice with the same random numbers: alone, and in a batch, where float32 may round otherwise."""
+"""Tokens that are drawn twice with the same random numbers: alone, and in a batch, where float32 rounds otherwise."""
 
 from __future__ import annotations
 
