@@ -142,12 +142,12 @@ def test_it_computes_what_the_reference_does(number, models, engines, results):
     if shape.get("placement") != "tensor":
         choice = {key: value for key, value in shape.items() if key not in ("placement", "dtype")}
         network = CqilModel(network, **choice)
+
+    def logits_of(tokens):
+        with torch.inference_mode():
+            return network(torch.tensor([tokens]), use_cache=False).logits[0].numpy()
+
     for i, prompt in enumerate(prompts[number]):
-
-        def logits_of(ids):
-            with torch.inference_mode():
-                return network(torch.tensor([ids]), use_cache=False).logits[0].numpy()
-
         tokens = found["tokens"][i].tolist()
         full = logits_of(prompt + tokens[:-1])
         assert relative(found[f"score{i}"], full[: len(prompt)]) < allowed
@@ -156,7 +156,7 @@ def test_it_computes_what_the_reference_does(number, models, engines, results):
             assert tokens == full[len(prompt) - 1 :].argmax(-1).tolist()
             assert found[f"alone{i}"].tolist() == tokens
             drawn = (found[f"{name}{i}"].tolist() for name in ("sampled", "sampled_alone"))
-            assert_same_draws(*drawn, lambda drawn, prompt=prompt, of=logits_of: of(prompt + drawn)[-1])
+            assert_same_draws(*drawn, prompt, logits_of)
 
 
 @pytest.mark.slow

@@ -166,14 +166,14 @@ def test_engine_equals_reference(number, models, results):
         formulas = Formulas(network.config, network.state_dict())
     elif shape.get("placement") != "tensor":
         reference = CqilModel(network, **{k: v for k, v in shape.items() if k != "placement"})
+
+    def logits_of(tokens):
+        with torch.inference_mode():
+            ids = torch.tensor([tokens])
+            logits = formulas.logits(ids, **config["cqil"]) if dropped else reference(ids, use_cache=False).logits
+            return logits[0].numpy()
+
     for i, prompt in enumerate(prompts[number]):
-
-        def logits_of(ids):
-            with torch.inference_mode():
-                ids = torch.tensor([ids])
-                logits = formulas.logits(ids, **config["cqil"]) if dropped else reference(ids, use_cache=False).logits
-                return logits[0].numpy()
-
         # One full forward pass over prompt and continuation judges prefill and every cached decode step.
         tokens = found["tokens"][i].tolist()
         full = logits_of(prompt + tokens[:-1])
@@ -183,4 +183,4 @@ def test_engine_equals_reference(number, models, results):
         # What a prompt gives does not depend on the batch it is in.
         assert found[f"alone{i}"].tolist() == tokens
         drawn = (found[f"{name}{i}"].tolist() for name in ("sampled", "sampled_alone"))
-        assert_same_draws(*drawn, lambda drawn, prompt=prompt, of=logits_of: of(prompt + drawn)[-1])
+        assert_same_draws(*drawn, prompt, logits_of)

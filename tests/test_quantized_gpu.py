@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 from support import SEED
-from support.cases import ARCHITECTURES, FAMILIES, identifier
+from support.cases import ARCHITECTURES, FAMILIES, QUANTIZED_SIZES, identifier
 from support.checkpoints import make_model
 from support.needs import need_cuda_backend
 from support.validation import assert_valid, validate
@@ -18,11 +18,6 @@ from cqil_trt import reference
 from cqil_trt.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.slow
-
-# Two ranks cut the groups of down's columns at 352, so they are packed in smaller ones. Three ranks have numbers of
-# columns that are no multiples of 8, which are dequantized.
-SIZES = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8, "head_dim": 32}
-
 
 # The model, and how its engine is built.
 CASES = [
@@ -56,7 +51,7 @@ def verdict_of(request, tmp_path_factory):
             model, engine = root / name, root / f"engine{i}"
             if not model.exists():
                 architecture, changes = {**ARCHITECTURES, **FAMILIES}[name]
-                make_model(model, architecture, seed=SEED, **{**changes, **SIZES})
+                make_model(model, architecture, seed=SEED, **{**changes, **QUANTIZED_SIZES})
             shape = {} if p == 1 else {"start": 1, "end": 1 + 4 // p * p}
             cqil_trt.build(model=model, output=engine, max_seq_len=128, max_batch_size=4, **shape, **options)
             paths = {"engine": str(engine), "out": str(root / f"verdict{i}")}
@@ -78,7 +73,7 @@ def test_bfloat16_with_an_fp8_cache_errs_no_more_than_transformers(device, tmp_p
     if device == "cuda":
         need_cuda_backend()
     architecture, changes = ARCHITECTURES["llama-gqa"]
-    model = make_model(tmp_path / "model", architecture, seed=SEED, **{**changes, **SIZES})
+    model = make_model(tmp_path / "model", architecture, seed=SEED, **{**changes, **QUANTIZED_SIZES})
     options = {"dtype": "bfloat16", "kv_dtype": "fp8", "p": 2, "start": 1, "end": 5, "prefill_chunk": 16}
     engine = cqil_trt.build(model=model, output=tmp_path / "engine", max_seq_len=128, max_batch_size=4, **options)
     case = {"device": device, "prompts": PROMPTS, "engine": str(engine.path), "out": str(tmp_path / "verdict")}

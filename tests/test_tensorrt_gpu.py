@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from support import SEED, write_json
-from support.cases import ARCHITECTURES, FAMILIES, identifier, ranks_of
+from support.cases import ARCHITECTURES, FAMILIES, QUANTIZED_SIZES, identifier, ranks_of
 from support.chat_models import make_chat_model
 from support.checkpoints import make_model
 from support.processes import build, mpirun, run
@@ -69,8 +69,7 @@ CASES += [
     ("granite", {**SHAPES[1], "dtype": "float16"}),
     ("phi3-partial", {**SHAPES[0], "dtype": "float16"}),
 ]
-# Quantized weights, and caches in FP8. Two ranks cut the groups of down's columns, so they are packed in smaller ones.
-QUANTIZED = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8, "head_dim": 32}
+# Quantized weights, and caches in FP8.
 CASES += [
     ("llama-gqa", {**SHAPES[0], "dtype": "float16", "quantize": "fp8"}),
     ("llama-gqa", {**SHAPES[0], "dtype": "float16", "quantize": "int8", "quantize_head": "int8"}),
@@ -93,7 +92,7 @@ def verdict_of(request, tmp_path_factory):
         for i in (i for i in chosen if not out.exists() and ranks_of(CASES[i][1]) == ranks):
             name, shape = CASES[i]
             architecture, changes = {**ARCHITECTURES, **FAMILIES}[name]
-            sizes = QUANTIZED if "quantize" in shape or "kv_dtype" in shape else {}
+            sizes = QUANTIZED_SIZES if "quantize" in shape or "kv_dtype" in shape else {}
             model = make_model(root / f"model{i}", architecture, seed=SEED, **{**changes, **sizes})
             limits = {"max_batch_size": 2, "max_seq_len": 96, "prefill_chunk": 16, "probes": "always"}
             cqil_trt.build(model=model, output=root / f"torch{i}", **limits, **shape)

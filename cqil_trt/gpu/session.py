@@ -356,8 +356,8 @@ class CudaSession(Session):
         found = agree(self._comm, partial(kernel_library.find_linear_library, self._library))
         if not found and self._plan.rank == 0:
             print(
-                "no cuBLASLt that this driver runs was found, so prompts take longer: install nvidia-cublas (for "
-                "CUDA 12 nvidia-cublas-cu12), or let CQIL_CUBLASLT name its file",
+                "no cuBLASLt for this driver was found, so prompts take longer: install nvidia-cublas (for CUDA 12 "
+                "nvidia-cublas-cu12), or let CQIL_CUBLASLT name its file",
                 file=sys.stderr,
             )
 

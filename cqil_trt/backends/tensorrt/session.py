@@ -71,8 +71,6 @@ class TensorRtSession(CudaSession):
         self._native = "positions" in self._names
         if self._native:
             self._passes_of_step = -(-engine.limits.max_batch_size // 2)
-        else:
-            self._take_prompts_as_graphs()
         self._passes: deque[int] = deque()  # of each step whose outcome was not collected
         self._held: Step | None = None  # a step that begins when its masks come
         # The plugins take the room for a dense copy of a packed matrix from TensorRT's scratch memory.
@@ -80,6 +78,8 @@ class TensorRtSession(CudaSession):
             engine, self._plan.rank, device, self._library, packs=not self._native, unpacks=False
         )
         with weights.closed_on_failure():
+            if not self._native:
+                self._take_prompts_as_graphs()
             self._load(engine, weights)
             self._contexts = agree(comm, partial(self._make_contexts, trt))
             self._join_nccl(engine)
