@@ -57,12 +57,13 @@ def computed(checkpoint, shape, tokens, stored="dense"):
     ranks = plan(checkpoint.model, CqilConfig(**shape), weights=stored)
     longest = max(map(len, tokens))
     limits = EngineLimits(max_batch_size=2, max_seq_len=longest)
+    stores = [stored_weights(rank, checkpoint.reader) for rank in ranks]  # readers are for one thread at a time
 
     def work(comm, number):
         rank, communicators = ranks[number], {Peers.ALL: LocalCommunicator()}
         if len(ranks) > 1:
             communicators = {kind: HostCommunicator(part) for kind, part in split(comm, rank.peers).items()}
-        weights = stored_weights(rank, checkpoint.reader)
+        weights = stores[number]
         products = take_quantized(rank, weights, torch.float32)
         ops = TorchOps(rank, weights, communicators, limits, checkpoint.rotary, products=products)
         found = [[], []]

@@ -15,7 +15,7 @@ Range = tuple[int, int] | None
 
 
 class WeightReader(ABC):
-    """Tensors by name, read on demand. `source` names the files in messages."""
+    """Tensors by name, read on demand, by one thread at a time. `source` names the files in messages."""
 
     source: str
     # What the user should know about how the weights were stored.

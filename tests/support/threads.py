@@ -76,4 +76,9 @@ def together(ranks, work):
             raise
 
     with ThreadPoolExecutor(ranks) as pool:
-        return [future.result() for future in [pool.submit(run, rank) for rank in range(ranks)]]
+        futures = [pool.submit(run, rank) for rank in range(ranks)]
+    errors = [error for error in (future.exception() for future in futures) if error]
+    if errors:
+        # A rank whose peer has failed finds a broken barrier: the peer's own error says what happened.
+        raise min(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError))
+    return [future.result() for future in futures]
