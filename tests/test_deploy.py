@@ -183,35 +183,105 @@ def test_a_replica_has_all_its_ranks_on_one_host(engine):
     assert (scaled.min_replicas, scaled.max_replicas, scaled.target_ongoing_requests) == (2, 9, 8)
 
 
-def test_a_request_that_no_replica_takes_does_not_wait_for_ever():
+# Which replica takes a request
+
+
+def router(most=3, max_waiting=2, slack=1, **loads):
+    """A router that knows these replicas, with as many requests from other gateways."""
+    need("starlette")
+    from cqil_trt.deploy.routing import Router, State
+
+    made = Router(most, max_waiting, slack)
+    made.update(State(name, f"http://{name}", "key", "ready", others) for name, others in loads.items())
+    return made
+
+
+def taken(replicas, *requests, avoid=(), seconds=1.0):
+    async def scenario():
+        return [(await replicas.take(digests, avoid, seconds)).state.name for digests in requests]
+
+    return asyncio.run(scenario())
+
+
+def test_the_preferred_replica_takes_a_request_unless_it_has_much_more_to_do():
+    replicas = router(a=0, b=0, most=9)
+    [first] = taken(replicas, [b"1", b"2"])
+    assert taken(replicas, [b"1", b"2", b"3"]) == [first]  # one more than the other, as much as may be
+    [other] = {"a", "b"} - {first}
+    assert taken(replicas, [b"1"]) == [other]
+    assert taken(replicas, [b"1"], avoid=[other]) == [first]
+    assert taken(router(a=2), [b"1"], avoid=["a"]) == ["a"]  # there is no other
+
+
+def test_what_other_gateways_have_there_counts():
+    assert taken(router(a=3, b=2), ()) == ["b"]
+    assert set(taken(router(a=1, b=0, c=2), (), (), ())) >= {"a", "b"}
+
+
+def test_requests_wait_in_turn_and_not_for_ever():
+    need("starlette")
+    from cqil_trt.deploy.routing import State
+    from cqil_trt.serving.refusals import Refused
+
+    async def scenario():
+        replicas, order = router(a=0, most=1), []
+
+        async def ask(name, seconds=5.0):
+            replica = await replicas.take((), (), seconds)
+            order.append(name)
+            return replica
+
+        first = await ask("first")
+        second, third = asyncio.create_task(ask("second")), asyncio.create_task(ask("third"))
+        await asyncio.sleep(0)
+        assert replicas.waiting == 2
+        with pytest.raises(Refused, match="too many requests are waiting") as refused:
+            await ask("fourth")
+        assert refused.value.status == 429
+        replicas.release(first)
+        replicas.release(await second)
+        replicas.release(await third)
+        assert order == ["first", "second", "third"] and replicas.waiting == 0
+
+        # A server that has not answered gets nothing until it says how it is.
+        replicas.release(await ask("fifth"), reachable=False)
+        with pytest.raises(Refused, match=r"no replica was free within 0\.05 s") as refused:
+            await ask("sixth", 0.05)
+        assert refused.value.status == 503 and refused.value.retry and replicas.waiting == 0
+        waiting = asyncio.create_task(ask("seventh"))
+        await asyncio.sleep(0)
+        replicas.update([State("a", "http://a", "key", "loading")])
+        assert not waiting.done() and replicas.waiting == 1
+        replicas.update([State("a", "http://a", "key", "ready")])
+        held = await waiting
+
+        # A client that goes away just when its turn comes leaves no request behind.
+        gone = asyncio.create_task(ask("eighth"))
+        await asyncio.sleep(0)
+        replicas.release(held)
+        gone.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await gone
+        assert held.own == 0 and replicas.waiting == 0
+
+    asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
+def test_as_many_replicas_as_the_requests_need():
     need("ray")
-    from cqil_trt.deploy.ray_serve import Call, Gateway
+    from cqil_trt.deploy.ray_serve import by_requests
 
-    class Nobody:
-        """A handle of a deployment without replicas: what is sent to it stays in its queue."""
-
-        cancelled = 0
-
-        def options(self, **options):
-            return self
-
-        def remote(self, call):
-            return self
-
-        async def __anext__(self):
-            await asyncio.Event().wait()
-
-        def cancel(self):
-            self.cancelled += 1
-
-    handle = Nobody()
-    gateway = Gateway(handle, 1000, 0.1)
-    answer = asyncio.run(asyncio.wait_for(gateway._answer(Call("POST", "/v1/completions", (), b"{}")), 5))
-    assert answer.status_code == 503 and "retry-after" in answer.headers and handle.cancelled == 1
-    assert "no replica was free within 0.1 s" in json.loads(answer.body)["error"]["message"]
+    context = SimpleNamespace(
+        aggregated_metrics={"requests": {"a": 9.0, "b": 7.5}},
+        config=SimpleNamespace(get_target_ongoing_requests=lambda: 4),
+        target_num_replicas=2,
+    )
+    assert by_requests(context)[0] == pytest.approx(16.5 / 4)
+    context.aggregated_metrics = {}
+    assert by_requests(context)[0] == 2  # nobody has said anything
 
 
-# A server behind a Unix socket
+# A server of one replica
 
 
 def of_engine(path):
@@ -226,19 +296,25 @@ def gone(path, seconds):
 
 
 @pytest.mark.slow
-def test_a_server_answers_drains_and_leaves_nothing(engine):
+def test_a_server_answers_its_gateway_drains_and_leaves_nothing(engine):
+    import aiohttp
+
     from cqil_trt.deploy.server import EngineServer
 
     async def scenario():
         server = EngineServer(2, ["--engine", str(engine), "--device", "cpu"], {"OMP_NUM_THREADS": "1"}, "mpirun")
         await server.start(60)
-        [place] = server._directory.glob("socket")
-        assert place.stat().st_mode & 0o777 == 0o600
-        asked = {"prompt": "hello", "max_tokens": 400, "ignore_eos": True}
-        async with server.session.post("http://x/v1/completions", json={**asked, "stream": True}) as answer:
-            await answer.content.readline()
-            stopping = asyncio.create_task(server.stop(30))
-            rest = await answer.read()
+        asked = {"prompt": "hello", "max_tokens": 400, "ignore_eos": True, "stream": True}
+        async with aiohttp.ClientSession(server.url) as session:
+            for headers in ({}, {"X-CQIL-Gateway": "wrong"}):
+                for path in ("/health", "/v1/models"):
+                    async with session.get(path, headers=headers) as answer:
+                        assert answer.status == 403 and "gateway" in (await answer.json())["error"]["message"]
+            headers = {"X-CQIL-Gateway": server.key}
+            async with session.post("/v1/completions", json=asked, headers=headers) as answer:
+                await answer.content.readline()
+                stopping = asyncio.create_task(server.stop(30))
+                rest = await answer.read()
         assert rest.rstrip().endswith(b"data: [DONE]")
         await stopping
         assert server.failure is None and not server._directory.exists()

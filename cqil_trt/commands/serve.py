@@ -73,6 +73,7 @@ def parser() -> RankParser:
     p.add_argument("--drain-seconds", type=float, default=30.0, metavar="S", help="for running requests after SIGTERM")
     p.add_argument("--step-timeout", type=float, default=4.0, metavar="S", help="a longer step means that it hangs")
     p.add_argument("--pid-file", metavar="F", type=Path, help="where to write the process that takes signals, rank 0's")
+    p.add_argument("--address-file", metavar="F", type=Path, help="where to write the address that it listens on")
     p.add_argument("--log-text", action="store_true", help="also log the bodies of requests, with their prompts")
     p.add_argument("--no-log", action="store_true", help="do not log requests")
     return p
@@ -99,12 +100,11 @@ def run(options: argparse.Namespace, job: Job) -> None:
     job.agree(lambda: _check_engine(engine, options, job))
     setup = job.agree(lambda: _setup(options, path) if job.rank == 0 else None)
     sockets = job.agree(lambda: _listen(options) if job.rank == 0 else None)
-    if options.pid_file is not None:
-        job.agree(lambda: _write_process(options.pid_file) if job.rank == 0 else None)
     try:
+        job.agree(lambda: _write_files(options, sockets) if sockets is not None else None)
         _serve(options, job, engine, path, setup, sockets)
     finally:
-        for file in (options.pid_file, options.unix_socket):
+        for file in (options.pid_file, options.address_file, options.unix_socket):
             if file is not None and job.rank == 0:
                 file.unlink(missing_ok=True)
 
@@ -255,6 +255,7 @@ def _setup(options: argparse.Namespace, path: Path) -> Any:
         engine=str(path),
         model_names=tuple(options.model_name or [path.resolve().name]),
         keys=_keys(options.api_key_file),
+        gateway_key=os.environ.get("CQIL_GATEWAY_KEY") or None,
         certificate=None if options.tls_certificate is None else str(options.tls_certificate),
         key=None if options.tls_key is None else str(options.tls_key),
         max_waiting=options.max_waiting,
@@ -269,11 +270,25 @@ def _setup(options: argparse.Namespace, path: Path) -> Any:
     )
 
 
-def _write_process(path: Path) -> None:
-    try:
-        path.write_text(f"{os.getpid()}\n")
-    except OSError as error:
-        raise UserError(f"--pid-file {path}: cannot be written ({error.strerror})") from None
+def _write_files(options: argparse.Namespace, sockets: _Sockets) -> None:
+    """What other programs need to know: the process and the address."""
+    name = sockets.listener.getsockname()
+    if isinstance(name, str):
+        address = name
+    else:
+        address = f"[{name[0]}]:{name[1]}" if ":" in name[0] else f"{name[0]}:{name[1]}"
+    for flag, path, text in (
+        ("--pid-file", options.pid_file, str(os.getpid())),
+        ("--address-file", options.address_file, address),
+    ):
+        if path is None:
+            continue
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            beside.write_text(f"{text}\n")
+            beside.replace(path)  # nobody reads half of it
+        except OSError as error:
+            raise UserError(f"{flag} {path}: cannot be written ({error.strerror})") from None
 
 
 def _keys(path: Path | None) -> tuple[str, ...]:

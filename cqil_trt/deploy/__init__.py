@@ -1,7 +1,8 @@
 """Several replicas of the server, on a cluster.
 
-server.py      one server, `mpirun … serve.py`, behind a Unix socket: start, readiness, end
-ray_serve.py   the Ray Serve application: replicas and the gateway in front of them
+ray_serve.py   the Ray Serve application, its arguments, and its replicas
+server.py      the server of a replica, `mpirun … serve.py`: start, readiness, end
+gateway.py     what clients talk to: passes requests on to servers, and answers back
 routing.py     which replica a request goes to
 exposition.py  the metrics of all replicas as one page
 """

@@ -1,51 +1,40 @@
 """The Ray Serve application: `serve run cqil_trt.deploy.ray_serve:application engine=DIR replicas=2`.
 
-A client's request goes from Ray's proxy to a `Gateway`, from there to the `Replica` that the router chose, and over a
-Unix socket to its server. Every replica is an actor with the resources of all its ranks in one bundle, so on one host.
+Every `Replica` is an actor that starts a server with the resources of all its ranks in one bundle, so on one host. A
+client's request goes from Ray's proxy to a `Gateway` (gateway.py), and from there to the server of the replica that the
+router chose.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import os
 import shlex
 import socket
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import aiohttp
 import ray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray import serve
-from ray.exceptions import RayError
-from ray.serve.config import RequestRouterConfig
-from ray.serve.exceptions import BackPressureError, RayServeException
-from ray.serve.handle import DeploymentHandle
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from ray.serve.config import AutoscalingContext
 
-from cqil_trt.deploy.exposition import merged
-from cqil_trt.deploy.routing import beginnings
+from cqil_trt.deploy.gateway import Gateway
+from cqil_trt.deploy.routing import State
 from cqil_trt.deploy.server import EngineServer, launcher
 from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
-from cqil_trt.serving.metrics import CONTENT_TYPE
-from cqil_trt.serving.refusals import Refused, error_body, error_response
-from cqil_trt.serving.streams import event
 
-# A request that no replica has begun to answer is sent to another one: how often, and after how long.
-_PAUSES = (0.0, 0.2, 1.0, 2.0, 4.0)
-# How long replicas may take to say how they are.
-_STATUS_SECONDS = 5.0
 # How often Ray asks a replica whether its server works.
 _HEALTH_SECONDS = 1.0
 # How long the load must be too high for another replica, or low enough for one less.
 _SCALE_UP_SECONDS, _SCALE_DOWN_SECONDS = 10.0, 300.0
-# Headers of one connection (RFC 9110, section 7.6.1), and those that the next hop writes itself.
-_HOP = {"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "host", "content-length"}
+# How long what a gateway has said counts.
+_GATEWAY_SECONDS = 5.0
+# The metric by which replicas are added and removed.
+_REQUESTS = "requests"
 
 
 class Options(BaseModel):
@@ -75,29 +64,12 @@ class Options(BaseModel):
 
 
 @dataclass(frozen=True)
-class Call:
-    """A client's request. `avoid`: the replicas that have failed it."""
+class _Load:
+    """What a gateway said at `time`: its requests here, and this replica's share of those that wait there."""
 
-    method: str
-    path: str
-    headers: tuple[tuple[str, str], ...]
-    body: bytes
-    beginnings: tuple[bytes, ...] = ()
-    avoid: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Head:
-    """How an answer begins.
-
-    `events`: it is a stream of events. `failed`: the replica, not the request, is why it is an error.
-    """
-
-    status: int
-    headers: tuple[tuple[str, str], ...]
-    replica: str
-    events: bool = False
-    failed: bool = False
+    time: float
+    running: int
+    waiting: float
 
 
 class Replica:
@@ -121,7 +93,10 @@ class Replica:
             flags += ["--api-key-file", str(options.api_key_file)]
         # Ray sets it to the CPUs of the whole replica.
         environment = {"OMP_NUM_THREADS": str(max(1, int(options.cpus_per_rank)))}
-        self._server = EngineServer(ranks, [*flags, *shlex.split(options.flags)], environment, options.mpirun)
+        flags += shlex.split(options.flags)
+        host = ray.util.get_node_ip_address()
+        self._loads: dict[str, _Load] = {}
+        self._server = EngineServer(ranks, flags, environment, options.mpirun, host)
         await self._server.start(options.start_timeout)
 
     async def check_health(self) -> None:
@@ -131,146 +106,33 @@ class Replica:
         if (status := await self._server.status()) in ("failed", "ended"):
             raise RuntimeError(f"the server has {status}")
 
-    async def forward(self, call: Call) -> AsyncIterator[str | Head | bytes]:
-        """This replica's name at once, then the head of an answer, and its body in pieces."""
-        yield self._name
-        begun, events = False, False
-        try:
-            async with self._server.session.request(
-                call.method, f"http://replica{call.path}", headers=call.headers, data=call.body, allow_redirects=False
-            ) as answer:
-                headers = tuple((k, v) for k, v in answer.headers.items() if k.lower() not in _HOP)
-                events = answer.content_type == "text/event-stream"
-                # 503 is the server's word for an engine that has failed, loads or drains.
-                yield Head(answer.status, headers, self._name, events, failed=answer.status == 503)
-                begun = True
-                async for piece in answer.content.iter_any():
-                    yield piece
-        except aiohttp.ClientError as error:
-            failure = self._server.failure or f"{type(error).__name__}"
-            refused = Refused(503, f"the replica failed: {failure}", retry=1)
-            if not begun:
-                yield Head(503, (("content-type", "application/json"), ("retry-after", "1")), self._name, failed=True)
-                yield bytes(error_response(refused).body)
-            elif events:
-                yield event(error_body(refused))
-            else:
-                raise
+    async def report(self, gateway: str, loads: Mapping[str, int], waiting: int) -> State:
+        """Tells a gateway how this replica is. `loads`: how many requests each replica has from it."""
+        self._loads[gateway] = _Load(time.monotonic(), loads.get(self._name, 0), waiting / max(1, len(loads)))
+        others = sum(load.running for name, load in self._gateways().items() if name != gateway)
+        return State(self._name, self._server.url, self._server.key, await self._server.status(), others)
 
-    async def status(self) -> tuple[str, str]:
-        """This replica's name, and what its server says."""
-        return self._name, await self._server.status()
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `by_requests` scales by, asked for by Ray."""
+        return {_REQUESTS: sum(load.running + load.waiting for load in self._gateways().values())}
 
-    async def metrics(self, headers: tuple[tuple[str, str], ...]) -> tuple[str, int, bytes]:
-        """This replica's name, and the status and the body of its /metrics."""
-        try:
-            async with self._server.session.get("http://replica/metrics", headers=headers) as answer:
-                return self._name, answer.status, await answer.read()
-        except aiohttp.ClientError:
-            return self._name, 503, b""
+    def _gateways(self) -> dict[str, _Load]:
+        """What the gateways said that are still there."""
+        oldest = time.monotonic() - _GATEWAY_SECONDS
+        self._loads = {name: load for name, load in self._loads.items() if load.time > oldest}
+        return self._loads
 
     async def __del__(self) -> None:
         if (server := getattr(self, "_server", None)) is not None:
             await server.stop(self._options.drain_seconds)
 
 
-class Gateway:
-    """What clients talk to. It reads a request, asks for a replica, and passes the answer on as it comes."""
-
-    def __init__(self, engine: DeploymentHandle, max_body_bytes: int, queue_timeout: float):
-        self._engine = engine
-        self._forward = engine.options(stream=True, method_name="forward")
-        self._limit, self._patience = max_body_bytes, queue_timeout
-
-    async def __call__(self, request: Request) -> Response:
-        path = request.url.path
-        if request.method in ("GET", "HEAD"):
-            if path in ("/health", "/ready"):
-                return await self._status(path)
-            if path == "/metrics":
-                return await self._metrics(request)
-        body = bytearray()
-        async for piece in request.stream():
-            body += piece
-            if len(body) > self._limit:
-                return error_response(Refused(413, f"the body is larger than {self._limit} bytes"))
-        headers = tuple((k, v) for k, v in request.headers.items() if k not in _HOP)
-        target = path + (f"?{request.url.query}" if request.url.query else "")
-        given = bytes(body)
-        return await self._answer(Call(request.method, target, headers, given, beginnings(given)))
-
-    async def _answer(self, call: Call) -> Response:
-        """The first answer of a replica that works, otherwise the last one's failure, as a 503."""
-        failure: Response = error_response(Refused(503, "no replica has answered", retry=1))
-        for pause in _PAUSES:
-            await asyncio.sleep(pause)
-            stream = self._forward.remote(call)
-            try:
-                await asyncio.wait_for(anext(stream), self._patience)  # a replica has it
-                head = await anext(stream)
-            except (TimeoutError, asyncio.TimeoutError):  # two classes until Python 3.11
-                stream.cancel()
-                return error_response(Refused(503, f"no replica was free within {self._patience:g} s", retry=5))
-            except BackPressureError:
-                return error_response(Refused(429, "too many requests are waiting, no more are taken", retry=1))
-            except (RayError, RayServeException, StopAsyncIteration) as error:
-                failure = error_response(Refused(503, f"the replica failed: {type(error).__name__}", retry=1))
-                continue
-            except asyncio.CancelledError:
-                stream.cancel()
-                raise
-            if not head.failed:
-                body = _passed_on(stream, head)
-                return _with_headers(StreamingResponse(body, head.status), head.headers)
-            pieces = [piece async for piece in _passed_on(stream, head)]
-            failure = _with_headers(Response(b"".join(pieces), head.status), head.headers)
-            call = replace(call, avoid=(*call.avoid, head.replica))
-        return failure
-
-    async def _status(self, path: str) -> Response:
-        """200 if any replica is as it should be."""
-        good = {"ready"} if path == "/ready" else {"ready", "draining"}
-        found = dict(await self._ask_all("status"))
-        fine = any(status in good for status in found.values())
-        word = ("ready" if path == "/ready" else "ok") if fine else "failed"
-        return JSONResponse({"status": word, "replicas": found}, 200 if fine else 503, headers={"Retry-After": "1"})
-
-    async def _metrics(self, request: Request) -> Response:
-        headers = tuple((k, v) for k, v in request.headers.items() if k == "authorization")
-        answers = await self._ask_all("metrics", headers)
-        if any(status == 401 for _, status, _ in answers):
-            return error_response(Refused(401, "a valid API key is needed: Authorization: Bearer KEY"))
-        pages = {name: body.decode() for name, status, body in answers if status == 200}
-        return Response(await asyncio.to_thread(merged, pages), headers={"Content-Type": CONTENT_TYPE})
-
-    async def _ask_all(self, method: str, *arguments: Any) -> list[Any]:
-        """What the replicas say that answer in time."""
-        try:
-            asked = self._engine.broadcast(method, *arguments)
-            answers = await asked.results_async(timeout_s=_STATUS_SECONDS, return_exceptions=True)
-        except (RayError, RayServeException, TimeoutError):
-            return []
-        return [answer for answer in answers if not isinstance(answer, BaseException)]
-
-
-def _with_headers(response: Response, headers: tuple[tuple[str, str], ...]) -> Response:
-    for name, value in headers:
-        response.headers[name] = value
-    return response
-
-
-async def _passed_on(stream: Any, head: Head) -> AsyncIterator[bytes]:
-    """The pieces of an answer. If the replica is lost, a stream of events ends with an error event."""
-    try:
-        async for piece in stream:
-            yield piece
-    except (RayError, RayServeException) as error:
-        if not head.events:
-            raise
-        yield event(error_body(Refused(503, f"the replica failed: {type(error).__name__}", retry=1)))
-    finally:
-        with contextlib.suppress(RayError, RayServeException):
-            stream.cancel()
+def by_requests(context: AutoscalingContext) -> tuple[float, dict[str, Any]]:
+    """Ray's autoscaling policy: as many replicas as the requests need that run in them or wait for them."""
+    found = (context.aggregated_metrics or {}).get(_REQUESTS)
+    if not found:
+        return context.target_num_replicas, {}
+    return sum(found.values()) / context.config.get_target_ongoing_requests(), {}
 
 
 def application(arguments: Options | dict[str, Any]) -> serve.Application:
@@ -308,6 +170,7 @@ def application(arguments: Options | dict[str, Any]) -> serve.Application:
                 "initial_replicas": options.replicas,
                 "max_replicas": options.max_replicas,
                 "target_ongoing_requests": options.target_requests or rows,
+                "policy": {"policy_function": "cqil_trt.deploy.ray_serve:by_requests"},
                 "look_back_period_s": _SCALE_UP_SECONDS,
                 "upscale_delay_s": _SCALE_UP_SECONDS,
                 "downscale_delay_s": _SCALE_DOWN_SECONDS,
@@ -316,9 +179,8 @@ def application(arguments: Options | dict[str, Any]) -> serve.Application:
     replica = serve.deployment(Replica).options(
         name="engine",
         **size,
-        # What waits does so in the gateway, for whichever replica is free first.
-        max_ongoing_requests=rows + 1,
-        max_queued_requests=options.max_waiting,
+        max_ongoing_requests=1000,  # reports to gateways, twice a second for each
+        logging_config={"enable_access_log": False},
         ray_actor_options={"num_cpus": resources["CPU"], "num_gpus": resources.get("GPU", 0)},
         placement_group_bundles=[resources],
         placement_group_strategy="STRICT_PACK",
@@ -326,10 +188,6 @@ def application(arguments: Options | dict[str, Any]) -> serve.Application:
         health_check_timeout_s=10.0,
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=options.drain_seconds + 30.0,
-        request_router_config=RequestRouterConfig(
-            request_router_class="cqil_trt.deploy.routing:PrefixRouter",
-            request_router_kwargs={"slack": options.prefix_slack},
-        ),
     )
     gateway = serve.deployment(Gateway).options(
         name="gateway",
@@ -341,4 +199,13 @@ def application(arguments: Options | dict[str, Any]) -> serve.Application:
         graceful_shutdown_timeout_s=options.drain_seconds + 30.0,
     )
     keyed = bool(os.environ.get("CQIL_API_KEYS"))
-    return gateway.bind(replica.bind(options, ranks, device, keyed), options.max_body_bytes, options.queue_timeout)
+    # What waits does so in a gateway, for whichever replica is free first.
+    most = rows + 1
+    return gateway.bind(
+        replica.bind(options, ranks, device, keyed),
+        most,
+        options.prefix_slack,
+        options.max_waiting,
+        options.max_body_bytes,
+        options.queue_timeout,
+    )

@@ -1,20 +1,20 @@
 """Which replica a request goes to: one that has its beginning in the cache, unless others have much less to do.
 
-Ray's own PrefixCacheAffinityRouter keeps the prompts in one actor: each request waits for calls to it, and all of them
-fail when its node is lost. Here each gateway remembers where it sent which beginnings. Beginnings that it does not know
-go where rendezvous hashing of their first block says, which is the same replica in every gateway.
+Each gateway remembers where it sent which beginnings. Beginnings that it does not know go where rendezvous hashing of
+their first block says, which is the same replica in every gateway.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import random
-from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Any
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
-from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+from cqil_trt.serving.refusals import Refused
 
 # Beginnings are compared in blocks of so many characters, or token ids.
 BLOCK = 128
@@ -74,38 +74,128 @@ def appointed(digest: bytes, among: Sequence[str]) -> str:
     return max(among, key=lambda replica: hashlib.blake2b(replica.encode(), key=digest, digest_size=8).digest())
 
 
-class PrefixRouter(RequestRouter):
-    """Prefers the replica that has seen a prompt's beginning, then the shorter of two random queues.
+@dataclass(frozen=True)
+class State:
+    """What a replica says of itself.
 
-    The request's first argument has `beginnings`, and `avoid`, the replicas that have failed it.
+    `url`: where its server listens, without a path. `key`: what the server wants from gateways. `status`: "ready", or
+    why it takes no requests. `others`: how many requests it has from other gateways.
     """
 
-    def initialize_state(self, slack: int = 4, **kwargs: Any) -> None:
-        """`slack`: how many more requests than the replica with the fewest the preferred one may have."""
-        self._slack = slack
+    name: str
+    url: str
+    key: str
+    status: str
+    others: int = 0
+
+
+@dataclass(eq=False)
+class Destination:
+    """A replica as a gateway knows it. `own`: how many requests it has from this gateway."""
+
+    state: State
+    own: int = 0
+    reachable: bool = True
+
+    @property
+    def load(self) -> int:
+        return self.own + self.state.others
+
+    @property
+    def takes_requests(self) -> bool:
+        return self.reachable and self.state.status == "ready"
+
+
+@dataclass(eq=False)
+class _Waiting:
+    digests: Sequence[bytes]
+    avoid: Sequence[str]
+    found: asyncio.Future[Destination] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+class Router:
+    """The replicas that a gateway knows, and the requests that wait for one of them, first come, first served."""
+
+    def __init__(self, most: int, max_waiting: int, slack: int):
+        """Args: `most` requests at a time in a replica; at most `max_waiting` requests wait here; `slack`: how many
+        more requests than the replica with the fewest one may have that is preferred for a prompt's beginning."""
+        self._most, self._max_waiting, self._slack = most, max_waiting, slack
         self._memory = Memory()
+        self._waiting: deque[_Waiting] = deque()
+        self.replicas: dict[str, Destination] = {}
 
-    async def choose_replicas(
-        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
-    ) -> list[list[RunningReplica]]:
-        call = pending_request.args[0] if pending_request is not None and pending_request.args else None
-        avoided = getattr(call, "avoid", ())
-        candidates = [r for r in candidate_replicas if r.replica_id.unique_id not in avoided] or candidate_replicas
-        others = random.sample(candidates, min(2, len(candidates)))
-        digests = getattr(call, "beginnings", ())
-        if not digests or not candidates:
-            return [others, candidates]
-        names = {r.replica_id.unique_id: r for r in candidates}
-        found = names[self._memory.find(digests, list(names)) or appointed(digests[0], list(names))]
-        if self._behind(found, candidates) > self._slack:
-            return [others, candidates]
-        return [[found], others, candidates]
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
 
-    def _behind(self, replica: RunningReplica, candidates: list[RunningReplica]) -> int:
-        """How many more requests a replica has than the one with the fewest, as far as is known here."""
-        lengths = {r.replica_id: self.replica_queue_len_cache.get(r.replica_id) or 0 for r in candidates}
-        return lengths[replica.replica_id] - min(lengths.values())
+    def update(self, states: Iterable[State]) -> None:
+        """Takes in what all the replicas that there are have just said."""
+        found = {}
+        for state in states:
+            replica = found[state.name] = self.replicas.get(state.name) or Destination(state)
+            replica.state, replica.reachable = state, True
+        self.replicas = found
+        self._serve_waiting()
 
-    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
-        if pending_request.args:
-            self._memory.note(getattr(pending_request.args[0], "beginnings", ()), replica_id.unique_id)
+    async def take(self, digests: Sequence[bytes], avoid: Sequence[str], seconds: float) -> Destination:
+        """The replica for a request with these beginnings, preferably none of `avoid`, which has it until `release`.
+
+        Raises Refused: 429 if too many requests wait, 503 if none was free within `seconds`.
+        """
+        if not self._waiting and (replica := self._choose(digests, avoid)):
+            return self._begin(replica, digests)
+        if len(self._waiting) >= self._max_waiting:
+            raise Refused(429, "too many requests are waiting, no more are taken", retry=1)
+        entry = _Waiting(digests, avoid)
+        self._waiting.append(entry)
+        timer = asyncio.get_running_loop().call_later(seconds, self._expire, entry, seconds)
+        try:
+            return await entry.found
+        except asyncio.CancelledError:
+            if entry.found.done() and not entry.found.cancelled() and entry.found.exception() is None:
+                self.release(entry.found.result())
+            raise
+        finally:
+            timer.cancel()
+            if entry in self._waiting:
+                self._waiting.remove(entry)
+
+    def release(self, replica: Destination, reachable: bool = True) -> None:
+        """`reachable`: whether the replica's server answered; otherwise it gets no requests until it says how it is."""
+        replica.own -= 1
+        replica.reachable &= reachable
+        self._serve_waiting()
+
+    def _expire(self, entry: _Waiting, seconds: float) -> None:
+        if not entry.found.done():
+            entry.found.set_exception(Refused(503, f"no replica was free within {seconds:g} s", retry=5))
+
+    def _serve_waiting(self) -> None:
+        while self._waiting:
+            entry = self._waiting[0]
+            if not entry.found.done():
+                replica = self._choose(entry.digests, entry.avoid)
+                if replica is None:
+                    return
+                entry.found.set_result(self._begin(replica, entry.digests))
+            self._waiting.popleft()
+
+    def _begin(self, replica: Destination, digests: Sequence[bytes]) -> Destination:
+        replica.own += 1
+        self._memory.note(digests, replica.state.name)
+        return replica
+
+    def _choose(self, digests: Sequence[bytes], avoid: Sequence[str]) -> Destination | None:
+        able = {name: replica for name, replica in self.replicas.items() if replica.takes_requests}
+        able = {name: replica for name, replica in able.items() if name not in avoid} or able
+        free = [replica for replica in able.values() if replica.load < self._most]
+        if not free:
+            return None
+        if digests:
+            names = list(able)
+            preferred = able[self._memory.find(digests, names) or appointed(digests[0], names)]
+            fewest = min(replica.load for replica in free)
+            if preferred.load < self._most and preferred.load - fewest <= self._slack:
+                return preferred
+        # The others' requests are known with a delay: gateways that all took the shortest queue would fill it at once.
+        return min(random.sample(free, min(2, len(free))), key=lambda replica: replica.load)

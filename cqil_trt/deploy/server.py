@@ -1,10 +1,11 @@
-"""One server as a child process, `mpirun -n P serve.py`, that listens on a Unix socket."""
+"""One server as a child process, `mpirun -n P serve.py`, that answers those who know its key."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import os
+import secrets
 import shlex
 import shutil
 import signal
@@ -18,9 +19,10 @@ from pathlib import Path
 import aiohttp
 
 from cqil_trt.errors import UserError
+from cqil_trt.serving.wire import GATEWAY_HEADER
 
-# How often a server that loads is asked whether it is ready.
-_ASK_SECONDS = 0.1
+# How often a server that loads is asked whether it is ready, and how long it may take to answer.
+_ASK_SECONDS, _ANSWER_SECONDS = 0.1, 5.0
 # How long after its drain a server may take to end before it is killed.
 _GRACE_SECONDS = 10.0
 # Lines of output that explain why a server ended.
@@ -54,29 +56,35 @@ def launcher(mpirun: str) -> list[str]:
 class EngineServer:
     """A server, from its start to its end. It ends with this process, however that ends.
 
-    `session` sends requests to it: the host in a URL is ignored. `failure`: why it has ended, or None.
+    `url`: where it listens, once it has started; `key`: what it wants in the header GATEWAY_HEADER. `failure`: why it
+    has ended, or None.
     """
 
-    def __init__(self, ranks: int, flags: Sequence[str], environment: Mapping[str, str], mpirun: str):
-        """Args: `flags` of serve.py, but those that say where it listens; `environment`: changes of this process' own.
+    def __init__(
+        self, ranks: int, flags: Sequence[str], environment: Mapping[str, str], mpirun: str, host: str = "127.0.0.1"
+    ):
+        """Args: `flags` of serve.py, but those that say where it listens; `environment`: changes of this process' own;
+        `host`: the address to listen on.
 
         Raises UserError if mpirun is not found.
         """
         self._launcher = launcher(mpirun)
-        self._ranks, self._flags, self._environment = ranks, list(flags), dict(environment)
+        self._ranks, self._flags, self._host = ranks, list(flags), host
+        self.url, self.key = "", secrets.token_hex(32)
+        self._environment = {**environment, "CQIL_GATEWAY_KEY": self.key}
         _remove_abandoned()
         self._directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
-        self._pid_file = self._directory / "pid"
+        self._pid_file, self._address_file = self._directory / "pid", self._directory / "address"
         self._lines: deque[str] = deque(maxlen=_REMEMBERED_LINES)
         self._ending = False
         self.failure: str | None = None
 
     async def start(self, seconds: float) -> None:
         """Returns when the server takes requests. Raises RuntimeError if it ends or needs more than `seconds`."""
-        place = self._directory / "socket"
         program = "from cqil_trt.commands.serve import main; main()"
         command = [*self._launcher, "-n", str(self._ranks), sys.executable, "-c", program, *self._flags]
-        command += ["--unix-socket", str(place), "--pid-file", str(self._pid_file), "--parent", str(os.getpid())]
+        command += ["--host", self._host, "--port", "0", "--address-file", str(self._address_file)]
+        command += ["--pid-file", str(self._pid_file), "--parent", str(os.getpid())]
         self._process = await asyncio.create_subprocess_exec(
             *command,
             stdin=asyncio.subprocess.DEVNULL,
@@ -86,10 +94,8 @@ class EngineServer:
             env={**os.environ, **self._environment},
         )
         self._watching = asyncio.create_task(self._watch())
-        timeout = aiohttp.ClientTimeout(total=None)
-        self.session = aiohttp.ClientSession(
-            connector=aiohttp.UnixConnector(str(place), limit=0), timeout=timeout, auto_decompress=False
-        )
+        timeout = aiohttp.ClientTimeout(total=_ANSWER_SECONDS)
+        self._session = aiohttp.ClientSession(headers={GATEWAY_HEADER: self.key}, timeout=timeout)
         end = time.monotonic() + seconds
         while await self.status() != "ready":
             if self.failure is None and time.monotonic() > end:
@@ -102,8 +108,10 @@ class EngineServer:
 
     async def status(self) -> str:
         """What /ready says: ready, loading, draining or failed; "ended" if nothing answers."""
+        if not self.url and self._address_file.exists():
+            self.url = f"http://{self._address_file.read_text().strip()}"
         try:
-            async with self.session.get("http://replica/ready", timeout=aiohttp.ClientTimeout(total=5)) as answer:
+            async with self._session.get(f"{self.url}/ready") as answer:
                 return str((await answer.json())["status"])
         except (aiohttp.ClientError, asyncio.TimeoutError):
             return "ended"
@@ -134,5 +142,5 @@ class EngineServer:
             os.killpg(self._process.pid, signal.SIGKILL)
         await self._process.wait()
         self._watching.cancel()
-        await self.session.close()
+        await self._session.close()
         shutil.rmtree(self._directory, ignore_errors=True)

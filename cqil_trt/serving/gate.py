@@ -43,6 +43,7 @@ class Gate:
     def __init__(self, app: Any, setup: wire.Setup, metrics: Metrics):
         self._app, self._setup, self._metrics = app, setup, metrics
         self._keys = [hashlib.sha256(key.encode()).digest() for key in setup.keys]
+        self._gateway_key = None if setup.gateway_key is None else setup.gateway_key.encode()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         headers = dict(scope["headers"])
@@ -120,6 +121,10 @@ class Gate:
             self._log(scope, note)
 
     def _check_key(self, path: str, headers: dict[bytes, bytes]) -> None:
+        if self._gateway_key is not None:
+            shown = headers.get(wire.GATEWAY_HEADER.encode(), b"")
+            if not secrets.compare_digest(shown, self._gateway_key):
+                raise Refused(403, "this server is reached through its gateway only")
         if not self._keys or path in _OPEN:
             return
         scheme, _, token = headers.get(b"authorization", b"").partition(b" ")

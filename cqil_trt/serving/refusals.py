@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse
 REASONS = {
     400: "invalid",
     401: "unauthorized",
+    403: "unauthorized",
     404: "invalid",
     408: "too_slow",
     413: "too_large",
@@ -27,7 +28,13 @@ class Refused(Exception):
 
 
 def error_body(refused: Refused) -> dict[str, Any]:
-    kinds = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+    kinds = {
+        400: "invalid_request_error",
+        401: "authentication_error",
+        403: "permission_error",
+        404: "not_found_error",
+        429: "rate_limit_error",
+    }
     kind = kinds.get(refused.status, "server_error" if refused.status >= 500 else "invalid_request_error")
     message = refused.message
     if refused.field is not None and not message.startswith(refused.field):

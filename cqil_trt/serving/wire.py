@@ -290,17 +290,22 @@ class Heard:
     """The answer to a Beat."""
 
 
+# The header with which a gateway shows that it is one.
+GATEWAY_HEADER = "x-cqil-gateway"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Setup:
     """What the HTTP process needs to know, sent first. Times in seconds, sizes in bytes.
 
-    `keys`: API keys, none for no check. `certificate`, `key`: files for TLS. `parent`: the process without which the
-    server ends.
+    `keys`: API keys, none for no check. `gateway_key`: what every request must have in GATEWAY_HEADER, None for no
+    check. `certificate`, `key`: files for TLS. `parent`: the process without which the server ends.
     """
 
     engine: str
     model_names: tuple[str, ...]
     keys: tuple[str, ...] = ()
+    gateway_key: str | None = None
     certificate: str | None = None
     key: str | None = None
     max_waiting: int = 256
