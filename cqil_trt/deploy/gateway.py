@@ -35,9 +35,10 @@ _PAUSES = (0.0, 0.2, 1.0, 2.0, 4.0)
 _REPORT_SECONDS, _ANSWER_SECONDS, _HOLDS_SECONDS = 0.5, 5.0, 15.0
 # How long a connection to a server may take, and after how long without a sign of life its host is taken for lost.
 _CONNECT_SECONDS, _LOST_SECONDS = 3.0, 10
-# Headers of one connection (RFC 9110, section 7.6.1), those that the next hop writes itself, and the gateway's own.
+# Headers of one connection (RFC 9110, section 7.6.1), and those that the next hop writes itself; of requests also what
+# asks for leave to send a body, and the gateway's own.
 _HOP = {"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "host", "content-length"}
-_DROPPED = _HOP | {GATEWAY_HEADER}
+_DROPPED = _HOP | {"expect", GATEWAY_HEADER}
 
 Send = Callable[[Any], Coroutine[Any, Any, None]]
 
