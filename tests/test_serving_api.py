@@ -1,5 +1,6 @@
 """The server, asked by OpenAI's own client: every endpoint and field, judged by run.py and by Hugging Face."""
 
+import asyncio
 import json
 import math
 import re
@@ -24,8 +25,10 @@ need("openai", "llguidance", "starlette", "uvicorn", "pydantic", "prometheus_cli
 import openai  # noqa: E402
 from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
 
-from cqil_trt.serving import api  # noqa: E402
+from cqil_trt.errors import UserError  # noqa: E402
+from cqil_trt.serving import api, grammar_check, grammars  # noqa: E402
 from cqil_trt.serving.answers import tools_of  # noqa: E402
+from cqil_trt.serving.grammar_check import GrammarCheck  # noqa: E402
 from cqil_trt.serving.grammars import Grammars  # noqa: E402
 from cqil_trt.tokenizer import Tokenizer  # noqa: E402
 
@@ -638,6 +641,27 @@ def test_choices_regular_expressions_and_grammars(served):
             assert whole and len(whole[1]) == len(whole[3])
         else:
             assert re.match(r"\(+([0-9]{1,3}\)*)?$", choice.text)
+
+
+def test_a_grammar_that_ends_its_compiler_ends_nothing_else(engine, monkeypatch):
+    """One that overflows the stack, and one that takes hours; what comes after them is checked as before."""
+    chain = {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(20_000)}
+    deep = grammars.json_schema({"$ref": "#/$defs/a0", "$defs": {**chain, "a20000": {"type": "string"}}})
+    long = grammars.json_schema({"type": "integer", "multipleOf": 62_615_533})
+
+    async def scenario():
+        check = GrammarCheck(engine)
+        check.start()
+        await check.check(grammars.choice(["a", "b"]))
+        with pytest.raises(UserError, match="too complex"):
+            await check.check(deep)
+        await check.check(grammars.choice(["c"]))
+        monkeypatch.setattr(grammar_check, "CHECK_SECONDS", 0.5)
+        with pytest.raises(UserError, match="longer than 0.5 s"):
+            await check.check(long)
+        await check.check(grammars.choice(["a", "b"]))  # which is known to be right
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize(

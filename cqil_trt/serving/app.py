@@ -30,7 +30,7 @@ from cqil_trt.serving.answers import (
 from cqil_trt.serving.client import EngineClient
 from cqil_trt.serving.forms import ChatForm, CompletionForm, Form, read_tokens, usage
 from cqil_trt.serving.gate import Note
-from cqil_trt.serving.grammars import Grammars
+from cqil_trt.serving.grammar_check import GrammarCheck
 from cqil_trt.serving.refusals import Refused, error_body, error_response
 from cqil_trt.serving.streams import EventStream, event, read_body, unless_gone
 from cqil_trt.tokenizer import Tokenizer
@@ -52,7 +52,7 @@ class Server:
         self.created = int(time.time())
         self._page = _PAGE.read_text()
         self._policy = content_security_policy(self._page)
-        self._grammars = None if tokenizer is None else Grammars(tokenizer, engine.model.vocab_size, ends)
+        self.grammars = None if tokenizer is None else GrammarCheck(engine.path)
 
         get: dict[str, Callable[[Request], Awaitable[Response]]] = {
             "/": self.page,
@@ -275,10 +275,10 @@ class Server:
             raise Refused(429, f"{client.active} requests are running or waiting, no more are taken", retry=1)
 
     async def _check_grammar(self, grammar: str, field: str) -> None:
-        if self._grammars is None:
+        if self.grammars is None:
             raise Refused(400, "this engine has no tokenizer, which grammars need", field)
         try:
-            await asyncio.to_thread(self._grammars.check, grammar)
+            await self.grammars.check(grammar)
         except UserError as error:
             raise Refused(400, str(error), field) from None
 

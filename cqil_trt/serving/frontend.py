@@ -60,6 +60,8 @@ async def serve(setup: wire.Setup, control: socket.socket, monitor: socket.socke
     if setup.parent is not None:
         client.end_with(setup.parent)
     server = Server(client, engine, tokenizer, end_tokens(engine, tokenizer))
+    if server.grammars is not None:
+        server.grammars.start()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, client.drain)
     config = uvicorn.Config(

@@ -50,6 +50,8 @@ ENDING = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 BEAT_SECONDS = 0.5
 # An HTTP process that answers no sign of life for so long is taken for stopped.
 DEAF_SECONDS = 30.0
+# Of the thread that compiles grammars. Those that nest deeply recurse, and the HTTP process has checked them with less.
+GRAMMAR_STACK = 64 << 20
 # How often rank 0 looks for a compiled grammar, or log-probabilities of a prompt, while it has nothing else to do.
 _AWAITING_SECONDS = 0.001
 # How long rank 0 waits for requests before it looks whether it was told to end.
@@ -152,7 +154,9 @@ class _Leader:
         # Grammars are compiled beside the loop, one after the other: some take seconds.
         self._compiling: dict[int, tuple[Add, Future[Matcher]]] = {}  # by their numbers
         self._grammars: queue.SimpleQueue[tuple[str, Future[Matcher]]] = queue.SimpleQueue()
+        before = threading.stack_size(GRAMMAR_STACK)
         threading.Thread(target=self._compile, name="grammars", daemon=True).start()
+        threading.stack_size(before)
         # The log-probabilities of a prompt are computed beside the loop too. What comes of its request meanwhile waits.
         self._scoring = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scores")
         self._late: dict[int, deque[News | Future[News]]] = {}  # by their numbers
@@ -232,8 +236,10 @@ class _Leader:
             if matcher.set_running_or_notify_cancel():
                 try:
                     matcher.set_result(self._matchers(grammar))
-                except Exception as error:
+                except UserError as error:
                     matcher.set_exception(error)
+                except BaseException as error:  # llguidance's panics are not Exceptions
+                    matcher.set_exception(UserError(f"the grammar cannot be compiled ({type(error).__name__})"))
 
     def _begin(self, message: Add, get_matcher: Callable[[], Matcher | None]) -> list[News]:
         try:
