@@ -788,6 +788,28 @@ def test_a_call_that_the_model_writes_by_itself(served):
     assert (found.message.content, found.message.tool_calls, found.finish_reason) == (other, None, "stop")
 
 
+def test_only_one_call_where_no_more_are_wanted(served):
+    text = '<tool_call>\n{"name": "wait", "arguments": {"long": %s}}\n</tool_call>'
+    given = {"tools": TOOLS, "guided_choice": [f"{text % 'true'}\n{text % 'false'} So."], "max_tokens": 150}
+    [found] = served.chat(**given).choices
+    assert len(found.message.tool_calls) == 2 and found.message.content == "So."
+    [found] = served.chat(parallel_tool_calls=False, **given).choices
+    [call] = found.message.tool_calls
+    assert (call.function.name, call.function.arguments) == ("wait", '{"long": true}')
+    assert (found.message.content, found.finish_reason) == (None, "tool_calls")
+    calls, content, reason = put_together(served.chat(parallel_tool_calls=False, stream=True, **given))
+    assert (len(calls), content, reason) == (1, "", "tool_calls")
+
+
+def test_an_answer_goes_back_as_openais_client_writes_it(served):
+    said = [{"role": "user", "content": "x"}, served.chat("x").choices[0].message.model_dump()]
+    assert served.chat([*said, {"role": "user", "content": "y"}]).choices
+    # Arguments that are no JSON, or too deep for Python, are text.
+    call = {"id": "1", "type": "function", "function": {"name": "wait", "arguments": "[" * 5000}}
+    deep = [said[0], {"role": "assistant", "tool_calls": [call]}]
+    assert ask(served.server, "/v1/chat/completions", {"messages": deep, "max_tokens": 1})[0] in (200, 400)
+
+
 @pytest.mark.parametrize("special", [False, True])
 def test_the_marks_of_a_call_are_the_models_tokens(special, tmp_path):
     """Where they are control tokens the model writes those, not their letters; both are part of the text."""
