@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -613,3 +614,37 @@ child.kill()
     assert error == ("" if answers else "error: rank 3: the HTTP process has not answered for 0.6 s\n")
     state = Path(f"/proc/{int(said)}/stat")  # of the child, which has ended too
     assert not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
+# What servers that were killed left
+
+
+def test_the_socket_of_a_server_that_was_killed_is_replaced(tmp_path):
+    from cqil_trt.commands.serve import _listen_for_clients
+    from cqil_trt.errors import UserError
+
+    options = SimpleNamespace(unix_socket=tmp_path / "socket")
+    with _listen_for_clients(options):
+        with pytest.raises(UserError, match="in use"):  # it is alive
+            _listen_for_clients(options)
+    with _listen_for_clients(options), socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(options.unix_socket))
+    options.unix_socket = tmp_path / "file"
+    options.unix_socket.write_text("something else")
+    with pytest.raises(UserError, match="in use"):
+        _listen_for_clients(options)
+    assert options.unix_socket.read_text() == "something else"
+
+
+def test_old_directories_of_servers_are_removed(tmp_path, monkeypatch):
+    from cqil_trt.serving import wire
+
+    monkeypatch.setattr(wire.tempfile, "tempdir", str(tmp_path))
+    abandoned, young = wire.Rendezvous(), wire.Rendezvous()
+    abandoned.listen("orders").close()
+    os.utime(abandoned.directory, (0, 0))
+    own = wire.Rendezvous()
+    assert set(tmp_path.iterdir()) == {young.directory, own.directory}
+    for _ in range(2):
+        own.remove()
+    assert set(tmp_path.iterdir()) == {young.directory}
