@@ -510,3 +510,17 @@ def test_a_long_text_is_tokenized_while_other_threads_run():
         ticks += 1
     assert found == backend.encode(text, add_special_tokens=False).ids
     assert ticks > 10
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_goes_on_after_other_tokens(form, made):
+    """Both together are the whole text; read by itself, the second part may lack its space."""
+    tokenizer, _ = made(form)
+    ids = tokenizer.encode("hello world, a b  c\n é 😀")
+    for first in range(len(ids) + 1):
+        stream = tokenizer.stream(ids[:first])
+        before, after = b"".join(map(tokenizer.vocabulary.reader(), ids[:first])), ids[first:]
+        text = "".join([*map(stream.add, after), stream.finish()])
+        if before.decode(errors="ignore").encode() == before:  # whole characters
+            assert before.decode() + text == tokenizer.decode(ids)
+    assert all(tokenizer.text_of(token).encode() == tokenizer.bytes_of(token) for token in tokenizer.encode(" b c"))

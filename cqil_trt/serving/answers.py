@@ -147,10 +147,18 @@ class Piece:
 class Answer:
     """One choice of a response."""
 
-    def __init__(self, ticket: Ticket, tokenizer: Tokenizer | None, stops: Sequence[str], tools: Tools | None = None):
+    def __init__(
+        self,
+        ticket: Ticket,
+        tokenizer: Tokenizer | None,
+        stops: Sequence[str],
+        tools: Tools | None = None,
+        after: Sequence[int] = (),
+    ):
+        """`after`: the tokens whose text it continues."""
         self.ticket = ticket
         visible: Collection[str] = _TOOL_MARKS if tools is not None else ()
-        self._text = None if tokenizer is None else StoppingText(tokenizer, stops, visible)
+        self._text = None if tokenizer is None else StoppingText(tokenizer, stops, visible, after)
         self._parser = None if tools is None else tool_calls.ToolParser(tools.format, set(tools.names))
         self._several = tools is None or tools.several
         self.finished = False
@@ -208,9 +216,16 @@ class Exchange:
         self._over = True
         self._updates.put_nowait((0, None))
 
-    def ask(self, tokenizer: Tokenizer | None, stops: Sequence[str], tools: Tools | None, **fields: Any) -> None:
+    def ask(
+        self,
+        tokenizer: Tokenizer | None,
+        stops: Sequence[str],
+        tools: Tools | None,
+        after: Sequence[int],
+        **fields: Any,
+    ) -> None:
         ticket = self._client.submit(self._updates, len(self.answers), **fields)
-        self.answers.append(Answer(ticket, tokenizer, stops, tools))
+        self.answers.append(Answer(ticket, tokenizer, stops, tools, after))
 
     @property
     def finished(self) -> bool:

@@ -252,6 +252,7 @@ class Server:
                     self.tokenizer,
                     body.stops,
                     tools,
+                    prompt if isinstance(body, api.CompletionBody) else (),
                     prompt=tuple(prompt),
                     max_new_tokens=room,
                     eos_token_ids=() if body.ignore_eos else self.ends,
