@@ -443,6 +443,45 @@ def test_a_prompt_that_is_scored_holds_nobody_up(monkeypatch):
     assert [found.finish_reason for found in news] == [""] * (len(news) - 1) + ["length"]
 
 
+def test_prompts_wait_while_the_log_probabilities_of_others_are_computed(monkeypatch):
+    """As their logits take up memory; who asks for none goes on."""
+    from cqil_trt.serving import ranks, wire
+
+    go, read, done = threading.Event(), [], set()
+    submit = FakeSession.submit
+
+    def noting(session, step):
+        read.append(step.chunk is not None and step.chunk.scored)
+        submit(session, step)
+
+    def log_probabilities(row, token, count):
+        assert go.wait(10)
+        return ((token, -1.0),)
+
+    monkeypatch.setattr(FakeSession, "submit", noting)
+    monkeypatch.setattr(ranks, "log_probabilities", log_probabilities)
+
+    def client(http):
+        http.send(add(1))
+        progress(http, lambda told: told.running == 1 and told.tokens)
+        scored = {"scored": 0, "max_new_tokens": 1, "sampling": SamplingConfig(logprobs=0)}
+        for number in range(2, 10):
+            http.send(replace(add(number), prompt=tuple(range(1, 41)), **scored))  # five chunks each
+        for _ in range(60):
+            progress(http, lambda told: told.tokens)
+        assert 2 <= sum(read) <= 2 * 4  # of two sessions: computed, waiting, and in flight
+        http.send(wire.Abort(numbers=(1, 9)))
+        time.sleep(0.05)  # with nothing else to do
+        go.set()
+        while len(done) < 7:
+            told = progress(http, lambda told: told.news)
+            done.update(news.number for news in told.news if news.finish_reason == "length")
+        http.send(wire.Stop())
+
+    first, second = lead_and_follow(client)
+    assert len(first.collected) == len(second.collected) and done == set(range(2, 9))
+
+
 def test_rank_0_tells_that_a_request_is_gone():
     from cqil_trt.serving import wire
 

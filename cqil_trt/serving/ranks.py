@@ -54,6 +54,8 @@ DEAF_SECONDS = 30.0
 GRAMMAR_STACK = 64 << 20
 # How often rank 0 looks for a compiled grammar, or log-probabilities of a prompt, while it has nothing else to do.
 _AWAITING_SECONDS = 0.001
+# Chunks of prompts whose log-probabilities are computed or wait for that. Their logits are hundreds of megabytes each.
+_MOST_SCORING = 2
 # How long rank 0 waits for requests before it looks whether it was told to end.
 _IDLE_SECONDS = 0.5
 
@@ -160,6 +162,7 @@ class _Leader:
         # The log-probabilities of a prompt are computed beside the loop too. What comes of its request meanwhile waits.
         self._scoring = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scores")
         self._late: dict[int, deque[News | Future[News]]] = {}  # by their numbers
+        self._unscored: deque[Future[News]] = deque()  # in the order in which they are computed
         self._numbers: dict[int, int] = {}  # theirs to ours
         self._requests: dict[int, Add] = {}  # by our numbers
         self._last: float | None = None  # when the last turn ended, if it gave tokens
@@ -183,12 +186,12 @@ class _Leader:
                 follower.write(frame)
 
     def run(self, pulse: Pulse) -> None:
-        worked = time.monotonic()
+        worked, stuck = time.monotonic(), False
         while True:
             news: list[News] = []
-            if not self._scheduler.idle:
+            if not self._scheduler.idle and not stuck:
                 worked, wait = time.monotonic(), 0.0
-            elif self._compiling or self._late:
+            elif self._compiling or self._late or stuck:
                 wait = _AWAITING_SECONDS  # their threads need this one's core
             elif time.monotonic() - worked < self._awake:
                 wait = 0.0
@@ -210,12 +213,16 @@ class _Leader:
                     news += self._begin(message, matcher.result)
             self._signals.check()
             tokens, seconds = 0, None
-            drafts = Drafts()
+            drafts, stuck = Drafts(), False
+            while self._unscored and self._unscored[0].done():
+                self._unscored.popleft()
+            self._scheduler.scoring_waits = len(self._unscored) >= _MOST_SCORING
             if self._scheduler.idle:
                 self._last = None
             else:
                 with pulse.busy("a step"):
                     events = self._runner.turn()
+                stuck = not events and not self._scheduler.in_flight
                 tokens, seconds = self._time(events)
                 drafts = _drafts(events)
                 news += self._news(events)
@@ -262,7 +269,9 @@ class _Leader:
         for theirs in message.numbers:
             if theirs in self._compiling:
                 self._compiling.pop(theirs)[1].cancel()
-            self._late.pop(theirs, None)
+            for late in self._late.pop(theirs, ()):
+                if isinstance(late, Future):
+                    late.cancel()
             number = self._numbers.pop(theirs, None)
             if number is not None:
                 del self._requests[number]
@@ -283,8 +292,9 @@ class _Leader:
             if request is None:
                 continue
             if event.logits is not None:
-                late = self._late.setdefault(request.number, deque())
-                late.append(self._scoring.submit(_news, event, request))
+                scored = self._scoring.submit(_news, event, request)
+                self._unscored.append(scored)
+                self._late.setdefault(request.number, deque()).append(scored)
             elif request.number in self._late:
                 self._late[request.number].append(_news(event, request))
             else:
