@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import fcntl
 import gc
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -71,6 +73,10 @@ def http_process(loop, directory):
 def test_what_rank_0_says_right_after_the_setup_is_not_lost(loop, tmp_path):
     with http_process(loop, tmp_path) as (process, _, _):
         assert "4 slots" in process.stdout.readline() and "serving at" in process.stdout.readline()
+        # As many clients as the system allows.
+        limits = Path(f"/proc/{process.pid}/limits").read_text()
+        soft, hard = re.search(r"Max open files +(\S+) +(\S+)", limits).groups()
+        assert soft == hard
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
@@ -502,6 +508,26 @@ def test_rank_0_tells_that_a_request_is_gone():
 
 
 # Clients
+
+
+def test_a_connection_may_have_any_descriptor():
+    import resource
+
+    from cqil_trt.serving import wire
+
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if before[1] < 2048:
+        pytest.skip("no more than 1,024 files may be open")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(before[0], 2048), before[1]))
+    try:
+        ours, theirs = socket.socketpair()
+        with ours, theirs, socket.socket(fileno=fcntl.fcntl(ours, fcntl.F_DUPFD, 1500)) as high:
+            connection = wire.Connection(high, "it")
+            assert connection.poll(0) == []
+            theirs.sendall(wire.pack("x"))
+            assert connection.receive() == "x"
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 @pytest.mark.parametrize("size", [1, 1 << 16, 150_000])

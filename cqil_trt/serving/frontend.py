@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import resource
 import signal
 import socket
 import sys
@@ -103,6 +104,9 @@ def main(arguments: list[str]) -> int:
     # The rank that started this process may be bound to one core, which it keeps busy.
     with contextlib.suppress(OSError):
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    # Each client takes a descriptor; the usual limit of 1,024 is for programs that call select.
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     for sock in (control, monitor, listener):
         sock.setblocking(False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -80,6 +80,8 @@ class Connection:
         self.socket, self.peer = sock, peer
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             sock.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
+        self._poll = select.poll()  # select.select knows the first 1,024 descriptors only
+        self._poll.register(sock, select.POLLIN)
         self._inbox = Inbox()
 
     def send(self, message: Any) -> None:
@@ -117,7 +119,7 @@ class Connection:
         return [*messages, *self._inbox]
 
     def _readable(self, seconds: float) -> bool:
-        return bool(select.select([self.socket], [], [], seconds)[0])
+        return bool(self._poll.poll(seconds * 1e3))
 
     def _read(self) -> int:
         """The number of bytes that were read."""
