@@ -649,6 +649,53 @@ def test_bodies_that_any_page_may_send(monkeypatch):
     assert through_gate(monkeypatch, PARTS[1:], method="GET") == 200
 
 
+def test_heads_of_requests_are_bounded_in_length_and_time(monkeypatch):
+    import uvicorn
+
+    from cqil_trt.serving import frontend
+
+    monkeypatch.setattr(frontend, "_HEAD_SECONDS", 0.3)
+
+    async def app(scope, receive, send):
+        await asyncio.sleep(0.5)  # longer than a head may take
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def ask(place, *parts):
+        reader, writer = await asyncio.open_connection(*place)
+        with contextlib.suppress(ConnectionError):
+            for part in parts:
+                writer.write(part)
+                await writer.drain()
+                await asyncio.sleep(0.01)
+        try:
+            return await asyncio.wait_for(reader.read(), 5)
+        except ConnectionError:
+            return b"reset"  # closed before all was read
+        finally:
+            writer.close()
+
+    async def scenario():
+        listener = socket.create_server(("127.0.0.1", 0))
+        config = uvicorn.Config(app, http=frontend._Protocol, lifespan="off", log_level="error")
+        server = frontend._Uvicorn(config)
+        serving = asyncio.create_task(server.serve([listener]))
+        place, line = listener.getsockname(), b"GET / HTTP/1.1\r\nConnection: close\r\n"
+        assert (await ask(place, line, b"A: b\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+        assert (await ask(place, line, b"A: " + b"a" * 60_000, b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+        for piece in (b"A: " + b"a" * 40_000, b"A: b\r\n" * 6_000):
+            assert (await ask(place, line, piece, piece, piece)).startswith((b"HTTP/1.1 431 ", b"reset"))
+        for part in (b"", b"GET", line):
+            assert (await ask(place, part)).startswith(b"HTTP/1.1 408 ")
+        # The head of a second request comes while the first is answered.
+        both = await ask(place, b"GET / HTTP/1.1\r\n\r\nGET / HTTP/1.1\r\n")
+        assert both.startswith(b"HTTP/1.1 200 ") and b"HTTP/1.1 408 " in both
+        server.should_exit = True
+        await serving
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize("answers", [True, False])
 def test_an_http_process_that_does_not_answer(answers, tmp_path):
     from cqil_trt.serving import wire
