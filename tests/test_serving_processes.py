@@ -760,3 +760,20 @@ def test_old_directories_of_servers_are_removed(tmp_path, monkeypatch):
     for _ in range(2):
         own.remove()
     assert set(tmp_path.iterdir()) == {young.directory}
+
+
+def test_a_refused_request_leaves_no_timer():
+    from cqil_trt.serving import api, app, refusals
+
+    async def scenario():
+        server = app.Server.__new__(app.Server)
+        ready, model = SimpleNamespace(rows=2), SimpleNamespace(vocab_size=8)
+        server.client = SimpleNamespace(failure=None, draining=False, ready=ready, active=0)
+        server.setup = SimpleNamespace(max_waiting=8, request_seconds=600.0, queue_seconds=60.0)
+        server.engine, server.tokenizer, server.ends = SimpleNamespace(model=model), None, ()
+        body = api.CompletionBody(prompt=[1], logit_bias={"9": 1})
+        with pytest.raises(refusals.Refused, match="not a token id"):
+            await server._ask(body, [[1]], [4], None)
+        assert not asyncio.get_running_loop()._scheduled
+
+    asyncio.run(scenario())

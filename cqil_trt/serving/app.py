@@ -244,22 +244,28 @@ class Server:
         # From here on nothing is awaited: what is checked holds until the requests are sent.
         count = body.n or 1
         self._check_room(count * len(prompts))
-        exchange = Exchange(client, count, setup.request_seconds, setup.queue_seconds)
         vocabulary = self.engine.model.vocab_size
-        for prompt, room in zip(prompts, rooms):
-            for index in range(count):
-                exchange.ask(
-                    self.tokenizer,
-                    body.stops,
-                    tools,
-                    prompt if isinstance(body, api.CompletionBody) else (),
-                    prompt=tuple(prompt),
-                    max_new_tokens=room,
-                    eos_token_ids=() if body.ignore_eos else self.ends,
-                    sampling=sampling_of(body, logprobs, index, grammar is not None, vocabulary),
-                    scored=scored,
-                    grammar=grammar,
-                )
+        samplings = [
+            sampling_of(body, logprobs, index, grammar is not None, vocabulary)
+            for _ in prompts
+            for index in range(count)
+        ]
+        # Nothing is refused any more: an exchange has timers, which must be stopped.
+        exchange = Exchange(client, count, setup.request_seconds, setup.queue_seconds)
+        for number, sampling in enumerate(samplings):
+            prompt = prompts[number // count]
+            exchange.ask(
+                self.tokenizer,
+                body.stops,
+                tools,
+                prompt if isinstance(body, api.CompletionBody) else (),
+                prompt=tuple(prompt),
+                max_new_tokens=rooms[number // count],
+                eos_token_ids=() if body.ignore_eos else self.ends,
+                sampling=sampling,
+                scored=scored,
+                grammar=grammar,
+            )
         return exchange
 
     def _check_room(self, count: int) -> None:
