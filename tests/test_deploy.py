@@ -183,6 +183,37 @@ def test_a_replica_has_all_its_ranks_on_one_host(engine):
     assert (scaled.min_replicas, scaled.max_replicas, scaled.target_ongoing_requests) == (2, 9, 8)
 
 
+@pytest.mark.parametrize("status, headers, failed", [
+    (503, {"Retry-After": "2"}, True),
+    (503, {}, False),
+    (429, {"Retry-After": "1"}, False),
+    (200, {}, False),
+])  # fmt: skip
+def test_what_another_replica_may_answer_better(status, headers, failed, tmp_path):
+    """Not a request that took too long, of which only the missing Retry-After tells."""
+    need("ray")
+    import aiohttp
+    from aiohttp import web
+
+    from cqil_trt.deploy.ray_serve import Call, Head, Replica
+
+    async def scenario():
+        app = web.Application()
+        app.router.add_post("/", lambda request: asyncio.sleep(0, web.Response(status=status, headers=headers)))
+        runner = web.AppRunner(app)
+        await runner.setup()
+        place = str(tmp_path / "socket")
+        await web.UnixSite(runner, place).start()
+        async with aiohttp.ClientSession(connector=aiohttp.UnixConnector(place)) as session:
+            replica = SimpleNamespace(_name="it", _server=SimpleNamespace(session=session, failure=None))
+            found = [part async for part in Replica.forward(replica, Call("POST", "/", (), b""))]
+        await runner.cleanup()
+        return next(part for part in found if isinstance(part, Head))
+
+    head = asyncio.run(scenario())
+    assert (head.status, head.failed) == (status, failed)
+
+
 def test_a_request_that_no_replica_takes_does_not_wait_for_ever():
     need("ray")
     from cqil_trt.deploy.ray_serve import Call, Gateway

@@ -141,8 +141,10 @@ class Replica:
             ) as answer:
                 headers = tuple((k, v) for k, v in answer.headers.items() if k.lower() not in _HOP)
                 events = answer.content_type == "text/event-stream"
-                # 503 is the server's word for an engine that has failed, loads or drains.
-                yield Head(answer.status, headers, self._name, events, failed=answer.status == 503)
+                # 503 is the server's word for an engine that has failed, loads or drains, and one with a full queue. A
+                # request that took too long has it too, but no Retry-After: it would take as long elsewhere.
+                failed = answer.status == 503 and "Retry-After" in answer.headers
+                yield Head(answer.status, headers, self._name, events, failed=failed)
                 begun = True
                 async for piece in answer.content.iter_any():
                     yield piece
