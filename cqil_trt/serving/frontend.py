@@ -158,7 +158,8 @@ def main(arguments: list[str]) -> int:
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
     # Each client takes a descriptor; the usual limit of 1,024 is for programs that call select.
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     for sock in (control, monitor, listener):
         sock.setblocking(False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

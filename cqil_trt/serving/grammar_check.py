@@ -81,9 +81,11 @@ class GrammarCheck:
             self._good.popitem(last=False)
 
     async def _ready(self) -> None:
-        """Starts the process if there is none. Raises RuntimeError if it does not start."""
-        if self._process is not None:
+        """Starts the process if there is none that runs. Raises RuntimeError if it does not start."""
+        if self._process is not None and self._process.poll() is None:
             return
+        self._answered = False
+        await self._end_unless_answered()
         ours, theirs = socket.socketpair()
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__, str(self._engine), str(theirs.fileno())],
