@@ -51,9 +51,12 @@ class StoppingText:
     A stop text may contain the text of control tokens, which is not part of the answer.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], visible: Collection[str] = ()):
-        """`visible`: the control tokens, as text, that are part of the answer all the same."""
-        self._stream, self._stops, self._visible = tokenizer.stream(), stops, visible
+    def __init__(
+        self, tokenizer: Tokenizer, stops: Sequence[str], visible: Collection[str] = (), after: Sequence[int] = ()
+    ):
+        """`visible`: the control tokens, as text, that are part of the answer all the same. `after`: the tokens whose
+        text it continues."""
+        self._stream, self._stops, self._visible = tokenizer.stream(after), stops, visible
         self._control_text = tokenizer.vocabulary.special_text
         self._longest = max(map(len, stops), default=0)
         # The text that has not been taken yet, and for each character whether it is shown: "+" or "-".

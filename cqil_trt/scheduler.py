@@ -295,6 +295,8 @@ class Scheduler:
         self._number, self._clock = 0, 0
         self._started: list[int] = []
         self._read_last = False
+        # While it is set, prompts whose logits are wanted are not read: those that there are take up memory.
+        self.scoring_waits = False
 
     # What the caller says
 
@@ -358,7 +360,7 @@ class Scheduler:
         if any(step.drafts for step, _ in self._flying):
             return None  # how far its sequences get is not known
         starts = tuple(self._admit())
-        reading = next((s for s in self._running.values() if s.reading), None)
+        reading = next((s for s in self._running.values() if s.reading and not self._must_wait(s.request)), None)
         ready = sorted((s for s in self._running.values() if not s.reading and s.chosen < s.room), key=lambda s: s.slot)
         if reading is not None and (self._policy == "throughput" or not self._read_last or not ready):
             self._read_last = True
@@ -407,6 +409,8 @@ class Scheduler:
             # One at a time reads its prompt, so that the next one finds what this one leaves in the cache.
             if any(s.reading for s in self._running.values()):
                 return
+            if self._must_wait(self._waiting[0][1]):
+                return
             number, request = self._waiting.popleft()
             slot, source, cached = self._place(request)
             room = min(request.max_new_tokens, self._max_seq_len + 1 - len(request.prompt))
@@ -428,6 +432,9 @@ class Scheduler:
                 source=source,
                 cached=cached,
             )
+
+    def _must_wait(self, request: Request) -> bool:
+        return self.scoring_waits and request.scored is not None
 
     def _place(self, request: Request) -> tuple[int, int, int]:
         """The slot for a request, the slot that holds the longest beginning of its prompt, and how much of it."""

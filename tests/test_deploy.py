@@ -281,6 +281,113 @@ def test_as_many_replicas_as_the_requests_need():
     assert by_requests(context)[0] == 2  # nobody has said anything
 
 
+# What gateways pass on
+
+
+def passed_on(first, second):
+    """What a client gets, and who was asked, of two servers with these handlers; None for one that has ended."""
+    need("ray")
+    from aiohttp import web
+
+    from cqil_trt.deploy.gateway import Call, Gateway, session
+    from cqil_trt.deploy.routing import Router, State
+
+    async def scenario():
+        states, runners, asked, sent = [], [], [], []
+
+        def app(name, handler):
+            async def answer(request):
+                assert request.headers["X-CQIL-Gateway"] == f"key of {name}" and request.headers["a"] == "b"
+                assert await request.read() == b"body"
+                asked.append(name)
+                return await handler(request)
+
+            made = web.Application()
+            made.router.add_post("/path", answer)
+            return made
+
+        for name, handler in (("first", first), ("second", second)):
+            runner = web.AppRunner(app(name, handler))
+            await runner.setup()
+            await web.TCPSite(runner, "127.0.0.1", 0).start()
+            url = "http://{}:{}".format(*runner.addresses[0])
+            # The second one is busier.
+            states.append(State(name, url, f"key of {name}", "ready", others=len(states)))
+            runners.append(runner)
+            if handler is None:
+                await runner.cleanup()
+
+        async def send(message):
+            sent.append(message)
+
+        router = Router(9, 9, 9)
+        router.update(states)
+        gateway = SimpleNamespace(_router=router, _session=session(), _patience=5.0)
+        failure = await Gateway._answer(gateway, Call("POST", "/path", (("a", "b"),), b"body"), send)
+        if failure is not None:
+            await failure({"type": "http"}, None, send)
+        assert all(replica.own == 0 for replica in router.replicas.values())
+        await gateway._session.close()
+        for runner in runners:
+            await runner.cleanup()
+        headers = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+        return sent[0]["status"], headers, b"".join(message["body"] for message in sent[1:]), asked
+
+    return asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+def answering(status, body, **headers):
+    from aiohttp import web
+
+    async def answer(request):
+        return web.Response(status=status, body=body, headers={k.replace("_", "-"): v for k, v in headers.items()})
+
+    return answer
+
+
+def test_another_replica_answers_for_one_that_cannot():
+    fine = answering(200, b"fine", X_Request_Id="7")
+    for cannot, asked in (
+        (None, ["second"]),
+        (answering(503, b"drains", Retry_After="2"), ["first", "second"]),
+    ):
+        status, headers, body, found = passed_on(cannot, fine)
+        assert (status, body, found) == (200, b"fine", asked)
+        assert (headers["x-request-id"], headers["content-length"]) == ("7", "4")
+
+
+def test_a_request_that_took_too_long_is_not_tried_elsewhere():
+    """Only the missing Retry-After tells."""
+    status, _, body, asked = passed_on(answering(503, b"too long"), answering(200, b"fine"))
+    assert (status, body, asked) == (503, b"too long", ["first"])
+    assert passed_on(answering(429, b"full", Retry_After="1"), answering(200, b"fine"))[0] == 429
+
+
+def test_an_answer_that_breaks_off():
+    """A stream of events ends with an error event; what has not begun for the client comes from another replica."""
+    need("aiohttp")
+    from aiohttp import web
+
+    def broken(kind):
+        async def answer(request):
+            response = web.StreamResponse(headers={"Content-Type": kind})
+            await response.prepare(request)
+            await response.write(b"data: 1\n\n")
+            await asyncio.sleep(0.05)
+            request.transport.abort()
+            return response
+
+        return answer
+
+    status, _, body, asked = passed_on(broken("text/event-stream"), answering(200, b"fine"))
+    first, last = body.split(b"\n\n", 1)
+    assert (status, first, asked) == (200, b"data: 1", ["first"])
+    error = json.loads(last.removeprefix(b"data: "))["error"]
+    assert error["code"] == 503 and "the replica failed" in error["message"]
+    status, _, body, asked = passed_on(broken("application/json"), answering(200, b"fine"))
+    assert (status, body, asked) == (200, b"fine", ["first", "second"])
+
+
 # A server of one replica
 
 
@@ -351,7 +458,7 @@ asyncio.run(main())
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         assert any(line == "ready\n" for line in parent.stdout)
-        assert len(of_engine(engine)) == 4  # the parent, mpirun and two ranks
+        assert len(of_engine(engine)) >= 4  # the parent, mpirun, two ranks, and soon the check of grammars
     finally:
         parent.send_signal(signal.SIGKILL)
         parent.wait()

@@ -1,11 +1,14 @@
 """The files in deploy/, judged by the schemas and linters of those who read them."""
 
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import yaml
@@ -139,3 +142,24 @@ def test_the_entry_point_starts_as_many_ranks_as_the_engine_has(tmp_path):
         server.kill()
     wrong = run(sys.executable, "-m", "cqil_trt.deploy.ranks", tmp_path)
     assert_user_error(wrong, "not an engine directory")
+
+
+def test_the_images_health_check_asks_the_port_that_is_served():
+    text = (DEPLOY / "Dockerfile").read_text()
+    commands = {tuple(json.loads(line.partition("CMD ")[2])) for line in text.splitlines() if "CMD [" in line}
+    [command] = commands
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        subprocess.run(command, env={**os.environ, "CQIL_PORT": str(server.server_port)}, check=True, timeout=30)
+        thread.join()
+    assert asked == ["/health"]
+    assert subprocess.run(command, env={**os.environ, "CQIL_PORT": "9"}, capture_output=True, timeout=30).returncode

@@ -1,5 +1,6 @@
 """The server, asked by OpenAI's own client: every endpoint and field, judged by run.py and by Hugging Face."""
 
+import asyncio
 import json
 import math
 import re
@@ -24,8 +25,10 @@ need("openai", "llguidance", "starlette", "uvicorn", "pydantic", "prometheus_cli
 import openai  # noqa: E402
 from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
 
-from cqil_trt.serving import api  # noqa: E402
+from cqil_trt.errors import UserError  # noqa: E402
+from cqil_trt.serving import api, grammar_check, grammars  # noqa: E402
 from cqil_trt.serving.answers import tools_of  # noqa: E402
+from cqil_trt.serving.grammar_check import GrammarCheck  # noqa: E402
 from cqil_trt.serving.grammars import Grammars  # noqa: E402
 from cqil_trt.tokenizer import Tokenizer  # noqa: E402
 
@@ -640,6 +643,30 @@ def test_choices_regular_expressions_and_grammars(served):
             assert re.match(r"\(+([0-9]{1,3}\)*)?$", choice.text)
 
 
+def test_a_grammar_that_ends_its_compiler_ends_nothing_else(engine, monkeypatch):
+    """One that overflows the stack, and one that takes hours; what comes after them is checked as before."""
+    chain = {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(20_000)}
+    deep = grammars.json_schema({"$ref": "#/$defs/a0", "$defs": {**chain, "a20000": {"type": "string"}}})
+    long = grammars.json_schema({"type": "integer", "multipleOf": 62_615_533})
+
+    async def scenario():
+        check = GrammarCheck(engine)
+        check.start()
+        await check.check(grammars.choice(["a", "b"]))
+        with pytest.raises(UserError, match="too complex"):
+            await check.check(deep)
+        await check.check(grammars.choice(["c"]))
+        check._process.kill()  # as a system without memory does; that is no grammar's fault
+        check._process.wait()
+        await check.check(grammars.choice(["d"]))
+        monkeypatch.setattr(grammar_check, "CHECK_SECONDS", 0.5)
+        with pytest.raises(UserError, match="longer than 0.5 s"):
+            await check.check(long)
+        await check.check(grammars.choice(["a", "b"]))  # which is known to be right
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize(
     "field, value",
     [
@@ -762,6 +789,28 @@ def test_a_call_that_the_model_writes_by_itself(served):
     other = text.replace("wait", "fly")
     [found] = served.chat(tools=TOOLS, guided_choice=[other], max_tokens=100).choices
     assert (found.message.content, found.message.tool_calls, found.finish_reason) == (other, None, "stop")
+
+
+def test_only_one_call_where_no_more_are_wanted(served):
+    text = '<tool_call>\n{"name": "wait", "arguments": {"long": %s}}\n</tool_call>'
+    given = {"tools": TOOLS, "guided_choice": [f"{text % 'true'}\n{text % 'false'} So."], "max_tokens": 150}
+    [found] = served.chat(**given).choices
+    assert len(found.message.tool_calls) == 2 and found.message.content == "So."
+    [found] = served.chat(parallel_tool_calls=False, **given).choices
+    [call] = found.message.tool_calls
+    assert (call.function.name, call.function.arguments) == ("wait", '{"long": true}')
+    assert (found.message.content, found.finish_reason) == (None, "tool_calls")
+    calls, content, reason = put_together(served.chat(parallel_tool_calls=False, stream=True, **given))
+    assert (len(calls), content, reason) == (1, "", "tool_calls")
+
+
+def test_an_answer_goes_back_as_openais_client_writes_it(served):
+    said = [{"role": "user", "content": "x"}, served.chat("x").choices[0].message.model_dump()]
+    assert served.chat([*said, {"role": "user", "content": "y"}]).choices
+    # Arguments that are no JSON, or too deep for Python, are text.
+    call = {"id": "1", "type": "function", "function": {"name": "wait", "arguments": "[" * 5000}}
+    deep = [said[0], {"role": "assistant", "tool_calls": [call]}]
+    assert ask(served.server, "/v1/chat/completions", {"messages": deep, "max_tokens": 1})[0] in (200, 400)
 
 
 @pytest.mark.parametrize("special", [False, True])

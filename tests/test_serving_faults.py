@@ -9,7 +9,9 @@ import signal
 import socket
 import ssl
 import subprocess
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 from support.checkpoints import make_model
@@ -518,7 +520,13 @@ def test_a_signal_to_the_process_in_the_pid_file(engine, tmp_path):
 
 
 def test_a_pid_file_that_cannot_be_written(engine, tmp_path):
-    refuses(engine, "--pid-file", tmp_path / "missing" / "pid", fragments=["--pid-file", "missing/pid"])
+    """Neither its socket nor the directory in which its ranks meet is left."""
+    flags = ("--engine", engine, "--pid-file", tmp_path / "missing" / "pid")
+    with tempfile.TemporaryDirectory() as directory:  # a path that is short enough for a socket
+        flags = (*flags, "--unix-socket", Path(directory) / "socket")
+        done = mpirun(2, *flags, script="runtime/serve.py", env={"TMPDIR": directory})
+        assert_user_error(done, "--pid-file", "missing/pid")
+        assert not [path for path in Path(directory).iterdir() if path.name.startswith(("cqil", "socket"))]
 
 
 def test_sigterm_and_a_rank_that_is_stopped(engine):

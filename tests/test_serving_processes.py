@@ -2,8 +2,11 @@
 
 import asyncio
 import contextlib
+import fcntl
 import gc
 import json
+import os
+import re
 import signal
 import socket
 import subprocess
@@ -70,6 +73,10 @@ def http_process(loop, directory):
 def test_what_rank_0_says_right_after_the_setup_is_not_lost(loop, tmp_path):
     with http_process(loop, tmp_path) as (process, _, _):
         assert "4 slots" in process.stdout.readline() and "serving at" in process.stdout.readline()
+        # As many clients as the system allows.
+        limits = Path(f"/proc/{process.pid}/limits").read_text()
+        soft, hard = re.search(r"Max open files +(\S+) +(\S+)", limits).groups()
+        assert soft == hard
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
@@ -442,6 +449,45 @@ def test_a_prompt_that_is_scored_holds_nobody_up(monkeypatch):
     assert [found.finish_reason for found in news] == [""] * (len(news) - 1) + ["length"]
 
 
+def test_prompts_wait_while_the_log_probabilities_of_others_are_computed(monkeypatch):
+    """As their logits take up memory; who asks for none goes on."""
+    from cqil_trt.serving import ranks, wire
+
+    go, read, done = threading.Event(), [], set()
+    submit = FakeSession.submit
+
+    def noting(session, step):
+        read.append(step.chunk is not None and step.chunk.scored)
+        submit(session, step)
+
+    def log_probabilities(row, token, count):
+        assert go.wait(10)
+        return ((token, -1.0),)
+
+    monkeypatch.setattr(FakeSession, "submit", noting)
+    monkeypatch.setattr(ranks, "log_probabilities", log_probabilities)
+
+    def client(http):
+        http.send(add(1))
+        progress(http, lambda told: told.running == 1 and told.tokens)
+        scored = {"scored": 0, "max_new_tokens": 1, "sampling": SamplingConfig(logprobs=0)}
+        for number in range(2, 10):
+            http.send(replace(add(number), prompt=tuple(range(1, 41)), **scored))  # five chunks each
+        for _ in range(60):
+            progress(http, lambda told: told.tokens)
+        assert 2 <= sum(read) <= 2 * 4  # of two sessions: computed, waiting, and in flight
+        http.send(wire.Abort(numbers=(1, 9)))
+        time.sleep(0.05)  # with nothing else to do
+        go.set()
+        while len(done) < 7:
+            told = progress(http, lambda told: told.news)
+            done.update(news.number for news in told.news if news.finish_reason == "length")
+        http.send(wire.Stop())
+
+    first, second = lead_and_follow(client)
+    assert len(first.collected) == len(second.collected) and done == set(range(2, 9))
+
+
 def test_rank_0_tells_that_a_request_is_gone():
     from cqil_trt.serving import wire
 
@@ -462,6 +508,26 @@ def test_rank_0_tells_that_a_request_is_gone():
 
 
 # Clients
+
+
+def test_a_connection_may_have_any_descriptor():
+    import resource
+
+    from cqil_trt.serving import wire
+
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if before[1] < 2048:
+        pytest.skip("no more than 1,024 files may be open")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(before[0], 2048), before[1]))
+    try:
+        ours, theirs = socket.socketpair()
+        with ours, theirs, socket.socket(fileno=fcntl.fcntl(ours, fcntl.F_DUPFD, 1500)) as high:
+            connection = wire.Connection(high, "it")
+            assert connection.poll(0) == []
+            theirs.sendall(wire.pack("x"))
+            assert connection.receive() == "x"
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 @pytest.mark.parametrize("size", [1, 1 << 16, 150_000])
@@ -583,6 +649,53 @@ def test_bodies_that_any_page_may_send(monkeypatch):
     assert through_gate(monkeypatch, PARTS[1:], method="GET") == 200
 
 
+def test_heads_of_requests_are_bounded_in_length_and_time(monkeypatch):
+    import uvicorn
+
+    from cqil_trt.serving import frontend
+
+    monkeypatch.setattr(frontend, "_HEAD_SECONDS", 0.3)
+
+    async def app(scope, receive, send):
+        await asyncio.sleep(0.5)  # longer than a head may take
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def ask(place, *parts):
+        reader, writer = await asyncio.open_connection(*place)
+        with contextlib.suppress(ConnectionError):
+            for part in parts:
+                writer.write(part)
+                await writer.drain()
+                await asyncio.sleep(0.01)
+        try:
+            return await asyncio.wait_for(reader.read(), 5)
+        except ConnectionError:
+            return b"reset"  # closed before all was read
+        finally:
+            writer.close()
+
+    async def scenario():
+        listener = socket.create_server(("127.0.0.1", 0))
+        config = uvicorn.Config(app, http=frontend._Protocol, lifespan="off", log_level="error")
+        server = frontend._Uvicorn(config)
+        serving = asyncio.create_task(server.serve([listener]))
+        place, line = listener.getsockname(), b"GET / HTTP/1.1\r\nConnection: close\r\n"
+        assert (await ask(place, line, b"A: b\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+        assert (await ask(place, line, b"A: " + b"a" * 60_000, b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+        for piece in (b"A: " + b"a" * 40_000, b"A: b\r\n" * 6_000):
+            assert (await ask(place, line, piece, piece, piece)).startswith((b"HTTP/1.1 431 ", b"reset"))
+        for part in (b"", b"GET", line):
+            assert (await ask(place, part)).startswith(b"HTTP/1.1 408 ")
+        # The head of a second request comes while the first is answered.
+        both = await ask(place, b"GET / HTTP/1.1\r\n\r\nGET / HTTP/1.1\r\n")
+        assert both.startswith(b"HTTP/1.1 200 ") and b"HTTP/1.1 408 " in both
+        server.should_exit = True
+        await serving
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize("answers", [True, False])
 def test_an_http_process_that_does_not_answer(answers, tmp_path):
     from cqil_trt.serving import wire
@@ -613,3 +726,54 @@ child.kill()
     assert error == ("" if answers else "error: rank 3: the HTTP process has not answered for 0.6 s\n")
     state = Path(f"/proc/{int(said)}/stat")  # of the child, which has ended too
     assert not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
+# What servers that were killed left
+
+
+def test_the_socket_of_a_server_that_was_killed_is_replaced(tmp_path):
+    from cqil_trt.commands.serve import _listen_for_clients
+    from cqil_trt.errors import UserError
+
+    options = SimpleNamespace(unix_socket=tmp_path / "socket")
+    with _listen_for_clients(options):
+        with pytest.raises(UserError, match="in use"):  # it is alive
+            _listen_for_clients(options)
+    with _listen_for_clients(options), socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(options.unix_socket))
+    options.unix_socket = tmp_path / "file"
+    options.unix_socket.write_text("something else")
+    with pytest.raises(UserError, match="in use"):
+        _listen_for_clients(options)
+    assert options.unix_socket.read_text() == "something else"
+
+
+def test_old_directories_of_servers_are_removed(tmp_path, monkeypatch):
+    from cqil_trt.serving import wire
+
+    monkeypatch.setattr(wire.tempfile, "tempdir", str(tmp_path))
+    abandoned, young = wire.Rendezvous(), wire.Rendezvous()
+    abandoned.listen("orders").close()
+    os.utime(abandoned.directory, (0, 0))
+    own = wire.Rendezvous()
+    assert set(tmp_path.iterdir()) == {young.directory, own.directory}
+    for _ in range(2):
+        own.remove()
+    assert set(tmp_path.iterdir()) == {young.directory}
+
+
+def test_a_refused_request_leaves_no_timer():
+    from cqil_trt.serving import api, app, refusals
+
+    async def scenario():
+        server = app.Server.__new__(app.Server)
+        ready, model = SimpleNamespace(rows=2), SimpleNamespace(vocab_size=8)
+        server.client = SimpleNamespace(failure=None, draining=False, ready=ready, active=0)
+        server.setup = SimpleNamespace(max_waiting=8, request_seconds=600.0, queue_seconds=60.0)
+        server.engine, server.tokenizer, server.ends = SimpleNamespace(model=model), None, ()
+        body = api.CompletionBody(prompt=[1], logit_bias={"9": 1})
+        with pytest.raises(refusals.Refused, match="not a token id"):
+            await server._ask(body, [[1]], [4], None)
+        assert not asyncio.get_running_loop()._scheduled
+
+    asyncio.run(scenario())

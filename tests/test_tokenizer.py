@@ -4,6 +4,8 @@ import json
 import random
 import shutil
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -28,6 +30,7 @@ from tokenizers import Tokenizer as Backend
 
 from cqil_trt.errors import UserError
 from cqil_trt.tokenizer import Conversation, TextStream, Tokenizer, find_tokenizer, save_tokenizer
+from cqil_trt.tokenizer.vocabulary import JsonVocabulary
 
 CHECKED = settings(max_examples=150, deadline=None)
 TEXTS = st.one_of(
@@ -491,3 +494,33 @@ def test_threads_tokenize_what_users_and_templates_write(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(work, [False, True] * 8))
     assert tokenizer.encode(text) == as_text
+
+
+def test_a_long_text_is_tokenized_while_other_threads_run():
+    """As a server's do, which send other clients' tokens meanwhile."""
+    backend = byte_level_json()
+    vocabulary = JsonVocabulary(byte_level_json())
+    rng = random.Random(SEED)
+    text = "".join(random_text(rng) for _ in range(400)) + "hello world, \n" * 20_000
+    found, ticks = [], 0
+    thread = threading.Thread(target=lambda: found.extend(vocabulary.encode(text)))
+    thread.start()
+    while thread.is_alive():
+        time.sleep(0.001)
+        ticks += 1
+    assert found == backend.encode(text, add_special_tokens=False).ids
+    assert ticks > 10
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_goes_on_after_other_tokens(form, made):
+    """Both together are the whole text; read by itself, the second part may lack its space."""
+    tokenizer, _ = made(form)
+    ids = tokenizer.encode("hello world, a b  c\n é 😀")
+    for first in range(len(ids) + 1):
+        stream = tokenizer.stream(ids[:first])
+        before, after = b"".join(map(tokenizer.vocabulary.reader(), ids[:first])), ids[first:]
+        text = "".join([*map(stream.add, after), stream.finish()])
+        if before.decode(errors="ignore").encode() == before:  # whole characters
+            assert before.decode() + text == tokenizer.decode(ids)
+    assert all(tokenizer.text_of(token).encode() == tokenizer.bytes_of(token) for token in tokenizer.encode(" b c"))

@@ -4,6 +4,7 @@ import json
 import pickle
 import resource
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -419,6 +420,17 @@ def test_parts_of_two_gguf_files_are_refused(split, tmp_path):
     shutil.copy(others[3], parts[3])
     with pytest.raises(UserError, match="00004-of-00004.gguf: belongs to another file"):
         open_checkpoint(parts[0])
+
+
+@pytest.mark.parametrize("kind", [0, 5, 12])  # uint8, int32, float64
+@pytest.mark.parametrize("count", [1000, 1 << 40])
+def test_a_gguf_array_that_goes_beyond_its_file(kind, count, tmp_path):
+    """As one damaged bit makes it; the gguf package would go on until memory ends."""
+    key = b"general.tags"
+    field = struct.pack("<Q", len(key)) + key + struct.pack("<IIQ", 9, kind, count)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + field + bytes(64))
+    with pytest.raises(UserError, match="model.gguf: corrupt or truncated GGUF file"):
+        open_checkpoint(tmp_path / "model.gguf")
 
 
 def test_gguf_bounds_and_names(tmp_path):

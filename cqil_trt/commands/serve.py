@@ -104,8 +104,9 @@ def run(options: argparse.Namespace, job: Job) -> None:
         job.agree(lambda: _write_files(options, sockets) if sockets is not None else None)
         _serve(options, job, engine, path, setup, sockets)
     finally:
-        for file in (options.pid_file, options.address_file, options.unix_socket):
-            if file is not None and job.rank == 0:
+        if sockets is not None:
+            sockets.rendezvous.remove()
+            for file in filter(None, (options.pid_file, options.address_file, options.unix_socket)):
                 file.unlink(missing_ok=True)
 
 
@@ -231,6 +232,7 @@ def _listen(options: argparse.Namespace) -> _Sockets:
 
 def _listen_for_clients(options: argparse.Namespace) -> socket.socket:
     if options.unix_socket is not None:
+        _remove_abandoned(options.unix_socket)
         listener = socket.socket(socket.AF_UNIX)
         mask = os.umask(0o177)
         try:
@@ -246,6 +248,16 @@ def _listen_for_clients(options: argparse.Namespace) -> socket.socket:
         return socket.create_server((options.host, options.port), family=family, backlog=1024)
     except OSError as error:
         raise UserError(f"--host {options.host} --port {options.port}: {error.strerror or error}") from None
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Removes the socket of a server that was killed, on which nobody listens."""
+    if path.is_socket():
+        with socket.socket(socket.AF_UNIX) as client, contextlib.suppress(OSError):  # of which bind says more
+            try:
+                client.connect(str(path))
+            except ConnectionRefusedError:
+                path.unlink()
 
 
 def _setup(options: argparse.Namespace, path: Path) -> Any:

@@ -142,8 +142,9 @@ class Gateway:
                     data=call.body,
                     allow_redirects=False,
                 ) as answer:
-                    # 503 is the server's word for an engine that has failed, loads or drains.
-                    if answer.status != 503:
+                    # 503 is the server's word for an engine that has failed, loads or drains, and for a full queue. A
+                    # request that took too long has it too, but no Retry-After: it would take as long elsewhere.
+                    if answer.status != 503 or "Retry-After" not in answer.headers:
                         reachable = await _pass_on(answer, send)
                         return None
                     failure = Response(await answer.read(), answer.status, dict(_kept(answer)))

@@ -94,16 +94,17 @@ def conversation_of(body: api.ChatBody | api.TokenizeBody) -> Conversation:
 def _parsed(arguments: str) -> Any:
     try:
         return json.loads(arguments)
-    except ValueError:
+    except (ValueError, RecursionError):
         return arguments
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tools:
-    """What the answer may call; with a `grammar` it must."""
+    """What the answer may call; with a `grammar` it must. `several`: whether more than once."""
 
     format: str
     names: frozenset[str]
+    several: bool = True
     grammar: str | None = None
 
 
@@ -115,19 +116,20 @@ def tools_of(body: api.ChatBody, tokenizer: Tokenizer) -> Tools | None:
     if form is None:
         raise Refused(400, "the model's chat template has no format of tool calls that is known here", "tools")
     names = frozenset(tool.function.name for tool in body.tools)
+    several = body.parallel_tool_calls is not False
     if body.tool_choice in (None, "auto"):
-        return Tools(format=form, names=names)
+        return Tools(format=form, names=names, several=several)
     wanted = names
     if isinstance(body.tool_choice, api.NamedTool):
         wanted = frozenset({body.tool_choice.function.name})
     functions = [tool.function for tool in body.tools if tool.function.name in wanted]
     described = [{"name": function.name, "parameters": function.parameters} for function in functions]
-    several = body.parallel_tool_calls is not False and body.tool_choice == "required"
+    several = several and body.tool_choice == "required"
     # Where the marks are control tokens, their letters are not what the model has learned to write.
     mark = tokenizer.vocabulary.id_of(_TOOL_MARKS[0])
     special = mark is not None and tokenizer.vocabulary.special_text(mark) is not None
     grammar = grammars.lark(tool_calls.tool_grammar(form, described, several, special))
-    return Tools(format=form, names=names, grammar=grammar)
+    return Tools(format=form, names=names, several=several, grammar=grammar)
 
 
 @dataclass(kw_only=True)
@@ -145,11 +147,20 @@ class Piece:
 class Answer:
     """One choice of a response."""
 
-    def __init__(self, ticket: Ticket, tokenizer: Tokenizer | None, stops: Sequence[str], tools: Tools | None = None):
+    def __init__(
+        self,
+        ticket: Ticket,
+        tokenizer: Tokenizer | None,
+        stops: Sequence[str],
+        tools: Tools | None = None,
+        after: Sequence[int] = (),
+    ):
+        """`after`: the tokens whose text it continues."""
         self.ticket = ticket
         visible: Collection[str] = _TOOL_MARKS if tools is not None else ()
-        self._text = None if tokenizer is None else StoppingText(tokenizer, stops, visible)
+        self._text = None if tokenizer is None else StoppingText(tokenizer, stops, visible, after)
         self._parser = None if tools is None else tool_calls.ToolParser(tools.format, set(tools.names))
+        self._several = tools is None or tools.several
         self.finished = False
         self.reason: str | None = None
         self.tokens = 0  # of the answer, up to a stop text
@@ -174,6 +185,9 @@ class Answer:
             piece.text = text
         else:
             deltas = self._parser.add(text) + (self._parser.finish() if self.finished else [])
+            second = next((at for at, delta in enumerate(deltas) if delta.index is not None and delta.index > 0), None)
+            if second is not None and not self._several:  # which ends the answer
+                deltas, self.finished, reason = deltas[:second], True, "stop"
             piece.text = "".join(delta.text for delta in deltas if delta.index is None)
             piece.calls = [delta for delta in deltas if delta.index is not None]
         if self.finished:
@@ -202,9 +216,16 @@ class Exchange:
         self._over = True
         self._updates.put_nowait((0, None))
 
-    def ask(self, tokenizer: Tokenizer | None, stops: Sequence[str], tools: Tools | None, **fields: Any) -> None:
+    def ask(
+        self,
+        tokenizer: Tokenizer | None,
+        stops: Sequence[str],
+        tools: Tools | None,
+        after: Sequence[int],
+        **fields: Any,
+    ) -> None:
         ticket = self._client.submit(self._updates, len(self.answers), **fields)
-        self.answers.append(Answer(ticket, tokenizer, stops, tools))
+        self.answers.append(Answer(ticket, tokenizer, stops, tools, after))
 
     @property
     def finished(self) -> bool:

@@ -99,6 +99,10 @@ class Message(Body):
     reasoning_content: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    # What OpenAI's client makes of an answer has these, without a value.
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
 
     @model_validator(mode="after")
     def _check(self) -> Message:

@@ -30,13 +30,13 @@ from cqil_trt.serving.answers import (
 from cqil_trt.serving.client import EngineClient
 from cqil_trt.serving.forms import ChatForm, CompletionForm, Form, read_tokens, usage
 from cqil_trt.serving.gate import Note
-from cqil_trt.serving.grammars import Grammars
+from cqil_trt.serving.grammar_check import GrammarCheck
 from cqil_trt.serving.refusals import Refused, error_body, error_response
 from cqil_trt.serving.streams import EventStream, event, read_body, unless_gone
 from cqil_trt.tokenizer import Tokenizer
 
-# Texts of more characters are tokenized beside the event loop, which other clients' tokens pass through.
-_LONG_TEXT = 20_000
+# Bodies of more bytes are rendered and tokenized beside the event loop, which other clients' tokens pass through.
+_LONG_BODY = 20_000
 _PAGE = Path(__file__).with_name("page.html")
 # What comes after it is a model's name.
 _ONE_MODEL = "/v1/models/"
@@ -52,7 +52,7 @@ class Server:
         self.created = int(time.time())
         self._page = _PAGE.read_text()
         self._policy = content_security_policy(self._page)
-        self._grammars = None if tokenizer is None else Grammars(tokenizer, engine.model.vocab_size, ends)
+        self.grammars = None if tokenizer is None else GrammarCheck(engine.path)
 
         get: dict[str, Callable[[Request], Awaitable[Response]]] = {
             "/": self.page,
@@ -132,27 +132,28 @@ class Server:
     # Tokens
 
     async def tokenize(self, request: Request) -> Response:
-        body = api.parse(api.TokenizeBody, await read_body(request))
+        given = await read_body(request)
+        body = api.parse(api.TokenizeBody, given)
         self._check_model(body.model)
         tokenizer = self._tokenizer()
         try:
             if body.messages is not None:
-                ids = await self._apart(_size(body.messages), lambda: tokenizer.chat(conversation_of(body)))
+                ids = await self._apart(given, lambda: tokenizer.chat(conversation_of(body)))
             else:
-                text = body.prompt or ""
-                ids = await self._apart(len(text), tokenizer.encode, text, body.add_special_tokens)
+                ids = await self._apart(given, tokenizer.encode, body.prompt or "", body.add_special_tokens)
         except UserError as error:
             raise Refused(400, str(error), "messages" if body.messages else "prompt") from None
         return JSONResponse({"count": len(ids), "max_model_len": self.limits.max_seq_len, "tokens": ids})
 
     async def detokenize(self, request: Request) -> Response:
-        body = api.parse(api.DetokenizeBody, await read_body(request))
+        given = await read_body(request)
+        body = api.parse(api.DetokenizeBody, given)
         self._check_model(body.model)
         size = self.engine.model.vocab_size
         if any(token >= size for token in body.tokens):
             raise Refused(400, f"a token id is not from 0 to {size - 1}", "tokens")
         tokenizer = self._tokenizer()
-        text = await self._apart(len(body.tokens), read_tokens, tokenizer, body.tokens)
+        text = await self._apart(given, read_tokens, tokenizer, body.tokens)
         return JSONResponse({"prompt": text})
 
     def _tokenizer(self) -> Tokenizer:
@@ -160,8 +161,8 @@ class Server:
             raise Refused(400, "this engine has no tokenizer: give prompts as token ids to /v1/completions", "prompt")
         return self.tokenizer
 
-    async def _apart(self, size: int, work: Callable[..., Any], *arguments: Any) -> Any:
-        return await asyncio.to_thread(work, *arguments) if size > _LONG_TEXT else work(*arguments)
+    async def _apart(self, body: bytes, work: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.to_thread(work, *arguments) if len(body) > _LONG_BODY else work(*arguments)
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name not in self.setup.model_names:
@@ -171,12 +172,13 @@ class Server:
     # Completions
 
     async def chat(self, request: Request) -> Response:
-        body = api.parse(api.ChatBody, await read_body(request))
+        given = await read_body(request)
+        body = api.parse(api.ChatBody, given)
         self._check_model(body.model)
         tokenizer = self._tokenizer()
         tools = tools_of(body, tokenizer)
         try:
-            prompt = await self._apart(_size(body.messages), lambda: tokenizer.chat(conversation_of(body)))
+            prompt = await self._apart(given, lambda: tokenizer.chat(conversation_of(body)))
         except UserError as error:
             variables = "chat_template_kwargs"
             raise Refused(400, str(error), variables if variables in str(error) else "messages") from None
@@ -187,19 +189,18 @@ class Server:
         return await self._respond(request, body, exchange, form)
 
     async def complete(self, request: Request) -> Response:
-        body = api.parse(api.CompletionBody, await read_body(request))
+        given = await read_body(request)
+        body = api.parse(api.CompletionBody, given)
         self._check_model(body.model)
         prompts: list[list[int]] = []
-        for given in body.prompts:
-            if isinstance(given, str):
-                tokenizer = self._tokenizer()
-                text = given
+        for prompt in body.prompts:
+            if isinstance(prompt, str):
                 try:
-                    ids = await self._apart(len(text), tokenizer.encode, text)
+                    ids = await self._apart(given, self._tokenizer().encode, prompt)
                 except UserError as error:
                     raise Refused(400, str(error), "prompt") from None
             else:
-                ids = list(given)
+                ids = list(prompt)
             prompts.append(ids)
         if body.limit == 0 and not body.echo:
             raise Refused(400, "0 needs echo to be true", "max_tokens")
@@ -243,21 +244,28 @@ class Server:
         # From here on nothing is awaited: what is checked holds until the requests are sent.
         count = body.n or 1
         self._check_room(count * len(prompts))
-        exchange = Exchange(client, count, setup.request_seconds, setup.queue_seconds)
         vocabulary = self.engine.model.vocab_size
-        for prompt, room in zip(prompts, rooms):
-            for index in range(count):
-                exchange.ask(
-                    self.tokenizer,
-                    body.stops,
-                    tools,
-                    prompt=tuple(prompt),
-                    max_new_tokens=room,
-                    eos_token_ids=() if body.ignore_eos else self.ends,
-                    sampling=sampling_of(body, logprobs, index, grammar is not None, vocabulary),
-                    scored=scored,
-                    grammar=grammar,
-                )
+        samplings = [
+            sampling_of(body, logprobs, index, grammar is not None, vocabulary)
+            for _ in prompts
+            for index in range(count)
+        ]
+        # Nothing is refused any more: an exchange has timers, which must be stopped.
+        exchange = Exchange(client, count, setup.request_seconds, setup.queue_seconds)
+        for number, sampling in enumerate(samplings):
+            prompt = prompts[number // count]
+            exchange.ask(
+                self.tokenizer,
+                body.stops,
+                tools,
+                prompt if isinstance(body, api.CompletionBody) else (),
+                prompt=tuple(prompt),
+                max_new_tokens=rooms[number // count],
+                eos_token_ids=() if body.ignore_eos else self.ends,
+                sampling=sampling,
+                scored=scored,
+                grammar=grammar,
+            )
         return exchange
 
     def _check_room(self, count: int) -> None:
@@ -275,10 +283,10 @@ class Server:
             raise Refused(429, f"{client.active} requests are running or waiting, no more are taken", retry=1)
 
     async def _check_grammar(self, grammar: str, field: str) -> None:
-        if self._grammars is None:
+        if self.grammars is None:
             raise Refused(400, "this engine has no tokenizer, which grammars need", field)
         try:
-            await asyncio.to_thread(self._grammars.check, grammar)
+            await self.grammars.check(grammar)
         except UserError as error:
             raise Refused(400, str(error), field) from None
 
@@ -326,10 +334,6 @@ def _place(path: str) -> str:
     """The path in the table of handlers."""
     path = path.rstrip("/") or "/"
     return _ONE_MODEL if path.startswith(_ONE_MODEL) else path
-
-
-def _size(messages: list[api.Message] | None) -> int:
-    return sum(len(str(message.content)) for message in messages or ())
 
 
 def content_security_policy(html: str) -> str:

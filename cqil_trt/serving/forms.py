@@ -166,7 +166,7 @@ class CompletionForm(Form):
         text = piece.text
         prompt: list[tuple[int, float | None, Any]] = []
         if index not in self._offsets:
-            self._offsets[index] = _Offset(self._tokenizer)
+            self._offsets[index] = _Offset(self._tokenizer, self._prompt(index))
             if self._body.echo:
                 ids = self._prompt(index)
                 text = ("" if self._tokenizer is None else read_tokens(self._tokenizer, ids)) + text
@@ -222,8 +222,8 @@ class CompletionForm(Form):
 class _Offset:
     """Where each token begins in an answer's text, which has the prompt before it if that is echoed."""
 
-    def __init__(self, tokenizer: Tokenizer | None):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer | None, prompt: list[int]):
+        self._tokenizer, self._prompt = tokenizer, prompt
         self._stream = None if tokenizer is None else tokenizer.stream()
         self._size, self._in_prompt = 0, True
 
@@ -232,7 +232,7 @@ class _Offset:
             return 0
         if self._in_prompt and not in_prompt:
             self._size += len(self._stream.finish())
-            self._stream = self._tokenizer.stream()
+            self._stream = self._tokenizer.stream(self._prompt)
         self._in_prompt = in_prompt
         start = self._size
         control = control_text(self._tokenizer, token)

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import resource
 import signal
 import socket
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from cqil_trt.engine import Engine
 from cqil_trt.llm import end_tokens
@@ -35,9 +36,61 @@ except ModuleNotFoundError:  # slower, and otherwise the same
     from asyncio import new_event_loop
 
 
-class _Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+# What a request may have before its body (request line and headers), and how long that may take to arrive.
+_HEAD_BYTES = 64 << 10
+_HEAD_SECONDS = 60.0
+
+
+class _Protocol(HttpToolsProtocol):
+    """A client's connection. Uvicorn takes a head of any length, in any time, before anybody looks for a key."""
+
+    _heading, _head = False, 0  # whether one has begun and is not complete, and the bytes of it
+    _timer: asyncio.TimerHandle | None = None
+
     def connection_made(self, transport: Any) -> None:
-        super().connection_made(Joined(transport))
+        super().connection_made(Joined(transport))  # type: ignore[arg-type]
+        self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._heading:
+            self._head += len(data)
+            if self._head > _HEAD_BYTES:
+                self._refuse(b"431 Request Header Fields Too Large")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._heading, self._head = True, 0
+        self._expect_head()
+
+    def on_headers_complete(self) -> None:
+        self._heading = False
+        self._stop_timer()
+        super().on_headers_complete()
+
+    def _expect_head(self) -> None:
+        self._stop_timer()
+        self._timer = asyncio.get_running_loop().call_later(_HEAD_SECONDS, self._expire)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _expire(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._expect_head()  # the request before is still being answered
+        else:
+            self._refuse(b"408 Request Timeout")
+
+    def _refuse(self, status: bytes) -> None:
+        if not self.transport.is_closing():
+            self.transport.write(b"HTTP/1.1 " + status + b"\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
+            self.transport.close()
 
 
 class _Uvicorn(uvicorn.Server):
@@ -60,6 +113,8 @@ async def serve(setup: wire.Setup, control: socket.socket, monitor: socket.socke
     if setup.parent is not None:
         client.end_with(setup.parent)
     server = Server(client, engine, tokenizer, end_tokens(engine, tokenizer))
+    if server.grammars is not None:
+        server.grammars.start()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, client.drain)
     config = uvicorn.Config(
@@ -101,6 +156,10 @@ def main(arguments: list[str]) -> int:
     # The rank that started this process may be bound to one core, which it keeps busy.
     with contextlib.suppress(OSError):
         os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    # Each client takes a descriptor; the usual limit of 1,024 is for programs that call select.
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     for sock in (control, monitor, listener):
         sock.setblocking(False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -50,8 +50,12 @@ ENDING = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 BEAT_SECONDS = 0.5
 # An HTTP process that answers no sign of life for so long is taken for stopped.
 DEAF_SECONDS = 30.0
+# Of the thread that compiles grammars. Those that nest deeply recurse, and the HTTP process has checked them with less.
+GRAMMAR_STACK = 64 << 20
 # How often rank 0 looks for a compiled grammar, or log-probabilities of a prompt, while it has nothing else to do.
 _AWAITING_SECONDS = 0.001
+# Chunks of prompts whose log-probabilities are computed or wait for that. Their logits are hundreds of megabytes each.
+_MOST_SCORING = 2
 # How long rank 0 waits for requests before it looks whether it was told to end.
 _IDLE_SECONDS = 0.5
 
@@ -152,10 +156,13 @@ class _Leader:
         # Grammars are compiled beside the loop, one after the other: some take seconds.
         self._compiling: dict[int, tuple[Add, Future[Matcher]]] = {}  # by their numbers
         self._grammars: queue.SimpleQueue[tuple[str, Future[Matcher]]] = queue.SimpleQueue()
+        before = threading.stack_size(GRAMMAR_STACK)
         threading.Thread(target=self._compile, name="grammars", daemon=True).start()
+        threading.stack_size(before)
         # The log-probabilities of a prompt are computed beside the loop too. What comes of its request meanwhile waits.
         self._scoring = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scores")
         self._late: dict[int, deque[News | Future[News]]] = {}  # by their numbers
+        self._unscored: deque[Future[News]] = deque()  # in the order in which they are computed
         self._numbers: dict[int, int] = {}  # theirs to ours
         self._requests: dict[int, Add] = {}  # by our numbers
         self._last: float | None = None  # when the last turn ended, if it gave tokens
@@ -179,12 +186,12 @@ class _Leader:
                 follower.write(frame)
 
     def run(self, pulse: Pulse) -> None:
-        worked = time.monotonic()
+        worked, stuck = time.monotonic(), False
         while True:
             news: list[News] = []
-            if not self._scheduler.idle:
+            if not self._scheduler.idle and not stuck:
                 worked, wait = time.monotonic(), 0.0
-            elif self._compiling or self._late:
+            elif self._compiling or self._late or stuck:
                 wait = _AWAITING_SECONDS  # their threads need this one's core
             elif time.monotonic() - worked < self._awake:
                 wait = 0.0
@@ -206,12 +213,16 @@ class _Leader:
                     news += self._begin(message, matcher.result)
             self._signals.check()
             tokens, seconds = 0, None
-            drafts = Drafts()
+            drafts, stuck = Drafts(), False
+            while self._unscored and self._unscored[0].done():
+                self._unscored.popleft()
+            self._scheduler.scoring_waits = len(self._unscored) >= _MOST_SCORING
             if self._scheduler.idle:
                 self._last = None
             else:
                 with pulse.busy("a step"):
                     events = self._runner.turn()
+                stuck = not events and not self._scheduler.in_flight
                 tokens, seconds = self._time(events)
                 drafts = _drafts(events)
                 news += self._news(events)
@@ -232,8 +243,10 @@ class _Leader:
             if matcher.set_running_or_notify_cancel():
                 try:
                     matcher.set_result(self._matchers(grammar))
-                except Exception as error:
+                except UserError as error:
                     matcher.set_exception(error)
+                except BaseException as error:  # llguidance's panics are not Exceptions
+                    matcher.set_exception(UserError(f"the grammar cannot be compiled ({type(error).__name__})"))
 
     def _begin(self, message: Add, get_matcher: Callable[[], Matcher | None]) -> list[News]:
         try:
@@ -256,7 +269,9 @@ class _Leader:
         for theirs in message.numbers:
             if theirs in self._compiling:
                 self._compiling.pop(theirs)[1].cancel()
-            self._late.pop(theirs, None)
+            for late in self._late.pop(theirs, ()):
+                if isinstance(late, Future):
+                    late.cancel()
             number = self._numbers.pop(theirs, None)
             if number is not None:
                 del self._requests[number]
@@ -277,8 +292,9 @@ class _Leader:
             if request is None:
                 continue
             if event.logits is not None:
-                late = self._late.setdefault(request.number, deque())
-                late.append(self._scoring.submit(_news, event, request))
+                scored = self._scoring.submit(_news, event, request)
+                self._unscored.append(scored)
+                self._late.setdefault(request.number, deque()).append(scored)
             elif request.number in self._late:
                 self._late[request.number].append(_news(event, request))
             else:

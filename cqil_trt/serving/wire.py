@@ -9,6 +9,7 @@ import contextlib
 import os
 import pickle
 import select
+import shutil
 import socket
 import struct
 import sys
@@ -31,6 +32,8 @@ _BUFFER_BYTES = 8 << 20
 # Read at a time. For much more the C library maps memory anew for each read, which takes longer than the read.
 _READ_BYTES = 1 << 16
 _READS = 16  # at most, of one poll
+# The directories of `Rendezvous`, and the age at which they are of no use.
+_PREFIX, _ABANDONED_SECONDS = "cqil-serve-", 3600.0
 
 
 def has_cores(ranks: int) -> bool:
@@ -77,6 +80,8 @@ class Connection:
         self.socket, self.peer = sock, peer
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             sock.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
+        self._poll = select.poll()  # select.select knows the first 1,024 descriptors only
+        self._poll.register(sock, select.POLLIN)
         self._inbox = Inbox()
 
     def send(self, message: Any) -> None:
@@ -114,7 +119,7 @@ class Connection:
         return [*messages, *self._inbox]
 
     def _readable(self, seconds: float) -> bool:
-        return bool(select.select([self.socket], [], [], seconds)[0])
+        return bool(self._poll.poll(seconds * 1e3))
 
     def _read(self) -> int:
         """The number of bytes that were read."""
@@ -154,10 +159,20 @@ def say(*lines: str) -> None:
 
 
 class Rendezvous:
-    """Sockets in a directory of their own, where the processes of a server find each other."""
+    """Sockets in a directory of their own, where the processes of a server find each other while it starts."""
 
     def __init__(self) -> None:
-        self.directory = Path(tempfile.mkdtemp(prefix="cqil-serve-"))
+        self._remove_abandoned()
+        self.directory = Path(tempfile.mkdtemp(prefix=_PREFIX))
+
+    @staticmethod
+    def _remove_abandoned() -> None:
+        """Removes the directories of servers that were killed while they started, for which nobody waits any more."""
+        for directory in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+            with contextlib.suppress(OSError):
+                found = directory.lstat()
+                if found.st_uid == os.getuid() and time.time() - found.st_mtime > _ABANDONED_SECONDS:
+                    shutil.rmtree(directory)
 
     def listen(self, name: str) -> socket.socket:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -166,9 +181,8 @@ class Rendezvous:
         return listener
 
     def remove(self) -> None:
-        for path in self.directory.iterdir():
-            path.unlink(missing_ok=True)
-        os.rmdir(self.directory)
+        """Removes the directory, if it is still there."""
+        shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def connect(path: Path, peer: str) -> Connection:

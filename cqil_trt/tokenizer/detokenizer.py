@@ -24,13 +24,16 @@ class TextStream:
     bytes. A character split over tokens appears when it is complete. Never fails, whatever the tokens.
     """
 
-    def __init__(self, vocabulary: Readable):
-        """`vocabulary`: one of vocabulary.py, or a tokenizer of `tokenizers`."""
+    def __init__(self, vocabulary: Readable, after: Sequence[int] = ()):
+        """`vocabulary`: one of vocabulary.py, or a tokenizer of `tokenizers`. `after`: the tokens before these."""
         if not hasattr(vocabulary, "reader"):
             from cqil_trt.tokenizer.vocabulary import JsonVocabulary
 
             vocabulary = JsonVocabulary(vocabulary)
         self._read = vocabulary.reader()
+        for token in after:  # only what begins a text is read in another way
+            if self._read(token):
+                break
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token: int) -> str:

@@ -46,9 +46,8 @@ class Tokenizer:
         return self.vocabulary.named(name)
 
     def text_of(self, token: int) -> str:
-        """A token as text, including control tokens."""
-        special = self.vocabulary.special_text(token)
-        return read_all(self.vocabulary, [token]) if special is None else special
+        """A token as text within other text, including control tokens."""
+        return self.bytes_of(token).decode(errors="replace")
 
     def bytes_of(self, token: int) -> bytes:
         """The bytes that a token stands for within a text; those of a control token's text."""
@@ -71,8 +70,9 @@ class Tokenizer:
         """The text that `ids` stand for: the UTF-8 reading of their bytes, U+FFFD where they are not UTF-8."""
         return read_all(self.vocabulary, ids)
 
-    def stream(self) -> TextStream:
-        return TextStream(self.vocabulary)
+    def stream(self, after: Sequence[int] = ()) -> TextStream:
+        """Reads tokens as a text of their own, or as what goes on `after` others: it may begin with a space then."""
+        return TextStream(self.vocabulary, after)
 
     def chat(self, conversation: str | Conversation) -> list[int]:
         """Token ids of a conversation rendered with the chat template, up to the beginning of the assistant's turn.

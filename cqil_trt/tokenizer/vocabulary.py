@@ -18,6 +18,8 @@ JSON, MODEL = "tokenizer.json", "tokenizer.model"
 # Fields of a tokenizer.json's model.
 _AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
 _SPACES = re.compile(r"\s+")
+# Longer texts are encoded as a batch of one: while it encodes a single text, the library keeps Python's lock.
+_LONG_TEXT = 4_096
 # Texts to find out what a post-processor adds: any vocabulary has tokens for one of them.
 _SAMPLES = ("a", "0", ".", " ", "\n", "é", "一")
 
@@ -160,15 +162,20 @@ class JsonVocabulary(Vocabulary):
     def encode(self, text: str, control: bool = False) -> list[int]:
         try:
             if not self._split:
-                return self.backend.encode(text, add_special_tokens=False).ids
+                return self._ids(text)
             with self._splitting:  # a server tokenizes in several threads
                 self.backend.encode_special_tokens = not control
                 try:
-                    return self.backend.encode(text, add_special_tokens=False).ids
+                    return self._ids(text)
                 finally:
                     self.backend.encode_special_tokens = True
         except Exception as error:  # a vocabulary without an unknown token
             raise UserError(f"{text!r:.60} cannot be tokenized ({error})") from None
+
+    def _ids(self, text: str) -> list[int]:
+        if len(text) > _LONG_TEXT:
+            return self.backend.encode_batch([text], add_special_tokens=False)[0].ids
+        return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.backend.encode_batch(list(texts), add_special_tokens=False)]
