@@ -352,6 +352,10 @@ const char* cqil_attention_failure(void);
 // nanoseconds[i % count] (host) at its start (place 0) or after the wait for its predecessor (place 1). A count of 0
 // ends the delays at a place. Synchronises.
 int cqil_test_delays(int place, const uint32_t* nanoseconds, int count);
+
+// For tests, only in such a build. Numbers the first symmetric operation of a workspace so that after `left` more the
+// counter begins again. Synchronises. No such operation may have run.
+int cqil_test_epoch(cqil_workspace* workspace, int left);
 #endif
 
 // The TensorRT plugins of tensorrt_plugins.cpp, and their fields in the order in which engines store them, 4 bytes
