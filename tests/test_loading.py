@@ -7,6 +7,8 @@ import sys
 import threading
 import time
 from collections import deque
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -229,6 +231,43 @@ def test_tensors_arrive_in_their_places(weights, rank, engines, monkeypatch):
     assert gpu.live == 1  # the weights alone
     loaded.close()
     assert gpu.live == 0
+
+
+def test_the_cache_leaves_room_for_the_buffers(engines, monkeypatch):
+    """Long chunks of a large vocabulary, and many rows, take gigabytes next to the cache."""
+    need("cuda-bindings")
+    from cqil_trt.gpu import cuda
+    from cqil_trt.gpu import session as running
+
+    engine = engines()
+    engine = replace(engine, limits=replace(engine.limits, prefill_chunk=1024, max_batch_size=512))
+    gpu, allocated, free = HostGpu(cuda), [], 1 << 20
+
+    class Arena(gpu.Arena):
+        def __init__(self, size, what):
+            allocated.append(size)
+            super().__init__(size, what)
+
+    class Library:
+        def cqil_attention_cache_bytes(self, shape):
+            return 2 * 2 * shape.max_batch * shape.kv_heads * shape.capacity * shape.head_dim
+
+    class Session(running.CudaSession):
+        def _execute(self, phase, batch, length, rows):
+            raise AssertionError("nothing is computed")
+
+        def _load_constants(self, engine):
+            pass
+
+    gpu.Arena, real = Arena, gpu.call
+    gpu.call = lambda name, *arguments: free if name == "MemGetInfo" else real(name, *arguments)
+    monkeypatch.setattr(running, "cuda", gpu)
+    monkeypatch.setattr(running, "_RESERVED_BYTES", 0)
+    session = Session(engine, None, Library(), 10_000)
+    session._load(engine, SimpleNamespace(allocated=lambda: None, memory={}, quantized={}))
+    each = engine.plan(0).cache_bytes(engine.limits) + sum(session._slot_sizes().values())
+    padding = cuda.ALIGNMENT * len(session._memory)
+    assert free - each < sum(allocated) <= free + padding and 1 < session.slots < free // each // 2
 
 
 class Counting(HostPacking):

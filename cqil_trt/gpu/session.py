@@ -204,7 +204,7 @@ class CudaSession(Session):
         self._memory |= weights.memory
         self._quantized = weights.quantized
         if not self._slots_are_fixed:
-            free = self._free_memory() - sum(self._extra_sizes().values())
+            free = self._free_memory() - sum(self._buffer_sizes().values())
             each = cache_bytes(engine, self._plan.rank) + sum(self._slot_sizes().values())
             self.slots = fitting_slots(self.slots, max(0, free), each, self._comm)
         agree(self._comm, self._allocate)
@@ -260,14 +260,20 @@ class CudaSession(Session):
             "mask": 4 * -(-vocabulary // 32),
         }
 
-    def _allocate(self) -> None:
-        limits, model, slots = self.limits, self._plan.model, self.slots
+    @property
+    def _most_rows(self) -> int:
+        """Rows of a decode step."""
+        return max(self.limits.max_batch_size, self._draft_rows)
+
+    def _buffer_sizes(self) -> dict[str, int]:
+        """Bytes of the buffers that do not depend on the number of slots, by name."""
+        limits, model = self.limits, self._plan.model
         batch, chunk = limits.max_batch_size, min(limits.prefill_chunk, limits.max_seq_len)
-        drafts = self._draft_rows
-        rows = self._most_rows = max(batch, drafts)
+        drafts, rows = self._draft_rows, self._most_rows
         width, hidden = self._widths[self._plan.rank], model.hidden_size * self._bytes
         vocabulary = model.vocab_size
-        sizes = {
+        table = limits.max_seq_len * model.rotary_dim // 2 * 4
+        return {
             # Of a chunk of a prompt, and of the token chosen after it.
             "tokens": 4 * chunk,
             "select": 4 * chunk,
@@ -297,11 +303,13 @@ class CudaSession(Session):
             "adjusted": 4 * rows * vocabulary,
             "report.ids": 4 * rows * (MAX_LOGPROBS + 1),
             "report.values": 4 * rows * (MAX_LOGPROBS + 1),
-            **{name: slots * size for name, size in self._slot_sizes().items()},
+            **{name: table for which in range(len(model.ropes)) for name in rotary_names(which)},
             **self._extra_sizes(),
         }
-        table = limits.max_seq_len * model.rotary_dim // 2 * 4
-        sizes |= {name: table for which in range(len(model.ropes)) for name in rotary_names(which)}
+
+    def _allocate(self) -> None:
+        drafts, rows = self._draft_rows, self._most_rows
+        sizes = self._buffer_sizes() | {name: self.slots * size for name, size in self._slot_sizes().items()}
         self._zeroed = {name: sizes[name] for name in ("step", "slot.next", "slot.past", "counts")}
         self._caches = self._cache_sizes()
         sizes |= self._caches
