@@ -317,9 +317,9 @@ class CudaSession(Session):
         self._memory |= {name: arena.take(size) for name, size in sizes.items()}
         for i, name in enumerate(("slots", "given", "counts")):
             self._memory[f"draft.{name}"] = self._memory["drafts"] + 4 * drafts * i
-        # In page-locked memory: what the host has not read yet.
-        unread = _FLYING * self._passes_of_step
-        self._history = cuda.pinned((unread, rows), np.int64)
+        # In page-locked memory: what the host has not read yet. A power of 2, as cqil_advance wants.
+        unread = 1 << (_FLYING * self._passes_of_step - 1).bit_length()
+        self._history = cuda.pinned((unread, rows), np.uint64)
         self._history[:] = 0
         self._report_ids = cuda.pinned((unread, rows, MAX_LOGPROBS + 1), np.int32)
         self._report_values = cuda.pinned((unread, rows, MAX_LOGPROBS + 1), np.float32)
@@ -593,7 +593,7 @@ class CudaSession(Session):
             while True:
                 done = cuda.is_done(self._stream)
                 words = self._history[number % len(self._history), :rows].copy()
-                if (words >> 32 == number + 1).all():
+                if (words >> 32 == number + 1 & 0xFFFFFFFF).all():  # the GPU's counter has 32 bits
                     return words & 0xFFFFFFFF
                 if done:
                     raise RuntimeError(f"the GPU is done, and there are no tokens of advance {number}")
