@@ -283,6 +283,9 @@ int cqil_unpack(const cqil_linear_shape* shape, const void* packed, void* out, v
 int cqil_dequantize(const cqil_linear_shape* shape, const void* codes, const void* scales, const void* zeros, int size,
                     int first, void* out, void* stream);
 
+// The most elements of a head that cqil_attention takes; an even number.
+#define CQIL_MAX_HEAD_DIM 256
+
 // A cache that is a circle holds a multiple of so many positions.
 #define CQIL_CIRCLE_STEP 64
 

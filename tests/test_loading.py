@@ -438,6 +438,24 @@ def test_what_a_gpu_lacks_is_said_in_one_line(gpu, lacking, said, engines, monke
     assert str(refused.value) == f"--device cuda: {said}"
 
 
+def test_heads_that_are_too_large_for_the_kernels_are_named(engines, monkeypatch):
+    need("cuda-bindings", "cuda-pathfinder")
+    from cuda import bindings
+
+    from cqil_trt.backends.torch.opening import open_session
+    from cqil_trt.gpu import kernel_library
+
+    engine = engines()
+    engine = replace(engine, model=replace(engine.model, head_dim=258))
+    monkeypatch.setattr(kernel_library, "this_gpu", lambda: kernel_library.Gpu(90, 13))
+    monkeypatch.setattr(kernel_library, "library_path", lambda: None)
+    monkeypatch.setattr(bindings, "__version__", "13.0.0")
+    with pytest.raises(
+        UserError, match="^--device cuda: the model has heads of 258 elements, our kernels take up to 256$"
+    ):
+        open_session(engine, None, "cuda", 0, 1)
+
+
 @pytest.mark.slow
 def test_a_gpu_generates_without_pytorch(tmp_path):
     need_cuda_backend()
