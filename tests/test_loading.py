@@ -20,7 +20,10 @@ from support.needs import need, need_cuda_backend
 from support.processes import run
 
 import cqil_trt
-from cqil_trt.errors import UserError
+from cqil_trt.errors import CollectiveError, UserError
+from cqil_trt.sampling import SamplingConfig
+from cqil_trt.schedule import Peers
+from cqil_trt.scheduler import Chunk, Start, Step
 
 
 @pytest.fixture(scope="module")
@@ -233,41 +236,75 @@ def test_tensors_arrive_in_their_places(weights, rank, engines, monkeypatch):
     assert gpu.live == 0
 
 
-def test_the_cache_leaves_room_for_the_buffers(engines, monkeypatch):
-    """Long chunks of a large vocabulary, and many rows, take gigabytes next to the cache."""
+@pytest.fixture
+def open_session(monkeypatch):
+    """A function that opens a session of rank 0 on a GPU with so much memory; it computes nothing."""
     need("cuda-bindings")
     from cqil_trt.gpu import cuda
     from cqil_trt.gpu import session as running
-
-    engine = engines()
-    engine = replace(engine, limits=replace(engine.limits, prefill_chunk=1024, max_batch_size=512))
-    gpu, allocated, free = HostGpu(cuda), [], 1 << 20
-
-    class Arena(gpu.Arena):
-        def __init__(self, size, what):
-            allocated.append(size)
-            super().__init__(size, what)
 
     class Library:
         def cqil_attention_cache_bytes(self, shape):
             return 2 * 2 * shape.max_batch * shape.kv_heads * shape.capacity * shape.head_dim
 
+        def cqil_attention_failure(self):
+            return None
+
     class Session(running.CudaSession):
         def _execute(self, phase, batch, length, rows):
-            raise AssertionError("nothing is computed")
+            pass
 
         def _load_constants(self, engine):
             pass
 
-    gpu.Arena, real = Arena, gpu.call
-    gpu.call = lambda name, *arguments: free if name == "MemGetInfo" else real(name, *arguments)
-    monkeypatch.setattr(running, "cuda", gpu)
-    monkeypatch.setattr(running, "_RESERVED_BYTES", 0)
-    session = Session(engine, None, Library(), 10_000)
-    session._load(engine, SimpleNamespace(allocated=lambda: None, memory={}, quantized={}))
+    def open(engine, free, slots):
+        gpu = HostGpu(cuda)
+        real = gpu.call
+        gpu.call = lambda name, *arguments: free if name == "MemGetInfo" else real(name, *arguments)
+        monkeypatch.setattr(running, "cuda", gpu)
+        monkeypatch.setattr(running, "_RESERVED_BYTES", 0)
+        session = Session(engine, None, Library(), slots)
+        session._load(engine, SimpleNamespace(allocated=lambda: None, memory={}, quantized={}))
+        return session, gpu
+
+    return open
+
+
+def test_the_cache_leaves_room_for_the_buffers(engines, open_session):
+    """Long chunks of a large vocabulary, and many rows, take gigabytes next to the cache."""
+    engine, free = engines(), 1 << 20
+    engine = replace(engine, limits=replace(engine.limits, prefill_chunk=1024, max_batch_size=512))
+    session, gpu = open_session(engine, free, 10_000)
     each = engine.plan(0).cache_bytes(engine.limits) + sum(session._slot_sizes().values())
-    padding = cuda.ALIGNMENT * len(session._memory)
-    assert free - each < sum(allocated) <= free + padding and 1 < session.slots < free // each // 2
+    padding = gpu.ALIGNMENT * len(session._memory)
+    allocated = sum(arena.size for arena in session._arenas)
+    assert free - each < allocated <= free + padding and 1 < session.slots < free // each // 2
+
+
+def test_what_ended_a_kernel_is_said_wherever_cuda_reports_it(engines, open_session):
+    """By the time that a kernel gives up, the host may be anywhere in a later step."""
+    from cqil_trt.gpu import cuda
+
+    def fail(*arguments):
+        raise cuda.CudaError("cudaMemcpyAsync: unspecified launch failure")
+
+    session, gpu = open_session(engines(), 1 << 30, 2)
+    gpu.upload = lambda address, array, stream: None
+    guided = SamplingConfig(guided=True, logprobs=1)
+    start = Start(slot=0, prompt=(5,), sampling=guided, room=3)
+    chunk = Chunk(slot=0, tokens=(5,), past=0, length=1, choose=True)
+    session.submit(Step(starts=(start,), chunk=chunk, guided=(0,)))
+    session._workspaces = {Peers.ALL: SimpleNamespace(failure=lambda: CollectiveError("rank 0 gave up"))}
+    gpu.upload = gpu.download = fail
+    for use in (
+        lambda: session.choose({0: np.zeros(session.vocab_size, np.uint32)}),
+        lambda: session.submit(Step(starts=(start,), decode=(0,))),
+        lambda: session.submit(Step(decode=(0,), guided=(0,))),
+        session.logits,
+        lambda: session.warm_up(1, 1),
+    ):
+        with pytest.raises(CollectiveError, match="^rank 0 gave up$"):
+            use()
 
 
 class Counting(HostPacking):

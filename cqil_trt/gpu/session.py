@@ -439,9 +439,10 @@ class CudaSession(Session):
 
     def _fetch(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         array = np.empty(shape, dtype)
-        if array.size:
-            cuda.download(array, self._memory[name], self._stream)
-        self._finish()
+        with self._guard():
+            if array.size:
+                cuda.download(array, self._memory[name], self._stream)
+            self._synchronize()
         return array
 
     # Slots
@@ -504,10 +505,10 @@ class CudaSession(Session):
     # Steps
 
     def submit(self, step: Step) -> None:
-        self._start(step.starts)
         flying = _Flying(step=step)
         chunk = step.chunk
         with self._guard():
+            self._start(step.starts)
             if chunk is not None:
                 select = np.arange(len(chunk.tokens) - chunk.predict, len(chunk.tokens))
                 slot = np.array([chunk.slot])
@@ -525,21 +526,21 @@ class CudaSession(Session):
                 flying.width = self._width = self.padded_width(step.width)
                 self._arrange(step, flying.width)
                 self._phase, self._rows = _phase_of(flying.width), len(step.decode) * flying.width
-        self._flying.append(flying)
-        if not step.guided:
-            self.choose({})
-        elif chunk is None:
-            self._launch(_Part.FORWARD, len(step.decode), flying.width)
+            self._flying.append(flying)
+            if not step.guided:
+                self.choose({})
+            elif chunk is None:
+                self._launch(_Part.FORWARD, len(step.decode), flying.width)
 
     def choose(self, masks: Mapping[int, np.ndarray]) -> None:
         flying = self._flying[-1]
         step = flying.step
         flying.advance = self._advances
         slots = step.choosing
-        for slot, mask in masks.items():
-            self._upload("mask", mask, np.uint32, slot * mask.nbytes)
         plain = all(self._configs[slot].plain for slot in slots)
         with self._guard():
+            for slot, mask in masks.items():
+                self._upload("mask", mask, np.uint32, slot * mask.nbytes)
             if step.chunk is not None:
                 if slots:
                     last = (self._predicted - 1) * self._widths[self._plan.rank] * self._bytes
@@ -549,11 +550,11 @@ class CudaSession(Session):
                 self._launch(_Part.CHOICE, len(slots), flying.width)
             else:
                 self._launch(_Part.GREEDY if plain else _Part.SAMPLED, len(slots), flying.width)
-        self._advances += bool(slots)
-        wanted = (self._configs[slot].logprobs for slot in slots)
-        flying.wanted = tuple(None if count is None else min(count, self.vocab_size) for count in wanted)
-        if any(wanted is not None for wanted in flying.wanted):
-            self._report(flying, len(slots) * flying.width)
+            self._advances += bool(slots)
+            wanted = (self._configs[slot].logprobs for slot in slots)
+            flying.wanted = tuple(None if count is None else min(count, self.vocab_size) for count in wanted)
+            if any(wanted is not None for wanted in flying.wanted):
+                self._report(flying, len(slots) * flying.width)
 
     def _report(self, flying: _Flying, rows: int) -> None:
         """Enqueues the copy of log-probabilities to the host."""
@@ -685,17 +686,17 @@ class CudaSession(Session):
                 # Executing it too would take as long as reading such a prompt.
                 self._prompt_graph(length).upload(self._stream)
             self._synchronize()
-        between = time.perf_counter()
-        for count in range(1, rows + 1):
-            slots = tuple(range(count))
-            self._start([Start(slot=slot, prompt=(0,), sampling=SamplingConfig(), room=1) for slot in slots])
-            widest = self.draft_width(count) if drafts else 1
-            for width in (known for known in _WIDTHS if known <= widest):
-                self._arrange(Step(decode=slots), width)
-                for part in _Part:
-                    self._graph(part, count, width)
-        self._arranged = ()
-        self._finish()
+            between = time.perf_counter()
+            for count in range(1, rows + 1):
+                slots = tuple(range(count))
+                self._start([Start(slot=slot, prompt=(0,), sampling=SamplingConfig(), room=1) for slot in slots])
+                widest = self.draft_width(count) if drafts else 1
+                for width in (known for known in _WIDTHS if known <= widest):
+                    self._arrange(Step(decode=slots), width)
+                    for part in _Part:
+                        self._graph(part, count, width)
+            self._arranged = ()
+            self._synchronize()
         return {"of chunks": between - began, "of decode steps": time.perf_counter() - between}
 
     def _advance(self, count: int, rows: _Rows) -> None:
