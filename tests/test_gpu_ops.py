@@ -242,6 +242,16 @@ def test_without_memory_for_activations_the_job_ends_in_one_line(monkeypatch):
         gpu_ops.Pool().take(1000)
 
 
+def test_a_recording_that_fails_says_why(monkeypatch):
+    def call(name, *arguments):
+        if name == "StreamEndCapture":
+            raise cuda.CudaError("cudaStreamEndCapture: operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(cuda, "call", call)
+    with pytest.raises(JobError, match="^the first error$"):
+        cuda.Graph(1, lambda: (_ for _ in ()).throw(JobError("the first error")))
+
+
 @pytest.mark.parametrize("most", [1, 8, 16, 17, 64, 100, 128, 500, 1024, 2048, 5000])
 def test_lengths_of_chunks_that_are_graphs(most):
     lengths = prompt_lengths(most)
