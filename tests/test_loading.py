@@ -281,6 +281,27 @@ def test_the_cache_leaves_room_for_the_buffers(engines, open_session):
     assert free - each < allocated <= free + padding and 1 < session.slots < free // each // 2
 
 
+def test_a_start_that_fails_gives_everything_back(engines, open_session):
+    """The process may open another engine."""
+
+    def damaged():
+        raise UserError("damaged")
+
+    session, gpu = open_session(engines(), 1 << 30, 2)
+    assert gpu.live > 1
+    closed = []
+
+    class Workspace:
+        def close(self):
+            closed.append(self)
+
+    session._workspaces = dict.fromkeys(Peers, Workspace())  # one of all kinds
+    session._weights.wait = damaged
+    with pytest.raises(UserError, match="damaged"), session._released_on_failure():
+        session._complete()
+    assert gpu.live == 0 and closed == [session._workspaces[Peers.ALL]]
+
+
 def test_what_ended_a_kernel_is_said_wherever_cuda_reports_it(engines, open_session):
     """By the time that a kernel gives up, the host may be anywhere in a later step."""
     from cqil_trt.gpu import cuda

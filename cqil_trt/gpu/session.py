@@ -17,8 +17,8 @@ import time
 from abc import abstractmethod
 from bisect import bisect_left
 from collections import OrderedDict, deque
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from functools import partial
@@ -171,6 +171,7 @@ class CudaSession(Session):
         # By the length of the chunk, the one that was used last at the end; None once such a chunk has run.
         self._prompts: OrderedDict[int, cuda.Graph | None] = OrderedDict()
         self._arenas: list[cuda.Arena] = []
+        self._pinned: list[np.ndarray] = []
 
     @abstractmethod
     def _execute(self, phase: Phase, batch: int, length: int, rows: int) -> None:
@@ -183,19 +184,37 @@ class CudaSession(Session):
         self._arenas.append(cuda.Arena(size, what))
         return self._arenas[-1]
 
+    def _pin(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """Page-locked memory that `close` frees."""
+        self._pinned.append(cuda.pinned(shape, dtype))
+        return self._pinned[-1]
+
     def close(self) -> None:
         self._finish()
         for graph in (*self._graphs.values(), *self._prompts.values()):
             if graph is not None:
                 graph.destroy()
-        for array in (self._history, self._report_ids, self._report_values):
+        self._release()
+        self._weights.close()
+
+    def _release(self) -> None:
+        """Gives back everything but the weights, on all ranks together."""
+        for array in self._pinned:
             cuda.free_pinned(array)
         for workspace in dict.fromkeys(self._workspaces.values()):
             workspace.close()
-        self._weights.close()
         for arena in self._arenas:
             arena.free()
         cuda.call("StreamDestroy", self._stream)
+
+    @contextmanager
+    def _released_on_failure(self) -> Iterator[None]:
+        """For the part of a start in which all ranks raise UserError together: a process may go on and open another."""
+        try:
+            yield
+        except UserError:
+            self._release()
+            raise
 
     def _load(self, engine: Engine, weights: DeviceWeights) -> None:
         """Allocates memory, and fills what does not come from the rank's file; `_complete` waits for that."""
@@ -319,10 +338,10 @@ class CudaSession(Session):
             self._memory[f"draft.{name}"] = self._memory["drafts"] + 4 * drafts * i
         # In page-locked memory: what the host has not read yet. A power of 2, as cqil_advance wants.
         unread = 1 << (_FLYING * self._passes_of_step - 1).bit_length()
-        self._history = cuda.pinned((unread, rows), np.uint64)
+        self._history = self._pin((unread, rows), np.uint64)
         self._history[:] = 0
-        self._report_ids = cuda.pinned((unread, rows, MAX_LOGPROBS + 1), np.int32)
-        self._report_values = cuda.pinned((unread, rows, MAX_LOGPROBS + 1), np.float32)
+        self._report_ids = self._pin((unread, rows, MAX_LOGPROBS + 1), np.int32)
+        self._report_values = self._pin((unread, rows, MAX_LOGPROBS + 1), np.float32)
 
     def _load_constants(self, engine: Engine) -> None:
         cuda.upload(self._memory["each"], np.arange(self._most_rows, dtype=np.int32), self._stream)

@@ -71,12 +71,12 @@ class TensorRtSession(CudaSession):
         weights = self._weights_type(
             engine, self._plan.rank, device, self._library, packs=not self._native, unpacks=False
         )
-        with weights.closed_on_failure():
+        with weights.closed_on_failure(), self._released_on_failure():
             if not self._native:
                 self._take_prompts_as_graphs()
             self._load(engine, weights)
             self._contexts = agree(comm, partial(self._make_contexts, trt))
-            self._join_nccl(engine)
+            agree(comm, partial(self._join_nccl, engine))
             self._complete()
 
     def _deserialize(self, trt: Any, path: Path) -> Any:
