@@ -20,6 +20,8 @@ KV_DTYPES = AUTO, KV_FP8 = ("auto", "fp8")
 PLACEMENTS = ("sharded", "leader", "tensor")
 BYPASSES = ("mlp", "residual")
 MAX_RANKS = 8
+# What kernels have room for in a grid (cqil_attention).
+_MAX_CHUNK = 65535
 # The first split layers, whose attention joins `auto:N` drops last.
 KEPT_JOINED = 3
 # The file in a PEFT adapter's directory that holds the CQIL configuration it was trained for.
@@ -347,8 +349,8 @@ class EngineLimits:
             raise UserError(f"--max-batch-size must be from 1 to 4096, found {self.max_batch_size}")
         if self.max_seq_len < 1:
             raise UserError(f"--max-seq-len must be at least 1, found {self.max_seq_len}")
-        if self.prefill_chunk < 1:
-            raise UserError(f"--prefill-chunk must be at least 1, found {self.prefill_chunk}")
+        if not 1 <= self.prefill_chunk <= _MAX_CHUNK:
+            raise UserError(f"--prefill-chunk must be from 1 to {_MAX_CHUNK}, found {self.prefill_chunk}")
         if self.dtype not in DTYPES:
             raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, found {self.dtype}")
         if self.circle is not None and not 0 < self.circle < self.max_seq_len:

@@ -13,7 +13,7 @@ class UserError(Exception):
 
 
 class JobError(RuntimeError):
-    """The job cannot go on, for a reason that is not in this process. The message says it; a traceback would not."""
+    """The job cannot go on, for a reason that is not in the code. The message says it; a traceback would not."""
 
 
 class CollectiveError(JobError):

@@ -41,7 +41,7 @@ constexpr int kJointHeads = 256;         // heads of rows whose spans may be in 
 // Keys of a span at least. A span of few keys takes a block as long to combine as to read; of several sequences a block
 // has several spans.
 constexpr int kMinSpan = 8 * kAttendGroups;
-constexpr int kMaxHeadDim = 256;
+constexpr int kMaxHeadDim = CQIL_MAX_HEAD_DIM;
 
 __host__ __device__ size_t cache_elements(const cqil_attention_shape& s) {
     return size_t(s.max_batch) * s.kv_heads * s.capacity * s.head_dim;

@@ -498,6 +498,13 @@ int cqil_test_delays(int place, const uint32_t* nanoseconds, int count) {
     CQIL_CUDA(cudaDeviceSynchronize());
     return 0;
 }
+
+int cqil_test_epoch(cqil_workspace* w, int left) {
+    const uint32_t epoch = kEpochs - uint32_t(left);
+    CQIL_CUDA(cudaMemcpy(&w->device->epoch_and_one_shot.word[0], &epoch, sizeof(epoch), cudaMemcpyHostToDevice));
+    CQIL_CUDA(cudaDeviceSynchronize());
+    return 0;
+}
 #endif
 
 }  // extern "C"

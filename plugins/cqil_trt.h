@@ -180,9 +180,10 @@ int cqil_arrange(const int32_t* slots, const int32_t* slot_tokens, const int32_t
 // both also in slot_tokens[slots[row]] and slot_past[slots[row]]. Unless counts is NULL, counts[slots[row] * vocabulary
 // + next[row]] += 1. Then *step += 1. Also writes history[*step % history_slots * stride + row] in one store: next[row]
 // in the lower half and *step + 1 in the upper half. In page-locked host memory this tells the host that the token is
-// there before the stream's work is done.
+// there before the stream's work is done. history_slots is a power of 2, so that places stay in turn when *step begins
+// again after 2^32 steps.
 int cqil_advance(const int32_t* next, const int32_t* slots, int32_t* tokens, int32_t* past, int32_t* slot_tokens,
-                 int32_t* slot_past, uint32_t* counts, int vocabulary, int rows, int last, int32_t* step,
+                 int32_t* slot_past, uint32_t* counts, int vocabulary, int rows, int last, uint32_t* step,
                  uint64_t* history, int history_slots, int stride, void* stream);
 
 // The end of a step with drafts, `width` rows for each sequence, of which the first fed its next token and drafted[i]
@@ -192,7 +193,7 @@ int cqil_advance(const int32_t* next, const int32_t* slots, int32_t* tokens, int
 // next[row] of every row.
 int cqil_accept(const int32_t* next, const int32_t* tokens, const int32_t* drafted, const int32_t* slots,
                 const int32_t* past, int32_t* slot_tokens, int32_t* slot_past, uint32_t* counts, int vocabulary,
-                int rows, int width, int last, int32_t* step, uint64_t* history, int history_slots, int stride,
+                int rows, int width, int last, uint32_t* step, uint64_t* history, int history_slots, int stride,
                 void* stream);
 
 // sum = residual + delta, normed = RMSNorm(sum) * weight, for `rows` rows of `hidden` elements. Without delta (NULL),
@@ -282,6 +283,9 @@ int cqil_unpack(const cqil_linear_shape* shape, const void* packed, void* out, v
 int cqil_dequantize(const cqil_linear_shape* shape, const void* codes, const void* scales, const void* zeros, int size,
                     int first, void* out, void* stream);
 
+// The most elements of a head that cqil_attention takes; an even number.
+#define CQIL_MAX_HEAD_DIM 256
+
 // A cache that is a circle holds a multiple of so many positions.
 #define CQIL_CIRCLE_STEP 64
 
@@ -352,6 +356,10 @@ const char* cqil_attention_failure(void);
 // nanoseconds[i % count] (host) at its start (place 0) or after the wait for its predecessor (place 1). A count of 0
 // ends the delays at a place. Synchronises.
 int cqil_test_delays(int place, const uint32_t* nanoseconds, int count);
+
+// For tests, only in such a build. Numbers the first symmetric operation of a workspace so that after `left` more the
+// counter begins again. Synchronises. No such operation may have run.
+int cqil_test_epoch(cqil_workspace* workspace, int left);
 #endif
 
 // The TensorRT plugins of tensorrt_plugins.cpp, and their fields in the order in which engines store them, 4 bytes

@@ -266,10 +266,10 @@ __global__ void __launch_bounds__(kThreads)
 // early (launch.cuh).
 __global__ void __launch_bounds__(kThreads)
     advance_kernel(const int32_t* next, const int32_t* slots, int32_t* tokens, int32_t* past, int32_t* slot_tokens,
-                   int32_t* slot_past, uint32_t* counts, int vocabulary, int rows, int last, int32_t* step,
+                   int32_t* slot_past, uint32_t* counts, int vocabulary, int rows, int last, uint32_t* step,
                    volatile uint64_t* history, int history_slots, int stride) {
     wait_for_predecessor();
-    const int now = *step;
+    const uint32_t now = *step;
     for (int row = threadIdx.x; row < rows; row += blockDim.x) {
         const int token = next[row], slot = slots[row], position = min(past[row] + 1, last);
         tokens[row] = slot_tokens[slot] = token;
@@ -286,10 +286,10 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kThreads)
     accept_kernel(const int32_t* next, const int32_t* tokens, const int32_t* drafted, const int32_t* slots,
                   const int32_t* past, int32_t* slot_tokens, int32_t* slot_past, uint32_t* counts, int vocabulary,
-                  int rows, int width, int last, int32_t* step, volatile uint64_t* history, int history_slots,
+                  int rows, int width, int last, uint32_t* step, volatile uint64_t* history, int history_slots,
                   int stride) {
     wait_for_predecessor();
-    const int now = *step;
+    const uint32_t now = *step;
     for (int row = threadIdx.x; row < rows; row += blockDim.x)
         history[size_t(now % history_slots) * stride + row] = uint64_t(now + 1) << 32 | uint32_t(next[row]);
     for (int i = threadIdx.x; i < rows / width; i += blockDim.x) {
@@ -306,6 +306,8 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     if (threadIdx.x == 0) *step = now + 1;
 }
+
+bool is_power_of_2(int x) { return x > 0 && (x & (x - 1)) == 0; }
 
 // The arguments of norms_kernel.
 template <typename T>
@@ -448,9 +450,9 @@ int cqil_arrange(const int32_t* slots, const int32_t* slot_tokens, const int32_t
 }
 
 int cqil_advance(const int32_t* next, const int32_t* slots, int32_t* tokens, int32_t* past, int32_t* slot_tokens,
-                 int32_t* slot_past, uint32_t* counts, int vocabulary, int rows, int last, int32_t* step,
+                 int32_t* slot_past, uint32_t* counts, int vocabulary, int rows, int last, uint32_t* step,
                  uint64_t* history, int history_slots, int stride, void* stream) {
-    if (rows < 0 || history_slots < 1 || stride < rows)
+    if (rows < 0 || !is_power_of_2(history_slots) || stride < rows)
         return fail("%d rows, a history of %d slots of %d", rows, history_slots, stride);
     if (rows == 0) return 0;
     auto st = static_cast<cudaStream_t>(stream);
@@ -462,9 +464,9 @@ int cqil_advance(const int32_t* next, const int32_t* slots, int32_t* tokens, int
 
 int cqil_accept(const int32_t* next, const int32_t* tokens, const int32_t* drafted, const int32_t* slots,
                 const int32_t* past, int32_t* slot_tokens, int32_t* slot_past, uint32_t* counts, int vocabulary,
-                int rows, int width, int last, int32_t* step, uint64_t* history, int history_slots, int stride,
+                int rows, int width, int last, uint32_t* step, uint64_t* history, int history_slots, int stride,
                 void* stream) {
-    if (rows < 0 || width < 1 || rows % width != 0 || history_slots < 1 || stride < rows)
+    if (rows < 0 || width < 1 || rows % width != 0 || !is_power_of_2(history_slots) || stride < rows)
         return fail("%d rows, %d a sequence, a history of %d slots of %d", rows, width, history_slots, stride);
     if (rows == 0) return 0;
     auto st = static_cast<cudaStream_t>(stream);

@@ -151,7 +151,7 @@ struct Turn {
             state->epoch_and_one_shot.word[1 + buffer] = used_one_shot;
             state->arrived_and_chunk.word[1 + buffer] = used_chunk;
             state->arrived_and_chunk.word[0] = 0;
-            state->epoch_and_one_shot.word[0] = epoch + 1;
+            state->epoch_and_one_shot.word[0] = epoch + 1 == kEpochs ? 0 : epoch + 1;
         }
     }
 

@@ -7,7 +7,8 @@
 // g % 3 and clears buffer (g + 2) % 3, which operation g - 1 used. A rank needs everyone's data of g to finish g, so it
 // is at most one operation ahead of any other. While we are in g, a peer may already write to buffer (g + 1) % 3, but
 // only the owner touches buffer (g + 2) % 3. So every symmetric operation must receive at least one packet from every
-// peer on every rank, whatever its size: a rank that waits for nobody would run ahead.
+// peer on every rank, whatever its size: a rank that waits for nobody would run ahead. The counter begins again at a
+// multiple of 3: with its 2^32 values the operations before and after that would use one buffer.
 //
 // Directed (broadcast, bypass): one rank sends and others receive. A sender that hears nothing back could run ahead
 // without bound, so each pair of ranks has a channel of kChannelSlots slots. A 16-byte packet is two 8-byte halves.
@@ -38,6 +39,8 @@ namespace cqil_trt {
 
 constexpr int kMaxRanks = CQIL_MAX_RANKS;
 constexpr int kBuffers = 3;
+constexpr uint32_t kEpochs = UINT32_MAX / kBuffers * kBuffers;  // numbers of symmetric operations
+static_assert(kEpochs % kBuffers == 0, "buffers stay in turn when the numbers begin again");
 constexpr int kChannelSlots = 4;
 constexpr size_t kChannelBytes = 1 << 20;  // data of one directed message; longer ones are sent in parts
 // -0.0 as float32, (+0.0, -0.0) as a pair of 16-bit values. Where data has this pattern, zero is sent: it is equal in

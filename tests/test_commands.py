@@ -295,6 +295,7 @@ BUILD_ERRORS = {
     ),
     "too long": (["--max-seq-len", 4096], ["--max-seq-len 4096", "128 positions"]),
     "no batch": (["--max-batch-size", 0], ["--max-batch-size"]),
+    "chunk beyond a grid": (["--prefill-chunk", 65536], ["--prefill-chunk must be from 1 to 65535, found 65536"]),
     "no such adapter": (["--lora", "/nowhere"], ["--lora /nowhere"]),
     "no name": (["--lora", ""], ["--lora is empty"]),
 }

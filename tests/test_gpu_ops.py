@@ -20,6 +20,7 @@ from cqil_trt.backends.torch.gpu_ops import CudaOps, Matrix
 from cqil_trt.backends.torch.ops import TorchOps
 from cqil_trt.checkpoint import Checkpoint
 from cqil_trt.config import CqilConfig, EngineLimits
+from cqil_trt.errors import JobError
 from cqil_trt.gpu import abi, cuda
 from cqil_trt.gpu.fused_ops import rotary_names
 from cqil_trt.gpu.packed import DeviceMatrix, quantized_matrices
@@ -230,6 +231,25 @@ def test_attention_is_told_that_a_cache_is_in_fp8(tmp_path, host_memory):
         shape = kernels.shape
         assert (shape.length, shape.drafts) == (length, drafts)
         assert (shape.cache, shape.key_scale, shape.value_scale) == (abi.cqil_cache.CQIL_CACHE_FP8, 3.5, 5.5)
+
+
+def test_without_memory_for_activations_the_job_ends_in_one_line(monkeypatch):
+    def refuse(name, size):
+        raise cuda.CudaError("cudaMalloc: out of memory")
+
+    monkeypatch.setattr(cuda, "call", refuse)
+    with pytest.raises(JobError, match=r"^no GPU memory for activations \(0.00 GB\).*smaller --prefill-chunk"):
+        gpu_ops.Pool().take(1000)
+
+
+def test_a_recording_that_fails_says_why(monkeypatch):
+    def call(name, *arguments):
+        if name == "StreamEndCapture":
+            raise cuda.CudaError("cudaStreamEndCapture: operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(cuda, "call", call)
+    with pytest.raises(JobError, match="^the first error$"):
+        cuda.Graph(1, lambda: (_ for _ in ()).throw(JobError("the first error")))
 
 
 @pytest.mark.parametrize("most", [1, 8, 16, 17, 64, 100, 128, 500, 1024, 2048, 5000])

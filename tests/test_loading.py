@@ -7,6 +7,8 @@ import sys
 import threading
 import time
 from collections import deque
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +20,10 @@ from support.needs import need, need_cuda_backend
 from support.processes import run
 
 import cqil_trt
-from cqil_trt.errors import UserError
+from cqil_trt.errors import CollectiveError, UserError
+from cqil_trt.sampling import SamplingConfig
+from cqil_trt.schedule import Peers
+from cqil_trt.scheduler import Chunk, Start, Step
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +236,98 @@ def test_tensors_arrive_in_their_places(weights, rank, engines, monkeypatch):
     assert gpu.live == 0
 
 
+@pytest.fixture
+def open_session(monkeypatch):
+    """A function that opens a session of rank 0 on a GPU with so much memory; it computes nothing."""
+    need("cuda-bindings")
+    from cqil_trt.gpu import cuda
+    from cqil_trt.gpu import session as running
+
+    class Library:
+        def cqil_attention_cache_bytes(self, shape):
+            return 2 * 2 * shape.max_batch * shape.kv_heads * shape.capacity * shape.head_dim
+
+        def cqil_attention_failure(self):
+            return None
+
+    class Session(running.CudaSession):
+        def _execute(self, phase, batch, length, rows):
+            pass
+
+        def _load_constants(self, engine):
+            pass
+
+    def open(engine, free, slots):
+        gpu = HostGpu(cuda)
+        real = gpu.call
+        gpu.call = lambda name, *arguments: free if name == "MemGetInfo" else real(name, *arguments)
+        monkeypatch.setattr(running, "cuda", gpu)
+        monkeypatch.setattr(running, "_RESERVED_BYTES", 0)
+        session = Session(engine, None, Library(), slots)
+        session._load(engine, SimpleNamespace(allocated=lambda: None, memory={}, quantized={}))
+        return session, gpu
+
+    return open
+
+
+def test_the_cache_leaves_room_for_the_buffers(engines, open_session):
+    """Long chunks of a large vocabulary, and many rows, take gigabytes next to the cache."""
+    engine, free = engines(), 1 << 20
+    engine = replace(engine, limits=replace(engine.limits, prefill_chunk=1024, max_batch_size=512))
+    session, gpu = open_session(engine, free, 10_000)
+    each = engine.plan(0).cache_bytes(engine.limits) + sum(session._slot_sizes().values())
+    padding = gpu.ALIGNMENT * len(session._memory)
+    allocated = sum(arena.size for arena in session._arenas)
+    assert free - each < allocated <= free + padding and 1 < session.slots < free // each // 2
+
+
+def test_a_start_that_fails_gives_everything_back(engines, open_session):
+    """The process may open another engine."""
+
+    def damaged():
+        raise UserError("damaged")
+
+    session, gpu = open_session(engines(), 1 << 30, 2)
+    assert gpu.live > 1
+    closed = []
+
+    class Workspace:
+        def close(self):
+            closed.append(self)
+
+    session._workspaces = dict.fromkeys(Peers, Workspace())  # one of all kinds
+    session._weights.wait = damaged
+    with pytest.raises(UserError, match="damaged"), session._released_on_failure():
+        session._complete()
+    assert gpu.live == 0 and closed == [session._workspaces[Peers.ALL]]
+
+
+def test_what_ended_a_kernel_is_said_wherever_cuda_reports_it(engines, open_session):
+    """By the time that a kernel gives up, the host may be anywhere in a later step."""
+    from cqil_trt.gpu import cuda
+
+    def fail(*arguments):
+        raise cuda.CudaError("cudaMemcpyAsync: unspecified launch failure")
+
+    session, gpu = open_session(engines(), 1 << 30, 2)
+    gpu.upload = lambda address, array, stream: None
+    guided = SamplingConfig(guided=True, logprobs=1)
+    start = Start(slot=0, prompt=(5,), sampling=guided, room=3)
+    chunk = Chunk(slot=0, tokens=(5,), past=0, length=1, choose=True)
+    session.submit(Step(starts=(start,), chunk=chunk, guided=(0,)))
+    session._workspaces = {Peers.ALL: SimpleNamespace(failure=lambda: CollectiveError("rank 0 gave up"))}
+    gpu.upload = gpu.download = fail
+    for use in (
+        lambda: session.choose({0: np.zeros(session.vocab_size, np.uint32)}),
+        lambda: session.submit(Step(starts=(start,), decode=(0,))),
+        lambda: session.submit(Step(decode=(0,), guided=(0,))),
+        session.logits,
+        lambda: session.warm_up(1, 1),
+    ):
+        with pytest.raises(CollectiveError, match="^rank 0 gave up$"):
+            use()
+
+
 class Counting(HostPacking):
     """Packs nothing; `made` has the addresses."""
 
@@ -397,6 +494,24 @@ def test_what_a_gpu_lacks_is_said_in_one_line(gpu, lacking, said, engines, monke
     with pytest.raises(UserError) as refused:
         open_session(engines(), None, "cuda", 0, 1)
     assert str(refused.value) == f"--device cuda: {said}"
+
+
+def test_heads_that_are_too_large_for_the_kernels_are_named(engines, monkeypatch):
+    need("cuda-bindings", "cuda-pathfinder")
+    from cuda import bindings
+
+    from cqil_trt.backends.torch.opening import open_session
+    from cqil_trt.gpu import kernel_library
+
+    engine = engines()
+    engine = replace(engine, model=replace(engine.model, head_dim=258))
+    monkeypatch.setattr(kernel_library, "this_gpu", lambda: kernel_library.Gpu(90, 13))
+    monkeypatch.setattr(kernel_library, "library_path", lambda: None)
+    monkeypatch.setattr(bindings, "__version__", "13.0.0")
+    with pytest.raises(
+        UserError, match="^--device cuda: the model has heads of 258 elements, our kernels take up to 256$"
+    ):
+        open_session(engine, None, "cuda", 0, 1)
 
 
 @pytest.mark.slow

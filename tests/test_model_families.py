@@ -2,6 +2,7 @@
 
 import json
 import socket
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -256,20 +257,33 @@ def test_backends_refuse_by_name_what_they_lack(name, models):
     backends.load("tensorrt").check_model(model, limits)
 
 
+def tensorrt(version, *layers):
+    """A release, as far as `compiler.describe` asks what it can do."""
+    return SimpleNamespace(
+        __name__="tensorrt",
+        __version__=version,
+        INetworkDefinition=SimpleNamespace(**dict.fromkeys(("add_plugin_v2", *layers))),
+        NetworkDefinitionCreationFlag=SimpleNamespace(),
+    )
+
+
 def test_tensorrts_own_attention_refuses_soft_caps(models, monkeypatch):
     """As a release that has its own attention layers; our plugins have caps."""
     from cqil_trt.backends.tensorrt import compiler
 
-    layers = ("add_rotary_embedding", "add_kv_cache_update", "add_attention_v2", "add_plugin_v2")
-    new = SimpleNamespace(
-        __name__="tensorrt",
-        __version__="10.15.0",
-        INetworkDefinition=SimpleNamespace(**dict.fromkeys(layers)),
-        NetworkDefinitionCreationFlag=SimpleNamespace(),
-    )
+    new = tensorrt("10.15.0", "add_rotary_embedding", "add_kv_cache_update", "add_attention_v2")
     monkeypatch.setattr(compiler, "import_package", lambda names: new)
     model = Checkpoint(models["gemma2"], None).model
     with pytest.raises(UserError, match="tensorrt 10.15.0: Gemma2.* has soft caps of attention scores.* before 10.15"):
+        compiler.describe(EngineLimits(max_seq_len=10), {}, plan(model, CqilConfig(p=1)))
+
+
+def test_plugins_refuse_heads_that_are_too_large(models, monkeypatch):
+    from cqil_trt.backends.tensorrt import compiler
+
+    monkeypatch.setattr(compiler, "import_package", lambda names: tensorrt("10.14.1"))
+    model = replace(Checkpoint(models["gemma2"], None).model, head_dim=258)
+    with pytest.raises(UserError, match="with tensorrt 10.14.1: the model has heads of 258 elements"):
         compiler.describe(EngineLimits(max_seq_len=10), {}, plan(model, CqilConfig(p=1)))
 
 

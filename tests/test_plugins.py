@@ -385,6 +385,17 @@ def test_without_a_gpu_a_workspace_says_so(built):
     assert "refused: cuda" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
+@needs_nvcc
+@pytest.mark.parametrize("name, sizes", [("advance", (1,)), ("accept", (1, 1))])
+def test_a_history_whose_places_would_leave_their_turn_is_refused(name, sizes, built):
+    """2^32 steps are no multiple of 3: the step after them would have another place than the host expects."""
+    library = kernel_library.load(built[1])
+    pointers = [None] * (7 if name == "advance" else 8)
+    assert getattr(library, f"cqil_{name}")(*pointers, 1, *sizes, 1, None, None, 3, 1, None) < 0
+    assert "a history of 3 slots" in library.cqil_last_error().decode()
+
+
 # What a wheel brings
 
 
@@ -476,7 +487,7 @@ def exported(path):
 @pytest.mark.slow
 @needs_nvcc
 def test_the_library_exports_what_the_header_declares(built):
-    only_for_tests = {"cqil_test_delays"}  # in a build with CQIL_TEST_DELAYS
+    only_for_tests = {"cqil_test_delays", "cqil_test_epoch"}  # in a build with CQIL_TEST_DELAYS
     assert exported(built[1]) | only_for_tests == abi.interface().functions.keys()
 
 

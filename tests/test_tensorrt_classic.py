@@ -12,11 +12,13 @@ from support import SEED
 from support.cases import ARCHITECTURES, GPU_FAMILIES, assert_close, rank_shapes
 from support.checkpoints import make_model, rank_weights
 from support.fake_ops import Alone, HostKernels, capped, gate, norm
+from support.needs import need
 
 from cqil_trt.backends.tensorrt.network import Lowering, define_network
 from cqil_trt.backends.torch.ops import TorchOps
 from cqil_trt.checkpoint import Checkpoint
 from cqil_trt.config import CqilConfig, EngineLimits
+from cqil_trt.errors import UserError
 from cqil_trt.gpu.fused_ops import rotary_names
 from cqil_trt.network.decoder import decode
 from cqil_trt.network.rotary import rotary_tables
@@ -300,3 +302,23 @@ def test_a_servers_steps_are_those_of_each_sequence_alone(tmp_path):
                 step([slot], int(torch.randint(2, 9, ())))
         for count in (slots, 5, 1, slots):
             step(torch.randperm(slots)[:count].tolist(), 1)
+
+
+def test_every_rank_hears_of_a_gpu_that_the_engine_was_not_compiled_for(monkeypatch):
+    """Of two ranks with different GPUs one cannot go on; the other must not wait for it."""
+    need("cuda-bindings", "cuda-pathfinder")
+    from cqil_trt.backends.tensorrt import session
+
+    trt = SimpleNamespace(__name__="tensorrt", __version__="10.14.1")
+    engine = SimpleNamespace(path="e", backend_version="tensorrt 10.14.1", build={}, architecture="9.0")
+    monkeypatch.setattr(session, "import_package", lambda names: trt)
+    monkeypatch.setattr(session.cuda, "use_device", lambda number: None)
+    monkeypatch.setattr(session.cuda, "device_name", lambda: "a GPU")
+    for here, there, said in (
+        ("9.0", "rank 1's", "^rank 1's$"),
+        ("8.6", None, "^e: compiled for .* 9.0, a GPU has 8.6"),
+    ):
+        monkeypatch.setattr(session.cuda, "compute_capability", lambda found=here: found)
+        comm = SimpleNamespace(allgather=lambda mine, other=there: [mine, other])
+        with pytest.raises(UserError, match=said):
+            session.TensorRtSession(engine, comm, 0)

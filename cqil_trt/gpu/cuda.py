@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -140,8 +141,11 @@ class Graph:
         call("StreamBeginCapture", stream, mode)
         try:
             record()
-        finally:
-            graph = call("StreamEndCapture", stream)
+        except BaseException:
+            with suppress(CudaError):  # which says only that something went wrong before
+                call("StreamEndCapture", stream)
+            raise
+        graph = call("StreamEndCapture", stream)
         self._graph = call("GraphInstantiate", graph, 0)
         call("GraphDestroy", graph)
 

@@ -50,6 +50,12 @@ def attention_fields(model: ModelConfig, shard: LayerShard, limits: EngineLimits
     }
 
 
+def too_large(model: ModelConfig) -> str | None:
+    """What of a model the kernels have no room for; None if they take it."""
+    most: int = abi.CQIL_MAX_HEAD_DIM
+    return None if model.head_dim <= most else f"heads of {model.head_dim} elements, our kernels take up to {most}"
+
+
 def norm_kind(model: ModelConfig) -> int:
     """The cqil_norm of a model's norms."""
     kinds = abi.cqil_norm

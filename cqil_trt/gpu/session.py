@@ -17,8 +17,8 @@ import time
 from abc import abstractmethod
 from bisect import bisect_left
 from collections import OrderedDict, deque
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from functools import partial
@@ -171,6 +171,7 @@ class CudaSession(Session):
         # By the length of the chunk, the one that was used last at the end; None once such a chunk has run.
         self._prompts: OrderedDict[int, cuda.Graph | None] = OrderedDict()
         self._arenas: list[cuda.Arena] = []
+        self._pinned: list[np.ndarray] = []
 
     @abstractmethod
     def _execute(self, phase: Phase, batch: int, length: int, rows: int) -> None:
@@ -183,19 +184,37 @@ class CudaSession(Session):
         self._arenas.append(cuda.Arena(size, what))
         return self._arenas[-1]
 
+    def _pin(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """Page-locked memory that `close` frees."""
+        self._pinned.append(cuda.pinned(shape, dtype))
+        return self._pinned[-1]
+
     def close(self) -> None:
         self._finish()
         for graph in (*self._graphs.values(), *self._prompts.values()):
             if graph is not None:
                 graph.destroy()
-        for array in (self._history, self._report_ids, self._report_values):
+        self._release()
+        self._weights.close()
+
+    def _release(self) -> None:
+        """Gives back everything but the weights, on all ranks together."""
+        for array in self._pinned:
             cuda.free_pinned(array)
         for workspace in dict.fromkeys(self._workspaces.values()):
             workspace.close()
-        self._weights.close()
         for arena in self._arenas:
             arena.free()
         cuda.call("StreamDestroy", self._stream)
+
+    @contextmanager
+    def _released_on_failure(self) -> Iterator[None]:
+        """For the part of a start in which all ranks raise UserError together: a process may go on and open another."""
+        try:
+            yield
+        except UserError:
+            self._release()
+            raise
 
     def _load(self, engine: Engine, weights: DeviceWeights) -> None:
         """Allocates memory, and fills what does not come from the rank's file; `_complete` waits for that."""
@@ -204,7 +223,7 @@ class CudaSession(Session):
         self._memory |= weights.memory
         self._quantized = weights.quantized
         if not self._slots_are_fixed:
-            free = self._free_memory() - sum(self._extra_sizes().values())
+            free = self._free_memory() - sum(self._buffer_sizes().values())
             each = cache_bytes(engine, self._plan.rank) + sum(self._slot_sizes().values())
             self.slots = fitting_slots(self.slots, max(0, free), each, self._comm)
         agree(self._comm, self._allocate)
@@ -260,14 +279,20 @@ class CudaSession(Session):
             "mask": 4 * -(-vocabulary // 32),
         }
 
-    def _allocate(self) -> None:
-        limits, model, slots = self.limits, self._plan.model, self.slots
+    @property
+    def _most_rows(self) -> int:
+        """Rows of a decode step."""
+        return max(self.limits.max_batch_size, self._draft_rows)
+
+    def _buffer_sizes(self) -> dict[str, int]:
+        """Bytes of the buffers that do not depend on the number of slots, by name."""
+        limits, model = self.limits, self._plan.model
         batch, chunk = limits.max_batch_size, min(limits.prefill_chunk, limits.max_seq_len)
-        drafts = self._draft_rows
-        rows = self._most_rows = max(batch, drafts)
+        drafts, rows = self._draft_rows, self._most_rows
         width, hidden = self._widths[self._plan.rank], model.hidden_size * self._bytes
         vocabulary = model.vocab_size
-        sizes = {
+        table = limits.max_seq_len * model.rotary_dim // 2 * 4
+        return {
             # Of a chunk of a prompt, and of the token chosen after it.
             "tokens": 4 * chunk,
             "select": 4 * chunk,
@@ -297,11 +322,13 @@ class CudaSession(Session):
             "adjusted": 4 * rows * vocabulary,
             "report.ids": 4 * rows * (MAX_LOGPROBS + 1),
             "report.values": 4 * rows * (MAX_LOGPROBS + 1),
-            **{name: slots * size for name, size in self._slot_sizes().items()},
+            **{name: table for which in range(len(model.ropes)) for name in rotary_names(which)},
             **self._extra_sizes(),
         }
-        table = limits.max_seq_len * model.rotary_dim // 2 * 4
-        sizes |= {name: table for which in range(len(model.ropes)) for name in rotary_names(which)}
+
+    def _allocate(self) -> None:
+        drafts, rows = self._draft_rows, self._most_rows
+        sizes = self._buffer_sizes() | {name: self.slots * size for name, size in self._slot_sizes().items()}
         self._zeroed = {name: sizes[name] for name in ("step", "slot.next", "slot.past", "counts")}
         self._caches = self._cache_sizes()
         sizes |= self._caches
@@ -309,12 +336,12 @@ class CudaSession(Session):
         self._memory |= {name: arena.take(size) for name, size in sizes.items()}
         for i, name in enumerate(("slots", "given", "counts")):
             self._memory[f"draft.{name}"] = self._memory["drafts"] + 4 * drafts * i
-        # In page-locked memory: what the host has not read yet.
-        unread = _FLYING * self._passes_of_step
-        self._history = cuda.pinned((unread, rows), np.int64)
+        # In page-locked memory: what the host has not read yet. A power of 2, as cqil_advance wants.
+        unread = 1 << (_FLYING * self._passes_of_step - 1).bit_length()
+        self._history = self._pin((unread, rows), np.uint64)
         self._history[:] = 0
-        self._report_ids = cuda.pinned((unread, rows, MAX_LOGPROBS + 1), np.int32)
-        self._report_values = cuda.pinned((unread, rows, MAX_LOGPROBS + 1), np.float32)
+        self._report_ids = self._pin((unread, rows, MAX_LOGPROBS + 1), np.int32)
+        self._report_values = self._pin((unread, rows, MAX_LOGPROBS + 1), np.float32)
 
     def _load_constants(self, engine: Engine) -> None:
         cuda.upload(self._memory["each"], np.arange(self._most_rows, dtype=np.int32), self._stream)
@@ -431,9 +458,10 @@ class CudaSession(Session):
 
     def _fetch(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         array = np.empty(shape, dtype)
-        if array.size:
-            cuda.download(array, self._memory[name], self._stream)
-        self._finish()
+        with self._guard():
+            if array.size:
+                cuda.download(array, self._memory[name], self._stream)
+            self._synchronize()
         return array
 
     # Slots
@@ -496,10 +524,10 @@ class CudaSession(Session):
     # Steps
 
     def submit(self, step: Step) -> None:
-        self._start(step.starts)
         flying = _Flying(step=step)
         chunk = step.chunk
         with self._guard():
+            self._start(step.starts)
             if chunk is not None:
                 select = np.arange(len(chunk.tokens) - chunk.predict, len(chunk.tokens))
                 slot = np.array([chunk.slot])
@@ -517,21 +545,21 @@ class CudaSession(Session):
                 flying.width = self._width = self.padded_width(step.width)
                 self._arrange(step, flying.width)
                 self._phase, self._rows = _phase_of(flying.width), len(step.decode) * flying.width
-        self._flying.append(flying)
-        if not step.guided:
-            self.choose({})
-        elif chunk is None:
-            self._launch(_Part.FORWARD, len(step.decode), flying.width)
+            self._flying.append(flying)
+            if not step.guided:
+                self.choose({})
+            elif chunk is None:
+                self._launch(_Part.FORWARD, len(step.decode), flying.width)
 
     def choose(self, masks: Mapping[int, np.ndarray]) -> None:
         flying = self._flying[-1]
         step = flying.step
         flying.advance = self._advances
         slots = step.choosing
-        for slot, mask in masks.items():
-            self._upload("mask", mask, np.uint32, slot * mask.nbytes)
         plain = all(self._configs[slot].plain for slot in slots)
         with self._guard():
+            for slot, mask in masks.items():
+                self._upload("mask", mask, np.uint32, slot * mask.nbytes)
             if step.chunk is not None:
                 if slots:
                     last = (self._predicted - 1) * self._widths[self._plan.rank] * self._bytes
@@ -541,11 +569,11 @@ class CudaSession(Session):
                 self._launch(_Part.CHOICE, len(slots), flying.width)
             else:
                 self._launch(_Part.GREEDY if plain else _Part.SAMPLED, len(slots), flying.width)
-        self._advances += bool(slots)
-        wanted = (self._configs[slot].logprobs for slot in slots)
-        flying.wanted = tuple(None if count is None else min(count, self.vocab_size) for count in wanted)
-        if any(wanted is not None for wanted in flying.wanted):
-            self._report(flying, len(slots) * flying.width)
+            self._advances += bool(slots)
+            wanted = (self._configs[slot].logprobs for slot in slots)
+            flying.wanted = tuple(None if count is None else min(count, self.vocab_size) for count in wanted)
+            if any(wanted is not None for wanted in flying.wanted):
+                self._report(flying, len(slots) * flying.width)
 
     def _report(self, flying: _Flying, rows: int) -> None:
         """Enqueues the copy of log-probabilities to the host."""
@@ -585,7 +613,7 @@ class CudaSession(Session):
             while True:
                 done = cuda.is_done(self._stream)
                 words = self._history[number % len(self._history), :rows].copy()
-                if (words >> 32 == number + 1).all():
+                if (words >> 32 == number + 1 & 0xFFFFFFFF).all():  # the GPU's counter has 32 bits
                     return words & 0xFFFFFFFF
                 if done:
                     raise RuntimeError(f"the GPU is done, and there are no tokens of advance {number}")
@@ -677,17 +705,17 @@ class CudaSession(Session):
                 # Executing it too would take as long as reading such a prompt.
                 self._prompt_graph(length).upload(self._stream)
             self._synchronize()
-        between = time.perf_counter()
-        for count in range(1, rows + 1):
-            slots = tuple(range(count))
-            self._start([Start(slot=slot, prompt=(0,), sampling=SamplingConfig(), room=1) for slot in slots])
-            widest = self.draft_width(count) if drafts else 1
-            for width in (known for known in _WIDTHS if known <= widest):
-                self._arrange(Step(decode=slots), width)
-                for part in _Part:
-                    self._graph(part, count, width)
-        self._arranged = ()
-        self._finish()
+            between = time.perf_counter()
+            for count in range(1, rows + 1):
+                slots = tuple(range(count))
+                self._start([Start(slot=slot, prompt=(0,), sampling=SamplingConfig(), room=1) for slot in slots])
+                widest = self.draft_width(count) if drafts else 1
+                for width in (known for known in _WIDTHS if known <= widest):
+                    self._arrange(Step(decode=slots), width)
+                    for part in _Part:
+                        self._graph(part, count, width)
+            self._arranged = ()
+            self._synchronize()
         return {"of chunks": between - began, "of decode steps": time.perf_counter() - between}
 
     def _advance(self, count: int, rows: _Rows) -> None:

@@ -162,6 +162,21 @@ def some_slots(pick, rows):
     return slots, torch.randperm(slots, device="cuda")[:rows].int()
 
 
+def some_step(pick):
+    """A counter of advances, also just before its sign as an int32 changes and before it begins again; and a copy."""
+    before = ((1 << 31) - 1, (1 << 32) - 1, pick(0, 999))[pick(0, 2)]
+    return before, torch.from_numpy(np.array([before], np.uint32).view(np.int32)).cuda()
+
+
+def check_told(before, step, history, tokens):
+    """The counter went on by one, and the history has the tokens in their place, and nothing else."""
+    after = before + 1 & 0xFFFFFFFF
+    assert step.item() & 0xFFFFFFFF == after
+    expected = np.zeros(history.shape, np.uint64)
+    expected[before % len(history), : len(tokens)] = (after << 32) + tokens.cpu().numpy().astype(np.uint64)
+    assert (history.numpy().view(np.uint64) == expected).all()
+
+
 def check_choice(pick, dtype):
     """The likeliest tokens become the input of the next step, and of a later one with other rows."""
     rows, width, offset = pick(1, 9), pick(1, 60000), pick(0, 999)
@@ -183,7 +198,7 @@ def check_choice(pick, dtype):
         assert torch.equal(tokens[:rows], slot_tokens[chosen]) and torch.equal(past[:rows], slot_past[chosen])
 
     arrange(slot_of, rows)
-    step = torch.full((1,), 6, dtype=torch.int32, device="cuda")
+    before, step = some_step(pick)
     history = torch.zeros(4, 12, dtype=torch.int64).pin_memory()
     vocabulary, counted = width + offset, bool(pick(0, 1))
     counts = torch.randint(-(1 << 31), (1 << 31) - 1, (slots, vocabulary), device="cuda").int()
@@ -194,9 +209,9 @@ def check_choice(pick, dtype):
         expected[2][at, index.long()] += 1
     state = index, slot_of, tokens, past, slot_tokens, slot_past, counts if counted else None, vocabulary
     call("advance", *state, rows, 7, step, history, 4, 12)
-    assert torch.equal(tokens, index) and torch.equal(past, expected[1][at]) and step.item() == 7
+    assert torch.equal(tokens, index) and torch.equal(past, expected[1][at])
     assert all(torch.equal(*pair) for pair in zip((slot_tokens, slot_past, counts), expected))
-    assert torch.equal(history[2, :rows], (7 << 32) + index.cpu().long()) and history.count_nonzero() == rows
+    check_told(before, step, history, index)
     arrange(slot_of.flip(0).contiguous(), pick(1, rows))
     return 0.0
 
@@ -974,13 +989,13 @@ def check_accept(pick, dtype):
             expected[1][slot] = min(int(past[i * width]) + at + 1, last)
             if at + 1 < width and token != int(fed[i, at + 1]):
                 break
-    step = torch.full((1,), 6, dtype=torch.int32, device="cuda")
+    before, step = some_step(pick)
     history = torch.zeros(4, rows + 3, dtype=torch.int64).pin_memory()
     state = chosen, tokens, drafted, row_slots, past, slot_tokens, slot_past, counts, vocabulary
     call("accept", *state, rows, width, last, step, history, 4, rows + 3)
     torch.cuda.synchronize()
-    assert (slot_tokens.tolist(), slot_past.tolist(), counts.tolist()) == expected and step.item() == 7
-    assert torch.equal(history[2, :rows], (7 << 32) + chosen.flatten().cpu().long()) and history.count_nonzero() == rows
+    assert (slot_tokens.tolist(), slot_past.tolist(), counts.tolist()) == expected
+    check_told(before, step, history, chosen.flatten())
     return 0.0
 
 

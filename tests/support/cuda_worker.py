@@ -5,7 +5,8 @@ usage: cuda_worker.py SEED OPERATIONS REPLAYS [RANKS_PER_LAYER]
 With RANKS_PER_LAYER, operations of all ranks, of those that share a layer and of those with the same part of their
 layers follow each other in any order, each kind in a workspace of its own.
 
-With a library built with CQIL_TEST_DELAYS=ON, named by CQIL_TRT_PLUGINS, each rank also delays some blocks at random.
+With a library built with CQIL_TEST_DELAYS=ON, named by CQIL_TRT_PLUGINS, each rank also delays some blocks at random,
+and the counters of operations begin again meanwhile.
 Sums must equal, bit for bit but for the sign of zero, the float32 sum in rank order rounded once, and be within a
 rounding of the float64 sum. Prints one line on rank 0 and exits 0 when everything was right.
 """
@@ -213,6 +214,13 @@ def delay_blocks(library, chance):
         assert library.cqil_test_delays(place, (ctypes.c_uint32 * len(delays))(*delays), len(delays)) == 0
 
 
+def count_from(ring, chance):
+    """Lets the counter of a workspace's operations begin again soon; only in a library that can."""
+    workspace = ring.communicator.workspace
+    if hasattr(workspace.library, "cqil_test_epoch"):
+        workspace.call("test_epoch", chance.randint(1, 40))
+
+
 def flood(ring, chance, seed):
     """Messages whose sender is soon as far ahead as it may be, each checked."""
     communicator, check, rank, world = ring.communicator, ring.check, ring.place, len(ring.members)
@@ -236,6 +244,9 @@ def main(seed, operations, replays, ranks_per_layer=1):
     rings = [Ring(part, mine.peers(kind), check if kind is Peers.ALL else own) for kind, part in parts.items()]
     everyone = rings[0].communicator
     wrong64 = 0
+    for ring in rings:
+        count_from(ring, chance)
+    comm.Barrier()
 
     def tune(*settings):
         for ring in rings:

@@ -21,6 +21,7 @@ from cqil_trt.backends.tensorrt.network import Lowering, add_profiles, define_ne
 from cqil_trt.config import AUTO, EngineLimits
 from cqil_trt.errors import UserError
 from cqil_trt.gpu import tensorrt_plugins
+from cqil_trt.gpu.fused_ops import too_large
 from cqil_trt.gpu.sources import source_version
 from cqil_trt.model import Feature
 from cqil_trt.schedule import Group
@@ -64,6 +65,8 @@ def describe(limits: EngineLimits, options: Mapping[str, Any], ranks: tuple[Rank
             f"--kv-dtype {limits.kv_dtype}: attention of {version(trt)} takes a KV cache of the engine's type: "
             "use backend torch, or TensorRT 8.5 to 10.14 with our plugins"
         )
+    if not lowering.native and (found := too_large(model)):
+        raise UserError(f"--backend tensorrt with {version(trt)}: the model has {found}: use backend torch on CPUs")
     collective = options.get("collective") or ("plugin" if lowering.plugins else "nccl")
     if collective not in _COLLECTIVES:
         raise UserError(f"--collective must be one of {', '.join(_COLLECTIVES)}, found {collective}")

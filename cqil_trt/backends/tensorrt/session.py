@@ -51,13 +51,7 @@ class TensorRtSession(CudaSession):
         made, here = engine.build.get("plugins"), source_version()
         if made not in (None, here):
             raise UserError(f"{engine.path}: made with plugins {made}, these are {here}: compile the engine again")
-        cuda.use_device(device)
-        found = cuda.compute_capability()
-        if found not in engine.architecture.split(", "):
-            raise UserError(
-                f"{engine.path}: compiled for compute capability {engine.architecture}, {cuda.device_name()} has "
-                f"{found}: compile it for this GPU" + (" (--target)" if package == "tensorrt_rtx" else "")
-            )
+        agree(comm, partial(_use_gpu, engine, device))  # the ranks' GPUs may differ
         super().__init__(
             engine,
             comm,
@@ -77,12 +71,12 @@ class TensorRtSession(CudaSession):
         weights = self._weights_type(
             engine, self._plan.rank, device, self._library, packs=not self._native, unpacks=False
         )
-        with weights.closed_on_failure():
+        with weights.closed_on_failure(), self._released_on_failure():
             if not self._native:
                 self._take_prompts_as_graphs()
             self._load(engine, weights)
             self._contexts = agree(comm, partial(self._make_contexts, trt))
-            self._join_nccl(engine)
+            agree(comm, partial(self._join_nccl, engine))
             self._complete()
 
     def _deserialize(self, trt: Any, path: Path) -> Any:
@@ -227,6 +221,17 @@ class TensorRtSession(CudaSession):
         self._contexts.clear()
         self._engine = None
         super().close()
+
+
+def _use_gpu(engine: Engine, device: int) -> None:
+    """Makes a GPU the current one. Raises UserError when the engine was not compiled for it."""
+    cuda.use_device(device)
+    found = cuda.compute_capability()
+    if found not in engine.architecture.split(", "):
+        raise UserError(
+            f"{engine.path}: compiled for compute capability {engine.architecture}, {cuda.device_name()} has {found}: "
+            "compile it for this GPU" + (" (--target)" if engine.backend_version.startswith("tensorrt_rtx") else "")
+        )
 
 
 def neighbours(slots: Sequence[int]) -> list[tuple[int, ...]]:

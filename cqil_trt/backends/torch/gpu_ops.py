@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cqil_trt.config import DTYPE_BYTES, EngineLimits
-from cqil_trt.errors import UserError
+from cqil_trt.errors import JobError, UserError
 from cqil_trt.gpu import abi, cuda
 from cqil_trt.gpu.fused_ops import FusedOps, attention_fields, gating, norm_kind, rotary_names, square_fields
 from cqil_trt.gpu.packed import DeviceMatrix
@@ -40,7 +40,7 @@ class Pool:
             return self._arenas[-1].address
         except UserError as error:
             # The other ranks are in the middle of the pass and cannot agree on an error: this ends the job.
-            raise cuda.CudaError(f"{error}: build with a smaller --prefill-chunk or --max-batch-size") from None
+            raise JobError(f"{error}: build with a smaller --prefill-chunk or --max-batch-size") from None
 
     def free(self) -> None:
         for arena in self._arenas:

@@ -28,13 +28,14 @@ class TorchCudaSession(CudaSession):
     def __init__(self, engine: Engine, comm: Any, device: int, slots: int, weights: DeviceWeights):
         cuda.use_device(device)
         super().__init__(engine, comm, kernel_library.load(), slots)
-        self._take_prompts_as_graphs()
-        self._load(engine, weights)
-        if any(matrix.packed for matrix in self._quantized.values()):
-            self.row_cost = self._PACKED_ROW_COST
-        kernels = self._memory, self._workspaces, self._library, int(self._stream)
-        self._ops = CudaOps(self._plan, engine.limits, *kernels, self.slots, self._quantized)
-        self._complete()
+        with self._released_on_failure():
+            self._take_prompts_as_graphs()
+            self._load(engine, weights)
+            if any(matrix.packed for matrix in self._quantized.values()):
+                self.row_cost = self._PACKED_ROW_COST
+            kernels = self._memory, self._workspaces, self._library, int(self._stream)
+            self._ops = CudaOps(self._plan, engine.limits, *kernels, self.slots, self._quantized)
+            self._complete()
 
     def _execute(self, phase: Phase, batch: int, length: int, rows: int) -> None:
         address = {

@@ -11,6 +11,7 @@ from cqil_trt.collectives import agree
 from cqil_trt.engine import Engine, rank_file
 from cqil_trt.errors import UserError
 from cqil_trt.gpu import kernel_library
+from cqil_trt.gpu.fused_ops import too_large
 from cqil_trt.session import Session
 
 
@@ -79,4 +80,5 @@ def _missing_for_cuda(engine: Engine) -> str | None:
         kernel_library.library_path()
     except UserError as error:
         return str(error)
-    return None
+    found = too_large(engine.model)
+    return None if found is None else f"the model has {found}"
