@@ -131,11 +131,16 @@ def test_the_entry_point_starts_as_many_ranks_as_the_engine_has(tmp_path):
     command = [DEPLOY / "entrypoint.sh", "--device", "cpu", "--pid-file", tmp_path / "pid"]
     server = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
     try:
-        assert any("serving at http://0.0.0.0:" in line for line in server.stdout)
+        port = next(line.rsplit(":", 1)[1].strip() for line in server.stdout if "serving at http://0.0.0.0:" in line)
+        health = [sys.executable, DEPLOY / "health.py"]
+        env |= {"CQIL_PORT": port, "http_proxy": "http://127.0.0.1:9"}  # a proxy that is not for this
+        assert subprocess.run(health, env=env).returncode == 0
         server.send_signal(signal.SIGTERM)  # as `docker stop` does
         assert "stopped: all ranks hold identical bits" in server.stdout.read()
         assert server.wait(30) == 0
     finally:
         server.kill()
+    ended = subprocess.run(health, env=env, capture_output=True, text=True)
+    assert ended.returncode == 1 and ended.stderr.startswith(f"port {port}: ") and ended.stderr.count("\n") == 1
     wrong = run(sys.executable, "-m", "cqil_trt.deploy.ranks", tmp_path)
     assert_user_error(wrong, "not an engine directory")
