@@ -180,7 +180,8 @@ def test_the_image_for_cpus_serves_as_the_manifests_run_it(tmp_path):
             return urllib.request.urlopen(f"http://{address}/ready", timeout=5).status == 200
 
     mirrors = ["--build-arg", "PIP_INDEX_URL", "--build-arg", "TORCH_INDEX"]
-    call("build", "--file", "deploy/Dockerfile", "--target", "cpu", "--tag", "cqil-trt:test", *mirrors, ".")
+    fresh = ["--no-cache"] if tool == "podman" else []  # it keeps a step that mounts a stage which has changed
+    call("build", *fresh, "--file", "deploy/Dockerfile", "--target", "cpu", "--tag", "cqil-trt:test", *mirrors, ".")
     engine = cqil_trt.build(
         model=make_chat_model(tmp_path / "model"), p=2, output=tmp_path / "engine", probes="never"
     ).path
