@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from cqil_trt import backends
+from cqil_trt import backends, cores
 from cqil_trt.engine import Engine, find_engine, rank_file
 from cqil_trt.errors import UserError
 from cqil_trt.generate import Completion, GenerationConfig, generate
@@ -212,4 +212,4 @@ def _share_cores(job: Job) -> None:
     """Splits the host's cores among its ranks if PyTorch is in use, unless the user has set OMP_NUM_THREADS."""
     torch = sys.modules.get("torch")
     if torch is not None and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // job.size))
+        torch.set_num_threads(max(1, cores.usable() // job.size))

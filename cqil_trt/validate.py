@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cqil_trt import probes
+from cqil_trt import cores, probes
 from cqil_trt.config import AUTO, EngineLimits
 from cqil_trt.errors import UserError
 from cqil_trt.probes import Probe
@@ -261,7 +260,7 @@ def _live(llm: Llm, prompts: Sequence[Sequence[int]], lengths: Sequence[int]) ->
 
     # The other ranks sleep meanwhile.
     threads = torch.get_num_threads()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(cores.usable())
     source, limits = llm.engine.source, llm.engine.limits
     if not limits.quantized:
         network = reference.load_hugging_face(source.model, source.lora)

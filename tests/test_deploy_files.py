@@ -1,5 +1,6 @@
 """The files in deploy/, judged by the schemas and linters of those who read them."""
 
+import contextlib
 import json
 import os
 import re
@@ -7,8 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+import time
+import urllib.request
 
 import pytest
 import yaml
@@ -134,32 +135,76 @@ def test_the_entry_point_starts_as_many_ranks_as_the_engine_has(tmp_path):
     command = [DEPLOY / "entrypoint.sh", "--device", "cpu", "--pid-file", tmp_path / "pid"]
     server = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
     try:
-        assert any("serving at http://0.0.0.0:" in line for line in server.stdout)
+        port = next(line.rsplit(":", 1)[1].strip() for line in server.stdout if "serving at http://0.0.0.0:" in line)
+        health = [sys.executable, DEPLOY / "health.py"]
+        env |= {"CQIL_PORT": port, "http_proxy": "http://127.0.0.1:9"}  # a proxy that is not for this
+        assert subprocess.run(health, env=env).returncode == 0
         server.send_signal(signal.SIGTERM)  # as `docker stop` does
         assert "stopped: all ranks hold identical bits" in server.stdout.read()
         assert server.wait(30) == 0
     finally:
         server.kill()
+    ended = subprocess.run(health, env=env, capture_output=True, text=True)
+    assert ended.returncode == 1 and ended.stderr.startswith(f"port {port}: ") and ended.stderr.count("\n") == 1
     wrong = run(sys.executable, "-m", "cqil_trt.deploy.ranks", tmp_path)
     assert_user_error(wrong, "not an engine directory")
 
 
-def test_the_images_health_check_asks_the_port_that_is_served():
-    text = (DEPLOY / "Dockerfile").read_text()
-    commands = {tuple(json.loads(line.partition("CMD ")[2])) for line in text.splitlines() if "CMD [" in line}
-    [command] = commands
-    asked = []
+def container_tool():
+    """docker or podman, whichever holds the base image; else the test is skipped."""
+    base = re.search(r"^FROM (\S+) AS cpu$", (DEPLOY / "Dockerfile").read_text(), re.M)[1]
+    for tool in filter(shutil.which, ("docker", "podman")):
+        if subprocess.run([tool, "image", "inspect", base], capture_output=True, timeout=60).returncode == 0:
+            return tool
+    pytest.skip(f"needs docker or podman, with the image {base} pulled")
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            self.send_response(200)
-            self.end_headers()
 
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.handle_request)
-        thread.start()
-        subprocess.run(command, env={**os.environ, "CQIL_PORT": str(server.server_port)}, check=True, timeout=30)
-        thread.join()
-    assert asked == ["/health"]
-    assert subprocess.run(command, env={**os.environ, "CQIL_PORT": "9"}, capture_output=True, timeout=30).returncode
+@pytest.mark.slow
+def test_the_image_for_cpus_serves_as_the_manifests_run_it(tmp_path):
+    """The build fetches packages. PIP_INDEX_URL and TORCH_INDEX name mirrors for it."""
+    tool = container_tool()
+    need("openai")
+    import openai
+    from support.chat_models import make_chat_model
+
+    import cqil_trt
+
+    def call(*arguments):
+        env = {**os.environ, "BUILDAH_FORMAT": "docker"}  # podman's own has no HEALTHCHECK
+        done = subprocess.run([tool, *arguments], cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout.strip()
+
+    def ready(address):
+        with contextlib.suppress(OSError):  # an answer of 503 is one
+            return urllib.request.urlopen(f"http://{address}/ready", timeout=5).status == 200
+
+    mirrors = ["--build-arg", "PIP_INDEX_URL", "--build-arg", "TORCH_INDEX"]
+    fresh = ["--no-cache"] if tool == "podman" else []  # it keeps a step that mounts a stage which has changed
+    call("build", *fresh, "--file", "deploy/Dockerfile", "--target", "cpu", "--tag", "cqil-trt:test", *mirrors, ".")
+    engine = cqil_trt.build(
+        model=make_chat_model(tmp_path / "model"), p=2, output=tmp_path / "engine", probes="never"
+    ).path
+    pod = manifests()["Deployment"]["spec"]["template"]["spec"]
+    context = pod["containers"][0]["securityContext"]
+    assert context == dict(allowPrivilegeEscalation=False, readOnlyRootFilesystem=True, capabilities={"drop": ["ALL"]})
+    security = ["--security-opt", "no-new-privileges", "--read-only", "--cap-drop", "ALL"]
+    # Where there is no systemd, podman starts nothing that has a HEALTHCHECK.
+    place = ["--tmpfs", "/tmp", "--volume", f"{engine}:/engine:ro", "--publish", "127.0.0.1::8000", "--no-healthcheck"]
+    container = call("run", "--detach", *security, *place, "cqil-trt:test", "--model-name", "mine")
+    try:
+        address = call("port", container, "8000")
+        deadline = time.monotonic() + 120
+        while not ready(address):
+            assert time.monotonic() < deadline, call("logs", container)
+            time.sleep(0.5)
+        assert call("exec", container, "id", "-u") == str(pod["securityContext"]["runAsUser"])
+        call("exec", container, "cqil-health")
+        client = openai.OpenAI(base_url=f"http://{address}/v1", api_key="none")
+        messages = [{"role": "user", "content": "hello"}]
+        answer = client.chat.completions.create(model="mine", messages=messages, max_tokens=4)
+        assert 1 <= answer.usage.completion_tokens <= 4
+        call("stop", "-t", "60", container)
+        assert call("wait", container) == "0"
+    finally:
+        call("rm", "--force", container)

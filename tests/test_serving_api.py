@@ -212,7 +212,8 @@ def test_models(served):
 
 def test_state(served):
     assert ask(served.server, "/health")[2] == {"status": "ok"}
-    assert ask(served.server, "/ready")[0] == 200
+    status, headers, _ = ask(served.server, "/ready")
+    assert status == 200 and "retry-after" not in headers
     assert ask(served.server, "/health/")[2] == {"status": "ok"}
     assert ask(served.server, "/", method="HEAD")[::2] == (200, "")
     from cqil_trt import __version__

@@ -9,6 +9,7 @@ import signal
 import socket
 import ssl
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ from support.checkpoints import make_model
 from support.http_client import HttpConnection, ask, metric
 from support.made_tokenizers import save_byte_tokenizer
 from support.needs import need
-from support.processes import assert_user_error, build, mpirun
+from support.processes import assert_user_error, build, mpirun, run
 from support.serving import ServerProcess, processes
 
 pytestmark = pytest.mark.slow
@@ -517,6 +518,14 @@ def test_a_signal_to_the_process_in_the_pid_file(engine, tmp_path):
         asyncio.run(scenario())
         assert_stopped(server, 5)
         assert not file.exists()
+
+
+def test_a_directory_for_temporary_files_that_takes_no_sockets(engine, tmp_path):
+    long = tmp_path / ("long" * 30)  # a socket's path has at most 107 bytes
+    long.mkdir()
+    server = [sys.executable, "runtime/serve.py", "--engine", engine, "--port", 0]
+    assert_user_error(run("mpirun", "-n", 2, "env", f"TMPDIR={long}", *server), "TMPDIR", "too long")
+    assert not list(long.glob("cqil-*"))
 
 
 def test_a_pid_file_that_cannot_be_written(engine, tmp_path):

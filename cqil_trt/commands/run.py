@@ -12,7 +12,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from cqil_trt import __version__
+from cqil_trt import __version__, cores
 from cqil_trt.backends import DEVICES
 from cqil_trt.commands import RankParser, add_speculate_flag, check_file, numbers, run_ranks
 from cqil_trt.config import AUTO
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(options: argparse.Namespace, job: Job) -> bool:
     """Runs the command on every rank. Returns False if validation failed."""
     # Ranks share this host's cores. OpenMP and OpenBLAS read the variable when they are loaded, which is later.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // job.size)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores.usable() // job.size)))
     from cqil_trt import probes
     from cqil_trt.generate import GenerationConfig
     from cqil_trt.llm import Llm

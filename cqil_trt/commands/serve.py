@@ -225,9 +225,19 @@ def _listen(options: argparse.Namespace) -> _Sockets:
                 f"--tls-certificate {options.tls_certificate}, --tls-key {options.tls_key}: cannot be used "
                 f"({error.strerror or error})"
             ) from None
-    listener = _listen_for_clients(options)
-    rendezvous = Rendezvous()
-    return _Sockets(listener, rendezvous.listen("orders"), rendezvous.listen("monitor"), rendezvous)
+    with contextlib.ExitStack() as undo:
+        try:
+            rendezvous = Rendezvous()
+            undo.callback(rendezvous.remove)
+            orders, monitor = rendezvous.listen("orders"), rendezvous.listen("monitor")
+        except OSError as error:
+            raise UserError(
+                f"no place for sockets in the directory for temporary files, which TMPDIR names "
+                f"({error.strerror or error})"
+            ) from None
+        listener = _listen_for_clients(options)
+        undo.pop_all()
+    return _Sockets(listener, orders, monitor, rendezvous)
 
 
 def _listen_for_clients(options: argparse.Namespace) -> socket.socket:

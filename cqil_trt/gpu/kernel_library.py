@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from cqil_trt import cores
 from cqil_trt.errors import UserError
 from cqil_trt.gpu import abi
 from cqil_trt.gpu.sources import source_directory, source_version
@@ -86,7 +87,7 @@ def _compile(target: Path, tensorrt_root: Path | None, architectures: str | None
         configure += [f"-DCQIL_VERSION={source_version()}", f"-DTENSORRT_ROOT={tensorrt_root or ''}"]
         if architectures:
             configure.append(f"-DCQIL_ARCHITECTURES={architectures}")
-        jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(len(os.sched_getaffinity(0)))
+        jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(cores.usable())
         for command in (configure, ["cmake", "--build", work, "--parallel", jobs]):
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             if done.returncode:

@@ -100,7 +100,9 @@ class Server:
         status = (
             "failed" if client.failure else "draining" if client.draining else "ready" if client.ready else "loading"
         )
-        return JSONResponse({"status": status}, 200 if status == "ready" else 503, headers={"Retry-After": "1"})
+        if status == "ready":
+            return JSONResponse({"status": status})
+        return JSONResponse({"status": status}, 503, headers={"Retry-After": "1"})
 
     async def metrics(self, request: Request) -> Response:
         body, kind = await asyncio.to_thread(self.client.metrics.exposition)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cqil_trt import cores
 from cqil_trt.errors import JobError
 from cqil_trt.sampling import Choice, SamplingConfig
 
@@ -41,7 +42,7 @@ def has_cores(ranks: int) -> bool:
 
     This process may be bound to one core, which says nothing.
     """
-    return (os.cpu_count() or 1) > 2 * ranks
+    return cores.of_machine() > 2 * ranks
 
 
 class Closed(JobError):
