@@ -78,7 +78,8 @@ class CqilConfig:
             if layers > self.p:
                 fits = f"--end {self.end - layers % self.p}"
             else:  # fewer than one group
-                fits = f"--end {self.start + self.p}" + (f", or --p {layers}" if layers > 1 else "")
+                smaller = f"--p {layers}, or " if layers > 1 else ""
+                fits = f"{smaller}--end {self.start + self.p} if there are so many layers"
             raise UserError(
                 f"--p {self.p} does not divide the {layers} layers of [{self.start}, {self.end}): try {fits}"
             )

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with command():
         options = parser.parse_args(arguments)
         if options.action == "build":
-            print("compiling (minutes: about five on two cores) ...", file=sys.stderr)
+            print("compiling (about five minutes on two cores) ...", file=sys.stderr)
             given = options.tensorrt_root or os.environ.get("TENSORRT_ROOT")
             root = Path(given) if given else None
             progress = sys.stderr.isatty()

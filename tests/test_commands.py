@@ -119,7 +119,7 @@ def test_several_ranks_share_a_layer(model, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "CQIL       p=2, d=1 (mlp): 2 groups of 2 layers in [2, 6), 2 ranks per layer, placement" in done.stdout
     assert "0-1 (1/4 of each), 2 4 (1/2 of each)" in done.stdout and "0-1 (1/4 of each), 3 5 (1/2" in done.stdout
-    assert f"mpirun -n 4 python runtime/run.py --engine {engine}" in done.stdout
+    assert "mpirun -n 4 python " in done.stdout and f"runtime/run.py --engine {engine}" in done.stdout
     assert cqil_trt.engine.Engine.open(engine).plan(3).collectives == 2 * 2 + 2 * (1 + 1 + 1)
     done = mpirun(4, "--engine", engine, "--validate")
     assert done.returncode == 0 and "all ranks hold identical bits" in done.stdout, done.stdout + done.stderr

@@ -107,7 +107,7 @@ def _compile(target: Path, tensorrt_root: Path | None, architectures: str | None
         with tqdm(total=len(files), desc="compiling", unit="file", disable=not progress, leave=False) as bar:
 
             def count() -> None:
-                bar.n = sum(1 for _ in Path(work).rglob("*.o"))
+                bar.n = sum(1 for _ in Path(work).glob("CMakeFiles/cqil_trt_plugins.dir/*.o"))
                 bar.refresh()
 
             _run(["cmake", "--build", work, "--parallel", jobs], count)
