@@ -3,7 +3,6 @@
 import importlib
 import json
 import shutil
-import socket
 import sys
 import time
 
@@ -488,19 +487,6 @@ def test_messages_name_the_flag():
     for contexts in ("0", "40", "-1", "5,", ""):
         with pytest.raises(UserError, match=f"--contexts {contexts}: expected numbers from 1 to 39"):
             random_prompts(contexts, 99, 40)
-
-
-def test_a_file_in_the_place_of_a_socket_is_left(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("mine")
-    options = serve.parser().parse_args(["--unix-socket", str(path)])
-    with pytest.raises(UserError, match="--unix-socket .*file: exists and is not a socket"):
-        serve._listen_for_clients(options)
-    assert path.read_text() == "mine"
-    path.unlink()
-    with socket.socket(socket.AF_UNIX) as abandoned:
-        abandoned.bind(str(path))
-    serve._listen_for_clients(options).close()
 
 
 def test_the_kernels_command_reports_wrong_arguments_on_one_line(capsys):
