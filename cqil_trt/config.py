@@ -74,9 +74,14 @@ class CqilConfig:
         if not 0 <= self.start <= self.end:
             raise UserError(f"--start {self.start} and --end {self.end}: need 0 <= start <= end")
         if (self.end - self.start) % self.p:
+            layers = self.end - self.start
+            if layers > self.p:
+                fits = f"--end {self.end - layers % self.p}"
+            else:  # fewer than one group
+                smaller = f"--p {layers}, or " if layers > 1 else ""
+                fits = f"{smaller}--end {self.start + self.p} if there are so many layers"
             raise UserError(
-                f"--p {self.p} does not divide the {self.end - self.start} layers of [{self.start}, {self.end}): "
-                f"try --end {self.end - (self.end - self.start) % self.p}"
+                f"--p {self.p} does not divide the {layers} layers of [{self.start}, {self.end}): try {fits}"
             )
         if self.bypass not in BYPASSES:
             raise UserError(f"--bypass must be one of {', '.join(BYPASSES)}, found {self.bypass}")
@@ -151,11 +156,12 @@ class CqilConfig:
     def summary(self) -> str:
         """The configuration without the placement: `p=2 d=1 mlp [12, 30), attention joins dropped in 4-11`.
 
-        With several ranks per layer, `p=2x2 d=0 [12, 30)`.
+        With several ranks per layer, `p=2x2 d=0 [12, 30)`; where no layers run concurrently, `p=1 d=0, no groups`.
         """
         bypass = f" {self.bypass}" if self.d else ""
         dropped = f", attention joins dropped in {layer_list(drop)}" if (drop := self.drop_attention_join) else ""
-        return f"p={self._size} d={self.d}{bypass} [{self.start}, {self.end}){dropped}"
+        layers = f" [{self.start}, {self.end})" if self.groups else ", no groups"
+        return f"p={self._size} d={self.d}{bypass}{layers}{dropped}"
 
     @property
     def _size(self) -> str:

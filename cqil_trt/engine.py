@@ -409,8 +409,10 @@ def find_engine(root: Path, ranks: int, runs: Callable[[Engine], bool]) -> Path:
     if fitting:
         return max(fitting)[2]
     if sizes:
-        wanted = ", ".join(str(size) for size in sorted({size for _, size, _ in sizes}))
-        raise UserError(f"no engine under {root} fits {ranks} MPI ranks: start with mpirun -n N, N one of {wanted}")
+        wanted = [str(size) for size in sorted({size for _, size, _ in sizes})]
+        start = f"mpirun -n {wanted[0]}" if len(wanted) == 1 else f"mpirun -n N, N one of {', '.join(wanted)}"
+        found = "1 MPI rank" if ranks == 1 else f"{ranks} MPI ranks"
+        raise UserError(f"no engine under {root} fits {found}: start with {start}")
     raise UserError(
         f"no engine under {root} that runs here: build one with builders/build.py, or name it with --engine"
     )

@@ -33,4 +33,7 @@ def missing(error: ModuleNotFoundError) -> str | None:
     if package not in extras:
         return None
     extra = f"[{extras[package]}]" if extras[package] else ""
-    return f"{package} is needed and not installed here: source .venv/bin/activate, or pip install 'cqil-trt{extra}'"
+    return (
+        f"{package} is needed and not installed here: source .venv/bin/activate, or in the checkout pip install "
+        f"'.{extra}'"
+    )

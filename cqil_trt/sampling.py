@@ -41,20 +41,20 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UserError(f"--temperature must be at least 0, found {self.temperature}")
+            raise UserError(f"--temperature must be a finite number, at least 0, found {self.temperature}")
         if self.top_k < 0:
             raise UserError(f"--top-k must be at least 0, found {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top-p must be above 0 and at most 1, found {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise UserError(f"--min-p must be from 0 to 1, found {self.min_p}")
-        if self.seed < 0:
-            raise UserError(f"--seed must be at least 0, found {self.seed}")
+        if not 0 <= self.seed < 2**64:
+            raise UserError(f"--seed must be from 0 to {2**64 - 1}, found {self.seed}")
         if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise UserError(f"--repetition-penalty must be above 0, found {self.repetition_penalty}")
+            raise UserError(f"--repetition-penalty must be a finite number above 0, found {self.repetition_penalty}")
         for name in ("presence_penalty", "frequency_penalty"):
             if not math.isfinite(getattr(self, name)):
-                raise UserError(f"--{name.replace('_', '-')} must be a number, found {getattr(self, name)}")
+                raise UserError(f"--{name.replace('_', '-')} must be a finite number, found {getattr(self, name)}")
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
             raise UserError(f"logprobs must be from 0 to {MAX_LOGPROBS}, found {self.logprobs}")
 

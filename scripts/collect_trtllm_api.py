@@ -71,14 +71,18 @@ PYTORCH = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("sources", type=Path)
-    root = parser.parse_args().sources
+    root = parser().parse_args().sources
     package = root / "tensorrt_llm"
     if not package.is_dir() or (package / "layers").is_dir():  # until the TensorRT backend was removed
         _add(ENGINE_FILE, *collect(root))
     if (package / "_torch").is_dir():
         _add(PYTORCH_FILE, *collect_pytorch(package))
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("sources", type=Path)
+    return parser
 
 
 def _add(target: Path, version: str, entry: dict[str, Any]) -> None:

@@ -41,10 +41,14 @@ ENGLISH, NEWS = "english", "heldout.txt"
 
 def main() -> None:
     with command():
-        p = Parser(prog="fetch_demo_text.py", description=__doc__.split("\n")[0])
-        p.add_argument("--output", metavar="DIR", type=Path, default=Path("demo-texts"), help="directory to create")
-        p.add_argument("--force", action="store_true", help="fetch again if it exists")
-        fetch(p.parse_args())
+        fetch(parser().parse_args())
+
+
+def parser() -> Parser:
+    p = Parser(prog="fetch_demo_text.py", description=__doc__.split("\n")[0])
+    p.add_argument("--output", metavar="DIR", type=Path, default=Path("demo-texts"), help="directory to create")
+    p.add_argument("--force", action="store_true", help="fetch again if it exists")
+    return p
 
 
 def fetch(options: argparse.Namespace) -> None:

@@ -57,7 +57,7 @@ def parser() -> Parser:
         "--rate-per-host",
         type=float,
         metavar="R",
-        help=f"the same for each host (default: {_UTILISATION:.0%} of capacity)",
+        help=f"the same for each host (default: {_UTILISATION:.0%}% of capacity)",  # argparse formats it
     )
     parser.add_argument("--requests", type=int, default=60, metavar="N", help="for each replica (default 60), at least")
     parser.add_argument(

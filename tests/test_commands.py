@@ -1,5 +1,6 @@
 """The commands as users start them: what they print, and what they say to a wrong input."""
 
+import importlib
 import json
 import shutil
 import sys
@@ -13,11 +14,16 @@ from support.checkpoints import load_model, make_adapter, make_model
 from support.made_tokenizers import save_byte_tokenizer
 from support.processes import assert_user_error, build, mpirun, run
 
+import cqil_trt.commands.run
 import cqil_trt.engine
+from cqil_trt import kernels
 from cqil_trt.builder import BuildRequest, choose_cqil, prepare
+from cqil_trt.commands import build as build_command
+from cqil_trt.commands import serve, started_by
 from cqil_trt.commands.run import parser as run_parser
-from cqil_trt.commands.run import read_prompts
+from cqil_trt.commands.run import random_prompts, read_prompts
 from cqil_trt.errors import UserError
+from cqil_trt.packages import missing
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +118,7 @@ def test_several_ranks_share_a_layer(model, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "CQIL       p=2, d=1 (mlp): 2 groups of 2 layers in [2, 6), 2 ranks per layer, placement" in done.stdout
     assert "0-1 (1/4 of each), 2 4 (1/2 of each)" in done.stdout and "0-1 (1/4 of each), 3 5 (1/2" in done.stdout
-    assert f"mpirun -n 4 python runtime/run.py --engine {engine}" in done.stdout
+    assert "mpirun -n 4 python " in done.stdout and f"runtime/run.py --engine {engine}" in done.stdout
     assert cqil_trt.engine.Engine.open(engine).plan(3).collectives == 2 * 2 + 2 * (1 + 1 + 1)
     done = mpirun(4, "--engine", engine, "--validate")
     assert done.returncode == 0 and "all ranks hold identical bits" in done.stdout, done.stdout + done.stderr
@@ -124,6 +130,7 @@ def test_one_rank_reads_all_the_weights(model, tmp_path):
     parameters = sum(p.numel() for n, p in load_model(model).named_parameters() if "embed" not in n)
     assert plan["ranks"][0]["bytes_per_token"] == plan["bytes_per_token_one_rank"] == 4 * parameters
     assert plan["saving"] == 0
+    assert build_command.describe(plan).endswith("on one rank alone (the same)")
 
 
 @pytest.mark.slow
@@ -362,7 +369,8 @@ def test_run_errors(engine, tmp_path):
     assert_user_error(fails(2, "--prompt", "x", "--temperature", -1), "--temperature")
     assert_user_error(fails(2, "--no-such-flag"), "--no-such-flag")
     assert_user_error(fails(2, "--token-ids", tmp_path / "none"), "none", "cannot be read")
-    assert_user_error(fails(2, "--token-ids", write_json(tmp_path / "ids", [[1, 999]])), "999")
+    done = fails(2, "--token-ids", write_json(tmp_path / "ids", [[1], [1, 999]]), "--prompt", "x")
+    assert_user_error(done, f"--token-ids {tmp_path / 'ids'}: list 2: 999 is not a token id")
     assert_user_error(fails(2, "--token-ids", write_json(tmp_path / "ids", {"a": 1})), "--token-ids")
     done = fails(2, "--prompt", "x", "--json", tmp_path / "no" / "file")
     assert_user_error(done, "--json", "its directory does not exist")
@@ -429,3 +437,69 @@ def test_help_is_quick():
         done = run(command, "--help")
         assert time.perf_counter() - began < 2
         assert done.returncode == 0 and "--engine" in done.stdout or "--model" in done.stdout
+        assert done.stdout.startswith(f"usage: {command} ")
+
+
+def test_the_help_of_every_command_can_be_printed(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    commands = [build_command, cqil_trt.commands.run, serve]
+    for script in sorted((ROOT / "scripts").rglob("*.py")):
+        if "add_argument(" in script.read_text() and script.parent.name == "scripts":
+            commands.append(importlib.import_module(script.stem))
+        elif "add_argument(" in script.read_text():
+            commands.append(importlib.import_module(f"{script.parent.name}.{script.stem}"))
+    assert len(commands) > 15
+    for module in commands:
+        assert "usage: " in module.parser().format_help(), module
+
+
+def test_a_command_is_named_as_it_was_started(monkeypatch, tmp_path):
+    for called, directory, named in (
+        ("builders/build.py", ROOT, "python runtime/run.py"),
+        ("build.py", ROOT / "builders", "python ../runtime/run.py"),
+        (str(ROOT / "builders" / "build.py"), tmp_path, f"python {ROOT}/runtime/run.py"),
+        ("/usr/local/bin/cqil-build", ROOT, "cqil-run"),
+    ):
+        monkeypatch.setattr(sys, "argv", [called])
+        monkeypatch.chdir(directory)
+        assert started_by("cqil-run", "runtime/run.py") == named
+        assert f"{named} [options]" in " ".join(run_parser().format_help().split())
+
+
+def test_values_that_begin_with_a_dash_and_values_that_are_empty():
+    for text in ("-1e30", "-1", "-.5", "-inf", "1e-3"):
+        assert run_parser().parse_args(["--frequency-penalty", text, "--stream"]).frequency_penalty == float(text)
+    assert run_parser().parse_args(["--prompt", "-1e5", "--stop=-2"]).prompt == ["-1e5"]
+    for arguments, said in (
+        (["--engine", ""], "--engine: is empty"),
+        (["--frequency-penalty", "--stream"], "--frequency-penalty: expected one argument"),
+        (["--stream", "-1e30"], "--stream: ignored explicit argument '-1e30'"),
+    ):
+        with pytest.raises(UserError, match=said):
+            run_parser().parse_args(arguments)
+
+
+def test_messages_name_the_flag():
+    for flag in ("--prompt", "--stop"):
+        with pytest.raises(UserError, match=f"{flag} a.*: not UTF-8 text"):
+            read_prompts(run_parser().parse_args([flag, "a\udcff"]))
+    assert [len(prompt) for prompt in random_prompts("1,39", 99, 40)] == [1, 39]
+    for contexts in ("0", "40", "-1", "5,", ""):
+        with pytest.raises(UserError, match=f"--contexts {contexts}: expected numbers from 1 to 39"):
+            random_prompts(contexts, 99, 40)
+
+
+def test_the_kernels_command_reports_wrong_arguments_on_one_line(capsys):
+    for arguments in ([], ["make"], ["build", "--output", ""]):
+        with pytest.raises(SystemExit) as ended:
+            kernels.main(arguments)
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_a_missing_package_is_installed_from_the_checkout():
+    """Not from an index, where anybody could take the project's name."""
+    for package, extra in (("uvicorn", "[serve]"), ("ray", "[ray]"), ("numpy", "")):
+        assert f"pip install '.{extra}'" in missing(ModuleNotFoundError(name=package))
+    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        assert "install 'cqil-trt" not in document.read_text(), document

@@ -125,7 +125,9 @@ def test_a_sliding_window_is_refused_only_where_it_is_in_use(tmp_path):
         ({"p": 9}, "--p"),
         ({"p": 2, "d": 2}, "--d"),
         ({"p": 2, "d": -1}, "--d"),
-        ({"p": 4, "start": 2, "end": 8}, "does not divide"),
+        ({"p": 4, "start": 2, "end": 8}, "does not divide.*try --end 6$"),
+        ({"p": 4, "start": 3, "end": 6}, "does not divide.*try --p 3, or --end 7 if there are so many layers$"),
+        ({"p": 4, "start": 3, "end": 4}, "does not divide.*try --end 7 if"),
         ({"p": 2, "start": 4, "end": 2}, "start <= end"),
         ({"p": 2, "start": -2, "end": 2}, "start <= end"),
         ({"p": 2, "bypass": "both"}, "--bypass"),
@@ -181,6 +183,7 @@ def test_layers_whose_join_is_dropped_are_chosen_and_described():
     assert tensor.drop_attention_join == tensor.changed_layers == (1, 2, 3) and not tensor.groups
     both = CqilConfig.choose(32, 2, d=1, start=12, end=14, drop_attention_join=[31, 4, 5, 7])
     assert both.changed_layers == (4, 5, 7, 12, 13, 31) and both.name == "p2-d1-12-14-drop4-5_7_31"
+    assert CqilConfig(p=1, start=3, end=7).summary == "p=1 d=0, no groups"
     assert both.summary == "p=2 d=1 mlp [12, 14), attention joins dropped in 4-5,7,31"
     shared = CqilConfig.choose(32, 2, start=12, end=30, ranks_per_layer=2, drop_attention_join="auto:4")
     assert shared.drop_attention_join == (5, 6, 7, 8) and shared.name == "p2x2-d0-12-30-drop5-8"

@@ -208,10 +208,13 @@ def test_the_same_seed_draws_the_same_tokens(llm):
     "values, message",
     [
         ({"temperature": -1.0}, "temperature"),
+        ({"temperature": float("inf")}, "temperature must be a finite number"),
+        ({"repetition_penalty": float("inf")}, "repetition-penalty must be a finite number"),
         ({"temperature": float("nan")}, "temperature"),
         ({"top_k": -1}, "top-k"),
         ({"top_p": 0.0}, "top-p"),
         ({"seed": -1}, "seed"),
+        ({"seed": 2**64}, "seed"),
         ({"min_p": 1.5}, "min-p"),
         ({"repetition_penalty": 0.0}, "repetition-penalty"),
         ({"presence_penalty": float("inf")}, "presence-penalty"),

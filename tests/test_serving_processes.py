@@ -743,7 +743,7 @@ def test_the_socket_of_a_server_that_was_killed_is_replaced(tmp_path):
         client.connect(str(options.unix_socket))
     options.unix_socket = tmp_path / "file"
     options.unix_socket.write_text("something else")
-    with pytest.raises(UserError, match="in use"):
+    with pytest.raises(UserError, match="--unix-socket .*file: exists and is not a socket"):
         _listen_for_clients(options)
     assert options.unix_socket.read_text() == "something else"
 

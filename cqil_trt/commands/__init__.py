@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -19,10 +21,47 @@ T = TypeVar("T")
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong argument like any other error, on one line."""
+    """Reports a wrong argument like any other error, on one line. No path is empty, and a number may be like -1e30."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.register("type", Path, _path)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        # argparse takes what starts with a dash for a flag, unless it is a number in digits.
+        joined: list[str] = []
+        for argument in sys.argv[1:] if args is None else args:
+            if joined and joined[-1][:2] == "--" != joined[-1] and "=" not in joined[-1] and _negative(argument):
+                joined[-1] += f"={argument}"
+            else:
+                joined.append(argument)
+        return super().parse_known_args(joined, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return Path(text)
+
+
+def _negative(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return text.startswith("-")
+
+
+def started_by(name: str, script: str) -> str:
+    """How the user starts another of our commands: its script where the called one is a script, or as installed.
+
+    `name` is like cqil-run, `script` like runtime/run.py; the path is relative if that of the called script is.
+    """
+    path = os.path.normpath(os.path.join(os.path.dirname(sys.argv[0]), "..", script))
+    return f"python {shlex.quote(path)}" if os.path.isfile(path) else name
 
 
 class RankParser(Parser):

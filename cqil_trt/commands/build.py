@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from cqil_trt import __version__, backends, formats
 from cqil_trt.builder import PROBES, STORED, BuildRequest, prepare, write
-from cqil_trt.commands import RankParser, add_cqil_flags, run_ranks
+from cqil_trt.commands import RankParser, add_cqil_flags, run_ranks, started_by
 from cqil_trt.config import AUTO, DTYPES, KV_DTYPES, PLACEMENTS, layer_list
 from cqil_trt.job import Job
 from cqil_trt.llm import why_not_here
@@ -18,7 +19,7 @@ from cqil_trt.table import counted, size, table
 
 
 def parser() -> RankParser:
-    p = RankParser(prog="build.py", description="Compile a LLaMA-family model with CQIL for a few ranks of one host.")
+    p = RankParser(description="Compile a LLaMA-family model with CQIL for a few ranks of one host.")
     p.add_argument(
         "--model",
         metavar="PATH",
@@ -106,7 +107,8 @@ def build(arguments: argparse.Namespace, job: Job) -> None:
     if as_json:
         say(json.dumps({**description, "output": str(engine.path.resolve())}, indent=1))
     else:
-        command = f"mpirun -n {engine.world_size} python runtime/run.py --engine {engine.path}"
+        run = started_by("cqil-run", "runtime/run.py")
+        command = f"mpirun -n {engine.world_size} {run} --engine {shlex.quote(str(engine.path))}"
         reason = why_not_here(engine)
         say(
             f"\nbuilt {engine.path}\n" + (f"run it: {command}" if reason is None else f"it does not run here: {reason}")
@@ -177,8 +179,9 @@ def describe(plan: dict[str, Any]) -> str:
     )
     lines += ["", table(header, rows), ""]
     one, critical = plan["bytes_per_token_one_rank"], plan["bytes_per_token_critical_path"]
+    saving = round(plan["saving"], 3)
     lines.append(
         f"weights read per token on the slowest rank: {size(critical)}, against {size(one)} on one rank alone "
-        f"({-plan['saving']:+.1%})"
+        + (f"({-saving:+.1%})" if saving else "(the same)")
     )
     return "\n".join(lines)

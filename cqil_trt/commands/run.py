@@ -14,7 +14,7 @@ from typing import Any
 
 from cqil_trt import __version__, cores
 from cqil_trt.backends import DEVICES
-from cqil_trt.commands import RankParser, add_speculate_flag, check_file, numbers, run_ranks
+from cqil_trt.commands import RankParser, add_speculate_flag, check_file, numbers, run_ranks, started_by
 from cqil_trt.config import AUTO
 from cqil_trt.errors import UserError
 from cqil_trt.formats import DENSE
@@ -28,7 +28,8 @@ _STEPS_BETWEEN = 16
 
 
 def parser() -> RankParser:
-    p = RankParser(prog="run.py", description="Run an engine: mpirun -n P python runtime/run.py [options]")
+    called = started_by("cqil-run", "runtime/run.py")
+    p = RankParser(description=f"Run an engine: mpirun -n P {called} [options]")
     p.add_argument("--engine", metavar="DIR", type=Path, help="default: the newest under engines/ that fits the ranks")
     p.add_argument("--device", choices=DEVICES, default="auto", help="where to compute (default: a GPU if available)")
     p.add_argument("--prompt", metavar="TEXT", action="append", help="may be repeated")
@@ -85,6 +86,7 @@ def run(options: argparse.Namespace, job: Job) -> bool:
     from cqil_trt.generate import GenerationConfig
     from cqil_trt.llm import Llm
     from cqil_trt.sampling import SamplingConfig
+    from cqil_trt.scheduler import check_prompt
 
     for name in ("contexts", "batches"):
         if getattr(options, name) is not None and not options.benchmark:
@@ -104,14 +106,16 @@ def run(options: argparse.Namespace, job: Job) -> bool:
             f"{'--chat' if options.chat else '--messages'} needs a tokenizer, which this engine does not have"
         )
     limits, model = llm.engine.limits, llm.engine.model
-    prompts = job.agree(
-        lambda: (
-            llm.encode(texts, options.chat)
-            if texts
-            else probes.prompts(llm.engine.path, model.vocab_size, limits.max_seq_len)[:1]
-        )
-    )
-    measured = job.agree(lambda: llm.encode(random_prompts(options.contexts, model.vocab_size)))
+
+    def encode() -> list[list[int]]:
+        if not texts:
+            return probes.prompts(llm.engine.path, model.vocab_size, limits.max_seq_len)[:1]
+        for number, ids in enumerate((text for text in texts if isinstance(text, list)), 1):
+            check_prompt(ids, f"--token-ids {options.token_ids}: list {number}", model.vocab_size, limits.max_seq_len)
+        return llm.encode(texts, options.chat)
+
+    prompts = job.agree(encode)
+    measured = random_prompts(options.contexts, model.vocab_size, limits.max_seq_len)
     say: Callable[[str], None] = print if job.rank == 0 else lambda text: None
     report: dict[str, Any] = {"engine": str(llm.engine.path), "ranks": job.size, "replicas": llm.replicas}
     report["startup_seconds"] = llm.startup.report
@@ -141,6 +145,13 @@ def run(options: argparse.Namespace, job: Job) -> bool:
 
 def read_prompts(options: argparse.Namespace) -> list[Any]:
     """The prompts of --prompt, --prompt-file, --messages and --token-ids, in that order; empty when none is given."""
+    for flag, texts in (("--prompt", options.prompt or []), ("--stop", options.stop)):
+        for text in texts:
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                shown = os.fsencode(text).decode(errors="replace")
+                raise UserError(f"{flag} {shown:.40}: not UTF-8 text") from None
     prompts: list[Any] = list(options.prompt or [])
     if options.prompt_file is not None:
         text = read_file(options.prompt_file)
@@ -252,16 +263,13 @@ def validate(llm: Any, prompts: list[list[int]] | None, say: Callable[[str], Non
     return passed
 
 
-def random_prompts(contexts: str | None, vocab_size: int) -> list[list[int]]:
-    """Random prompts of the lengths in --contexts."""
+def random_prompts(contexts: str | None, vocab_size: int, max_seq_len: int) -> list[list[int]]:
+    """Random prompts of the lengths in --contexts, each of which leaves room for a token."""
     import numpy as np
 
-    try:
-        lengths = [int(part) for part in contexts.split(",")] if contexts else []
-    except ValueError:
-        raise UserError(f"--contexts {contexts}: expected numbers of tokens like 20,200") from None
+    lengths = [] if contexts is None else numbers(contexts, "--contexts", 1, max_seq_len - 1)
     random = np.random.default_rng(0)
-    return [random.integers(vocab_size, size=max(length, 0)).tolist() for length in lengths]
+    return [random.integers(vocab_size, size=length).tolist() for length in lengths]
 
 
 def benchmark(

@@ -16,7 +16,7 @@ from typing import Any
 
 from cqil_trt import packages
 from cqil_trt.backends import DEVICES
-from cqil_trt.commands import RankParser, add_speculate_flag, check_at_least, run_ranks
+from cqil_trt.commands import RankParser, add_speculate_flag, check_at_least, run_ranks, started_by
 from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
 from cqil_trt.job import Job
@@ -31,7 +31,8 @@ _SLOTS_PER_ROW = 4
 
 
 def parser() -> RankParser:
-    p = RankParser(prog="serve.py", description="Serve an engine: mpirun -n P python runtime/serve.py [options]")
+    called = started_by("cqil-serve", "runtime/serve.py")
+    p = RankParser(description=f"Serve an engine: mpirun -n P {called} [options]")
     p.add_argument("--engine", metavar="DIR", type=Path, help="default: the newest under engines/ that fits the ranks")
     p.add_argument("--device", choices=DEVICES, default="auto", help="where to compute (default: a GPU if available)")
     p.add_argument("--host", default="127.0.0.1", help="the address to listen on (default 127.0.0.1)")
@@ -261,7 +262,9 @@ def _listen_for_clients(options: argparse.Namespace) -> socket.socket:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Removes the socket of a server that was killed, on which nobody listens."""
+    """Removes the socket of a server that was killed, on which nobody listens. Raises UserError for another file."""
+    if os.path.lexists(path) and not path.is_socket():
+        raise UserError(f"--unix-socket {path}: exists and is not a socket: name another, or remove it")
     if path.is_socket():
         with socket.socket(socket.AF_UNIX) as client, contextlib.suppress(OSError):  # of which bind says more
             try:

@@ -16,10 +16,13 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+
+from tqdm import tqdm
 
 from cqil_trt import cores
 from cqil_trt.errors import UserError
@@ -37,23 +40,31 @@ def cache_directory() -> Path:
     return Path(base) / "cqil-trt" / source_version()
 
 
-def build(tensorrt_root: Path | None = None, architectures: str | None = None, output: Path | None = None) -> Path:
+def build(
+    tensorrt_root: Path | None = None,
+    architectures: str | None = None,
+    output: Path | None = None,
+    progress: bool = False,
+) -> Path:
     """Builds the library with CMake and nvcc; returns its path.
 
     Args:
         tensorrt_root: where TensorRT's headers are; without it the library has no TensorRT plugins.
         architectures: as CMake's CUDA_ARCHITECTURES, e.g. "80;90"; default those of sm_80, 90, 100, 120 nvcc knows.
         output: where the library goes; default the cache, where `library_path` finds it.
+        progress: show a bar of the files compiled.
 
     Raises:
         UserError: a tool is missing, or the compiler's first error.
     """
     target = output or cache_directory() / LIBRARY
-    _compile(target, tensorrt_root, architectures)
+    _compile(target, tensorrt_root, architectures, progress)
     return target
 
 
-def build_packaged(directory: Path, tensorrt_root: Path | None = None, architectures: str | None = None) -> Path:
+def build_packaged(
+    directory: Path, tensorrt_root: Path | None = None, architectures: str | None = None, progress: bool = False
+) -> Path:
     """Builds a library and its record for a wheel, in `cudaN` under `directory`; else as `build`."""
     _check_tools()
     said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
@@ -61,7 +72,7 @@ def build_packaged(directory: Path, tensorrt_root: Path | None = None, architect
     if found is None:
         raise UserError("nvcc --version does not say which release of CUDA it is")
     target = directory / f"cuda{found[1]}" / LIBRARY
-    write_record(target, int(found[1]), _compile(target, tensorrt_root, architectures))
+    write_record(target, int(found[1]), _compile(target, tensorrt_root, architectures, progress))
     return target
 
 
@@ -77,30 +88,56 @@ def _check_tools() -> None:
             raise UserError(f"{tool} is needed to build the plugins and is not on the PATH")
 
 
-def _compile(target: Path, tensorrt_root: Path | None, architectures: str | None) -> list[int]:
+def _compile(target: Path, tensorrt_root: Path | None, architectures: str | None, progress: bool) -> list[int]:
     """Compiles to `target`; returns the architectures."""
     _check_tools()
     target.parent.mkdir(parents=True, exist_ok=True)
-    output = ""
     with tempfile.TemporaryDirectory(prefix="cqil-plugins-") as work:
         configure = ["cmake", "-S", str(source_directory()), "-B", work, "-DCMAKE_BUILD_TYPE=Release"]
-        configure += [f"-DCQIL_VERSION={source_version()}", f"-DTENSORRT_ROOT={tensorrt_root or ''}"]
+        configure += [
+            "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
+            f"-DCQIL_VERSION={source_version()}",
+            f"-DTENSORRT_ROOT={tensorrt_root or ''}",
+        ]
         if architectures:
             configure.append(f"-DCQIL_ARCHITECTURES={architectures}")
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(cores.usable())
-        for command in (configure, ["cmake", "--build", work, "--parallel", jobs]):
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            if done.returncode:
-                lines = done.stdout.splitlines()
-                first = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "no output")
-                raise UserError(f"building the plugins failed: {first.strip()} (whole output: {' '.join(command)})")
-            output += done.stdout
+        output = _run(configure)
+        files = json.loads((Path(work) / "compile_commands.json").read_text())
+        with tqdm(total=len(files), desc="compiling", unit="file", disable=not progress, leave=False) as bar:
+
+            def count() -> None:
+                bar.n = sum(1 for _ in Path(work).glob("CMakeFiles/cqil_trt_plugins.dir/*.o"))
+                bar.refresh()
+
+            _run(["cmake", "--build", work, "--parallel", jobs], count)
         # A library that another process has mapped must not be written over.
         temporary = target.with_name(f"{target.name}.{os.getpid()}")
         shutil.copy(Path(work) / LIBRARY, temporary)
         temporary.rename(target)
     [said] = re.findall(r"GPU architectures: ([\d;]+)", output)
     return [int(number) for number in said.split(";")]
+
+
+def _run(command: list[str], every_second: Callable[[], None] = lambda: None) -> str:
+    """What a command says. Raises UserError with its first error."""
+    with tempfile.TemporaryFile("w+") as said:
+        with subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT) as process:
+            try:
+                while process.returncode is None:
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(1)
+                    every_second()
+            except BaseException:
+                process.kill()
+                raise
+        said.seek(0)
+        output = said.read()
+    if process.returncode:
+        lines = output.splitlines()
+        first = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "no output")
+        raise UserError(f"building the plugins failed: {first.strip()} (whole output: {' '.join(command)})")
+    return output
 
 
 def library_path() -> Path:
