@@ -1,7 +1,9 @@
 """What happens when a process is killed: a rank in the middle of a generation, a build at any moment."""
 
+import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 from support import ROOT, SEED
 from support.checkpoints import make_model
-from support.processes import build
+from support.processes import assert_user_error, build, run
 
 from cqil_trt import engine as engine_directory
 from cqil_trt.engine import Engine
@@ -142,16 +144,49 @@ def test_a_stop_while_the_directory_is_made_removes_it(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_build_that_is_asked_to_stop_cleans_up(tmp_path):
+@pytest.mark.parametrize("launcher", [(), ("mpirun", "-n", 2)])
+def test_a_build_that_is_asked_to_stop_cleans_up(launcher, tmp_path):
     make_model(tmp_path / "model", num_hidden_layers=8, hidden_size=384, intermediate_size=1536, head_dim=64)
+    command = (*launcher, sys.executable, "builders/build.py", "--model", tmp_path / "model", "--p", 2)
     for stop in (signal.SIGINT, signal.SIGTERM):
-        job = start(sys.executable, "builders/build.py", "--model", tmp_path / "model", "--output", tmp_path / "out")
+        job = start(*command, "--output", tmp_path / "out")
         while job.poll() is None and not list(tmp_path.glob(".building-*")):
             time.sleep(0.005)
         job.send_signal(stop)
         assert job.wait(timeout=20) != 0 or (tmp_path / "out").exists()
+        ended = time.monotonic()
+        while launcher and list(tmp_path.glob(".building-*")) and time.monotonic() - ended < 5:
+            time.sleep(0.01)  # ranks are killed, and a process that outlives them removes what they wrote
         assert not list(tmp_path.glob(".building-*"))
         if (tmp_path / "out").exists():
             assert job.returncode == 0
             Engine.open(tmp_path / "out")
             break
+
+
+def test_a_build_does_not_replace_what_another_one_built_meanwhile(tmp_path):
+    path = tmp_path / "out"
+    with pytest.raises(UserError, match=re.escape(f"--output {path}: exists already (--force replaces it)")):
+        with engine_directory.new_directory(path, force=False) as second:
+            engine_directory.write_config(second, {"build": 2})
+            with engine_directory.new_directory(path, force=False) as first:
+                engine_directory.write_config(first, {"build": 1})
+    assert json.loads((path / "config.json").read_text())["build"] == 1
+    with engine_directory.new_directory(path, force=True) as third:
+        engine_directory.write_config(third, {"build": 3})
+    assert json.loads((path / "config.json").read_text())["build"] == 3
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_ranks_that_cannot_write_end_with_one_line(tmp_path):
+    """Rank 1 alone, in the middle of a file. The limit is set once MPI has its own files."""
+    make_model(tmp_path / "model")
+    program = (
+        "import resource; from cqil_trt.commands.build import main; from cqil_trt.job import Job\n"
+        "if Job().rank == 1: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))\n"
+        "main()"
+    )
+    arguments = ("--model", tmp_path / "model", "--p", 2, "--probes", "never", "--output", tmp_path / "out")
+    done = run("mpirun", "-n", 2, sys.executable, "-c", program, *arguments)
+    assert_user_error(done, f"--output {tmp_path / 'out'}: cannot be written (File too large)")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
