@@ -92,6 +92,18 @@ def test_ctrl_c_ends_the_whole_job(generating, number):
     assert_ends(job, marker)
 
 
+def test_ctrl_c_before_mpi_has_started_ends_the_whole_job(tmp_path):
+    for moment in range(4):
+        job = start("mpirun", "-n", 2, sys.executable, "runtime/run.py", "--engine", tmp_path, start_new_session=True)
+        time.sleep(random.uniform(0.1, 0.2) + 0.1 * moment)
+        os.killpg(job.pid, signal.SIGINT)
+        try:
+            job.communicate(timeout=30)
+        finally:
+            job.kill()
+        assert job.returncode
+
+
 @pytest.mark.slow
 def test_a_build_killed_at_any_moment_leaves_no_engine(tmp_path):
     make_model(tmp_path / "model", num_hidden_layers=8, hidden_size=384, intermediate_size=1536, head_dim=64)
