@@ -4,10 +4,12 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from support.checkpoints import make_model
 from support.processes import assert_user_error, build, run
 
 from cqil_trt import engine as engine_directory
+from cqil_trt import files
 from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
 
@@ -202,3 +205,33 @@ def test_ranks_that_cannot_write_end_with_one_line(tmp_path):
     done = run("mpirun", "-n", 2, sys.executable, "-c", program, *arguments)
     assert_user_error(done, f"--output {tmp_path / 'out'}: cannot be written (File too large)")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@contextmanager
+def limited_files(size):
+    """Files that this process writes end at `size` bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_the_file_that_was_there(tmp_path):
+    path, new = tmp_path / "report.json", tmp_path / "new.json"
+    files.write_json(path, {"old": 1})
+    path.chmod(0o640)
+    with limited_files(1000):
+        for target in (path, new):
+            with pytest.raises(UserError, match=f"^--json {target}: cannot be written .File too large.$"):
+                files.write_file(target, bytes(2000), "--json")
+    assert list(tmp_path.iterdir()) == [path] and json.loads(path.read_text()) == {"old": 1}
+
+    (tmp_path / "link").symlink_to("report.json")
+    files.write_json(tmp_path / "link", {"new": 2})
+    assert (tmp_path / "link").is_symlink() and json.loads(path.read_text()) == {"new": 2}
+    assert path.stat().st_mode & 0o777 == 0o640
+    files.write_file(Path("/dev/null"), b"written in place")
+    assert Path("/dev/null").is_char_device()
+    assert {entry.name for entry in tmp_path.iterdir()} == {"report.json", "link"}
