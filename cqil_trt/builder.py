@@ -610,15 +610,17 @@ def build(*, progress: bool = False, job: Job | None = None, **arguments: Any) -
 def write(build: BuildPlan, progress: bool = False, job: Job | None = None) -> engine_directory.Engine:
     """Writes the engine of a checked plan: shared files, every rank's weights and network, config.json last."""
     job, backend = job or Job(), backends.load(build.backend)
+    writing = engine_directory.writing(build.output)  # what one rank meets, all end with
     with ExitStack() as cleanup:
         new = engine_directory.new_directory(build.output, build.replace)
         directory = job.share(lambda: cleanup.enter_context(new))
         # The tokenizer first: its errors should be reported before gigabytes of weights are written.
-        shared = job.share(lambda: _write_shared(build, directory, progress))
+        shared = job.share(writing(lambda: _write_shared(build, directory, progress)))
         mine = build.ranks[job.rank :: job.size]
-        own = job.agree(lambda: _write_ranks(build, directory, mine, shared, progress))
+        own = job.agree(writing(lambda: _write_ranks(build, directory, mine, shared, progress)))
         files = {name: entry for part in (shared, *job.gather(own)) for name, entry in part.items()}
 
+        @writing
         def finish() -> None:
             backend.finish(
                 backends.CompiledEngine(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from cqil_trt import formats
 from cqil_trt.config import AUTO, DTYPES, KV_DTYPES, CqilConfig
 from cqil_trt.errors import UserError
+from cqil_trt.files import write_json
 from cqil_trt.json_fields import Fields, read_json
 
 
@@ -43,7 +43,7 @@ class ConfigFile:
     def write(self, path: Path) -> None:
         values = {"model": self.model, "layers": self.layers, "cqil": self.cqil.to_dict()}
         values |= {"dtype": self.dtype, **self.stored, "found": dict(self.found)}
-        path.write_text(json.dumps(values, indent=1) + "\n")
+        write_json(path, values)
 
     @classmethod
     def read(cls, path: Path, num_layers: int) -> ConfigFile:

@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -302,37 +303,78 @@ def check_replaceable(path: Path, force: bool) -> None:
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns an OSError into a UserError about the output `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--output {path}: cannot be written ({error.strerror or error})") from None
+
+
+@contextmanager
 def new_directory(path: Path, force: bool) -> Iterator[Path]:
     """A temporary sibling of `path`, renamed to `path` if the block succeeds and removed if it fails.
 
-    Raises UserError when `path` exists and `force` is not set, or holds something that is not an engine.
+    It is also removed when this process is killed. Raises UserError when `path` exists and `force` is not set, then or
+    at the end, or holds something that is not an engine.
     """
     if path.exists():
         check_replaceable(path, force)
-    temporary = lock = None
+    temporary = lock = remover = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(path)
-        with _signals_wait():  # otherwise the directory could exist before its name is known
-            temporary = _hidden_sibling(path)
-            lock = _lock(temporary)
-        yield temporary
-        (temporary / LOCK).unlink()
-        if path.exists():
-            # Moved aside whole, so that the name never refers to half an engine.
-            old = _hidden_sibling(path)
-            path.rename(old)
-            temporary.rename(path)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            temporary.rename(path)
-    except OSError as error:
-        raise UserError(f"--output {path}: cannot be written ({error.strerror})") from None
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(path)
+            with _signals_wait():  # otherwise the directory could exist before its name is known
+                temporary = _hidden_sibling(path)
+                lock = _lock(temporary)
+                remover = _remover(temporary)
+            yield temporary
+            (temporary / LOCK).unlink()
+            _publish(temporary, path, force)
     finally:
         if lock is not None:
             os.close(lock)
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+        if remover is not None:
+            remover.communicate()
+
+
+def _publish(temporary: Path, path: Path, force: bool) -> None:
+    """Renames a complete engine to `path`, which another build may have created meanwhile."""
+    if path.exists():
+        check_replaceable(path, force)
+        # Moved aside whole, so that the name never refers to half an engine.
+        old = _hidden_sibling(path)
+        path.rename(old)
+        temporary.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+        return
+    try:
+        temporary.rename(path)  # fails if a directory with files has appeared
+    except OSError:
+        if path.exists():
+            check_replaceable(path, force)
+        raise
+
+
+def _remover(directory: Path) -> subprocess.Popen[bytes]:
+    """A process that removes `directory` when this one ends, however it does: its input ends then.
+
+    mpirun kills all ranks as soon as one has ended, which leaves none of them the time to remove gigabytes. In a
+    session of its own it does not receive what a terminal or mpirun sends. Other ranks may still add files: it tries a
+    few times.
+    """
+    script = 'read _; for _ in 1 2 3 4 5; do rm -rf -- "$0" && exit; sleep 0.2; done'
+    null = subprocess.DEVNULL
+    return subprocess.Popen(
+        ["/bin/sh", "-c", script, directory.absolute()],
+        stdin=subprocess.PIPE,
+        stdout=null,
+        stderr=null,
+        start_new_session=True,
+    )
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -34,9 +35,11 @@ class Job:
     def __init__(self) -> None:
         self.comm: MPI.Intracomm | None = None
         self.rank, self.size = 0, 1
-        if any(name in os.environ for name in _LAUNCH_VARIABLES):
+        if _launched():
             try:
-                from mpi4py import MPI
+                # It waits for all ranks, and Python's handlers would wait for it.
+                with _signals_end():
+                    from mpi4py import MPI
             except (ImportError, RuntimeError) as error:
                 raise UserError(
                     f"started by mpirun, but mpi4py cannot load an MPI library ({error}): is .venv activated?"
@@ -113,6 +116,26 @@ class Job:
         return self.comm.Split(self.rank // size, self.rank), self.rank % size, self.rank // size
 
 
+def _launched() -> bool:
+    """Whether a launcher of ranks started this process."""
+    return any(name in os.environ for name in _LAUNCH_VARIABLES)
+
+
+@contextmanager
+def _signals_end() -> Iterator[None]:
+    """SIGINT and SIGTERM end the process at once. Outside the main thread they are left as they are."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if callable(signal.getsignal(number)):
+                before[number] = signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _interrupt(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
@@ -126,6 +149,8 @@ def command(job: Job | None = None) -> Iterator[None]:
     if job is None:
         # SIGTERM is handled like Ctrl-C, so that partial output is removed.
         signal.signal(signal.SIGTERM, _interrupt)
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as a script has it while it imports
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     else:
         # Python's handlers would wait for the current collective, which may never return if another rank has ended.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -137,6 +162,10 @@ def command(job: Job | None = None) -> Iterator[None]:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        if _launched():
+            # mpirun ends the other ranks when one ends by a signal, but not when one exits before MPI has started.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
         sys.exit(130)
     except BrokenPipeError:
         # The reader of our output is gone (`| head`); flushing at exit would fail.

@@ -1,10 +1,13 @@
 #!/usr/bin/env python
 """Engine directory → text, parity, latency; started by mpirun. The command is cqil_trt/commands/run.py."""
 
+import signal
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends imports without a traceback
 
 try:
     from cqil_trt.commands.run import main

@@ -25,6 +25,7 @@ from synthetic import ROOT, check_space, make_checkpoint
 
 from cqil_trt.commands import Parser, check_at_least, check_file
 from cqil_trt.errors import UserError
+from cqil_trt.files import write_json
 from cqil_trt.job import command
 from cqil_trt.table import table
 
@@ -113,7 +114,7 @@ def run(options: argparse.Namespace) -> None:
     print(table(("step", "seconds", "GB/s", "peak GB"), rows))
     print(f"the build took {result['ratio']:.2f}x the mean copy of the same {size / 1e9:.1f} GB")
     if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(options.json, result)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ fraction is that of the speed at which the GPU reads.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +22,7 @@ from measuring import read_bandwidth
 
 from cqil_trt.commands import Parser, check_file, numbers
 from cqil_trt.errors import UserError
+from cqil_trt.files import write_json
 from cqil_trt.gpu import abi, cuda, kernel_library
 from cqil_trt.gpu.packed import DeviceMatrix
 from cqil_trt.job import command
@@ -200,7 +200,7 @@ def run(options: argparse.Namespace) -> None:
     results["chain"] = {"ours_us": time, "bytes": size}
     print(f"the products of {LAYERS} layers in sequence: {time / 1e3:.3f} ms, {size / time / 1e6:.2f} TB/s")
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(options.json, results)
 
 
 if __name__ == "__main__":

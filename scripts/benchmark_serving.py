@@ -36,6 +36,7 @@ from tqdm import tqdm
 from cqil_trt.commands import Parser, check_at_least, check_file, numbers
 from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
+from cqil_trt.files import write_json
 from cqil_trt.job import command
 from cqil_trt.table import table
 
@@ -258,7 +259,7 @@ def compare(options: argparse.Namespace, clients: list[int], vocabulary: int) ->
         report.append({"clients": count, "url": url, "first_token_ms": served.first, "between_tokens_ms": between})
     print(table(("clients", "url", "first token ms", "", "between tokens ms", "", "p99 ms"), rows))
     if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(options.json, report)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -333,7 +334,7 @@ def run(options: argparse.Namespace) -> None:
     said = "ms until", "the engine was asked", "it had begun", "it gave a token", "the client had it"
     print(table(said, parts))
     if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(options.json, report)
     if code:
         raise UserError(f"serve.py ended with exit code {code}")
 

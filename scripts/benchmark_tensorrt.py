@@ -38,6 +38,7 @@ from cqil_trt import backends, formats
 from cqil_trt.commands import Parser, RankParser, check_at_least, check_file, numbers, run_ranks
 from cqil_trt.config import CqilConfig, EngineLimits
 from cqil_trt.errors import UserError
+from cqil_trt.files import write_json
 from cqil_trt.formats import RankTensor
 from cqil_trt.formats.quantized import MatrixPart
 from cqil_trt.gpu import cuda, kernel_library
@@ -160,7 +161,7 @@ def run(options: argparse.Namespace) -> None:
     print(describe(options, found, agreement))
     if options.json:
         report = {"preset": options.preset, "layers": options.layers, "weights": options.quantize}
-        options.json.write_text(json.dumps({**report, "agreement": agreement, "results": found}, indent=1) + "\n")
+        write_json(options.json, {**report, "agreement": agreement, "results": found})
 
 
 def environment(cublas: list[Path]) -> dict[str, str]:

@@ -12,7 +12,6 @@ dropped joins and quantized weights together.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ from cqil_trt.commands import Parser, check_at_least, check_file, check_texts, c
 from cqil_trt.config import AUTO, BYPASSES, DTYPES, KV_DTYPES, MAX_RANKS, CqilConfig, layer_list
 from cqil_trt.config_file import ConfigFile
 from cqil_trt.errors import UserError
+from cqil_trt.files import write_json
 from cqil_trt.job import command
 from cqil_trt.latency import MACHINES, SHORT, critical_bytes, decode_seconds
 from cqil_trt.model import ModelConfig
@@ -234,7 +234,7 @@ def run(options: argparse.Namespace) -> None:
         del network  # of a large one, `measure` keeps one format at a time
         result["search"] = search(measure, found.name, model, space, options)
     if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(options.json, result)
     if options.plot is not None and options.search:
         plot_search(result["search"], options.plot, found.stem)
     elif options.plot is not None:

@@ -9,7 +9,6 @@ prompt on its tokens (--prefill). Requests arrive at random times, and each goes
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from tqdm import tqdm
 
 from cqil_trt.commands import Parser, check_at_least, check_file, numbers
 from cqil_trt.errors import UserError
+from cqil_trt.files import write_json
 from cqil_trt.job import command
 from cqil_trt.table import table
 
@@ -272,7 +272,7 @@ def run(options: argparse.Namespace) -> None:
     )
     print(table(header, rows))
     if options.json:
-        options.json.write_text(json.dumps([vars(result) for result in results], indent=1) + "\n")
+        write_json(options.json, [vars(result) for result in results])
     if options.plot:
         plot(results, options.plot)
 

@@ -1,19 +1,24 @@
 """What happens when a process is killed: a rank in the middle of a generation, a build at any moment."""
 
+import json
 import os
 import random
+import re
+import resource
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from support import ROOT, SEED
 from support.checkpoints import make_model
-from support.processes import build
+from support.processes import assert_user_error, build, run
 
 from cqil_trt import engine as engine_directory
+from cqil_trt import files
 from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
 
@@ -90,6 +95,18 @@ def test_ctrl_c_ends_the_whole_job(generating, number):
     assert_ends(job, marker)
 
 
+def test_ctrl_c_before_mpi_has_started_ends_the_whole_job(tmp_path):
+    for moment in range(4):
+        job = start("mpirun", "-n", 2, sys.executable, "runtime/run.py", "--engine", tmp_path, start_new_session=True)
+        time.sleep(random.uniform(0.1, 0.2) + 0.1 * moment)
+        os.killpg(job.pid, signal.SIGINT)
+        try:
+            job.communicate(timeout=30)
+        finally:
+            job.kill()
+        assert job.returncode
+
+
 @pytest.mark.slow
 def test_a_build_killed_at_any_moment_leaves_no_engine(tmp_path):
     make_model(tmp_path / "model", num_hidden_layers=8, hidden_size=384, intermediate_size=1536, head_dim=64)
@@ -142,16 +159,79 @@ def test_a_stop_while_the_directory_is_made_removes_it(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_build_that_is_asked_to_stop_cleans_up(tmp_path):
+@pytest.mark.parametrize("launcher", [(), ("mpirun", "-n", 2)])
+def test_a_build_that_is_asked_to_stop_cleans_up(launcher, tmp_path):
     make_model(tmp_path / "model", num_hidden_layers=8, hidden_size=384, intermediate_size=1536, head_dim=64)
+    command = (*launcher, sys.executable, "builders/build.py", "--model", tmp_path / "model", "--p", 2)
     for stop in (signal.SIGINT, signal.SIGTERM):
-        job = start(sys.executable, "builders/build.py", "--model", tmp_path / "model", "--output", tmp_path / "out")
+        job = start(*command, "--output", tmp_path / "out")
         while job.poll() is None and not list(tmp_path.glob(".building-*")):
             time.sleep(0.005)
         job.send_signal(stop)
         assert job.wait(timeout=20) != 0 or (tmp_path / "out").exists()
+        ended = time.monotonic()
+        while launcher and list(tmp_path.glob(".building-*")) and time.monotonic() - ended < 5:
+            time.sleep(0.01)  # ranks are killed, and a process that outlives them removes what they wrote
         assert not list(tmp_path.glob(".building-*"))
         if (tmp_path / "out").exists():
             assert job.returncode == 0
             Engine.open(tmp_path / "out")
             break
+
+
+def test_a_build_does_not_replace_what_another_one_built_meanwhile(tmp_path):
+    path = tmp_path / "out"
+    with pytest.raises(UserError, match=re.escape(f"--output {path}: exists already (--force replaces it)")):
+        with engine_directory.new_directory(path, force=False) as second:
+            engine_directory.write_config(second, {"build": 2})
+            with engine_directory.new_directory(path, force=False) as first:
+                engine_directory.write_config(first, {"build": 1})
+    assert json.loads((path / "config.json").read_text())["build"] == 1
+    with engine_directory.new_directory(path, force=True) as third:
+        engine_directory.write_config(third, {"build": 3})
+    assert json.loads((path / "config.json").read_text())["build"] == 3
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_ranks_that_cannot_write_end_with_one_line(tmp_path):
+    """Rank 1 alone, in the middle of a file. The limit is set once MPI has its own files."""
+    make_model(tmp_path / "model")
+    program = (
+        "import resource; from cqil_trt.commands.build import main; from cqil_trt.job import Job\n"
+        "if Job().rank == 1: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))\n"
+        "main()"
+    )
+    arguments = ("--model", tmp_path / "model", "--p", 2, "--probes", "never", "--output", tmp_path / "out")
+    done = run("mpirun", "-n", 2, sys.executable, "-c", program, *arguments)
+    assert_user_error(done, f"--output {tmp_path / 'out'}: cannot be written (File too large)")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@contextmanager
+def limited_files(size):
+    """Files that this process writes end at `size` bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_the_file_that_was_there(tmp_path):
+    path, new = tmp_path / "report.json", tmp_path / "new.json"
+    files.write_json(path, {"old": 1})
+    path.chmod(0o640)
+    with limited_files(1000):
+        for target in (path, new):
+            with pytest.raises(UserError, match=f"^--json {target}: cannot be written .File too large.$"):
+                files.write_file(target, bytes(2000), "--json")
+    assert list(tmp_path.iterdir()) == [path] and json.loads(path.read_text()) == {"old": 1}
+
+    (tmp_path / "link").symlink_to("report.json")
+    files.write_json(tmp_path / "link", {"new": 2})
+    assert (tmp_path / "link").is_symlink() and json.loads(path.read_text()) == {"new": 2}
+    assert path.stat().st_mode & 0o777 == 0o640
+    files.write_file(Path("/dev/null"), b"written in place")
+    assert Path("/dev/null").is_char_device()
+    assert {entry.name for entry in tmp_path.iterdir()} == {"report.json", "link"}

@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import gguf
@@ -20,7 +21,9 @@ from safetensors.torch import load_file, save_file
 from support import write_json
 from support.cases import FAMILIES
 from support.checkpoints import checkpoint_logits, load_model, make_adapter, make_first_llama, make_model, write_gguf
+from support.processes import assert_user_error, build
 
+import cqil_trt
 from cqil_trt import families, reference
 from cqil_trt.backends.torch.quantized import take_quantized
 from cqil_trt.checkpoint import Checkpoint, write_rank
@@ -598,3 +601,54 @@ def test_a_checkpoint_that_does_not_match_its_configuration_is_refused(tmp_path)
 def test_importing_the_library_imports_nothing_heavy():
     code = "import sys, cqil_trt; assert not {'torch', 'transformers', 'numpy', 'mpi4py'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def set_value(file, name, value):
+    """One element of a tensor in a safetensors file."""
+    tensors = load_file(file)
+    tensors[name].view(-1)[torch.randint(tensors[name].numel(), ())] = value
+    save_file(tensors, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("options", [{}, {"dtype": "float16"}, {"dtype": "bfloat16"}, {"quantize": "int8"}])
+def test_weights_that_are_not_finite_are_refused(value, options, tmp_path):
+    source, name = make_model(tmp_path / "model"), "model.layers.2.post_attention_layernorm.weight"
+    set_value(source / "model.safetensors", name, float(value))
+    with pytest.raises(UserError, match=f"model.safetensors: {name} holds a value that is not finite$"):
+        cqil_trt.build(model=source, probes="never", output=tmp_path / "engine", **options)
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+def test_an_adapter_that_is_not_finite_is_refused(tmp_path):
+    source = make_model(tmp_path / "model")
+    adapter = make_adapter(source, tmp_path / "adapter")
+    part = "base_model.model.model.layers.3.mlp.down_proj.lora_B.weight"
+    set_value(adapter / "adapter_model.safetensors", part, float("nan"))
+    done = build("--model", source, "--lora", adapter, "--output", tmp_path / "engine", "--probes", "always")
+    assert_user_error(done, f"{adapter}: model.layers.3.mlp.down_proj.weight holds a value that is not finite")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "adapter"}
+
+
+def test_weights_beyond_the_type_of_the_engine_are_refused(tmp_path):
+    source, name = make_model(tmp_path / "model"), "model.layers.1.self_attn.o_proj.weight"
+    for value, options, said in [
+        (-65520.0, {"dtype": "float16"}, "holds -65520, which float16 cannot hold: use --dtype bfloat16"),
+        (3.4e38, {"dtype": "float16"}, r"holds 3.4e\+38, which float16 cannot hold: use --dtype float32"),
+        (3.4e38, {"dtype": "bfloat16"}, r"holds 3.4e\+38, which bfloat16 cannot hold: use --dtype float32"),
+        (65519.0, {"dtype": "float16"}, None),  # rounds to 65504, the largest
+        (3.4e38, {}, None),
+    ]:
+        set_value(source / "model.safetensors", name, value)
+        with nullcontext() if said is None else pytest.raises(UserError, match=f"{name} {said}$"):
+            cqil_trt.build(model=source, probes="never", force=True, output=tmp_path / "engine", **options)
+        make_model(tmp_path / "model")
+
+
+def test_stored_scales_that_are_not_finite_are_refused(tmp_path):
+    source = make_model(tmp_path / "model", hidden_size=96, intermediate_size=160, head_dim=16)
+    path = write_gguf(tmp_path / "model.gguf", source, "Q4_0")
+    [damaged] = [tensor for tensor in gguf.GGUFReader(path, "r+").tensors if tensor.name == "blk.1.ffn_up.weight"]
+    damaged.data.reshape(-1)[:2] = np.frombuffer(np.float16("inf").tobytes(), "u1")
+    with pytest.raises(UserError, match="layers.1.mlp.up_proj.weight, in its scales, holds a value that is not finite"):
+        cqil_trt.build(model=path, quantize="stored", dtype="float16", probes="never", output=tmp_path / "engine")

@@ -17,6 +17,7 @@ from cqil_trt.backends import DEVICES
 from cqil_trt.commands import RankParser, add_speculate_flag, check_file, numbers, run_ranks, started_by
 from cqil_trt.config import AUTO
 from cqil_trt.errors import UserError
+from cqil_trt.files import write_file, write_json
 from cqil_trt.formats import DENSE
 from cqil_trt.job import Job
 from cqil_trt.speculation import Speculation
@@ -139,7 +140,7 @@ def run(options: argparse.Namespace, job: Job) -> bool:
     if texts or not (options.validate or options.benchmark):
         complete(llm, texts or None, prompts, options, say, report)
     if options.json is not None:
-        job.share(lambda: write_file(options.json, (json.dumps(report, indent=1) + "\n").encode()))
+        job.share(lambda: write_json(options.json, report))
     return passed
 
 
@@ -192,13 +193,6 @@ def parse_json(name: str, text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{name}: not valid JSON ({error})") from None
-
-
-def write_file(path: Path, content: bytes) -> None:
-    try:
-        path.write_bytes(content)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def write_logits(llm: Any, prompt: list[int], path: Path) -> None:

@@ -19,6 +19,7 @@ from cqil_trt.backends import DEVICES
 from cqil_trt.commands import RankParser, add_speculate_flag, check_at_least, run_ranks, started_by
 from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
+from cqil_trt.files import write_file
 from cqil_trt.job import Job
 from cqil_trt.llm import newest_engine
 from cqil_trt.scheduler import POLICIES
@@ -306,14 +307,8 @@ def _write_files(options: argparse.Namespace, sockets: _Sockets) -> None:
         ("--pid-file", options.pid_file, str(os.getpid())),
         ("--address-file", options.address_file, address),
     ):
-        if path is None:
-            continue
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            beside.write_text(f"{text}\n")
-            beside.replace(path)  # nobody reads half of it
-        except OSError as error:
-            raise UserError(f"{flag} {path}: cannot be written ({error.strerror})") from None
+        if path is not None:
+            write_file(path, f"{text}\n".encode(), flag)
 
 
 def _keys(path: Path | None) -> tuple[str, ...]:

@@ -57,7 +57,10 @@ class RankTensor(StoredTensor):
     pieces: tuple[Piece, ...]
 
     def blocks(self, reader: WeightReader) -> Iterator[torch.Tensor]:
-        """The elements in order, in contiguous blocks of bounded size and of type `dtype`."""
+        """The elements in order, in contiguous blocks of bounded size and of type `dtype`.
+
+        Raises UserError for a value that is not finite, or that `dtype` cannot hold.
+        """
         import torch
 
         dtype = getattr(torch, self.dtype)
@@ -67,7 +70,39 @@ class RankTensor(StoredTensor):
             step = max(1, BLOCK_ELEMENTS // (shape[1] if len(shape) > 1 else 1))
             for row in range(first, last, step):
                 block = reader.read(piece.source, (row, min(row + step, last)), piece.columns)
-                yield block.to(dtype).contiguous()
+                yield rounded(block, dtype, f"{reader.source}: {piece.source}")
+
+
+def rounded(block: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """The block, of floats of tensor `name`, in type `dtype`, contiguous.
+
+    Raises UserError for a value that is not finite, or that `dtype` cannot hold.
+    """
+    found = block.to(dtype).contiguous()
+    if _is_finite(found):
+        return found
+    if not block.isfinite().all():
+        raise UserError(f"{name} holds a value that is not finite")
+    value = block.flatten()[block.abs().argmax()]
+    kinds = {"bfloat16": value.bfloat16(), "float32": value.float()}
+    wider = [f": use --dtype {kind}" for kind, cast in kinds.items() if cast.isfinite()]
+    raise UserError(
+        f"{name} holds {value:.6g}, which {str(dtype).removeprefix('torch.')} cannot hold{''.join(wider[:1])}"
+    )
+
+
+def _is_finite(block: torch.Tensor) -> bool:
+    """Whether all values of a contiguous block are finite.
+
+    The bits of numbers of one sign are integers in the same order, with infinities and NaNs at the end; numbers below
+    zero are those whose highest bit is set. Two maxima need no memory: `torch.isfinite` takes many times as long.
+    """
+    import torch
+
+    signed, unsigned, width = (torch.int16, "u2", 16) if block.dtype.itemsize == 2 else (torch.int32, "u4", 32)
+    infinity = int(torch.tensor(torch.inf, dtype=block.dtype).view(signed))
+    bits = block.view(signed).numpy()
+    return not bits.size or bool(bits.max() < infinity and bits.view(unsigned).max() < infinity + (1 << width - 1))
 
 
 @dataclass(frozen=True, kw_only=True)

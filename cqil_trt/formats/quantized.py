@@ -11,7 +11,7 @@ from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cqil_trt.formats.format import BLOCK_ELEMENTS, Piece, Projection, RankTensor, WeightFormat
+from cqil_trt.formats.format import BLOCK_ELEMENTS, Piece, Projection, RankTensor, WeightFormat, rounded
 
 if TYPE_CHECKING:
     import torch
@@ -52,8 +52,11 @@ class MatrixPart(RankTensor):
                 if self.packed:
                     found = torch.nn.functional.pad(found, (0, found.shape[1] % 2))
                     found = found[:, ::2] | found[:, 1::2] << 4
+                dtype = getattr(torch, self.dtype)
+                if self.part == "scale":
+                    found = rounded(found, dtype, f"{reader.source}: {piece.source}, in its scales,")
                 # Flat, because a dimension of size 1 may have any stride.
-                yield found.to(getattr(torch, self.dtype)).contiguous().view(-1)
+                yield found.to(dtype).contiguous().view(-1)
 
     def _of(self, matrix: QuantizedMatrix | None, piece: Piece) -> torch.Tensor:
         if matrix is None or (matrix.zeros is not None) != self.zeros or not matrix.in_groups(self.group):
