@@ -22,8 +22,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from tqdm import tqdm
-
 from cqil_trt import cores
 from cqil_trt.errors import UserError
 from cqil_trt.gpu import abi
@@ -104,6 +102,8 @@ def _compile(target: Path, tensorrt_root: Path | None, architectures: str | None
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(cores.usable())
         output = _run(configure)
         files = json.loads((Path(work) / "compile_commands.json").read_text())
+        from tqdm import tqdm  # only those who compile need it
+
         with tqdm(total=len(files), desc="compiling", unit="file", disable=not progress, leave=False) as bar:
 
             def count() -> None:
