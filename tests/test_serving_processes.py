@@ -220,6 +220,25 @@ def test_a_step_may_take_long_while_the_engine_loads(fake):
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_cpu_has_more_time_for_a_step(device, fake):
+    """By default: a chunk of a prompt takes it seconds, where the weights are billions."""
+    from cqil_trt.serving import wire
+
+    async def scenario():
+        fake.client.setup = replace(fake.client.setup, step_seconds=None)
+        await fake.client.start()
+        fake.control.send(replace(fake.ready, device=device))
+        connection = wire.connect(fake.path, "it")
+        fake.beat(connection, 0, time.monotonic() - 20)
+        if device == "cuda":
+            await fake.fails("a step on rank 0")
+        await asyncio.sleep(0.3)
+        assert (fake.client.failure is None) == (device == "cpu")
+
+    asyncio.run(scenario())
+
+
 def test_a_rank_is_silent(fake, monkeypatch):
     from cqil_trt.serving import client, wire
 

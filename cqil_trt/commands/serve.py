@@ -73,7 +73,12 @@ def parser() -> RankParser:
     p.add_argument("--queue-timeout", type=float, default=60.0, metavar="S", help="longer in the queue: 503")
     p.add_argument("--request-timeout", type=float, default=600.0, metavar="S", help="the longest that a request takes")
     p.add_argument("--drain-seconds", type=float, default=30.0, metavar="S", help="for running requests after SIGTERM")
-    p.add_argument("--step-timeout", type=float, default=4.0, metavar="S", help="a longer step means that it hangs")
+    p.add_argument(
+        "--step-timeout",
+        type=float,
+        metavar="S",
+        help="a longer step means that it hangs (default: 4 on GPUs, 60 on CPUs)",
+    )
     p.add_argument("--pid-file", metavar="F", type=Path, help="where to write the process that takes signals, rank 0's")
     p.add_argument("--address-file", metavar="F", type=Path, help="where to write the address that it listens on")
     p.add_argument("--log-text", action="store_true", help="also log the bodies of requests, with their prompts")
@@ -177,8 +182,9 @@ def check(options: argparse.Namespace) -> None:
     if not options.drain_seconds >= 0:  # NaN is not
         raise UserError(f"--drain-seconds must be at least 0, found {options.drain_seconds:g}")
     for name in ("queue_timeout", "request_timeout", "step_timeout"):
-        if not getattr(options, name) > 0:
-            raise UserError(f"--{name.replace('_', '-')} must be above 0, found {getattr(options, name):g}")
+        value = getattr(options, name)
+        if value is not None and not value > 0:  # NaN is not
+            raise UserError(f"--{name.replace('_', '-')} must be above 0, found {value:g}")
     check_at_least(options, 1, "parent")
     if options.parent is not None:
         try:

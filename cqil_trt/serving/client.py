@@ -20,6 +20,8 @@ from cqil_trt.table import counted
 
 # A rank whose last sign of life is older is taken for stopped.
 SILENCE_SECONDS = 3.0
+# A step that takes longer hangs. On CPUs a chunk of a prompt may take seconds, with billions of weights or other work.
+STEP_SECONDS = {"cuda": 4.0, "cpu": 60.0}
 # While it loads: libraries are opened and CUDA is started in calls that let no other thread run.
 _LOADING_SILENCE_SECONDS = 60.0
 _WATCH_SECONDS = 0.1
@@ -292,7 +294,7 @@ class EngineClient:
                     self.fail(f"rank {rank} (process {state.process}) has been silent for {now - state.seen:.1f} s")
                 elif self.ready is not None and state.busy_since is not None:
                     seconds = now - state.busy_since
-                    if seconds > self.setup.step_seconds:
+                    if seconds > (self.setup.step_seconds or STEP_SECONDS[self.ready.device]):
                         self.fail(
                             f"{state.doing} on rank {rank} (process {state.process}) has not ended for {seconds:.1f} s"
                         )

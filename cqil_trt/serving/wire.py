@@ -223,7 +223,10 @@ class Stop:
 
 @dataclass(frozen=True, kw_only=True)
 class Ready:
-    """The engine is loaded and warm. `slots`: sequences in the KV cache, `rows`: sequences at the same time."""
+    """The engine is loaded and warm.
+
+    `slots`: sequences in the KV cache, `rows`: sequences at the same time, `device`: "cuda" or "cpu".
+    """
 
     slots: int
     rows: int
@@ -314,7 +317,8 @@ class Setup:
     """What the HTTP process needs to know, sent first. Times in seconds, sizes in bytes.
 
     `keys`: API keys, none for no check. `gateway_key`: what every request must have in GATEWAY_HEADER, None for no
-    check. `certificate`, `key`: files for TLS. `parent`: the process without which the server ends.
+    check. `certificate`, `key`: files for TLS. `step_seconds`: None for the limit of the device (client.STEP_SECONDS).
+    `parent`: the process without which the server ends.
     """
 
     engine: str
@@ -328,7 +332,7 @@ class Setup:
     queue_seconds: float = 60.0
     request_seconds: float = 600.0
     drain_seconds: float = 30.0
-    step_seconds: float = 4.0
+    step_seconds: float | None = None
     log_text: bool = False
     log_requests: bool = True
     parent: int | None = None
