@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import secrets
 import shlex
@@ -27,18 +28,28 @@ _ASK_SECONDS, _ANSWER_SECONDS = 0.1, 5.0
 _GRACE_SECONDS = 10.0
 # Lines of output that explain why a server ended.
 _REMEMBERED_LINES = 20
+# The names of servers' directories, and how young one may be that nobody holds yet.
+_PREFIX, _YOUNG_SECONDS = "cqil-replica-", 60.0
 
 
-# The directories of servers, with the process that started them.
-_PREFIX = "cqil-replica-"
+def _lock(directory: Path) -> int:
+    """Locks a directory for the life of this process. Raises OSError if another one holds it."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _remove_abandoned() -> None:
-    """Removes the directories of processes that were killed."""
-    for directory in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*-*"):
-        process = directory.name.removeprefix(_PREFIX).partition("-")[0]
-        if not Path("/proc", process).exists():
-            shutil.rmtree(directory, ignore_errors=True)
+    """Removes the directories of processes that were killed. Process ids would not do: containers may share /tmp."""
+    for directory in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - directory.stat().st_mtime > _YOUNG_SECONDS:
+                os.close(_lock(directory))
+                shutil.rmtree(directory, ignore_errors=True)
 
 
 def launcher(mpirun: str) -> list[str]:
@@ -73,7 +84,8 @@ class EngineServer:
         self.url, self.key = "", secrets.token_hex(32)
         self._environment = {**environment, "CQIL_GATEWAY_KEY": self.key}
         _remove_abandoned()
-        self._directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
+        self._directory = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        self._held: int | None = _lock(self._directory)
         self._pid_file, self._address_file = self._directory / "pid", self._directory / "address"
         self._lines: deque[str] = deque(maxlen=_REMEMBERED_LINES)
         self._ending = False
@@ -144,3 +156,6 @@ class EngineServer:
         self._watching.cancel()
         await self._session.close()
         shutil.rmtree(self._directory, ignore_errors=True)
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
