@@ -16,6 +16,7 @@ import glob
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -326,9 +327,10 @@ def new_directory(path: Path, force: bool) -> Iterator[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             _remove_abandoned(path)
             with _signals_wait():  # otherwise the directory could exist before its name is known
-                temporary = _hidden_sibling(path)
+                temporary = path.parent / f"{_TEMPORARY}{path.name}-{secrets.token_hex(4)}"
+                remover = _remover(temporary)  # before there is anything that a killed process could leave
+                temporary.mkdir()
                 lock = _lock(temporary)
-                remover = _remover(temporary)
             yield temporary
             (temporary / LOCK).unlink()
             _publish(temporary, path, force)
