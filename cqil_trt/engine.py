@@ -11,7 +11,6 @@ It is written to a temporary sibling and renamed into place, so a killed build l
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import hashlib
 import json
@@ -33,6 +32,7 @@ from blake3 import blake3
 
 from cqil_trt.config import CqilConfig, EngineLimits
 from cqil_trt.errors import UserError
+from cqil_trt.files import lock
 from cqil_trt.formats import StoredTensor
 from cqil_trt.json_fields import read_json
 from cqil_trt.model import ModelConfig
@@ -321,22 +321,22 @@ def new_directory(path: Path, force: bool) -> Iterator[Path]:
     """
     if path.exists():
         check_replaceable(path, force)
-    temporary = lock = remover = None
+    temporary = held = remover = None
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             _remove_abandoned(path)
-            with _signals_wait():  # otherwise the directory could exist before its name is known
+            with _signals_wait():  # otherwise the directory could exist without its lock
                 temporary = path.parent / f"{_TEMPORARY}{path.name}-{secrets.token_hex(4)}"
                 remover = _remover(temporary)  # before there is anything that a killed process could leave
                 temporary.mkdir()
-                lock = _lock(temporary)
+                held = _lock(temporary)
             yield temporary
             (temporary / LOCK).unlink()
             _publish(temporary, path, force)
     finally:
-        if lock is not None:
-            os.close(lock)
+        if held is not None:
+            os.close(held)
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
         if remover is not None:
@@ -408,13 +408,7 @@ def _hidden_sibling(path: Path) -> Path:
 
 def _lock(directory: Path) -> int:
     """Locks a build's directory for the life of the process. Raises OSError if another process holds the lock."""
-    descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
+    return lock(directory / LOCK, os.O_RDWR | os.O_CREAT)
 
 
 def is_engine(path: Path) -> bool:

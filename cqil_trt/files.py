@@ -1,7 +1,8 @@
-"""Files that commands write for their users."""
+"""Files that commands write for their users, and locks."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -34,6 +35,17 @@ def write_file(path: Path, content: bytes, flag: str = "") -> None:
             beside.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{flag} {path}: cannot be written ({error.strerror})".lstrip()) from None
+
+
+def lock(path: Path, flags: int) -> int:
+    """Opens and locks a file or directory for the life of the process. Raises OSError if another one holds it."""
+    descriptor = os.open(path, flags, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import secrets
 import shlex
@@ -20,6 +19,7 @@ from pathlib import Path
 import aiohttp
 
 from cqil_trt.errors import UserError
+from cqil_trt.files import lock
 from cqil_trt.serving.wire import GATEWAY_HEADER
 
 # How often a server that loads is asked whether it is ready, and how long it may take to answer.
@@ -32,23 +32,12 @@ _REMEMBERED_LINES = 20
 _PREFIX, _YOUNG_SECONDS = "cqil-replica-", 60.0
 
 
-def _lock(directory: Path) -> int:
-    """Locks a directory for the life of this process. Raises OSError if another one holds it."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
 def _remove_abandoned() -> None:
     """Removes the directories of processes that were killed. Process ids would not do: containers may share /tmp."""
     for directory in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):
             if time.time() - directory.stat().st_mtime > _YOUNG_SECONDS:
-                os.close(_lock(directory))
+                os.close(lock(directory, os.O_RDONLY))
                 shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -85,7 +74,7 @@ class EngineServer:
         self._environment = {**environment, "CQIL_GATEWAY_KEY": self.key}
         _remove_abandoned()
         self._directory = Path(tempfile.mkdtemp(prefix=_PREFIX))
-        self._held: int | None = _lock(self._directory)
+        self._held: int | None = lock(self._directory, os.O_RDONLY)
         self._pid_file, self._address_file = self._directory / "pid", self._directory / "address"
         self._lines: deque[str] = deque(maxlen=_REMEMBERED_LINES)
         self._ending = False
