@@ -19,7 +19,6 @@ import secrets
 import shutil
 import signal
 import subprocess
-import tempfile
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -327,7 +326,7 @@ def new_directory(path: Path, force: bool) -> Iterator[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             _remove_abandoned(path)
             with _signals_wait():  # otherwise the directory could exist without its lock
-                temporary = path.parent / f"{_TEMPORARY}{path.name}-{secrets.token_hex(4)}"
+                temporary = _hidden_sibling(path)
                 remover = _remover(temporary)  # before there is anything that a killed process could leave
                 temporary.mkdir()
                 held = _lock(temporary)
@@ -398,12 +397,8 @@ def existing(path: Path) -> Engine | None:
 
 
 def _hidden_sibling(path: Path) -> Path:
-    """A new directory next to `path` with default permissions (mkdtemp restricts them to the owner)."""
-    directory = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}{path.name}-", dir=path.parent))
-    mask = os.umask(0)
-    os.umask(mask)
-    directory.chmod(0o777 & ~mask)
-    return directory
+    """An unused name next to `path`."""
+    return path.parent / f"{_TEMPORARY}{path.name}-{secrets.token_hex(4)}"
 
 
 def _lock(directory: Path) -> int:
@@ -421,7 +416,7 @@ def is_engine(path: Path) -> bool:
 
 def _remove_abandoned(path: Path) -> None:
     """Removes the leftovers of killed builds of `path`; a build that is still running holds its lock."""
-    for entry in path.parent.glob(f"{_TEMPORARY}{glob.escape(path.name)}-*"):
+    for entry in path.parent.glob(f"{_TEMPORARY}{glob.escape(path.name)}-{'[0-9a-f]' * 8}"):
         try:
             os.close(_lock(entry))
         except OSError:

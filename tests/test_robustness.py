@@ -139,14 +139,14 @@ def test_a_build_killed_at_any_moment_leaves_no_engine(tmp_path):
 
 
 def test_a_stop_while_the_directory_is_made_removes_it(tmp_path, monkeypatch):
-    made = engine_directory._hidden_sibling
+    lock = engine_directory._lock
 
-    def made_and_interrupted(path):
-        directory = made(path)
+    def interrupted_and_locked(directory):
+        assert directory.is_dir()
         signal.raise_signal(signal.SIGINT)
-        return directory
+        return lock(directory)
 
-    monkeypatch.setattr(engine_directory, "_hidden_sibling", made_and_interrupted)
+    monkeypatch.setattr(engine_directory, "_lock", interrupted_and_locked)
     # A job in the background of a shell ignores it.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
