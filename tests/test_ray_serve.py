@@ -148,6 +148,7 @@ def fleet(tmp_path_factory):
             ray.init(address=made.cluster.address, log_to_driver=False, logging_level="error")
             serve.start(http_options={"port": port, "location": "HeadOnly"})
             made.run("old")
+            made.wait_for_replicas()  # Ray's word comes up to one report before the gateway's
             yield made
         finally:
             serve.shutdown()
@@ -234,6 +235,11 @@ def test_keys_and_errors_are_the_servers(fleet):
     assert fleet.get("/no/such/path")[0] == 404
 
 
+def test_every_host_has_a_gateway(fleet):
+    parents = [parent for parent, args in processes().values() if args.startswith("ray::ServeReplica:default:gateway")]
+    assert len(set(parents)) == len(parents) == 1 + len(fleet.nodes)
+
+
 def test_a_conversation_stays_where_its_beginning_is_cached(fleet):
     client = fleet.client()
     for _ in range(6):
@@ -312,7 +318,8 @@ def test_a_rolling_update_fails_no_request(fleet):
     load = Load(fleet, prompts, clients=3)
     load.wait_until(20)
     before = fleet.wait_for_replicas()
-    fleet.run("new")
+    # More gateways than hosts: as many as there were before one was lost.
+    fleet.run("new", gateways=len(fleet.nodes) + 2)
     after = fleet.wait_for_replicas()
     load.wait_until(load.over + 20)
     load.finish(stop=True)

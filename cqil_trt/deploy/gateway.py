@@ -31,8 +31,9 @@ from cqil_trt.serving.wire import GATEWAY_HEADER
 
 # A request that no replica has begun to answer is sent to another one: how often, and after how long.
 _PAUSES = (0.0, 0.2, 1.0, 2.0, 4.0)
-# How often replicas are asked how they are, how long they may take to say it, and how long it holds.
-_REPORT_SECONDS, _ANSWER_SECONDS, _HOLDS_SECONDS = 0.5, 5.0, 15.0
+# How often replicas are asked how they are, and while none is ready, how long they may take to say it, and how long it
+# holds.
+_REPORT_SECONDS, _UNREADY_SECONDS, _ANSWER_SECONDS, _HOLDS_SECONDS = 0.5, 0.1, 5.0, 15.0
 # How long a connection to a server may take, and after how long without a sign of life its host is taken for lost.
 _CONNECT_SECONDS, _LOST_SECONDS = 3.0, 10
 # Headers of one connection (RFC 9110, section 7.6.1), and those that the next hop writes itself; of requests also what
@@ -99,7 +100,8 @@ class Gateway:
             else:
                 self._informed = time.monotonic()
                 self._router.update(answer for answer in answers if isinstance(answer, State))
-            await asyncio.sleep(_REPORT_SECONDS)
+            ready = any(replica.takes_requests for replica in self._router.replicas.values())
+            await asyncio.sleep(_REPORT_SECONDS if ready else _UNREADY_SECONDS)
 
     async def _serve(self, request: Request, send: Send) -> None:
         """Reads the request and answers it, unless the client goes away."""

@@ -51,7 +51,7 @@ class Options(BaseModel):
     target_requests: float | None = Field(None, gt=0, description="per replica, for autoscaling; default: max_running")
     max_running: int | None = Field(None, ge=1, description="sequences at a time in a replica; default: the engine's")
     max_waiting: int = Field(256, ge=0, description="requests that wait in each gateway; more get 429")
-    gateways: int | None = Field(None, ge=1, description="at most, and by default, one for each host that there is")
+    gateways: int | None = Field(None, ge=1, description="default: one for each host, spread over them")
     cpus_per_rank: float = Field(1.0, gt=0, description="CPUs that a rank takes, with or without a GPU")
     prefix_slack: int = Field(4, ge=0, description="how many more requests the replica with a prompt's prefix may have")
     api_key_file: Path | None = Field(None, description="on every host; also the variable CQIL_API_KEYS on every host")
@@ -192,9 +192,10 @@ def application(arguments: Options | dict[str, Any]) -> serve.Application:
     gateway = serve.deployment(Gateway).options(
         name="gateway",
         num_replicas=options.gateways or hosts,
-        max_replicas_per_node=1,  # a proxy prefers the gateway of its own host
         max_ongoing_requests=options.max_waiting + 1000,
-        ray_actor_options={"num_cpus": 0},
+        # A proxy prefers the gateway of its own host, and Ray spreads only what takes a resource. Not at most one per
+        # host: after the loss of a host, the application would wait for another one before it is updated.
+        ray_actor_options={"num_cpus": 0, "memory": 1},
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=options.drain_seconds + 30.0,
     )
