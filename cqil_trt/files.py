@@ -1,15 +1,21 @@
-"""Files that commands write for their users, and locks."""
+"""Files that commands write for their users, locks, and directories that do not outlive their process for long."""
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import shutil
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 from cqil_trt.errors import UserError
+
+# How young a directory may be that nobody holds yet.
+_YOUNG_SECONDS = 60.0
 
 
 def write_file(path: Path, content: bytes, flag: str = "") -> None:
@@ -46,6 +52,30 @@ def lock(path: Path, flags: int) -> int:
         os.close(descriptor)
         raise
     return descriptor
+
+
+class HeldDirectory:
+    """A new directory for this process, next to those that the system has for temporary files.
+
+    If the process is killed, the next one that makes a directory with this prefix removes it.
+    """
+
+    def __init__(self, prefix: str):
+        for other in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+            # A lock, because process ids mean nothing where containers share the directory.
+            with contextlib.suppress(OSError):
+                if time.time() - other.stat().st_mtime > _YOUNG_SECONDS:
+                    os.close(lock(other, os.O_RDONLY))
+                    shutil.rmtree(other, ignore_errors=True)
+        self.path = Path(tempfile.mkdtemp(prefix=prefix))
+        self._lock: int | None = lock(self.path, os.O_RDONLY)
+
+    def remove(self) -> None:
+        """Removes the directory, if it is still there."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import gc
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -41,6 +40,7 @@ from cqil_trt.commands import RankParser, check_at_least, check_file, numbers, r
 from cqil_trt.config import AUTO, KV_DTYPES, CqilConfig, EngineLimits
 from cqil_trt.errors import UserError
 from cqil_trt.families.layout import checkpoint_shapes, layer_matrices
+from cqil_trt.files import write_json
 from cqil_trt.formats import RankTensor
 from cqil_trt.gpu import cuda, kernel_library
 from cqil_trt.gpu.weights import DeviceWeights
@@ -321,7 +321,7 @@ def run(options: argparse.Namespace, job: Job) -> None:
 
     def save() -> None:
         if options.json:
-            options.json.write_text(json.dumps(report, indent=1) + "\n")
+            write_json(options.json, report)
 
     title = f"{model_name(options)}, {model.num_layers} layers, groups of {cqil.p} in [{cqil.start}, {cqil.end})"
     if options.alone:

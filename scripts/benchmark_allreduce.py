@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import os
 import statistics
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from plots import check_plot, pyplot
 
 from cqil_trt.commands import RankParser, check_file, run_ranks
 from cqil_trt.errors import UserError
+from cqil_trt.files import write_json
 from cqil_trt.gpu.workspace import CudaCommunicator
 from cqil_trt.job import Job
 from cqil_trt.table import table
@@ -216,7 +216,7 @@ def run(options: argparse.Namespace, job: Job) -> None:
         print("\nall-reduce\n" + show(result["all_reduce"]))
         print(f"\nall-reduce + residual add + RMSNorm, hidden {HIDDEN}\n" + show(result["fused"]))
         if options.json:
-            options.json.write_text(json.dumps(result, indent=1) + "\n")
+            write_json(options.json, result)
         if options.plot:
             plot(result, options.plot)
     communicator.workspace.close()

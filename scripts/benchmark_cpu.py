@@ -10,7 +10,6 @@ Rank 0 reports the step of median length, at a context of --context tokens. OMP_
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from cqil_trt import backends
 from cqil_trt.commands import RankParser, check_at_least, check_file, run_ranks
 from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
+from cqil_trt.files import write_json
 from cqil_trt.job import Job
 from cqil_trt.llm import Llm
 from cqil_trt.scheduler import Step
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace, job: Job) -> None:
     rows = [(name, f"{ms:.2f}", f"{ms / step['total']:.1%}") for name, ms in step.items()]
     print(table(["the median decode step", "ms", "share"], rows))
     if options.json:
-        options.json.write_text(json.dumps({"milliseconds": step, "threads": torch.get_num_threads()}, indent=1) + "\n")
+        write_json(options.json, {"milliseconds": step, "threads": torch.get_num_threads()})
 
 
 def check_engine(options: argparse.Namespace, engine: Engine) -> None:

@@ -10,7 +10,6 @@ more row costs in a decode step.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from statistics import median
@@ -20,6 +19,7 @@ import installed  # noqa: F401
 from cqil_trt.backends import DEVICES
 from cqil_trt.commands import RankParser, check_at_least, check_file, run_ranks
 from cqil_trt.errors import UserError
+from cqil_trt.files import write_json
 from cqil_trt.job import Job
 from cqil_trt.llm import Llm
 from cqil_trt.runner import Runner
@@ -116,7 +116,7 @@ def run(options: argparse.Namespace, job: Job) -> None:
     lines = [(n, f"{ms:.2f}", f"{more[n]:+.1%}", f"{more[n] / max(n - 1, 1):.3f}") for n, ms in prices.items()]
     print(table(("tokens in a step", "ms", "more", "a token"), lines))
     if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(options.json, report)
 
 
 def answer(llm: Llm, prompt: list[int], count: int, speculation: Speculation | None) -> dict:

@@ -10,7 +10,6 @@ All of it is from the page cache.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ import installed  # noqa: F401
 from cqil_trt.commands import RankParser, check_at_least, check_file, run_ranks
 from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
+from cqil_trt.files import write_json
 from cqil_trt.job import Job
 from cqil_trt.startup import since_start
 from cqil_trt.table import table
@@ -121,7 +121,7 @@ def run(options: argparse.Namespace, job: Job) -> None:
     if options.json:
         seconds = {"copy": plain, "start": total, "parts": parts, "within": within}
         found = {"bytes": size, "ranks": job.size, "on_gpu": llm.session.on_gpu, "seconds": seconds}
-        options.json.write_text(json.dumps({**found, "ratio": total / plain}, indent=1) + "\n")
+        write_json(options.json, {**found, "ratio": total / plain})
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from cqil_trt.commands import (
 )
 from cqil_trt.config import AUTO, KV_DTYPES, CqilConfig, EngineLimits
 from cqil_trt.errors import UserError
+from cqil_trt.files import write_file
 from cqil_trt.hub import find_adapter
 from cqil_trt.job import Job
 from cqil_trt.quality.perplexity import CELLS, WON_BACK, Scores, won_back
@@ -309,7 +310,7 @@ def report(options: argparse.Namespace, columns: list[Column]) -> None:
             if options.samples:
                 entry["samples"] = column.tasks["samples"]
     if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1, default=str) + "\n")
+        write_file(options.json, (json.dumps(result, indent=1, default=str) + "\n").encode())
 
 
 def describe(cqil: CqilConfig) -> str:

@@ -425,7 +425,7 @@ def test_a_server_answers_its_gateway_drains_and_leaves_nothing(engine):
                 rest = await answer.read()
         assert rest.rstrip().endswith(b"data: [DONE]")
         await stopping
-        assert server.failure is None and not server._directory.exists()
+        assert server.failure is None and not server._directory.path.exists()
 
     asyncio.run(scenario())
     assert gone(engine, 0)
@@ -446,7 +446,7 @@ def test_directories_of_killed_processes_are_removed(tmp_path, monkeypatch):
     for directory in (old, held):
         os.utime(directory, (0, 0))
     second = EngineServer(1, [], {}, sys.executable)
-    assert set(tmp_path.iterdir()) == {first._directory, young, second._directory}
+    assert set(tmp_path.iterdir()) == {first._directory.path, young, second._directory.path}
 
 
 @pytest.mark.slow
@@ -457,7 +457,7 @@ def test_a_server_that_does_not_start_says_why(engine, tmp_path):
         server = EngineServer(2, ["--engine", str(tmp_path)], {}, "mpirun")
         with pytest.raises(RuntimeError, match=r"exit code 2 \(--engine .*: not an engine directory"):
             await server.start(60)
-        assert not server._directory.exists()
+        assert not server._directory.path.exists()
 
     asyncio.run(scenario())
 

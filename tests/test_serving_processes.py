@@ -770,15 +770,19 @@ def test_the_socket_of_a_server_that_was_killed_is_replaced(tmp_path):
 def test_old_directories_of_servers_are_removed(tmp_path, monkeypatch):
     from cqil_trt.serving import wire
 
-    monkeypatch.setattr(wire.tempfile, "tempdir", str(tmp_path))
-    abandoned, young = wire.Rendezvous(), wire.Rendezvous()
-    abandoned.listen("orders").close()
-    os.utime(abandoned.directory, (0, 0))
+    program = "import os; from cqil_trt.serving.wire import Rendezvous; Rendezvous().listen('orders'); os._exit(1)"
+    subprocess.run([sys.executable, "-c", program], env={**os.environ, "TMPDIR": str(tmp_path)}, check=False)
+    [abandoned] = tmp_path.iterdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    other = wire.Rendezvous()
+    assert set(tmp_path.iterdir()) == {abandoned, other.directory}  # it could be one that is being made
+    for directory in (abandoned, other.directory):
+        os.utime(directory, (0, 0))
     own = wire.Rendezvous()
-    assert set(tmp_path.iterdir()) == {young.directory, own.directory}
+    assert set(tmp_path.iterdir()) == {other.directory, own.directory}
     for _ in range(2):
         own.remove()
-    assert set(tmp_path.iterdir()) == {young.directory}
+    assert set(tmp_path.iterdir()) == {other.directory}
 
 
 def test_a_refused_request_leaves_no_timer():

@@ -10,7 +10,6 @@ import shlex
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from pathlib import Path
 import aiohttp
 
 from cqil_trt.errors import UserError
-from cqil_trt.files import lock
+from cqil_trt.files import HeldDirectory
 from cqil_trt.serving.wire import GATEWAY_HEADER
 
 # How often a server that loads is asked whether it is ready, and how long it may take to answer.
@@ -28,17 +27,6 @@ _ASK_SECONDS, _ANSWER_SECONDS = 0.1, 5.0
 _GRACE_SECONDS = 10.0
 # Lines of output that explain why a server ended.
 _REMEMBERED_LINES = 20
-# The names of servers' directories, and how young one may be that nobody holds yet.
-_PREFIX, _YOUNG_SECONDS = "cqil-replica-", 60.0
-
-
-def _remove_abandoned() -> None:
-    """Removes the directories of processes that were killed. Process ids would not do: containers may share /tmp."""
-    for directory in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError):
-            if time.time() - directory.stat().st_mtime > _YOUNG_SECONDS:
-                os.close(lock(directory, os.O_RDONLY))
-                shutil.rmtree(directory, ignore_errors=True)
 
 
 def launcher(mpirun: str) -> list[str]:
@@ -72,10 +60,8 @@ class EngineServer:
         self._ranks, self._flags, self._host = ranks, list(flags), host
         self.url, self.key = "", secrets.token_hex(32)
         self._environment = {**environment, "CQIL_GATEWAY_KEY": self.key}
-        _remove_abandoned()
-        self._directory = Path(tempfile.mkdtemp(prefix=_PREFIX))
-        self._held: int | None = lock(self._directory, os.O_RDONLY)
-        self._pid_file, self._address_file = self._directory / "pid", self._directory / "address"
+        self._directory = HeldDirectory("cqil-replica-")
+        self._pid_file, self._address_file = self._directory.path / "pid", self._directory.path / "address"
         self._lines: deque[str] = deque(maxlen=_REMEMBERED_LINES)
         self._ending = False
         self.failure: str | None = None
@@ -144,7 +130,4 @@ class EngineServer:
         await self._process.wait()
         self._watching.cancel()
         await self._session.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
-        if self._held is not None:
-            os.close(self._held)
-            self._held = None
+        self._directory.remove()

@@ -6,14 +6,11 @@ The sockets are in a directory that only this user can enter, or were inherited,
 from __future__ import annotations
 
 import contextlib
-import os
 import pickle
 import select
-import shutil
 import socket
 import struct
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +19,7 @@ from typing import Any
 
 from cqil_trt import cores
 from cqil_trt.errors import JobError
+from cqil_trt.files import HeldDirectory
 from cqil_trt.sampling import Choice, SamplingConfig
 
 _LENGTH = struct.Struct("<I")
@@ -33,8 +31,6 @@ _BUFFER_BYTES = 8 << 20
 # Read at a time. For much more the C library maps memory anew for each read, which takes longer than the read.
 _READ_BYTES = 1 << 16
 _READS = 16  # at most, of one poll
-# The directories of `Rendezvous`, and the age at which they are of no use.
-_PREFIX, _ABANDONED_SECONDS = "cqil-serve-", 3600.0
 
 
 def has_cores(ranks: int) -> bool:
@@ -163,17 +159,8 @@ class Rendezvous:
     """Sockets in a directory of their own, where the processes of a server find each other while it starts."""
 
     def __init__(self) -> None:
-        self._remove_abandoned()
-        self.directory = Path(tempfile.mkdtemp(prefix=_PREFIX))
-
-    @staticmethod
-    def _remove_abandoned() -> None:
-        """Removes the directories of servers that were killed while they started, for which nobody waits any more."""
-        for directory in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-            with contextlib.suppress(OSError):
-                found = directory.lstat()
-                if found.st_uid == os.getuid() and time.time() - found.st_mtime > _ABANDONED_SECONDS:
-                    shutil.rmtree(directory)
+        self._held = HeldDirectory("cqil-serve-")
+        self.directory = self._held.path
 
     def listen(self, name: str) -> socket.socket:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -183,7 +170,7 @@ class Rendezvous:
 
     def remove(self) -> None:
         """Removes the directory, if it is still there."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+        self._held.remove()
 
 
 def connect(path: Path, peer: str) -> Connection:
