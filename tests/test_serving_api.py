@@ -668,6 +668,23 @@ def test_a_grammar_that_ends_its_compiler_ends_nothing_else(engine, monkeypatch)
     asyncio.run(scenario())
 
 
+def test_a_grammar_whose_masks_take_long_ends_its_request_only(served, engine):
+    """Each of its symbols can be derived in more ways than the last one. A schema of many fields is nothing to that."""
+    ambiguous = 'start: s "c"\ns: s s | "a" | "b" | s "a" s\n'
+    endless = {str(token): -100 for text, token in served.tokenizer.get_vocab().items() if "c" in text}
+    body = {"prompt": "x", "guided_grammar": ambiguous, "logit_bias": endless, "max_tokens": 200}
+    answer = ask(served.server, "/v1/completions", body)
+    assert answer[0] == 400 and "too complex" in refusal(answer)["message"], answer
+    fields = {f"field {i}": "x" * i for i in range(300)}
+    schema = {"type": "object", "properties": {name: {"type": ["string", "null"]} for name in fields}}
+    end, size = served.tokenizer.token_to_id("<|im_end|>"), served.tokenizer.get_vocab_size()
+    matcher = Grammars(Tokenizer(engine), size, [end]).matcher(grammars.json_schema(schema))
+    for token in served.tokenizer.encode(json.dumps(dict(list(fields.items())[:100]))).ids:
+        assert matcher.mask()[token // 32] >> token % 32 & 1
+        matcher.advance(token)
+        assert not matcher.failure
+
+
 @pytest.mark.parametrize(
     "field, value",
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -16,6 +17,9 @@ from cqil_trt.tokenizer import Tokenizer
 # White space in JSON: none, a space, or a new line with its indentation. Without a bound a model can go on forever with
 # nothing but new lines.
 _WHITE_SPACE = r"( |\n[ \t]{0,40})?"
+# The time that masks of one sequence may take: rank 0 computes them between steps, so that every sequence waits. Those
+# of schemas take microseconds, those of a very ambiguous grammar up to 0.1 s.
+_SECONDS, _SECONDS_PER_TOKEN = 0.25, 0.005
 
 
 class _Tokens:
@@ -77,24 +81,31 @@ class GrammarMatcher:
 
     def __init__(self, matcher: LLMatcher, size: int):
         self._matcher, self._words = matcher, -(-size // 32)
+        self._seconds = _SECONDS
         self.failure = ""
 
     def mask(self) -> np.ndarray:
         """The tokens allowed next, uint32 [ceil(vocabulary / 32)]."""
+        began = time.thread_time()
         found = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
         mask = np.zeros(self._words, np.uint32)
         mask[: len(found)] = found[: self._words]
-        self._check()
+        self._check(began)
         return mask
 
     def advance(self, token: int) -> None:
+        began = time.thread_time()
         self._matcher.consume_token(token)
-        self._check()
+        self._seconds += _SECONDS_PER_TOKEN
+        self._check(began)
 
-    def _check(self) -> None:
+    def _check(self, began: float) -> None:
         """llguidance does not raise: once it has failed, it allows the end of the text only."""
+        self._seconds -= time.thread_time() - began
         if self._matcher.is_error():
             self.failure = f"the grammar: {_error(self._matcher)}"
+        elif self._seconds < 0:
+            self.failure = "the grammar is too complex: its masks take too long"
 
 
 def _error(matcher: LLMatcher) -> str:
