@@ -146,12 +146,13 @@ class HostKernels:
         each = s.length if s.drafts else 1  # entries of a sequence, of which the first counts
         pasts, rows = (at(entries, s.batch, each, dtype=torch.int32)[:, 0].long() for entries in (past, slots))
         where = pasts[:, None] + torch.arange(s.length)
+        inside = where < s.positions  # what is beyond is not appended, and means nothing
         half = (s.rotary or dim) // 2
 
         def rotated(x):
             if cos is None:
                 return x
-            c, n = (at(table, s.positions, half)[where][:, :, None] for table in (cos, sin))
+            c, n = (at(table, s.positions, half)[where * inside][:, :, None] for table in (cos, sin))
             a, b, rest = x.split([half, half, dim - 2 * half], -1)
             return torch.cat((a * c - b * n, b * c + a * n, rest), -1)
 
@@ -159,7 +160,8 @@ class HostKernels:
         cached = self.caches.setdefault(cache, torch.zeros(2, s.max_batch, s.capacity, s.kv_heads, dim))
         assert s.positions == s.capacity or (s.capacity % 64 == 0 and s.capacity >= s.window + s.length - 1)
         for b in range(s.batch):
-            cached[0, rows[b], where[b] % s.capacity], cached[1, rows[b], where[b] % s.capacity] = rotated(k)[b], v[b]
+            at_row = rows[b], where[b][inside[b]] % s.capacity
+            cached[0][at_row], cached[1][at_row] = rotated(k)[b][inside[b]], v[b][inside[b]]
         keys, values = (torch.stack([self.in_order(s, *pair) for pair in zip(part[rows], where)]) for part in cached)
         self.attend(s, q, where, keys, values, at(out, s.batch, s.length, s.heads, dim))
         return 0
@@ -168,7 +170,7 @@ class HostKernels:
     def in_order(s, kept, where):
         """What a cache keeps of a sequence by position, NaN where it was overwritten."""
         found = torch.full((s.positions, *kept.shape[1:]), torch.nan)
-        last = int(where[-1])
+        last = min(int(where[-1]), s.positions - 1)
         every = torch.arange(max(0, last + 1 - s.capacity), last + 1)
         found[every] = kept[every % s.capacity]
         return found
