@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 
+import hypothesis
 import pytest
 from support import ROOT, SEED
 from support.processes import assert_user_error
@@ -20,6 +21,9 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The workers of pytest-xdist inherit it.
 os.environ.setdefault("CQIL_TEST_SEED", str(SEED))
+# An example takes longer than the usual 0.2 s whenever the machine does something else.
+hypothesis.settings.register_profile("unhurried", deadline=None)
+hypothesis.settings.load_profile("unhurried")
 
 
 def pytest_report_header() -> str:

@@ -85,7 +85,7 @@ def transformers_rotary(values):
         return None
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     scaling=st.sampled_from([..., None, {}]) | parameters() | of_its_type(),
     standard=st.sampled_from([..., None]) | parameters(),

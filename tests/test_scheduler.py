@@ -486,7 +486,7 @@ def wanted_of(values, world):
     )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(worlds(), st.lists(ACTIONS, min_size=1, max_size=40), st.booleans())
 def test_every_request_gets_what_it_gets_alone(options, actions, stops):
     world = World(**options)
@@ -501,7 +501,7 @@ def test_every_request_gets_what_it_gets_alone(options, actions, stops):
     world.stop() if stops else world.finish()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(worlds(), st.lists(REQUESTS, min_size=1, max_size=12))
 def test_a_closed_set_of_requests(options, requests):
     world = World(**options)
@@ -551,7 +551,7 @@ def test_busy_servers(policy, ahead):
         world.finish()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 2), st.lists(st.tuples(st.integers(1, 20), st.integers(1, 6)), min_size=2, max_size=8))
 def test_a_conversation_continues_in_its_slot(ahead, turns):
     world = World(slots=3, rows=2, max_seq_len=200, chunk=8, policy="latency", reuse=True, ahead=ahead)

@@ -120,7 +120,7 @@ def quality_of(seed):
     return cost
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(0, 2**20),
     st.integers(16, 400),

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 CHAT, TEXT, TOKENIZE, DETOKENIZE = "/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"
 LENGTH = 96  # tokens that the engine holds
-SETTINGS = settings(deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+SETTINGS = settings(suppress_health_check=list(HealthCheck), print_blob=True)
 
 
 @pytest.fixture(scope="module")

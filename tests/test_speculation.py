@@ -43,7 +43,7 @@ def looked_up(tokens, most):
     return draft
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(TOKENS, TOKENS, st.integers(1, 15))
 def test_ngrams_are_looked_up(first, second, most):
     drafter = NgramDrafter()

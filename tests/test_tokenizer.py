@@ -32,7 +32,7 @@ from cqil_trt.errors import UserError
 from cqil_trt.tokenizer import Conversation, TextStream, Tokenizer, find_tokenizer, save_tokenizer
 from cqil_trt.tokenizer.vocabulary import JsonVocabulary
 
-CHECKED = settings(max_examples=150, deadline=None)
+CHECKED = settings(max_examples=150)
 TEXTS = st.one_of(
     st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=30),
     st.lists(

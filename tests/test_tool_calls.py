@@ -210,7 +210,7 @@ ANSWERS = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=3), max_size=12
 CASES = st.sampled_from([text for text, _, _ in HERMES + LLAMA3])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.sampled_from(["hermes", "llama3"]), ANSWERS | CASES, st.data())
 def test_any_split_is_the_same(format, text, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
@@ -244,7 +244,7 @@ OBJECTS = st.dictionaries(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(OBJECTS, st.booleans(), st.booleans(), st.booleans(), st.sampled_from([None, 1]))
 def test_any_arguments_come_through(value, ascii, encoded, last, indent):
     source = json.dumps(value, ensure_ascii=ascii, indent=indent)

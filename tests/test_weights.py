@@ -491,7 +491,7 @@ def test_a_damaged_safetensors_file_is_refused(damage, tmp_path):
     assert str(path) in str(caught.value)
 
 
-@settings(max_examples=300, deadline=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=20_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_fuzzed_safetensors_are_read_or_refused(data, tmp_path):
     path = tmp_path / "model.safetensors"
@@ -525,7 +525,7 @@ JUNK = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=20_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_fuzzed_configurations_are_read_or_refused(data, tmp_path_factory, fuzz_model):
     values = json.loads((fuzz_model / "config.json").read_text())
@@ -550,7 +550,7 @@ def test_fuzzed_configurations_are_read_or_refused(data, tmp_path_factory, fuzz_
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # kilobytes
 
 
-@settings(max_examples=100, deadline=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=20_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(raw=st.binary(max_size=200))
 def test_a_configuration_of_any_bytes_is_refused(raw, tmp_path):
     (tmp_path / "config.json").write_bytes(raw)
