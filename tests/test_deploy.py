@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +19,9 @@ from support.serving import processes
 
 for name in ("aiohttp", "uvicorn", "starlette", "pydantic", "prometheus_client"):
     pytest.importorskip(name)
+
+# For what comes soon, unless the machine does something else.
+PATIENCE = 240.0
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +269,7 @@ def test_requests_wait_in_turn_and_not_for_ever():
             await gone
         assert held.own == 0 and replicas.waiting == 0
 
-    asyncio.run(asyncio.wait_for(scenario(), 20))
+    asyncio.run(asyncio.wait_for(scenario(), PATIENCE))
 
 
 def test_as_many_replicas_as_the_requests_need():
@@ -308,15 +312,16 @@ def passed_on(first, second):
             return made
 
         for name, handler in (("first", first), ("second", second)):
-            runner = web.AppRunner(app(name, handler))
-            await runner.setup()
-            await web.TCPSite(runner, "127.0.0.1", 0).start()
-            url = "http://{}:{}".format(*runner.addresses[0])
-            # The second one is busier.
-            states.append(State(name, url, f"key of {name}", "ready", others=len(states)))
-            runners.append(runner)
             if handler is None:
-                await runner.cleanup()
+                place = ended.getsockname()
+            else:
+                runner = web.AppRunner(app(name, handler))
+                await runner.setup()
+                await web.TCPSite(runner, "127.0.0.1", 0).start()
+                place = runner.addresses[0]
+                runners.append(runner)
+            # The second one is busier.
+            states.append(State(name, "http://{}:{}".format(*place), f"key of {name}", "ready", others=len(states)))
 
         async def send(message):
             sent.append(message)
@@ -334,7 +339,9 @@ def passed_on(first, second):
         headers = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
         return sent[0]["status"], headers, b"".join(message["body"] for message in sent[1:]), asked
 
-    return asyncio.run(asyncio.wait_for(scenario(), 30))
+    with socket.socket() as ended:  # on whose port nobody listens, and nobody else can
+        ended.bind(("127.0.0.1", 0))
+        return asyncio.run(asyncio.wait_for(scenario(), PATIENCE))
 
 
 def answering(status, body, **headers):
@@ -396,8 +403,9 @@ def of_engine(path):
     return [pid for pid, (_, args) in processes().items() if str(path) in args and "cqil_trt" in args]
 
 
-def gone(path, seconds):
-    end = time.monotonic() + seconds
+def gone(path):
+    """Soon: what was killed has not always ended yet."""
+    end = time.monotonic() + PATIENCE
     while (left := of_engine(path)) and time.monotonic() < end:
         time.sleep(0.1)
     return not left
@@ -411,7 +419,7 @@ def test_a_server_answers_its_gateway_drains_and_leaves_nothing(engine):
 
     async def scenario():
         server = EngineServer(2, ["--engine", str(engine), "--device", "cpu"], {"OMP_NUM_THREADS": "1"}, "mpirun")
-        await server.start(60)
+        await server.start(PATIENCE)
         asked = {"prompt": "hello", "max_tokens": 400, "ignore_eos": True, "stream": True}
         async with aiohttp.ClientSession(server.url) as session:
             for headers in ({}, {"X-CQIL-Gateway": "wrong"}):
@@ -421,14 +429,14 @@ def test_a_server_answers_its_gateway_drains_and_leaves_nothing(engine):
             headers = {"X-CQIL-Gateway": server.key}
             async with session.post("/v1/completions", json=asked, headers=headers) as answer:
                 await answer.content.readline()
-                stopping = asyncio.create_task(server.stop(30))
+                stopping = asyncio.create_task(server.stop(PATIENCE))
                 rest = await answer.read()
         assert rest.rstrip().endswith(b"data: [DONE]")
         await stopping
         assert server.failure is None and not server._directory.path.exists()
 
     asyncio.run(scenario())
-    assert gone(engine, 0)
+    assert gone(engine)
 
 
 def test_directories_of_killed_processes_are_removed(tmp_path, monkeypatch):
@@ -456,7 +464,7 @@ def test_a_server_that_does_not_start_says_why(engine, tmp_path):
     async def scenario():
         server = EngineServer(2, ["--engine", str(tmp_path)], {}, "mpirun")
         with pytest.raises(RuntimeError, match=r"exit code 2 \(--engine .*: not an engine directory"):
-            await server.start(60)
+            await server.start(PATIENCE)
         assert not server._directory.path.exists()
 
     asyncio.run(scenario())
@@ -469,9 +477,9 @@ import asyncio, time
 from cqil_trt.deploy.server import EngineServer
 async def main():
     server = EngineServer(2, ["--engine", {str(engine)!r}, "--device", "cpu"], {{"OMP_NUM_THREADS": "1"}}, "mpirun")
-    await server.start(60)
+    await server.start({PATIENCE})
     print("ready", flush=True)
-    time.sleep(60)
+    time.sleep({2 * PATIENCE})
 asyncio.run(main())
 """
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT)
@@ -481,5 +489,4 @@ asyncio.run(main())
     finally:
         parent.send_signal(signal.SIGKILL)
         parent.wait()
-    assert gone(engine, 10)
-    assert not os.path.exists(f"/proc/{parent.pid}")
+    assert gone(engine)

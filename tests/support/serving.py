@@ -24,7 +24,7 @@ class ServerProcess:
         engine: Any,
         *flags: Any,
         api_key: str | None = None,
-        timeout: float = 120,
+        timeout: float = 300,
         python: str = "python",
     ):
         self.api_key = api_key
@@ -62,7 +62,7 @@ class ServerProcess:
     def status(self, path: str) -> int:
         """The HTTP status of a GET."""
         try:
-            with urllib.request.urlopen(self.url + path, timeout=5) as response:
+            with urllib.request.urlopen(self.url + path, timeout=60) as response:
                 return response.status
         except urllib.error.HTTPError as error:
             return error.code
@@ -81,13 +81,13 @@ class ServerProcess:
 
         return OpenAI(base_url=self.url + "/v1", api_key=self.api_key or "none", **{"max_retries": 0, **options})
 
-    def stop(self, timeout: float = 60) -> int:
+    def stop(self, timeout: float = 300) -> int:
         """Sends SIGTERM; returns the exit code."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         return self.wait(timeout)
 
-    def wait(self, timeout: float = 60) -> int:
+    def wait(self, timeout: float = 300) -> int:
         try:
             code = self.process.wait(timeout)
         finally:
@@ -97,10 +97,14 @@ class ServerProcess:
 
 
 def processes() -> dict[int, tuple[int, str]]:
-    """Every process: its parent, and its command line."""
+    """Every process: its parent, and its command line.
+
+    Without those that have the command line of their parent, which they are about to replace by another program's.
+    """
     listed = subprocess.run(["ps", "-ewwo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
     rows = (line.split(None, 2) for line in listed.splitlines())
-    return {int(pid): (int(parent), args) for pid, parent, args in (row for row in rows if len(row) == 3)}
+    found = {int(pid): (int(parent), args) for pid, parent, args in (row for row in rows if len(row) == 3)}
+    return {pid: (above, args) for pid, (above, args) in found.items() if above not in found or found[above][1] != args}
 
 
 def _children_running(parent: int, name: str) -> list[int]:
