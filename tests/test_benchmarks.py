@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import sys
 from types import SimpleNamespace
 
@@ -86,7 +87,10 @@ def test_two_servers_are_compared(tmp_path):
     assert server.stop() == 0 and done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     assert [(row["clients"], len(row["first_token_ms"])) for row in found] == [(1, 2), (1, 2), (2, 4), (2, 4)]
-    refused = run(sys.executable, "scripts/benchmark_serving.py", *flags)
+    with socket.socket() as ended:  # on whose port nobody listens, and nobody else can
+        ended.bind(("127.0.0.1", 0))
+        nobody = f"http://127.0.0.1:{ended.getsockname()[1]}"
+        refused = run(sys.executable, "scripts/benchmark_serving.py", *flags[:8], "--url", nobody)
     assert_user_error(refused, "Connection refused")
     refused = run(sys.executable, "scripts/benchmark_serving.py", *flags[:8], "--url", "x")
     assert_user_error(refused, "--url x: expected http://host:port")

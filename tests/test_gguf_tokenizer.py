@@ -170,10 +170,10 @@ def test_a_vocabulary_that_names_a_token_twice(tmp_path):
     writer.add_token_list([*(f"t{number}" for number in range(60_000)), "t59999"])
     writer.add_eos_token_id(7)
     finish(writer)
-    tokenizer, began = GgufTokenizer(tmp_path / "model.gguf"), time.perf_counter()
+    tokenizer, began = GgufTokenizer(tmp_path / "model.gguf"), time.process_time()
     with pytest.raises(UserError, match="two tokens of its vocabulary are 't59999'.*--no-tokenizer"):
         tokenizer.write(tmp_path)
-    assert tokenizer.ends() == (7,) and time.perf_counter() - began < 10
+    assert tokenizer.ends() == (7,) and time.process_time() - began < 10
 
 
 def test_what_llama_cpp_refuses_is_refused(tmp_path):

@@ -254,7 +254,7 @@ def test_second_turn_sends_the_history_and_the_settings(page):
 
 
 def test_escape_stops_and_keeps_the_partial_text(page):
-    page.ask(LONG, tokens=2000)
+    page.ask(LONG, tokens=3900)
     page.wait(lambda: len(page.text(".answer .text")) > 20)
     page.keys(Keys.ESCAPE)
     answer = page.answered()
@@ -332,7 +332,7 @@ def test_model_without_a_chat_template_continues_plain_text(page):
 
 
 def test_answer_stopped_before_any_text_is_left_out_of_the_history(page):
-    page.fake_answers([chunk()] * 40)
+    page.fake_answers([chunk()] * 1000)
     page.ask("Never mind")
     page.wait(lambda: page.js("return window.posted.length"))
     page.one("#stop").click()

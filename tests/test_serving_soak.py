@@ -167,7 +167,7 @@ async def run(server, expected, numbers):
 
     await asyncio.gather(*(work() for _ in range(CLIENTS)))
     for name in ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"):
-        for _ in range(100):
+        for _ in range(1000):
             if (found := await metric(server.url, name)) == 0:
                 break
             await asyncio.sleep(0.02)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
@@ -44,6 +45,8 @@ class Hub:
         self.claimed: dict[str, int] = {}
         self.dies_after: int | None = None
         self.status: int | None = None
+        self._held: socket.socket | None = None
+        self._ending = threading.Lock()
 
     def __enter__(self) -> Hub:
         self.start()
@@ -51,17 +54,30 @@ class Hub:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+        self._release()
 
     def start(self, port: int = 0) -> None:
         handler = type("Handler", (_Handler,), {"hub": self})
+        self._release()
         self._server = ThreadingHTTPServer(("127.0.0.1", port), handler)
         self._server.daemon_threads = True
         self.port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
     def stop(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        """From now on nobody listens; no other process gets the port."""
+        with self._ending:
+            self._server.shutdown()
+            self._server.server_close()
+            if self._held is None:
+                self._held = socket.socket()
+                self._held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                self._held.bind(("127.0.0.1", self.port))
+
+    def _release(self) -> None:
+        if self._held is not None:
+            self._held.close()
+            self._held = None
 
     def environment(self, cache: Path, **more: str) -> dict[str, str]:
         """The environment of a process that uses this hub, with its own home of huggingface_hub."""
