@@ -1,4 +1,7 @@
-"""Tokens that are drawn twice with the same random numbers: alone, and in a batch, where float32 rounds otherwise."""
+"""Tokens that are chosen twice, alone and in a batch, or by an engine and by its judge, where float32 rounds otherwise.
+
+Of many thousands of tokens of random models, two are so near to each other that this decides.
+"""
 
 from __future__ import annotations
 
@@ -29,3 +32,19 @@ def assert_same_draws(
     rounding = 1e-6 * np.abs(logits).max() * random.standard_normal((1000, len(logits)))
     possible = {sample(noisy.astype(np.float32), config, uniform) for noisy in logits + rounding}
     assert {found[at], other[at]} <= possible, (at, found, other, possible)
+
+
+def assert_likeliest(tokens: list[int], logits: np.ndarray) -> None:
+    """Each is the likeliest by its row of the right logits [tokens, vocabulary], but for float32's rounding."""
+    assert len(tokens) == len(logits)
+    short = logits.max(-1) - logits[np.arange(len(tokens)), tokens]
+    assert short.max() <= 1e-5 * np.abs(logits).max(), (tokens, short)
+
+
+def assert_same_choices(
+    found: list[int], other: list[int], prompt: list[int], logits_of: Callable[[list[int]], np.ndarray]
+) -> None:
+    """Greedy tokens are equal, or all are the likeliest. `logits_of` as in `assert_same_draws`."""
+    assert len(found) == len(other)
+    for tokens in () if found == other else (found, other):
+        assert_likeliest(tokens, logits_of(prompt + tokens[:-1])[len(prompt) - 1 :])
