@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import SEED, noisy_drafts, write_json
 from support.checkpoints import load_model, make_model
+from support.draws import assert_same_draws
 from support.noisy_drafts import Noisy
 from support.processes import mpirun
 
@@ -18,6 +19,7 @@ from cqil_trt.errors import UserError
 from cqil_trt.generate import GenerationConfig, generate
 from cqil_trt.gpu.session import CudaSession
 from cqil_trt.llm import Llm
+from cqil_trt.reference import CqilModel
 from cqil_trt.runner import Runner
 from cqil_trt.sampling import SamplingConfig
 from cqil_trt.scheduler import Request
@@ -169,12 +171,26 @@ SAMPLINGS = [
 ]
 
 
+def sampling_of(index):
+    return SamplingConfig(**SAMPLINGS[index % len(SAMPLINGS)], seed=SEED + index)
+
+
+def judge(network):
+    """A function that gives a network's logits after each of some tokens."""
+
+    def logits_of(tokens):
+        with torch.inference_mode():
+            return network(torch.tensor([tokens]), use_cache=False).logits[0].numpy()
+
+    return logits_of
+
+
 def run(runner, prompts):
     """By prompt: tokens, log-probabilities, and how many drafted tokens were accepted."""
     found, numbers = [([], [], [0]) for _ in prompts], {}
     for index, prompt in enumerate(prompts):
-        sampling = SamplingConfig(**SAMPLINGS[index % len(SAMPLINGS)], seed=SEED + index)
-        numbers[runner.scheduler.add(Request(prompt=prompt, max_new_tokens=40, sampling=sampling))] = index
+        request = Request(prompt=prompt, max_new_tokens=40, sampling=sampling_of(index))
+        numbers[runner.scheduler.add(request)] = index
     while not runner.scheduler.idle:
         for news in runner.turn():
             tokens, logprobs, accepted = found[numbers[news.number]]
@@ -196,10 +212,12 @@ def test_no_token_depends_on_drafts(ahead, engine, noisy, monkeypatch):
     plain = run(Runner.of(llm.session, "latency"), prompts)
     Noisy.answers = tuple([*prompt, *tokens] for prompt, (tokens, _, _) in zip(prompts, plain))
     drafted = run(Runner.of(llm.session, "latency", speculation=noisy), prompts)
-    for (tokens, logprobs, _), (found, found_logprobs, _) in zip(plain, drafted):
-        assert found == tokens
+    logits_of = judge(load_model(llm.engine.source.model))
+    for index, ((tokens, logprobs, _), (found, found_logprobs, _)) in enumerate(zip(plain, drafted)):
+        # One row is multiplied by another kernel than several.
+        equal = assert_same_draws(tokens, found, prompts[index], logits_of, sampling_of(index))
         assert len(found_logprobs) == len(logprobs)
-        for expected, actual in zip(logprobs, found_logprobs):
+        for expected, actual in zip(logprobs[:equal], found_logprobs):
             assert [token for token, _ in actual] == [token for token, _ in expected]
             assert [value for _, value in actual] == pytest.approx([value for _, value in expected], abs=1e-4)
     assert sum(accepted for _, _, (accepted,) in drafted) > 30
@@ -246,13 +264,15 @@ def test_ranks_draft_alike(tmp_path, backend):
     # In placement leader, rank 1 predicts nothing.
     placement = {"torch": "sharded", "onnx": "leader"}[backend]
     shape = {"p": 2, "placement": placement, "max_seq_len": 96, "max_batch_size": 3}
-    cqil_trt.build(model=tmp_path / "model", backend=backend, output=tmp_path / "engine", **shape)
+    engine = cqil_trt.build(model=tmp_path / "model", backend=backend, output=tmp_path / "engine", **shape)
+    logits_of = judge(CqilModel.of(load_model(tmp_path / "model"), engine.cqil))
     rng = random.Random(SEED)
     prompts = [[rng.randrange(3, 61) for _ in range(8)] * 3, [7, 8, 9] * 5, [11]]
     ids = write_json(tmp_path / "prompts.json", prompts)
     found = {}
-    sampled = ("--temperature", "0.3", "--seed", "7", "--frequency-penalty", "0.1")
-    for flags in ((), sampled):
+    sampled = {"temperature": 0.3, "seed": 7, "frequency_penalty": 0.1}
+    for values in ({}, sampled):
+        flags = [flag for name, value in values.items() for flag in (f"--{name.replace('_', '-')}", value)]
         for speculate in ("none", "ngram:5"):
             out = tmp_path / "out.json"
             arguments = [
@@ -268,8 +288,9 @@ def test_ranks_draft_alike(tmp_path, backend):
             done = mpirun(2, *arguments, *flags, "--speculate", speculate, "--json", out)
             assert done.returncode == 0, done.stderr
             found.setdefault(speculate, []).extend(json.loads(out.read_text())["completions"])
-    for plain, drafted in zip(*found.values(), strict=True):
-        assert drafted["tokens"] == plain["tokens"]
+    configs = [SamplingConfig(**values) for values in ({}, sampled) for _ in prompts]
+    for plain, drafted, config in zip(*found.values(), configs, strict=True):
+        assert_same_draws(drafted["tokens"], plain["tokens"], plain["prompt_tokens"], logits_of, config)
         assert plain["drafted_tokens"] == 0 and plain["steps"] == len(plain["tokens"])
         assert drafted["steps"] == len(drafted["tokens"]) - drafted["accepted_tokens"]
     # A random model's greedy text soon repeats itself.
@@ -292,11 +313,14 @@ def test_sampling_where_ranks_share_or_lack_the_vocabulary(placement, tmp_path):
         )
         out = tmp_path / f"out{p}.json"
         arguments = ["--engine", tmp_path / f"engine{p}", "--token-ids", prompts, "--max-new-tokens", "30"]
-        flags = ["--temperature", "0.9", "--seed", "3", "--repetition-penalty", "1.2", "--device", "cpu"]
+        flags = ["--temperature", 0.9, "--seed", 3, "--repetition-penalty", 1.2, "--device", "cpu"]
         done = mpirun(p, *arguments, *flags, "--json", out)
         assert done.returncode == 0, done.stderr
-        found[p] = [completion["tokens"] for completion in json.loads(out.read_text())["completions"]]
-    assert found[1] == found[2]
+        found[p] = json.loads(out.read_text())["completions"]
+    logits_of = judge(load_model(tmp_path / "model"))
+    config = SamplingConfig(temperature=0.9, seed=3, repetition_penalty=1.2)
+    for one, two in zip(found[1], found[2], strict=True):
+        assert_same_draws(one["tokens"], two["tokens"], one["prompt_tokens"], logits_of, config)
 
 
 def test_wrong_flags_end_in_one_line(engine):

@@ -5,33 +5,46 @@ Of many thousands of tokens of random models, two are so near to each other that
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import numpy as np
 
-from cqil_trt.sampling import SamplingConfig, sample
+from cqil_trt.sampling import Sampler, SamplingConfig
 
 # How tests/support/mpi_worker.py draws.
 SAMPLED = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "seed": 5}
+SAMPLED_CONFIG = SamplingConfig(**SAMPLED)
+
+
+def possible(config: SamplingConfig, prompt: list[int], tokens: list[int], logits: np.ndarray) -> set[int]:
+    """What may follow a prompt and these tokens, by the right logits [vocabulary] but for float32's rounding."""
+    sampler, chance = Sampler(config, prompt, len(logits)), np.random.default_rng(0)
+    for token in tokens:  # which it counts, and for which it draws
+        only = np.full(len(logits), -np.inf, np.float32)
+        only[token] = 0
+        assert sampler.choose(only).token == token
+    rounding = 1e-6 * np.abs(logits).max() * chance.standard_normal((1000, len(logits)))
+    return {copy.deepcopy(sampler).choose(noisy.astype(np.float32)).token for noisy in logits + rounding}
 
 
 def assert_same_draws(
-    found: list[int], other: list[int], prompt: list[int], logits_of: Callable[[list[int]], np.ndarray]
-) -> None:
+    found: list[int],
+    other: list[int],
+    prompt: list[int],
+    logits_of: Callable[[list[int]], np.ndarray],
+    config: SamplingConfig = SAMPLED_CONFIG,
+) -> int:
     """They are equal, or diverge where logits within float32's rounding of the right ones give either token.
 
-    `logits_of`: the logits [tokens, vocabulary] after each of these tokens. A random number is rarely that near to the
-    border between two tokens: 4.5e-9 in the one case that was seen.
+    `logits_of`: the logits [tokens, vocabulary] after each of these tokens. Returns how many tokens are equal.
     """
     assert len(found) == len(other)
-    if found == other:
-        return
-    at = next(i for i, (a, b) in enumerate(zip(found, other)) if a != b)
-    logits, config, random = logits_of(prompt + found[:at])[-1], SamplingConfig(**SAMPLED), np.random.default_rng(0)
-    uniform = np.random.Generator(np.random.Philox(config.seed)).random(at + 1)[at]
-    rounding = 1e-6 * np.abs(logits).max() * random.standard_normal((1000, len(logits)))
-    possible = {sample(noisy.astype(np.float32), config, uniform) for noisy in logits + rounding}
-    assert {found[at], other[at]} <= possible, (at, found, other, possible)
+    at = next((i for i, (a, b) in enumerate(zip(found, other)) if a != b), len(found))
+    if at < len(found):
+        either = possible(config, prompt, found[:at], logits_of([*prompt, *found[:at]])[-1])
+        assert {found[at], other[at]} <= either, (at, found, other, either)
+    return at
 
 
 def assert_likeliest(tokens: list[int], logits: np.ndarray) -> None:
