@@ -288,6 +288,12 @@ def rounded(state, *parts):
     return found
 
 
+def nearly_a_tie(logits):
+    """Where float32's rounding decides which token is the likeliest."""
+    first, second = logits.topk(2).values.unbind(-1)
+    return first - second < 1e-5
+
+
 def test_search_measures_everything_that_the_budget_allows(model, text, searched):
     done, found, directory = searched
     stored = {
@@ -318,7 +324,9 @@ def test_search_measures_everything_that_the_budget_allows(model, text, searched
         )[:, :-1]
         loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:]).item()
         assert point["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
-        assert point["top1_equal"] == pytest.approx((logits.argmax(-1) == unchanged.argmax(-1)).double().mean())
+        equal = logits.argmax(-1) == unchanged.argmax(-1)
+        unsure = nearly_a_tie(logits) | nearly_a_tie(unchanged)
+        assert (equal & ~unsure).sum() <= round(point["top1_equal"] * equal.numel()) <= (equal | unsure).sum()
     # No other placement of theirs is faster, and the frontiers are what no point beats.
     config = families.read_config(model / "config.json")
     for point in found["points"]:

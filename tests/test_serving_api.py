@@ -16,6 +16,7 @@ import pytest
 from support import ROOT
 from support.chat_models import PLAIN, TEMPLATE, chat_tokenizer, make_chat_model
 from support.checkpoints import load_model
+from support.draws import possible
 from support.made_tokenizers import gpt2_alphabet, save_json
 from support.needs import need
 from support.processes import build, mpirun
@@ -26,6 +27,7 @@ import openai  # noqa: E402
 from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
 
 from cqil_trt.errors import UserError  # noqa: E402
+from cqil_trt.sampling import SamplingConfig  # noqa: E402
 from cqil_trt.serving import api, grammar_check, grammars  # noqa: E402
 from cqil_trt.serving.answers import tools_of  # noqa: E402
 from cqil_trt.serving.grammar_check import GrammarCheck  # noqa: E402
@@ -149,6 +151,23 @@ def expected(engine, tmp_path_factory):
 
 
 SAMPLED = {"temperature": 1, "seed": 5, "top_k": 50, "top_p": 0.95}
+
+
+def assert_same_text(served, text, wanted, **sampling):
+    """The text is that of run.py, up to a token that float32's rounding decides; returns whether it is all of it."""
+    import torch
+
+    if text == wanted.text:
+        return True
+    ids, tokens, config = wanted.prompt_tokens, wanted.tokens, SamplingConfig(**sampling)
+    with torch.inference_mode():
+        rows = served.truth(torch.tensor([ids + tokens])).logits[0, len(ids) - 1 :].numpy()
+    sure = 0
+    while len(possible(config, ids, tokens[:sure], rows[sure])) == 1:
+        sure += 1
+        assert sure < len(tokens), (text, wanted.text)
+    assert text.startswith(served.tokenizer.decode(tokens[:sure]).rstrip("\ufffd")), (text, wanted.text)
+    return False
 
 
 def ask(server, path, body=None, method=None, **headers):
@@ -316,7 +335,8 @@ def test_text_is_that_of_run_py(kind, clients, stream, served, expected):
     with ThreadPoolExecutor(clients) as pool:
         answers = list(pool.map(complete, PROMPTS))
     for prompt, (text, reason, usage), wanted in zip(PROMPTS, answers, expected[kind]):
-        assert text == wanted.text
+        if not assert_same_text(served, text, wanted, **(SAMPLED if kind == "sampled" else {})):
+            continue
         assert reason == {"eos": "stop"}.get(wanted.finish_reason, wanted.finish_reason)
         messages = [{"role": "user", "content": prompt}]
         ids = served.rendered(messages) if kind == "chat" else served.ids(prompt)
@@ -371,15 +391,18 @@ def test_choices_and_seeds(served):
 
 
 def test_several_prompts_and_token_ids(served, expected):
-    texts = [wanted.text for wanted in expected["greedy"][:3]]
-    answer = served.complete(PROMPTS[:3], max_tokens=24)
-    assert [choice.text for choice in answer.choices] == texts
+    first, second, third = expected["greedy"][:3]
+
+    def check(answer, *wanted):
+        for choice, one in zip(answer.choices, wanted, strict=True):
+            assert_same_text(served, choice.text, one)
+        return answer
+
+    answer = check(served.complete(PROMPTS[:3], max_tokens=24), first, second, third)
     assert answer.usage.prompt_tokens == sum(len(served.ids(prompt)) for prompt in PROMPTS[:3])
-    answer = served.complete([served.ids(prompt) for prompt in PROMPTS[:3]], max_tokens=24)
-    assert [choice.text for choice in answer.choices] == texts
-    assert served.complete(served.ids(PROMPTS[1]), max_tokens=24).choices[0].text == texts[1]
-    answer = served.complete(PROMPTS[:2], n=2, max_tokens=24)
-    assert [choice.text for choice in answer.choices] == [texts[0]] * 2 + [texts[1]] * 2
+    check(served.complete([served.ids(prompt) for prompt in PROMPTS[:3]], max_tokens=24), first, second, third)
+    check(served.complete(served.ids(PROMPTS[1]), max_tokens=24), second)
+    check(served.complete(PROMPTS[:2], n=2, max_tokens=24), first, first, second, second)
 
 
 def long_text(served, **more):
@@ -617,7 +640,7 @@ def test_json_does_not_run_on_in_white_space(served):
 
 
 def test_any_json_object(served, no_space):
-    ends = {token: 3 for text in '"}]' for token in served.ids(text)}
+    ends = {token: 5 for text in '"}]' for token in served.ids(text)}  # soon, whatever the random model wants
     complete = 0
     for seed in range(4):
         given = {"response_format": {"type": "json_object"}, "logit_bias": {**no_space, **ends}}
@@ -707,16 +730,19 @@ def test_a_wrong_grammar_is_refused_by_its_field(field, value, served):
 
 def test_guided_and_free_requests_side_by_side(served, expected, no_space):
     def free(index):
-        return served.complete(PROMPTS[index], max_tokens=24).choices[0].text == expected["greedy"][index].text
+        return served.complete(PROMPTS[index], max_tokens=24).choices[0].text
 
     def guided(seed):
         answer = served.chat(max_tokens=100, temperature=1, seed=seed, guided_json=CITY, logit_bias=no_space)
         return obeys(answer.choices[0].message.content)
 
     with ThreadPoolExecutor(8) as pool:
-        work = [pool.submit(free, index) for index in range(6)] + [pool.submit(guided, seed) for seed in range(6)]
-        work += [pool.submit(free, index) for index in range(6)]
+        before, work = ([pool.submit(call, index) for index in range(6)] for call in (free, guided))
+        after = [pool.submit(free, index) for index in range(6)]
         assert all(future.result() for future in work)
+        for one, other, wanted in zip(before, after, expected["greedy"]):
+            assert_same_text(served, one.result(), wanted)
+            assert_same_text(served, other.result(), wanted)
 
 
 # Tools
