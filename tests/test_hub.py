@@ -67,7 +67,7 @@ def hub():
 
 
 def find(hub, cache, *names, flag="--model", **environment):
-    return run(sys.executable, "-c", FIND, flag, *names, env=hub.environment(cache, **environment), timeout=100)
+    return run(sys.executable, "-c", FIND, flag, *names, env=hub.environment(cache, **environment))
 
 
 def found(done):

@@ -46,7 +46,7 @@ class Interpreter:
             text=True,
             start_new_session=True,  # with the processes that it starts
         )
-        self._answer(120)
+        self._answer(600)
 
     def run(self, script: Path, arguments: list[str], directory: Path, timeout: float) -> tuple[int, str, str]:
         """The exit code, standard output and standard error. Raises TimeoutExpired after killing the interpreter."""
@@ -56,7 +56,7 @@ class Interpreter:
             self.process.stdin.flush()
             code = int(self._answer(timeout))
         except (Gone, BrokenPipeError):
-            code = self.process.wait(timeout=30)
+            code = self.process.wait(timeout=300)
         except subprocess.TimeoutExpired:
             self.close()
             raise

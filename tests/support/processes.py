@@ -47,7 +47,7 @@ def cannot_start(ranks: int) -> str | None:
     program = f"from mpi4py import MPI; raise SystemExit(MPI.COMM_WORLD.size != {ranks})"
     command = ("mpirun", "-n", str(ranks), sys.executable, "-c", program)
     try:
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"needs mpirun ({error})"
     if done.returncode == 0:
@@ -56,7 +56,7 @@ def cannot_start(ranks: int) -> str | None:
     return f"needs an mpirun that fits mpi4py and starts {ranks} ranks here (exit code {done.returncode}: {said[:300]})"
 
 
-def run(*command: Any, timeout: float = 300, **options: Any) -> subprocess.CompletedProcess[str]:
+def run(*command: Any, timeout: float = 900, **options: Any) -> subprocess.CompletedProcess[str]:
     """Runs a command from the checkout's root. Skips the test when it fails by mpirun, which starts nothing here.
 
     A script of the checkout runs in an interpreter that stays (`support.interpreters`) unless `options` ask for more
