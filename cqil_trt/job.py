@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# mpirun may lose what a rank says just before it ends the job.
-HEARD_SECONDS = 0.2
+# mpirun may lose what a rank says just before it ends the job, and may itself wait for a core.
+HEARD_SECONDS = 1.0
 
 # Environment variables in which the launchers of MPICH, Open MPI and PMIx pass the number of ranks, or just a rank.
 _SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")

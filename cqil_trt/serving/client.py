@@ -26,7 +26,7 @@ STEP_SECONDS = {"cuda": 4.0, "cpu": 60.0}
 _LOADING_SILENCE_SECONDS = 60.0
 _WATCH_SECONDS = 0.1
 # While the engine loads, rank 0's word that it gives up may come after the end of another rank.
-_GIVING_UP_SECONDS = 0.5
+_GIVING_UP_SECONDS = 2.0
 # How long the server still answers after a failure, so that clients and probes see it.
 LINGER_SECONDS = 2.0
 

@@ -9,6 +9,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 from support import ROOT
@@ -68,8 +69,8 @@ class ServerProcess:
             return error.code
 
     def ranks(self) -> list[int]:
-        """The process ids of the ranks, in rank order as they were started."""
-        return _children_running(self.process.pid, "serve.py")
+        """The process ids of the ranks, in rank order, which is that of the ids unless these begin again in between."""
+        return sorted(_children_running(self.process.pid, "serve.py"), key=_rank)
 
     def http(self) -> int:
         """The process id of the HTTP process."""
@@ -119,3 +120,10 @@ def _children_running(parent: int, name: str) -> list[int]:
         if parent in ancestors and name in args and not args.startswith(("mpirun", "hydra")) and "hydra" not in args:
             found.append(pid)
     return found
+
+
+def _rank(process: int) -> int:
+    """Which rank a process is, by its launcher's word for it."""
+    variables = Path(f"/proc/{process}/environ").read_bytes().decode(errors="replace").split("\0")
+    values = dict(variable.split("=", 1) for variable in variables if "=" in variable)
+    return next(int(values[name]) for name in ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK") if name in values)
