@@ -2,13 +2,13 @@
 
 import json
 import random
-import socket
 import time
 import urllib.request
 
 import pytest
 from support import SEED
 from support.made_tokenizers import GGUF_SPECIALS, byte_level_gguf, finish, random_text, sentencepiece_gguf
+from support.ports import free_port
 
 from cqil_trt.errors import UserError
 from cqil_trt.tokenizer import Tokenizer, find_tokenizer, save_tokenizer
@@ -25,9 +25,7 @@ def llama_cpp():
     servers = []
 
     def load(path):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         options = xllamacpp.CommonParams()
         options.model.path, options.port, options.n_ctx, options.warmup, options.verbosity = (
             str(path),
@@ -44,7 +42,7 @@ def llama_cpp():
             request = urllib.request.Request(
                 f"http://127.0.0.1:{port}/tokenize", body, {"Content-Type": "application/json"}
             )
-            with urllib.request.urlopen(request, timeout=30) as answer:
+            with urllib.request.urlopen(request, timeout=300) as answer:
                 return json.load(answer)["tokens"]
 
         return tokenize

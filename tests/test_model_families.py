@@ -1,7 +1,6 @@
 """Families that compute what LLaMA does not: one rank against transformers, several against the formulas in float64."""
 
 import json
-import socket
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,6 +13,7 @@ from support import SEED, write_json
 from support.cases import FAMILIES, relative
 from support.checkpoints import checkpoint_logits, load_model, make_adapter, make_model, write_gguf
 from support.formulas import Formulas
+from support.ports import free_port
 from support.processes import build
 from support.threads import together
 
@@ -406,9 +406,7 @@ def add_vocabulary(writer):
 def llama_cpp_answers(llama_cpp, path, prompt):
     """Greedy tokens, and the log-probabilities of all tokens that each was chosen from, computed in float32."""
     options = llama_cpp.CommonParams()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        options.port = free.getsockname()[1]
+    options.port = free_port()
     options.model.path, options.n_ctx, options.warmup, options.verbosity = str(path), 128, False, -1
     options.cache_type_k = options.cache_type_v = llama_cpp.ggml_type.GGML_TYPE_F32
     options.flash_attn_type = llama_cpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED

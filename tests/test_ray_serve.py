@@ -3,23 +3,21 @@
 The model's answers are judged by transformers.
 """
 
-import contextlib
 import json
 import os
 import random
 import signal
-import socket
 import threading
 import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from support import ROOT, SEED
 from support.needs import need
+from support.ports import free_port
 from support.serving import processes
 
 pytestmark = pytest.mark.slow
@@ -118,17 +116,6 @@ def right_answers(directory, count=4):
         if (top[..., 0] - top[..., 1]).min() > 1e-3 and max(ids) < special:
             found[tuple(prompt)] = tokenizer.decode(ids)
     return found
-
-
-def free_port():
-    """Of those that the system gives to nobody who asks for any port: Ray takes it seconds later."""
-    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    while True:
-        with (
-            contextlib.suppress(OSError),
-            socket.create_server(("127.0.0.1", random.randrange(first // 2, first))) as free,
-        ):
-            return free.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
