@@ -200,6 +200,7 @@ def test_sampling_draws_from_the_distribution_of_transformers(config):
 
 def test_the_same_seed_draws_the_same_tokens(llm):
     options = {"temperature": 1.0, "ignore_eos": True}
+    llm.generate(["hello"], 1)  # what it leaves of the prompt is not read again, and float32 rounds otherwise
     first, again, other = (llm.generate(["hello"], 20, seed=seed, **options)[0].tokens for seed in (1, 1, 2))
     assert first == again != other
 
