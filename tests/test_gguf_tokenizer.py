@@ -36,6 +36,9 @@ def llama_cpp():
         )
         options.cpuparams.n_threads = 1
         servers.append(xllamacpp.Server(options))
+        # Answered by the server's own loop: one that is ended before that has begun never ends.
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/slots", timeout=300):
+            pass
 
         def tokenize(text, add_special=True):
             body = json.dumps({"content": text, "add_special": add_special, "parse_special": True}).encode()
