@@ -24,6 +24,7 @@ pytestmark = pytest.mark.slow
 
 KEY = "a-key"
 NEW_TOKENS, LONGEST = 12, 4096
+REQUESTS = 500
 # For what comes soon, unless the machine does something else.
 PATIENCE = 240.0
 
@@ -293,7 +294,7 @@ def test_a_rank_and_a_node_are_killed_under_load(fleet):
     fleet.nodes.append(fleet.cluster.add_node(**fleet.node))
     load.wait_for(50)
     fleet.wait_for_replicas(lambda found: found != after)
-    load.wait_for(50)
+    load.wait_for(max(50, REQUESTS - load.over))
     load.finish()
     assert all(text == fleet.answers["old"][prompt] for prompt, text in load.texts)
     assert all(map(clear, load.errors)), load.errors
