@@ -212,6 +212,26 @@ def test_a_step_that_does_not_end(fake):
     asyncio.run(scenario())
 
 
+def test_a_request_comes_as_rank_0_ends(fake):
+    """After the end of the connection, and before the failure that follows: it hears of the failure."""
+    uvloop = pytest.importorskip("uvloop")  # raises for what is sent then; asyncio does not
+
+    async def scenario():
+        await fake.start()
+        fake.control.close()
+        await asyncio.sleep(0.2)  # less than it waits, while the engine loads, for rank 0 to say that it gives up
+        assert fake.client.failure is None and fake.client._engine.transport.is_closing()
+        fields = {"prompt": (1,), "max_new_tokens": 1, "eos_token_ids": (), "sampling": None}
+        ticket = fake.client.submit(fake.updates, 1, **fields)
+        fake.client.abort(ticket)
+        fake.client.submit(fake.updates, 2, **fields)
+        await fake.fails("rank 0 has ended")
+        index, update = await asyncio.wait_for(fake.updates.get(), PATIENCE)
+        assert index == 2 and update.finish_reason == "error"
+
+    uvloop.run(scenario())
+
+
 def test_a_step_may_take_long_while_the_engine_loads(fake):
     from cqil_trt.serving import wire
 

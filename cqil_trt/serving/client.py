@@ -88,7 +88,9 @@ class _Frames(asyncio.Protocol):
         self._lost(self)
 
     def send(self, message: Any) -> None:
-        self.transport.write(wire.pack(message))
+        """Does nothing once the other end is gone, of which `lost` hears: uvloop's transports raise then."""
+        if not self.transport.is_closing():
+            self.transport.write(wire.pack(message))
 
 
 @dataclass
