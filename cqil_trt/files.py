@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ _YOUNG_SECONDS = 60.0
 def write_file(path: Path, content: bytes, flag: str = "") -> None:
     """Writes a file whole or not at all: a full disk leaves what was there, and nobody reads half of it.
 
-    A sibling takes its place, with its mode; a link stays one. What is no file, such as a pipe, or is in a directory
-    that takes no sibling, is written in place.
+    A temporary file next to it takes its place and its mode; a symbolic link remains one. Anything that is not a
+    regular file, such as a pipe, and any file in a directory that cannot be written, is written in place.
 
     Raises UserError, with the `flag` that named the file, where it cannot be written.
     """
@@ -78,6 +79,6 @@ class HeldDirectory:
             self._lock = None
 
 
-def write_json(path: Path, values: Any) -> None:
-    """Writes a JSON file, like `write_file`."""
-    write_file(path, (json.dumps(values, indent=1) + "\n").encode())
+def write_json(path: Path, values: Any, default: Callable[[Any], Any] | None = None) -> None:
+    """Writes a JSON file, like `write_file`. `default`: what replaces a value that JSON does not have."""
+    write_file(path, (json.dumps(values, indent=1, default=default) + "\n").encode())

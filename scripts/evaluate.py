@@ -11,7 +11,6 @@ evaluated next to it.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -40,7 +39,7 @@ from cqil_trt.commands import (
 )
 from cqil_trt.config import AUTO, KV_DTYPES, CqilConfig, EngineLimits
 from cqil_trt.errors import UserError
-from cqil_trt.files import write_file
+from cqil_trt.files import write_json
 from cqil_trt.hub import find_adapter
 from cqil_trt.job import Job
 from cqil_trt.quality.perplexity import CELLS, WON_BACK, Scores, won_back
@@ -310,7 +309,7 @@ def report(options: argparse.Namespace, columns: list[Column]) -> None:
             if options.samples:
                 entry["samples"] = column.tasks["samples"]
     if options.json is not None:
-        write_file(options.json, (json.dumps(result, indent=1, default=str) + "\n").encode())
+        write_json(options.json, result, default=str)
 
 
 def describe(cqil: CqilConfig) -> str:

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -16,12 +15,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from support import ROOT
 from support.needs import need
 from support.serving import processes
+from support.waiting import PATIENCE, until
 
 for name in ("aiohttp", "uvicorn", "starlette", "pydantic", "prometheus_client"):
     pytest.importorskip(name)
-
-# For what comes soon, unless the machine does something else.
-PATIENCE = 240.0
 
 
 @pytest.fixture(scope="module")
@@ -403,12 +400,9 @@ def of_engine(path):
     return [pid for pid, (_, args) in processes().items() if str(path) in args and "cqil_trt" in args]
 
 
-def gone(path):
+def assert_gone(path):
     """Soon: what was killed has not always ended yet."""
-    end = time.monotonic() + PATIENCE
-    while (left := of_engine(path)) and time.monotonic() < end:
-        time.sleep(0.1)
-    return not left
+    until(lambda: not of_engine(path), pause=0.1)
 
 
 @pytest.mark.slow
@@ -436,7 +430,7 @@ def test_a_server_answers_its_gateway_drains_and_leaves_nothing(engine):
         assert server.failure is None and not server._directory.path.exists()
 
     asyncio.run(scenario())
-    assert gone(engine)
+    assert_gone(engine)
 
 
 def test_directories_of_killed_processes_are_removed(tmp_path, monkeypatch):
@@ -489,4 +483,4 @@ asyncio.run(main())
     finally:
         parent.send_signal(signal.SIGKILL)
         parent.wait()
-    assert gone(engine)
+    assert_gone(engine)

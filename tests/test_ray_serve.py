@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import threading
-import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -19,14 +18,13 @@ from support import ROOT, SEED
 from support.needs import need
 from support.ports import free_port
 from support.serving import processes
+from support.waiting import PATIENCE, until
 
 pytestmark = pytest.mark.slow
 
 KEY = "a-key"
 NEW_TOKENS, LONGEST = 12, 4096
 REQUESTS = 500
-# For what comes soon, unless the machine does something else.
-PATIENCE = 240.0
 
 
 class Fleet:
@@ -70,14 +68,14 @@ class Fleet:
 
     def wait_for_replicas(self, fit=lambda found: True):
         """The names of the two that are ready, once they fit: gateways hear of a change up to a report later."""
-        end = time.monotonic() + PATIENCE
-        while time.monotonic() < end:
+
+        def ready():
             status, text = self.get("/ready")
             replicas = json.loads(text).get("replicas", {}) if text.startswith("{") else {}
-            if status == 200 and list(replicas.values()) == ["ready"] * 2 and fit(set(replicas)):
-                return set(replicas)
-            time.sleep(0.3)
-        raise AssertionError(f"two such replicas were not ready within {PATIENCE} s: {text}")
+            fits = status == 200 and list(replicas.values()) == ["ready"] * 2 and fit(set(replicas))
+            return set(replicas) if fits else None
+
+        return until(ready, pause=0.3)
 
     def ranks(self):
         """Every rank of every replica, with the process that it belongs to."""
@@ -158,10 +156,7 @@ def fleet(tmp_path_factory):
             made.cluster.shutdown()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-    end = time.monotonic() + PATIENCE
-    while (left := made.left()) and time.monotonic() < end:
-        time.sleep(0.2)
-    assert not left
+    until(lambda: not made.left(), pause=0.2)
 
 
 def ask(client, prompt):
@@ -210,10 +205,8 @@ class Load:
 
     def wait_for(self, more):
         """Until so many more requests are over than now."""
-        count, end = self.over + more, time.monotonic() + PATIENCE
-        while self.over < count and time.monotonic() < end:
-            time.sleep(0.02)
-        assert self.over >= count
+        count = self.over + more
+        until(lambda: self.over >= count)
 
     def finish(self):
         """Stops; every request that has begun ends."""
@@ -272,9 +265,7 @@ def test_a_client_that_goes_away_frees_its_place(fleet):
     stream = fleet.client().completions.create(**asked, max_tokens=LONGEST - 3)
     next(iter(stream))
     stream.close()
-    end = time.monotonic() + PATIENCE
-    while aborted() == before and time.monotonic() < end:
-        time.sleep(0.1)
+    until(lambda: aborted() != before, pause=0.1)
     assert aborted() == before + 1
 
 
@@ -299,10 +290,7 @@ def test_a_rank_and_a_node_are_killed_under_load(fleet):
     assert all(text == fleet.answers["old"][prompt] for prompt, text in load.texts)
     assert all(map(clear, load.errors)), load.errors
     assert len(load.errors) <= 8  # what four clients had under way, twice
-    end = time.monotonic() + PATIENCE
-    while len(fleet.ranks()) != 4 and time.monotonic() < end:
-        time.sleep(0.2)
-    assert len(fleet.ranks()) == 4
+    until(lambda: len(fleet.ranks()) == 4, pause=0.2)
 
 
 def workers_of(node):

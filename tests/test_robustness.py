@@ -16,14 +16,12 @@ import pytest
 from support import ROOT, SEED
 from support.checkpoints import make_model
 from support.processes import assert_user_error, build, run
+from support.waiting import PATIENCE, until
 
 from cqil_trt import engine as engine_directory
 from cqil_trt import files
 from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
-
-# For what comes soon, unless the machine does something else.
-PATIENCE = 120.0
 
 
 def processes(marker: str) -> dict[int, str]:
@@ -72,10 +70,10 @@ def generating(tmp_path, request):
 
 
 def assert_ends(job, marker):
-    """The job ends soon, not well, and leaves no process."""
+    """The job ends within 10 seconds, not well, and leaves no process."""
     began = time.monotonic()
-    assert job.wait(timeout=PATIENCE) != 0
-    while processes(marker) and time.monotonic() - began < PATIENCE:
+    assert job.wait(timeout=10) != 0
+    while processes(marker) and time.monotonic() - began < 10:
         time.sleep(0.1)
     assert not processes(marker)
 
@@ -171,10 +169,9 @@ def test_a_build_that_is_asked_to_stop_cleans_up(launcher, tmp_path):
         while job.poll() is None and not list(tmp_path.glob(".building-*")):
             time.sleep(0.005)
         job.send_signal(stop)
-        assert job.wait(timeout=PATIENCE) != 0 or (tmp_path / "out").exists()
-        ended = time.monotonic()
-        while launcher and list(tmp_path.glob(".building-*")) and time.monotonic() - ended < PATIENCE:
-            time.sleep(0.01)  # ranks are killed, and a process that outlives them removes what they wrote
+        assert job.wait(timeout=20) != 0 or (tmp_path / "out").exists()
+        if launcher:  # ranks are killed, and a process that outlives them removes what they wrote
+            until(lambda: not list(tmp_path.glob(".building-*")))
         assert not list(tmp_path.glob(".building-*"))
         if (tmp_path / "out").exists():  # the build was through, if not the process
             Engine.open(tmp_path / "out")

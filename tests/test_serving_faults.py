@@ -21,13 +21,12 @@ from support.made_tokenizers import save_byte_tokenizer
 from support.needs import need
 from support.processes import assert_user_error, build, mpirun, run
 from support.serving import ServerProcess, processes
+from support.waiting import PATIENCE
 
 pytestmark = pytest.mark.slow
 
-# A failure shows within so many seconds.
-RED = 5.0
-# For what comes soon, unless the machine does something else.
-PATIENCE = 120.0
+# A failure shows within so many seconds, and all is over so many later.
+RED, OVER = 5.0, 10.0
 # Much less than ENDLESS takes, and much more than it takes to hear that its client has gone.
 FREED = 2.0
 WAITING = 40
@@ -120,10 +119,10 @@ class Stream:
         return last.get("error", {}).get("message") if isinstance(last, dict) else None
 
 
-async def until(condition):
+async def until(condition, seconds=PATIENCE):
     began = time.monotonic()
     while not condition():
-        assert time.monotonic() - began < PATIENCE, "it did not happen"
+        assert time.monotonic() - began < seconds, "it did not happen"
         await asyncio.sleep(0.01)
 
 
@@ -160,7 +159,7 @@ async def until_red(server):
 
 def assert_over(server, *fragments):
     """The server has ended with an error, says why, and has left no process and no port."""
-    code = server.wait(PATIENCE)
+    code = server.wait(OVER)
     assert code != 0, server.output
     assert_all_ended(server)
     said = [line for line in server.output.splitlines() if line.startswith("error: ")]
@@ -172,7 +171,7 @@ def assert_over(server, *fragments):
 
 def assert_all_ended(server):
     """No process is left, and nobody listens. Of those that were killed some may need a moment."""
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + OVER
     while (left(server) or listener(server) == server.listener) and time.monotonic() < end:
         time.sleep(0.05)
     assert not left(server), [processes().get(pid) for pid in left(server)]
@@ -377,9 +376,8 @@ def test_a_client_that_reads_nothing_slows_nobody(shared):
         async with await HttpConnection.open(shared.url, receive_buffer=4096) as slow:
             await slow.send("POST", "/v1/completions", {**ENDLESS, "stream": True, "logprobs": 20})
             await until_running(shared, 1)
-            # Far less than the minute for which the server would wait for the other client.
-            assert await rate() < 3 * usual + 20
-            assert await rate() < 3 * usual + 20
+            assert await rate() < 3 * usual + 1
+            assert await rate() < 3 * usual + 1
             await until_running(shared, 1)
         await until_running(shared, 0)
         await answers(shared)
@@ -414,7 +412,7 @@ def test_too_long_in_the_queue(stream, narrow):
         await running.begun()
         began = time.monotonic()
         status, headers, answer = await ask(narrow.url, "POST", "/v1/completions", {**ENDLESS, "stream": stream})
-        assert status == 503 and time.monotonic() - began > 0.9
+        assert status == 503 and 0.9 < time.monotonic() - began < 2.5
         assert int(headers["retry-after"]) >= 1 and "waited too long" in answer["error"]["message"]
         await until_waiting(narrow, 0)
         running.task.cancel()
@@ -427,8 +425,8 @@ def test_a_request_takes_too_long(narrow):
     async def scenario():
         began = time.monotonic()
         stream = Stream(narrow)
-        await asyncio.wait_for(stream.task, PATIENCE)
-        assert time.monotonic() - began > 2.9
+        await asyncio.wait_for(stream.task, 10)
+        assert 2.9 < time.monotonic() - began < 5
         assert stream.status == 200 and "longer than 3 s" in stream.error and "[DONE]" not in stream.events
         await until_running(narrow, 0)
         status, _, answer = await ask(narrow.url, "POST", "/v1/completions", ENDLESS)
@@ -449,12 +447,12 @@ def terminate(server):
 async def until_draining(server):
     began = time.monotonic()
     while (await ask(server.url, "GET", "/ready"))[2] != {"status": "draining"}:
-        assert time.monotonic() - began < PATIENCE
+        assert time.monotonic() - began < 2
         await asyncio.sleep(0.02)
 
 
 def assert_stopped(server):
-    assert server.wait(PATIENCE) == 0, server.output
+    assert server.wait(5) == 0, server.output
     assert "stopped: all ranks hold identical bits" in server.output
     assert "error" not in server.output and "Traceback" not in server.output, server.output
     assert_all_ended(server)
@@ -490,7 +488,7 @@ def test_sigterm_and_requests_that_take_too_long(engine):
         await streams[0].begun(5)
         terminate(server)
         for stream in streams:
-            await asyncio.wait_for(stream.task, PATIENCE)
+            await asyncio.wait_for(stream.task, 4)
             assert "shutting down" in stream.error and "[DONE]" not in stream.events
         status, _, answer = await whole
         assert status == 503 and "shutting down" in answer["error"]["message"]
@@ -508,7 +506,7 @@ def test_sigterm_twice(engine):
         await until_draining(server)
         assert not stream.task.done()
         terminate(server)
-        await asyncio.wait_for(stream.task, PATIENCE)
+        await asyncio.wait_for(stream.task, 2)
         assert "shutting down" in stream.error
 
     with serving(engine, "--drain-seconds", 60) as server:
@@ -567,7 +565,7 @@ def test_sigterm_with_a_client_that_reads_nothing(engine):
             await until_running(server, 1)
             await asyncio.sleep(2)
             terminate(server)
-            await until(lambda: server.process.poll() is not None)
+            await until(lambda: server.process.poll() is not None, 8)
 
     with serving(engine, "--drain-seconds", 1) as server:
         asyncio.run(scenario())

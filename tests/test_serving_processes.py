@@ -21,6 +21,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from support import ROOT
+from support.waiting import PATIENCE, until
 
 from cqil_trt.sampling import Choice, SamplingConfig
 from cqil_trt.scheduler import Outcome
@@ -28,9 +29,6 @@ from cqil_trt.session import Session
 
 for name in ("uvicorn", "starlette", "pydantic", "prometheus_client"):
     pytest.importorskip(name)
-
-# For what comes at once, unless the machine does something else.
-PATIENCE = 60.0
 
 
 # The HTTP process, and ranks that are not real
@@ -804,10 +802,7 @@ child.kill()
     said, error = rank.communicate(timeout=2 * PATIENCE)
     assert rank.returncode == (0 if answers else 1)
     assert error == ("" if answers else "error: rank 3: the HTTP process has not answered for 1.2 s\n")
-    end = time.monotonic() + PATIENCE
-    while runs(int(said)) and time.monotonic() < end:
-        time.sleep(0.02)
-    assert not runs(int(said))  # the child has ended too
+    until(lambda: not runs(int(said)))  # the child has ended too
 
 
 # What servers that were killed left
@@ -838,14 +833,14 @@ def test_old_directories_of_servers_are_removed(tmp_path, monkeypatch):
     [abandoned] = tmp_path.iterdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     other = wire.Rendezvous()
-    assert set(tmp_path.iterdir()) == {abandoned, other.directory}  # it could be one that is being made
-    for directory in (abandoned, other.directory):
+    assert set(tmp_path.iterdir()) == {abandoned, other.path}  # it could be one that is being made
+    for directory in (abandoned, other.path):
         os.utime(directory, (0, 0))
     own = wire.Rendezvous()
-    assert set(tmp_path.iterdir()) == {other.directory, own.directory}
+    assert set(tmp_path.iterdir()) == {other.path, own.path}
     for _ in range(2):
         own.remove()
-    assert set(tmp_path.iterdir()) == {other.directory}
+    assert set(tmp_path.iterdir()) == {other.path}
 
 
 def test_a_refused_request_leaves_no_timer():

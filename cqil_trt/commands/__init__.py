@@ -31,8 +31,9 @@ class Parser(argparse.ArgumentParser):
         # argparse takes what starts with a dash for a flag, unless it is a number in digits.
         joined: list[str] = []
         for argument in sys.argv[1:] if args is None else args:
-            if joined and joined[-1][:2] == "--" != joined[-1] and "=" not in joined[-1] and _negative(argument):
-                joined[-1] += f"={argument}"
+            flag = joined[-1] if joined else ""
+            if flag.startswith("--") and flag != "--" and "=" not in flag and _negative(argument):
+                joined[-1] = f"{flag}={argument}"
             else:
                 joined.append(argument)
         return super().parse_known_args(joined, namespace)

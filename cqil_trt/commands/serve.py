@@ -120,7 +120,7 @@ def run(options: argparse.Namespace, job: Job) -> None:
 def _serve(
     options: argparse.Namespace, job: Job, engine: Engine, path: Path, setup: Any, sockets: _Sockets | None
 ) -> None:
-    directory = job.share(lambda: str(sockets.rendezvous.directory))  # type: ignore[union-attr]
+    directory = job.share(lambda: str(sockets.rendezvous.path))  # type: ignore[union-attr]
 
     from cqil_trt.serving import ranks, wire
 

@@ -31,9 +31,10 @@ from cqil_trt.serving.wire import GATEWAY_HEADER
 
 # A request that no replica has begun to answer is sent to another one: how often, and after how long.
 _PAUSES = (0.0, 0.2, 1.0, 2.0, 4.0)
-# How often replicas are asked how they are, and while none is ready, how long they may take to say it, and how long it
-# holds.
-_REPORT_SECONDS, _UNREADY_SECONDS, _ANSWER_SECONDS, _HOLDS_SECONDS = 0.5, 0.1, 5.0, 15.0
+# How often replicas report their state: once one is ready, and before that.
+_REPORT_SECONDS, _UNREADY_SECONDS = 0.5, 0.1
+# How long a report may take, and how long it remains valid.
+_ANSWER_SECONDS, _HOLDS_SECONDS = 5.0, 15.0
 # How long a connection to a server may take, and after how long without a sign of life its host is taken for lost.
 _CONNECT_SECONDS, _LOST_SECONDS = 3.0, 10
 # Headers of one connection (RFC 9110, section 7.6.1), and those that the next hop writes itself; of requests also what

@@ -155,22 +155,17 @@ def say(*lines: str) -> None:
         print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
-class Rendezvous:
+class Rendezvous(HeldDirectory):
     """Sockets in a directory of their own, where the processes of a server find each other while it starts."""
 
     def __init__(self) -> None:
-        self._held = HeldDirectory("cqil-serve-")
-        self.directory = self._held.path
+        super().__init__("cqil-serve-")
 
     def listen(self, name: str) -> socket.socket:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        listener.bind(str(self.directory / name))
+        listener.bind(str(self.path / name))
         listener.listen(64)
         return listener
-
-    def remove(self) -> None:
-        """Removes the directory, if it is still there."""
-        self._held.remove()
 
 
 def connect(path: Path, peer: str) -> Connection:
