@@ -2,8 +2,9 @@
 //
 // Weights are packed once, when an engine is loaded, in the order in which the tensor cores take them. A tile of 16
 // rows (if gated, 8 of gate and 8 of up) consists of units of 128 columns. A unit is contiguous: its codes, then with 4
-// bits the scales and zero points of its groups, so that one bulk copy brings all of it. With 8 bits the scales of rows
-// follow the last unit.
+// bits the scales of its groups and their zero points, so that one bulk copy brings all of it. A lane's scales are next
+// to each other, those of row lane / 4 and of row lane / 4 + 8 for each group, and so are its zero points. With 8 bits
+// the scales of rows follow the last unit.
 //
 // The order in which a result is summed depends neither on the number of rows nor on what is in the others. It is the
 // same for one row and for many: more than kColumns rows are several products.
@@ -45,8 +46,16 @@ __host__ __device__ constexpr int unit_bytes(int weights, int groups) {
 // Shared memory: a multiprocessor has room for one block (linear.cu says why) and an attention's. x is kept in it up to
 // a size. The ring takes what is left, up to so many stages.
 constexpr size_t kLeastBytes = 116 << 10, kMostBytes = 180 << 10, kSharedBytes = 65 << 10;
-constexpr int kMaxStages = 12, kMinStages = 2;
+constexpr int kMaxTiles = 12, kMinStages = 2;
 constexpr int kRowGap = 4;  // packets between rows of x, so that two rows, which are read at once, hit different banks
+
+// A stage of the ring has one unit for each warp, of so many tiles: a warp takes two at a time. With 8 bits two would
+// leave too few stages next to eight rows of x. Its two barriers follow: that it is full, and that it is empty.
+__host__ __device__ constexpr int stage_tiles(int weights) { return weights == CQIL_INT4 ? 2 : 1; }
+__host__ __device__ constexpr int max_stages(int weights) { return kMaxTiles / stage_tiles(weights); }
+__host__ __device__ constexpr int stage_bytes(int weights, int groups) {
+    return stage_tiles(weights) * kWarps * unit_bytes(weights, groups) + 16;
+}
 
 // Rows of x that there is room for in the sums.
 __host__ __device__ constexpr int padded(int rows) { return rows > 4 ? 8 : rows > 2 ? 4 : rows; }
@@ -59,7 +68,32 @@ int tiles_of(int outputs, bool gated) { return gated ? (outputs + 7) / 8 : (outp
 // mask takes out as multiples of 1 and of 16 belong to different products.
 __host__ __device__ constexpr int place_of(int pair) { return pair == 1 ? 2 : pair == 2 ? 1 : pair; }
 
+// A tensor core takes a code of 4 bits as a number of half precision where a mask leaves it. In halves that is a
+// subnormal number: a multiple of 2^-24 at even places, of 2^-20 at odd ones. In bfloat16 it is the upper part of a
+// mantissa, 16 + code, for which a word is rotated by kRotated; zero points are stored with 16 added, too.
+template <typename T>
+constexpr bool kSubnormal = std::is_same_v<T, __half>;
+template <typename T>
+constexpr int kRotated = kSubnormal<T> ? 0 : 3;
+template <typename T>
+constexpr int kCodeOffset = kSubnormal<T> ? 0 : 16;
+
+__host__ __device__ constexpr unsigned rotated(unsigned word, int left) {
+    return left == 0 ? word : word << left | word >> (32 - left);
+}
+
+// Where the scale of a row of a tile in a group of a unit is, and likewise its zero point.
+__host__ __device__ constexpr int scale_at(int row, int group, int groups) {
+    return (row % 8 * groups + group) * 2 + row / 8;
+}
+
 #if __CUDA_ARCH__ >= 900
+// What is at an address of shared memory.
+template <typename T>
+__device__ T* shared_at(unsigned address) {
+    return static_cast<T*>(__cvta_shared_to_generic(address));
+}
+
 template <typename T>
 __device__ unsigned word_of(__half2 pair) {
     if constexpr (std::is_same_v<T, __half>) return *reinterpret_cast<unsigned*>(&pair);
@@ -81,23 +115,52 @@ __device__ unsigned pair_of(unsigned word, bool upper) {
     }
 }
 
-// Two codes of 4 bits at a place of a word, and at the place 4 higher. In halves they stay where they are, as subnormal
-// numbers: multiples of 2^-24 at even places, of 2^-20 at odd ones.
+// Two codes of 4 bits at a place of a word, and at the place 4 higher.
 template <typename T>
 __device__ unsigned pair_at(unsigned word, int place) {
-    if constexpr (std::is_same_v<T, __half>)
-        return (place < 2 ? word : word >> 8) & (place % 2 == 0 ? 0x000f000fu : 0x00f000f0u);
-    unsigned biased = (word >> (4 * place) & 0x000f000fu) | 0x43004300u;  // 128 + code
-    const __nv_bfloat162 pair =
-        __hsub2(*reinterpret_cast<__nv_bfloat162*>(&biased), __bfloat162bfloat162(__nv_bfloat16(128)));
-    return *reinterpret_cast<const unsigned*>(&pair);
+    if constexpr (kSubnormal<T>) return (place < 2 ? word : word >> 8) & (place % 2 == 0 ? 0x000f000fu : 0x00f000f0u);
+    // One instruction; the compiler makes it two.
+    unsigned pair;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;"
+        : "=r"(pair)
+        : "r"(rotated(word, (32 - 4 * place) % 32)), "n"(0x00780078), "r"(0x41804180));
+    return pair;
 }
+
+// The scales and zero points of a lane's two rows, in the groups of a unit.
+template <typename T, int kGroups>
+struct Scales {
+    struct __align__(4 * kGroups) {
+        unsigned of_group[kGroups];
+    } scales;
+    struct __align__(2 * kGroups) {
+        unsigned short of_group[kGroups];
+    } zeros;
+
+    // `at`: where those of a unit are in shared memory.
+    __device__ void read(unsigned at, int column) {
+        scales = shared_at<decltype(scales)>(at)[column];
+        zeros = shared_at<decltype(zeros)>(at + kGroups * kTileRows * 2)[column];
+    }
+
+    __device__ float2 scale(int group) const {
+        return Pair<T>::wide(reinterpret_cast<const typename Pair<T>::Type&>(scales.of_group[group]));
+    }
+
+    // In the unit of codes: as halves, subnormal numbers.
+    __device__ float2 zero(int group) const {
+        const unsigned two = zeros.of_group[group];
+        if constexpr (!kSubnormal<T>) return {float(two & 255), float(two >> 8)};
+        const unsigned halves = __byte_perm(two, 0, 0x4140);
+        return __half22float2(reinterpret_cast<const __half2&>(halves));
+    }
+};
 
 // The left operands of two products: columns 0 to 3 and 4 to 7 of those 8 of a step that a lane has, of two rows.
 template <typename T, int kWeights>
-__device__ void decode(const uint4* codes, int step, unsigned (&low)[4], unsigned (&high)[4]) {
+__device__ void decode(const uint4* packets, int step, unsigned (&low)[4], unsigned (&high)[4]) {
     if constexpr (kWeights == CQIL_INT4) {
-        const uint4 packet = codes[step / 2 * 32];
+        const uint4 packet = packets[step / 2];
         const unsigned top = step % 2 == 0 ? packet.x : packet.z, bottom = step % 2 == 0 ? packet.y : packet.w;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -105,7 +168,7 @@ __device__ void decode(const uint4* codes, int step, unsigned (&low)[4], unsigne
             high[2 * i] = pair_at<T>(top, place_of(2 + i)), high[2 * i + 1] = pair_at<T>(bottom, place_of(2 + i));
         }
     } else {
-        const uint4 packet = codes[step * 32];
+        const uint4 packet = packets[step];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             low[2 * i] = pair_of<T, kWeights>(packet.x, i == 1),
@@ -122,13 +185,12 @@ __device__ void decode(const uint4* codes, int step, unsigned (&low)[4], unsigne
 template <typename T, int kWeights, int kGroups, bool kGated, bool kShared>
 __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, int stages) {
 #if __CUDA_ARCH__ >= 900
-    constexpr bool kHalf = std::is_same_v<T, __half>;
-    constexpr int kSteps = kUnit / 32;
+    constexpr bool kSmall = kWeights == CQIL_INT4;
+    constexpr int kSteps = kUnit / 32, kPackets = code_bytes(kWeights) / 512;
     constexpr int kUnitBytes = unit_bytes(kWeights, kGroups);
     constexpr int kPerTile = kGated ? 8 : 16;  // results of a row of x
-    constexpr int kStageBytes = kWarps * kUnitBytes;
+    constexpr int kStageBytes = stage_bytes(kWeights, kGroups), kStageTiles = stage_tiles(kWeights);
     extern __shared__ __align__(128) char memory[];
-    __shared__ uint64_t full[kMaxStages], empty[kMaxStages];
     __shared__ __align__(16) float squares[kColumns][kWarps];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int packets = o.inputs / 8, columns = padded(o.rows), shift = __ffs(columns) - 1;
@@ -140,33 +202,45 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
     const int filled = units * (kUnit / 8), stride = filled + kRowGap;  // packets of a row of x, if kShared
     const char* const packed = static_cast<const char*>(o.weight);
 
+    // A stage is its address in shared memory, so nothing has to be computed from its number.
+    const unsigned begin = shared_address(memory), end = begin + stages * kStageBytes;
+    auto following = [&](unsigned stage) { return stage + kStageBytes == end ? begin : stage + kStageBytes; };
+    auto full = [](unsigned stage) { return shared_at<uint64_t>(stage + kStageBytes - 16); };
+    auto empty = [](unsigned stage) { return shared_at<uint64_t>(stage + kStageBytes - 8); };
     if (threadIdx.x == kThreads) {
-        for (int stage = 0; stage < stages; ++stage) {
-            barrier_init(&full[stage]);
-            barrier_init(&empty[stage], kWarps);
+        for (unsigned stage = begin; stage != end; stage += kStageBytes) {
+            barrier_init(full(stage));
+            barrier_init(empty(stage), kWarps);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
     if (warp == kWarps) {
-        // The last warp requests the weights, a chunk of a tile at a time: a unit for each of the others.
+        // The last warp requests the weights, a stage at a time: of one tile or two a unit for each of the others.
         if (lane != 0) return;
         const uint64_t policy = streaming_policy();
-        int stage = 0, requested = 0;
-        unsigned phase = 1;
+        unsigned stage = begin, phase = 1;
+        int requested = 0;
+        auto advance = [&] {
+            stage = following(stage);
+            if (stage == begin) phase ^= 1;
+            if (++requested >= stages) barrier_wait(empty(stage), phase);
+        };
         for (int first = 0; first < mine; first += kTiles)
             for (int chunk = 0; chunk < chunks; ++chunk)
-                for (int tile = first; tile < min(first + kTiles, mine); ++tile, ++requested) {
-                    if (requested >= stages) barrier_wait(&empty[stage], phase);
+                for (int tile = first; tile < min(first + kTiles, mine); tile += kStageTiles) {
                     const int bytes = min(kWarps, units - chunk * kWarps) * kUnitBytes;
-                    const size_t unit = (blockIdx.x + size_t(tile) * gridDim.x) * units + chunk * kWarps;
-                    expect_bytes(&full[stage], bytes);
-                    bulk_copy(memory + stage * kStageBytes, packed + unit * kUnitBytes, bytes, &full[stage], policy);
-                    if (++stage == stages) {
-                        stage = 0;
-                        phase ^= 1;
+                    const int count = min(kStageTiles, mine - tile);
+                    expect_bytes(full(stage), count * bytes);
+                    for (int i = 0; i < count; ++i) {
+                        const size_t unit = (blockIdx.x + size_t(tile + i) * gridDim.x) * units + chunk * kWarps;
+                        bulk_copy(shared_at<char>(stage + i * kWarps * kUnitBytes), packed + unit * kUnitBytes, bytes,
+                                  full(stage), policy);
                     }
+                    advance();
                 }
+        // The others read one stage too many, so that they need not know which is the last.
+        barrier_arrive(full(stage));
         return;
     }
     auto sync = [] { asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory"); };
@@ -177,10 +251,10 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
     release_successor();
     wait_for_predecessor();
 
-    // A lane has row lane / 4 of x, and of W rows lane / 4 and lane / 4 + 8; 8 columns of 32 in each.
+    // A lane has row lane / 4 of x (the last instead of one that is missing, as nobody reads its results), and of W rows
+    // lane / 4 and lane / 4 + 8; 8 columns of 32 in each.
     const auto *x = static_cast<const uint4*>(o.x), *delta = static_cast<const uint4*>(o.delta);
-    auto packet_at = [&](size_t i) { return delta == nullptr ? x[i] : sum_of<T>(x[i], delta[i]); };
-    const int column = lane / 4, quarter = lane % 4;
+    const int column = lane / 4, quarter = lane % 4, x_row = min(column, o.rows - 1);
     auto packet_of = [&](int chunk, int step) { return (chunk * kWarps + warp) * (kUnit / 8) + step * 4 + quarter; };
     uint4 next[kSteps];
     auto load = [&](int chunk) {
@@ -188,7 +262,9 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
         for (int step = 0; step < kSteps; ++step) {
             const int i = packet_of(chunk, step);
             next[step] = uint4{};
-            if (column < o.rows && i < packets) next[step] = packet_at(size_t(column) * packets + i);
+            if (i >= packets) continue;
+            const size_t at = size_t(x_row) * packets + i;
+            next[step] = delta == nullptr ? x[at] : sum_of<T>(x[at], delta[at]);
         }
     };
     if constexpr (kShared) {
@@ -202,188 +278,210 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
         load(0);
     }
     asm volatile("cp.async.wait_all;" ::: "memory");
+    // One row in shared memory is normalized there, before its products; of more, warps do it with what they take.
+    const bool late = o.norm != nullptr && (!kShared || o.rows > 1);
     float scale = 0;
-    if (o.norm != nullptr) {
+    // The squares of all rows at once, of up to kRows: those of one alone would wait for each other.
+    auto normalize = [&](auto most) {
+        constexpr int kRows = decltype(most)::value;
+        float square[kRows] = {};
         // A thread reads here what it has copied itself.
-        auto add_square = [&](float& square, int row, int i) {
-            uint4 packet;
-            if constexpr (kShared) {
-                packet = own[row * stride + i];
-                if (delta != nullptr) own[row * stride + i] = packet = sum_of<T>(packet, delta[row * packets + i]);
-            } else {
-                packet = packet_at(size_t(row) * packets + i);
-            }
-            square = dot<T>(packet, packet, square);
-        };
-        auto note = [&](float square, int row) {
-            square = warp_sum(square);
-            if (lane == 0) squares[row][warp] = square;
-        };
-        if constexpr (kShared) {
 #pragma unroll 1
-            for (int row = 0; row < o.rows; ++row) {
-                float square = 0;
-#pragma unroll 1
-                for (int i = threadIdx.x; i < packets; i += kThreads) add_square(square, row, i);
-                note(square, row);
-            }
-        } else {
-            float square[kColumns] = {};
-#pragma unroll 1
-            for (int i = threadIdx.x; i < packets; i += kThreads)
+        for (int i = threadIdx.x; i < packets; i += kThreads) {
+            uint4 packet[kRows], more[kRows];
 #pragma unroll
-                for (int row = 0; row < kColumns; ++row)
-                    if (row < o.rows) add_square(square[row], row, i);
+            for (int row = 0; row < kRows; ++row) {
+                packet[row] = more[row] = uint4{};
+                if (row >= o.rows) continue;
+                packet[row] = kShared ? own[row * stride + i] : x[size_t(row) * packets + i];
+                if (delta != nullptr) more[row] = delta[size_t(row) * packets + i];
+            }
+            if (delta != nullptr)
 #pragma unroll
-            for (int row = 0; row < kColumns; ++row)
-                if (row < o.rows) note(square[row], row);
+                for (int row = 0; row < kRows; ++row) {
+                    packet[row] = sum_of<T>(packet[row], more[row]);
+                    if (kShared && row < o.rows) own[row * stride + i] = packet[row];
+                }
+#pragma unroll
+            for (int row = 0; row < kRows; ++row) square[row] = dot<T>(packet[row], packet[row], square[row]);
         }
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2)
+#pragma unroll
+            for (int row = 0; row < kRows; ++row) square[row] += __shfl_xor_sync(~0u, square[row], step);
+        if (lane == 0)
+#pragma unroll
+            for (int row = 0; row < kRows; ++row) squares[row][warp] = square[row];
         sync();
-        auto scale_of = [&](int row) { return rsqrtf(total_of(squares[row]) / float(o.inputs) + o.eps); };
-        if constexpr (kShared) {
+        scale = rsqrtf(total_of(squares[x_row]) / float(o.inputs) + o.eps);
+        if constexpr (kShared && kRows == 1)
 #pragma unroll 1
-            for (int row = 0; row < o.rows; ++row) {
-                const float of_row = scale_of(row);
-#pragma unroll 1
-                for (int i = threadIdx.x; i < packets; i += kThreads)
-                    own[row * stride + i] = normed<T>(own[row * stride + i], norm[i], of_row);
-            }
-        } else if (column < o.rows) {
-            scale = scale_of(column);
-        }
+            for (int i = threadIdx.x; i < packets; i += kThreads) own[i] = normed<T>(own[i], norm[i], scale);
+    };
+    if (o.norm != nullptr) {
+        if (o.rows == 1)
+            normalize(std::integral_constant<int, 1>());
+        else
+            normalize(std::integral_constant<int, kColumns>());
     }
-    if constexpr (kShared) sync();
+    if (kShared && !late) sync();
 
-    int stage = 0;
+    // The codes of two tiles at a time, as the products of one alone would wait for each other. A lane has those of the
+    // next two in registers while it applies the scales of two.
+    uint4 codes[2][kPackets];
+    unsigned held = begin, ahead = begin;  // the stage that the codes are from, the stage after it
     unsigned phase = 0;
-    auto advance = [&] {
-        if (++stage == stages) {
-            stage = 0;
-            phase ^= 1;
+    const unsigned codes_at = warp * kUnitBytes + lane * 16;
+    const unsigned scales_at = warp * kUnitBytes + code_bytes(kWeights);
+    auto read = [&](bool both) {
+        held = ahead;
+#pragma unroll
+        for (int of = 0; of < 2; ++of) {
+            if (of % kStageTiles == 0) {
+                if (of == 1 && !both) break;
+                barrier_wait(full(ahead), phase);
+            }
+#pragma unroll
+            for (int i = 0; i < kPackets; ++i)
+                codes[of][i] = *shared_at<uint4>(ahead + codes_at + of % kStageTiles * kWarps * kUnitBytes + i * 512);
+            if ((of + 1) % kStageTiles == 0) {
+                ahead += kStageBytes;
+                if (ahead == end) {
+                    ahead = begin;
+                    phase ^= 1;
+                }
+            }
         }
     };
+    auto release = [&](bool both) {
+        __syncwarp();
+        if (lane != 0) return;
+        barrier_arrive(empty(held));
+        if (kStageTiles == 1 && both) barrier_arrive(empty(following(held)));
+    };
+    read(mine > 1);
 #pragma unroll 1
     for (int first = 0; first < mine; first += kTiles) {
         const int count = min(kTiles, mine - first);
-        // Result i of the pass: with few rows a thread has one, and asks early for what it needs to write it.
-        struct Result {
+        // What a thread needs for its results of the pass besides the sums; it asks for that early.
+        struct Place {
             int row, tile, within, output;
             bool valid;
-            float added, factor[2];
         };
-        auto result = [&](int i) {
+        struct Early {
+            T added, bias[2];
+            float factor[2];
+        };
+        auto place = [&](int i) {
             const int of_row = i >> shift;
-            Result r = {i & (columns - 1), of_row / kPerTile, of_row % kPerTile, 0, false, 0, {1, 1}};
-            r.output = (int(blockIdx.x) + (first + r.tile) * int(gridDim.x)) * kPerTile + r.within;
-            r.valid = r.row < o.rows && r.tile < count && r.output < o.outputs;
-            if (!r.valid) return r;
-            if (!kGated && o.residual != nullptr)
-                r.added = float(static_cast<const T*>(o.residual)[size_t(r.row) * o.outputs + r.output]);
-            if constexpr (kGroups == 0) {
-                const auto* scales = reinterpret_cast<const float*>(packed + size_t(tiles) * units * kUnitBytes);
-                const float* const at = scales + r.output / kPerTile * kTileRows + r.within;
-                r.factor[0] = at[0];
-                if (kGated) r.factor[1] = at[8];
-            }
-            return r;
+            Place p = {i & (columns - 1), of_row / kPerTile, of_row % kPerTile, 0, false};
+            p.output = (int(blockIdx.x) + (first + p.tile) * int(gridDim.x)) * kPerTile + p.within;
+            p.valid = p.row < o.rows && p.tile < count && p.output < o.outputs;
+            return p;
         };
-        Result own_result = result(threadIdx.x);
+        constexpr int kResults = (kTiles * kPerTile * kColumns + kThreads - 1) / kThreads;
+        constexpr int kParts = kGated ? 2 : 1;
+        Early early[kResults];
+#pragma unroll
+        for (int n = 0; n < kResults; ++n) {
+            const Place p = place(threadIdx.x + n * kThreads);
+            if (!p.valid) continue;
+            if (!kGated && o.residual != nullptr)
+                early[n].added = static_cast<const T*>(o.residual)[size_t(p.row) * o.outputs + p.output];
+#pragma unroll
+            for (int part = 0; part < kParts; ++part) {
+                if (o.bias != nullptr) early[n].bias[part] = static_cast<const T*>(o.bias)[part * o.outputs + p.output];
+                if constexpr (kGroups == 0) {
+                    const auto* scales = reinterpret_cast<const float*>(packed + size_t(tiles) * units * kUnitBytes);
+                    early[n].factor[part] = scales[p.output / kPerTile * kTileRows + part * 8 + p.within];
+                }
+            }
+        }
         float c[kTiles][4] = {};
 #pragma unroll 1
         for (int chunk = 0; chunk < chunks; ++chunk) {
             uint4 kept[kSteps];
-            if constexpr (!kShared) {
 #pragma unroll
-                for (int step = 0; step < kSteps; ++step) {
-                    kept[step] = next[step];
-                    if (o.norm != nullptr)
-                        kept[step] = normed<T>(kept[step], norm[min(packet_of(chunk, step), packets - 1)], scale);
-                }
+            for (int step = 0; step < kSteps; ++step) {
+                const int i = packet_of(chunk, step);
+                kept[step] = kShared ? own[x_row * stride + i] : next[step];
+                if (late) kept[step] = normed<T>(kept[step], norm[min(i, packets - 1)], scale);
+            }
+            if constexpr (!kShared) {
                 if (chunk + 1 < chunks)
                     load(chunk + 1);
                 else if (first + kTiles < mine)
                     load(0);
             }
-            auto x_of = [&](int step) {
-                if constexpr (!kShared) return kept[step];
-                return column < o.rows ? own[column * stride + packet_of(chunk, step)] : uint4{};
-            };
+            // Whether there are two tiles where the next chunk begins.
+            const bool two = (chunk + 1 < chunks ? count : mine - first - kTiles) > 1;
+            if (chunk * kWarps + warp >= units) {
+#pragma unroll 1
+                for (int tile = 0; tile < count; tile += 2) {
+                    release(tile + 1 < count);
+                    read(tile + 2 < count ? tile + 3 < count : two);
+                }
+                continue;
+            }
             // The sums of x in each group, for the zero points: products with ones, in all rows.
-            float group_sums[kGroups + 1][4] = {};
-            const bool idle = chunk * kWarps + warp >= units;
-            // Two tiles at a time: the products of one alone would wait for each other.
+            float group_sums[kGroups + 1][2];
+#pragma unroll
+            for (int group = 0; group < kGroups; ++group) {
+                constexpr int kGroupSteps = kSteps / (kGroups + !kGroups);
+                constexpr unsigned kOne = kSubnormal<T> ? 0x3c003c00u : 0x3f803f80u;
+                const unsigned ones[4] = {kOne, kOne, kOne, kOne};
+                float low[4] = {}, high[4] = {};
+#pragma unroll
+                for (int step = 0; step < kGroupSteps; ++step) {
+                    multiply_accumulate<T>(low, ones, &kept[group * kGroupSteps + step].x);
+                    multiply_accumulate<T>(high, ones, &kept[group * kGroupSteps + step].z);
+                }
+#pragma unroll
+                for (int j = 0; j < 2; ++j) group_sums[group][j] = low[j] + high[j];
+            }
 #pragma unroll
             for (int tile = 0; tile < kTiles; tile += 2) {
-                if (tile >= count) continue;
-                const bool both = tile + 1 < count;
-                const char* unit[2];
-                uint64_t* const read = &empty[stage];
-                barrier_wait(&full[stage], phase);
-                unit[0] = unit[1] = memory + stage * kStageBytes + warp * kUnitBytes;
-                advance();
-                uint64_t* const read_too = &empty[stage];
-                if (both) {
-                    barrier_wait(&full[stage], phase);
-                    unit[1] = memory + stage * kStageBytes + warp * kUnitBytes;
-                    advance();
-                }
-                if (idle) {
-                    __syncwarp();
-                    if (lane == 0) {
-                        barrier_arrive(read);
-                        if (both) barrier_arrive(read_too);
-                    }
-                    continue;
-                }
+                if (tile > 0 && tile >= count) break;
+                constexpr int kSums = kGroups + !kGroups;  // of a unit and a row of x
+                Scales<T, kSums> scales[2];
+                if constexpr (kSmall)
+#pragma unroll
+                    for (int of = 0; of < 2; ++of) scales[of].read(held + scales_at + of * kWarps * kUnitBytes, column);
                 float low_sums[2][4] = {}, high_sums[2][4] = {};
 #pragma unroll
                 for (int step = 0; step < kSteps; ++step) {
-                    const uint4 b = x_of(step);
-                    if constexpr (kGroups > 0)
-                        if (tile == 0) {
-                            constexpr unsigned kOne = kHalf ? 0x3c003c00u : 0x3f803f80u;
-                            const unsigned ones[4] = {kOne, kOne, kOne, kOne};
-                            multiply_accumulate<T>(group_sums[step * kGroups / kSteps], ones, &b.x);
-                            multiply_accumulate<T>(group_sums[step * kGroups / kSteps], ones, &b.z);
-                        }
                     unsigned low[2][4], high[2][4];
 #pragma unroll
-                    for (int of = 0; of < 2; ++of)
-                        decode<T, kWeights>(reinterpret_cast<const uint4*>(unit[of]) + lane, step, low[of], high[of]);
+                    for (int of = 0; of < 2; ++of) decode<T, kWeights>(codes[of], step, low[of], high[of]);
 #pragma unroll
                     for (int of = 0; of < 2; ++of) {
-                        multiply_accumulate<T>(low_sums[of], low[of], &b.x);
-                        multiply_accumulate<T>(high_sums[of], high[of], &b.z);
+                        multiply_accumulate<T>(low_sums[of], low[of], &kept[step].x);
+                        multiply_accumulate<T>(high_sums[of], high[of], &kept[step].z);
                     }
-                    if constexpr (kGroups > 0) {
-                        constexpr int kGroupSteps = kSteps / kGroups;
-                        if (step % kGroupSteps != kGroupSteps - 1) continue;
-                        const int group = step / kGroupSteps;
+                    constexpr int kGroupSteps = kSteps / kSums;
+                    if (step % kGroupSteps != kGroupSteps - 1) continue;
+                    if (step == kSteps - 1) {
+                        release(tile + 1 < count);
+                        read(tile + 2 < kTiles && tile + 2 < count ? tile + 3 < count : two);
+                    }
+                    const int group = step / kGroupSteps;
+#pragma unroll
+                    for (int of = 0; of < 2; ++of) {
+                        float2 factor, zero;
+                        if constexpr (kSmall) factor = scales[of].scale(group), zero = scales[of].zero(group);
 #pragma unroll
                         for (int i = 0; i < 4; ++i) {
-                            const int of = i / 2, lower = i % 2, row = column + 8 * lower;
-                            const char* const at = unit[of] + code_bytes(kWeights) + group * kGroupBytes;
-                            const float of_group = float(reinterpret_cast<const T*>(at)[row]);
-                            const float zero = float(reinterpret_cast<const unsigned char*>(at)[kTileRows * 2 + row]);
-#pragma unroll
-                            for (int j = 0; j < 2; ++j) {
-                                float &l = low_sums[of][2 * lower + j], &h = high_sums[of][2 * lower + j];
-                                const float sum = kHalf ? fmaf(h, 0x1p20f, l * 0x1p24f) : l + h;
-                                float& to = c[tile + of][2 * lower + j];
-                                to = fmaf(of_group, fmaf(-zero, group_sums[group][j], sum), to);
-                                l = h = 0;
+                            float &l = low_sums[of][i], &h = high_sums[of][i], &to = c[tile + of][i];
+                            if constexpr (kSmall) {
+                                const float alone = fmaf(-(i < 2 ? zero.x : zero.y), group_sums[group][i % 2], l);
+                                const float both = kSubnormal<T> ? fmaf(h, 0x1p-4f, alone) : alone + h;
+                                to = fmaf(i < 2 ? factor.x : factor.y, both, to);
+                            } else {
+                                to += l + h;
                             }
+                            l = h = 0;
                         }
                     }
-                }
-                if constexpr (kGroups == 0)
-#pragma unroll
-                    for (int i = 0; i < 8; ++i)
-                        c[tile + i / 4][i % 4] += low_sums[i / 4][i % 4] + high_sums[i / 4][i % 4];
-                __syncwarp();
-                if (lane == 0) {
-                    barrier_arrive(read);
-                    if (both) barrier_arrive(read_too);
                 }
             }
         }
@@ -391,32 +489,31 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int row = column + i / 2 * 8, of = quarter * 2 + i % 2;
-                if (of < columns) sums[((warp * kTiles + tile) * kTileRows + row) * columns + of] = c[tile][i];
+            for (int i = 0; i < 2; ++i) {
+                float* const to = &sums[((warp * kTiles + tile) * kTileRows + column + i * 8) * columns + quarter * 2];
+                if (columns == 1 && quarter == 0) *to = c[tile][2 * i];
+                if (quarter * 2 + 1 < columns) *reinterpret_cast<float2*>(to) = {c[tile][2 * i], c[tile][2 * i + 1]};
             }
         sync();
-        const auto* bias = static_cast<const T*>(o.bias);
-        int i = threadIdx.x;
-        for (Result r = own_result;; r = result(i)) {
-            if (r.valid) {
-                float y[2] = {};
 #pragma unroll
-                for (int part = 0; part < (kGated ? 2 : 1); ++part) {
+        for (int n = 0; n < kResults; ++n) {
+            const Place p = place(threadIdx.x + n * kThreads);
+            if (!p.valid) continue;
+            float y[2] = {};
 #pragma unroll
-                    for (int of = 0; of < kWarps; ++of)
-                        y[part] += sums[((of * kTiles + r.tile) * kTileRows + part * 8 + r.within) * columns + r.row];
-                    if constexpr (kGroups == 0) y[part] *= r.factor[part];
-                    if (bias != nullptr) y[part] += float(bias[part * o.outputs + r.output]);
-                }
-                const size_t at = size_t(r.row) * o.outputs + r.output;
-                if constexpr (kGated)
-                    static_cast<T*>(o.out)[at] = gated(T(y[0]), T(y[1]), o.gating);
-                else
-                    write<T>(o, at, y[0], r.added);
+            for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+                for (int of = 0; of < kWarps; ++of)
+                    y[part] += sums[((of * kTiles + p.tile) * kTileRows + part * 8 + p.within) * columns + p.row];
+                if constexpr (kGroups == 0) y[part] *= early[n].factor[part];
+                if constexpr (kSmall && kSubnormal<T>) y[part] *= 0x1p24f;
+                if (o.bias != nullptr) y[part] += float(early[n].bias[part]);
             }
-            i += kThreads;
-            if (i >= kTiles * kPerTile << shift) break;
+            const size_t at = size_t(p.row) * o.outputs + p.output;
+            if constexpr (kGated)
+                static_cast<T*>(o.out)[at] = gated(T(y[0]), T(y[1]), o.gating);
+            else
+                write<T>(o, at, y[0], o.residual != nullptr ? float(early[n].added) : 0);
         }
     }
 #endif
@@ -485,14 +582,15 @@ __global__ void pack_kernel(Stored w, int groups, char* packed) {
             const int shift = small ? (place_of(j / 2) + j % 2 * 4) * 4 : j * 8;
             word |= w.code(row, k + j) << shift;
         }
-        reinterpret_cast<unsigned*>(to)[i] = word;
+        reinterpret_cast<unsigned*>(to)[i] = small ? rotated(word, kRotated<T>) : word;
     }
     for (int i = threadIdx.x; i < groups * kTileRows; i += blockDim.x) {
         const int group = i / kTileRows, row = i % kTileRows;
         const int k = min(unit * kUnit + group * (kUnit / groups), w.inputs - 1), from = w.row_of(tile, row);
-        char* const at = to + code_bytes(w.weights) + group * kGroupBytes;
-        reinterpret_cast<T*>(at)[row] = T(w.scale<T>(from, k));
-        at[kTileRows * 2 + row] = static_cast<char>(w.zero(from, k));
+        char* const scales = to + code_bytes(w.weights);
+        const int at = scale_at(row, group, groups);
+        reinterpret_cast<T*>(scales)[at] = T(w.scale<T>(from, k));
+        scales[groups * kTileRows * 2 + at] = static_cast<char>(w.zero(from, k) + kCodeOffset<T>);
     }
     if (groups == 0 && unit == 0 && threadIdx.x < kTileRows)
         reinterpret_cast<float*>(packed + size_t(gridDim.y) * units * bytes)[tile * kTileRows + threadIdx.x] =
@@ -524,10 +622,13 @@ __global__ void unpack_kernel(Stored w, int groups, const char* packed, T* out) 
         float scale, zero = 0;
         unsigned words[2];
         if (small) {
-            words[0] = reinterpret_cast<const unsigned*>(from)[(step / 2 * 32 + lane) * 4 + step % 2 * 2 + half];
-            const char* const at = from + code_bytes(w.weights) + k * groups / kUnit * kGroupBytes;
-            scale = float(reinterpret_cast<const T*>(at)[lane / 4 + half * 8]);
-            zero = float(reinterpret_cast<const unsigned char*>(at)[kTileRows * 2 + lane / 4 + half * 8]);
+            const unsigned word =
+                reinterpret_cast<const unsigned*>(from)[(step / 2 * 32 + lane) * 4 + step % 2 * 2 + half];
+            words[0] = rotated(word, (32 - kRotated<T>) % 32);
+            const char* const scales = from + code_bytes(w.weights);
+            const int at = scale_at(lane / 4 + half * 8, k * groups / kUnit, groups);
+            scale = float(reinterpret_cast<const T*>(scales)[at]);
+            zero = float(reinterpret_cast<const unsigned char*>(scales)[groups * kTileRows * 2 + at] - kCodeOffset<T>);
         } else {
             for (int j = 0; j < 2; ++j)
                 words[j] = reinterpret_cast<const unsigned*>(from)[(step * 32 + lane) * 4 + half * 2 + j];
@@ -573,14 +674,14 @@ struct Room {
 // 0 stages: there is no room for `rows` rows.
 Room room_of(const cqil_linear_shape& s, int rows, bool norm, const Device& device) {
     constexpr size_t kStaticBytes = 1024;
-    const size_t stage = size_t(kWarps) * unit_bytes(s.weights, groups_of(s));
+    const size_t stage = stage_bytes(s.weights, groups_of(s));
     const size_t sums = sizeof(float) * kWarps * kTiles * kTileRows * padded(rows) + (norm ? size_t(s.inputs) * 2 : 0);
     const size_t x = (size_t(units_of(s.inputs)) * kUnit * 2 + kRowGap * 16) * rows;
     const size_t most = std::min(kMostBytes, size_t(device.shared_bytes) - kStaticBytes);
     for (const bool shared : {true, false}) {
         const size_t fixed = sums + (shared ? x : 0);
         if ((shared && x > kSharedBytes) || fixed + kMinStages * stage > most) continue;
-        const int stages = int(std::min(size_t(kMaxStages), (most - fixed) / stage));
+        const int stages = int(std::min(size_t(max_stages(s.weights)), (most - fixed) / stage));
         return {shared, stages, std::max(fixed + stages * stage, std::min(kLeastBytes, most))};
     }
     return {};
