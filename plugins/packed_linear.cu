@@ -7,7 +7,7 @@
 // the scales of rows follow the last unit.
 //
 // The order in which a result is summed depends neither on the number of rows nor on what is in the others. It is the
-// same for one row and for many: more than kColumns rows are several products.
+// same for one row and for many: more than kMostColumns rows are several products.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -29,9 +29,8 @@ using namespace cqil_trt;
 namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kColumns = 8;  // rows of x in one product
+constexpr int kColumns = 8, kMostColumns = 2 * kColumns;  // rows of x in one product
 constexpr int kTileRows = 16, kUnit = 128;
-constexpr int kTiles = 6;      // of a pass, which reads x once
 constexpr int kMostRows = 32;  // with more, it takes less time to unpack the weights for a dense product
 
 // Bytes of a unit's codes, and of the scales and zero points of one of its groups.
@@ -58,7 +57,10 @@ __host__ __device__ constexpr int stage_bytes(int weights, int groups) {
 }
 
 // Rows of x that there is room for in the sums.
-__host__ __device__ constexpr int padded(int rows) { return rows > 4 ? 8 : rows > 2 ? 4 : rows; }
+__host__ __device__ constexpr int padded(int rows) { return rows > 8 ? 16 : rows > 4 ? 8 : rows > 2 ? 4 : rows; }
+
+// Tiles of a pass, which reads x once. `columns`: the most rows of x.
+__host__ __device__ constexpr int pass_tiles(int columns) { return columns > kColumns ? 4 : 6; }
 
 int units_of(int inputs) { return (inputs + kUnit - 1) / kUnit; }
 
@@ -181,22 +183,24 @@ __device__ void decode(const uint4* packets, int step, unsigned (&low)[4], unsig
 #endif
 
 // kGroups: of a unit, 0 where rows have one scale. kShared: x fits in shared memory, else each warp reads its columns
-// of it in every pass.
-template <typename T, int kWeights, int kGroups, bool kGated, bool kShared>
+// of it in every pass. kMost: the most rows of x; with more than kColumns, what a lane takes of x is not in registers
+// but in a place of its own in shared memory, two chunks ahead. Those have no delta.
+template <typename T, int kWeights, int kGroups, bool kGated, bool kShared, int kMost>
 __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, int stages) {
 #if __CUDA_ARCH__ >= 900
     constexpr bool kSmall = kWeights == CQIL_INT4;
+    constexpr int kBlocks = kMost / kColumns, kTiles = pass_tiles(kMost);
     constexpr int kSteps = kUnit / 32, kPackets = code_bytes(kWeights) / 512;
     constexpr int kUnitBytes = unit_bytes(kWeights, kGroups);
     constexpr int kPerTile = kGated ? 8 : 16;  // results of a row of x
     constexpr int kStageBytes = stage_bytes(kWeights, kGroups), kStageTiles = stage_tiles(kWeights);
     extern __shared__ __align__(128) char memory[];
-    __shared__ __align__(16) float squares[kColumns][kWarps];
+    __shared__ __align__(16) float squares[kMost][kWarps];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int packets = o.inputs / 8, columns = padded(o.rows), shift = __ffs(columns) - 1;
     auto* sums = reinterpret_cast<float*>(memory + stages * kStageBytes);
     auto* norm = reinterpret_cast<uint4*>(sums + kWarps * kTiles * kTileRows * columns);
-    auto* own = norm + (o.norm == nullptr ? 0 : packets);  // x, if kShared
+    auto* own = norm + (o.norm == nullptr ? 0 : packets);  // x, if kShared, or what lanes take of it
     const int tiles = (o.outputs + kPerTile - 1) / kPerTile, mine = (tiles - 1 - int(blockIdx.x)) / int(gridDim.x) + 1;
     const int units = (o.inputs + kUnit - 1) / kUnit, chunks = (units + kWarps - 1) / kWarps;
     const int filled = units * (kUnit / 8), stride = filled + kRowGap;  // packets of a row of x, if kShared
@@ -251,10 +255,11 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
     release_successor();
     wait_for_predecessor();
 
-    // A lane has row lane / 4 of x (the last instead of one that is missing, as nobody reads its results), and of W rows
-    // lane / 4 and lane / 4 + 8; 8 columns of 32 in each.
+    // A lane has row lane / 4 of x (of eight more, if there are; the last instead of one that is missing, as nobody
+    // reads its results), and of W rows lane / 4 and lane / 4 + 8; 8 columns of 32 in each.
     const auto *x = static_cast<const uint4*>(o.x), *delta = static_cast<const uint4*>(o.delta);
-    const int column = lane / 4, quarter = lane % 4, x_row = min(column, o.rows - 1);
+    const int column = lane / 4, quarter = lane % 4;
+    auto x_row = [&](int block) { return min(block * kColumns + column, o.rows - 1); };
     auto packet_of = [&](int chunk, int step) { return (chunk * kWarps + warp) * (kUnit / 8) + step * 4 + quarter; };
     uint4 next[kSteps];
     auto load = [&](int chunk) {
@@ -263,9 +268,24 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
             const int i = packet_of(chunk, step);
             next[step] = uint4{};
             if (i >= packets) continue;
-            const size_t at = size_t(x_row) * packets + i;
+            const size_t at = size_t(x_row(0)) * packets + i;
             next[step] = delta == nullptr ? x[at] : sum_of<T>(x[at], delta[at]);
         }
+    };
+    // With more rows than kColumns: a lane's place for what it takes of a chunk, of two chunks in turn.
+    auto taken = [&](int slot, int block, int step) -> uint4& {
+        return own[((slot * kBlocks + block) * kSteps + step) * kThreads + threadIdx.x];
+    };
+    auto take = [&](int chunk, int slot) {
+#pragma unroll
+        for (int block = 0; block < kBlocks; ++block)
+#pragma unroll
+            for (int step = 0; step < kSteps; ++step) {
+                const int i = packet_of(chunk, step);
+                copy_async(shared_address(&taken(slot, block, step)),
+                           x + size_t(x_row(block)) * packets + min(i, packets - 1), i < packets);
+            }
+        commit_copies();
     };
     if constexpr (kShared) {
 #pragma unroll 1
@@ -274,49 +294,59 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
             for (int i = threadIdx.x; i < filled; i += kThreads)
                 copy_async(shared_address(own + row * stride + i), x + row * packets + min(i, packets - 1),
                            i < packets);
-    } else {
+    } else if constexpr (kBlocks == 1) {
         load(0);
     }
     asm volatile("cp.async.wait_all;" ::: "memory");
+    if constexpr (kBlocks > 1) {
+        take(0, 0);
+        take(1 % chunks, 1);
+    }
     // One row in shared memory is normalized there, before its products; of more, warps do it with what they take.
     const bool late = o.norm != nullptr && (!kShared || o.rows > 1);
-    float scale = 0;
-    // The squares of all rows at once, of up to kRows: those of one alone would wait for each other.
+    float scale[kBlocks] = {};
+    // The squares of kRows rows at once: those of one alone would wait for each other.
     auto normalize = [&](auto most) {
         constexpr int kRows = decltype(most)::value;
-        float square[kRows] = {};
-        // A thread reads here what it has copied itself.
 #pragma unroll 1
-        for (int i = threadIdx.x; i < packets; i += kThreads) {
-            uint4 packet[kRows], more[kRows];
+        for (int base = 0; base < o.rows; base += kRows) {
+            float square[kRows] = {};
+            // A thread reads here what it has copied itself.
+#pragma unroll 1
+            for (int i = threadIdx.x; i < packets; i += kThreads) {
+                uint4 packet[kRows], more[kRows];
 #pragma unroll
-            for (int row = 0; row < kRows; ++row) {
-                packet[row] = more[row] = uint4{};
-                if (row >= o.rows) continue;
-                packet[row] = kShared ? own[row * stride + i] : x[size_t(row) * packets + i];
-                if (delta != nullptr) more[row] = delta[size_t(row) * packets + i];
-            }
-            if (delta != nullptr)
-#pragma unroll
-                for (int row = 0; row < kRows; ++row) {
-                    packet[row] = sum_of<T>(packet[row], more[row]);
-                    if (kShared && row < o.rows) own[row * stride + i] = packet[row];
+                for (int n = 0; n < kRows; ++n) {
+                    const int row = base + n;
+                    packet[n] = more[n] = uint4{};
+                    if (row >= o.rows) continue;
+                    packet[n] = kShared ? own[row * stride + i] : x[size_t(row) * packets + i];
+                    if (delta != nullptr) more[n] = delta[size_t(row) * packets + i];
                 }
+                if (delta != nullptr)
 #pragma unroll
-            for (int row = 0; row < kRows; ++row) square[row] = dot<T>(packet[row], packet[row], square[row]);
+                    for (int n = 0; n < kRows; ++n) {
+                        packet[n] = sum_of<T>(packet[n], more[n]);
+                        if (kShared && base + n < o.rows) own[(base + n) * stride + i] = packet[n];
+                    }
+#pragma unroll
+                for (int n = 0; n < kRows; ++n) square[n] = dot<T>(packet[n], packet[n], square[n]);
+            }
+#pragma unroll
+            for (int step = 16; step > 0; step /= 2)
+#pragma unroll
+                for (int n = 0; n < kRows; ++n) square[n] += __shfl_xor_sync(~0u, square[n], step);
+            if (lane == 0)
+#pragma unroll
+                for (int n = 0; n < kRows; ++n) squares[base + n][warp] = square[n];
         }
-#pragma unroll
-        for (int step = 16; step > 0; step /= 2)
-#pragma unroll
-            for (int row = 0; row < kRows; ++row) square[row] += __shfl_xor_sync(~0u, square[row], step);
-        if (lane == 0)
-#pragma unroll
-            for (int row = 0; row < kRows; ++row) squares[row][warp] = square[row];
         sync();
-        scale = rsqrtf(total_of(squares[x_row]) / float(o.inputs) + o.eps);
+#pragma unroll
+        for (int block = 0; block < kBlocks; ++block)
+            scale[block] = rsqrtf(total_of(squares[x_row(block)]) / float(o.inputs) + o.eps);
         if constexpr (kShared && kRows == 1)
 #pragma unroll 1
-            for (int i = threadIdx.x; i < packets; i += kThreads) own[i] = normed<T>(own[i], norm[i], scale);
+            for (int i = threadIdx.x; i < packets; i += kThreads) own[i] = normed<T>(own[i], norm[i], scale[0]);
     };
     if (o.norm != nullptr) {
         if (o.rows == 1)
@@ -360,6 +390,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
         if (kStageTiles == 1 && both) barrier_arrive(empty(following(held)));
     };
     read(mine > 1);
+    int slot = 0;
 #pragma unroll 1
     for (int first = 0; first < mine; first += kTiles) {
         const int count = min(kTiles, mine - first);
@@ -379,40 +410,63 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
             p.valid = p.row < o.rows && p.tile < count && p.output < o.outputs;
             return p;
         };
-        constexpr int kResults = (kTiles * kPerTile * kColumns + kThreads - 1) / kThreads;
         constexpr int kParts = kGated ? 2 : 1;
-        Early early[kResults];
-#pragma unroll
-        for (int n = 0; n < kResults; ++n) {
-            const Place p = place(threadIdx.x + n * kThreads);
-            if (!p.valid) continue;
+        auto ask = [&](const Place& p) {
+            Early early = {};
+            if (!p.valid) return early;
             if (!kGated && o.residual != nullptr)
-                early[n].added = static_cast<const T*>(o.residual)[size_t(p.row) * o.outputs + p.output];
+                early.added = static_cast<const T*>(o.residual)[size_t(p.row) * o.outputs + p.output];
 #pragma unroll
             for (int part = 0; part < kParts; ++part) {
-                if (o.bias != nullptr) early[n].bias[part] = static_cast<const T*>(o.bias)[part * o.outputs + p.output];
+                if (o.bias != nullptr) early.bias[part] = static_cast<const T*>(o.bias)[part * o.outputs + p.output];
                 if constexpr (kGroups == 0) {
                     const auto* scales = reinterpret_cast<const float*>(packed + size_t(tiles) * units * kUnitBytes);
-                    early[n].factor[part] = scales[p.output / kPerTile * kTileRows + part * 8 + p.within];
+                    early.factor[part] = scales[p.output / kPerTile * kTileRows + part * 8 + p.within];
                 }
             }
-        }
-        float c[kTiles][4] = {};
+            return early;
+        };
+        constexpr int kResults = (kTiles * kPerTile * kMost + kThreads - 1) / kThreads;
+        Early early[kResults];
+        if constexpr (kBlocks == 1)  // else there are no registers for it
+#pragma unroll
+            for (int n = 0; n < kResults; ++n) early[n] = ask(place(threadIdx.x + n * kThreads));
+        float c[kTiles][kBlocks][4] = {};
 #pragma unroll 1
         for (int chunk = 0; chunk < chunks; ++chunk) {
             uint4 kept[kSteps];
+            if constexpr (kBlocks > 1) wait_for_copies<1>();
 #pragma unroll
-            for (int step = 0; step < kSteps; ++step) {
-                const int i = packet_of(chunk, step);
-                kept[step] = kShared ? own[x_row * stride + i] : next[step];
-                if (late) kept[step] = normed<T>(kept[step], norm[min(i, packets - 1)], scale);
-            }
-            if constexpr (!kShared) {
+            for (int block = 0; block < kBlocks; ++block)
+#pragma unroll
+                for (int step = 0; step < kSteps; ++step) {
+                    const int i = packet_of(chunk, step);
+                    auto prepared = [&](uint4 packet) {
+                        return late ? normed<T>(packet, norm[min(i, packets - 1)], scale[block]) : packet;
+                    };
+                    if constexpr (kBlocks == 1)
+                        kept[step] = prepared(kShared ? own[x_row(0) * stride + i] : next[step]);
+                    else if (late)
+                        taken(slot, block, step) = prepared(taken(slot, block, step));
+                }
+            if constexpr (!kShared && kBlocks == 1) {
                 if (chunk + 1 < chunks)
                     load(chunk + 1);
                 else if (first + kTiles < mine)
                     load(0);
             }
+            auto x_of = [&](int block, int step) {
+                if constexpr (kBlocks > 1)
+                    return taken(slot, block, step);
+                else
+                    return kept[step];
+            };
+            auto take_more = [&] {
+                if constexpr (kBlocks > 1) {
+                    take(chunk + 2 < chunks ? chunk + 2 : chunks == 1 ? 0 : chunk + 2 - chunks, slot);
+                    slot ^= 1;
+                }
+            };
             // Whether there are two tiles where the next chunk begins.
             const bool two = (chunk + 1 < chunks ? count : mine - first - kTiles) > 1;
             if (chunk * kWarps + warp >= units) {
@@ -421,24 +475,28 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
                     release(tile + 1 < count);
                     read(tile + 2 < count ? tile + 3 < count : two);
                 }
+                take_more();
                 continue;
             }
             // The sums of x in each group, for the zero points: products with ones, in all rows.
-            float group_sums[kGroups + 1][2];
+            float group_sums[kGroups + 1][kBlocks][2];
 #pragma unroll
-            for (int group = 0; group < kGroups; ++group) {
-                constexpr int kGroupSteps = kSteps / (kGroups + !kGroups);
-                constexpr unsigned kOne = kSubnormal<T> ? 0x3c003c00u : 0x3f803f80u;
-                const unsigned ones[4] = {kOne, kOne, kOne, kOne};
-                float low[4] = {}, high[4] = {};
+            for (int group = 0; group < kGroups; ++group)
 #pragma unroll
-                for (int step = 0; step < kGroupSteps; ++step) {
-                    multiply_accumulate<T>(low, ones, &kept[group * kGroupSteps + step].x);
-                    multiply_accumulate<T>(high, ones, &kept[group * kGroupSteps + step].z);
+                for (int block = 0; block < kBlocks; ++block) {
+                    constexpr int kGroupSteps = kSteps / (kGroups + !kGroups);
+                    constexpr unsigned kOne = kSubnormal<T> ? 0x3c003c00u : 0x3f803f80u;
+                    const unsigned ones[4] = {kOne, kOne, kOne, kOne};
+                    float low[4] = {}, high[4] = {};
+#pragma unroll
+                    for (int step = 0; step < kGroupSteps; ++step) {
+                        const uint4 b = x_of(block, group * kGroupSteps + step);
+                        multiply_accumulate<T>(low, ones, &b.x);
+                        multiply_accumulate<T>(high, ones, &b.z);
+                    }
+#pragma unroll
+                    for (int j = 0; j < 2; ++j) group_sums[group][block][j] = low[j] + high[j];
                 }
-#pragma unroll
-                for (int j = 0; j < 2; ++j) group_sums[group][j] = low[j] + high[j];
-            }
 #pragma unroll
             for (int tile = 0; tile < kTiles; tile += 2) {
                 if (tile > 0 && tile >= count) break;
@@ -447,16 +505,20 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
                 if constexpr (kSmall)
 #pragma unroll
                     for (int of = 0; of < 2; ++of) scales[of].read(held + scales_at + of * kWarps * kUnitBytes, column);
-                float low_sums[2][4] = {}, high_sums[2][4] = {};
+                float low_sums[2][kBlocks][4] = {}, high_sums[2][kBlocks][4] = {};
 #pragma unroll
                 for (int step = 0; step < kSteps; ++step) {
                     unsigned low[2][4], high[2][4];
 #pragma unroll
                     for (int of = 0; of < 2; ++of) decode<T, kWeights>(codes[of], step, low[of], high[of]);
 #pragma unroll
-                    for (int of = 0; of < 2; ++of) {
-                        multiply_accumulate<T>(low_sums[of], low[of], &kept[step].x);
-                        multiply_accumulate<T>(high_sums[of], high[of], &kept[step].z);
+                    for (int block = 0; block < kBlocks; ++block) {
+                        const uint4 b = x_of(block, step);
+#pragma unroll
+                        for (int of = 0; of < 2; ++of) {
+                            multiply_accumulate<T>(low_sums[of][block], low[of], &b.x);
+                            multiply_accumulate<T>(high_sums[of][block], high[of], &b.z);
+                        }
                     }
                     constexpr int kGroupSteps = kSteps / kSums;
                     if (step % kGroupSteps != kGroupSteps - 1) continue;
@@ -470,10 +532,13 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
                         float2 factor, zero;
                         if constexpr (kSmall) factor = scales[of].scale(group), zero = scales[of].zero(group);
 #pragma unroll
-                        for (int i = 0; i < 4; ++i) {
-                            float &l = low_sums[of][i], &h = high_sums[of][i], &to = c[tile + of][i];
+                        for (int n = 0; n < 4 * kBlocks; ++n) {
+                            const int block = n / 4, i = n % 4;
+                            float &l = low_sums[of][block][i], &h = high_sums[of][block][i];
+                            float& to = c[tile + of][block][i];
                             if constexpr (kSmall) {
-                                const float alone = fmaf(-(i < 2 ? zero.x : zero.y), group_sums[group][i % 2], l);
+                                const float alone =
+                                    fmaf(-(i < 2 ? zero.x : zero.y), group_sums[group][block][i % 2], l);
                                 const float both = kSubnormal<T> ? fmaf(h, 0x1p-4f, alone) : alone + h;
                                 to = fmaf(i < 2 ? factor.x : factor.y, both, to);
                             } else {
@@ -484,21 +549,25 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
                     }
                 }
             }
+            take_more();
         }
         sync();  // the sums of the pass before have been read
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                float* const to = &sums[((warp * kTiles + tile) * kTileRows + column + i * 8) * columns + quarter * 2];
-                if (columns == 1 && quarter == 0) *to = c[tile][2 * i];
-                if (quarter * 2 + 1 < columns) *reinterpret_cast<float2*>(to) = {c[tile][2 * i], c[tile][2 * i + 1]};
+            for (int n = 0; n < 2 * kBlocks; ++n) {
+                const int block = n / 2, row = column + n % 2 * 8, of = block * kColumns + quarter * 2;
+                const float* const two = &c[tile][block][n % 2 * 2];
+                float* const to = &sums[((warp * kTiles + tile) * kTileRows + row) * columns + of];
+                if (columns == 1 && quarter == 0) *to = two[0];
+                if (of + 1 < columns) *reinterpret_cast<float2*>(to) = {two[0], two[1]};
             }
         sync();
 #pragma unroll
         for (int n = 0; n < kResults; ++n) {
             const Place p = place(threadIdx.x + n * kThreads);
             if (!p.valid) continue;
+            if constexpr (kBlocks > 1) early[n] = ask(p);
             float y[2] = {};
 #pragma unroll
             for (int part = 0; part < kParts; ++part) {
@@ -675,12 +744,14 @@ struct Room {
 Room room_of(const cqil_linear_shape& s, int rows, bool norm, const Device& device) {
     constexpr size_t kStaticBytes = 1024;
     const size_t stage = stage_bytes(s.weights, groups_of(s));
-    const size_t sums = sizeof(float) * kWarps * kTiles * kTileRows * padded(rows) + (norm ? size_t(s.inputs) * 2 : 0);
+    const size_t sums =
+        sizeof(float) * kWarps * pass_tiles(rows) * kTileRows * padded(rows) + (norm ? size_t(s.inputs) * 2 : 0);
     const size_t x = (size_t(units_of(s.inputs)) * kUnit * 2 + kRowGap * 16) * rows;
+    const size_t taken = rows > kColumns ? size_t(kWarps) * kUnit * 2 * kMostColumns * 2 : 0;
     const size_t most = std::min(kMostBytes, size_t(device.shared_bytes) - kStaticBytes);
     for (const bool shared : {true, false}) {
-        const size_t fixed = sums + (shared ? x : 0);
-        if ((shared && x > kSharedBytes) || fixed + kMinStages * stage > most) continue;
+        const size_t fixed = sums + (shared ? x : taken);
+        if ((shared && (x > kSharedBytes || rows > kColumns)) || fixed + kMinStages * stage > most) continue;
         const int stages = int(std::min(size_t(max_stages(s.weights)), (most - fixed) / stage));
         return {shared, stages, std::max(fixed + stages * stage, std::min(kLeastBytes, most))};
     }
@@ -693,11 +764,15 @@ int multiply(const cqil_linear_shape& s, const Operands& o, const Device& device
     const Room room = room_of(s, o.rows, o.norm != nullptr, device);
     if (room.stages == 0) return fail("%d inputs leave no room for packed weights in shared memory", s.inputs);
     const Launch l = {dim3(blocks), kThreads + 32, st, true, room.bytes};
+    if constexpr (kGroups <= 1)
+        if (o.rows > kColumns)
+            return s.gated ? launch(packed_kernel<T, kWeights, kGroups, true, false, kMostColumns>, l, o, room.stages)
+                           : launch(packed_kernel<T, kWeights, kGroups, false, false, kMostColumns>, l, o, room.stages);
     if (room.shared)
-        return s.gated ? launch(packed_kernel<T, kWeights, kGroups, true, true>, l, o, room.stages)
-                       : launch(packed_kernel<T, kWeights, kGroups, false, true>, l, o, room.stages);
-    return s.gated ? launch(packed_kernel<T, kWeights, kGroups, true, false>, l, o, room.stages)
-                   : launch(packed_kernel<T, kWeights, kGroups, false, false>, l, o, room.stages);
+        return s.gated ? launch(packed_kernel<T, kWeights, kGroups, true, true, kColumns>, l, o, room.stages)
+                       : launch(packed_kernel<T, kWeights, kGroups, false, true, kColumns>, l, o, room.stages);
+    return s.gated ? launch(packed_kernel<T, kWeights, kGroups, true, false, kColumns>, l, o, room.stages)
+                   : launch(packed_kernel<T, kWeights, kGroups, false, false, kColumns>, l, o, room.stages);
 }
 
 template <typename T>
@@ -743,9 +818,12 @@ int cqil_trt::packed_linear(const cqil_linear_shape& s, Operands o, void* scratc
             o.x = scratch;
             o.delta = o.norm = nullptr;
         }
-        for (int first = 0; first < s.rows; first += kColumns) {
-            Operands part = o;
-            part.rows = std::min(kColumns, s.rows - first);
+        // Smaller groups have too few registers for more rows.
+        const bool wide =
+            o.delta == nullptr && groups_of(s) <= 1 && room_of(s, kMostColumns, o.norm != nullptr, device).stages > 0;
+        Operands part = o;
+        for (int first = 0; first < s.rows; first += part.rows) {
+            part.rows = std::min(wide ? kMostColumns : kColumns, s.rows - first);
             part.x = static_cast<const T*>(o.x) + size_t(first) * s.inputs;
             if (o.delta != nullptr) part.delta = static_cast<const T*>(o.delta) + size_t(first) * s.inputs;
             part.out = static_cast<T*>(o.out) + size_t(first) * s.outputs;
@@ -761,7 +839,7 @@ extern "C" {
 
 int cqil_packed_rows(void) {
     bool modern = false;
-    if (is_modern(packed_kernel<__half, CQIL_INT4, 1, false, true>, &modern)) return -1;
+    if (is_modern(packed_kernel<__half, CQIL_INT4, 1, false, true, kColumns>, &modern)) return -1;
     return modern ? kMostRows : 0;
 }
 
