@@ -287,17 +287,32 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
             }
         commit_copies();
     };
-    if constexpr (kShared) {
+    auto copy = [&](int row, int i) {
+        copy_async(shared_address(own + row * stride + i), x + row * packets + min(i, packets - 1), i < packets);
+    };
+    // x in shared memory without a norm: a warp copies what it takes, and waits for a chunk of it when it is to take it.
+    const bool chunkwise = kShared && o.norm == nullptr;
+    if (chunkwise) {
 #pragma unroll 1
-        for (int row = 0; row < o.rows; ++row)
+        for (int chunk = 0; chunk < chunks; ++chunk) {
+            constexpr int kUnitPackets = kUnit / 8;
+            const int i = (chunk * kWarps + warp) * kUnitPackets + lane % kUnitPackets;
 #pragma unroll 1
-            for (int i = threadIdx.x; i < filled; i += kThreads)
-                copy_async(shared_address(own + row * stride + i), x + row * packets + min(i, packets - 1),
-                           i < packets);
-    } else if constexpr (kBlocks == 1) {
-        load(0);
+            for (int row = lane / kUnitPackets; row < o.rows; row += 32 / kUnitPackets)
+                if (i < filled) copy(row, i);
+            commit_copies();
+        }
+    } else {
+        if constexpr (kShared) {
+#pragma unroll 1
+            for (int row = 0; row < o.rows; ++row)
+#pragma unroll 1
+                for (int i = threadIdx.x; i < filled; i += kThreads) copy(row, i);
+        } else if constexpr (kBlocks == 1) {
+            load(0);
+        }
+        asm volatile("cp.async.wait_all;" ::: "memory");
     }
-    asm volatile("cp.async.wait_all;" ::: "memory");
     if constexpr (kBlocks > 1) {
         take(0, 0);
         take(1 % chunks, 1);
@@ -354,7 +369,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
         else
             normalize(std::integral_constant<int, kColumns>());
     }
-    if (kShared && !late) sync();
+    if (kShared && o.norm != nullptr && !late) sync();
 
     // The codes of two tiles at a time, as the products of one alone would wait for each other. A lane has those of the
     // next two in registers while it applies the scales of two.
@@ -436,6 +451,19 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
         for (int chunk = 0; chunk < chunks; ++chunk) {
             uint4 kept[kSteps];
             if constexpr (kBlocks > 1) wait_for_copies<1>();
+            if (chunkwise && first == 0) {
+                // Copies of as many chunks may be missing as are still to come.
+                const int later = chunks - 1 - chunk;
+                if (later == 0)
+                    wait_for_copies<0>();
+                else if (later == 1)
+                    wait_for_copies<1>();
+                else if (later == 2)
+                    wait_for_copies<2>();
+                else
+                    wait_for_copies<3>();
+                __syncwarp();
+            }
 #pragma unroll
             for (int block = 0; block < kBlocks; ++block)
 #pragma unroll
