@@ -44,7 +44,7 @@ class Runner:
         """
         limits = session.limits
         if speculation is not None and session.row_cost is None:
-            raise UserError("--speculate: this backend does not verify drafts; backends torch and onnx do")
+            raise UserError("--speculate: this backend does not verify drafts; torch, onnx and tensorrt's plugins do")
 
         def speculator(sampling: SamplingConfig) -> Speculator | None:
             if speculation is None or session.row_cost is None or (sampling.penalizes and not session.drafts_penalized):

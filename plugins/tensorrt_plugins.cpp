@@ -527,11 +527,13 @@ public:
 
 private:
     cqil_attention_shape shape(PluginTensorDesc const* input) const {
-        const int batch = std::max(1, static_cast<int>(input[inputs() - kIntegers].dims.d[0]));
+        // Of each sequence one entry, or, of a step with drafts, as many as tokens.
+        const Dims& past = input[inputs() - kIntegers].dims;
+        const int batch = std::max(1, static_cast<int>(past.d[0])), drafts = past.d[1] > 1;
         const int length = static_cast<int>(input[0].dims.d[0]) / batch;
         const Fields& f = fields_;
         return {batch,   length,  f.heads, f.kv_heads, f.head_dim,  f.capacity,    f.max_batch,
-                f.group, f.first, f.dtype, f.eps,      0,           f.window,      f.rotary,
+                f.group, f.first, f.dtype, f.eps,      drafts,      f.window,      f.rotary,
                 f.norm,  f.scale, f.cap,   f.cache,    f.key_scale, f.value_scale, f.positions};
     }
 };

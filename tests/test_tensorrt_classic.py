@@ -131,12 +131,13 @@ class Network:
         norms = (given.pop(0), given.pop(0)) if f.head_norms else (None, None)
         squares = given.pop(0) if f.joint else None
         assert not given
-        batch = len(past)
+        (batch, entries), length = past.shape, len(qkv) // len(past)
+        assert past.shape == slots.shape and entries in (1, length)
         s = SimpleNamespace(
             batch=batch,
-            length=len(qkv) // batch,
+            length=length,
             max_batch=f.max_batch,
-            drafts=0,
+            drafts=entries > 1,
             **{
                 name: getattr(f, name)
                 for name in ("heads", "kv_heads", "head_dim", "capacity", "positions", "group", "first", "eps")
@@ -161,7 +162,7 @@ class Network:
             return [x[0]]
         assert f.flat == 1 and x[0].dim() == 2
         given = torch.linspace(-1, 1, x[0].numel() * f.hidden).view(BATCH, -1, f.hidden)  # of the slots in order
-        return [given[self._given["slots"]].view(-1, f.hidden)]
+        return [given[self._given["slots"][:, 0]].view(-1, f.hidden)]
 
     def CqilBypass(self, f, x, _):
         return [0.5 * x[0] if self._rank else torch.zeros_like(x[0])]
@@ -210,7 +211,7 @@ def test_classic_networks_compute_what_the_decoder_means(name, tmp_path):
                 expected = decode(plain, tokens, pasts, select)
                 rows = torch.arange(BATCH) * new + new - 1
                 slots = torch.randperm(BATCH)  # a sequence keeps its slot, not its row
-                inputs = {"tokens": tokens[slots], "past": pasts, "slots": slots, "select": rows}
+                inputs = {"tokens": tokens[slots], "past": pasts[:, None], "slots": slots[:, None], "select": rows}
                 given = inputs | constants | weights
                 network = Network(given, caches, rank.schedule.peers(Peers.PART).index(rank.rank))
                 define_network(package(), network, LOWERING, rank, limits, checkpoint.rotary, nccl=False)
@@ -240,8 +241,8 @@ def test_caches_that_are_circles(name, tmp_path):
             pasts, select = torch.full((BATCH,), past), torch.full((BATCH, 1), new - 1)
             expected = decode(plain, tokens, pasts, select)
             rows = torch.arange(BATCH) * new + new - 1
-            given = {"tokens": tokens[slots], "past": pasts, "slots": slots, "select": rows} | constants | weights
-            network = Network(given, caches, rank.rank)
+            inputs = {"tokens": tokens[slots], "past": pasts[:, None], "slots": slots[:, None], "select": rows}
+            network = Network(inputs | constants | weights, caches, rank.rank)
             define_network(package(), network, LOWERING, rank, limits, checkpoint.rotary, nccl=False)
             assert_close(name, network.outputs["logits"], expected[slots, 0])
             past += new
@@ -264,7 +265,8 @@ def test_packed_weights_are_pointed_to_and_others_are_dense(tmp_path):
         pasts = torch.zeros(BATCH, dtype=torch.long)
         expected = decode(plain, tokens, pasts, torch.full((BATCH, 1), 6))
         slots = torch.arange(BATCH)
-        given = {"tokens": tokens, "past": pasts, "slots": slots, "select": rows} | constants | weights
+        given = {"tokens": tokens, "past": pasts[:, None], "slots": slots[:, None], "select": rows}
+        given |= constants | weights
         matrices = {n: m for n, m in weights.items() if n.startswith("layers.") and n.endswith(".weight")}
         network = Network(given, HostKernels(), rank.rank, matrices)
         define_network(package(), network, LOWERING, rank, limits, checkpoint.rotary, False, kernels)
@@ -275,7 +277,7 @@ def test_packed_weights_are_pointed_to_and_others_are_dense(tmp_path):
 
 
 def test_a_servers_steps_are_those_of_each_sequence_alone(tmp_path):
-    """Prompts one by one into slots, then decode steps of some of 16 sequences, as the two profiles allow."""
+    """Prompts one by one into slots, then decode steps of some of 16 sequences, also with drafts, as profiles allow."""
     checkpoint = Checkpoint(make_model(tmp_path, seed=SEED, rms_norm_eps=1e-2), None)
     slots, model = 16, checkpoint.model
     limits = EngineLimits(max_batch_size=slots, max_seq_len=CAPACITY, dtype="float32", prefill_chunk=8)
@@ -286,12 +288,15 @@ def test_a_servers_steps_are_those_of_each_sequence_alone(tmp_path):
         alone = [TorchOps(rank, weights, Alone.of(rank.schedule), limits, checkpoint.rotary) for _ in range(slots)]
         past = torch.zeros(slots, dtype=torch.long)
 
-        def step(chosen, length, rank=rank, weights=weights, caches=caches, alone=alone, past=past):
+        def step(chosen, length, drafts=False, rank=rank, weights=weights, caches=caches, alone=alone, past=past):
             tokens = torch.randint(model.vocab_size, (len(chosen), length))
-            last = torch.tensor([[length - 1]])
-            expected = [decode(alone[s], tokens[i : i + 1], past[s : s + 1], last)[0] for i, s in enumerate(chosen)]
-            rows = torch.arange(len(chosen)) * length + length - 1
-            inputs = {"tokens": tokens, "past": past[chosen], "slots": torch.tensor(chosen), "select": rows}
+            wanted = torch.arange(length)[None] if drafts else torch.tensor([[length - 1]])
+            expected = [decode(alone[s], tokens[i : i + 1], past[s : s + 1], wanted)[0] for i, s in enumerate(chosen)]
+            rows = (torch.arange(len(chosen))[:, None] * length + wanted).flatten()
+            pasts, slots = past[chosen][:, None], torch.tensor(chosen)[:, None]
+            if drafts:
+                pasts, slots = pasts + wanted, slots.repeat(1, length)
+            inputs = {"tokens": tokens, "past": pasts, "slots": slots, "select": rows}
             network = Network(inputs | constants | weights, caches, rank.rank)
             define_network(package(), network, LOWERING, rank, limits, checkpoint.rotary, nccl=False)
             torch.testing.assert_close(network.outputs["logits"], torch.cat(expected), rtol=1e-4, atol=1e-5)
@@ -300,8 +305,8 @@ def test_a_servers_steps_are_those_of_each_sequence_alone(tmp_path):
         for slot in torch.randperm(slots).tolist():
             for _ in range(1 + slot % 2):  # a chunk, or two
                 step([slot], int(torch.randint(2, 9, ())))
-        for count in (slots, 5, 1, slots):
-            step(torch.randperm(slots)[:count].tolist(), 1)
+        for count, drafted in ((slots, 0), (5, 0), (8, 1), (1, 0), (2, 7), (slots, 0)):
+            step(torch.randperm(slots)[:count].tolist(), 1 + drafted, drafts=drafted > 0)
 
 
 def test_every_rank_hears_of_a_gpu_that_the_engine_was_not_compiled_for(monkeypatch):

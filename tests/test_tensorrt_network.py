@@ -340,6 +340,33 @@ def test_two_profiles_have_room_for_every_pass(chunk, models):
                 assert low == tuple(1 if size < 0 else size for size in shape)
 
 
+@pytest.mark.parametrize("batch", [1, 3, 40])
+def test_plugins_have_a_profile_for_drafts(batch):
+    builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+    network, config, made = builder.create_network(), builder.create_builder_config(), []
+    for name, dims in (("tokens", 2), ("past", 2), ("slots", 2), ("select", 1)):
+        network.add_input(name, trt.int32, (-1,) * dims)
+
+    def make():
+        made.append(builder.create_optimization_profile())
+        return made[-1]
+
+    recording = SimpleNamespace(create_optimization_profile=make)
+    add_profiles(trt, recording, config, network, EngineLimits(max_batch_size=batch, max_seq_len=LENGTH))
+    assert config.num_optimization_profiles == 3
+    sequences = min(batch, 8)
+    for name, (low, high) in {
+        "tokens": ((1, 2), (sequences, 16)),
+        "past": ((1, 2), (sequences, 16)),
+        "slots": ((1, 2), (sequences, 16)),
+        "select": ((1,), (16 * sequences,)),
+    }.items():
+        found, usual, most = (tuple(sizes) for sizes in made[2].get_shape(name))
+        assert (found, most) == (low, high) and all(a <= b <= c for a, b, c in zip(low, usual, high)), name
+    for profile in made[:2]:
+        assert [tuple(sizes)[1] for sizes in profile.get_shape("past")] == [1, 1, 1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name, shape", BUILDS, ids=map(identifier, BUILDS))
 def test_engines_of_every_rank_are_built(name, shape, models, tmp_path):

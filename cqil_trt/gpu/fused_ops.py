@@ -21,6 +21,9 @@ from cqil_trt.shard import LayerShard
 
 V = TypeVar("V")
 
+# The rows of a step with drafts at most: what products take whose rows do not depend on each other.
+DRAFT_ROWS = 16
+
 
 def attention_fields(model: ModelConfig, shard: LayerShard, limits: EngineLimits, slots: int) -> dict[str, int | float]:
     """The fields of cqil_attention_shape and of CqilAttention that describe a rank's share of a layer.

@@ -32,7 +32,7 @@ from cqil_trt.config import DTYPE_BYTES
 from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
 from cqil_trt.gpu import abi, cuda, kernel_library
-from cqil_trt.gpu.fused_ops import attention_fields, rotary_names
+from cqil_trt.gpu.fused_ops import DRAFT_ROWS, attention_fields, rotary_names
 from cqil_trt.gpu.weights import DeviceWeights
 from cqil_trt.gpu.workspace import Workspace, guard
 from cqil_trt.network.rotary import rotary_tables
@@ -47,6 +47,9 @@ _FLYING = 3
 _MAX_PROMPT_GRAPHS = 32
 # Device memory that is left to activations, libraries and graphs when the KV cache takes the rest.
 _RESERVED_BYTES = 2 << 30
+# What one more row for each sequence costs in a decode step, as a part of the step, dense and with packed weights: two
+# H200, LLaMA-7B, `sharded`, scripts/benchmark.py --drafts 7.
+_ROW_COST, _PACKED_ROW_COST = 0.035, 0.08
 # The widths of captured decode steps: rows for each sequence.
 _WIDTHS = (1, 2, 4, 8, 16)
 # The lengths of chunks that are graphs: from an entry's first up to the next entry's first, in its steps. The padding
@@ -222,6 +225,9 @@ class CudaSession(Session):
         agree(self._comm, weights.allocated)
         self._memory |= weights.memory
         self._quantized = weights.quantized
+        if self._draft_rows:
+            packed = any(matrix.packed for matrix in self._quantized.values())
+            self.row_cost = _PACKED_ROW_COST if packed else _ROW_COST
         if not self._slots_are_fixed:
             free = self._free_memory() - sum(self._buffer_sizes().values())
             each = cache_bytes(engine, self._plan.rank) + sum(self._slot_sizes().values())
@@ -377,8 +383,12 @@ class CudaSession(Session):
     # Lengths of chunks that are executed as CUDA graphs, in rising order; shorter chunks are padded.
     _prompt_lengths: Sequence[int] = ()
 
-    def _take_prompts_as_graphs(self) -> None:
-        """For networks of our kernels: what they enqueue depends on a chunk's length alone. Also finds cuBLASLt."""
+    def _use_plugins(self) -> None:
+        """For networks of our plugins, before `_load`: chunks of prompts are graphs, and steps can have drafts.
+
+        Finds cuBLASLt too.
+        """
+        self._draft_rows = DRAFT_ROWS
         self._prompt_lengths = prompt_lengths(min(self.limits.prefill_chunk, self.limits.max_seq_len))
         found = agree(self._comm, partial(kernel_library.find_linear_library, self._library))
         if not found and self._plan.rank == 0:

@@ -23,7 +23,15 @@ import numpy as np
 
 from cqil_trt.config import DTYPES, EngineLimits
 from cqil_trt.gpu import abi, tensorrt_plugins
-from cqil_trt.gpu.fused_ops import FusedOps, attention_fields, gating, norm_kind, rotary_names, square_fields
+from cqil_trt.gpu.fused_ops import (
+    DRAFT_ROWS,
+    FusedOps,
+    attention_fields,
+    gating,
+    norm_kind,
+    rotary_names,
+    square_fields,
+)
 from cqil_trt.gpu.packed import quantized_matrices
 from cqil_trt.gpu.workspace import fuses_norm, workspace_input
 from cqil_trt.network.decoder import decode
@@ -82,6 +90,8 @@ class TensorRtOps(Ops[Tensor]):
             the engine is loaded.
     """
 
+    _entries: tuple[int, ...] = (-1,)  # the shape of `past`
+
     def __init__(
         self,
         trt: Any,
@@ -106,7 +116,7 @@ class TensorRtOps(Ops[Tensor]):
         self._dtypes = {tensor.name: getattr(trt, tensor.dtype) for tensor in plan.tensors if tensor.dtype in DTYPES}
 
         self.tokens = self._input("tokens", trt.int32, (-1, -1))
-        self.past = self._input("past", trt.int32, (-1,))
+        self.past = self._input("past", trt.int32, self._entries)
         self.select_rows = self._input("select", trt.int32, (-1,)) if plan.schedule.predicts else None
         self._nccl = nccl
         self._quantized = quantized_matrices(plan, None if lowering.native else kernels)
@@ -494,10 +504,12 @@ class NativeOps(TensorRtOps):
 class ClassicOps(FusedOps[Tensor], TensorRtOps):
     """Our plugins for everything. Caches have the layout of cqil_attention and are bound as int32 [1]."""
 
+    _entries = (-1, -1)
+
     def _define_caches(self, rotary: Sequence[float]) -> None:
         trt = self._trt
         self._caches = {index: self._input(f"cache.{index}", trt.int32, (1,)) for index in self._with_heads}
-        self._slots = self._input("slots", trt.int32, (-1,)) if self._with_heads else None
+        self._slots = self._input("slots", trt.int32, self._entries) if self._with_heads else None
         model = self.plan.model
         table = (self._limits.max_seq_len, model.rotary_dim // 2)
         used = {which for index in self._with_heads if (which := model.rope_of(index)) is not None}
@@ -625,13 +637,14 @@ def define_network(
 ) -> TensorRtOps:
     """Emits a rank's whole network; arguments as for `TensorRtOps`. Keep the result until the engine is built.
 
-    Inputs: tokens int32 [B, T], past int32 [B], select int32 [R] (rows b * T + t to predict from), the rank's tensors
+    Inputs: tokens int32 [B, T], past int32 [B] (classic [B, E]: E is 1, or T in a step with drafts, each token's
+    position then), select int32 [R] (rows b * T + t to predict from), the rank's tensors
     under their names (a quantized matrix as one, NAME.weight: dense, or where our plugins take it packed, int32 [1]),
     and the plugins' workspaces int32 [1] (workspace, and for collectives of fewer ranks workspace.layer and
     workspace.part). Native: positions int32 [B, T], and for each layer of the rank cache.N.key and cache.N.value
-    [B, key/value heads, S, head_dim]; classic, where the rank has attention heads: slots int32 [B] (row b of the pass
-    is in slot slots[b] of the caches), cache.N int32 [1], and the rotary tables that its layers take, float32
-    [S, rotary_dim / 2]: rotary.cos and rotary.sin, and rotary.local.cos and rotary.local.sin.
+    [B, key/value heads, S, head_dim]; classic, where the rank has attention heads: slots int32 [B, E] (sequence b of
+    the pass is in slot slots[b, 0] of the caches), cache.N int32 [1], and the rotary tables that its layers take,
+    float32 [S, rotary_dim / 2]: rotary.cos and rotary.sin, and rotary.local.cos and rotary.local.sin.
     Outputs: logits [R, V] (where the rank predicts), joined [B * T, H] (the residual stream after the last all-reduce,
     where there is one), and native every cache, updated in place.
     """
@@ -653,23 +666,30 @@ def define_network(
 
 
 def add_profiles(trt: Any, builder: Any, config: Any, network: Any, limits: EngineLimits) -> None:
-    """Two optimization profiles of one engine.
+    """The optimization profiles of an engine, in the order of `gpu.session.Phase`.
 
-    0 is for a chunk of one prompt, up to prefill_chunk tokens; 1 for decode steps, a token of each sequence.
+    0 is for a chunk of one prompt, up to prefill_chunk tokens; 1 for decode steps, a token of each sequence; 2, with
+    our plugins, for decode steps with drafts, DRAFT_ROWS tokens in all.
     """
-    chunk = min(limits.prefill_chunk, limits.max_seq_len)
-    for batch, longest in ((1, chunk), (limits.max_batch_size, 1)):
+    chunk, most = min(limits.prefill_chunk, limits.max_seq_len), limits.max_batch_size
+    # Sequences at most; tokens of each at least and at most; entries of `past` for each at most.
+    passes = [(1, 1, chunk, 1), (most, 1, 1, 1)]
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    if any(tensor.name == "past" and len(tensor.shape) == 2 for tensor in inputs):
+        passes.append((min(most, DRAFT_ROWS // 2), 2, DRAFT_ROWS, DRAFT_ROWS))
+    for batch, shortest, longest, entries in passes:
         usual = min(longest, 128)
         profile = builder.create_optimization_profile()
-        for i in range(network.num_inputs):
-            tensor = network.get_input(i)
+        for tensor in inputs:
             shape, name = tuple(tensor.shape), tensor.name
             if -1 not in shape:
                 continue
             ranges: tuple[tuple[int, ...], ...]
             if name in ("tokens", "positions"):
-                ranges = (1, 1), (1, usual), (batch, longest)
-            elif name in ("past", "slots"):
+                ranges = (1, shortest), (1, usual), (batch, longest)
+            elif name in ("past", "slots") and len(shape) == 2:
+                ranges = (1, min(shortest, entries)), (1, entries), (batch, entries)
+            elif name == "past":
                 ranges = (1,), (1,), (batch,)
             elif name == "select":
                 ranges = (1,), (1,), (batch * longest,)

@@ -22,9 +22,6 @@ from cqil_trt.gpu.weights import DeviceWeights
 from cqil_trt.gpu.workspace import workspace_input
 from cqil_trt.scheduler import Outcome, Step
 
-# The passes that engines have optimization profiles for (network.add_profiles), in their order.
-_PROFILES = Phase.PREFILL, Phase.DECODE
-
 
 class TensorRtSession(CudaSession):
     """One rank on one GPU. `device`: its number, modulo the number of GPUs.
@@ -73,7 +70,7 @@ class TensorRtSession(CudaSession):
         )
         with weights.closed_on_failure(), self._released_on_failure():
             if not self._native:
-                self._take_prompts_as_graphs()
+                self._use_plugins()
             self._load(engine, weights)
             self._contexts = agree(comm, partial(self._make_contexts, trt))
             agree(comm, partial(self._join_nccl, engine))
@@ -153,12 +150,13 @@ class TensorRtSession(CudaSession):
         return self._arranged[0] if self._native else None
 
     def _make_contexts(self, trt: Any) -> list[Any]:
-        """One context for each profile; they share their scratch memory, as they never run at the same time."""
+        """One context for each profile (network.add_profiles); they share their scratch memory: one runs at a time."""
         engine = self._engine
         size: Any = getattr(engine, "device_memory_size_v2", None) or getattr(engine, "device_memory_size", 0)
         arena = self._arena(int(size), "TensorRT's scratch memory")
         contexts = []
-        for phase in _PROFILES:
+        phases = [phase for phase in Phase if phase is not Phase.VERIFY or self._draft_rows]
+        for phase in phases:
             if hasattr(engine, "create_execution_context_without_device_memory"):
                 context = engine.create_execution_context_without_device_memory()
             else:
@@ -170,7 +168,7 @@ class TensorRtSession(CudaSession):
         self._synchronize()
         schedule = self._plan.schedule
         workspaces = {workspace_input(schedule, kind): each.address for kind, each in self._workspaces.items()}
-        for context, phase in zip(contexts, _PROFILES):
+        for context, phase in zip(contexts, phases):
             for name in self._names:
                 # A decode step's token is at position `past`.
                 buffers = BUFFERS[phase] | ({"positions": "past"} if phase is Phase.DECODE else {})
@@ -190,11 +188,12 @@ class TensorRtSession(CudaSession):
 
     def _execute(self, phase: Phase, batch: int, length: int, rows: int) -> None:
         context = self._contexts[phase]
+        entries = (batch,) if self._native else (batch, length if phase is Phase.VERIFY else 1)
         shapes: dict[str, tuple[int, ...]] = {
             "tokens": (batch, length),
             "positions": (batch, length),
-            "past": (batch,),
-            "slots": (batch,),
+            "past": entries,
+            "slots": entries,
             "select": (rows,),
         }
         if self._native:

@@ -20,19 +20,12 @@ class TorchCudaSession(CudaSession):
     Raises UserError for too little memory, GPUs that cannot reach each other, or a missing plugin library.
     """
 
-    # Two H200, LLaMA-7B, `sharded`: scripts/benchmark.py --drafts 7.
-    _ROW_COST, _PACKED_ROW_COST = 0.035, 0.08
-    row_cost = _ROW_COST
-    _draft_rows = 16  # what products take whose rows do not depend on each other
-
     def __init__(self, engine: Engine, comm: Any, device: int, slots: int, weights: DeviceWeights):
         cuda.use_device(device)
         super().__init__(engine, comm, kernel_library.load(), slots)
         with self._released_on_failure():
-            self._take_prompts_as_graphs()
+            self._use_plugins()
             self._load(engine, weights)
-            if any(matrix.packed for matrix in self._quantized.values()):
-                self.row_cost = self._PACKED_ROW_COST
             kernels = self._memory, self._workspaces, self._library, int(self._stream)
             self._ops = CudaOps(self._plan, engine.limits, *kernels, self.slots, self._quantized)
             self._complete()
