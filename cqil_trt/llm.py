@@ -48,6 +48,7 @@ class Llm:
     assigned to replicas round-robin. `device`: "cpu", "cuda" (each rank takes the next GPU), or "auto". `slots`: the
     sequences that the KV cache holds, by default as many as the engine runs at a time; fewer where memory is short.
     `speculation`: how tokens are drafted, None for not at all; UserError where the backend cannot verify drafts.
+    `wait`: for the weights; otherwise `wait` must be called before anything but a warm-up.
 
     `startup`: how long this took.
     """
@@ -59,6 +60,7 @@ class Llm:
         device: str = "auto",
         slots: int | None = None,
         speculation: Speculation | None = None,
+        wait: bool = True,
     ):
         if device not in backends.DEVICES:
             raise UserError(f"device must be one of {', '.join(backends.DEVICES)}, found {device!r}")
@@ -85,6 +87,16 @@ class Llm:
         self.speculation = speculation
         self.runner = self.job.agree(self.new_runner)
         self.startup.end("tokenizer")
+        if wait:
+            try:
+                self.wait()
+            except UserError:
+                self.close()  # the process may open another
+                raise
+
+    def wait(self) -> None:
+        """Waits for the weights. Raises UserError for a damaged file."""
+        self.startup.end("weights", self.job.agree(self.session.wait))
 
     def new_runner(self) -> Runner:
         """A runner whose scheduler knows of nothing in the cache: needed after the session was used without it."""

@@ -122,10 +122,17 @@ class Session(ABC):
         """The rows that are computed for a chunk of `count` tokens after `past`, at most; at most `prefill_chunk`."""
         return count
 
+    def wait(self) -> dict[str, float]:
+        """Waits for the weights, which may still be loaded when a session opens; results before that mean nothing.
+
+        All ranks call it together. Returns the seconds of what went on meanwhile. Raises UserError for a damaged file.
+        """
+        return {}
+
     def warm_up(self, rows: int, chunk: int, drafts: bool = False) -> dict[str, float]:
         """Prepares decode steps of 1 to `rows` sequences, with `drafts` or without, and chunks of up to `chunk` tokens.
 
-        All ranks call it together; nothing may be running. Returns the seconds of its parts.
+        All ranks call it together; nothing may be running. It needs no weights. Returns the seconds of its parts.
         """
         return {}
 

@@ -294,6 +294,7 @@ def run(options: argparse.Namespace, job: Job) -> None:
         if session is None:
             job.wait()
             continue
+        session.wait()
         found = measure(session, model, options, name if RANK == 0 else None)
         found["parity"] = parity(session, prompts, probes.get(name)) if name in judged else []
         ranks = plan(model, shape, limits.dtype, limits.weights)

@@ -92,8 +92,9 @@ def run(options: argparse.Namespace, job: Job) -> None:
     from cqil_trt.serving import ranks
 
     imported = time.perf_counter() - started
-    llm = Llm(options.engine, job, options.device, _SLOTS_PER_ROW * engine.limits.max_batch_size)
+    llm = Llm(options.engine, job, options.device, _SLOTS_PER_ROW * engine.limits.max_batch_size, wait=False)
     ranks.warm_up(llm, ranks.Options(policy="latency", rows=None, chunk=None if llm.session.on_gpu else _CHUNK))
+    llm.wait()
     if job.rank == 0:
         ranks.matchers(llm)
     llm.startup.end("grammars")

@@ -319,6 +319,7 @@ def measure_ranks(options: argparse.Namespace, job: Job) -> None:
         made = job.agree(opened)
         if made is not None:
             session, found = made
+            session.wait()
             library = session._library.cqil_linear_library(-1)
             title = f"{options.measure}, {name}" if job.rank == 0 else None
             found |= measure(session, model, options, title)

@@ -65,7 +65,16 @@ def test_the_parts_of_a_start(tmp_path):
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["bytes"] == sum(path.stat().st_size for path in engine.path.iterdir() if path.name != "config.json")
     seconds = found["seconds"]
-    assert seconds["parts"].keys() == {"process", "files", "session", "tokenizer", "first passes", "graphs", "grammars"}
+    assert seconds["parts"].keys() == {
+        "process",
+        "files",
+        "session",
+        "tokenizer",
+        "first passes",
+        "graphs",
+        "weights",
+        "grammars",
+    }
     assert {"PyTorch", "waiting for the verification"} <= seconds["within"]["session"].keys()
     assert 0 < max(seconds["parts"].values()) < seconds["start"] and not found["on_gpu"]
     assert found["ratio"] == pytest.approx(seconds["start"] / seconds["copy"])

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections import deque
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -264,7 +265,9 @@ def open_session(monkeypatch):
         monkeypatch.setattr(running, "cuda", gpu)
         monkeypatch.setattr(running, "_RESERVED_BYTES", 0)
         session = Session(engine, None, Library(), slots)
-        session._load(engine, SimpleNamespace(allocated=lambda: None, memory={}, quantized={}))
+        there = {"memory": {}, "quantized": {}, "allocated": lambda: None, "close": lambda: None}
+        there["closed_on_failure"] = nullcontext
+        session._load(engine, SimpleNamespace(**there))
         return session, gpu
 
     return open
@@ -297,8 +300,9 @@ def test_a_start_that_fails_gives_everything_back(engines, open_session):
 
     session._workspaces = dict.fromkeys(Peers, Workspace())  # one of all kinds
     session._weights.wait = damaged
-    with pytest.raises(UserError, match="damaged"), session._released_on_failure():
-        session._complete()
+    with pytest.raises(UserError, match="damaged"):
+        session.wait()
+    session.close()
     assert gpu.live == 0 and closed == [session._workspaces[Peers.ALL]]
 
 

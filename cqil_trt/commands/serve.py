@@ -147,16 +147,17 @@ def _serve(
     say(f"{path}: loading ...")
     try:
         slots = options.slots or _SLOTS_PER_ROW * rows
-        llm = Llm(path, job, options.device, slots, Speculation.parse(options.speculate))
+        llm = Llm(path, job, options.device, slots, Speculation.parse(options.speculate), wait=False)
+        chunk = options.prefill_chunk or (None if llm.session.on_gpu else _CPU_CHUNK)
+        chosen = ranks.Options(policy=options.policy, rows=rows, chunk=chunk)
+        say("warming up ...")
+        ranks.warm_up(llm, chosen)
+        llm.wait()
     except UserError:
         if http is not None:
             with contextlib.suppress(wire.Closed):
                 http.send(wire.GivenUp())
         raise
-    chunk = options.prefill_chunk or (None if llm.session.on_gpu else _CPU_CHUNK)
-    chosen = ranks.Options(policy=options.policy, rows=rows, chunk=chunk)
-    say("warming up ...")
-    ranks.warm_up(llm, chosen)
     say(f"loaded after {llm.startup}")
     try:
         if http is None:

@@ -134,7 +134,7 @@ class CudaSession(Session):
     """One rank on the current GPU. Raises UserError for too little memory, or GPUs that cannot reach each other.
 
     Subclasses find out what they execute, then call `_load`, after which `_memory` has the address of every buffer and
-    weight, and at last `_complete`. `slots`: the most sequences that the KV cache is to hold.
+    weight. `slots`: the most sequences that the KV cache is to hold.
     """
 
     ahead = 1
@@ -220,7 +220,7 @@ class CudaSession(Session):
             raise
 
     def _load(self, engine: Engine, weights: DeviceWeights) -> None:
-        """Allocates memory, and fills what does not come from the rank's file; `_complete` waits for that."""
+        """Allocates memory, and fills what does not come from the rank's file; `wait` waits for that."""
         self._weights = weights
         agree(self._comm, weights.allocated)
         self._memory |= weights.memory
@@ -235,11 +235,10 @@ class CudaSession(Session):
         agree(self._comm, self._allocate)
         self._load_constants(engine)
 
-    def _complete(self) -> None:
-        """Waits for the weights; before it, nothing may be computed."""
-        began = time.perf_counter()
-        agree(self._comm, self._weights.wait)
-        self.seconds |= {**self._weights.seconds, "waiting for the weights": time.perf_counter() - began}
+    def wait(self) -> dict[str, float]:
+        with self._weights.closed_on_failure():
+            agree(self._comm, self._weights.wait)
+        return self._weights.seconds
 
     # Whether the network was compiled for a number of slots, and the most passes that it needs for a step.
     _slots_are_fixed = False

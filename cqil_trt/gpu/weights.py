@@ -5,7 +5,8 @@
     the GPU  copies and packs, in the order of a stream
 
 So disk, PCIe and hashing overlap, host memory has no more of the file than the ring, and it is read once. The file is
-known to be undamaged when all of it has been copied: nothing may be computed before `wait` has returned.
+known to be undamaged when all of it has been copied: what is computed before `wait` has returned means nothing. Until
+then weights are zeros, or some of them, so graphs can be captured and libraries set up meanwhile.
 """
 
 from __future__ import annotations
@@ -118,7 +119,11 @@ class DeviceWeights:
         sizes = {tensor.name: tensor.nbytes for tensor in plan.tensors if tensor.name not in matrices}
         sizes |= {matrix.parts[0]: matrix.nbytes(library) for matrix in self.quantized.values()}
         sizes |= {"dense": dense} | ({"lm_head.weight": (last - first) * row} if copied else {})
-        arena = self._arena(sum(map(cuda.aligned, sizes.values())), "the weights")
+        size = sum(map(cuda.aligned, sizes.values()))
+        arena = self._arena(size, "the weights")
+        # What runs before they are there computes with numbers, not with NaN that would become a token's number.
+        cuda.call("Memset", arena.address, 0, size)
+        cuda.call("DeviceSynchronize")
         self.memory = {name: arena.take(size) for name, size in sizes.items()}
         self._copied = None
         if plan.shares_embedding:

@@ -126,7 +126,7 @@ class Options:
 
 
 def warm_up(llm: Llm, options: Options) -> None:
-    """Runs what the first requests would otherwise wait for, on all ranks together."""
+    """Runs what the first requests would otherwise wait for, on all ranks together; the weights may be loaded later."""
     session = llm.session
     rows = min(options.rows or session.limits.max_batch_size, session.slots)
     chunk = min(options.chunk or session.limits.prefill_chunk, session.limits.prefill_chunk)

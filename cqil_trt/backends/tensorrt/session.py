@@ -74,7 +74,6 @@ class TensorRtSession(CudaSession):
             self._load(engine, weights)
             self._contexts = agree(comm, partial(self._make_contexts, trt))
             agree(comm, partial(self._join_nccl, engine))
-            self._complete()
 
     def _deserialize(self, trt: Any, path: Path) -> Any:
         engine = trt.Runtime(self._log).deserialize_cuda_engine(path.read_bytes())

@@ -28,7 +28,6 @@ class TorchCudaSession(CudaSession):
             self._load(engine, weights)
             kernels = self._memory, self._workspaces, self._library, int(self._stream)
             self._ops = CudaOps(self._plan, engine.limits, *kernels, self.slots, self._quantized)
-            self._complete()
 
     def _execute(self, phase: Phase, batch: int, length: int, rows: int) -> None:
         address = {
