@@ -247,14 +247,14 @@ int flash(const Flash& f, int batch, cudaStream_t stream) {
     return launch(flash_kernel<T, C, kDim, kWhole, kParts>, {grid, kFlashThreads, stream, true, kBytes}, f);
 }
 
-// T: of queries and results; C: of the cache, T or Fp8. `processors`: with 128 queries a block, this many blocks at
-// least, so that each of them has one.
+// T: of queries and results; C: of the cache, T or Fp8. With 128 queries a block, two blocks at least for each of the
+// `processors`: with one, a scheduler has one warp, whose products wait for its softmax.
 template <typename T, typename C>
 int flash(const Flash& f, int batch, int processors, cudaStream_t stream) {
     const int large_blocks = f.heads * ((f.length + 2 * kFlashRows - 1) / (2 * kFlashRows)) * batch;
     if constexpr (std::is_same_v<C, T>) {
-        if (f.dim == 128 && large_blocks >= processors) return flash<T, C, 128, true, 2>(f, batch, stream);
-        if (f.dim == 64 && large_blocks >= processors) return flash<T, C, 64, true, 2>(f, batch, stream);
+        if (f.dim == 128 && large_blocks >= 2 * processors) return flash<T, C, 128, true, 2>(f, batch, stream);
+        if (f.dim == 64 && large_blocks >= 2 * processors) return flash<T, C, 64, true, 2>(f, batch, stream);
     }
     if (f.dim == kFlashDim) return flash<T, C, kFlashDim, true>(f, batch, stream);
     if (f.dim > 128) return flash<T, C, kFlashDim, false>(f, batch, stream);

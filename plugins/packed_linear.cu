@@ -276,16 +276,17 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
     auto taken = [&](int slot, int block, int step) -> uint4& {
         return own[((slot * kBlocks + block) * kSteps + step) * kThreads + threadIdx.x];
     };
-    auto take = [&](int chunk, int slot) {
+    auto take = [&](int chunk, int slot, bool wanted) {
+        if (wanted)
 #pragma unroll
-        for (int block = 0; block < kBlocks; ++block)
+            for (int block = 0; block < kBlocks; ++block)
 #pragma unroll
-            for (int step = 0; step < kSteps; ++step) {
-                const int i = packet_of(chunk, step);
-                copy_async(shared_address(&taken(slot, block, step)),
-                           x + size_t(x_row(block)) * packets + min(i, packets - 1), i < packets);
-            }
-        commit_copies();
+                for (int step = 0; step < kSteps; ++step) {
+                    const int i = packet_of(chunk, step);
+                    copy_async(shared_address(&taken(slot, block, step)),
+                               x + size_t(x_row(block)) * packets + min(i, packets - 1), i < packets);
+                }
+        commit_copies();  // in any case, because groups of copies are waited for by their number
     };
     auto copy = [&](int row, int i) {
         copy_async(shared_address(own + row * stride + i), x + row * packets + min(i, packets - 1), i < packets);
@@ -314,8 +315,8 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
         asm volatile("cp.async.wait_all;" ::: "memory");
     }
     if constexpr (kBlocks > 1) {
-        take(0, 0);
-        take(1 % chunks, 1);
+        take(0, 0, true);
+        take(1 % chunks, 1, chunks > 1 || mine > kTiles);
     }
     // One row in shared memory is normalized there, before its products; of more, warps do it with what they take.
     const bool late = o.norm != nullptr && (!kShared || o.rows > 1);
@@ -464,19 +465,22 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
                     wait_for_copies<3>();
                 __syncwarp();
             }
+            const bool idle = chunk * kWarps + warp >= units;
+            if (!idle) {  // x in shared memory ends before what it would read
 #pragma unroll
-            for (int block = 0; block < kBlocks; ++block)
+                for (int block = 0; block < kBlocks; ++block)
 #pragma unroll
-                for (int step = 0; step < kSteps; ++step) {
-                    const int i = packet_of(chunk, step);
-                    auto prepared = [&](uint4 packet) {
-                        return late ? normed<T>(packet, norm[min(i, packets - 1)], scale[block]) : packet;
-                    };
-                    if constexpr (kBlocks == 1)
-                        kept[step] = prepared(kShared ? own[x_row(0) * stride + i] : next[step]);
-                    else if (late)
-                        taken(slot, block, step) = prepared(taken(slot, block, step));
-                }
+                    for (int step = 0; step < kSteps; ++step) {
+                        const int i = packet_of(chunk, step);
+                        auto prepared = [&](uint4 packet) {
+                            return late ? normed<T>(packet, norm[min(i, packets - 1)], scale[block]) : packet;
+                        };
+                        if constexpr (kBlocks == 1)
+                            kept[step] = prepared(kShared ? own[x_row(0) * stride + i] : next[step]);
+                        else if (late)
+                            taken(slot, block, step) = prepared(taken(slot, block, step));
+                    }
+            }
             if constexpr (!kShared && kBlocks == 1) {
                 if (chunk + 1 < chunks)
                     load(chunk + 1);
@@ -491,13 +495,15 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
             };
             auto take_more = [&] {
                 if constexpr (kBlocks > 1) {
-                    take(chunk + 2 < chunks ? chunk + 2 : chunks == 1 ? 0 : chunk + 2 - chunks, slot);
+                    int after = chunk + 2, pass = first;  // the pass that takes it
+                    for (; after >= chunks; after -= chunks) pass += kTiles;
+                    take(after, slot, pass < mine);
                     slot ^= 1;
                 }
             };
             // Whether there are two tiles where the next chunk begins.
             const bool two = (chunk + 1 < chunks ? count : mine - first - kTiles) > 1;
-            if (chunk * kWarps + warp >= units) {
+            if (idle) {
 #pragma unroll 1
                 for (int tile = 0; tile < count; tile += 2) {
                     release(tile + 1 < count);
@@ -602,9 +608,9 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
 #pragma unroll
                 for (int of = 0; of < kWarps; ++of)
                     y[part] += sums[((of * kTiles + p.tile) * kTileRows + part * 8 + p.within) * columns + p.row];
-                if constexpr (kGroups == 0) y[part] *= early[n].factor[part];
-                if constexpr (kSmall && kSubnormal<T>) y[part] *= 0x1p24f;
-                if (o.bias != nullptr) y[part] += float(early[n].bias[part]);
+                // Said explicitly, because all kernels must round alike. Without a bias it is 0.
+                const float factor = kGroups == 0 ? early[n].factor[part] : kSmall && kSubnormal<T> ? 0x1p24f : 1.0f;
+                y[part] = fmaf(y[part], factor, float(early[n].bias[part]));
             }
             const size_t at = size_t(p.row) * o.outputs + p.output;
             if constexpr (kGated)

@@ -291,10 +291,10 @@ def run(options: argparse.Namespace, job: Job) -> None:
         session = job.agree(
             lambda e=engine, c=comm: SyntheticSession(e, c, reader) if c is not None or RANK == 0 else None
         )
+        job.agree(lambda s=session: None if s is None else s.wait())
         if session is None:
             job.wait()
             continue
-        session.wait()
         found = measure(session, model, options, name if RANK == 0 else None)
         found["parity"] = parity(session, prompts, probes.get(name)) if name in judged else []
         ranks = plan(model, shape, limits.dtype, limits.weights)

@@ -317,9 +317,9 @@ def measure_ranks(options: argparse.Namespace, job: Job) -> None:
             return None if idle else open_session(options, limits, model, shape, comm, job)
 
         made = job.agree(opened)
+        job.agree(lambda m=made: None if m is None else m[0].wait())
         if made is not None:
             session, found = made
-            session.wait()
             library = session._library.cqil_linear_library(-1)
             title = f"{options.measure}, {name}" if job.rank == 0 else None
             found |= measure(session, model, options, title)

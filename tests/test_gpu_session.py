@@ -32,6 +32,7 @@ def open_session(monkeypatch):
 
     def open(engine, slots):
         opened.append(TorchCudaSession(engine, None, 0, slots, DeviceWeights(engine, 0, 0, kernels)))
+        opened[-1].wait()
         return opened[-1]
 
     yield open

@@ -238,6 +238,9 @@ class CudaSession(Session):
     def wait(self) -> dict[str, float]:
         with self._weights.closed_on_failure():
             agree(self._comm, self._weights.wait)
+        if self._rows:  # what ran meanwhile differs between ranks, and may not be finite
+            self._rows = 0
+            self._clear(self._caches)
         return self._weights.seconds
 
     # Whether the network was compiled for a number of slots, and the most passes that it needs for a step.
@@ -354,7 +357,11 @@ class CudaSession(Session):
             tables = rotary_tables(engine.model, engine.rotary, self.limits.max_seq_len, which)
             for name, table in zip(rotary_names(which), tables):
                 cuda.upload(self._memory[name], table, self._stream)
-        for name, size in (*self._caches.items(), *self._zeroed.items()):
+        self._clear(self._caches | self._zeroed)
+
+    def _clear(self, sizes: Mapping[str, int]) -> None:
+        """Fills buffers with zeros, by their bytes."""
+        for name, size in sizes.items():
             cuda.call("MemsetAsync", self._memory[name], 0, size, self._stream)
         self._synchronize()
 

@@ -569,19 +569,33 @@ def kept_of(pick, form, positions, longest):
 
 def check_forms(pick, dtype):
     """Attention of other families, in chunks of prompts, single tokens and drafts, some far round a circle."""
-    kv_heads, group, dim = pick(1, 3), pick(1, 4), (8, 12, 20, 64, 80, 96, 128, 128, 256, 256)[pick(0, 9)]
-    heads, capacity, slots = kv_heads * group, pick(60, 900), pick(1, 3)
+    dim, capacity = (8, 12, 20, 64, 80, 96, 128, 128, 256, 256)[pick(0, 9)], pick(60, 900)
+    return form_error(pick, dtype, pick(1, 3), pick(1, 4), dim, capacity, pick(1, 3), pick(16, 100))
+
+
+def check_many_queries(pick, dtype):
+    """The same where chunks and heads are so many that a block of a prompt's attention takes more queries."""
+    chunk = pick(1300, 1500)
+    dim, lengths = (64, 128)[pick(0, 1)], [pick(1, 250), chunk]
+    return form_error(pick, dtype, 8, 5, dim, sum(lengths) + pick(40, 900), 1, chunk, lengths)
+
+
+def form_error(pick, dtype, kv_heads, group, dim, capacity, slots, chunk, lengths=()):
+    """The largest relative error for a random form.
+
+    `chunk`: tokens of one step, at most, where the cache is a circle; `lengths`: of the chunks, by default random.
+    """
+    heads = kv_heads * group
     form = Form(pick, dtype, heads, kv_heads, dim, capacity)
-    chunk = pick(16, 100)
     kept = kept_of(pick, form, capacity, chunk)
     fields = {"heads": heads, "kv_heads": kv_heads, "head_dim": dim, "capacity": kept, "max_batch": slots}
     fields |= {"group": group, "first": 0, "dtype": code(dtype), "eps": 1e-6, **form.fields, "positions": capacity}
     size = library.cqil_attention_cache_bytes(abi.cqil_attention_shape(batch=1, length=1, **fields))
     cache = torch.full((size,), 255, dtype=torch.uint8, device="cuda")  # NaN where nothing was written
     cache[2 * slots * kv_heads * kept * dim * dtype.itemsize :] = 0
-    lengths = [pick(2, capacity - 40)]
     if kept < capacity:  # as many chunks as there is room for
-        lengths = [pick(2, chunk) for _ in range((capacity - 40) // chunk)]
+        lengths = lengths or [pick(2, chunk) for _ in range((capacity - 40) // chunk)]
+    lengths = list(lengths) or [pick(2, capacity - 40)]
     seen = [[torch.empty(0, heads, dim, dtype=torch.double, device="cuda") for _ in range(2)] for _ in range(slots)]
     worst = 0.0
     lengths += [1, pick(2, 16), -pick(2, 9)]
@@ -1379,7 +1393,7 @@ CHECKS = {
         check_linear,
         check_attention,
     ),
-    "forms": (check_forms, check_post_norm, check_head_squares),
+    "forms": (check_forms, check_many_queries, check_post_norm, check_head_squares),
     "gates": (check_one_gate,),
     "rows": (check_rows, check_sequences, check_accept),
     "packed": (check_packed,),

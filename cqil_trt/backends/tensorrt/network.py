@@ -8,7 +8,7 @@ Networks are strongly typed where TensorRT supports it (10 and later). Collectiv
 collective layer (NCCL).
 
 The residual stream is a matrix [N, H], N = B * T, so every projection is one matrix product. Weights are inputs of the
-network, not constants. So an engine is small and quick to build whatever the model's size, both profiles share the
+network, not constants. So an engine is small and quick to build whatever the model's size, all profiles share the
 weights, and they go from the safetensors file to the GPU unchanged.
 """
 
