@@ -38,9 +38,10 @@ constexpr int kAttendGroups = kAttendThreads / kLanes;
 constexpr int kAttendWarps = kAttendThreads / 32;
 constexpr int kMaxSpans = kAttendWarps;  // per head; combined by the code that combines a block's warps
 constexpr int kJointHeads = 256;         // heads of rows whose spans may be in several blocks
-// Keys of a span at least. A span of few keys takes a block as long to combine as to read; of several sequences a block
-// has several spans.
-constexpr int kMinSpan = 8 * kAttendGroups;
+// Keys of a span at least: eight for each group of lanes, of the largest heads four. A span of few keys takes a block as
+// long to combine as to read; of several sequences a block has several spans.
+template <int kElements>
+constexpr int kMinSpan = (kElements > 8 ? 4 : 8) * kAttendGroups;
 constexpr int kMaxHeadDim = CQIL_MAX_HEAD_DIM;
 
 __host__ __device__ size_t cache_elements(const cqil_attention_shape& s) {
@@ -175,37 +176,21 @@ struct Head {
         }
     }
 
-    // RMSNorm, if `norm` is not null; rounds to T before the multiplication by the weight. All lanes of a warp call
-    // this together.
-    __device__ void normalise(const T* norm, float eps, const Lane<kElements>& lane) {
+    // RMSNorm of any cqil_norm, with the head's mean of squares if it is given. All lanes of a warp call this together;
+    // only `wanted` heads change.
+    __device__ void normalise(const Head& weight, const float* squares, float eps, int kind, bool wanted, int dim) {
         float sum = 0;
 #pragma unroll
         for (int i = 0; i < kElements; ++i) sum = fmaf(wide(value[i]), wide(value[i]), sum);
         for (int step = kLanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-        if (norm == nullptr) return;
-        const float scale = rsqrtf(sum / float(lane.dim) + eps);
-#pragma unroll
-        for (int i = 0; i < kElements; ++i)
-            if (i < lane.count)
-                value[i] = narrow<T>(wide(narrow<T>(wide(value[i]) * scale)) * wide(norm[lane.begin + i]));
-    }
-
-    // As `normalise`, after `gather`; with any cqil_norm, and the head's mean of squares if it is given.
-    __device__ void normalise(const T* norm, const float* squares, const cqil_attention_shape& s,
-                              const Lane<kElements>& lane) {
-        float sum = 0;
-#pragma unroll
-        for (int i = 0; i < kElements; ++i) sum = fmaf(wide(value[i]), wide(value[i]), sum);
-        for (int step = kLanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-        if (norm == nullptr) return;
-        const float mean = squares == nullptr ? sum / float(lane.dim) : __ldcg(squares), scale = rsqrtf(mean + s.eps);
+        if (!wanted) return;
+        const float scale = rsqrtf((squares == nullptr ? sum / float(dim) : __ldcg(squares)) + eps);
+        const bool rounded = kind == CQIL_NORM_ROUNDED;
+        const float offset = kind == CQIL_NORM_OFFSET ? 1 : 0;
 #pragma unroll
         for (int i = 0; i < kElements; ++i) {
-            if (i >= lane.count) continue;
-            const float weight = wide(norm[source_of(lane.begin + i, lane.dim, s.rotary)]), x = wide(value[i]) * scale;
-            value[i] = narrow<T>(s.norm == CQIL_NORM_ROUNDED  ? wide(narrow<T>(x)) * weight
-                                 : s.norm == CQIL_NORM_OFFSET ? x * (1 + weight)
-                                                              : x * weight);
+            const float x = wide(value[i]) * scale;
+            value[i] = narrow<T>((rounded ? wide(narrow<T>(x)) : x) * (wide(weight.value[i]) + offset));
         }
     }
 };
@@ -215,23 +200,28 @@ template <typename T, int kElements, bool kPacked>
 struct Rotation {
     float cos[kElements], sin[kElements];
 
-    __device__ Rotation(const Inputs& in, int position, const Lane<kElements>& lane) {
-        const int half = lane.dim / 2, first = lane.number % (kLanes / 2) * kElements;
-#pragma unroll
-        for (int i = 0; i < kElements; ++i) {
-            cos[i] = i < lane.count ? in.cos[size_t(position) * half + first + i] : 1;
-            sin[i] = i < lane.count ? in.sin[size_t(position) * half + first + i] : 0;
-        }
-    }
-
-    // Of the first `rotary` elements, if there are tables.
+    // Of the first `rotary` elements of a head, all or none of a packed lane's; the tables have as many columns as
+    // half of them.
     __device__ Rotation(const Inputs& in, int position, const Lane<kElements>& lane, int rotary) {
-        const int turning = in.cos == nullptr ? 0 : rotary / 2, first = lane.number % (kLanes / 2) * kElements;
+        const int first = lane.number % (kLanes / 2) * kElements, turning = min(rotary / 2 - first, lane.count);
+        const size_t from = size_t(position) * (rotary / 2) + first;
+        if constexpr (kPacked && kElements % 4 == 0) {
 #pragma unroll
-        for (int i = 0; i < kElements; ++i) {
-            const bool turns = i < lane.count && first + i < turning;
-            cos[i] = turns ? in.cos[size_t(position) * turning + first + i] : 1;
-            sin[i] = turns ? in.sin[size_t(position) * turning + first + i] : 0;
+            for (int i = 0; i < kElements; i += 4) {
+                float4 c = {1, 1, 1, 1}, s = {};
+                if (turning > 0) {
+                    c = reinterpret_cast<const float4*>(in.cos + from)[i / 4];
+                    s = reinterpret_cast<const float4*>(in.sin + from)[i / 4];
+                }
+                cos[i] = c.x, cos[i + 1] = c.y, cos[i + 2] = c.z, cos[i + 3] = c.w;
+                sin[i] = s.x, sin[i + 1] = s.y, sin[i + 2] = s.z, sin[i + 3] = s.w;
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < kElements; ++i) {
+                cos[i] = i < turning ? in.cos[from + i] : 1;
+                sin[i] = i < turning ? in.sin[from + i] : 0;
+            }
         }
     }
 
@@ -273,45 +263,56 @@ struct NoCircle {
 template <bool kMore>
 using Cells = std::conditional_t<kMore, Circle, NoCircle>;
 
+constexpr int kAppended = 4;  // heads of a group of lanes, whose rotation is the same
+
 // Rotates queries into `queries` [rows, heads, head_dim] and appends keys and values to the cache. Grid: rows, heads of
-// all kinds / kGroups.
+// all kinds / (kAppended * kGroups).
 template <typename T, typename C, int kElements, bool kPacked, bool kMore>
 __global__ void __launch_bounds__(kThreads) append_kernel(cqil_attention_shape s, Inputs in, T* queries) {
+    using H = Head<T, kElements, kPacked>;
     release_successor();
     wait_for_predecessor();
-    const int head = blockIdx.y * kGroups + threadIdx.x / kLanes, row = blockIdx.x, sequence = row / s.length;
+    const int row = blockIdx.x, sequence = row / s.length, heads = s.heads + 2 * s.kv_heads;
     const Lane<kElements> lane(threadIdx.x % kLanes, s.head_dim);
-    const int heads = s.heads + 2 * s.kv_heads;
+    const int position = in.past[sequence] + row % s.length, most = kMore ? s.positions : s.capacity;
+    const int rotary = !kMore ? s.head_dim : in.cos == nullptr ? 0 : s.rotary;
     // A warp covers two heads and shuffles between its lanes, so lanes past the last head repeat its work.
-    const int h = min(head, heads - 1);
-    const int position = in.past[sequence] + row % s.length;
-    Head<T, kElements, kPacked> x;
-    if constexpr (!kMore) x.read(static_cast<const T*>(in.qkv) + (size_t(row) * heads + h) * s.head_dim, lane);
-    const bool query = h < s.heads, key = !query && h < s.heads + s.kv_heads;
-    if constexpr (kMore) {
-        const auto* norm = static_cast<const T*>(query ? in.q_norm : key ? in.k_norm : nullptr);
-        const float* squares = in.squares == nullptr ? nullptr : in.squares + 2 * row + key;
-        if (squares != nullptr && norm != nullptr) norm += (query ? h : h - s.heads) * s.head_dim;
-        x.gather(static_cast<const T*>(in.qkv) + (size_t(row) * heads + h) * s.head_dim, lane,
-                 query || key ? s.rotary : s.head_dim);
-        if (in.q_norm != nullptr) x.normalise(norm, squares, s, lane);
-        const int at = min(position, s.positions - 1);
-        Rotation<T, kElements, kPacked>(in, at, lane, s.rotary).apply(x, query || key, lane);
-    } else {
-        if (in.q_norm != nullptr)
-            x.normalise(static_cast<const T*>(query ? in.q_norm : key ? in.k_norm : nullptr), s.eps, lane);
-        Rotation<T, kElements, kPacked>(in, min(position, s.capacity - 1), lane).apply(x, query || key, lane);
+    auto head_of = [&](int n) {
+        return min(int(blockIdx.y * kAppended + n) * kGroups + int(threadIdx.x / kLanes), heads - 1);
+    };
+    H x[kAppended];
+#pragma unroll
+    for (int n = 0; n < kAppended; ++n) {
+        const int h = head_of(n);
+        x[n].gather(static_cast<const T*>(in.qkv) + (size_t(row) * heads + h) * s.head_dim, lane,
+                    kMore && h < s.heads + s.kv_heads ? s.rotary : s.head_dim);
     }
-    if (query) x.write(queries + (size_t(row) * s.heads + h) * s.head_dim, lane);
-    if (query || position >= (kMore ? s.positions : s.capacity)) return;
-    const int kv = (h - s.heads) % s.kv_heads;
-    Head<C, kElements, kPacked> kept;
-    keep(x.value, key ? s.key_scale : s.value_scale, kept.value);
-    C* cache = static_cast<C*>(in.cache) + (key ? 0 : cache_elements(s));
-    kept.write(cache + ((size_t(in.slot(sequence)) * s.kv_heads + kv) * s.capacity +
-                        (kMore ? position % s.capacity : position)) *
-                           s.head_dim,
-               lane);
+    const Rotation<T, kElements, kPacked> rotation(in, min(position, most - 1), lane, rotary);
+#pragma unroll
+    for (int n = 0; n < kAppended; ++n) {
+        const int h = head_of(n);
+        const bool query = h < s.heads, key = !query && h < s.heads + s.kv_heads;
+        if (in.q_norm != nullptr) {
+            const auto* norm = static_cast<const T*>(query ? in.q_norm : in.k_norm);
+            const float* squares = kMore && in.squares != nullptr ? in.squares + 2 * row + key : nullptr;
+            H weight = {};
+            if (query || key)
+                weight.gather(norm + (squares == nullptr ? 0 : (query ? h : h - s.heads) * s.head_dim), lane,
+                              kMore ? s.rotary : s.head_dim);
+            x[n].normalise(weight, squares, s.eps, kMore ? s.norm : CQIL_NORM_ROUNDED, query || key, s.head_dim);
+        }
+        rotation.apply(x[n], query || key, lane);
+        if (query) x[n].write(queries + (size_t(row) * s.heads + h) * s.head_dim, lane);
+        if (query || position >= most) continue;
+        const int kv = (h - s.heads) % s.kv_heads;
+        Head<C, kElements, kPacked> kept;
+        keep(x[n].value, key ? s.key_scale : s.value_scale, kept.value);
+        C* cache = static_cast<C*>(in.cache) + (key ? 0 : cache_elements(s));
+        kept.write(cache + ((size_t(in.slot(sequence)) * s.kv_heads + kv) * s.capacity +
+                            (kMore ? position % s.capacity : position)) *
+                               s.head_dim,
+                   lane);
+    }
 }
 
 // Keys and values in flight, in shared memory. Each lane reads only what it requested itself.
@@ -500,7 +501,8 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
     const int count = min(position + 1, (kMore ? s.positions : s.capacity));
     const int cached = in.slot(first_row);
     const int begin = kMore ? first_seen(s, count) : 0, seen = count - begin;
-    const int span = max((seen + spans.count - 1) / spans.count, kMinSpan), span_count = (seen + span - 1) / span;
+    const int span = max((seen + spans.count - 1) / spans.count, kMinSpan<kElements>),
+              span_count = (seen + span - 1) / span;
     const int own = kDecode ? blockIdx.y * spans.each : 0, own_end = min(own + spans.each, span_count);  // the block's
     if (own >= span_count) return;
     const int first = begin + own * span, last = min(begin + own_end * span, count);
@@ -533,43 +535,42 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
     H q;
     Kept own_key, own_value;
     auto rotation_at = [&](int at) {
-        if constexpr (kMore)
-            return Rotation<T, kElements, kPacked>(in, min(at, s.positions - 1), lane, s.rotary);
-        else
-            return Rotation<T, kElements, kPacked>(in, min(at, s.capacity - 1), lane);
+        const int most = kMore ? s.positions : s.capacity;
+        const int rotary = !kMore ? dim : in.cos == nullptr ? 0 : s.rotary;
+        return Rotation<T, kElements, kPacked>(in, min(at, most - 1), lane, rotary);
     };
-    // Queries (`kind` 0) or keys (1); the norm is that of the `which`-th of token `of`.
-    auto read = [&](H& x, const T* from) {
-        if constexpr (kMore)
-            x.gather(from, lane, s.rotary);
-        else
-            x.read(from, lane);
+    auto read = [&](H& x, const T* from) { x.gather(from, lane, kMore ? s.rotary : dim); };
+    // The weights of a norm for the `which`-th head of a kind, zeros without a norm.
+    const bool whole_norm = kMore && in.squares != nullptr;  // of all heads together
+    auto weights_of = [&](const void* norm, int which) {
+        H weight = {};
+        if (norm != nullptr) read(weight, static_cast<const T*>(norm) + (whole_norm ? which * dim : 0));
+        return weight;
     };
-    auto normalise = [&](H& x, const void* norm, int of, int kind, int which) {
-        if constexpr (kMore) {
-            const float* squares = in.squares == nullptr ? nullptr : in.squares + 2 * of + kind;
-            x.normalise(static_cast<const T*>(norm) + (squares == nullptr ? 0 : which * dim), squares, s, lane);
-        } else {
-            x.normalise(static_cast<const T*>(norm), s.eps, lane);
-        }
+    // Queries (`kind` 0) or keys (1) of token `of`.
+    auto normalise = [&](H& x, const H& weight, int of, int kind) {
+        x.normalise(weight, whole_norm ? in.squares + 2 * of + kind : nullptr, s.eps,
+                    kMore ? s.norm : CQIL_NORM_ROUNDED, true, dim);
     };
-    auto read_key = [&](int of, Kept& kept_key, Kept& kept_value, const Rotation<T, kElements, kPacked>& rotation) {
+    auto read_key = [&](int of, const H& weight, Kept& kept_key, Kept& kept_value,
+                        const Rotation<T, kElements, kPacked>& rotation) {
         const T* source = static_cast<const T*>(in.qkv) + size_t(of) * heads * dim;
         H key, value;
         read(key, source + (s.heads + kv) * dim);
         value.read(source + (s.heads + s.kv_heads + kv) * dim, lane);
-        if (in.k_norm != nullptr) normalise(key, in.k_norm, of, 1, kv);
+        if (in.k_norm != nullptr) normalise(key, weight, of, 1);
         rotation.apply(key, true, lane);
         keep(key.value, s.key_scale, kept_key.value);
         keep(value.value, s.value_scale, kept_value.value);
     };
     if constexpr (kDecode) {
         const Rotation<T, kElements, kPacked> rotation = rotation_at(position);
+        const H q_weight = weights_of(in.q_norm, head), k_weight = weights_of(in.k_norm, kv);
         wait_for_predecessor();
         read(q, static_cast<const T*>(in.qkv) + (size_t(row) * heads + head) * dim);
-        if (in.q_norm != nullptr) normalise(q, in.q_norm, row, 0, head);
+        if (in.q_norm != nullptr) normalise(q, q_weight, row, 0);
         rotation.apply(q, true, lane);
-        read_key(row, own_key, own_value, rotation);
+        read_key(row, k_weight, own_key, own_value, rotation);
         // The first of the query heads that share this key appends it.
         if (group == 0 && position >= first && position < last && (head == 0 || (head - 1 + s.first) / s.group != kv)) {
             own_key.write(keys + size_t(cells.place(position)) * dim, lane);
@@ -618,7 +619,8 @@ __global__ void __launch_bounds__(kAttendThreads, attend_blocks<T, kElements, kP
                         if (at - group % 2 + 1 >= fresh) {
                             const int token_of = min(max(at, fresh), position);
                             Kept key, other;
-                            read_key(first_row + token_of - fresh, key, other, rotation_at(token_of));
+                            read_key(first_row + token_of - fresh, weights_of(in.k_norm, kv), key, other,
+                                     rotation_at(token_of));
                             if (at >= fresh) {
                                 k[b] = key;
                                 v[b] = other;
@@ -844,12 +846,13 @@ int attend(const cqil_attention_shape& s, const Inputs& in, void* out, void* scr
     }
     T* queries = static_cast<T*>(scratch);
     const int heads = s.heads + 2 * s.kv_heads;
-    const dim3 grid(s.batch * s.length, (heads + kGroups - 1) / kGroups);
+    const dim3 grid(s.batch * s.length, (heads + kAppended * kGroups - 1) / (kAppended * kGroups));
     if (launch(append_kernel<T, C, kElements, kPacked, kMore>, {grid, kThreads, stream}, s, in, queries)) return -1;
     if (!std::is_same_v<T, float> && s.head_dim % 8 == 0 && s.head_dim <= kFlashDim) {
         const C *keys = static_cast<const C*>(in.cache), *values = keys + cache_elements(s);
         const bool fp8 = is_fp8<C>;
         Flash f = {};
+        if (device_attribute(cudaDevAttrMultiProcessorCount, &f.processors)) return -1;
         f.queries = queries, f.keys = keys, f.values = values, f.out = out, f.past = in.past, f.slots = in.slots;
         f.length = s.length, f.heads = s.heads, f.kv_heads = s.kv_heads, f.group = s.group, f.first = s.first;
         f.dim = s.head_dim, f.capacity = s.capacity, f.positions = s.positions, f.window = s.window, f.cap = s.cap;

@@ -459,8 +459,8 @@ int cqil_argmax(cqil_workspace* w, const float* values, const int32_t* indices, 
     const int most = int(w->one_shot_capacity / sizeof(Packet));
     if (rows < 0 || rows > most) return fail("%d rows, the workspace takes %d", rows, most);
     if (rows == 0) return 0;
-    const int threads = std::min(ceil_to(rows, 32), 256),
-              blocks = std::min((rows + threads - 1) / threads, w->multiprocessors);
+    // After a prompt the kernel clears what its last all-reduce has received, megabytes: one warp takes milliseconds.
+    const int threads = 256, blocks = std::min(std::max((rows + threads - 1) / threads, 32), w->multiprocessors);
     return launch(argmax_kernel, {dim3(blocks), dim3(threads), static_cast<cudaStream_t>(stream), w->overlap},
                   w->device, values, indices, best_value, best_index, uint32_t(rows));
 }

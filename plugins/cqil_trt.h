@@ -198,9 +198,9 @@ int cqil_accept(const int32_t* next, const int32_t* tokens, const int32_t* draft
 
 // sum = residual + delta, normed = RMSNorm(sum) * weight, for `rows` rows of `hidden` elements. Without delta (NULL),
 // normed is that of residual, and sum is not written. With delta_norm, RMSNorm(delta) * delta_norm takes the place of
-// delta, residual may be NULL, for zeros, and weight may be, for no normed. `norm` is of both norms. With delta_norm,
-// or with another `norm` than CQIL_NORM_ROUNDED, rows have up to 16384 elements, and the weights may be read before
-// earlier work on the stream is done, so they must not be results of that work. sum may be residual or delta.
+// delta, residual may be NULL, for zeros, and weight may be, for no normed. `norm` is of both norms. Rows have up to
+// 16384 elements. The weights may be read before earlier work on the stream is done, so they must not be results of that
+// work. sum may be residual or delta.
 int cqil_residual_norm(const void* delta, const void* delta_norm, const void* residual, const void* weight, void* sum,
                        void* normed, int rows, int hidden, float eps, cqil_norm norm, cqil_dtype dtype, void* stream);
 
@@ -335,11 +335,11 @@ size_t cqil_attention_scratch_bytes(const cqil_attention_shape* shape);
 // first one of each sequence is read. Tokens from position `positions` on are not appended, and have no meaningful
 // result.
 //
-// In a decode step `past`, `slots`, cos, sin and the cache may be read before earlier work on the stream is done. cos
-// and sin must not be results of that work. `past` and `slots` may be written by cqil_advance or cqil_arrange, by a
-// copy, or by a kernel of the caller's that another such kernel or a copy follows. Earlier calls on the same cache are
-// waited for: a call overlaps earlier kernels only if a cqil_advance, cqil_accept or cqil_arrange, or a call that did
-// not overlap lies between it and the last use of the cache on this stream.
+// In a decode step `past`, `slots`, cos, sin, the norms' weights and the cache may be read before earlier work on the
+// stream is done. cos, sin and the weights must not be results of that work. `past` and `slots` may be written by
+// cqil_advance or cqil_arrange, by a copy, or by a kernel of the caller's that another such kernel or a copy follows.
+// Earlier calls on the same cache are waited for: a call overlaps earlier kernels only if a cqil_advance, cqil_accept or
+// cqil_arrange, or a call that did not overlap lies between it and the last use of the cache on this stream.
 int cqil_attention(const cqil_attention_shape* shape, const void* qkv, const int32_t* past, const int32_t* slots,
                    const float* cos, const float* sin, const void* q_norm, const void* k_norm, const float* squares,
                    void* cache, void* out, void* scratch, void* stream);

@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <initializer_list>
 #include <type_traits>
 
 #include "argmax.cuh"
@@ -20,40 +21,12 @@ namespace {
 
 constexpr int kThreads = 1024;
 
-// One block per row. Two passes; in the second each thread revisits its own elements.
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    norm_kernel(const T* delta, const T* residual, const T* weight, T* sum_out, T* normed, int hidden, float eps) {
-    release_successor();
-    wait_for_predecessor();
-    const size_t row = size_t(blockIdx.x) * hidden;
-    float square = 0;
-    for (int i = threadIdx.x; i < hidden; i += blockDim.x) {
-        float x = float(residual[row + i]);
-        if (delta != nullptr) {
-            const T rounded = T(x + float(delta[row + i]));
-            sum_out[row + i] = rounded;
-            x = float(rounded);
-        }
-        square += x * x;
-    }
-    __shared__ float parts[kThreads / 32];
-    for (int step = 16; step > 0; step /= 2) square += __shfl_xor_sync(~0u, square, step);
-    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = square;
-    __syncthreads();
-    square = 0;
-    for (int i = 0; i < int(blockDim.x / 32); ++i) square += parts[i];
-    const float scale = rsqrtf(square / float(hidden) + eps);
-    const T* from = delta != nullptr ? sum_out : residual;
-    for (int i = threadIdx.x; i < hidden; i += blockDim.x)
-        normed[row + i] = T(float(T(float(from[row + i]) * scale)) * float(weight[i]));
-}
-
 constexpr int kMostValues = 16;  // of a row, that a thread of norms_kernel has
 
 // kWidth elements, in one load where they are 16 bytes.
 template <typename T, int kWidth>
 struct alignas(kWidth * sizeof(T)) Several {
+    static constexpr int kCount = kWidth;
     T value[kWidth];
 };
 
@@ -150,32 +123,49 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-template <typename T>
-__global__ void scale_kernel(const T* x, T* out, size_t count, float factor, float cap) {
+// A thread of the next three kernels has one part, `parts` of all or of a row.
+template <typename T, int kWidth>
+__global__ void scale_kernel(const Several<T, kWidth>* x, Several<T, kWidth>* out, size_t parts, float factor,
+                             float cap) {
     release_successor();
     wait_for_predecessor();
     const size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (i >= count) return;
-    const float y = float(x[i]) * factor;
-    out[i] = T(cap == 0 ? y : cap * tanhf(y / cap));
+    if (i >= parts) return;
+    Several<T, kWidth> part = x[i];
+#pragma unroll
+    for (T& value : part.value) {
+        const float y = float(value) * factor;
+        value = T(cap == 0 ? y : cap * tanhf(y / cap));
+    }
+    out[i] = part;
 }
 
-template <typename T>
-__global__ void add_kernel(const T* x, const T* y, T* out, size_t count) {
+template <typename T, int kWidth>
+__global__ void add_kernel(const Several<T, kWidth>* x, const Several<T, kWidth>* y, Several<T, kWidth>* out,
+                           size_t parts) {
     release_successor();
     wait_for_predecessor();
     const size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (i < count) out[i] = T(float(x[i]) + float(y[i]));
+    if (i >= parts) return;
+    Several<T, kWidth> sum = x[i];
+    const Several<T, kWidth> added = y[i];
+#pragma unroll
+    for (int e = 0; e < kWidth; ++e) sum.value[e] = T(float(sum.value[e]) + float(added.value[e]));
+    out[i] = sum;
 }
 
-template <typename T>
-__global__ void gate_kernel(const T* gate_up, T* out, int inner, int gating) {
+template <typename T, int kWidth>
+__global__ void gate_kernel(const Several<T, kWidth>* gate_up, Several<T, kWidth>* out, int parts, int gating) {
     release_successor();
     wait_for_predecessor();
     const int i = blockIdx.y * blockDim.x + threadIdx.x;
-    if (i >= inner) return;
+    if (i >= parts) return;
     const size_t row = blockIdx.x;
-    out[row * inner + i] = gated(gate_up[row * 2 * inner + i], gate_up[(row * 2 + 1) * inner + i], gating);
+    Several<T, kWidth> gate = gate_up[row * 2 * parts + i];
+    const Several<T, kWidth> up = gate_up[(row * 2 + 1) * parts + i];
+#pragma unroll
+    for (int e = 0; e < kWidth; ++e) gate.value[e] = gated(gate.value[e], up.value[e], gating);
+    out[row * parts + i] = gate;
 }
 
 // One block per row of `width` elements or packets.
@@ -326,14 +316,34 @@ int norms(const Norms<T>& n, cudaStream_t stream) {
                   n.residual, n.weight, n.sum, n.normed, n.hidden, n.eps, int(n.kind));
 }
 
+// Whether `count` elements at each of the addresses are whole parts of 16 bytes.
+template <typename T>
+bool in_packets(size_t count, std::initializer_list<const void*> addresses) {
+    uintptr_t all = count * sizeof(T);
+    for (const void* address : addresses) all |= reinterpret_cast<uintptr_t>(address);
+    return all % 16 == 0;
+}
+
 template <typename T>
 int norms(const Norms<T>& n, cudaStream_t stream) {
     constexpr int kPacket = 16 / sizeof(T);
     if (n.hidden > kThreads * kMostValues) return fail("a row of %d elements is too long for its norms", n.hidden);
-    if (n.hidden % kPacket != 0) return norms<1, kMostValues>(n, stream);
+    if (!in_packets<T>(n.hidden, {n.delta, n.delta_norm, n.residual, n.weight, n.sum, n.normed}))
+        return norms<1, kMostValues>(n, stream);
     if (n.hidden <= kThreads * kPacket) return norms<kPacket, 1>(n, stream);
     return norms<kPacket, kMostValues / kPacket>(n, stream);
 }
+
+// Calls `run` with a null pointer of the parts that a kernel takes at once: 16 bytes where `count` elements, at each of
+// the addresses, are whole parts of them, else one element.
+template <typename T, typename F>
+int in_parts(size_t count, std::initializer_list<const void*> addresses, F run) {
+    if (in_packets<T>(count, addresses)) return run(static_cast<Several<T, 16 / sizeof(T)>*>(nullptr));
+    return run(static_cast<Several<T, 1>*>(nullptr));
+}
+
+// A thread for each of the parts.
+Launch over(size_t parts, void* stream) { return {dim3((parts + 255) / 256), 256, static_cast<cudaStream_t>(stream)}; }
 
 }  // namespace
 
@@ -346,25 +356,19 @@ int cqil_residual_norm(const void* delta, const void* delta_norm, const void* re
     if (delta_norm == nullptr && (residual == nullptr || weight == nullptr)) return fail("a norm lacks its operands");
     if (delta_norm != nullptr && delta == nullptr) return fail("delta_norm is given, and no delta");
     if (rows == 0) return 0;
-    const int threads = hidden >= 2048 ? 1024 : hidden >= 512 ? 256 : 64;
     return by_type(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        if (delta_norm != nullptr || norm != CQIL_NORM_ROUNDED) {
-            const Norms<T> n = {static_cast<const T*>(delta),
-                                static_cast<const T*>(delta_norm),
-                                static_cast<const T*>(residual),
-                                static_cast<const T*>(weight),
-                                static_cast<T*>(sum),
-                                static_cast<T*>(normed),
-                                rows,
-                                hidden,
-                                eps,
-                                norm};
-            return norms(n, static_cast<cudaStream_t>(stream));
-        }
-        return launch(norm_kernel<T>, {dim3(rows), dim3(threads), static_cast<cudaStream_t>(stream)},
-                      static_cast<const T*>(delta), static_cast<const T*>(residual), static_cast<const T*>(weight),
-                      static_cast<T*>(sum), static_cast<T*>(normed), hidden, eps);
+        const Norms<T> n = {static_cast<const T*>(delta),
+                            static_cast<const T*>(delta_norm),
+                            static_cast<const T*>(residual),
+                            static_cast<const T*>(weight),
+                            static_cast<T*>(sum),
+                            static_cast<T*>(normed),
+                            rows,
+                            hidden,
+                            eps,
+                            norm};
+        return norms(n, static_cast<cudaStream_t>(stream));
     });
 }
 
@@ -373,8 +377,12 @@ int cqil_add(const void* x, const void* y, void* out, size_t count, cqil_dtype d
     if (count > size_t(INT32_MAX) * 256) return fail("%zu elements", count);
     return by_type(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        return launch(add_kernel<T>, {dim3((count + 255) / 256), 256, static_cast<cudaStream_t>(stream)},
-                      static_cast<const T*>(x), static_cast<const T*>(y), static_cast<T*>(out), count);
+        return in_parts<T>(count, {x, y, out}, [&](auto* part) {
+            using Part = std::remove_pointer_t<decltype(part)>;
+            const size_t parts = count / Part::kCount;
+            return launch(add_kernel<T, Part::kCount>, over(parts, stream), static_cast<const Part*>(x),
+                          static_cast<const Part*>(y), static_cast<Part*>(out), parts);
+        });
     });
 }
 
@@ -383,8 +391,12 @@ int cqil_scale(const void* x, void* out, size_t count, float factor, float cap, 
     if (count > size_t(INT32_MAX) * 256) return fail("%zu elements", count);
     return by_type(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        return launch(scale_kernel<T>, {dim3((count + 255) / 256), 256, static_cast<cudaStream_t>(stream)},
-                      static_cast<const T*>(x), static_cast<T*>(out), count, factor, cap);
+        return in_parts<T>(count, {x, out}, [&](auto* part) {
+            using Part = std::remove_pointer_t<decltype(part)>;
+            const size_t parts = count / Part::kCount;
+            return launch(scale_kernel<T, Part::kCount>, over(parts, stream), static_cast<const Part*>(x),
+                          static_cast<Part*>(out), parts, factor, cap);
+        });
     });
 }
 
@@ -408,8 +420,13 @@ int cqil_gate(const void* gate_up, void* out, int rows, int inner, cqil_gating g
     if (rows == 0) return 0;
     return by_type(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        return launch(gate_kernel<T>, {dim3(rows, (inner + 255) / 256), 256, static_cast<cudaStream_t>(stream)},
-                      static_cast<const T*>(gate_up), static_cast<T*>(out), inner, int(gating));
+        return in_parts<T>(inner, {gate_up, out}, [&](auto* part) {
+            using Part = std::remove_pointer_t<decltype(part)>;
+            const int parts = inner / Part::kCount;
+            return launch(gate_kernel<T, Part::kCount>,
+                          {dim3(rows, (parts + 255) / 256), 256, static_cast<cudaStream_t>(stream)},
+                          static_cast<const Part*>(gate_up), static_cast<Part*>(out), parts, int(gating));
+        });
     });
 }
 

@@ -158,26 +158,25 @@ struct Scales {
     }
 };
 
-// The left operands of two products: columns 0 to 3 and 4 to 7 of those 8 of a step that a lane has, of two rows.
+// The left operands of two products: columns 0 to 3 and 4 to 7 of those 8 of a step that a lane has, of two rows. A
+// packet has the codes of 4 bits of two steps.
+template <typename T>
+__device__ void decode4(const uint4& packet, bool second, unsigned (&low)[4], unsigned (&high)[4]) {
+    const unsigned top = second ? packet.z : packet.x, bottom = second ? packet.w : packet.y;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        low[2 * i] = pair_at<T>(top, place_of(i)), low[2 * i + 1] = pair_at<T>(bottom, place_of(i));
+        high[2 * i] = pair_at<T>(top, place_of(2 + i)), high[2 * i + 1] = pair_at<T>(bottom, place_of(2 + i));
+    }
+}
+
+// The same, of a packet with the codes of 8 bits of a step.
 template <typename T, int kWeights>
-__device__ void decode(const uint4* packets, int step, unsigned (&low)[4], unsigned (&high)[4]) {
-    if constexpr (kWeights == CQIL_INT4) {
-        const uint4 packet = packets[step / 2];
-        const unsigned top = step % 2 == 0 ? packet.x : packet.z, bottom = step % 2 == 0 ? packet.y : packet.w;
+__device__ void decode8(const uint4& packet, unsigned (&low)[4], unsigned (&high)[4]) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            low[2 * i] = pair_at<T>(top, place_of(i)), low[2 * i + 1] = pair_at<T>(bottom, place_of(i));
-            high[2 * i] = pair_at<T>(top, place_of(2 + i)), high[2 * i + 1] = pair_at<T>(bottom, place_of(2 + i));
-        }
-    } else {
-        const uint4 packet = packets[step];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            low[2 * i] = pair_of<T, kWeights>(packet.x, i == 1),
-                    low[2 * i + 1] = pair_of<T, kWeights>(packet.z, i == 1);
-            high[2 * i] = pair_of<T, kWeights>(packet.y, i == 1);
-            high[2 * i + 1] = pair_of<T, kWeights>(packet.w, i == 1);
-        }
+    for (int i = 0; i < 2; ++i) {
+        low[2 * i] = pair_of<T, kWeights>(packet.x, i == 1), low[2 * i + 1] = pair_of<T, kWeights>(packet.z, i == 1);
+        high[2 * i] = pair_of<T, kWeights>(packet.y, i == 1), high[2 * i + 1] = pair_of<T, kWeights>(packet.w, i == 1);
     }
 }
 #endif
@@ -372,10 +371,11 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
     }
     if (kShared && o.norm != nullptr && !late) sync();
 
-    // The codes of two tiles at a time, as the products of one alone would wait for each other. A lane has those of the
-    // next two in registers while it applies the scales of two.
-    uint4 codes[2][kPackets];
-    unsigned held = begin, ahead = begin;  // the stage that the codes are from, the stage after it
+    // The codes of two tiles at a time, as the products of one alone would wait for each other. With 4 bits a lane has
+    // those of the next two in registers while it applies the scales of two. With 8 there is nothing to do meanwhile:
+    // it takes them from shared memory, step by step.
+    uint4 codes[2][kSmall ? kPackets : 1];
+    unsigned held = begin, ahead = begin;  // the stage that the codes are from, the stage after them
     unsigned phase = 0;
     const unsigned codes_at = warp * kUnitBytes + lane * 16;
     const unsigned scales_at = warp * kUnitBytes + code_bytes(kWeights);
@@ -387,9 +387,10 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
                 if (of == 1 && !both) break;
                 barrier_wait(full(ahead), phase);
             }
+            if constexpr (kSmall)
 #pragma unroll
-            for (int i = 0; i < kPackets; ++i)
-                codes[of][i] = *shared_at<uint4>(ahead + codes_at + of % kStageTiles * kWarps * kUnitBytes + i * 512);
+                for (int i = 0; i < kPackets; ++i)
+                    codes[of][i] = *shared_at<uint4>(ahead + codes_at + of * kWarps * kUnitBytes + i * 512);
             if ((of + 1) % kStageTiles == 0) {
                 ahead += kStageBytes;
                 if (ahead == end) {
@@ -405,7 +406,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
         barrier_arrive(empty(held));
         if (kStageTiles == 1 && both) barrier_arrive(empty(following(held)));
     };
-    read(mine > 1);
+    if constexpr (kSmall) read(mine > 1);
     int slot = 0;
 #pragma unroll 1
     for (int first = 0; first < mine; first += kTiles) {
@@ -506,8 +507,9 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
             if (idle) {
 #pragma unroll 1
                 for (int tile = 0; tile < count; tile += 2) {
+                    if constexpr (!kSmall) read(tile + 1 < count);
                     release(tile + 1 < count);
-                    read(tile + 2 < count ? tile + 3 < count : two);
+                    if constexpr (kSmall) read(tile + 2 < count ? tile + 3 < count : two);
                 }
                 take_more();
                 continue;
@@ -534,17 +536,25 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
 #pragma unroll
             for (int tile = 0; tile < kTiles; tile += 2) {
                 if (tile > 0 && tile >= count) break;
+                if constexpr (!kSmall) read(tile + 1 < count);
                 constexpr int kSums = kGroups + !kGroups;  // of a unit and a row of x
                 Scales<T, kSums> scales[2];
                 if constexpr (kSmall)
 #pragma unroll
                     for (int of = 0; of < 2; ++of) scales[of].read(held + scales_at + of * kWarps * kUnitBytes, column);
+                // With 8 bits: of one tile alone the second is the same again, and nobody reads its results.
+                const unsigned tile_at[] = {held + codes_at, (tile + 1 < count ? following(held) : held) + codes_at};
                 float low_sums[2][kBlocks][4] = {}, high_sums[2][kBlocks][4] = {};
 #pragma unroll
                 for (int step = 0; step < kSteps; ++step) {
                     unsigned low[2][4], high[2][4];
 #pragma unroll
-                    for (int of = 0; of < 2; ++of) decode<T, kWeights>(codes[of], step, low[of], high[of]);
+                    for (int of = 0; of < 2; ++of) {
+                        if constexpr (kSmall)
+                            decode4<T>(codes[of][step / 2], step % 2 != 0, low[of], high[of]);
+                        else
+                            decode8<T, kWeights>(*shared_at<uint4>(tile_at[of] + step * 512), low[of], high[of]);
+                    }
 #pragma unroll
                     for (int block = 0; block < kBlocks; ++block) {
                         const uint4 b = x_of(block, step);
@@ -558,7 +568,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
                     if (step % kGroupSteps != kGroupSteps - 1) continue;
                     if (step == kSteps - 1) {
                         release(tile + 1 < count);
-                        read(tile + 2 < kTiles && tile + 2 < count ? tile + 3 < count : two);
+                        if constexpr (kSmall) read(tile + 2 < kTiles && tile + 2 < count ? tile + 3 < count : two);
                     }
                     const int group = step / kGroupSteps;
 #pragma unroll

@@ -52,7 +52,7 @@ def rms_norm(x, weight, eps):
 
 
 def check_norm(pick, dtype):
-    rows, hidden = pick(1, 40), 8 * pick(1, 1200)
+    rows, hidden = pick(1, 40), (pick(1, 9600), 8 * pick(1, 1200))[pick(0, 1)]
     delta, x = (torch.randn(rows, hidden, device="cuda").to(dtype) for _ in range(2))
     weight = (1 + 0.2 * torch.randn(hidden, device="cuda")).to(dtype)
     total, normed, alone = (torch.empty_like(x) for _ in range(3))
@@ -109,7 +109,7 @@ def check_post_norm(pick, dtype):
 
 
 def check_scale(pick, dtype):
-    x = 3 * torch.randn(pick(1, 90_000), device="cuda").to(dtype)
+    x = 3 * torch.randn((pick(1, 90_000), 8 * pick(1, 11_000))[pick(0, 1)], device="cuda").to(dtype)
     factor, cap = pick(1, 90) / 10, (0, pick(1, 60) / 2)[pick(0, 1)]
     expected = x.double() * factor
     expected = cap * torch.tanh(expected / cap) if cap else expected
@@ -138,7 +138,7 @@ def activation(gating):
 
 
 def check_gate(pick, dtype):
-    rows, inner, gating = pick(1, 40), pick(1, 12000), pick(1, 2)
+    rows, inner, gating = pick(1, 40), (pick(1, 12_000), 8 * pick(1, 1500))[pick(0, 1)], pick(1, 2)
     gate_up = 2 * torch.randn(rows, 2 * inner, device="cuda").to(dtype)
     out = torch.empty(rows, inner, dtype=dtype, device="cuda")
     call("gate", gate_up, out, rows, inner, gating, code(dtype))
