@@ -467,6 +467,8 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
                 __syncwarp();
             }
             const bool idle = chunk * kWarps + warp >= units;
+            // Of x in shared memory the first pass puts back what it has normalized.
+            const bool normalizes = late && (!kShared || first == 0);
             if (!idle) {  // x in shared memory ends before what it would read
 #pragma unroll
                 for (int block = 0; block < kBlocks; ++block)
@@ -474,13 +476,19 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
                     for (int step = 0; step < kSteps; ++step) {
                         const int i = packet_of(chunk, step);
                         auto prepared = [&](uint4 packet) {
-                            return late ? normed<T>(packet, norm[min(i, packets - 1)], scale[block]) : packet;
+                            return normalizes ? normed<T>(packet, norm[min(i, packets - 1)], scale[block]) : packet;
                         };
                         if constexpr (kBlocks == 1)
                             kept[step] = prepared(kShared ? own[x_row(0) * stride + i] : next[step]);
                         else if (late)
                             taken(slot, block, step) = prepared(taken(slot, block, step));
                     }
+                if (kShared && normalizes && mine > kTiles) {
+                    __syncwarp();  // lanes of missing rows have read the last row's, too
+#pragma unroll
+                    for (int step = 0; step < kSteps; ++step)
+                        own[x_row(0) * stride + packet_of(chunk, step)] = kept[step];
+                }
             }
             if constexpr (!kShared && kBlocks == 1) {
                 if (chunk + 1 < chunks)
