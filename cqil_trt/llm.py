@@ -95,8 +95,11 @@ class Llm:
                 raise
 
     def wait(self) -> None:
-        """Waits for the weights. Raises UserError for a damaged file."""
+        """Waits for the weights, then measures what drafts cost. Raises UserError for a damaged file."""
         self.startup.end("weights", self.job.agree(self.session.wait))
+        if self.speculation is not None:
+            self.session.measure_steps()
+            self.startup.end("step costs")
 
     def new_runner(self) -> Runner:
         """A runner whose scheduler knows of nothing in the cache: needed after the session was used without it."""

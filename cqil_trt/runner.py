@@ -43,13 +43,16 @@ class Runner:
         `speculation` on a session that cannot verify drafts.
         """
         limits = session.limits
-        if speculation is not None and session.row_cost is None:
+        if speculation is not None and session.step_costs is None:
             raise UserError("--speculate: this backend does not verify drafts; torch, onnx and tensorrt's plugins do")
 
         def speculator(sampling: SamplingConfig) -> Speculator | None:
-            if speculation is None or session.row_cost is None or (sampling.penalizes and not session.drafts_penalized):
+            if speculation is None or session.step_costs is None:
                 return None
-            return Speculator(speculation, session.row_cost, session.wait_cost, session.padded_width)
+            if sampling.penalizes and not session.drafts_penalized:
+                return None
+            # The costs may have been measured since the runner was made.
+            return Speculator(speculation, session.step_costs, session.padded_width)
 
         scheduler = Scheduler(
             slots=session.slots,

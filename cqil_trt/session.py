@@ -17,7 +17,7 @@ from cqil_trt.engine import Engine
 from cqil_trt.errors import UserError
 from cqil_trt.sampling import Choice, Sampler, SamplingConfig
 from cqil_trt.scheduler import Chunk, Circle, Outcome, Start, Step
-from cqil_trt.speculation import MAX_TOKENS
+from cqil_trt.speculation import MAX_TOKENS, StepCosts
 
 
 def cache_bytes(engine: Engine, rank: int) -> int:
@@ -55,15 +55,13 @@ class Session(ABC):
     guided slots needs `choose` in between.
 
     `slots`: sequences that the cache holds. `ahead`: steps that are worth submitting before the oldest is collected.
-    `row_cost`: what one more token a sequence costs in a decode step, as a part of the step; None where a decode step
-    takes one token of each sequence. `wait_cost`: likewise, of a step that is submitted only when the one before is
-    collected. `drafts_penalized`: whether drafts of a sequence with penalties can be verified. B: sequences of a pass,
-    T: tokens of each, K: tokens to predict from.
+    `step_costs`: how long decode steps take, by their rows; None where no drafts are verified, because a decode step
+    takes one token of each sequence. `drafts_penalized`: whether drafts of a sequence with penalties can be verified.
+    B: sequences of a pass, T: tokens of each, K: tokens to predict from.
     """
 
     ahead = 0
-    row_cost: float | None = None
-    wait_cost = 0.0
+    step_costs: StepCosts | None = None
     drafts_penalized = True
     on_gpu = False
 
@@ -136,6 +134,12 @@ class Session(ABC):
         """
         return {}
 
+    def measure_steps(self) -> None:  # noqa: B027 (optional)
+        """Measures `step_costs`, which are an estimate before, where that is quick and drafts are verified.
+
+        All ranks call it together, with the weights there and before any sequence: it leaves nothing in the cache.
+        """
+
     def _note(self, outcome: Outcome) -> Outcome:
         """Counts an outcome that is about to be collected into the digest."""
         for slot, choices in outcome.choices.items():
@@ -175,7 +179,8 @@ class Session(ABC):
 class HostSession(Session):
     """A session that computes at once, in `submit` and `choose`, and chooses tokens on the host."""
 
-    row_cost = 0.15  # scripts/benchmark_speculation.py, on two cores
+    # An estimate for every model, since a step may take seconds: scripts/benchmark_speculation.py, on two cores.
+    step_costs: StepCosts | None = StepCosts(steps=(1.0, 1.15))
 
     def __init__(self, engine: Engine, rank: int, slots: int):
         super().__init__(engine, rank, slots)

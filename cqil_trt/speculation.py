@@ -1,15 +1,18 @@
 """Speculation: drafts of a sequence's next tokens, verified as rows of one step. Text that repeats itself takes fewer.
 
 Exact: each token is chosen from its own logits with its own random number, as without drafts. A draft only decides
-whether the next token is chosen in the same step. Nothing here depends on time, so ranks draft alike.
+whether the next token is chosen in the same step. Ranks know the same costs (`Session.step_costs`), and nothing else
+here depends on time, so they draft alike.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+import numpy as np
 
 from cqil_trt.errors import UserError
 
@@ -101,26 +104,57 @@ class Speculation:
             raise UserError(f"--speculate {self.method}: tokens must be from 1 to {MAX_TOKENS}, found {self.tokens}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepCosts:
+    """How long decode steps take, as parts of one with a single row.
+
+    `steps`: those of 1, 2, 3, … rows, at least two, which never fall; more rows go on as the last two do. `wait`: until
+    the next step begins where it is submitted only when the one before is collected.
+    """
+
+    steps: tuple[float, ...]
+    wait: float = 0.0
+
+    @classmethod
+    def of(cls, times: Mapping[int, float], wait: float) -> StepCosts:
+        """From measured times by their rows, of which 1 and another one must be there, and a wait, all in one unit.
+
+        Straight lines lead from one to the next. More rows never take less: what was measured so is noise.
+        """
+        rows = sorted(times)
+        rising = np.maximum.accumulate([times[count] for count in rows])
+        steps = np.interp(range(1, rows[-1] + 1), rows, rising) / times[1]
+        return cls(steps=tuple(steps.tolist()), wait=wait / times[1])
+
+    def step(self, rows: int) -> float:
+        """A step of so many rows."""
+        known = len(self.steps)
+        if rows <= known:
+            return self.steps[rows - 1]
+        return self.steps[-1] + (rows - known) * (self.steps[-1] - self.steps[-2])
+
+    def drafts(self, sequences: int, width: int) -> float:
+        """What `width` rows for each of the sequences take more than one, and the wait: as a part of their step."""
+        return (self.step(sequences * width) + self.wait) / self.step(sequences) - 1
+
+    def waits(self, sequences: int) -> float:
+        """A wait, as a part of the sequences' step."""
+        return self.wait / self.step(sequences)
+
+
 class Speculator:
     """The drafts of one sequence, and whether they are worth their price.
 
-    A row for a token that is drafted in vain costs each of the `sequences` in the step `row_cost` of it: they all get
-    as many rows as the longest draft has, of which `padded` makes those that are computed. A step that waits for the
-    one before, because tokens may be drafted, costs them `wait_cost`, and so does a step with drafts, for which the
-    next one waits. A sequence may lose a small share of its steps in this way, and what its accepted drafts saved
-    before. So there are short drafts, if any, where many sequences run.
+    All `sequences` in the step get as many rows as the longest draft has, of which `padded` makes those that are
+    computed. So tokens that are drafted in vain cost each of them what such a step takes more, by `costs`. A step that
+    waits for the one before, because tokens may be drafted, costs them the wait, and so does a step with drafts, for
+    which the next one waits. A sequence may lose a small share of its steps in this way, and what its accepted drafts
+    saved before. So there are short drafts, if any, where many sequences run.
     """
 
-    def __init__(
-        self,
-        speculation: Speculation,
-        row_cost: float,
-        wait_cost: float = 0.0,
-        padded: Callable[[int], int] = lambda width: width,
-    ):
+    def __init__(self, speculation: Speculation, costs: StepCosts, padded: Callable[[int], int] = lambda width: width):
         self._drafter = DRAFTERS[speculation.method]()
-        self._tokens, self._row_cost, self._wait_cost = speculation.tokens, row_cost, wait_cost
-        self._padded = padded
+        self._tokens, self._costs, self._padded = speculation.tokens, costs, padded
         self._credit = _START
 
     def extend(self, tokens: Sequence[int]) -> None:
@@ -128,7 +162,9 @@ class Speculator:
 
     def draft(self, room: int, sequences: int) -> tuple[int, ...]:
         """Drafted tokens for the next step, at most `room`."""
-        most = min(room, self._affordable(sequences))
+        most = min(room, self._tokens)
+        while most > 0 and self._cost(most, sequences) > self._credit:
+            most -= 1
         return tuple(self._drafter.draft(most)) if most > 0 else ()
 
     def pays_to_wait(self, sequences: int) -> bool:
@@ -136,24 +172,17 @@ class Speculator:
 
         Then the wait is paid for.
         """
-        cost = self._wait_cost * sequences
-        if self._affordable(sequences, cost) < 1 or not self._drafter.draft(1):
+        cost = self._costs.waits(sequences) * sequences
+        if cost + self._cost(1, sequences) > self._credit or not self._drafter.draft(1):
             return False
         self._credit -= cost
         return True
 
-    def _affordable(self, sequences: int, spent: float = 0.0) -> int:
-        """How many tokens may be drafted when `spent` of the credit is gone."""
-        most = self._tokens
-        while most > 0 and self._cost(most) * sequences > self._credit - spent:
-            most -= 1
-        return most
-
-    def _cost(self, drafted: int) -> float:
-        """Of a step with a draft of so many tokens, for each of its sequences."""
-        return self._row_cost * (self._padded(1 + drafted) - 1) + self._wait_cost if drafted else 0.0
+    def _cost(self, drafted: int, sequences: int) -> float:
+        """Of a draft of so many tokens: steps that all of the sequences lose together if none is accepted."""
+        return self._costs.drafts(sequences, self._padded(1 + drafted)) * sequences if drafted else 0.0
 
     def verified(self, drafted: int, accepted: int, sequences: int) -> None:
         """After each step: how many tokens were drafted for it, and how many of them were chosen."""
-        saved = accepted - self._cost(drafted) * sequences + _SHARE
+        saved = accepted - self._cost(drafted, sequences) + _SHARE
         self._credit = min(self._credit + saved, _MOST)

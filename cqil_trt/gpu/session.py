@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from enum import Enum, IntEnum
 from functools import partial
 from itertools import repeat
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ from cqil_trt.sampling import MAX_LOGPROBS, Choice, SamplingConfig
 from cqil_trt.schedule import Peers
 from cqil_trt.scheduler import Outcome, Start, Step
 from cqil_trt.session import Session, cache_bytes, fitting_slots
+from cqil_trt.speculation import StepCosts
 
 # Steps whose tokens the host may not have read yet: one, that after it, and, on ranks that follow rank 0, one more.
 _FLYING = 3
@@ -47,9 +49,13 @@ _FLYING = 3
 _MAX_PROMPT_GRAPHS = 32
 # Device memory that is left to activations, libraries and graphs when the KV cache takes the rest.
 _RESERVED_BYTES = 2 << 30
-# What one more row for each sequence costs in a decode step, as a part of the step, dense and with packed weights: two
-# H200, LLaMA-7B, `sharded`, scripts/benchmark.py --drafts 7.
+# Until it is measured: what one more row costs in a decode step, as a part of a step of one, dense and with packed
+# weights. Two H200, LLaMA-7B, `sharded`, scripts/benchmark.py --drafts 7.
 _ROW_COST, _PACKED_ROW_COST = 0.035, 0.08
+# Without a step in flight the GPU waits for the host. An estimate, from two H200 with steps of 2 ms: ms, and the part.
+_WAIT_MS, _WAIT_COST = 0.1, 0.05
+# How steps are measured: after so many tokens, so many in a row, all widths in turns so often.
+_MEASURED_AT, _MEASURED_STEPS, _MEASURED_TURNS = 200, 3, 2
 # The widths of captured decode steps: rows for each sequence.
 _WIDTHS = (1, 2, 4, 8, 16)
 # The lengths of chunks that are graphs: from an entry's first up to the next entry's first, in its steps. The padding
@@ -139,8 +145,6 @@ class CudaSession(Session):
 
     ahead = 1
     on_gpu = True
-    # Without a step in flight the GPU waits for the host: an estimate, 0.1 ms of a step of 2 ms.
-    wait_cost = 0.05
     # Penalties depend on the tokens before, which a step with drafts has yet to choose.
     drafts_penalized = False
     _draft_rows = 0  # the most rows of a step with drafts
@@ -227,7 +231,8 @@ class CudaSession(Session):
         self._quantized = weights.quantized
         if self._draft_rows:
             packed = any(matrix.packed for matrix in self._quantized.values())
-            self.row_cost = _PACKED_ROW_COST if packed else _ROW_COST
+            row = _PACKED_ROW_COST if packed else _ROW_COST
+            self.step_costs = StepCosts(steps=(1.0, 1.0 + row), wait=_WAIT_COST)
         if not self._slots_are_fixed:
             free = self._free_memory() - sum(self._buffer_sizes().values())
             each = cache_bytes(engine, self._plan.rank) + sum(self._slot_sizes().values())
@@ -239,9 +244,13 @@ class CudaSession(Session):
         with self._weights.closed_on_failure():
             agree(self._comm, self._weights.wait)
         if self._rows:  # what ran meanwhile differs between ranks, and may not be finite
-            self._rows = 0
-            self._clear(self._caches)
+            self._forget()
         return self._weights.seconds
+
+    def _forget(self) -> None:
+        """Leaves nothing of what ran in any slot."""
+        self._rows, self._arranged = 0, ()
+        self._clear(self._caches | self._states)
 
     # Whether the network was compiled for a number of slots, and the most passes that it needs for a step.
     _slots_are_fixed = False
@@ -337,7 +346,8 @@ class CudaSession(Session):
     def _allocate(self) -> None:
         drafts, rows = self._draft_rows, self._most_rows
         sizes = self._buffer_sizes() | {name: self.slots * size for name, size in self._slot_sizes().items()}
-        self._zeroed = {name: sizes[name] for name in ("step", "slot.next", "slot.past", "counts")}
+        # What slots keep from step to step, next to their caches.
+        self._states = {name: sizes[name] for name in ("slot.next", "slot.past", "counts")}
         self._caches = self._cache_sizes()
         sizes |= self._caches
         arena = self._arena(sum(map(cuda.aligned, sizes.values())), "the KV cache and buffers")
@@ -357,7 +367,7 @@ class CudaSession(Session):
             tables = rotary_tables(engine.model, engine.rotary, self.limits.max_seq_len, which)
             for name, table in zip(rotary_names(which), tables):
                 cuda.upload(self._memory[name], table, self._stream)
-        self._clear(self._caches | self._zeroed)
+        self._clear(self._caches | self._states | {"step": 4})
 
     def _clear(self, sizes: Mapping[str, int]) -> None:
         """Fills buffers with zeros, by their bytes."""
@@ -792,6 +802,23 @@ class CudaSession(Session):
         for event in events:
             cuda.call("EventDestroy", event)
         return times
+
+    def measure_steps(self) -> None:
+        """As in Session: the medians on rank 0's GPU, so that all ranks know the same. The graphs stay."""
+        widths = [width for width in _WIDTHS if width <= min(self.draft_width(1), self.limits.max_seq_len)]
+        if len(widths) < 2:
+            return
+        times: dict[int, list[float]] = {width: [] for width in widths}
+        with self._guard():
+            self._start([Start(slot=0, prompt=(0,), sampling=SamplingConfig(), room=1)])
+            for _ in range(_MEASURED_TURNS):
+                for width in widths:
+                    self._upload("slot.past", [min(_MEASURED_AT, self.limits.max_seq_len - 1)])  # of slot 0
+                    self._arranged = ()
+                    times[width] += self.time_decode((0,), _MEASURED_STEPS, width - 1)
+            self._forget()
+        medians = {width: median(each) for width, each in times.items()}
+        self.step_costs = StepCosts.of(medians if self._comm is None else self._comm.bcast(medians), _WAIT_MS)
 
     # Results of all ranks
 

@@ -32,7 +32,8 @@ class Noisy:
 def noisy(patch, seed, vocabulary=259, tokens=6):
     """The speculation with these drafts, whatever they cost. `patch(object, name, value)` changes attributes."""
     patch(speculation, "DRAFTERS", {**speculation.DRAFTERS, "noisy": Noisy})
-    patch(speculation, "_SHARE", 100.0)
+    for name in ("_SHARE", "_MOST"):
+        patch(speculation, name, 100.0)
     for name, value in (("seed", seed), ("vocabulary", vocabulary), ("answers", ())):
         patch(Noisy, name, value)
     return Speculation(method="noisy", tokens=tokens)

@@ -123,7 +123,8 @@ def main(case, job):
     prompts = [random.integers(3, vocabulary, size=length).tolist() for length in LENGTHS]
     if session.on_gpu:
         session.warm_up(3, 8)  # nothing has run yet
-    result = {"prompts": prompts}
+    session.measure_steps()
+    result = {"prompts": prompts, "step costs": session.step_costs and session.step_costs.steps}
 
     together = llm.generate(prompts, STEPS, ignore_eos=True)
     result["together"] = [completion.tokens for completion in together]
@@ -167,7 +168,7 @@ def main(case, job):
     result["guided alone"] = each_alone(session, mixed())
 
     # Without drafts, then with some, where they can be verified.
-    drafting = session.row_cost is not None
+    drafting = session.step_costs is not None
     for name, requests in (("reported", lambda: wanted), ("masked", mixed)):
         result[f"{name} undrafted"] = run(Runner.of(session, "latency"), requests())
         if not drafting:
