@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 POLICIES = ("latency", "throughput")
 # Tokens that must be cached in another slot for a copy to pay: a copy waits for the slot it comes from.
 _COPIED = 16
+# A slot's tokens are compared with a prompt if so many at the beginning are equal, or all of a shorter one. Fewer would
+# save no time, and a first token waits for every comparison.
+_HEAD = 8
 # A circle has a multiple of this many positions, as kernels read them (CQIL_CIRCLE_STEP in plugins/cqil_trt.h).
 _CIRCLE_STEP = 64
 
@@ -219,16 +222,19 @@ class _Sequence:
 class _Slot:
     """A place in the KV cache: the tokens that it holds, and when it was last used. `row`: where they are kept.
 
-    `written`: the steps planned since its first token was read write positions before it only.
+    `head`: the first tokens of the prompt whose tokens it holds, some of which may not be there yet. `written`: the
+    steps planned since its first token was read write positions before it only.
     """
 
     def __init__(self, row: np.ndarray) -> None:
         self._row, self._size = row, 0
         self.sequence: _Sequence | None = None
+        self.head: tuple[int, ...] = ()
         self.used = self.written = 0
 
     def begin(self, sequence: _Sequence, written: int) -> None:
         self.sequence, self._size, self.written = sequence, 0, written
+        self.head = sequence.request.prompt[:_HEAD]
 
     def end(self, longest: int) -> None:
         """Its sequence has ended; at most `longest` tokens of it stay."""
@@ -443,18 +449,8 @@ class Scheduler:
         oldest = min(free, key=lambda i: self._slots[i].used)
         # The last token is always computed: the next one is predicted from it. So are those with logits.
         limit = len(request.prompt) - 1 if request.scored is None else min(request.scored, len(request.prompt) - 1)
-        source, cached = oldest, 0
-        if self._reuse and limit > 0:
-            sizes = [min(slot.size(), limit) for slot in self._slots]
-            longest = max(sizes)
-            # A column more than is compared, so that every row has a difference.
-            differs = np.ones((len(sizes), longest + 1), bool)
-            np.not_equal(self._tokens[:, :longest], request.prompt[:longest], out=differs[:, :longest])
-            common = np.minimum(differs.argmax(1), sizes).tolist()
-            if (circle := self._circle) is not None:
-                common = [n if circle.keeps(n, slot.written) else 0 for n, slot in zip(common, self._slots)]
-            source = max(range(len(common)), key=lambda i: (common[i], self._slots[i].sequence is None))
-            cached = common[source]
+        found = self._beginning(request.prompt, limit) if self._reuse and limit > 0 else None
+        source, cached = found or (oldest, 0)
         # A slot that mostly holds this prompt is continued; another one keeps what it has and is copied from.
         if self._slots[source].sequence is None and 2 * cached >= self._slots[source].size():
             target = source
@@ -464,6 +460,26 @@ class Scheduler:
             source, cached = target, 0
         self._slots[target].used = self._slots[source].used = self._clock
         return target, source, cached
+
+    def _beginning(self, prompt: tuple[int, ...], limit: int) -> tuple[int, int] | None:
+        """The slot that holds the longest beginning of a prompt, and how many tokens of it, at most `limit`.
+
+        Of equal ones it is a free slot. None: no slot is worth a comparison.
+        """
+        head = prompt[:_HEAD]
+        alike = [i for i, slot in enumerate(self._slots) if slot.head and slot.head == head[: len(slot.head)]]
+        if not alike:
+            return None
+        sizes = [min(self._slots[i].size(), limit) for i in alike]
+        longest = max(sizes)
+        # A column more than is compared, so that every row has a difference.
+        differs = np.ones((len(alike), longest + 1), bool)
+        np.not_equal(self._tokens[alike, :longest], prompt[:longest], out=differs[:, :longest])
+        common = dict(zip(alike, np.minimum(differs.argmax(1), sizes).tolist()))
+        if (circle := self._circle) is not None:
+            common = {i: n if circle.keeps(n, self._slots[i].written) else 0 for i, n in common.items()}
+        source = max(alike, key=lambda i: (common[i], self._slots[i].sequence is None))
+        return source, common[source]
 
     def _read(self, sequence: _Sequence, starts: tuple[Start, ...]) -> Step:
         """The next chunk of a prompt."""
