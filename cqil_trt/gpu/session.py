@@ -296,6 +296,12 @@ class CudaSession(Session):
             "mask": 4 * -(-vocabulary // 32),
         }
 
+    def _chunk_sizes(self) -> dict[str, int]:
+        """Bytes of a chunk's inputs, which are uploaded together; the tokens are last, as they are often fewer."""
+        count = 4 * min(self.limits.prefill_chunk, self.limits.max_seq_len)
+        sizes = {"prefill.past": 4, "prefill.slots": 4, "prompt.past": 4, "select": count, "tokens": count}
+        return {name: cuda.aligned(size) for name, size in sizes.items()}
+
     @property
     def _most_rows(self) -> int:
         """Rows of a decode step."""
@@ -311,13 +317,9 @@ class CudaSession(Session):
         table = limits.max_seq_len * model.rotary_dim // 2 * 4
         return {
             # Of a chunk of a prompt, and of the token chosen after it.
-            "tokens": 4 * chunk,
-            "select": 4 * chunk,
+            "chunk": sum(self._chunk_sizes().values()),
             "logits": self._bytes * chunk * width,  # scoring predicts from all of its tokens
-            "prefill.past": 4,
-            "prefill.slots": 4,
             "prompt.next": 4,
-            "prompt.past": 4,
             # Of the rows of a decode step.
             "next": 4 * batch,
             "past": 4 * batch,
@@ -352,6 +354,13 @@ class CudaSession(Session):
         sizes |= self._caches
         arena = self._arena(sum(map(cuda.aligned, sizes.values())), "the KV cache and buffers")
         self._memory |= {name: arena.take(size) for name, size in sizes.items()}
+        # Where the host puts a chunk's inputs together: all of them, and parts of that by name.
+        self._chunk, at = np.zeros(sizes["chunk"] // 4, np.int32), 0
+        self._inputs: dict[str, np.ndarray] = {}
+        for name, size in self._chunk_sizes().items():
+            self._memory[name] = self._memory["chunk"] + at
+            self._inputs[name] = self._chunk[at // 4 : (at + size) // 4]
+            at += size
         for i, name in enumerate(("slots", "given", "counts")):
             self._memory[f"draft.{name}"] = self._memory["drafts"] + 4 * drafts * i
         # In page-locked memory: what the host has not read yet. A power of 2, as cqil_advance wants.
@@ -422,25 +431,27 @@ class CudaSession(Session):
 
     def _graph_length(self, count: int, past: int) -> int | None:
         """The length of the graph that takes a chunk of `count` tokens after `past`, if one does."""
-        room = self.limits.max_seq_len - past
-        return next((known for known in self._prompt_lengths if count <= known <= room), None)
+        lengths = self._prompt_lengths
+        at = bisect_left(lengths, count)
+        return lengths[at] if at < len(lengths) and lengths[at] <= self.limits.max_seq_len - past else None
 
-    def _forward(
-        self, tokens: np.ndarray, past: np.ndarray, select: np.ndarray, slots: np.ndarray, length: int | None
-    ) -> None:
-        """A chunk of one prompt."""
-        before, slot = int(past[0]), int(slots[0])
-        padded = self._graph_length(tokens.size, before) if select.size == 1 else None
+    def _forward(self, tokens: Sequence[int], past: int, slot: int, predict: int) -> None:
+        """A chunk of one prompt: `tokens` after `past` others, predicting from the last `predict` of them."""
+        count = len(tokens)
+        padded = self._graph_length(count, past) if predict == 1 else None
+        fed, inputs = padded or count, self._inputs
+        inputs["prefill.past"][0], inputs["prefill.slots"][0], inputs["prompt.past"][0] = past, slot, past + count - 1
+        inputs["select"][:predict] = range(count - predict, count)
+        inputs["tokens"][:count] = tokens
         # The padding comes after the prompt, whose tokens do not see it; the sequence will overwrite it in the cache.
-        fed = tokens if padded is None else np.pad(tokens, (0, padded - tokens.size))
-        inputs = {"tokens": fed, "prefill.past": past, "select": select, "prefill.slots": slots}
-        for name, array in inputs.items():
-            self._upload(name, array)
-        self._describe_chunk(fed.size, before)
+        inputs["tokens"][count:fed] = 0
+        used = self._chunk.size - inputs["tokens"].size + fed
+        cuda.upload(self._memory["chunk"], self._chunk[:used], self._stream)
+        self._describe_chunk(fed, past)
         self._phase, self._slot = Phase.PREFILL, slot
-        self._rows, self._predicted = tokens.size, select.size
+        self._rows, self._predicted = count, predict
         if padded is None:
-            self._execute(Phase.PREFILL, 1, tokens.size, select.size)
+            self._execute(Phase.PREFILL, 1, count, predict)
         else:
             self._launch_prompt(padded)
 
@@ -493,10 +504,9 @@ class CudaSession(Session):
     # Slots
 
     def _start(self, starts: Sequence[Start]) -> None:
+        """Uploads what the choice of these sequences' tokens needs, but not the network."""
         for start in starts:
             slot, config = start.slot, start.sampling
-            if start.cached and start.source != slot:
-                self._copy(start.source, slot, start.cached)
             self._configs[slot] = config
             settings = abi.cqil_sampling(
                 temperature=config.temperature,
@@ -553,16 +563,15 @@ class CudaSession(Session):
         flying = _Flying(step=step)
         chunk = step.chunk
         with self._guard():
-            self._start(step.starts)
+            for start in step.starts:
+                if start.cached and start.source != start.slot:
+                    self._copy(start.source, start.slot, start.cached)
             if chunk is not None:
-                select = np.arange(len(chunk.tokens) - chunk.predict, len(chunk.tokens))
-                slot = np.array([chunk.slot])
-                self._forward(np.array(chunk.tokens), np.array([chunk.past]), select, slot, chunk.length)
+                self._forward(chunk.tokens, chunk.past, chunk.slot, chunk.predict)
+                # From here on the GPU computes, and nothing waits for the host.
                 if chunk.slot in self._arranged:
                     self._arranged = ()
-                if chunk.choose:
-                    self._upload("prompt.past", [chunk.past + len(chunk.tokens) - 1])
-                else:
+                if not chunk.choose:
                     # What decodes beside it must not believe that the slot's tokens end before `past`.
                     self._upload("slot.past", [chunk.past + len(chunk.tokens)], offset=4 * chunk.slot)
                 if chunk.scored:
@@ -571,6 +580,7 @@ class CudaSession(Session):
                 flying.width = self._width = self.padded_width(step.width)
                 self._arrange(step, flying.width)
                 self._phase, self._rows = _phase_of(flying.width), len(step.decode) * flying.width
+            self._start(step.starts)
             self._flying.append(flying)
             if not step.guided:
                 self.choose({})
@@ -726,8 +736,7 @@ class CudaSession(Session):
         used = bisect_left(self._prompt_lengths, chunk) + 1  # up to the first that holds such a chunk
         with self._guard():
             for length in self._prompt_lengths[: min(used, _MAX_PROMPT_GRAPHS)]:
-                one = np.zeros(1, np.int32)
-                self._forward(np.zeros(length, np.int32), one, one + length - 1, one, None)
+                self._forward((0,) * length, 0, 0, 1)
                 # Executing it too would take as long as reading such a prompt.
                 self._prompt_graph(length).upload(self._stream)
             self._synchronize()
