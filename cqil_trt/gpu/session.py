@@ -622,7 +622,7 @@ class CudaSession(Session):
     def collect(self) -> Outcome:
         flying = self._flying.popleft()
         slots, width = flying.step.choosing, flying.width
-        tokens = self._read(flying.advance, len(slots) * width).tolist() if slots else []
+        tokens = self._read(flying.advance, len(slots) * width) if slots else []
         if flying.reported is not None:
             with self._guard():
                 cuda.call("EventSynchronize", flying.reported)
@@ -643,14 +643,15 @@ class CudaSession(Session):
         reports = (report[place, row, : wanted + 1].tolist() for report in (self._report_ids, self._report_values))
         return tuple(zip(*reports))
 
-    def _read(self, number: int, rows: int) -> np.ndarray:
+    def _read(self, number: int, rows: int) -> list[int]:
         """Waits for the tokens of an advance, one of those that the history holds."""
+        place, wanted = self._history[number % len(self._history), :rows], number + 1 & 0xFFFFFFFF
         with self._guard():
             while True:
                 done = cuda.is_done(self._stream)
-                words = self._history[number % len(self._history), :rows].copy()
-                if (words >> 32 == number + 1 & 0xFFFFFFFF).all():  # the GPU's counter has 32 bits
-                    return words & 0xFFFFFFFF
+                words = place.tolist()
+                if all(word >> 32 == wanted for word in words):  # the GPU's counter has 32 bits
+                    return [word & 0xFFFFFFFF for word in words]
                 if done:
                     raise RuntimeError(f"the GPU is done, and there are no tokens of advance {number}")
 
