@@ -198,9 +198,9 @@ int cqil_accept(const int32_t* next, const int32_t* tokens, const int32_t* draft
 
 // sum = residual + delta, normed = RMSNorm(sum) * weight, for `rows` rows of `hidden` elements. Without delta (NULL),
 // normed is that of residual, and sum is not written. With delta_norm, RMSNorm(delta) * delta_norm takes the place of
-// delta, residual may be NULL, for zeros, and weight may be, for no normed. `norm` is of both norms. Rows have up to
-// 16384 elements. The weights may be read before earlier work on the stream is done, so they must not be results of that
-// work. sum may be residual or delta.
+// delta, residual may be NULL, for zeros, and weight may be, for no normed. `norm` is of both norms. With delta_norm,
+// or with another `norm` than CQIL_NORM_ROUNDED, rows have up to 16384 elements. The weights may be read before earlier
+// work on the stream is done, so they must not be results of that work. sum may be residual or delta.
 int cqil_residual_norm(const void* delta, const void* delta_norm, const void* residual, const void* weight, void* sum,
                        void* normed, int rows, int hidden, float eps, cqil_norm norm, cqil_dtype dtype, void* stream);
 

@@ -102,6 +102,31 @@ __global__ void __launch_bounds__(kThreads)
     store(normed, x);
 }
 
+// As norms_kernel with CQIL_NORM_ROUNDED and without delta_norm, of rows of any length. One block per row; in the second
+// pass each thread revisits its own elements.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    long_norm_kernel(const T* delta, const T* residual, const T* weight, T* sum_out, T* normed, int hidden, float eps) {
+    release_successor();
+    wait_for_predecessor();
+    const size_t row = size_t(blockIdx.x) * hidden;
+    float square = 0;
+    for (int i = threadIdx.x; i < hidden; i += blockDim.x) {
+        float x = float(residual[row + i]);
+        if (delta != nullptr) {
+            const T rounded = T(x + float(delta[row + i]));
+            sum_out[row + i] = rounded;
+            x = float(rounded);
+        }
+        square = fmaf(x, x, square);
+    }
+    __shared__ float parts[kThreads / 32];
+    const float scale = rsqrtf(block_sum(square, parts) / float(hidden) + eps);
+    const T* from = delta != nullptr ? sum_out : residual;
+    for (int i = threadIdx.x; i < hidden; i += blockDim.x)
+        normed[row + i] = T(float(T(float(from[row + i]) * scale)) * float(weight[i]));
+}
+
 // One block per row: the sums of the squares of its queries, and of some of its keys.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
@@ -201,13 +226,19 @@ __global__ void __launch_bounds__(kThreads)
             where = i;
         }
     };
-    constexpr int kPacket = 16 / sizeof(T);
+    constexpr int kPacket = 16 / sizeof(T), kAhead = 4;  // packets that a thread has in flight
     const int packets = reinterpret_cast<uintptr_t>(row) % 16 == 0 ? width / kPacket : 0;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < packets; i += kThreads) {
-        const uint4 packet = reinterpret_cast<const uint4*>(row)[i];
+    for (int first = threadIdx.x; first < packets; first += kAhead * kThreads) {
+        Several<T, kPacket> packet[kAhead];
 #pragma unroll
-        for (int j = 0; j < kPacket; ++j) consider(reinterpret_cast<const T*>(&packet)[j], i * kPacket + j);
+        for (int k = 0; k < kAhead; ++k)
+            packet[k] = reinterpret_cast<const Several<T, kPacket>*>(row)[min(first + k * kThreads, packets - 1)];
+#pragma unroll
+        for (int k = 0; k < kAhead; ++k)
+#pragma unroll
+            for (int j = 0; j < kPacket; ++j)
+                consider(packet[k].value[j], min(first + k * kThreads, packets - 1) * kPacket + j);
     }
     for (int i = packets * kPacket + threadIdx.x; i < width; i += kThreads) consider(row[i], i);
     auto reduce = [&] {
@@ -327,7 +358,12 @@ bool in_packets(size_t count, std::initializer_list<const void*> addresses) {
 template <typename T>
 int norms(const Norms<T>& n, cudaStream_t stream) {
     constexpr int kPacket = 16 / sizeof(T);
-    if (n.hidden > kThreads * kMostValues) return fail("a row of %d elements is too long for its norms", n.hidden);
+    if (n.hidden > kThreads * kMostValues) {
+        if (n.delta_norm != nullptr || n.kind != CQIL_NORM_ROUNDED)
+            return fail("a row of %d elements is too long for its norms", n.hidden);
+        return launch(long_norm_kernel<T>, {dim3(n.rows), kThreads, stream}, n.delta, n.residual, n.weight, n.sum,
+                      n.normed, n.hidden, n.eps);
+    }
     if (!in_packets<T>(n.hidden, {n.delta, n.delta_norm, n.residual, n.weight, n.sum, n.normed}))
         return norms<1, kMostValues>(n, stream);
     if (n.hidden <= kThreads * kPacket) return norms<kPacket, 1>(n, stream);

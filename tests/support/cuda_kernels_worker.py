@@ -52,7 +52,7 @@ def rms_norm(x, weight, eps):
 
 
 def check_norm(pick, dtype):
-    rows, hidden = pick(1, 40), (pick(1, 9600), 8 * pick(1, 1200))[pick(0, 1)]
+    rows, hidden = pick(1, 40), (pick(1, 20_000), 8 * pick(1, 1200))[pick(0, 1)]
     delta, x = (torch.randn(rows, hidden, device="cuda").to(dtype) for _ in range(2))
     weight = (1 + 0.2 * torch.randn(hidden, device="cuda")).to(dtype)
     total, normed, alone = (torch.empty_like(x) for _ in range(3))
@@ -383,8 +383,9 @@ def check_logprobs(pick, dtype):
     assert np.array_equal(ids.cpu().numpy(), expected_ids)
     found = values.double().cpu().numpy()
     assert np.allclose(found, expected, rtol=1e-5, atol=1e-5)
-    finite = np.isfinite(expected)
-    return float(np.abs(found[finite] - expected[finite]).max() / (1 + np.abs(expected[finite]).max()))
+    finite = np.isfinite(expected)  # a token that cannot be chosen may be all that is reported
+    differences, sizes = np.abs(found[finite] - expected[finite]), np.abs(expected[finite])
+    return float(differences.max(initial=0) / (1 + sizes.max(initial=0)))
 
 
 def check_linear(pick, dtype):
