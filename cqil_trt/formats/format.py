@@ -92,13 +92,15 @@ def rounded(block: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
 
 
 def _is_finite(block: torch.Tensor) -> bool:
-    """Whether all values of a contiguous block are finite.
+    """Whether all values of a contiguous block, in memory or on a GPU, are finite.
 
-    The bits of numbers of one sign are integers in the same order, with infinities and NaNs at the end; numbers below
+    In memory, the bits of numbers of one sign are integers in the same order, with infinities and NaNs at the end; numbers below
     zero are those whose highest bit is set. Two maxima need no memory: `torch.isfinite` takes many times as long.
     """
     import torch
 
+    if not block.is_cpu:
+        return bool(block.isfinite().all())
     signed, unsigned, width = (torch.int16, "u2", 16) if block.dtype.itemsize == 2 else (torch.int32, "u4", 32)
     infinity = int(torch.tensor(torch.inf, dtype=block.dtype).view(signed))
     bits = block.view(signed).numpy()
