@@ -94,8 +94,9 @@ def rounded(block: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
 def _is_finite(block: torch.Tensor) -> bool:
     """Whether all values of a contiguous block, in memory or on a GPU, are finite.
 
-    In memory, the bits of numbers of one sign are integers in the same order, with infinities and NaNs at the end; numbers below
-    zero are those whose highest bit is set. Two maxima need no memory: `torch.isfinite` takes many times as long.
+    In memory: the bits of numbers of one sign are integers in the same order, with infinities and NaNs at the end;
+    numbers below zero are those whose highest bit is set. Two maxima need no memory, and `torch.isfinite` takes many
+    times as long.
     """
     import torch
 

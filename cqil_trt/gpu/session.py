@@ -47,6 +47,9 @@ from cqil_trt.speculation import StepCosts
 _FLYING = 3
 # Graphs of chunks, each with a node for every kernel; those that were not used for longest go first.
 _MAX_PROMPT_GRAPHS = 32
+# A copy of so much memory that is not page-locked is staged at once. A larger one may wait for the stream (CUDA Runtime
+# API, "API synchronization behavior").
+_STAGED_BYTES = 64 << 10
 # Device memory that is left to activations, libraries and graphs when the KV cache takes the rest.
 _RESERVED_BYTES = 2 << 30
 # Until it is measured: what one more row costs in a decode step, as a part of a step of one, dense and with packed
@@ -537,6 +540,11 @@ class CudaSession(Session):
                     bias[token] += np.float32(value)
                 self._upload("bias", bias, np.float32, row)
 
+    def _is_staged(self, start: Start) -> bool:
+        """Whether all that `_start` uploads is small."""
+        of_vocabulary = start.sampling.penalizes or start.sampling.logit_bias
+        return not of_vocabulary and 8 * start.room <= _STAGED_BYTES
+
     def _copy(self, source: int, target: int, count: int) -> None:
         dim = self._plan.model.head_dim * DTYPE_BYTES[self.limits.cache_dtype]
         for index, shard in self._plan.layers.items():
@@ -562,10 +570,13 @@ class CudaSession(Session):
     def submit(self, step: Step) -> None:
         flying = _Flying(step=step)
         chunk = step.chunk
+        # Sampling is uploaded while a prompt is computed, unless the host would wait for the prompt.
+        later = [start for start in step.starts if self._is_staged(start)]
         with self._guard():
             for start in step.starts:
                 if start.cached and start.source != start.slot:
                     self._copy(start.source, start.slot, start.cached)
+            self._start([start for start in step.starts if not self._is_staged(start)])
             if chunk is not None:
                 self._forward(chunk.tokens, chunk.past, chunk.slot, chunk.predict)
                 # From here on the GPU computes, and nothing waits for the host.
@@ -580,7 +591,7 @@ class CudaSession(Session):
                 flying.width = self._width = self.padded_width(step.width)
                 self._arrange(step, flying.width)
                 self._phase, self._rows = _phase_of(flying.width), len(step.decode) * flying.width
-            self._start(step.starts)
+            self._start(later)
             self._flying.append(flying)
             if not step.guided:
                 self.choose({})
