@@ -852,7 +852,6 @@ int attend(const cqil_attention_shape& s, const Inputs& in, void* out, void* scr
         const C *keys = static_cast<const C*>(in.cache), *values = keys + cache_elements(s);
         const bool fp8 = is_fp8<C>;
         Flash f = {};
-        if (device_attribute(cudaDevAttrMultiProcessorCount, &f.processors)) return -1;
         f.queries = queries, f.keys = keys, f.values = values, f.out = out, f.past = in.past, f.slots = in.slots;
         f.length = s.length, f.heads = s.heads, f.kv_heads = s.kv_heads, f.group = s.group, f.first = s.first;
         f.dim = s.head_dim, f.capacity = s.capacity, f.positions = s.positions, f.window = s.window, f.cap = s.cap;

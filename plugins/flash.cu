@@ -5,11 +5,13 @@
 #include "types.cuh"
 
 int cqil_trt::flash_attention(const Flash& f, int dtype, bool fp8, int batch, cudaStream_t stream) {
+    int processors = 0;
+    if (device_attribute(cudaDevAttrMultiProcessorCount, &processors)) return -1;
     return by_type(dtype, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
         if constexpr (std::is_same_v<T, float>)
             return fail("tensor cores attend in half types");
         else
-            return fp8 ? flash<T, Fp8>(f, batch, stream) : flash<T, T>(f, batch, stream);
+            return fp8 ? flash<T, Fp8>(f, batch, processors, stream) : flash<T, T>(f, batch, processors, stream);
     });
 }
