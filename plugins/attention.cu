@@ -277,12 +277,13 @@ __global__ void __launch_bounds__(kThreads) append_kernel(cqil_attention_shape s
     const int position = in.past[sequence] + row % s.length, most = kMore ? s.positions : s.capacity;
     const int rotary = !kMore ? s.head_dim : in.cos == nullptr ? 0 : s.rotary;
     // A warp covers two heads and shuffles between its lanes, so lanes past the last head repeat its work.
-    auto head_of = [&](int n) {
-        return min(int(blockIdx.y * kAppended + n) * kGroups + int(threadIdx.x / kLanes), heads - 1);
-    };
+    const int block_head = blockIdx.y * kAppended * kGroups;
+    const int count = min((heads - block_head + kGroups - 1) / kGroups, kAppended);
+    auto head_of = [&](int n) { return min(block_head + n * kGroups + int(threadIdx.x / kLanes), heads - 1); };
     H x[kAppended];
 #pragma unroll
     for (int n = 0; n < kAppended; ++n) {
+        if (n >= count) break;
         const int h = head_of(n);
         x[n].gather(static_cast<const T*>(in.qkv) + (size_t(row) * heads + h) * s.head_dim, lane,
                     kMore && h < s.heads + s.kv_heads ? s.rotary : s.head_dim);
@@ -290,6 +291,7 @@ __global__ void __launch_bounds__(kThreads) append_kernel(cqil_attention_shape s
     const Rotation<T, kElements, kPacked> rotation(in, min(position, most - 1), lane, rotary);
 #pragma unroll
     for (int n = 0; n < kAppended; ++n) {
+        if (n >= count) break;
         const int h = head_of(n);
         const bool query = h < s.heads, key = !query && h < s.heads + s.kv_heads;
         if (in.q_norm != nullptr) {
