@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 POLICIES = ("latency", "throughput")
 # Tokens that must be cached in another slot for a copy to pay: a copy waits for the slot it comes from.
 _COPIED = 16
-# A slot's tokens are compared with a prompt if so many at the beginning are equal, or all of a shorter one. Fewer would
-# save no time, and a first token waits for every comparison.
+# A slot's tokens are compared with a prompt if so many at the beginning are equal, or all of the prompt that the slot
+# holds, if that is shorter. Fewer would save no time, and a first token waits for every comparison.
 _HEAD = 8
 # A circle has a multiple of this many positions, as kernels read them (CQIL_CIRCLE_STEP in plugins/cqil_trt.h).
 _CIRCLE_STEP = 64

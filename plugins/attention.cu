@@ -38,8 +38,8 @@ constexpr int kAttendGroups = kAttendThreads / kLanes;
 constexpr int kAttendWarps = kAttendThreads / 32;
 constexpr int kMaxSpans = kAttendWarps;  // per head; combined by the code that combines a block's warps
 constexpr int kJointHeads = 256;         // heads of rows whose spans may be in several blocks
-// Keys of a span at least: eight for each group of lanes, of the largest heads four. A span of few keys takes a block as
-// long to combine as to read; of several sequences a block has several spans.
+// Keys of a span at least: eight for each group of lanes, of the largest heads four. A span of few keys takes a block
+// as long to combine as to read; of several sequences a block has several spans.
 template <int kElements>
 constexpr int kMinSpan = (kElements > 8 ? 4 : 8) * kAttendGroups;
 constexpr int kMaxHeadDim = CQIL_MAX_HEAD_DIM;

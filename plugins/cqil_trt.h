@@ -338,8 +338,8 @@ size_t cqil_attention_scratch_bytes(const cqil_attention_shape* shape);
 // In a decode step `past`, `slots`, cos, sin, the norms' weights and the cache may be read before earlier work on the
 // stream is done. cos, sin and the weights must not be results of that work. `past` and `slots` may be written by
 // cqil_advance or cqil_arrange, by a copy, or by a kernel of the caller's that another such kernel or a copy follows.
-// Earlier calls on the same cache are waited for: a call overlaps earlier kernels only if a cqil_advance, cqil_accept or
-// cqil_arrange, or a call that did not overlap lies between it and the last use of the cache on this stream.
+// Earlier calls on the same cache are waited for: a call overlaps earlier kernels only if a cqil_advance, cqil_accept
+// or cqil_arrange, or a call that did not overlap lies between it and the last use of the cache on this stream.
 int cqil_attention(const cqil_attention_shape* shape, const void* qkv, const int32_t* past, const int32_t* slots,
                    const float* cos, const float* sin, const void* q_norm, const void* k_norm, const float* squares,
                    void* cache, void* out, void* scratch, void* stream);

@@ -102,8 +102,8 @@ __global__ void __launch_bounds__(kThreads)
     store(normed, x);
 }
 
-// As norms_kernel with CQIL_NORM_ROUNDED and without delta_norm, of rows of any length. One block per row; in the second
-// pass each thread revisits its own elements.
+// As norms_kernel with CQIL_NORM_ROUNDED and without delta_norm, of rows of any length. One block per row; in the
+// second pass each thread revisits its own elements.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     long_norm_kernel(const T* delta, const T* residual, const T* weight, T* sum_out, T* normed, int hidden, float eps) {

@@ -248,8 +248,9 @@ int flash(const Flash& f, int batch, cudaStream_t stream) {
 }
 
 // T: of queries and results; C: of the cache, T or Fp8. With 128 queries a block, three blocks at least for two of the
-// `processors`: with one, a scheduler has one warp, whose products wait for its softmax. (With fewer than two for each,
-// prompts of 1,024 tokens take a little longer and their continuations 10 to 25% less.)
+// `processors`: with one, a scheduler has one warp, whose products wait for its softmax. (Between 1.5 and two blocks for
+// each, the first tokens of a prompt take a little longer than with 64 queries, and those after many others 10 to 25%
+// less.)
 template <typename T, typename C>
 int flash(const Flash& f, int batch, int processors, cudaStream_t stream) {
     const int large_blocks = f.heads * ((f.length + 2 * kFlashRows - 1) / (2 * kFlashRows)) * batch;

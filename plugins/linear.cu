@@ -1,4 +1,5 @@
-// Matrix products of a decoder layer: out = activation(norm(x + delta) · Wᵀ + bias) * scale + residual, or both addends.
+// Matrix products of a decoder layer: out = activation(norm(x + delta) · Wᵀ + bias) * scale + residual, or both
+// addends.
 //
 // Few rows (a decode step) are bound by reading W. Each warp streams it through a ring in shared memory to the tensor
 // cores. The copies start before the previous kernel has finished (weights are constants), so memory hardly idles

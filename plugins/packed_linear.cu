@@ -7,7 +7,7 @@
 // the scales of rows follow the last unit.
 //
 // The order in which a result is summed depends neither on the number of rows nor on what is in the others. It is the
-// same for one row and for many: more than kMostColumns rows are several products.
+// same for one row and for many: more rows than a kernel takes are several products.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -48,8 +48,9 @@ constexpr size_t kLeastBytes = 116 << 10, kMostBytes = 180 << 10, kSharedBytes =
 constexpr int kMaxTiles = 12, kMinStages = 2;
 constexpr int kRowGap = 4;  // packets between rows of x, so that two rows, which are read at once, hit different banks
 
-// A stage of the ring has one unit for each warp, of so many tiles: a warp takes two at a time. With 8 bits two would
-// leave too few stages next to eight rows of x. Its two barriers follow: that it is full, and that it is empty.
+// A stage of packed_kernel's ring has one unit for each warp, of so many tiles: a warp takes two at a time. With 8 bits
+// two would leave too few stages next to what lanes take of x. Its two barriers follow: that it is full, and that it is
+// empty.
 __host__ __device__ constexpr int stage_tiles(int weights) { return weights == CQIL_INT4 ? 2 : 1; }
 __host__ __device__ constexpr int max_stages(int weights) { return kMaxTiles / stage_tiles(weights); }
 __host__ __device__ constexpr int stage_bytes(int weights, int groups) {
@@ -181,11 +182,11 @@ __device__ void decode8(const uint4& packet, unsigned (&low)[4], unsigned (&high
 }
 #endif
 
-// Codes of 8 bits, for up to kColumns rows. There is less to compute for each than with 4 bits: nothing is fetched ahead
-// into registers, and missing rows are zeros. A decode step in fp8 takes 7 to 8% less time than with packed_kernel.
-// Results have the same bits.
+// Codes of 8 bits, for up to kColumns rows. There is less to compute for each than with 4 bits: nothing is fetched
+// ahead into registers, and missing rows are zeros. A decode step in fp8 takes 7 to 8% less time than with
+// packed_kernel. Results have the same bits.
 template <typename T, int kWeights, bool kGated, bool kShared>
-__global__ void __launch_bounds__(kThreads + 32, 1) packed8_kernel(Operands o, int stages) {
+__global__ void __launch_bounds__(kThreads + 32, 1) packed_bytes_kernel(Operands o, int stages) {
 #if __CUDA_ARCH__ >= 900
     constexpr int kTiles = pass_tiles(kColumns), kSteps = kUnit / 32, kUnitBytes = code_bytes(kWeights);
     constexpr int kPerTile = kGated ? 8 : 16;  // results of a row of x
@@ -453,9 +454,10 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed8_kernel(Operands o, i
 #endif
 }
 
-// Codes of 4 bits, and of 8 bits for more than kColumns rows. kGroups: of a unit, 0 where rows have one scale. kShared: x
-// fits in shared memory, else each warp reads its columns of it in every pass. kMost: the most rows of x; with more than kColumns, what a lane takes of x is not in registers
-// but in a place of its own in shared memory, two chunks ahead. Those have no delta.
+// Codes of 4 bits, and of 8 bits for more than kColumns rows. kGroups: of a unit, 0 where rows have one scale. kShared:
+// x fits in shared memory, else each warp reads its columns of it in every pass. kMost: the most rows of x; with more
+// than kColumns, what a lane takes of x is not in registers but in a place of its own in shared memory, two chunks
+// ahead. Those have no delta.
 template <typename T, int kWeights, int kGroups, bool kGated, bool kShared, int kMost>
 __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, int stages) {
 #if __CUDA_ARCH__ >= 900
@@ -562,7 +564,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
     auto copy = [&](int row, int i) {
         copy_async(shared_address(own + row * stride + i), x + row * packets + min(i, packets - 1), i < packets);
     };
-    // x in shared memory without a norm: a warp copies what it takes, and waits for a chunk of it when it is to take it.
+    // x in shared memory without a norm: a warp copies what it takes, and waits for a chunk of it when it takes it.
     const bool chunkwise = kShared && o.norm == nullptr;
     if (chunkwise) {
 #pragma unroll 1
@@ -651,6 +653,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
     unsigned phase = 0;
     const unsigned codes_at = warp * kUnitBytes + lane * 16;
     const unsigned scales_at = warp * kUnitBytes + code_bytes(kWeights);
+    // With 4 bits a stage always has room for two, and nobody reads the results of one that is missing.
     auto read = [&](bool both) {
         held = ahead;
 #pragma unroll
@@ -678,7 +681,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
         barrier_arrive(empty(held));
         if (kStageTiles == 1 && both) barrier_arrive(empty(following(held)));
     };
-    if constexpr (kSmall) read(mine > 1);
+    if constexpr (kSmall) read(true);
     int slot = 0;
 #pragma unroll 1
     for (int first = 0; first < mine; first += kTiles) {
@@ -774,14 +777,12 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
                     slot ^= 1;
                 }
             };
-            // Whether there are two tiles where the next chunk begins.
-            const bool two = (chunk + 1 < chunks ? count : mine - first - kTiles) > 1;
             if (idle) {
 #pragma unroll 1
                 for (int tile = 0; tile < count; tile += 2) {
                     if constexpr (!kSmall) read(tile + 1 < count);
                     release(tile + 1 < count);
-                    if constexpr (kSmall) read(tile + 2 < count ? tile + 3 < count : two);
+                    if constexpr (kSmall) read(true);
                 }
                 take_more();
                 continue;
@@ -840,7 +841,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
                     if (step % kGroupSteps != kGroupSteps - 1) continue;
                     if (step == kSteps - 1) {
                         release(tile + 1 < count);
-                        if constexpr (kSmall) read(tile + 2 < kTiles && tile + 2 < count ? tile + 3 < count : two);
+                        if constexpr (kSmall) read(true);
                     }
                     const int group = step / kGroupSteps;
 #pragma unroll
@@ -1059,7 +1060,7 @@ struct Room {
 // 0 stages: there is no room for `rows` rows.
 Room room_of(const cqil_linear_shape& s, int rows, bool norm, const Device& device) {
     constexpr size_t kStaticBytes = 1024;
-    const size_t stage = stage_bytes(s.weights, groups_of(s));  // of packed8_kernel 16 bytes too many
+    const size_t stage = stage_bytes(s.weights, groups_of(s));  // of packed_bytes_kernel 16 bytes too many
     const size_t sums =
         sizeof(float) * kWarps * pass_tiles(rows) * kTileRows * padded(rows) + (norm ? size_t(s.inputs) * 2 : 0);
     const size_t x = (size_t(units_of(s.inputs)) * kUnit * 2 + kRowGap * 16) * rows;
@@ -1086,10 +1087,10 @@ int multiply(const cqil_linear_shape& s, const Operands& o, const Device& device
                            : launch(packed_kernel<T, kWeights, kGroups, false, false, kMostColumns>, l, o, room.stages);
     if constexpr (kGroups == 0) {
         if (room.shared)
-            return s.gated ? launch(packed8_kernel<T, kWeights, true, true>, l, o, room.stages)
-                           : launch(packed8_kernel<T, kWeights, false, true>, l, o, room.stages);
-        return s.gated ? launch(packed8_kernel<T, kWeights, true, false>, l, o, room.stages)
-                       : launch(packed8_kernel<T, kWeights, false, false>, l, o, room.stages);
+            return s.gated ? launch(packed_bytes_kernel<T, kWeights, true, true>, l, o, room.stages)
+                           : launch(packed_bytes_kernel<T, kWeights, false, true>, l, o, room.stages);
+        return s.gated ? launch(packed_bytes_kernel<T, kWeights, true, false>, l, o, room.stages)
+                       : launch(packed_bytes_kernel<T, kWeights, false, false>, l, o, room.stages);
     } else {
         if (room.shared)
             return s.gated ? launch(packed_kernel<T, kWeights, kGroups, true, true, kColumns>, l, o, room.stages)

@@ -23,8 +23,8 @@
 //   CqilGather      table [M, H], indices int32 of N in all -> table[indices] [N, H]
 //   CqilHeadSquares qkv -> float32 [N, 2], as cqil_head_squares
 //   CqilAttention   qkv, (cos, sin,) (q_norm, k_norm,) (squares,) past int32 [B, E],
-//                   slots int32 [B, E], cache -> [N, heads * head_dim], as cqil_attention with B * E sequences; cache
-//                   is an int32 tensor bound to a layer's cache.
+//                   slots int32 [B, E], cache -> [N, heads * head_dim], as cqil_attention with B sequences: E is 1,
+//                   or in a step with drafts the tokens of each; cache is an int32 tensor bound to a layer's cache.
 //                   `unrotated`: without cos and sin; `joint`: with squares
 
 #include <NvInfer.h>

@@ -159,19 +159,20 @@ def test_a_script_without_the_package_says_how_to_get_it():
         assert_user_error(done, "cqil_trt is not installed", "scripts/environment.sh", f"PYTHONPATH={ROOT}")
 
 
-def test_kernels_are_named_alike_by_symbol_and_by_what_the_profiler_says(monkeypatch):
+@pytest.mark.parametrize("product", ["few_rows_kernel", "packed_kernel", "packed_bytes_kernel"])
+def test_kernels_are_named_alike_by_symbol_and_by_what_the_profiler_says(product, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     from measuring import kernel_shares
 
     symbol = "_ZN12_GLOBAL__N_1{}{}I6__halfLb{}ELi8ELi8EEEvN8cqil_trt8OperandsE"
     demangled = "void (anonymous namespace)::{}<__half, {}, 8, 8>(cqil_trt::Operands)"
     # A layer, twice: its products are told apart by what is next to them, and by whether they are gated.
-    layer = [("few_rows_kernel", 0), ("attend_kernel", 0), *[("few_rows_kernel", gated) for gated in (0, 1, 0)]]
+    layer = [(product, 0), ("attend_kernel", 0), *[(product, gated) for gated in (0, 1, 0)]]
     step = [
         ("gather_kernel", 0),
         *layer,
         *layer,
-        ("few_rows_kernel", 0),
+        (product, 0),
         ("row_argmax_kernel", 0),
         ("advance_kernel", 0),
     ]
