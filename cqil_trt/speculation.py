@@ -10,9 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Protocol
-
-import numpy as np
 
 from cqil_trt.errors import UserError
 
@@ -122,9 +121,11 @@ class StepCosts:
         Straight lines lead from one to the next. More rows never take less: what was measured so is noise.
         """
         rows = sorted(times)
-        rising = np.maximum.accumulate([times[count] for count in rows])
-        steps = np.interp(range(1, rows[-1] + 1), rows, rising) / times[1]
-        return cls(steps=tuple(steps.tolist()), wait=wait / times[1])
+        steps = [1.0]
+        rising = accumulate((times[count] / times[1] for count in rows), max)
+        for (first, before), (last, after) in pairwise(zip(rows, rising)):
+            steps += (before + (after - before) * i / (last - first) for i in range(1, last - first + 1))
+        return cls(steps=tuple(steps), wait=wait / times[1])
 
     def step(self, rows: int) -> float:
         """A step of so many rows."""

@@ -230,15 +230,15 @@ __global__ void __launch_bounds__(kThreads)
     const int packets = reinterpret_cast<uintptr_t>(row) % 16 == 0 ? width / kPacket : 0;
 #pragma unroll 1
     for (int first = threadIdx.x; first < packets; first += kAhead * kThreads) {
+        // The last packet instead of those that are missing, as it may be considered again.
+        auto number = [&](int k) { return min(first + k * kThreads, packets - 1); };
         Several<T, kPacket> packet[kAhead];
 #pragma unroll
-        for (int k = 0; k < kAhead; ++k)
-            packet[k] = reinterpret_cast<const Several<T, kPacket>*>(row)[min(first + k * kThreads, packets - 1)];
+        for (int k = 0; k < kAhead; ++k) packet[k] = reinterpret_cast<const Several<T, kPacket>*>(row)[number(k)];
 #pragma unroll
         for (int k = 0; k < kAhead; ++k)
 #pragma unroll
-            for (int j = 0; j < kPacket; ++j)
-                consider(packet[k].value[j], min(first + k * kThreads, packets - 1) * kPacket + j);
+            for (int j = 0; j < kPacket; ++j) consider(packet[k].value[j], number(k) * kPacket + j);
     }
     for (int i = packets * kPacket + threadIdx.x; i < width; i += kThreads) consider(row[i], i);
     auto reduce = [&] {

@@ -20,9 +20,8 @@ namespace cqil_trt {
 // - all_reduce_kernel reads `world`, `rank`, `layout` and `memory` of State. Only cqil_workspace_open writes them, and
 //   it synchronises the device. Counters on the same cache lines are read after the wait and bypass L1 (load_system).
 // - all_reduce_kernel reads the norms' weights; few_rows_kernel, packed_kernel and packed_bytes_kernel read W and the
-//   norm's weight;
-//   norms_kernel reads the weights of its norms; attend_kernel, when decoding, reads cos, sin and the weights of its
-//   norms. The header requires that none of them is the result of work still on the stream.
+//   norm's weight; norms_kernel reads the weights of its norms; attend_kernel, when decoding, reads cos, sin and the
+//   weights of its norms. The header requires that none of them is the result of work still on the stream.
 // - attend_kernel, when decoding, reads `past`, `slots`, the cache and the joints' counters, which earlier work writes.
 //   So between two uses of a cache there must be a kernel that ends before any later kernel starts. Those of
 //   cqil_advance, cqil_accept and cqil_arrange are such: they wait, fence after writing `past`, and do not release

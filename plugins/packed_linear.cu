@@ -182,6 +182,21 @@ __device__ void decode8(const uint4& packet, unsigned (&low)[4], unsigned (&high
 }
 #endif
 
+#if __CUDA_ARCH__ >= 900
+// A barrier of the warps that multiply: without the last one, which requests the weights.
+__device__ void sync_products() { asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory"); }
+
+// What these warps do before they may read x. The norm's weight, a constant, is on its way to `norm` in shared memory.
+__device__ void await_input(const Operands& o, uint4* norm) {
+    if (o.norm != nullptr)
+#pragma unroll 1
+        for (int i = threadIdx.x; i < o.inputs / 8; i += kThreads)
+            copy_async(shared_address(norm + i), static_cast<const uint4*>(o.norm) + i, true);
+    release_successor();
+    wait_for_predecessor();
+}
+#endif
+
 // Codes of 8 bits, for up to kColumns rows. There is less to compute for each than with 4 bits: nothing is fetched
 // ahead into registers, and missing rows are zeros. A decode step in fp8 takes 7 to 8% less time than with
 // packed_kernel. Results have the same bits.
@@ -233,13 +248,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_bytes_kernel(Operands
                 }
         return;
     }
-    auto sync = [] { asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory"); };
-    if (o.norm != nullptr)
-#pragma unroll 1
-        for (int i = threadIdx.x; i < packets; i += kThreads)
-            copy_async(shared_address(norm + i), static_cast<const uint4*>(o.norm) + i, true);
-    release_successor();
-    wait_for_predecessor();
+    await_input(o, norm);
 
     // A lane has row lane / 4 of x, and of W rows lane / 4 and lane / 4 + 8; 8 columns of 32 in each.
     const auto *x = static_cast<const uint4*>(o.x), *delta = static_cast<const uint4*>(o.delta);
@@ -302,7 +311,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_bytes_kernel(Operands
             for (int row = 0; row < kColumns; ++row)
                 if (row < o.rows) note(square[row], row);
         }
-        sync();
+        sync_products();
         auto scale_of = [&](int row) { return rsqrtf(total_of(squares[row]) / float(o.inputs) + o.eps); };
         if constexpr (kShared) {
 #pragma unroll 1
@@ -316,7 +325,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_bytes_kernel(Operands
             scale = scale_of(column);
         }
     }
-    if constexpr (kShared) sync();
+    if constexpr (kShared) sync_products();
 
     int stage = 0;
     unsigned phase = 0;
@@ -419,7 +428,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_bytes_kernel(Operands
                 }
             }
         }
-        sync();  // the sums of the pass before have been read
+        sync_products();  // the sums of the pass before have been read
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
@@ -427,7 +436,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_bytes_kernel(Operands
                 const int row = column + i / 2 * 8, of = quarter * 2 + i % 2;
                 if (of < columns) sums[((warp * kTiles + tile) * kTileRows + row) * columns + of] = c[tile][i];
             }
-        sync();
+        sync_products();
         const auto* bias = static_cast<const T*>(o.bias);
         int i = threadIdx.x;
         for (Result r = own_result;; r = result(i)) {
@@ -520,13 +529,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
         barrier_arrive(full(stage));
         return;
     }
-    auto sync = [] { asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory"); };
-    if (o.norm != nullptr)
-#pragma unroll 1
-        for (int i = threadIdx.x; i < packets; i += kThreads)
-            copy_async(shared_address(norm + i), static_cast<const uint4*>(o.norm) + i, true);
-    release_successor();
-    wait_for_predecessor();
+    await_input(o, norm);
 
     // A lane has row lane / 4 of x (of eight more, if there are; the last instead of one that is missing, as nobody
     // reads its results), and of W rows lane / 4 and lane / 4 + 8; 8 columns of 32 in each.
@@ -629,7 +632,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
 #pragma unroll
                 for (int n = 0; n < kRows; ++n) squares[base + n][warp] = square[n];
         }
-        sync();
+        sync_products();
 #pragma unroll
         for (int block = 0; block < kBlocks; ++block)
             scale[block] = rsqrtf(total_of(squares[x_row(block)]) / float(o.inputs) + o.eps);
@@ -643,7 +646,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
         else
             normalize(std::integral_constant<int, kColumns>());
     }
-    if (kShared && o.norm != nullptr && !late) sync();
+    if (kShared && o.norm != nullptr && !late) sync_products();
 
     // The codes of two tiles at a time, as the products of one alone would wait for each other. With 4 bits a lane has
     // those of the next two in registers while it applies the scales of two. With 8 there is nothing to do meanwhile:
@@ -868,7 +871,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
             }
             take_more();
         }
-        sync();  // the sums of the pass before have been read
+        sync_products();  // the sums of the pass before have been read
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
@@ -879,7 +882,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
                 if (columns == 1 && quarter == 0) *to = two[0];
                 if (of + 1 < columns) *reinterpret_cast<float2*>(to) = {two[0], two[1]};
             }
-        sync();
+        sync_products();
 #pragma unroll
         for (int n = 0; n < kResults; ++n) {
             const Place p = place(threadIdx.x + n * kThreads);

@@ -638,13 +638,13 @@ def define_network(
     """Emits a rank's whole network; arguments as for `TensorRtOps`. Keep the result until the engine is built.
 
     Inputs: tokens int32 [B, T], past int32 [B] (classic [B, E]: E is 1, or T in a step with drafts, each token's
-    position then), select int32 [R] (rows b * T + t to predict from), the rank's tensors
-    under their names (a quantized matrix as one, NAME.weight: dense, or where our plugins take it packed, int32 [1]),
-    and the plugins' workspaces int32 [1] (workspace, and for collectives of fewer ranks workspace.layer and
-    workspace.part). Native: positions int32 [B, T], and for each layer of the rank cache.N.key and cache.N.value
-    [B, key/value heads, S, head_dim]; classic, where the rank has attention heads: slots int32 [B, E] (sequence b of
-    the pass is in slot slots[b, 0] of the caches), cache.N int32 [1], and the rotary tables that its layers take,
-    float32 [S, rotary_dim / 2]: rotary.cos and rotary.sin, and rotary.local.cos and rotary.local.sin.
+    position then), select int32 [R] (rows b * T + t to predict from), the rank's tensors under their names (a quantized
+    matrix as one, NAME.weight: dense, or where our plugins take it packed, int32 [1]), and the plugins' workspaces
+    int32 [1] (workspace, and for collectives of fewer ranks workspace.layer and workspace.part). Native: positions
+    int32 [B, T], and for each layer of the rank cache.N.key and cache.N.value [B, key/value heads, S, head_dim];
+    classic, where the rank has attention heads: slots int32 [B, E] (sequence b of the pass is in slot slots[b, 0] of
+    the caches), cache.N int32 [1], and the rotary tables that its layers take, float32 [S, rotary_dim / 2]: rotary.cos
+    and rotary.sin, and rotary.local.cos and rotary.local.sin.
     Outputs: logits [R, V] (where the rank predicts), joined [B * T, H] (the residual stream after the last all-reduce,
     where there is one), and native every cache, updated in place.
     """
