@@ -25,6 +25,7 @@ import tempfile
 import threading
 import time
 import urllib.parse
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -168,30 +169,43 @@ class Client:
         request = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
         began = last = time.perf_counter()
         self._socket.sendall(request)
-        status = self._lines.readline()
+        status = self._line()
         if b" 200 " not in status:
             raise UserError(f"the server answered {status.decode().strip()}")
-        tokens = 0
-        # An event is a line of a chunk of its own; the last chunk is empty.
-        while (line := self._lines.readline()) != b"0\r\n":
+        while self._line().strip():  # the other headers
+            pass
+        tokens, received = 0, b""
+        for piece in self._chunks():
             now = time.perf_counter()
-            if not line:
-                raise UserError("the server closed the connection")
-            if not line.startswith(b"data: {"):
-                continue
-            event = json.loads(line[6:])
-            if "error" in event:
-                raise UserError(event["error"]["message"])
-            new = event["usage"]["completion_tokens"] - tokens
-            tokens += new
-            if tokens == new:
-                served.first.append((now - began) * 1e3)
-            else:
-                served.between += [(now - last) * 1e3 / new] * new
-            last = now
-        self._lines.readline()
+            *events, received = (received + piece).split(b"\n\n")
+            for text in events:
+                if not text.startswith(b"data: {"):
+                    continue
+                event = json.loads(text[6:])
+                if "error" in event:
+                    raise UserError(event["error"]["message"])
+                new = event["usage"]["completion_tokens"] - tokens
+                tokens += new
+                if tokens == new:
+                    served.first.append((now - began) * 1e3)
+                else:
+                    served.between += [(now - last) * 1e3 / new] * new
+                last = now
         if tokens != count:
             raise UserError(f"{tokens} of {count} tokens came")
+
+    def _chunks(self) -> Iterator[bytes]:
+        """The pieces of the answer's body, which a proxy may cut anywhere."""
+        while size := int(self._line(), 16):
+            yield self._lines.read(size)
+            self._line()
+        self._line()
+
+    def _line(self) -> bytes:
+        line = self._lines.readline()
+        if not line:
+            raise UserError("the server closed the connection")
+        return line
 
     def close(self) -> None:
         self._lines.close()

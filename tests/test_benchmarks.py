@@ -4,11 +4,12 @@ import json
 import shutil
 import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from support import ROOT
+from support import ROOT, SEED
 from support.chat_models import make_chat_model
 from support.checkpoints import make_model
 from support.needs import need
@@ -103,6 +104,34 @@ def test_two_servers_are_compared(tmp_path):
     assert_user_error(refused, "Connection refused")
     refused = run(sys.executable, "scripts/benchmark_serving.py", *flags[:8], "--url", "x")
     assert_user_error(refused, "--url x: expected http://host:port")
+
+
+def test_events_that_a_proxy_cuts_are_whole(monkeypatch):
+    """Chunks that end anywhere, and several events in one of them."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from benchmark_serving import Client, Served
+
+    random = np.random.default_rng(SEED)
+    events = [b'data: {"usage": {"completion_tokens": %d}}\n\n' % tokens for tokens in (1, 2, 4, 5)]
+    body = b"".join([*events, b"data: [DONE]\n\n"])
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+
+        def answer():
+            with listener.accept()[0] as client:
+                for _ in range(20):
+                    client.recv(1 << 16)
+                    cuts = sorted({0, len(body), *random.integers(1, len(body), size=random.integers(9)).tolist()})
+                    pieces = [body[first:last] for first, last in zip(cuts, cuts[1:])]
+                    chunks = b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in [*pieces, b""])
+                    client.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks)
+
+        answering = pool.submit(answer)
+        client, served = Client(listener.getsockname()), Served()
+        for _ in range(20):
+            client.complete([1, 2], 5, served)
+        client.close()
+        answering.result()
+    assert len(served.first) == 20 and len(served.between) == 20 * 4
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,8 @@ _HEALTH_SECONDS = 1.0
 _SCALE_UP_SECONDS, _SCALE_DOWN_SECONDS = 10.0, 300.0
 # How long what a gateway has said counts.
 _GATEWAY_SECONDS = 5.0
+# Ray's event loop runs the gateway, not another thread's: each request would pass from one to the other and back.
+_GATEWAY_VARIABLES = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
 # The metric by which replicas are added and removed.
 _REQUESTS = "requests"
 
@@ -195,7 +197,7 @@ def application(arguments: Options | dict[str, Any]) -> serve.Application:
         max_ongoing_requests=options.max_waiting + 1000,
         # A proxy prefers the gateway of its own host, and Ray spreads only what takes a resource. Not at most one per
         # host: after the loss of a host, the application would wait for another one before it is updated.
-        ray_actor_options={"num_cpus": 0, "memory": 1},
+        ray_actor_options={"num_cpus": 0, "memory": 1, "runtime_env": {"env_vars": _GATEWAY_VARIABLES}},
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=options.drain_seconds + 30.0,
     )
