@@ -693,7 +693,7 @@ def test_a_grammar_that_ends_its_compiler_ends_nothing_else(engine, monkeypatch)
 
 def test_a_grammar_whose_masks_take_long_ends_its_request_only(served, engine):
     """Each of its symbols can be derived in more ways than the last one. A schema of many fields is nothing to that."""
-    ambiguous = 'start: s "c"\ns: s s | "a" | "b" | s "a" s\n'
+    ambiguous = 'start: s "c"\ns: s s | s s s | "a" | "b" | s "a" s | s "b" s\n'
     endless = {str(token): -100 for text, token in served.tokenizer.get_vocab().items() if "c" in text}
     body = {"prompt": "x", "guided_grammar": ambiguous, "logit_bias": endless, "max_tokens": 200}
     answer = ask(served.server, "/v1/completions", body)

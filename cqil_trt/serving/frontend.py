@@ -117,8 +117,9 @@ async def serve(setup: wire.Setup, control: socket.socket, monitor: socket.socke
         server.grammars.start()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, client.drain)
+    gate = Gate(server, setup, metrics)
     config = uvicorn.Config(
-        Gate(server, setup, metrics),
+        gate,
         http=_Protocol,
         log_level="error",
         access_log=False,
@@ -144,6 +145,7 @@ async def serve(setup: wire.Setup, control: socket.socket, monitor: socket.socke
     http.should_exit = True
     with contextlib.suppress(Exception):  # it was told
         await serving
+    gate.write_log()
     return client.exit_code
 
 

@@ -21,6 +21,9 @@ from cqil_trt.serving.streams import Gone
 
 # Served without an API key: what probes ask, and the page that asks for the key.
 _OPEN = frozenset({"/", "/health", "/ready"})
+# The log is written so late: a write wakes its reader, which takes as long as everything else between a client's last
+# token and its next request.
+_LOG_SECONDS = 0.05
 # How long a body may take to arrive.
 BODY_SECONDS = 30.0
 
@@ -43,6 +46,7 @@ class Gate:
     def __init__(self, app: Any, setup: wire.Setup, metrics: Metrics):
         self._app, self._setup, self._metrics = app, setup, metrics
         self._keys = [hashlib.sha256(key.encode()).digest() for key in setup.keys]
+        self._lines: list[str] = []  # of the log
         self._gateway_key = None if setup.gateway_key is None else setup.gateway_key.encode()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -171,4 +175,12 @@ class Gate:
         if note.body is not None:
             line["body"] = note.body.decode(errors="replace")
         if self._setup.log_requests and scope["path"] not in ("/health", "/ready", "/metrics"):
-            wire.say(json.dumps(line, ensure_ascii=False))
+            if not self._lines:
+                asyncio.get_running_loop().call_later(_LOG_SECONDS, self.write_log)
+            self._lines.append(json.dumps(line, ensure_ascii=False))
+
+    def write_log(self) -> None:
+        """Writes the lines that are not written yet; also to be called at the end."""
+        if self._lines:
+            wire.say("\n".join(self._lines))
+            self._lines.clear()
