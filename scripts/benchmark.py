@@ -29,7 +29,7 @@ from typing import Any
 import installed  # noqa: F401
 import numpy as np
 import torch
-from measuring import kernel_rows, measure, profile, read_bandwidth, use_device
+from measuring import add_pause_flag, kernel_rows, measure, profile, read_bandwidth, use_device
 from mpi4py import MPI
 from plots import check_plot, pyplot
 from synthetic import SHAPES, engine_of, model_config, norm_weight
@@ -157,6 +157,7 @@ def parser() -> RankParser:
     )
     parser.add_argument("--contexts", default="128,200,1024,4096", help="tokens before the measured decode steps")
     parser.add_argument("--prefills", default="20,128,1024,4096", help="prompt lengths in tokens")
+    add_pause_flag(parser)
     parser.add_argument("--batches", default="1,4,8", help="sequences that decode together, at --batch-context")
     parser.add_argument("--batch-context", type=int, default=200)
     parser.add_argument("--drafts", default="", help="tokens drafted for one sequence in a step, at --batch-context")
@@ -185,6 +186,7 @@ def configure(options: argparse.Namespace, ranks: int) -> tuple[CqilConfig, Mode
     options.drafts = numbers(options.drafts, "--drafts", 1, MAX_DRAFTED) if options.drafts else []
     check_at_least(options, 1, "batch_context")
     check_at_least(options, 2, "steps")
+    check_at_least(options, 0, "pause")
     check_at_least(options, 0, "soak")
     check_file(options.json, "--json")
     check_plot(options.plot)

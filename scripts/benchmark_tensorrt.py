@@ -30,7 +30,7 @@ from typing import Any
 
 import installed  # noqa: F401
 import numpy as np
-from measuring import kernel_rows, kernel_shares, measure, profile
+from measuring import add_pause_flag, kernel_rows, kernel_shares, measure, profile
 from synthetic import ROOT, SHAPES, engine_of, model_config, norm_weight
 from tracing import Node, captured, find_cupti, kernel_times, node_rows
 
@@ -78,6 +78,7 @@ def add_flags(parser: Any) -> Any:
     parser.add_argument("--batches", default="1,8", help="sequences that decode together, at --batch-context")
     parser.add_argument("--batch-context", type=int, default=200)
     parser.add_argument("--prefills", default="20,128,1000", help="prompt lengths in tokens")
+    add_pause_flag(parser)
     parser.add_argument("--steps", type=int, default=64, help="decode steps per measurement")
     parser.add_argument("--profile", action="store_true", help="also show the graph and the kernels of a decode step")
     parser.add_argument("--runtime-python", default=sys.executable, help="the Python that has TensorRT")
@@ -100,6 +101,7 @@ def configure(options: argparse.Namespace) -> tuple[CqilConfig, ModelConfig]:
     check_at_least(options, cqil.p, "layers")
     check_at_least(options, 1, "batch_context")
     check_at_least(options, 2, "steps")
+    check_at_least(options, 0, "pause")
     model = model_config(name, options.layers)
     longest = model.max_position - 2 * options.steps - 8
     for flag in ("contexts", "prefills"):

@@ -19,6 +19,17 @@ from cqil_trt.model import ModelConfig
 _PRODUCTS = "few_rows_kernel", "packed_kernel", "packed_bytes_kernel"
 
 
+def add_pause_flag(parser: Any) -> None:
+    parser.add_argument(
+        "--pause",
+        type=int,
+        default=0,
+        metavar="MS",
+        help="milliseconds before each prompt that is measured (default 0: back to back, where a GPU at its limit of "
+        "power lowers its clock)",
+    )
+
+
 def use_device(number: int) -> None:
     """Makes GPU `number` modulo the number of GPUs this thread's, for PyTorch too."""
     import torch
@@ -46,8 +57,8 @@ def read_bandwidth() -> float:
 def measure(session: Any, model: ModelConfig, options: Any, title: str | None) -> dict[str, Any]:
     """Milliseconds: decode by context, decode by batch, decode with drafts, prefill by length; all samples.
 
-    `options`: with contexts, batches, batch_context, drafts, prefills and steps. `title`: of the progress bar; None:
-    without one.
+    `options`: with contexts, batches, batch_context, drafts, prefills, pause (milliseconds) and steps. `title`: of the
+    progress bar; None: without one.
     """
     random = np.random.default_rng(0)
 
@@ -64,7 +75,7 @@ def measure(session: Any, model: ModelConfig, options: Any, title: str | None) -
         some = [tokens(options.batch_context)]
         work.append(("drafts", drafted, lambda n=drafted, some=some: decode(session, some, options.steps, n)))
     for length in options.prefills:
-        work.append(("prefill", length, lambda n=length: prefill(session, tokens(n))))
+        work.append(("prefill", length, lambda n=length: prefill(session, tokens(n), options.pause / 1e3)))
     found: dict[str, Any] = {"decode": {}, "batch": {}, "drafts": {}, "prefill": {}}
     for kind, size, run in tqdm(work, desc=title, disable=title is None or not sys.stderr.isatty(), leave=False):
         found[kind][size] = run()
@@ -81,10 +92,14 @@ def decode(session: Any, prompts: list[list[int]], steps: int, drafted: int = 0)
     return session.time_decode(slots, steps, drafted)
 
 
-def prefill(session: Any, prompt: list[int]) -> list[float]:
-    """Milliseconds from a prompt to its first token on the host, five times."""
+def prefill(session: Any, prompt: list[int], pause: float) -> list[float]:
+    """Milliseconds from a prompt to its first token on the host, five times, after `pause` seconds of nothing each."""
     times = []
     for _ in range(6):
+        end = time.perf_counter() + pause
+        time.sleep(pause * 0.9)
+        while time.perf_counter() < end:  # ranks that sleep wake up at different times
+            pass
         began = time.perf_counter()
         session.load(prompt)
         times.append((time.perf_counter() - began) * 1e3)
