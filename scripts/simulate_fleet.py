@@ -28,7 +28,8 @@ from cqil_trt.files import write_json
 from cqil_trt.job import command
 from cqil_trt.table import table
 
-# LLaMA-7B shapes, float16, p=2, `sharded`, two H200 (NVLink), milliseconds: docs/performance.md, "Batches and prefill".
+# LLaMA-7B shapes, float16, p=2, `sharded`, two H200 (NVLink), milliseconds: docs/performance.md, "Batches and prompts",
+# the first run.
 _STEPS = "1:1.98,2:2.01,4:2.10,8:2.26,16:2.69"
 _PREFILL = "20:3.23,128:3.76,1024:16.1"
 # The load that is not given is this share of what replicas can do with all rows in use.

@@ -159,6 +159,8 @@ def _serve(
                 http.send(wire.GivenUp())
         raise
     say(f"loaded after {llm.startup}")
+    if options.slots is not None and llm.session.slots < options.slots:
+        say(f"--slots {options.slots}: {llm.session.slots} fit into the memory at hand")
     try:
         if http is None:
             ranks.ignore_signals()

@@ -100,7 +100,7 @@ def _compile(target: Path, tensorrt_root: Path | None, architectures: str | None
         if architectures:
             configure.append(f"-DCQIL_ARCHITECTURES={architectures}")
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(cores.usable())
-        output = _run(configure)
+        output = _run(configure, work)
         files = json.loads((Path(work) / "compile_commands.json").read_text())
         from tqdm import tqdm  # only those who compile need it
 
@@ -110,7 +110,7 @@ def _compile(target: Path, tensorrt_root: Path | None, architectures: str | None
                 bar.n = sum(1 for _ in Path(work).glob("CMakeFiles/cqil_trt_plugins.dir/*.o"))
                 bar.refresh()
 
-            _run(["cmake", "--build", work, "--parallel", jobs], count)
+            _run(["cmake", "--build", work, "--parallel", jobs], work, count)
         # A library that another process has mapped must not be written over.
         temporary = target.with_name(f"{target.name}.{os.getpid()}")
         shutil.copy(Path(work) / LIBRARY, temporary)
@@ -119,10 +119,11 @@ def _compile(target: Path, tensorrt_root: Path | None, architectures: str | None
     return [int(number) for number in said.split(";")]
 
 
-def _run(command: list[str], every_second: Callable[[], None] = lambda: None) -> str:
-    """What a command says. Raises UserError with its first error."""
+def _run(command: list[str], temporary: str, every_second: Callable[[], None] = lambda: None) -> str:
+    """What a command says, whose temporary files are in `temporary`. Raises UserError with its first error."""
+    environment = {**os.environ, "TMPDIR": temporary}  # nvcc leaves what it writes there when it is killed
     with tempfile.TemporaryFile("w+") as said:
-        with subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT) as process:
+        with subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=environment) as process:
             try:
                 while process.returncode is None:
                     with suppress(subprocess.TimeoutExpired):

@@ -43,7 +43,8 @@ def check_format(limits: EngineLimits) -> None:
         )
     if limits.weights in _FORMATS:
         raise UserError(
-            f"--quantize {limits.weights}: {_FORMATS[limits.weights]}: int4 can be exported (--target engine)"
+            f"--quantize {limits.weights}: {_FORMATS[limits.weights]}: int4 and int4g64 can be exported "
+            "(--target engine)"
         )
 
 
