@@ -134,6 +134,48 @@ def test_events_that_a_proxy_cuts_are_whole(monkeypatch):
     assert len(served.first) == 20 and len(served.between) == 20 * 4
 
 
+VLLM = """
+import json, pathlib, time
+from types import SimpleNamespace
+
+__version__ = "0"
+
+
+class SamplingParams(SimpleNamespace):
+    pass
+
+
+class LLM:
+    def __init__(self, model, tensor_parallel_size, enable_prefix_caching, max_model_len, **others):
+        layers = json.loads((pathlib.Path(model) / "config.json").read_text())["num_hidden_layers"]
+        self.step = 0.002 * layers / tensor_parallel_size
+        self.longest, self.seen = max_model_len, set()
+        assert not enable_prefix_caching
+
+    def generate(self, prompts, sampling, use_tqdm):
+        prompts = [tuple(prompt["prompt_token_ids"]) for prompt in prompts]
+        assert not self.seen & set(prompts)
+        self.seen |= set(prompts)
+        assert max(map(len, prompts)) + sampling.max_tokens <= self.longest
+        time.sleep(0.0002 * len(prompts[0]) + self.step * len(prompts) * (sampling.max_tokens - 1))
+        output = SimpleNamespace(token_ids=[0] * sampling.max_tokens)
+        return [SimpleNamespace(outputs=[output]) for _ in prompts]
+"""
+
+
+def test_vllm_is_measured_where_it_is(tmp_path):
+    """A stand-in for vLLM, whose prompts take 0.2 ms a token, and steps 1 ms a layer and sequence with two GPUs."""
+    (tmp_path / "vllm.py").write_text(VLLM)
+    flags = ["--layers", 3, "--tensor-parallel", 2, "--batches", "1,2", "--prefills", "50,100", "--context", 20]
+    flags += ["--steps", 16, "--rounds", 3, "--json", tmp_path / "found.json"]
+    done = run(sys.executable, "scripts/benchmark_vllm.py", *flags, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())["milliseconds"]
+    assert found["decode"] == {"1": pytest.approx(3, rel=0.2), "2": pytest.approx(6, rel=0.2)}
+    assert found["first_token"] == {"50": pytest.approx(10, rel=0.2), "100": pytest.approx(20, rel=0.2)}
+    assert "step, batch 2" in done.stdout and "first token, 100" in done.stdout
+
+
 @pytest.mark.parametrize(
     "line, said",
     [
@@ -157,6 +199,8 @@ def test_events_that_a_proxy_cuts_are_whole(monkeypatch):
         ("benchmark_cpu --engine nowhere", "nowhere: not an engine directory"),
         ("benchmark_serving --engine nowhere", "nowhere: not an engine directory"),
         ("benchmark_serving --engine nowhere --new-tokens 1", "--new-tokens must be at least 2"),
+        ("benchmark_vllm --batches 0", "--batches 0: expected numbers"),
+        ("benchmark_vllm --layers 1", "vLLM cannot be imported (No module named 'vllm'): pip install vllm"),
     ],
 )
 def test_refusals_are_one_line(line, said, refused, monkeypatch):
