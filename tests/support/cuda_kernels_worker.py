@@ -842,8 +842,10 @@ def check_packed(pick, dtype):
     kinds = abi.cqil_weights
     kind = (kinds.CQIL_FP8, kinds.CQIL_INT8, kinds.CQIL_INT4, kinds.CQIL_INT4)[pick(0, 3)]
     small = kind == kinds.CQIL_INT4
-    # Of wide inputs neither x nor the norm's weight fits into shared memory.
-    outputs, inputs = (pick(1, 200), pick(2048, 12000) * 8) if pick(0, 5) == 0 else (pick(1, 3000), pick(1, 1400) * 8)
+    # Of wide inputs neither x nor the norm's weight fits into shared memory. Many outputs take several passes.
+    ranges = [((1, 3000), (1, 1400))] * 4 + [((1, 200), (2048, 12000)), ((3000, 20000), (1, 256))]
+    of_outputs, of_inputs = ranges[pick(0, 5)]
+    outputs, inputs = pick(*of_outputs), pick(*of_inputs) * 8
     gating, (biased, added, normed) = pick(0, 2), (bool(pick(0, 1)) for _ in range(3))
     gated, scale = gating > 0, 0.0 if gating else (0, pick(1, 30) / 10)[pick(0, 1)]
     added = added and not gated
