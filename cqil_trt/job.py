@@ -137,7 +137,7 @@ def _signals_end() -> Iterator[None]:
 
 
 def _interrupt(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt(number)
 
 
 @contextmanager
@@ -161,12 +161,15 @@ def command(job: Job | None = None) -> Iterator[None]:
         if job is None or job.rank == 0:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        number = signal.Signals(interrupt.args[0]) if interrupt.args else signal.SIGINT
+        if number != signal.SIGINT:  # whoever presses Ctrl-C knows
+            print(f"error: ended by {number.name}", file=sys.stderr)
         if _launched():
             # mpirun ends the other ranks when one ends by a signal, but not when one exits before MPI has started.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.raise_signal(signal.SIGINT)
-        sys.exit(130)
+        sys.exit(128 + number)
     except BrokenPipeError:
         # The reader of our output is gone (`| head`); flushing at exit would fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -447,10 +447,9 @@ def test_the_help_of_every_command_can_be_printed(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     commands = [build_command, cqil_trt.commands.run, serve]
     for script in sorted((ROOT / "scripts").rglob("*.py")):
-        if "add_argument(" in script.read_text() and script.parent.name == "scripts":
-            commands.append(importlib.import_module(script.stem))
-        elif "add_argument(" in script.read_text():
-            commands.append(importlib.import_module(f"{script.parent.name}.{script.stem}"))
+        if "add_argument(" in (text := script.read_text()) and "__main__" in text:
+            module = script.relative_to(ROOT / "scripts").with_suffix("")
+            commands.append(importlib.import_module(".".join(module.parts)))
     assert len(commands) > 15
     for module in commands:
         assert "usage: " in module.parser().format_help(), module
