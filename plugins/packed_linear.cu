@@ -180,9 +180,7 @@ __device__ void decode8(const uint4& packet, unsigned (&low)[4], unsigned (&high
         high[2 * i] = pair_of<T, kWeights>(packet.y, i == 1), high[2 * i + 1] = pair_of<T, kWeights>(packet.w, i == 1);
     }
 }
-#endif
 
-#if __CUDA_ARCH__ >= 900
 // A barrier of the warps that multiply: without the last one, which requests the weights.
 __device__ void sync_products() { asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory"); }
 

@@ -4,15 +4,14 @@
     python scripts/benchmark_vllm.py --tensor-parallel 2
 
 For an environment with vLLM (`pip install vllm`; it pins its own PyTorch) in which this checkout is on PYTHONPATH. vLLM
-makes the weights itself and is used as it is, but for its prefix cache, which is off: prompts are random token ids.
-There is no HTTP, no text and no sampling. A first token is wall clock around a generation of one token. A decode step
-is the difference between two generations, divided by the tokens that one has more.
+makes the weights itself and is used as it is, except that its prefix cache is off: prompts are random token ids. There
+is no HTTP, no text and no sampling. A first token is the wall-clock time of generating one token. A decode step is the
+difference between the times of a longer and a shorter generation, divided by the difference in tokens.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import installed  # noqa: F401
 import numpy as np
-from synthetic import SHAPES
+from synthetic import SHAPES, write_config
 from tqdm import tqdm
 
 from cqil_trt.commands import Parser, check_at_least, check_file, numbers
@@ -53,15 +52,12 @@ def parser() -> Parser:
 
 
 def start(options: argparse.Namespace, directory: Path) -> tuple[Generate, str]:
-    """vLLM with a model of random weights: what generates so many tokens after each prompt, and its version."""
+    """vLLM with a model of random weights: a function that generates this many tokens for each prompt, its version."""
     try:
         import vllm
     except ImportError as error:
         raise UserError(f"vLLM cannot be imported ({error}): pip install vllm, in an environment of its own") from None
-    config = dict(SHAPES[options.shapes])
-    if options.layers:
-        config["num_hidden_layers"] = options.layers
-    (directory / "config.json").write_text(json.dumps(config))
+    write_config(directory, options.shapes, options.layers)
     longest = max([options.context + _FIRST_STEPS + options.steps, *(length + 1 for length in options.prefills)])
     engine = vllm.LLM(
         model=str(directory),
@@ -121,10 +117,11 @@ def run(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="benchmark-vllm-") as directory:
         generate, version = start(options, Path(directory))
         found = measure(options, generate)
-    kind = f"{options.shapes}, float16{'' if options.quantization is None else f', {options.quantization}'}"
-    print(f"vLLM {version}, {kind}, {options.tensor_parallel} GPUs; medians, milliseconds\n")
+    weights = options.quantization or "dense"
+    title = f"vLLM {version}, {options.shapes}, float16, {weights} weights, {options.tensor_parallel} GPUs"
+    print(f"{title}; medians, milliseconds\n")
     header = [*(f"step, batch {n}" for n in found["decode"]), *(f"first token, {n}" for n in found["first_token"])]
-    print(table(header, [[f"{ms:.2f}" for kind in found.values() for ms in kind.values()]]))
+    print(table(header, [[f"{ms:.2f}" for times in found.values() for ms in times.values()]]))
     if options.json:
         chosen = {name: getattr(options, name) for name in ("shapes", "layers", "tensor_parallel", "quantization")}
         write_json(options.json, {"vllm": version, **chosen, "context": options.context, "milliseconds": found})

@@ -25,8 +25,8 @@ def add_pause_flag(parser: Any) -> None:
         type=int,
         default=0,
         metavar="MS",
-        help="milliseconds before each prompt that is measured (default 0: back to back, where a GPU at its limit of "
-        "power lowers its clock)",
+        help="milliseconds before each prompt that is measured (default 0: back to back, where a GPU at its "
+        "power limit lowers its clock)",
     )
 
 
@@ -93,7 +93,7 @@ def decode(session: Any, prompts: list[list[int]], steps: int, drafted: int = 0)
 
 
 def prefill(session: Any, prompt: list[int], pause: float) -> list[float]:
-    """Milliseconds from a prompt to its first token on the host, five times, after `pause` seconds of nothing each."""
+    """Milliseconds from a prompt to its first token on the host, five times, each after `pause` seconds of idling."""
     times = []
     for _ in range(6):
         end = time.perf_counter() + pause

@@ -108,12 +108,17 @@ SHAPES = {
 }
 
 
+def write_config(directory: Path, name: str, layers: int | None = None) -> Path:
+    """Writes the config.json of a model of SHAPES; `layers` replaces its depth."""
+    path = directory / "config.json"
+    path.write_text(json.dumps({**SHAPES[name], "num_hidden_layers": layers or SHAPES[name]["num_hidden_layers"]}))
+    return path
+
+
 def model_config(name: str, layers: int | None = None) -> ModelConfig:
     """The configuration of a model of SHAPES; `layers` replaces its depth."""
     with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "config.json"
-        path.write_text(json.dumps({**SHAPES[name], "num_hidden_layers": layers or SHAPES[name]["num_hidden_layers"]}))
-        return families.read_config(path)
+        return families.read_config(write_config(Path(directory), name, layers))
 
 
 def make_checkpoint(directory: Path, name: str, layers: int | None = None) -> dict[str, tuple[int, ...]]:
@@ -125,14 +130,12 @@ def make_checkpoint(directory: Path, name: str, layers: int | None = None) -> di
     from safetensors.torch import save_file
 
     directory.mkdir()
-    config = {**SHAPES[name], "num_hidden_layers": layers or SHAPES[name]["num_hidden_layers"]}
-    (directory / "config.json").write_text(json.dumps(config))
-    model = model_config(name, layers)
+    model = families.read_config(write_config(directory, name, layers))
     shapes, norm = checkpoint_shapes(model), norm_weight(model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     by_file: dict[str, list[str]] = {}
     for tensor in shapes:
-        part = int(tensor.split(".")[2]) if tensor.startswith("model.layers.") else config["num_hidden_layers"]
+        part = int(tensor.split(".")[2]) if tensor.startswith("model.layers.") else model.num_layers
         by_file.setdefault(f"model-{part:05}.safetensors", []).append(tensor)
     for file, names in tqdm(by_file.items(), desc="making the checkpoint", disable=not sys.stderr.isatty()):
         save_file({tensor: _weights(tensor, shapes[tensor], device, norm) for tensor in names}, directory / file)

@@ -33,7 +33,7 @@ _HEALTH_SECONDS = 1.0
 _SCALE_UP_SECONDS, _SCALE_DOWN_SECONDS = 10.0, 300.0
 # How long what a gateway has said counts.
 _GATEWAY_SECONDS = 5.0
-# Ray's event loop runs the gateway, not another thread's: each request would pass from one to the other and back.
+# The gateway runs in Ray's own event loop. In a separate thread, Ray's default, each request would pass there and back.
 _GATEWAY_VARIABLES = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
 # The metric by which replicas are added and removed.
 _REQUESTS = "requests"

@@ -21,8 +21,8 @@ from cqil_trt.serving.streams import Gone
 
 # Served without an API key: what probes ask, and the page that asks for the key.
 _OPEN = frozenset({"/", "/health", "/ready"})
-# The log is written so late: a write wakes its reader, which takes as long as everything else between a client's last
-# token and its next request.
+# The log is written this much later: a write wakes its reader, which takes as long as everything else between a
+# client's last token and its next request.
 _LOG_SECONDS = 0.05
 # How long a body may take to arrive.
 BODY_SECONDS = 30.0
@@ -46,8 +46,8 @@ class Gate:
     def __init__(self, app: Any, setup: wire.Setup, metrics: Metrics):
         self._app, self._setup, self._metrics = app, setup, metrics
         self._keys = [hashlib.sha256(key.encode()).digest() for key in setup.keys]
-        self._lines: list[str] = []  # of the log
         self._gateway_key = None if setup.gateway_key is None else setup.gateway_key.encode()
+        self._lines: list[str] = []  # of the log, not yet written
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         headers = dict(scope["headers"])
@@ -180,7 +180,7 @@ class Gate:
             self._lines.append(json.dumps(line, ensure_ascii=False))
 
     def write_log(self) -> None:
-        """Writes the lines that are not written yet; also to be called at the end."""
+        """Writes the pending lines; also called when the server ends."""
         if self._lines:
             wire.say("\n".join(self._lines))
             self._lines.clear()
