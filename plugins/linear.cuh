@@ -158,6 +158,10 @@ __device__ inline void barrier_init(uint64_t* barrier, int arrivals = 1) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
 }
 
+// To be called by every thread between its reads of shared memory and the arrival after which a bulk copy replaces what
+// was read. Reads may still be on their way, behind other warps' copies, when the arrival has been counted.
+__device__ inline void finish_reads() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 __device__ inline void barrier_arrive(uint64_t* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }

@@ -419,6 +419,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_bytes_kernel(Operands
                 }
 #pragma unroll
                 for (int i = 0; i < 8; ++i) c[tile + i / 4][i % 4] += low_sums[i / 4][i % 4] + high_sums[i / 4][i % 4];
+                finish_reads();
                 __syncwarp();
                 if (lane == 0) {
                     barrier_arrive(read);
@@ -677,6 +678,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
         }
     };
     auto release = [&](bool both) {
+        finish_reads();
         __syncwarp();
         if (lane != 0) return;
         barrier_arrive(empty(held));

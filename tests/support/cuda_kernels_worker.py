@@ -883,6 +883,8 @@ def check_packed(pick, dtype):
     for _ in range(3):
         chosen = torch.randperm(rows)[: pick(1, rows)].tolist()
         assert torch.equal(product(chosen), whole[chosen])
+    for _ in range(20):  # weights that are copied over those in use are seen only now and then
+        assert torch.equal(product(range(rows)), whole)
     wide = x.double() if delta is None else (x.double() + delta.double()).to(dtype).double()
     if normed:
         wide = rms_norm(wide, norm.double(), 1e-5).to(dtype).double()
