@@ -29,7 +29,8 @@ using namespace cqil_trt;
 namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kColumns = 8, kMostColumns = 2 * kColumns;  // rows of x in one product
+constexpr int kColumns = 8;    // rows of x that a team of kWarps warps multiplies
+constexpr int kMostTeams = 2;  // of a block; they share the weights
 constexpr int kTileRows = 16, kUnit = 128;
 constexpr int kMostRows = 32;  // with more, it takes less time to unpack the weights for a dense product
 
@@ -43,25 +44,44 @@ __host__ __device__ constexpr int unit_bytes(int weights, int groups) {
 }
 
 // Shared memory: a multiprocessor has room for one block (linear.cu says why) and an attention's. x is kept in it up to
-// a size. The ring takes what is left, up to so many stages.
-constexpr size_t kLeastBytes = 116 << 10, kMostBytes = 180 << 10, kSharedBytes = 65 << 10;
+// a size. The ring takes what is left, up to so many stages. Two teams may take all of it: to read their x again in
+// every pass, through L2, takes longer than the weights.
+constexpr size_t kLeastBytes = 116 << 10;
+constexpr size_t kMostBytes[] = {0, 180 << 10, 227 << 10}, kSharedBytes[] = {0, 65 << 10, 133 << 10};  // by teams
 constexpr int kMaxTiles = 12, kMinStages = 2;
 constexpr int kRowGap = 4;  // packets between rows of x, so that two rows, which are read at once, hit different banks
 
-// A stage of packed_kernel's ring has one unit for each warp, of so many tiles: a warp takes two at a time. With 8 bits
-// two would leave too few stages next to what lanes take of x. Its two barriers follow: that it is full, and that it is
-// empty.
+// A stage of the ring has one unit for each warp of a team, with 4 bits of two tiles, which a warp takes at a time. Then
+// its two barriers follow: that it is full, and that it is empty.
 __host__ __device__ constexpr int stage_tiles(int weights) { return weights == CQIL_INT4 ? 2 : 1; }
 __host__ __device__ constexpr int max_stages(int weights) { return kMaxTiles / stage_tiles(weights); }
 __host__ __device__ constexpr int stage_bytes(int weights, int groups) {
     return stage_tiles(weights) * kWarps * unit_bytes(weights, groups) + 16;
 }
 
+// A block's threads: its teams, and one warp more, which requests the weights.
+__host__ __device__ constexpr int threads_of(int teams) { return teams * kThreads + 32; }
+
+__host__ __device__ constexpr int teams_of(int rows) { return rows > kColumns ? kMostTeams : 1; }
+
 // Rows of x that there is room for in the sums.
 __host__ __device__ constexpr int padded(int rows) { return rows > 8 ? 16 : rows > 4 ? 8 : rows > 2 ? 4 : rows; }
 
-// Tiles of a pass, which reads x once. `columns`: the most rows of x.
-__host__ __device__ constexpr int pass_tiles(int columns) { return columns > kColumns ? 4 : 6; }
+// Tiles of a pass, which reads x once. Two teams need the room of more tiles' sums for x.
+__host__ __device__ constexpr int pass_tiles(int teams) { return teams > 1 ? 2 : 6; }
+
+// The operands of up to `most` rows from `first` on.
+template <typename T>
+__host__ __device__ Operands rows_of(const Operands& o, int first, int most) {
+    auto at = [&](const void* rows, int width) {
+        return rows == nullptr ? nullptr : static_cast<const T*>(rows) + size_t(first) * width;
+    };
+    Operands part = o;
+    part.rows = o.rows - first < most ? o.rows - first : most;
+    part.x = at(o.x, o.inputs), part.delta = at(o.delta, o.inputs), part.residual = at(o.residual, o.outputs);
+    part.out = const_cast<T*>(at(o.out, o.outputs)), part.sum = const_cast<T*>(at(o.sum, o.outputs));
+    return part;
+}
 
 int units_of(int inputs) { return (inputs + kUnit - 1) / kUnit; }
 
@@ -181,53 +201,48 @@ __device__ void decode8(const uint4& packet, unsigned (&low)[4], unsigned (&high
     }
 }
 
-// A barrier of the warps that multiply: without the last one, which requests the weights.
-__device__ void sync_products() { asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory"); }
+// A barrier of a team.
+__device__ void sync_team(int team) { asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "n"(kThreads) : "memory"); }
 
-// What these warps do before they may read x. The norm's weight, a constant, is on its way to `norm` in shared memory.
+// What a team does before it may read x. The norm's weight, a constant, is on its way to `norm` in shared memory.
 __device__ void await_input(const Operands& o, uint4* norm) {
     if (o.norm != nullptr)
 #pragma unroll 1
-        for (int i = threadIdx.x; i < o.inputs / 8; i += kThreads)
+        for (int i = threadIdx.x % kThreads; i < o.inputs / 8; i += kThreads)
             copy_async(shared_address(norm + i), static_cast<const uint4*>(o.norm) + i, true);
     release_successor();
     wait_for_predecessor();
 }
 #endif
 
-// Codes of 8 bits, for up to kColumns rows. There is less to compute for each than with 4 bits: nothing is fetched
-// ahead into registers, and missing rows are zeros. A decode step in fp8 takes 7 to 8% less time than with
-// packed_kernel. Results have the same bits.
-template <typename T, int kWeights, bool kGated, bool kShared>
-__global__ void __launch_bounds__(kThreads + 32, 1) packed_bytes_kernel(Operands o, int stages) {
+// Codes of 8 bits. kShared: x fits in shared memory, else each warp reads its columns of it in every pass.
+template <typename T, int kWeights, bool kGated, bool kShared, int kTeams>
+__global__ void __launch_bounds__(threads_of(kTeams), 1) packed_bytes_kernel(Operands all, int stages) {
 #if __CUDA_ARCH__ >= 900
-    constexpr int kTiles = pass_tiles(kColumns), kSteps = kUnit / 32, kUnitBytes = code_bytes(kWeights);
+    constexpr int kTiles = pass_tiles(kTeams), kSteps = kUnit / 32, kUnitBytes = code_bytes(kWeights);
     constexpr int kPerTile = kGated ? 8 : 16;  // results of a row of x
     constexpr int kStageBytes = kWarps * kUnitBytes;
     extern __shared__ __align__(128) char memory[];
     __shared__ uint64_t full[kMaxTiles], empty[kMaxTiles];
-    __shared__ __align__(16) float squares[kColumns][kWarps];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int packets = o.inputs / 8, columns = padded(o.rows), shift = __ffs(columns) - 1;
-    auto* sums = reinterpret_cast<float*>(memory + stages * kStageBytes);
-    auto* norm = reinterpret_cast<uint4*>(sums + kWarps * kTiles * kTileRows * columns);
-    auto* own = norm + (o.norm == nullptr ? 0 : packets);  // x, if kShared
-    const int tiles = (o.outputs + kPerTile - 1) / kPerTile, mine = (tiles - 1 - int(blockIdx.x)) / int(gridDim.x) + 1;
-    const int units = (o.inputs + kUnit - 1) / kUnit, chunks = (units + kWarps - 1) / kWarps;
+    __shared__ __align__(16) float all_squares[kTeams][kColumns][kWarps];
+    const int tiles = (all.outputs + kPerTile - 1) / kPerTile;
+    const int mine = (tiles - 1 - int(blockIdx.x)) / int(gridDim.x) + 1;
+    const int units = (all.inputs + kUnit - 1) / kUnit, chunks = (units + kWarps - 1) / kWarps;
+    const int packets = all.inputs / 8;
     const int filled = units * (kUnit / 8), stride = filled + kRowGap;  // packets of a row of x, if kShared
-    const char* const packed = static_cast<const char*>(o.weight);
+    const char* const packed = static_cast<const char*>(all.weight);
 
-    if (threadIdx.x == kThreads) {
+    if (threadIdx.x == kTeams * kThreads) {
         for (int stage = 0; stage < stages; ++stage) {
             barrier_init(&full[stage]);
-            barrier_init(&empty[stage], kWarps);
+            barrier_init(&empty[stage], kTeams * kWarps);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
-    if (warp == kWarps) {
-        // The last warp requests the weights, a chunk of a tile at a time: a unit for each of the others.
-        if (lane != 0) return;
+    if (threadIdx.x >= kTeams * kThreads) {
+        // The last warp requests the weights, a chunk of a tile at a time: a unit for each warp of a team.
+        if (threadIdx.x % 32 != 0) return;
         const uint64_t policy = streaming_policy();
         int stage = 0, requested = 0;
         unsigned phase = 1;
@@ -246,6 +261,17 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_bytes_kernel(Operands
                 }
         return;
     }
+    const int thread = threadIdx.x % kThreads, team = threadIdx.x / kThreads, warp = thread / 32, lane = thread % 32;
+    const Operands o = kTeams == 1 ? all : rows_of<T>(all, team * kColumns, kColumns);
+    const int columns = padded(o.rows), shift = __ffs(columns) - 1;
+    // What a team has for itself in shared memory: its sums, the norm's weight, and x, if kShared.
+    constexpr int kSums = kWarps * kTiles * kTileRows;
+    const int of_norm = o.norm == nullptr ? 0 : packets, of_x = kShared ? kColumns * stride : 0;
+    char* const area = memory + stages * kStageBytes + team * (kSums * kColumns * 4 + (of_norm + of_x) * 16);
+    auto* const sums = reinterpret_cast<float*>(area);
+    auto* const norm = reinterpret_cast<uint4*>(sums + kSums * (kTeams == 1 ? columns : kColumns));
+    auto* const own = norm + of_norm;
+    auto& squares = all_squares[team];
     await_input(o, norm);
 
     // A lane has row lane / 4 of x, and of W rows lane / 4 and lane / 4 + 8; 8 columns of 32 in each.
@@ -266,7 +292,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_bytes_kernel(Operands
 #pragma unroll 1
         for (int row = 0; row < o.rows; ++row)
 #pragma unroll 1
-            for (int i = threadIdx.x; i < filled; i += kThreads)
+            for (int i = thread; i < filled; i += kThreads)
                 copy_async(shared_address(own + row * stride + i), x + row * packets + min(i, packets - 1),
                            i < packets);
     } else {
@@ -295,13 +321,13 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_bytes_kernel(Operands
             for (int row = 0; row < o.rows; ++row) {
                 float square = 0;
 #pragma unroll 1
-                for (int i = threadIdx.x; i < packets; i += kThreads) add_square(square, row, i);
+                for (int i = thread; i < packets; i += kThreads) add_square(square, row, i);
                 note(square, row);
             }
         } else {
             float square[kColumns] = {};
 #pragma unroll 1
-            for (int i = threadIdx.x; i < packets; i += kThreads)
+            for (int i = thread; i < packets; i += kThreads)
 #pragma unroll
                 for (int row = 0; row < kColumns; ++row)
                     if (row < o.rows) add_square(square[row], row, i);
@@ -309,21 +335,21 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_bytes_kernel(Operands
             for (int row = 0; row < kColumns; ++row)
                 if (row < o.rows) note(square[row], row);
         }
-        sync_products();
+        sync_team(team);
         auto scale_of = [&](int row) { return rsqrtf(total_of(squares[row]) / float(o.inputs) + o.eps); };
         if constexpr (kShared) {
 #pragma unroll 1
             for (int row = 0; row < o.rows; ++row) {
                 const float of_row = scale_of(row);
 #pragma unroll 1
-                for (int i = threadIdx.x; i < packets; i += kThreads)
+                for (int i = thread; i < packets; i += kThreads)
                     own[row * stride + i] = normed<T>(own[row * stride + i], norm[i], of_row);
             }
         } else if (column < o.rows) {
             scale = scale_of(column);
         }
     }
-    if constexpr (kShared) sync_products();
+    if constexpr (kShared) sync_team(team);
 
     int stage = 0;
     unsigned phase = 0;
@@ -356,7 +382,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_bytes_kernel(Operands
             if (kGated) r.factor[1] = at[8];
             return r;
         };
-        Result own_result = result(threadIdx.x);
+        Result own_result = result(thread);
         float c[kTiles][4] = {};
 #pragma unroll 1
         for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -427,7 +453,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_bytes_kernel(Operands
                 }
             }
         }
-        sync_products();  // the sums of the pass before have been read
+        sync_team(team);  // the sums of the pass before have been read
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
@@ -435,9 +461,9 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_bytes_kernel(Operands
                 const int row = column + i / 2 * 8, of = quarter * 2 + i % 2;
                 if (of < columns) sums[((warp * kTiles + tile) * kTileRows + row) * columns + of] = c[tile][i];
             }
-        sync_products();
+        sync_team(team);
         const auto* bias = static_cast<const T*>(o.bias);
-        int i = threadIdx.x;
+        int i = thread;
         for (Result r = own_result;; r = result(i)) {
             if (r.valid) {
                 float y[2] = {};
@@ -462,47 +488,39 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_bytes_kernel(Operands
 #endif
 }
 
-// Codes of 4 bits, and of 8 bits for more than kColumns rows. kGroups: of a unit, 0 where rows have one scale. kShared:
-// x fits in shared memory, else each warp reads its columns of it in every pass. kMost: the most rows of x; with more
-// than kColumns, what a lane takes of x is not in registers but in a place of its own in shared memory, two chunks
-// ahead. Those have no delta.
-template <typename T, int kWeights, int kGroups, bool kGated, bool kShared, int kMost>
-__global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, int stages) {
+// Codes of 4 bits. kGroups: of a unit. kShared: as above.
+template <typename T, int kGroups, bool kGated, bool kShared, int kTeams>
+__global__ void __launch_bounds__(threads_of(kTeams), 1) packed_nibbles_kernel(Operands all, int stages) {
 #if __CUDA_ARCH__ >= 900
-    constexpr bool kSmall = kWeights == CQIL_INT4;
-    constexpr int kBlocks = kMost / kColumns, kTiles = pass_tiles(kMost);
-    constexpr int kSteps = kUnit / 32, kPackets = code_bytes(kWeights) / 512;
-    constexpr int kUnitBytes = unit_bytes(kWeights, kGroups);
+    constexpr int kTiles = pass_tiles(kTeams), kSteps = kUnit / 32, kPackets = code_bytes(CQIL_INT4) / 512;
+    constexpr int kUnitBytes = unit_bytes(CQIL_INT4, kGroups);
     constexpr int kPerTile = kGated ? 8 : 16;  // results of a row of x
-    constexpr int kStageBytes = stage_bytes(kWeights, kGroups), kStageTiles = stage_tiles(kWeights);
+    constexpr int kStageBytes = stage_bytes(CQIL_INT4, kGroups), kStageTiles = stage_tiles(CQIL_INT4);
     extern __shared__ __align__(128) char memory[];
-    __shared__ __align__(16) float squares[kMost][kWarps];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int packets = o.inputs / 8, columns = padded(o.rows), shift = __ffs(columns) - 1;
-    auto* sums = reinterpret_cast<float*>(memory + stages * kStageBytes);
-    auto* norm = reinterpret_cast<uint4*>(sums + kWarps * kTiles * kTileRows * columns);
-    auto* own = norm + (o.norm == nullptr ? 0 : packets);  // x, if kShared, or what lanes take of it
-    const int tiles = (o.outputs + kPerTile - 1) / kPerTile, mine = (tiles - 1 - int(blockIdx.x)) / int(gridDim.x) + 1;
-    const int units = (o.inputs + kUnit - 1) / kUnit, chunks = (units + kWarps - 1) / kWarps;
+    __shared__ __align__(16) float all_squares[kTeams][kColumns][kWarps];
+    const int tiles = (all.outputs + kPerTile - 1) / kPerTile;
+    const int mine = (tiles - 1 - int(blockIdx.x)) / int(gridDim.x) + 1;
+    const int units = (all.inputs + kUnit - 1) / kUnit, chunks = (units + kWarps - 1) / kWarps;
+    const int packets = all.inputs / 8;
     const int filled = units * (kUnit / 8), stride = filled + kRowGap;  // packets of a row of x, if kShared
-    const char* const packed = static_cast<const char*>(o.weight);
+    const char* const packed = static_cast<const char*>(all.weight);
 
     // A stage is its address in shared memory, so nothing has to be computed from its number.
     const unsigned begin = shared_address(memory), end = begin + stages * kStageBytes;
     auto following = [&](unsigned stage) { return stage + kStageBytes == end ? begin : stage + kStageBytes; };
     auto full = [](unsigned stage) { return shared_at<uint64_t>(stage + kStageBytes - 16); };
     auto empty = [](unsigned stage) { return shared_at<uint64_t>(stage + kStageBytes - 8); };
-    if (threadIdx.x == kThreads) {
+    if (threadIdx.x == kTeams * kThreads) {
         for (unsigned stage = begin; stage != end; stage += kStageBytes) {
             barrier_init(full(stage));
-            barrier_init(empty(stage), kWarps);
+            barrier_init(empty(stage), kTeams * kWarps);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
-    if (warp == kWarps) {
-        // The last warp requests the weights, a stage at a time: of one tile or two a unit for each of the others.
-        if (lane != 0) return;
+    if (threadIdx.x >= kTeams * kThreads) {
+        // The last warp requests the weights, a stage at a time: of two tiles a unit for each warp of a team.
+        if (threadIdx.x % 32 != 0) return;
         const uint64_t policy = streaming_policy();
         unsigned stage = begin, phase = 1;
         int requested = 0;
@@ -528,13 +546,24 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
         barrier_arrive(full(stage));
         return;
     }
+    const int thread = threadIdx.x % kThreads, team = threadIdx.x / kThreads, warp = thread / 32, lane = thread % 32;
+    const Operands o = kTeams == 1 ? all : rows_of<T>(all, team * kColumns, kColumns);
+    const int columns = padded(o.rows), shift = __ffs(columns) - 1;
+    // What a team has for itself in shared memory: its sums, the norm's weight, and x, if kShared.
+    constexpr int kSums = kWarps * kTiles * kTileRows;
+    const int of_norm = o.norm == nullptr ? 0 : packets, of_x = kShared ? kColumns * stride : 0;
+    char* const area = memory + stages * kStageBytes + team * (kSums * kColumns * 4 + (of_norm + of_x) * 16);
+    auto* const sums = reinterpret_cast<float*>(area);
+    auto* const norm = reinterpret_cast<uint4*>(sums + kSums * (kTeams == 1 ? columns : kColumns));
+    auto* const own = norm + of_norm;
+    auto& squares = all_squares[team];
     await_input(o, norm);
 
-    // A lane has row lane / 4 of x (of eight more, if there are; the last instead of one that is missing, as nobody
-    // reads its results), and of W rows lane / 4 and lane / 4 + 8; 8 columns of 32 in each.
+    // A lane has row lane / 4 of x (the last instead of one that is missing, as nobody reads its results), and of W rows
+    // lane / 4 and lane / 4 + 8; 8 columns of 32 in each.
     const auto *x = static_cast<const uint4*>(o.x), *delta = static_cast<const uint4*>(o.delta);
     const int column = lane / 4, quarter = lane % 4;
-    auto x_row = [&](int block) { return min(block * kColumns + column, o.rows - 1); };
+    const int x_row = min(column, o.rows - 1);
     auto packet_of = [&](int chunk, int step) { return (chunk * kWarps + warp) * (kUnit / 8) + step * 4 + quarter; };
     uint4 next[kSteps];
     auto load = [&](int chunk) {
@@ -543,25 +572,9 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
             const int i = packet_of(chunk, step);
             next[step] = uint4{};
             if (i >= packets) continue;
-            const size_t at = size_t(x_row(0)) * packets + i;
+            const size_t at = size_t(x_row) * packets + i;
             next[step] = delta == nullptr ? x[at] : sum_of<T>(x[at], delta[at]);
         }
-    };
-    // With more rows than kColumns: a lane's place for what it takes of a chunk, of two chunks in turn.
-    auto taken = [&](int slot, int block, int step) -> uint4& {
-        return own[((slot * kBlocks + block) * kSteps + step) * kThreads + threadIdx.x];
-    };
-    auto take = [&](int chunk, int slot, bool wanted) {
-        if (wanted)
-#pragma unroll
-            for (int block = 0; block < kBlocks; ++block)
-#pragma unroll
-                for (int step = 0; step < kSteps; ++step) {
-                    const int i = packet_of(chunk, step);
-                    copy_async(shared_address(&taken(slot, block, step)),
-                               x + size_t(x_row(block)) * packets + min(i, packets - 1), i < packets);
-                }
-        commit_copies();  // in any case, because groups of copies are waited for by their number
     };
     auto copy = [&](int row, int i) {
         copy_async(shared_address(own + row * stride + i), x + row * packets + min(i, packets - 1), i < packets);
@@ -583,19 +596,16 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
 #pragma unroll 1
             for (int row = 0; row < o.rows; ++row)
 #pragma unroll 1
-                for (int i = threadIdx.x; i < filled; i += kThreads) copy(row, i);
-        } else if constexpr (kBlocks == 1) {
+                for (int i = thread; i < filled; i += kThreads) copy(row, i);
+        } else {
             load(0);
         }
         asm volatile("cp.async.wait_all;" ::: "memory");
     }
-    if constexpr (kBlocks > 1) {
-        take(0, 0, true);
-        take(1 % chunks, 1, chunks > 1 || mine > kTiles);
-    }
-    // One row in shared memory is normalized there, before its products; of more, warps do it with what they take.
-    const bool late = o.norm != nullptr && (!kShared || o.rows > 1);
-    float scale[kBlocks] = {};
+    // One row in shared memory is normalized there, before its products, and those of two teams, which take them for two
+    // tiles at a time. Otherwise warps do it with what they take.
+    const bool late = o.norm != nullptr && (!kShared || (kTeams == 1 && o.rows > 1));
+    float scale = 0;
     // The squares of kRows rows at once: those of one alone would wait for each other.
     auto normalize = [&](auto most) {
         constexpr int kRows = decltype(most)::value;
@@ -604,7 +614,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
             float square[kRows] = {};
             // A thread reads here what it has copied itself.
 #pragma unroll 1
-            for (int i = threadIdx.x; i < packets; i += kThreads) {
+            for (int i = thread; i < packets; i += kThreads) {
                 uint4 packet[kRows], more[kRows];
 #pragma unroll
                 for (int n = 0; n < kRows; ++n) {
@@ -631,13 +641,17 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
 #pragma unroll
                 for (int n = 0; n < kRows; ++n) squares[base + n][warp] = square[n];
         }
-        sync_products();
-#pragma unroll
-        for (int block = 0; block < kBlocks; ++block)
-            scale[block] = rsqrtf(total_of(squares[x_row(block)]) / float(o.inputs) + o.eps);
-        if constexpr (kShared && kRows == 1)
+        sync_team(team);
+        auto scale_of = [&](int row) { return rsqrtf(total_of(squares[row]) / float(o.inputs) + o.eps); };
+        scale = scale_of(x_row);
+        if (!kShared || late) return;
 #pragma unroll 1
-            for (int i = threadIdx.x; i < packets; i += kThreads) own[i] = normed<T>(own[i], norm[i], scale[0]);
+        for (int row = 0; row < o.rows; ++row) {
+            const float of_row = scale_of(row);
+#pragma unroll 1
+            for (int i = thread; i < packets; i += kThreads)
+                own[row * stride + i] = normed<T>(own[row * stride + i], norm[i], of_row);
+        }
     };
     if (o.norm != nullptr) {
         if (o.rows == 1)
@@ -645,47 +659,33 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
         else
             normalize(std::integral_constant<int, kColumns>());
     }
-    if (kShared && o.norm != nullptr && !late) sync_products();
+    if (kShared && o.norm != nullptr && !late) sync_team(team);
 
-    // The codes of two tiles at a time, as the products of one alone would wait for each other. With 4 bits a lane has
-    // those of the next two in registers while it applies the scales of two. With 8 there is nothing to do meanwhile:
-    // it takes them from shared memory, step by step.
-    uint4 codes[2][kSmall ? kPackets : 1];
+    // The codes of two tiles at a time, as the products of one alone would wait for each other. A lane has those of the
+    // next two in registers while it applies the scales of two.
+    uint4 codes[2][kPackets];
     unsigned held = begin, ahead = begin;  // the stage that the codes are from, the stage after them
     unsigned phase = 0;
     const unsigned codes_at = warp * kUnitBytes + lane * 16;
-    const unsigned scales_at = warp * kUnitBytes + code_bytes(kWeights);
-    // With 4 bits a stage always has room for two, and nobody reads the results of one that is missing.
-    auto read = [&](bool both) {
+    const unsigned scales_at = warp * kUnitBytes + code_bytes(CQIL_INT4);
+    // A stage always has room for two tiles, and nobody reads the results of one that is missing.
+    auto read = [&] {
         held = ahead;
+        barrier_wait(full(held), phase);
 #pragma unroll
-        for (int of = 0; of < 2; ++of) {
-            if (of % kStageTiles == 0) {
-                if (of == 1 && !both) break;
-                barrier_wait(full(ahead), phase);
-            }
-            if constexpr (kSmall)
+        for (int of = 0; of < kStageTiles; ++of)
 #pragma unroll
-                for (int i = 0; i < kPackets; ++i)
-                    codes[of][i] = *shared_at<uint4>(ahead + codes_at + of * kWarps * kUnitBytes + i * 512);
-            if ((of + 1) % kStageTiles == 0) {
-                ahead += kStageBytes;
-                if (ahead == end) {
-                    ahead = begin;
-                    phase ^= 1;
-                }
-            }
-        }
+            for (int i = 0; i < kPackets; ++i)
+                codes[of][i] = *shared_at<uint4>(held + codes_at + of * kWarps * kUnitBytes + i * 512);
+        ahead = following(held);
+        if (ahead == begin) phase ^= 1;
     };
-    auto release = [&](bool both) {
+    auto release = [&] {
         finish_reads();
         __syncwarp();
-        if (lane != 0) return;
-        barrier_arrive(empty(held));
-        if (kStageTiles == 1 && both) barrier_arrive(empty(following(held)));
+        if (lane == 0) barrier_arrive(empty(held));
     };
-    if constexpr (kSmall) read(true);
-    int slot = 0;
+    read();
 #pragma unroll 1
     for (int first = 0; first < mine; first += kTiles) {
         const int count = min(kTiles, mine - first);
@@ -696,7 +696,6 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
         };
         struct Early {
             T added, bias[2];
-            float factor[2];
         };
         auto place = [&](int i) {
             const int of_row = i >> shift;
@@ -712,25 +711,18 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
             if (!kGated && o.residual != nullptr)
                 early.added = static_cast<const T*>(o.residual)[size_t(p.row) * o.outputs + p.output];
 #pragma unroll
-            for (int part = 0; part < kParts; ++part) {
+            for (int part = 0; part < kParts; ++part)
                 if (o.bias != nullptr) early.bias[part] = static_cast<const T*>(o.bias)[part * o.outputs + p.output];
-                if constexpr (kGroups == 0) {
-                    const auto* scales = reinterpret_cast<const float*>(packed + size_t(tiles) * units * kUnitBytes);
-                    early.factor[part] = scales[p.output / kPerTile * kTileRows + part * 8 + p.within];
-                }
-            }
             return early;
         };
-        constexpr int kResults = (kTiles * kPerTile * kMost + kThreads - 1) / kThreads;
+        constexpr int kResults = (kTiles * kPerTile * kColumns + kThreads - 1) / kThreads;
         Early early[kResults];
-        if constexpr (kBlocks == 1)  // else there are no registers for it
 #pragma unroll
-            for (int n = 0; n < kResults; ++n) early[n] = ask(place(threadIdx.x + n * kThreads));
-        float c[kTiles][kBlocks][4] = {};
+        for (int n = 0; n < kResults; ++n) early[n] = ask(place(thread + n * kThreads));
+        float c[kTiles][4] = {};
 #pragma unroll 1
         for (int chunk = 0; chunk < chunks; ++chunk) {
             uint4 kept[kSteps];
-            if constexpr (kBlocks > 1) wait_for_copies<1>();
             if (chunkwise && first == 0) {
                 // Copies of as many chunks may be missing as are still to come.
                 const int later = chunks - 1 - chunk;
@@ -745,149 +737,97 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
                 __syncwarp();
             }
             const bool idle = chunk * kWarps + warp >= units;
-            if (!idle) {  // x in shared memory ends before what it would read
+            if (!idle)  // x in shared memory ends before what it would read
 #pragma unroll
-                for (int block = 0; block < kBlocks; ++block)
-#pragma unroll
-                    for (int step = 0; step < kSteps; ++step) {
-                        const int i = packet_of(chunk, step);
-                        auto prepared = [&](uint4 packet) {
-                            return late ? normed<T>(packet, norm[min(i, packets - 1)], scale[block]) : packet;
-                        };
-                        if constexpr (kBlocks == 1)
-                            kept[step] = prepared(kShared ? own[x_row(0) * stride + i] : next[step]);
-                        else if (late)
-                            taken(slot, block, step) = prepared(taken(slot, block, step));
-                    }
-            }
-            if constexpr (!kShared && kBlocks == 1) {
+                for (int step = 0; step < kSteps; ++step) {
+                    kept[step] = kShared ? own[x_row * stride + packet_of(chunk, step)] : next[step];
+                    if (late) kept[step] = normed<T>(kept[step], norm[min(packet_of(chunk, step), packets - 1)], scale);
+                }
+            if constexpr (!kShared) {
                 if (chunk + 1 < chunks)
                     load(chunk + 1);
                 else if (first + kTiles < mine)
                     load(0);
             }
-            auto x_of = [&](int block, int step) {
-                if constexpr (kBlocks > 1)
-                    return taken(slot, block, step);
-                else
-                    return kept[step];
-            };
-            auto take_more = [&] {
-                if constexpr (kBlocks > 1) {
-                    int after = chunk + 2, pass = first;  // the pass that takes it
-                    for (; after >= chunks; after -= chunks) pass += kTiles;
-                    take(after, slot, pass < mine);
-                    slot ^= 1;
-                }
-            };
             if (idle) {
 #pragma unroll 1
-                for (int tile = 0; tile < count; tile += 2) {
-                    if constexpr (!kSmall) read(tile + 1 < count);
-                    release(tile + 1 < count);
-                    if constexpr (kSmall) read(true);
+                for (int tile = 0; tile < count; tile += kStageTiles) {
+                    release();
+                    read();
                 }
-                take_more();
                 continue;
             }
             // The sums of x in each group, for the zero points: products with ones, in all rows.
-            float group_sums[kGroups + 1][kBlocks][2];
+            constexpr int kGroupSteps = kSteps / kGroups;
+            float group_sums[kGroups][2];
 #pragma unroll
-            for (int group = 0; group < kGroups; ++group)
+            for (int group = 0; group < kGroups; ++group) {
+                constexpr unsigned kOne = kSubnormal<T> ? 0x3c003c00u : 0x3f803f80u;
+                const unsigned ones[4] = {kOne, kOne, kOne, kOne};
+                float low[4] = {}, high[4] = {};
 #pragma unroll
-                for (int block = 0; block < kBlocks; ++block) {
-                    constexpr int kGroupSteps = kSteps / (kGroups + !kGroups);
-                    constexpr unsigned kOne = kSubnormal<T> ? 0x3c003c00u : 0x3f803f80u;
-                    const unsigned ones[4] = {kOne, kOne, kOne, kOne};
-                    float low[4] = {}, high[4] = {};
-#pragma unroll
-                    for (int step = 0; step < kGroupSteps; ++step) {
-                        const uint4 b = x_of(block, group * kGroupSteps + step);
-                        multiply_accumulate<T>(low, ones, &b.x);
-                        multiply_accumulate<T>(high, ones, &b.z);
-                    }
-#pragma unroll
-                    for (int j = 0; j < 2; ++j) group_sums[group][block][j] = low[j] + high[j];
+                for (int step = 0; step < kGroupSteps; ++step) {
+                    const uint4& b = kept[group * kGroupSteps + step];
+                    multiply_accumulate<T>(low, ones, &b.x);
+                    multiply_accumulate<T>(high, ones, &b.z);
                 }
 #pragma unroll
-            for (int tile = 0; tile < kTiles; tile += 2) {
-                if (tile > 0 && tile >= count) break;
-                if constexpr (!kSmall) read(tile + 1 < count);
-                constexpr int kSums = kGroups + !kGroups;  // of a unit and a row of x
-                Scales<T, kSums> scales[2];
-                if constexpr (kSmall)
+                for (int j = 0; j < 2; ++j) group_sums[group][j] = low[j] + high[j];
+            }
 #pragma unroll
-                    for (int of = 0; of < 2; ++of) scales[of].read(held + scales_at + of * kWarps * kUnitBytes, column);
-                // With 8 bits: of one tile alone the second is the same again, and nobody reads its results.
-                const unsigned tile_at[] = {held + codes_at, (tile + 1 < count ? following(held) : held) + codes_at};
-                float low_sums[2][kBlocks][4] = {}, high_sums[2][kBlocks][4] = {};
+            for (int tile = 0; tile < kTiles; tile += kStageTiles) {
+                if (tile > 0 && tile >= count) break;
+                Scales<T, kGroups> scales[2];
+#pragma unroll
+                for (int of = 0; of < 2; ++of) scales[of].read(held + scales_at + of * kWarps * kUnitBytes, column);
+                float low_sums[2][4] = {}, high_sums[2][4] = {};
 #pragma unroll
                 for (int step = 0; step < kSteps; ++step) {
                     unsigned low[2][4], high[2][4];
 #pragma unroll
+                    for (int of = 0; of < 2; ++of) decode4<T>(codes[of][step / 2], step % 2 != 0, low[of], high[of]);
+#pragma unroll
                     for (int of = 0; of < 2; ++of) {
-                        if constexpr (kSmall)
-                            decode4<T>(codes[of][step / 2], step % 2 != 0, low[of], high[of]);
-                        else
-                            decode8<T, kWeights>(*shared_at<uint4>(tile_at[of] + step * 512), low[of], high[of]);
+                        multiply_accumulate<T>(low_sums[of], low[of], &kept[step].x);
+                        multiply_accumulate<T>(high_sums[of], high[of], &kept[step].z);
                     }
-#pragma unroll
-                    for (int block = 0; block < kBlocks; ++block) {
-                        const uint4 b = x_of(block, step);
-#pragma unroll
-                        for (int of = 0; of < 2; ++of) {
-                            multiply_accumulate<T>(low_sums[of][block], low[of], &b.x);
-                            multiply_accumulate<T>(high_sums[of][block], high[of], &b.z);
-                        }
-                    }
-                    constexpr int kGroupSteps = kSteps / kSums;
                     if (step % kGroupSteps != kGroupSteps - 1) continue;
                     if (step == kSteps - 1) {
-                        release(tile + 1 < count);
-                        if constexpr (kSmall) read(true);
+                        release();
+                        read();
                     }
                     const int group = step / kGroupSteps;
 #pragma unroll
                     for (int of = 0; of < 2; ++of) {
-                        float2 factor, zero;
-                        if constexpr (kSmall) factor = scales[of].scale(group), zero = scales[of].zero(group);
+                        const float2 factor = scales[of].scale(group), zero = scales[of].zero(group);
 #pragma unroll
-                        for (int n = 0; n < 4 * kBlocks; ++n) {
-                            const int block = n / 4, i = n % 4;
-                            float &l = low_sums[of][block][i], &h = high_sums[of][block][i];
-                            float& to = c[tile + of][block][i];
-                            if constexpr (kSmall) {
-                                const float alone =
-                                    fmaf(-(i < 2 ? zero.x : zero.y), group_sums[group][block][i % 2], l);
-                                const float both = kSubnormal<T> ? fmaf(h, 0x1p-4f, alone) : alone + h;
-                                to = fmaf(i < 2 ? factor.x : factor.y, both, to);
-                            } else {
-                                to += l + h;
-                            }
+                        for (int i = 0; i < 4; ++i) {
+                            float &l = low_sums[of][i], &h = high_sums[of][i], &to = c[tile + of][i];
+                            const float alone = fmaf(-(i < 2 ? zero.x : zero.y), group_sums[group][i % 2], l);
+                            const float both = kSubnormal<T> ? fmaf(h, 0x1p-4f, alone) : alone + h;
+                            to = fmaf(i < 2 ? factor.x : factor.y, both, to);
                             l = h = 0;
                         }
                     }
                 }
             }
-            take_more();
         }
-        sync_products();  // the sums of the pass before have been read
+        sync_team(team);  // the sums of the pass before have been read
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
-            for (int n = 0; n < 2 * kBlocks; ++n) {
-                const int block = n / 2, row = column + n % 2 * 8, of = block * kColumns + quarter * 2;
-                const float* const two = &c[tile][block][n % 2 * 2];
+            for (int n = 0; n < 2; ++n) {
+                const int row = column + n * 8, of = quarter * 2;
+                const float* const two = &c[tile][n * 2];
                 float* const to = &sums[((warp * kTiles + tile) * kTileRows + row) * columns + of];
                 if (columns == 1 && quarter == 0) *to = two[0];
                 if (of + 1 < columns) *reinterpret_cast<float2*>(to) = {two[0], two[1]};
             }
-        sync_products();
+        sync_team(team);
 #pragma unroll
         for (int n = 0; n < kResults; ++n) {
-            const Place p = place(threadIdx.x + n * kThreads);
+            const Place p = place(thread + n * kThreads);
             if (!p.valid) continue;
-            if constexpr (kBlocks > 1) early[n] = ask(p);
             float y[2] = {};
 #pragma unroll
             for (int part = 0; part < kParts; ++part) {
@@ -895,8 +835,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1) packed_kernel(Operands o, in
                 for (int of = 0; of < kWarps; ++of)
                     y[part] += sums[((of * kTiles + p.tile) * kTileRows + part * 8 + p.within) * columns + p.row];
                 // Said explicitly, because all kernels must round alike. Without a bias it is 0.
-                const float factor = kGroups == 0 ? early[n].factor[part] : kSmall && kSubnormal<T> ? 0x1p24f : 1.0f;
-                y[part] = fmaf(y[part], factor, float(early[n].bias[part]));
+                y[part] = fmaf(y[part], kSubnormal<T> ? 0x1p24f : 1.0f, float(early[n].bias[part]));
             }
             const size_t at = size_t(p.row) * o.outputs + p.output;
             if constexpr (kGated)
@@ -1063,19 +1002,32 @@ struct Room {
 // 0 stages: there is no room for `rows` rows.
 Room room_of(const cqil_linear_shape& s, int rows, bool norm, const Device& device) {
     constexpr size_t kStaticBytes = 1024;
+    const int teams = teams_of(rows);
     const size_t stage = stage_bytes(s.weights, groups_of(s));  // of packed_bytes_kernel 16 bytes too many
-    const size_t sums =
-        sizeof(float) * kWarps * pass_tiles(rows) * kTileRows * padded(rows) + (norm ? size_t(s.inputs) * 2 : 0);
-    const size_t x = (size_t(units_of(s.inputs)) * kUnit * 2 + kRowGap * 16) * rows;
-    const size_t taken = rows > kColumns ? size_t(kWarps) * kUnit * 2 * kMostColumns * 2 : 0;
-    const size_t most = std::min(kMostBytes, size_t(device.shared_bytes) - kStaticBytes);
+    const size_t sums = sizeof(float) * kWarps * pass_tiles(teams) * kTileRows * padded(rows) +
+                        (norm ? size_t(s.inputs) * 2 * teams : 0);
+    const size_t x = (size_t(units_of(s.inputs)) * kUnit * 2 + kRowGap * 16) * (teams > 1 ? teams * kColumns : rows);
+    const size_t most = std::min(kMostBytes[teams], size_t(device.shared_bytes) - kStaticBytes);
     for (const bool shared : {true, false}) {
-        const size_t fixed = sums + (shared ? x : taken);
-        if ((shared && (x > kSharedBytes || rows > kColumns)) || fixed + kMinStages * stage > most) continue;
+        const size_t fixed = sums + (shared ? x : 0);
+        if ((shared && x > kSharedBytes[teams]) || fixed + kMinStages * stage > most) continue;
         const int stages = int(std::min(size_t(max_stages(s.weights)), (most - fixed) / stage));
         return {shared, stages, std::max(fixed + stages * stage, std::min(kLeastBytes, most))};
     }
     return {};
+}
+
+template <typename T, int kWeights, int kGroups, bool kGated, bool kShared>
+int multiply(const Operands& o, const Room& room, Launch l) {
+    const int teams = teams_of(o.rows);
+    l.block = threads_of(teams);
+    if constexpr (kGroups == 0)
+        return teams > 1 ? launch(packed_bytes_kernel<T, kWeights, kGated, kShared, kMostTeams>, l, o, room.stages)
+                         : launch(packed_bytes_kernel<T, kWeights, kGated, kShared, 1>, l, o, room.stages);
+    else if (kGroups == 1 && teams > 1)
+        return launch(packed_nibbles_kernel<T, 1, kGated, kShared, kMostTeams>, l, o, room.stages);
+    else
+        return launch(packed_nibbles_kernel<T, kGroups, kGated, kShared, 1>, l, o, room.stages);
 }
 
 template <typename T, int kWeights, int kGroups>
@@ -1083,24 +1035,12 @@ int multiply(const cqil_linear_shape& s, const Operands& o, const Device& device
     const int blocks = std::min(device.processors, tiles_of(s.outputs, s.gated));
     const Room room = room_of(s, o.rows, o.norm != nullptr, device);
     if (room.stages == 0) return fail("%d inputs leave no room for packed weights in shared memory", s.inputs);
-    const Launch l = {dim3(blocks), kThreads + 32, st, true, room.bytes};
-    if constexpr (kGroups <= 1)
-        if (o.rows > kColumns)
-            return s.gated ? launch(packed_kernel<T, kWeights, kGroups, true, false, kMostColumns>, l, o, room.stages)
-                           : launch(packed_kernel<T, kWeights, kGroups, false, false, kMostColumns>, l, o, room.stages);
-    if constexpr (kGroups == 0) {
-        if (room.shared)
-            return s.gated ? launch(packed_bytes_kernel<T, kWeights, true, true>, l, o, room.stages)
-                           : launch(packed_bytes_kernel<T, kWeights, false, true>, l, o, room.stages);
-        return s.gated ? launch(packed_bytes_kernel<T, kWeights, true, false>, l, o, room.stages)
-                       : launch(packed_bytes_kernel<T, kWeights, false, false>, l, o, room.stages);
-    } else {
-        if (room.shared)
-            return s.gated ? launch(packed_kernel<T, kWeights, kGroups, true, true, kColumns>, l, o, room.stages)
-                           : launch(packed_kernel<T, kWeights, kGroups, false, true, kColumns>, l, o, room.stages);
-        return s.gated ? launch(packed_kernel<T, kWeights, kGroups, true, false, kColumns>, l, o, room.stages)
-                       : launch(packed_kernel<T, kWeights, kGroups, false, false, kColumns>, l, o, room.stages);
-    }
+    const Launch l = {dim3(blocks), {}, st, true, room.bytes};
+    if (s.gated)
+        return room.shared ? multiply<T, kWeights, kGroups, true, true>(o, room, l)
+                           : multiply<T, kWeights, kGroups, true, false>(o, room, l);
+    return room.shared ? multiply<T, kWeights, kGroups, false, true>(o, room, l)
+                       : multiply<T, kWeights, kGroups, false, false>(o, room, l);
 }
 
 template <typename T>
@@ -1130,8 +1070,8 @@ Stored stored(const cqil_linear_shape& s, const void* codes = nullptr, const voi
 int cqil_trt::packed_linear(const cqil_linear_shape& s, Operands o, void* scratch, cudaStream_t st) {
     return by_half(s, [&](auto* type) {
         using T = std::remove_pointer_t<decltype(type)>;
-        const int most = cqil_packed_rows();
-        if (most < 1) return most < 0 ? -1 : fail("this GPU has no kernel for packed weights");
+        const int rows = cqil_packed_rows();
+        if (rows < 1) return rows < 0 ? -1 : fail("this GPU has no kernel for packed weights");
         Device device;
         if (describe(&device)) return -1;
         // Whether the norm's weight fits does not depend on the rows: the other kernel rounds otherwise.
@@ -1147,18 +1087,11 @@ int cqil_trt::packed_linear(const cqil_linear_shape& s, Operands o, void* scratc
             o.delta = o.norm = nullptr;
         }
         // Smaller groups have too few registers for more rows.
-        const bool wide =
-            o.delta == nullptr && groups_of(s) <= 1 && room_of(s, kMostColumns, o.norm != nullptr, device).stages > 0;
-        Operands part = o;
-        for (int first = 0; first < s.rows; first += part.rows) {
-            part.rows = std::min(wide ? kMostColumns : kColumns, s.rows - first);
-            part.x = static_cast<const T*>(o.x) + size_t(first) * s.inputs;
-            if (o.delta != nullptr) part.delta = static_cast<const T*>(o.delta) + size_t(first) * s.inputs;
-            part.out = static_cast<T*>(o.out) + size_t(first) * s.outputs;
-            if (o.residual != nullptr) part.residual = static_cast<const T*>(o.residual) + size_t(first) * s.outputs;
-            if (o.sum != nullptr) part.sum = static_cast<T*>(o.sum) + size_t(first) * s.outputs;
-            if (multiply<T>(s, part, device, st)) return -1;
-        }
+        constexpr int kMost = kMostTeams * kColumns;
+        const bool wide = groups_of(s) <= 1 && room_of(s, kMost, o.norm != nullptr, device).stages > 0;
+        const int most = wide ? kMost : kColumns;
+        for (int first = 0; first < s.rows; first += most)
+            if (multiply<T>(s, rows_of<T>(o, first, most), device, st)) return -1;
         return 0;
     });
 }
@@ -1167,7 +1100,7 @@ extern "C" {
 
 int cqil_packed_rows(void) {
     bool modern = false;
-    if (is_modern(packed_kernel<__half, CQIL_INT4, 1, false, true, kColumns>, &modern)) return -1;
+    if (is_modern(packed_nibbles_kernel<__half, 1, false, true, 1>, &modern)) return -1;
     return modern ? kMostRows : 0;
 }
 

@@ -16,7 +16,7 @@ from cqil_trt.gpu import cuda
 from cqil_trt.model import ModelConfig
 
 # The kernels of plugins/ that multiply.
-_PRODUCTS = "few_rows_kernel", "packed_kernel", "packed_bytes_kernel"
+_PRODUCTS = "few_rows_kernel", "packed_nibbles_kernel", "packed_bytes_kernel"
 
 
 def add_pause_flag(parser: Any) -> None:

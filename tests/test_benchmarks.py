@@ -232,7 +232,7 @@ def test_a_script_without_the_package_says_how_to_get_it():
         assert_user_error(done, "cqil_trt is not installed", "scripts/environment.sh", f"PYTHONPATH={ROOT}")
 
 
-@pytest.mark.parametrize("product", ["few_rows_kernel", "packed_kernel", "packed_bytes_kernel"])
+@pytest.mark.parametrize("product", ["few_rows_kernel", "packed_nibbles_kernel", "packed_bytes_kernel"])
 def test_kernels_are_named_alike_by_symbol_and_by_what_the_profiler_says(product, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     from measuring import kernel_shares
