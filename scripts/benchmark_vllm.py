@@ -3,10 +3,11 @@
 
     python scripts/benchmark_vllm.py --tensor-parallel 2
 
-For an environment with vLLM (`pip install vllm`; it pins its own PyTorch) in which this checkout is on PYTHONPATH. vLLM
-makes the weights itself and is used as it is, except that its prefix cache is off: prompts are random token ids. There
-is no HTTP, no text and no sampling. A first token is the wall-clock time of generating one token. A decode step is the
-difference between the times of a longer and a shorter generation, divided by the difference in tokens.
+For an environment with vLLM (`pip install vllm`, run with 0.25.0; it pins its own PyTorch) in which this checkout is on
+PYTHONPATH. vLLM makes the weights itself and is used as it is, except that its prefix cache is off: prompts are random
+token ids. There is no HTTP, no text and no sampling. A first token is the wall-clock time of generating one token. A
+decode step is the difference between the times of a longer and a shorter generation, divided by the difference in
+tokens.
 """
 
 from __future__ import annotations
