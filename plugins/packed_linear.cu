@@ -644,13 +644,15 @@ __global__ void __launch_bounds__(threads_of(kTeams), 1) packed_nibbles_kernel(O
         sync_team(team);
         auto scale_of = [&](int row) { return rsqrtf(total_of(squares[row]) / float(o.inputs) + o.eps); };
         scale = scale_of(x_row);
-        if (!kShared || late) return;
+        if constexpr (kShared) {
+            if (late) return;
 #pragma unroll 1
-        for (int row = 0; row < o.rows; ++row) {
-            const float of_row = scale_of(row);
+            for (int row = 0; row < o.rows; ++row) {
+                const float of_row = scale_of(row);
 #pragma unroll 1
-            for (int i = thread; i < packets; i += kThreads)
-                own[row * stride + i] = normed<T>(own[row * stride + i], norm[i], of_row);
+                for (int i = thread; i < packets; i += kThreads)
+                    own[row * stride + i] = normed<T>(own[row * stride + i], norm[i], of_row);
+            }
         }
     };
     if (o.norm != nullptr) {
