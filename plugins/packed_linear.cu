@@ -201,6 +201,23 @@ __device__ void decode8(const uint4& packet, unsigned (&low)[4], unsigned (&high
     }
 }
 
+// What a team has for itself in shared memory: its sums, the norm's weight, and x, if that is kept there.
+template <int kTeams>
+struct TeamMemory {
+    float* sums;
+    uint4 *norm, *x;
+
+    // `ring`: bytes at the beginning of `memory`. `columns`: of the sums. `of_norm`, `stride`: packets of the norm's
+    // weight and of a row of x, 0 without.
+    __device__ TeamMemory(char* memory, int ring, int team, int columns, int of_norm, int stride) {
+        constexpr int kSums = kWarps * pass_tiles(kTeams) * kTileRows;
+        sums = reinterpret_cast<float*>(memory +
+                                        (ring + team * (kSums * kColumns * 4 + (of_norm + kColumns * stride) * 16)));
+        norm = reinterpret_cast<uint4*>(sums + kSums * (kTeams == 1 ? columns : kColumns));
+        x = norm + of_norm;
+    }
+};
+
 // A barrier of a team.
 __device__ void sync_team(int team) { asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "n"(kThreads) : "memory"); }
 
@@ -212,6 +229,18 @@ __device__ void await_input(const Operands& o, uint4* norm) {
             copy_async(shared_address(norm + i), static_cast<const uint4*>(o.norm) + i, true);
     release_successor();
     wait_for_predecessor();
+}
+
+// Normalizes a team's rows of x in shared memory. `scale_of`: what a row is multiplied by besides the norm's weight.
+template <typename T, typename F>
+__device__ void normalize_kept(const Operands& o, uint4* x, int stride, const uint4* norm, int thread, F scale_of) {
+#pragma unroll 1
+    for (int row = 0; row < o.rows; ++row) {
+        const float scale = scale_of(row);
+#pragma unroll 1
+        for (int i = thread; i < o.inputs / 8; i += kThreads)
+            x[row * stride + i] = normed<T>(x[row * stride + i], norm[i], scale);
+    }
 }
 #endif
 
@@ -264,13 +293,10 @@ __global__ void __launch_bounds__(threads_of(kTeams), 1) packed_bytes_kernel(Ope
     const int thread = threadIdx.x % kThreads, team = threadIdx.x / kThreads, warp = thread / 32, lane = thread % 32;
     const Operands o = kTeams == 1 ? all : rows_of<T>(all, team * kColumns, kColumns);
     const int columns = padded(o.rows), shift = __ffs(columns) - 1;
-    // What a team has for itself in shared memory: its sums, the norm's weight, and x, if kShared.
-    constexpr int kSums = kWarps * kTiles * kTileRows;
-    const int of_norm = o.norm == nullptr ? 0 : packets, of_x = kShared ? kColumns * stride : 0;
-    char* const area = memory + stages * kStageBytes + team * (kSums * kColumns * 4 + (of_norm + of_x) * 16);
-    auto* const sums = reinterpret_cast<float*>(area);
-    auto* const norm = reinterpret_cast<uint4*>(sums + kSums * (kTeams == 1 ? columns : kColumns));
-    auto* const own = norm + of_norm;
+    const int of_norm = o.norm == nullptr ? 0 : packets;
+    const TeamMemory<kTeams> own_memory(memory, stages * kStageBytes, team, columns, of_norm, kShared ? stride : 0);
+    float* const sums = own_memory.sums;
+    uint4 *const norm = own_memory.norm, *const own = own_memory.x;
     auto& squares = all_squares[team];
     await_input(o, norm);
 
@@ -338,13 +364,7 @@ __global__ void __launch_bounds__(threads_of(kTeams), 1) packed_bytes_kernel(Ope
         sync_team(team);
         auto scale_of = [&](int row) { return rsqrtf(total_of(squares[row]) / float(o.inputs) + o.eps); };
         if constexpr (kShared) {
-#pragma unroll 1
-            for (int row = 0; row < o.rows; ++row) {
-                const float of_row = scale_of(row);
-#pragma unroll 1
-                for (int i = thread; i < packets; i += kThreads)
-                    own[row * stride + i] = normed<T>(own[row * stride + i], norm[i], of_row);
-            }
+            normalize_kept<T>(o, own, stride, norm, thread, scale_of);
         } else if (column < o.rows) {
             scale = scale_of(column);
         }
@@ -549,13 +569,10 @@ __global__ void __launch_bounds__(threads_of(kTeams), 1) packed_nibbles_kernel(O
     const int thread = threadIdx.x % kThreads, team = threadIdx.x / kThreads, warp = thread / 32, lane = thread % 32;
     const Operands o = kTeams == 1 ? all : rows_of<T>(all, team * kColumns, kColumns);
     const int columns = padded(o.rows), shift = __ffs(columns) - 1;
-    // What a team has for itself in shared memory: its sums, the norm's weight, and x, if kShared.
-    constexpr int kSums = kWarps * kTiles * kTileRows;
-    const int of_norm = o.norm == nullptr ? 0 : packets, of_x = kShared ? kColumns * stride : 0;
-    char* const area = memory + stages * kStageBytes + team * (kSums * kColumns * 4 + (of_norm + of_x) * 16);
-    auto* const sums = reinterpret_cast<float*>(area);
-    auto* const norm = reinterpret_cast<uint4*>(sums + kSums * (kTeams == 1 ? columns : kColumns));
-    auto* const own = norm + of_norm;
+    const int of_norm = o.norm == nullptr ? 0 : packets;
+    const TeamMemory<kTeams> own_memory(memory, stages * kStageBytes, team, columns, of_norm, kShared ? stride : 0);
+    float* const sums = own_memory.sums;
+    uint4 *const norm = own_memory.norm, *const own = own_memory.x;
     auto& squares = all_squares[team];
     await_input(o, norm);
 
@@ -645,14 +662,7 @@ __global__ void __launch_bounds__(threads_of(kTeams), 1) packed_nibbles_kernel(O
         auto scale_of = [&](int row) { return rsqrtf(total_of(squares[row]) / float(o.inputs) + o.eps); };
         scale = scale_of(x_row);
         if constexpr (kShared) {
-            if (late) return;
-#pragma unroll 1
-            for (int row = 0; row < o.rows; ++row) {
-                const float of_row = scale_of(row);
-#pragma unroll 1
-                for (int i = thread; i < packets; i += kThreads)
-                    own[row * stride + i] = normed<T>(own[row * stride + i], norm[i], of_row);
-            }
+            if (!late) normalize_kept<T>(o, own, stride, norm, thread, scale_of);
         }
     };
     if (o.norm != nullptr) {
